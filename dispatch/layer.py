@@ -1,0 +1,101 @@
+"""The MoE layer: route, dispatch, experts, combine, shared experts.
+
+Shapes: T tokens on this rank (may be 0, may differ by rank), H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.dispatcher import Dispatcher
+from dispatch.experts import Experts
+from dispatch.router import Router, RouterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(RouterConfig):
+    """One mixture-of-experts layer."""
+
+    ffn_hidden: int = 128
+    """Inner width of an expert."""
+    num_shared_experts: int = 1
+    """Experts that every token passes, computed as one feed-forward of this multiple of ffn_hidden; 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ffn_hidden < 1 or self.num_shared_experts < 0:
+            raise ValueError(
+                f"ffn_hidden ({self.ffn_hidden}) must be at least 1 and num_shared_experts ({self.num_shared_experts}) "
+                "at least 0"
+            )
+
+
+class SwiGLU(nn.Module):
+    """Dense feed-forward down(silu(gate(x)) * up(x)): dense layers and shared experts. (..., hidden) to (..., hidden)."""
+
+    def __init__(self, hidden: int, ffn_hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn_hidden, bias=False)
+        self.up_proj = nn.Linear(hidden, ffn_hidden, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype rules as nn.Linear."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class MoELayer(nn.Module):
+    """A drop-in feed-forward whose experts are spread over the ranks of the dispatcher's EP group.
+
+    Args:
+        hidden: width of a token.
+        config: sizes and routing.
+        dispatcher: how rows travel; it decides which experts this rank holds.
+
+    Forward and backward are collective over the EP group: every rank calls them, also with zero tokens. No token is
+    dropped. Move the bias once per optimizer step with `dispatch.balance`.
+    """
+
+    def __init__(self, hidden: int, config: MoEConfig, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        if dispatcher.placement.num_experts != config.num_experts:
+            raise ValueError(
+                f"the dispatcher places {dispatcher.placement.num_experts} experts, the layer has {config.num_experts}; "
+                "build both with the same num_experts"
+            )
+        self.hidden, self.config, self.dispatcher = hidden, config, dispatcher
+        self.router = Router(hidden, config)
+        expert_ids = dispatcher.placement.owned_by(dispatcher.ep_rank)
+        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter)
+        shared_hidden = config.ffn_hidden * config.num_shared_experts
+        self.shared_experts = SwiGLU(hidden, shared_hidden) if shared_hidden else None
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Mix the experts' outputs for every token.
+
+        Args:
+            x: (..., hidden), float. Under autocast rows travel and experts compute in the autocast dtype.
+            token_mask: (...) bool, False for padding; padding is computed but not counted in the load.
+        Returns:
+            (..., hidden) in the compute dtype.
+        """
+        if x.shape[-1] != self.hidden:
+            raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
+        x_TH = x.reshape(-1, self.hidden)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T)
+        rows_RH, handle = self.dispatcher.dispatch(_to_compute_dtype(x_TH), topk_ids_TK, topk_weights_TK)
+        rows_RH = self.experts(rows_RH, handle.tokens_per_local_expert_L, handle.row_weights_R)
+        y_TH = self.dispatcher.combine(rows_RH, handle)
+        if self.shared_experts is not None:
+            y_TH = y_TH + self.shared_experts(x_TH)
+        return y_TH.reshape(x.shape)
+
+
+def _to_compute_dtype(x: Tensor) -> Tensor:
+    # Before the rows travel: bf16 halves the bytes on the wire.
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x

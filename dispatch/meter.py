@@ -1,0 +1,92 @@
+"""What an MoE layer did: seconds by phase, assignments and bytes, collected over the micro-batches of a step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+PHASES = ("dispatch", "experts", "combine")
+
+
+def in_backward() -> bool:
+    """True inside an autograd backward pass: in a forward, that means activation recompute."""
+    # The same test that torch.utils.checkpoint makes for its own bookkeeping.
+    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return, attr-defined]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Totals of one rank since the last `Meter.take`.
+
+    seconds: by phase, forward, backward and recompute together. routed, sent, received, returned: (token, expert)
+    assignments, first forward only, so that they are equal when no token is lost. sent_bytes: handed to other ranks in
+    forward, backward and recompute. busiest_rows: for each layer call in order, rows of the busiest local expert.
+    """
+
+    seconds: dict[str, float]
+    routed: int
+    sent: int
+    received: int
+    returned: int
+    sent_bytes: int
+    busiest_rows: tuple[int, ...]
+
+
+@dataclass
+class Meter:
+    """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events and waits only in `take`."""
+
+    _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _busiest_rows: list[int] = field(default_factory=list)
+    _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def span(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Charge the time inside to `phase`. An exception leaves the span uncharged."""
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((phase, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - began
+
+    def count(self, **assignments: int) -> None:
+        """Add to routed, sent, received or returned. A recompute repeats assignments, so it is not counted."""
+        if not in_backward():
+            for name, number in assignments.items():
+                self._counts[name] += number
+
+    def count_bytes(self, sent_bytes: int) -> None:
+        """Add bytes handed to other ranks, whatever the pass."""
+        self._counts["sent_bytes"] += sent_bytes
+
+    def note_rows(self, busiest_rows: int) -> None:
+        """Record the rows of the busiest local expert of one layer call."""
+        if not in_backward():
+            self._busiest_rows.append(busiest_rows)
+
+    def take(self) -> Reading:
+        """Return the totals and start anew. Waits for the device when there are CUDA spans."""
+        if self._events:
+            torch.cuda.synchronize()
+        for phase, start, end in self._events:
+            self._seconds[phase] += start.elapsed_time(end) / 1e3
+        names = ("routed", "sent", "received", "returned", "sent_bytes")
+        reading = Reading(
+            seconds={phase: self._seconds[phase] for phase in PHASES},
+            busiest_rows=tuple(self._busiest_rows),
+            **{name: self._counts[name] for name in names},
+        )
+        self._seconds.clear()
+        self._counts.clear()
+        self._busiest_rows.clear()
+        self._events.clear()
+        return reading

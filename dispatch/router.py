@@ -1,0 +1,196 @@
+"""The router: scores, choice, combine weights and the count of what was chosen.
+
+Shapes: T tokens on this rank (may be 0), H hidden, E experts, K top-k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.meter import in_backward
+from dispatch.selection import choose_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose their experts."""
+
+    num_experts: int = 16
+    """Routed experts of a layer, over all ranks."""
+    top_k: int = 4
+    """Experts chosen by each token."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router score: sigmoid (DeepSeek-V3) or softmax over the experts."""
+    num_groups: int = 1
+    """Equal contiguous groups of experts for group-limited routing; 1 turns it off."""
+    groups_kept: int = 1
+    """Groups that a token may choose from."""
+    scores_per_group: int = 2
+    """Highest biased scores that are summed to rank a group."""
+    normalize_weights: bool = True
+    """Divide the combine weights by their sum over the chosen experts."""
+    route_scale: float = 1.0
+    """Factor on the combine weights after normalisation (2.5 in DeepSeek-V3)."""
+
+    def __post_init__(self) -> None:
+        if self.score not in ("sigmoid", "softmax"):
+            raise ValueError(f"score is {self.score!r}; it must be 'sigmoid' or 'softmax'")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add experts"
+            )
+        if self.num_groups > 1:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of num_groups ({self.num_groups})")
+        group_size = self.num_experts // self.num_groups
+        if not 1 <= self.scores_per_group <= group_size:
+            raise ValueError(
+                f"scores_per_group ({self.scores_per_group}) must be between 1 and the experts of a group ({group_size})"
+            )
+        if not 1 <= self.groups_kept <= self.num_groups or self.groups_kept * group_size < self.top_k:
+            raise ValueError(
+                f"groups_kept ({self.groups_kept}) must be between 1 and num_groups ({self.num_groups}) and hold at least "
+                f"top_k ({self.top_k}) experts; one group has {group_size}"
+            )
+
+
+class Router(nn.Module):
+    """Scores every expert for every token, chooses top-k by score + bias and weighs by score alone.
+
+    The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since bf16
+    flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_bias` moves, once per
+    optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset.
+    Source: arXiv 2412.19437, equations 12 to 16.
+    """
+
+    expert_bias_E: Tensor
+    tokens_per_expert_E: Tensor
+
+    def __init__(self, hidden: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
+        self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
+        # Not in checkpoints: it is zero between steps.
+        self.register_buffer("tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self._bias_version_of_forward = -1
+        if not self.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the gate from a normal distribution and zero bias and counts; needed after `to_empty`."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        self.expert_bias_E.zero_()
+        self.tokens_per_expert_E.zero_()
+
+    @property
+    def steers_bias(self) -> bool:
+        """Whether a law may move the bias: not in a frozen router (Megatron-LM #4785)."""
+        return self.weight.requires_grad
+
+    def forward(self, x_TH: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route each token.
+
+        Args:
+            x_TH: any float dtype.
+            token_mask_T: bool, False for padding, which is routed but not counted.
+        Returns:
+            topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype (fp32, or float64 in a float64 model).
+        """
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
+            with torch.no_grad():
+                scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
+            topk_ids_TK = self._choose(scores_TE)
+            topk_weights_TK = self._weigh(logits_TE, topk_ids_TK)
+        if self.training:
+            topk_weights_TK = self._count(topk_ids_TK, topk_weights_TK, token_mask_T)
+        return topk_ids_TK, topk_weights_TK
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        config = self.config
+        return choose_experts(
+            scores_TE,
+            self.expert_bias_E,
+            config.top_k,
+            num_groups=config.num_groups,
+            groups_kept=config.groups_kept,
+            scores_per_group=config.scores_per_group,
+        )
+
+    def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
+        softmax = self.config.score == "softmax"
+        if self.config.normalize_weights:
+            # s_i / sum(s) as a softmax of log s: no 0/0 and no shrunken sum when scores underflow (flashinfer #3803).
+            logits_TK = logits_TE.gather(1, topk_ids_TK)
+            weights_TK = (logits_TK if softmax else F.logsigmoid(logits_TK)).softmax(-1)
+        else:
+            weights_TK = (logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()).gather(1, topk_ids_TK)
+        return weights_TK * self.config.route_scale
+
+    def _count(self, topk_ids_TK: Tensor, topk_weights_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
+        """Count each choice that trains exactly once, under either kind of activation recompute; return the weights.
+
+        A forward with gradients counts at once. Non-reentrant recompute repeats it inside backward, without running the
+        backward of what it recomputes: a count that is tied to that backward never fires. Reentrant recompute first runs
+        without gradients, which counts nothing, and then does run it: there the count fires, once.
+        """
+        recompute = in_backward()
+        if not recompute:
+            self._bias_version_of_forward = self.expert_bias_E._version
+        elif self.expert_bias_E._version != self._bias_version_of_forward:
+            raise RuntimeError(
+                "expert_bias_E changed between a forward and its recompute, so backward would use other experts; "
+                "move the bias only after all backward passes of the step"
+            )
+        if not torch.is_grad_enabled():
+            return topk_weights_TK
+        counts_E = _histogram(topk_ids_TK, token_mask_T, self.num_experts)
+        if recompute:
+            return _CountInBackward.apply(topk_weights_TK, self.tokens_per_expert_E, counts_E)  # type: ignore[no-any-return]
+        self.tokens_per_expert_E += counts_E
+        return topk_weights_TK
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast like any module, but never store the gate below fp32 nor the bias as anything but fp32."""
+        kept = {"weight": self.weight.detach(), "expert_bias_E": self.expert_bias_E}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now: Any = getattr(self, name)
+            wanted = torch.float32 if name == "expert_bias_E" else torch.promote_types(now.dtype, torch.float32)
+            if now.dtype != wanted:
+                # From the value before the cast: bf16 and back would lose steps of 0.001 once the bias reaches 0.5.
+                now.data = before.to(now.device, wanted)
+        return self
+
+
+class _CountInBackward(torch.autograd.Function):
+    """Identity that adds `counts_E` to `total_E` when, and only when, its backward runs."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, total_E: Tensor, counts_E: Tensor) -> Tensor:
+        # Plain attributes: a saved tensor more than in the forward would make the recompute refuse itself.
+        ctx.total_E, ctx.counts_E = total_E, counts_E
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.total_E.add_(ctx.counts_E)
+        return grad_TK, None, None
+
+
+def _histogram(topk_ids_TK: Tensor, token_mask_T: Tensor | None, num_experts: int) -> Tensor:
+    ones_TK = torch.ones_like(topk_ids_TK)
+    if token_mask_T is not None:
+        ones_TK = ones_TK * token_mask_T.unsqueeze(-1)
+    # scatter_add, since bincount waits for the device on CUDA; the order of an integer sum does not matter.
+    zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=topk_ids_TK.device)
+    return zeros_E.scatter_add_(0, topk_ids_TK.flatten(), ones_TK.flatten())

@@ -1,0 +1,57 @@
+"""Choosing experts: top-k of score + bias, optionally limited to the best groups. No gradients pass here.
+
+Shapes: T tokens (may be 0), E experts, K top-k, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+
+def choose_experts(
+    scores_TE: Tensor,
+    expert_bias_E: Tensor,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    scores_per_group: int = 2,
+) -> Tensor:
+    """Choose `top_k` experts a token by biased score; ties go to the lowest expert id.
+
+    With num_groups > 1 the experts lie in equal contiguous groups; a group's score is the sum of its `scores_per_group`
+    highest biased scores, and only experts of the `groups_kept` best groups can be chosen (arXiv 2412.19437, section
+    2.1.2, where scores_per_group is top_k / groups_kept; DeepSeek's inference code fixes it at 2).
+
+    Args:
+        scores_TE: any float dtype; compared in fp32.
+        expert_bias_E: fp32.
+    Returns:
+        topk_ids_TK, int64, best first.
+    """
+    biased_TE = scores_TE.detach().float() + expert_bias_E
+    if num_groups > 1:
+        biased_TE = _mask_groups(biased_TE, num_groups, groups_kept, scores_per_group)
+    return ordered_topk(biased_TE, top_k)
+
+
+def ordered_topk(values_TE: Tensor, k: int) -> Tensor:
+    """Indices of the k largest fp32 values of each row, int64 (T, k), largest first, ties to the lowest index.
+
+    torch.topk leaves the order of equal values open, and it differs between devices. Here value and index are packed
+    into one int64 key without equal pairs, which costs less than a stable sort.
+    """
+    # Adding 0.0 turns -0.0 into 0.0; the xor makes the integer order of negative floats that of their values.
+    bits_TE = (values_TE.float() + 0.0).view(torch.int32)
+    ordered_TE = (bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    last = values_TE.shape[-1] - 1
+    keys_TE = (ordered_TE << 32) + torch.arange(last, -1, -1, device=values_TE.device)
+    return last - (keys_TE.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _mask_groups(biased_TE: Tensor, num_groups: int, groups_kept: int, scores_per_group: int) -> Tensor:
+    grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
+    group_scores_TG = grouped_TGE.topk(scores_per_group, dim=-1).values.sum(-1)
+    kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+    kept_TG.scatter_(1, ordered_topk(group_scores_TG, groups_kept), True)
+    # -inf, not 0: with negative biased scores a zero would win (DeepSeek-V3 #741, vLLM #13474).
+    return grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
