@@ -120,8 +120,8 @@ class AllToAllDispatcher:
             output_splits = [sum(row) for row in received_PL]
             travel = (input_splits, output_splits, self.ep_group, self.meter, "dispatch")
             order_R, inverse_R = _expert_order(received_PL, x_TH.device)
-            weights_R = Reorder.apply(AllToAll.apply(weights_A, *travel), order_R, inverse_R)  # type: ignore[no-untyped-call]
-            rows_RH = Reorder.apply(AllToAll.apply(rows_AH, *travel), order_R, inverse_R)  # type: ignore[no-untyped-call]
+            weights_R = Reorder.apply(AllToAll.apply(weights_A, *travel), order_R, inverse_R)
+            rows_RH = Reorder.apply(AllToAll.apply(rows_AH, *travel), order_R, inverse_R)
         self.meter.count(routed=topk_ids_TK.numel(), sent=len(rows_AH), received=len(rows_RH))
         handle = DispatchHandle(
             tokens_per_local_expert_L=[sum(column) for column in zip(*received_PL, strict=True)],
@@ -138,8 +138,8 @@ class AllToAllDispatcher:
     def combine(self, rows_RH: Tensor, handle: DispatchHandle) -> Tensor:
         """See `Dispatcher.combine`."""
         with self.meter.span("combine", rows_RH.device):
-            arrived_RH = Reorder.apply(rows_RH, handle.to_source_order_R, handle.to_expert_order_R)  # type: ignore[no-untyped-call]
-            rows_AH = AllToAll.apply(  # type: ignore[no-untyped-call]
+            arrived_RH = Reorder.apply(rows_RH, handle.to_source_order_R, handle.to_expert_order_R)
+            rows_AH = AllToAll.apply(
                 arrived_RH, handle.output_splits, handle.input_splits, self.ep_group, self.meter, "combine"
             )
             self.meter.count(returned=len(rows_AH))
@@ -172,13 +172,13 @@ def _permute(
     rows_of_assignment_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=x_TH.device))
     counts_E = ids_A.new_zeros(num_experts).scatter_add_(0, ids_A, torch.ones_like(ids_A))
     token_of_row_A, rows_of_token_TK = order_A // top_k, rows_of_assignment_A.view(num_tokens, top_k)
-    rows_AH = CopyToAssignments.apply(x_TH, token_of_row_A, rows_of_token_TK)  # type: ignore[no-untyped-call]
-    weights_A = Reorder.apply(topk_weights_TK.flatten(), order_A, rows_of_assignment_A)  # type: ignore[no-untyped-call]
+    rows_AH = CopyToAssignments.apply(x_TH, token_of_row_A, rows_of_token_TK)
+    weights_A = Reorder.apply(topk_weights_TK.flatten(), order_A, rows_of_assignment_A)
     return rows_AH, weights_A, counts_E, token_of_row_A, rows_of_token_TK
 
 
 def _sum_rows_of_tokens(rows_AH: Tensor, handle: DispatchHandle) -> Tensor:
-    y_TH: Tensor = SumAssignments.apply(rows_AH, handle.token_of_row_A, handle.rows_of_token_TK)  # type: ignore[no-untyped-call]
+    y_TH: Tensor = SumAssignments.apply(rows_AH, handle.token_of_row_A, handle.rows_of_token_TK)
     return y_TH
 
 

@@ -22,7 +22,7 @@ class CopyToAssignments(torch.autograd.Function):
         return x_TH.index_select(0, token_of_row_A)
 
     @staticmethod
-    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None]:
         (rows_of_token_TK,) = ctx.saved_tensors
         return sum_rows(grad_AH, rows_of_token_TK), None, None
 
@@ -36,7 +36,7 @@ class SumAssignments(torch.autograd.Function):
         return sum_rows(rows_AH, rows_of_token_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
         (token_of_row_A,) = ctx.saved_tensors
         return grad_TH.index_select(0, token_of_row_A), None, None
 
@@ -50,7 +50,7 @@ class Reorder(torch.autograd.Function):
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -76,7 +76,7 @@ class AllToAll(torch.autograd.Function):
         return all_to_all_rows(rows, input_splits, output_splits, group, meter)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.reversed_call[-1].span(ctx.phase, grad.device):
             return all_to_all_rows(grad, *ctx.reversed_call), None, None, None, None, None
 

@@ -53,7 +53,9 @@ class Experts(nn.Module):
         with torch.autocast(rows_RH.device.type, enabled=False), self.meter.span("experts", rows_RH.device):
             if rows_RH.is_cuda and rows_RH.dtype == torch.bfloat16:
                 return grouped_swiglu(rows_RH, tokens_per_local_expert_L, row_weights_R, *weights)
-            return _LoopedSwiGLU.apply(rows_RH, row_weights_R, *weights, tuple(tokens_per_local_expert_L), self.meter)  # type: ignore[no-any-return]
+            counts_L = tuple(tokens_per_local_expert_L)
+            out_RH: Tensor = _LoopedSwiGLU.apply(rows_RH, row_weights_R, *weights, counts_L, self.meter)
+            return out_RH
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -116,7 +118,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         return out_RH
 
     @staticmethod
-    def backward(ctx: Any, grad_out_RH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out_RH: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.meter.span("experts", grad_out_RH.device):
             return *_swiglu_backward(grad_out_RH.contiguous(), ctx.counts_L, *ctx.saved_tensors), None, None
 

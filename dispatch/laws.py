@@ -58,7 +58,10 @@ class LawState:
 class Law(Protocol):
     """A balancing rule for one layout."""
 
-    layout: LoadLayout
+    @property
+    def layout(self) -> LoadLayout:
+        """The layers that it steers."""
+        ...
 
     def initial_state(self) -> LawState:
         """Bias zero everywhere."""

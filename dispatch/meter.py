@@ -14,7 +14,7 @@ PHASES = ("dispatch", "experts", "combine")
 def in_backward() -> bool:
     """True inside an autograd backward pass: in a forward, that means activation recompute."""
     # The same test that torch.utils.checkpoint makes for its own bookkeeping.
-    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return, attr-defined]
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class Router(nn.Module):
             return topk_weights_TK
         counts_E = _histogram(topk_ids_TK, token_mask_T, self.num_experts)
         if recompute:
-            return _CountInBackward.apply(topk_weights_TK, self.tokens_per_expert_E, counts_E)  # type: ignore[no-any-return]
+            topk_weights_TK = _CountInBackward.apply(topk_weights_TK, self.tokens_per_expert_E, counts_E)
+            return topk_weights_TK
         self.tokens_per_expert_E += counts_E
         return topk_weights_TK
 
@@ -182,7 +183,7 @@ class _CountInBackward(torch.autograd.Function):
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None]:
         ctx.total_E.add_(ctx.counts_E)
         return grad_TK, None, None
 

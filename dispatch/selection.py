@@ -45,7 +45,8 @@ def ordered_topk(values_TE: Tensor, k: int) -> Tensor:
     ordered_TE = (bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)).to(torch.int64)
     last = values_TE.shape[-1] - 1
     keys_TE = (ordered_TE << 32) + torch.arange(last, -1, -1, device=values_TE.device)
-    return last - (keys_TE.topk(k, dim=-1).values & 0xFFFFFFFF)
+    best_TK: Tensor = keys_TE.topk(k, dim=-1).values
+    return last - (best_TK & 0xFFFFFFFF)
 
 
 def _mask_groups(biased_TE: Tensor, num_groups: int, groups_kept: int, scores_per_group: int) -> Tensor:
@@ -54,4 +55,5 @@ def _mask_groups(biased_TE: Tensor, num_groups: int, groups_kept: int, scores_pe
     kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
     kept_TG.scatter_(1, ordered_topk(group_scores_TG, groups_kept), True)
     # -inf, not 0: with negative biased scores a zero would win (DeepSeek-V3 #741, vLLM #13474).
-    return grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    limited_TE: Tensor = grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return limited_TE

@@ -1,0 +1,120 @@
+"""The ranks of a gang and the groups they talk in."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks divide the model."""
+
+    ep_size: int = 0
+    """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
+
+    def __post_init__(self) -> None:
+        if self.ep_size < 0:
+            raise ValueError(f"parallel.ep_size ({self.ep_size}) must be 0 (all workers) or a positive number of ranks")
+
+    def resolve(self, world_size: int) -> int:
+        """The EP size for this many ranks. Raises ValueError where it does not divide them."""
+        ep_size = self.ep_size or world_size
+        if world_size % ep_size:
+            raise ValueError(
+                f"parallel.ep_size ({ep_size}) must divide the number of workers ({world_size}); "
+                f"use one of {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+            )
+        return ep_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGroups:
+    """One rank's place and its process groups.
+
+    world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
+    expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
+    never queue behind token traffic.
+    """
+
+    rank: int
+    world_size: int
+    ep_rank: int
+    ep_size: int
+    edp_rank: int
+    edp_size: int
+    device: torch.device
+    world_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    edp_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+
+
+def join_groups(
+    *, rank: int, world_size: int, store: dist.Store, config: ParallelConfig, device: torch.device, timeout_s: float
+) -> RankGroups:
+    """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
+
+    EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
+    Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
+    ep_size = config.resolve(world_size)
+    mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    groups = RankGroups(
+        rank=rank,
+        world_size=world_size,
+        ep_rank=mesh.get_local_rank("ep"),
+        ep_size=ep_size,
+        edp_rank=mesh.get_local_rank("edp"),
+        edp_size=world_size // ep_size,
+        device=device,
+        world_group=dist.group.WORLD or _no_group(),
+        ep_group=mesh.get_group("ep"),
+        edp_group=mesh.get_group("edp"),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+    _exercise(groups)
+    return groups
+
+
+def local_device(choice: str, local_index: int = 0) -> torch.device:
+    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch")
+    use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", local_index) if use_cuda else torch.device("cpu")
+
+
+def _exercise(groups: RankGroups) -> None:
+    # Communicators are made lazily: made here, a wrong network fails at start and not in the middle of a step.
+    for group, device in (
+        (groups.world_group, groups.device),
+        (groups.ep_group, groups.device),
+        (groups.edp_group, groups.device),
+        (groups.control_group, torch.device("cpu")),
+    ):
+        size = dist.get_world_size(group)
+        ones = torch.ones(size, device=device)
+        dist.all_reduce(ones, group=group)
+        received = torch.empty_like(ones)
+        dist.all_to_all_single(received, ones, group=group)
+        if not bool((received == size).all()):
+            raise RuntimeError(f"rank {groups.rank}: a process group of {size} ranks returned {received.tolist()}")
+
+
+def _no_group() -> dist.ProcessGroup:
+    raise RuntimeError("torch.distributed has no default group after init_process_group")
