@@ -169,7 +169,9 @@ def _permute(
     # A narrow integer sorts by radix on CPU, three times faster than int64.
     narrow = torch.uint8 if num_experts <= 256 else torch.int16
     order_A = ids_A.to(narrow).argsort(stable=True)
-    rows_of_assignment_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=x_TH.device))
+    rows_of_assignment_A = torch.empty_like(order_A).scatter_(
+        0, order_A, torch.arange(len(order_A), device=x_TH.device)
+    )
     counts_E = ids_A.new_zeros(num_experts).scatter_add_(0, ids_A, torch.ones_like(ids_A))
     token_of_row_A, rows_of_token_TK = order_A // top_k, rows_of_assignment_A.view(num_tokens, top_k)
     rows_AH = CopyToAssignments.apply(x_TH, token_of_row_A, rows_of_token_TK)

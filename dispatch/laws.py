@@ -81,7 +81,7 @@ class NoLaw:
 
     def initial_state(self) -> LawState:
         """Bias zero everywhere."""
-        return LawState(torch.zeros(self.layout.total))
+        return LawState(torch.zeros(self.layout.total, dtype=torch.float32))
 
     def update(self, load_N: Tensor, state: LawState, step: int) -> LawState:
         """The same state."""
@@ -145,4 +145,8 @@ def _unpack(packed: Any) -> Tensor:
     dtype, raw = packed
     if dtype not in _WIRE_DTYPES or not isinstance(raw, bytes) or len(raw) % int(dtype[2]):
         raise ValueError(f"law state has dtype {dtype!r}; it must be one of {', '.join(_WIRE_DTYPES)} with whole items")
-    return torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype]) if raw else torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
+    return (
+        torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype])
+        if raw
+        else torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
+    )

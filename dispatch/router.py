@@ -80,7 +80,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
         # Not in checkpoints: it is zero between steps.
-        self.register_buffer("tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
+        )
         self._bias_version_of_forward = -1
         if not self.weight.is_meta:
             self.reset_parameters()

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 from torch.distributed.device_mesh import init_device_mesh
 
 
@@ -53,7 +54,7 @@ class RankGroups:
 
 
 def join_groups(
-    *, rank: int, world_size: int, store: dist.Store, config: ParallelConfig, device: torch.device, timeout_s: float
+    *, rank: int, world_size: int, store: Store, config: ParallelConfig, device: torch.device, timeout_s: float
 ) -> RankGroups:
     """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
 
@@ -94,7 +95,9 @@ def join_groups(
 def local_device(choice: str, local_index: int = 0) -> torch.device:
     """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo."""
     if choice == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch")
+        raise ValueError(
+            "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"
+        )
     use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
     return torch.device("cuda", local_index) if use_cuda else torch.device("cpu")
 

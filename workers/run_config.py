@@ -1,61 +1,69 @@
 """How long a run is, on what batches, and how often it evaluates and saves."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run."""
+    """Length, batch, rhythm and name of a run."""
 
     name: str | None = None
-    """Name of the run and of its folder; by default the date and time of the start."""
+    """Name of the run, which is that of its directory; empty: the time of its start."""
     dir: str = "runs"
-    """Folder that holds the run directories."""
+    """Directory that holds the runs."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the weights and of the order of the data."""
     steps: int = 400
     """Optimizer steps."""
     global_batch_size: int = 16
     """Sequences of one optimizer step, over all workers."""
     micro_batch_size: int = 0
-    """Sequences that a worker computes at once; it accumulates gradients over the rest of its share. 0 takes the whole share."""
+    """Sequences that a worker computes at once, gradients are summed over them; 0 takes a worker's whole share."""
     eval_every: int = 100
-    """Steps between evaluations; the last step always evaluates. 0 evaluates only then."""
+    """Steps between two evaluations on held-out text; 0 evaluates at the end alone."""
     eval_sequences: int = 128
-    """Held-out sequences of an evaluation."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; the last step always saves. 0 saves only then."""
+    """Sequences of an evaluation, over all workers; fewer where the held-out text has fewer."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; 0 saves at the end and on Ctrl-C alone."""
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; older ones are removed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype. Parameters, gate, bias and optimizer state stay float32."""
+    """Number format of the computation; weights, router and optimizer are float32 with either."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"run.name ({self.name!r}) must be letters, digits, '.', '_' or '-', and names a folder")
-        for field in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"run.{field} ({getattr(self, field)}) must be at least 1")
-        for field in ("seed", "micro_batch_size", "eval_every", "checkpoint_every"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"run.{field} ({getattr(self, field)}) must be at least 0")
+        for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("seed", "micro_batch_size", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"run.dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
+            raise ValueError(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise ValueError(
+                f"run.name {self.name!r} must be a plain directory name, without a slash or a leading dot; "
+                "where the runs lie is run.dir"
+            )
+
+    def sequences_per_rank(self, world_size: int) -> int:
+        """Each rank's share of the global batch. Raises ValueError where the ranks do not divide it."""
+        if self.global_batch_size % world_size:
+            above = -(-self.global_batch_size // world_size) * world_size
+            raise ValueError(
+                f"run.global_batch_size ({self.global_batch_size}) must be a multiple of cluster.num_workers "
+                f"({world_size}): every worker takes the same number of sequences; {above} would do"
+            )
+        return self.global_batch_size // world_size
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Micro-batches of a worker's step. Raises ValueError where the sizes do not divide."""
-        if self.global_batch_size % world_size:
+        """Forward and backward passes of one step on each rank. Raises ValueError where they would be uneven."""
+        share = self.sequences_per_rank(world_size)
+        micro_batch_size = self.micro_batch_size or share
+        if share % micro_batch_size:
+            sizes = [size for size in range(1, share + 1) if share % size == 0]
             raise ValueError(
-                f"run.global_batch_size ({self.global_batch_size}) must be a multiple of the number of workers "
-                f"({world_size}); use {-(-self.global_batch_size // world_size) * world_size}"
+                f"run.micro_batch_size ({micro_batch_size}) must divide a worker's share of the batch ({share} = "
+                f"run.global_batch_size {self.global_batch_size} / {world_size} workers); use one of {sizes}, or 0"
             )
-        share = self.global_batch_size // world_size
-        micro = self.micro_batch_size or share
-        if share % micro:
-            raise ValueError(
-                f"run.micro_batch_size ({micro}) must divide a worker's share of the batch ({share} sequences: "
-                f"run.global_batch_size {self.global_batch_size} over {world_size} workers)"
-            )
-        return share // micro
+        return share // micro_batch_size

@@ -41,7 +41,9 @@ def test_sign_is_exact_where_bf16_flips_it():  # B1, P9
 def test_huge_counts_compare_exactly():  # P9: 2**53 + 1 is not a float64
     law = _law([2])
     big = 2**53
-    assert law.update(torch.tensor([big + 1, big]), law.initial_state(), 0).bias_N.tolist() == pytest.approx([-1e-3, 1e-3])
+    assert law.update(torch.tensor([big + 1, big]), law.initial_state(), 0).bias_N.tolist() == pytest.approx(
+        [-1e-3, 1e-3]
+    )
     assert law.update(torch.tensor([big, big]), law.initial_state(), 0).bias_N.tolist() == [0.0, 0.0]
 
 

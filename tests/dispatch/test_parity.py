@@ -124,7 +124,9 @@ def _parity_on_ranks(rank, world_size):
         num_global_tokens = sum(case.tokens[:world_size])
         if num_global_tokens:
             make = lambda: AllToAllDispatcher(8, dist.group.WORLD)  # noqa: E731
-            results[case.name] = _measure(case, make, _batch(case, world_size, rank), num_global_tokens, dist.group.WORLD)
+            results[case.name] = _measure(
+                case, make, _batch(case, world_size, rank), num_global_tokens, dist.group.WORLD
+            )
     return results
 
 

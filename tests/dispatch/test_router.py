@@ -178,7 +178,9 @@ def test_recompute_counts_once_and_chooses_the_same(reentrant):  # B2, B38, P6
     assert counts == plain_counts
     for grad, plain in zip(grads, plain_grads, strict=True):
         assert torch.equal(grad, plain)
-    assert sorted(map(str, set(map(str, chosen)))) == sorted(set(map(str, plain_chosen)))  # the recompute adds no new choice
+    assert sorted(map(str, set(map(str, chosen)))) == sorted(
+        set(map(str, plain_chosen))
+    )  # the recompute adds no new choice
 
 
 def test_moving_the_bias_between_forward_and_recompute_is_refused():  # B38

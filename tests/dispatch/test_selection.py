@@ -70,7 +70,9 @@ def _routing_cases(draw):
     # Few distinct values, so that ties are common; multiples of 1/8, so that sums are exact in any order.
     value = st.integers(-16, 16).map(lambda n: n / 8)
     num_tokens = draw(st.integers(0, 4))
-    scores = [draw(st.lists(value, min_size=config.num_experts, max_size=config.num_experts)) for _ in range(num_tokens)]
+    scores = [
+        draw(st.lists(value, min_size=config.num_experts, max_size=config.num_experts)) for _ in range(num_tokens)
+    ]
     return config, scores, draw(st.lists(value, min_size=config.num_experts, max_size=config.num_experts))
 
 

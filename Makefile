@@ -1,0 +1,43 @@
+# Every target makes .venv by itself, and again when pyproject.toml or constraints.txt changed.
+# ARGS goes to the command: make train ARGS='--run.steps 200', make test ARGS='-k router'.
+
+PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+help:
+	@echo "make train   train the default model on this machine and write runs/<name>/report.html"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    ruff (rules and format) and mypy"
+	@echo "make bench   measure the MoE layer"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+	@echo "Pass options with ARGS='...'; choose the Python for .venv with PYTHON=python3.12"
+
+train: .venv/.installed
+	.venv/bin/trimtab train $(ARGS)
+
+test: .venv/.installed
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+bench: .venv/.installed
+	.venv/bin/python -m benchmarks.layer $(ARGS)
+
+# The stamp is made last: an interrupted installation is tried again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || true); Trimtab needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,166 @@
+"""Time one MoE layer, forward and backward, beside the matmuls that it cannot do without.
+
+    python -m benchmarks.layer                                        one process
+    torchrun --nproc-per-node 2 -m benchmarks.layer --shapes fine     two EP ranks on this machine
+
+Every sample has fresh tokens, so that the rows per expert change as in training. The candidates take turns (A B C, C B A)
+and ratios are taken inside a round: the machine's noise hits all of them alike. The limit is the six matmuls of every
+expert on balanced rows that lie ready, without routing, exchange, activation or autograd.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.layer import MoEConfig, MoELayer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens per rank, width, inner width of an expert, experts, top-k."""
+
+    tokens: int
+    hidden: int
+    ffn_hidden: int
+    num_experts: int
+    top_k: int
+
+
+SHAPES = {
+    "tiny": Shape(256, 256, 256, 16, 2),
+    "small": Shape(2048, 192, 128, 16, 4),  # the default training run, per worker
+    "coarse": Shape(4096, 512, 1024, 16, 2),
+    "fine": Shape(4096, 512, 256, 64, 8),
+}
+
+
+class ModuleLoop(nn.Module):
+    """The layer as it is often first written: E modules, a Python loop, index_add. One process only."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.router = layer.router
+        weights = (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
+        self.experts = nn.ParameterList(nn.Parameter(part.detach()) for weight in weights for part in weight)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """(T, hidden) to (T, hidden)."""
+        ids_TK, weights_TK = self.router(x_TH)
+        x_TH = x_TH.bfloat16() if torch.is_autocast_enabled(x_TH.device.type) else x_TH
+        y_TH, num_experts = torch.zeros_like(x_TH), self.router.num_experts
+        for expert in range(num_experts):
+            token, slot = (ids_TK == expert).nonzero(as_tuple=True)
+            gate, up, down = (self.experts[which * num_experts + expert] for which in range(3))
+            rows = x_TH[token]
+            out = (F.silu(rows @ gate.t()) * (rows @ up.t())) @ down.t()
+            y_TH = y_TH.index_add(0, token, out * weights_TK[token, slot, None].to(out.dtype))
+        return y_TH
+
+
+def matmul_limit(shape: Shape, num_local: int, world_size: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """The six matmuls of every local expert on balanced rows, results preallocated."""
+    rows = shape.tokens * shape.top_k * world_size // shape.num_experts
+    x, gate_up = torch.randn(rows, shape.hidden, dtype=dtype), torch.randn(2 * shape.ffn_hidden, shape.hidden, dtype=dtype)
+    down = torch.randn(shape.hidden, shape.ffn_hidden, dtype=dtype)
+    inner, both = torch.randn(rows, shape.ffn_hidden, dtype=dtype), torch.randn(rows, 2 * shape.ffn_hidden, dtype=dtype)
+    outs = [torch.empty_like(t) for t in (both, x, inner, down, x, gate_up)]
+
+    def run(_x: Tensor) -> None:
+        for _ in range(num_local):
+            torch.mm(x, gate_up.t(), out=outs[0])
+            torch.mm(inner, down.t(), out=outs[1])
+            torch.mm(x, down, out=outs[2])
+            torch.mm(x.t(), inner, out=outs[3])
+            torch.mm(both, gate_up, out=outs[4])
+            torch.mm(both.t(), x, out=outs[5])
+
+    return run
+
+
+def step_of(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """Forward and backward of a layer."""
+
+    def run(x: Tensor) -> None:
+        layer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(x)
+        y.backward(torch.ones_like(y))
+
+    return run
+
+
+def measure(candidates: dict[str, Callable[[Tensor], None]], shape: Shape, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_index in range(-1, rounds):  # one to warm up
+        x = torch.randn(shape.tokens, shape.hidden, requires_grad=True)
+        for name in list(candidates)[:: 1 if round_index % 2 else -1]:
+            if dist.is_initialized():
+                dist.barrier()
+            began = time.perf_counter()
+            candidates[name](x)
+            if round_index >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int) -> dict[str, Callable[[Tensor], None]]:
+    """The limit first: ratios are to it."""
+    config = MoEConfig(
+        num_experts=shape.num_experts, top_k=shape.top_k, ffn_hidden=shape.ffn_hidden, num_shared_experts=0
+    )
+    parallel = world_size > 1
+    dispatcher = (
+        AllToAllDispatcher(shape.num_experts, dist.group.WORLD) if parallel else LocalDispatcher(shape.num_experts)
+    )
+    layer = MoELayer(shape.hidden, config, dispatcher)
+    num_local = len(layer.experts.expert_ids)
+    found = {"matmul limit": matmul_limit(shape, num_local, world_size, dtype), "trimtab": step_of(layer, dtype)}
+    if not parallel:
+        found["module loop"] = step_of(ModuleLoop(layer), dtype)
+    return found
+
+
+def main() -> None:
+    """Print a line a candidate: median milliseconds and the median ratio to the limit, with its range."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for name in arguments.shapes:
+        for dtype in (getattr(torch, each) for each in arguments.dtypes):
+            seconds = measure(candidates_of(SHAPES[name], dtype, world_size), SHAPES[name], arguments.rounds)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                show(f"{name} {str(dtype).removeprefix('torch.')}, EP {world_size}", seconds)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def show(title: str, seconds: dict[str, list[float]]) -> None:
+    """Print the results of one shape."""
+    limit = seconds["matmul limit"]
+    print(f"{title}  ({SHAPES[title.split()[0]]})")
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, limit, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"  {name:14} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f} x limit ({spread})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where ranks run: start or join Ray, place and name workers, watch them, check resources before a start."""

@@ -1,0 +1,177 @@
+"""Start a Ray of our own on this machine, or join one by address; leave it as it was found."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+
+_log = logging.getLogger(__name__)
+
+# Ray refuses less than 75 MiB. Tokens and weights never travel through the object store, so nothing needs more.
+OBJECT_STORE_BYTES = 80 * 2**20
+
+# Only what steers the transport of a rank. The whole environment would carry launcher variables (SLURM_, PMI_) along.
+FORWARDED_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
+
+
+class ClusterUnreachable(ConnectionError):
+    """No Ray answers at the address that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySession:
+    """A connection to Ray.
+
+    `owned` is true when closing it ends the Ray processes; `open_s` is how long opening took.
+    """
+
+    owned: bool
+    open_s: float
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: ClusterConfig) -> Iterator[RaySession]:
+        """Yield a session on a new local Ray, on the one at `config.address`, or on the one this process already uses.
+
+        Raises:
+            ClusterUnreachable: nothing usable answers at `config.address`.
+
+        Open it on a thread that outlives the session: the kernel ends a local Ray with the thread that started it.
+        Ctrl-C is safe at any time: Ray masks SIGINT for all its processes, so only the driver sees it.
+        """
+        import ray  # Half a second: only for those who open a session.
+
+        begun = time.monotonic()
+        if ray.is_initialized():
+            yield cls(owned=False, open_s=0.0)
+            return
+        with _local_ray(config) if config.address is None else _joined_ray(config.address):
+            yield cls(owned=config.address is None, open_s=time.monotonic() - begun)
+
+
+@contextmanager
+def _local_ray(config: ClusterConfig) -> Iterator[None]:
+    import ray
+    from ray._private import ray_constants
+
+    # Ray's one switch for loopback-only sockets. It is read when ray is first imported, which may lie behind us.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    # Short, since the paths of the Unix sockets below it may have 107 characters. Private (0700): Ray opens its own
+    # folder to everybody, so it gets one inside.
+    folder = Path(tempfile.mkdtemp(prefix="trimtab-ray-", dir=ray_folder()))
+    try:
+        with _environment(_local_variables()):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                num_cpus=config.num_workers,  # Also the number of processes that Ray starts ahead of the actors.
+                num_gpus=0 if config.device == "cpu" else None,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder / "r"),
+            )
+        address = ray.util.get_node_ip_address()
+        if not ip_address(address).is_loopback:
+            _log.warning("the local Ray listens on %s, not on loopback: others on this network may reach it", address)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ray_folder() -> Path:
+    """Where a local Ray keeps its logs and sockets. Not TMPDIR, which may be too long for a socket's path."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))  # noqa: S108 A private folder is made in it.
+
+
+def _local_variables() -> dict[str, str]:
+    """Environment under which a local Ray is started; what the user has set wins."""
+    variables = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Its future default; unset, Ray prints a warning on GPU machines.
+        "RAY_AUTH_TOKEN": _auth_token(),
+    }
+    if "RAY_AUTH_TOKEN_PATH" in os.environ:
+        del variables["RAY_AUTH_TOKEN"]
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+@functools.cache
+def _auth_token() -> str:
+    """A token for this process's own Rays, so that none is written, world-readable, into the user's home.
+
+    One for all sessions: Ray's client library keeps the first that it reads.
+    """
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _joined_ray(address: str) -> Iterator[None]:
+    import ray
+    from ray._private import ray_constants, services
+
+    check_answers(address)
+    host, _, port = address.rpartition(":")
+    if host in ("127.0.0.1", "localhost"):
+        # Ray would take this machine's outer address instead, and retry for minutes where only loopback listens.
+        try:
+            check_answers(f"{services.resolve_ip_for_localhost(host)}:{port}")
+        except ClusterUnreachable:
+            ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterUnreachable(
+            f"cannot join the Ray cluster at {address}: {error}\nThe driver must run on a node of the cluster, "
+            "with the cluster's Ray version and token: start it there, or use `ray job submit`"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_answers(address: str, timeout_s: float = 3.0) -> None:
+    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise ClusterUnreachable(f'cluster.address ({address!r}) must be HOST:PORT of a Ray head, or "auto"')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"nothing answers at cluster.address {address} ({error}); check it with `ray status --address {address}`, "
+            "or leave cluster.address empty to start a Ray on this machine"
+        ) from error
+
+
+def forwarded_environment() -> dict[str, str]:
+    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}

@@ -1,0 +1,150 @@
+"""Wait for one call on every rank, and tell the cause of a failure from its consequences."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from cluster.failures import GangFailed, Kind, WorkerFailure, WorkerUnreachable, cause_first
+from workers.actor import CONTROL_GROUP, Failure, WorkerActor
+
+# After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
+GRACE_S = 1.0
+ANSWER_S = 2.0  # For one answer from a rank that may hang; all are asked at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """An actor and where it runs, as far as that is known yet."""
+
+    rank: int
+    actor: ActorHandle[WorkerActor]
+    ip: str = ""
+    pid: int = 0
+
+    def failed(self, kind: Kind, message: str, **details: Any) -> WorkerFailure:
+        return WorkerFailure(rank=self.rank, ip=self.ip, pid=self.pid, kind=kind, message=message, **details)
+
+
+def call_all(
+    members: Sequence[Member],
+    method: str,
+    calls: Sequence[ray.ObjectRef[Any]],
+    *,
+    poll_s: float = 0.2,
+    on_poll: Callable[[], None] | None = None,
+    limit_s: float = math.inf,
+) -> list[Any]:
+    """Results by rank of `calls`, one for each member.
+
+    Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
+
+    Raises:
+        GangFailed: a rank died or raised, or `limit_s` passed; within a few seconds of it, whatever the other ranks do.
+    """
+    pending = dict(zip(calls, members, strict=True))
+    results: dict[int, Any] = {}
+    failures: list[WorkerFailure] = []
+    deadline = time.monotonic() + limit_s
+    while pending and time.monotonic() < deadline:
+        done, _ = ray.wait(list(pending), timeout=poll_s)
+        for call in done:
+            member = pending.pop(call)
+            outcome = _outcome(member, call)
+            if not isinstance(outcome, WorkerFailure):
+                results[member.rank] = outcome
+                continue
+            if not failures:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            failures.append(outcome)
+        if on_poll is not None and not failures:
+            _poll(on_poll)
+    if failures or pending:
+        failures += _fate_of_the_rest(list(pending.values()), limit_s)
+        raise GangFailed(method, cause_first(failures))
+    return [results[member.rank] for member in members]
+
+
+def _poll(on_poll: Callable[[], None]) -> None:
+    with contextlib.suppress(WorkerUnreachable):  # If it died, its call ends in an error too, which names the cause.
+        on_poll()
+
+
+def _outcome(member: Member, call: ray.ObjectRef[Any]) -> Any:
+    """The call's result, or a WorkerFailure."""
+    try:
+        value = ray.get(call)
+    except RayActorError as error:
+        return member.failed("died", _text_of_death(error), time_s=time.time())
+    except Exception as error:  # noqa: BLE001 The process boundary: such as a result that does not unpickle here.
+        return member.failed("error", f"{type(error).__name__}: {error}", time_s=time.time())
+    if not isinstance(value, Failure):
+        return value
+    return member.failed(
+        "error",
+        value.message,
+        trace=value.trace,
+        collateral=value.collateral,
+        time_s=value.time_s,
+        error=value.error,
+    )
+
+
+def _text_of_death(error: RayActorError) -> str:
+    # Ray repeats the actor's name, id and address before the reason; the rank and pid say it better.
+    reasons = [line.strip() for line in str(error).splitlines() if "died" in line or "exit" in line or "reason" in line]
+    return "its process died: " + (" ".join(reasons) or str(error))
+
+
+def _fate_of_the_rest(members: Sequence[Member], limit_s: float) -> list[WorkerFailure]:
+    """Ask the ranks whose call has not returned where they are. One that is stopped or cut off does not answer."""
+    limit = f" after {limit_s:g} s" if math.isfinite(limit_s) else ""
+    fates = []
+    for member, answer in zip(members, wait_for_stacks(members, ANSWER_S), strict=True):
+        trace = None if answer is None else _outcome(member, answer)
+        if trace is None:
+            state = "does not answer" if member.pid else "has not started"
+            fates.append(member.failed("silent", f"{state}{limit}: it was stopped, or its node is slow or cut off"))
+        elif isinstance(trace, WorkerFailure):
+            fates.append(trace)
+        else:
+            fates.append(member.failed("running", f"was still running{limit}", trace=trace))
+    return fates
+
+
+def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.ObjectRef[str] | None]:
+    """Ask all members at once what they are doing; None where no answer came. A dead one answers with an error."""
+    if not members:
+        return []
+    asked: list[Any] = [member.actor.stack.options(concurrency_group=CONTROL_GROUP).remote() for member in members]
+    answered = set(ray.wait(asked, num_returns=len(asked), timeout=timeout_s)[0])
+    return [call if call in answered else None for call in asked]
+
+
+def control(member: Member, method: str, *args: Any, timeout_s: float) -> Any:
+    """Call a quick method of one rank's worker while a long one runs.
+
+    Raises:
+        WorkerUnreachable: no answer within `timeout_s`, or the worker is gone.
+        GangFailed: the method raised.
+    """
+    call: Any = member.actor.control.options(concurrency_group=CONTROL_GROUP).remote(method, *args)
+    try:
+        value = ray.get(call, timeout=timeout_s)
+    except (RayActorError, GetTimeoutError) as error:
+        where = f"rank {member.rank} ({member.ip}, pid {member.pid})"
+        raise WorkerUnreachable(f"{where} did not answer {method} within {timeout_s:g} s") from error
+    except RayError as error:
+        raise GangFailed(method, (member.failed("error", str(error), time_s=time.time()),)) from error
+    if isinstance(value, Failure):
+        outcome = member.failed("error", value.message, trace=value.trace, time_s=value.time_s, error=value.error)
+        raise GangFailed(method, (outcome,)) from value.error
+    return value

@@ -1,0 +1,163 @@
+"""The command `trimtab`: choose a subcommand, read its options, hand over, turn what happened into an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration. torch and Ray are imported by the subcommands alone, and
+only after their options were read, so that help and mistakes are answered at once.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.run_dir import find_run
+
+PACKAGES = ("dispatch", "workers", "cluster", "runtime")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, that of the process by default, and return its exit code.
+
+    Raises:
+        Exception: a bug, whose traceback says more than a message (Python then exits with 1).
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command = _command_parser().parse_args(arguments[:1]).command
+        return COMMANDS[command](arguments[1:])
+    except SystemExit as stop:  # argparse has answered --help, or said what is wrong
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        sys.stderr.write("trimtab: stopped\n")
+        return 1
+    except Exception as error:
+        if not _is_explained(error):
+            raise
+        sys.stderr.write(f"trimtab {arguments[0]}: error: {error}\n")
+        return 2 if isinstance(error, (ValueError, argparse.ArgumentError)) else 1
+
+
+def _train(arguments: Sequence[str]) -> int:
+    """Train a model, or go on with a run."""
+    from runtime.config_file import parse_train
+
+    request = parse_train(arguments)
+    from runtime import job
+
+    return job.train(request.config, resume=request.resume, step=request.step)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    """Measure a run's model on the held-out text."""
+    parser = _run_parser("eval", _evaluate)
+    parser.add_argument("--sequences", type=_whole(1), help="sequences to evaluate (as in training)")
+    _add_worker_options(parser)
+    run, options = _parse(parser, arguments)
+    from runtime import job
+
+    return job.evaluate(run, **options)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    """Continue a text with a run's model."""
+    parser = _run_parser("generate", _generate)
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=_whole(1), default=200, help="tokens to add at most (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=_number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=_number(0.01, 1),
+        default=0.95,
+        help="sample from the likeliest of this sum (%(default)s)",
+    )
+    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of the samples (%(default)s)")
+    _add_worker_options(parser)
+    run, options = _parse(parser, arguments)
+    from runtime import job
+
+    return job.generate(run, **options)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    """Write the report of a run again."""
+    run, _ = _parse(_run_parser("report", _report), arguments)
+    from runtime.report import write_report
+
+    sys.stdout.write(f"{write_report(run)}\n")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "eval": _evaluate,
+    "generate": _generate,
+    "report": _report,
+}
+
+
+def _command_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="trimtab",
+        usage="trimtab COMMAND [options]",
+        description="Train mixture-of-experts language models with expert parallelism and bias-based load balancing.",
+        epilog=f"commands:\n{listing}\n\n`trimtab COMMAND --help` explains the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trimtab {importlib.metadata.version('trimtab')}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="What to do, see below.")
+    return parser
+
+
+def _run_parser(name: str, command: Callable[[Sequence[str]], int]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"trimtab {name}", description=command.__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in runs/")
+    return parser
+
+
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=_whole(0), help="checkpoint to load (the newest)")
+    parser.add_argument("--workers", type=_whole(1), help="expert workers (as in training)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    options = vars(parser.parse_args(arguments))
+    return find_run(options.pop("run")), options
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
+        return int(text)
+
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low} to {high}")
+
+    return read
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message was written for the user; any other exception is a bug and keeps its traceback."""
+    if isinstance(error, (argparse.ArgumentError, OSError)) or _is_ours(type(error).__module__):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and _is_ours(frame.f_globals["__name__"])
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in PACKAGES

@@ -1,0 +1,120 @@
+"""What a run is: the settings of every part in one place, and the rules that hold between the parts."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from dispatch.laws import BalanceConfig
+from dispatch.placement import ExpertPlacement
+from workers.model import ModelConfig
+from workers.optimizer import OptimConfig
+from workers.parallel import ParallelConfig
+from workers.run_config import RunConfig
+from workers.text import DataConfig
+from workers.tokenizer import load_tokenizer
+
+# What the directory, the checkpoint, the place in the data and the law's state depend on. Everything else may change
+# on resume: more steps, other workers and devices, another learning rate.
+FIXED_SETTINGS = (
+    "run.name",
+    "run.dir",
+    "run.seed",
+    "run.global_batch_size",
+    "model",
+    "data.path",
+    "data.suffixes",
+    "data.tokenizer",
+    "data.val_fraction",
+    "balance.law",
+)
+# Inside a fixed section, yet without influence on any result.
+FREE_SETTINGS = ("model.recompute",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run: length, batch, rhythm, name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model: size and shape of the decoder."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Balance: how the selection bias follows the load."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data: the text, and how it becomes tokens."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer: AdamW and its learning rate."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel: how the ranks divide the model."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Cluster: where the ranks run."""
+
+
+def cross_check(config: TrainConfig) -> None:
+    """Refuse what no section can see alone, before anything starts. Reads the tokenizer file, if there is one.
+
+    Raises:
+        ValueError: names the settings, their values, the rule between them and a way out.
+    """
+    world_size = config.cluster.num_workers
+    config.run.num_micro_batches(world_size)
+    ep_size = config.parallel.resolve(world_size)
+    if config.model.num_dense_layers == config.model.num_layers:
+        raise ValueError(
+            f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
+            "balance; lower it, so that at least one layer is a mixture of experts"
+        )
+    ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
+    _check_vocabulary(config)
+    _check_device(config.cluster)
+
+
+def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
+    """Refuse to go on with a run under settings that its checkpoint or its place in the data contradict.
+
+    Raises:
+        ValueError: names each such setting with both values.
+    """
+    before, after = flatten(saved), flatten(wanted)
+    changed = [
+        f"{key} (was {before[key]!r}, now {after[key]!r})"
+        for key in before
+        if before[key] != after[key] and key not in FREE_SETTINGS and _is_fixed(key)
+    ]
+    if changed:
+        raise ValueError(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings below a dataclass by dotted name: {"model.moe.top_k": 4, ...}."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        name = prefix + entry.name
+        flat |= flatten(value, f"{name}.") if is_dataclass(value) else {name: value}
+    return flat
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_SETTINGS)
+
+
+def _check_vocabulary(config: TrainConfig) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
+            f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"
+        )
+
+
+def _check_device(cluster: ClusterConfig) -> None:
+    # On a joined cluster the GPUs are elsewhere: there the placement of the workers finds out.
+    if cluster.device == "cuda" and cluster.address is None and not torch.cuda.is_available():
+        raise ValueError(
+            "cluster.device is cuda, but torch sees no CUDA device on this machine; use --device cpu, install a CUDA "
+            "build of torch, or join a cluster with GPUs by --cluster.address"
+        )

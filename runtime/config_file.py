@@ -1,0 +1,231 @@
+"""Settings as text: YAML files, presets and the options of `trimtab train`, each checked against the dataclasses."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from runtime.config import TrainConfig, check_resume, cross_check, flatten
+from runtime.run_dir import CONFIG_FILE, find_run
+
+BASE_PRESET = "small"
+SHORT_OPTIONS = {
+    "--name": "--run.name",
+    "--steps": "--run.steps",
+    "--workers": "--cluster.num_workers",
+    "--device": "--cluster.device",
+}
+USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | --resume RUN [--step N] [...]"
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a command line of `trimtab train` asks for.
+
+    resume: directory of the run to go on with; None starts a new one. step: its checkpoint; None takes the newest.
+    """
+
+    config: TrainConfig
+    resume: Path | None
+    step: int | None
+
+
+def parse_train(arguments: Sequence[str]) -> TrainRequest:
+    """Read the command line of `trimtab train`: a file or a run gives the base, options override it, rules are checked.
+
+    Raises:
+        ValueError, argparse.ArgumentError: wrong usage or configuration, with the way out.
+        SystemExit: --help was asked for and answered.
+    """
+    arguments = [_lengthen(argument) for argument in arguments]
+    source = vars(_source_parser().parse_known_args(arguments)[0])
+    config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
+    if resume_name is None:
+        if step is not None:
+            raise ValueError(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
+        config = _parse_options(arguments, load_config(config_name or BASE_PRESET))
+        cross_check(config)
+        return TrainRequest(config, None, None)
+    if config_name is not None:
+        raise ValueError("--resume takes the settings of the run, so --config cannot be given with it; leave one out")
+    run_dir = find_run(resume_name)
+    saved = config_from_yaml_file(run_dir / CONFIG_FILE)
+    config = _parse_options(arguments, saved)
+    check_resume(saved, config)
+    cross_check(config)
+    return TrainRequest(config, run_dir, step)
+
+
+def load_config(name: str) -> TrainConfig:
+    """A preset by name or a YAML file by path. What it leaves out has the value of the preset `small`.
+
+    Raises:
+        ValueError: it is missing, unreadable or wrong; names the file.
+    """
+    base = config_from_yaml_file(_find_config(BASE_PRESET))
+    return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base)
+
+
+def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+    """`config_from_yaml` for a file, whose path its errors name."""
+    try:
+        return config_from_yaml(path.read_text(), base)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
+    """Settings from YAML. What the text leaves out has the value in `base`, or the dataclass's default.
+
+    Raises:
+        ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
+    flat = _flatten_known(values)
+    parser = _settings_parser(base or TrainConfig())
+    try:
+        namespace = parser.parse_object(flat)
+    except argparse.ArgumentError as error:
+        raise ValueError(_explain(error)) from error
+    for key, value in flat.items():
+        # YAML tells the text "null" from null; the parser, made for command lines, does not.
+        if isinstance(value, str) and namespace[key] is None:
+            namespace[key] = value
+    return _build(parser, namespace)
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """All effective values, such that `config_from_yaml` gives an equal configuration."""
+    return str(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def _lengthen(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return SHORT_OPTIONS.get(option, option) + equals + value
+
+
+def _source_parser() -> argparse.ArgumentParser:
+    """Options that say where the settings come from; those not given are absent from the namespace."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    presets = ", ".join(sorted(_find_presets()))
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {presets}. Without it: {BASE_PRESET}.")
+    parser.add_argument("--resume", metavar="RUN", help="Go on with this run: its directory, or its name in runs/.")
+    parser.add_argument("--step", metavar="N", type=int, help="With --resume: checkpoint of step N, not the newest.")
+    return parser
+
+
+def _settings_parser(base: TrainConfig, **options: Any) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults(flatten(base))
+    return parser
+
+
+def _parse_options(arguments: Sequence[str], base: TrainConfig) -> TrainConfig:
+    short = ", ".join(f"{short} for {long}" for short, long in SHORT_OPTIONS.items())
+    parser = _settings_parser(
+        base,
+        prog="trimtab train",
+        usage=USAGE,
+        description="Train a model. Options override the file; defaults below are those of the file that was chosen.",
+        epilog=f"Short forms: {short}.",
+        parents=[_source_parser()],
+    )
+    try:
+        return _build(parser, parser.parse_args(list(arguments)))
+    except argparse.ArgumentError as error:
+        raise ValueError(_explain(error)) from error
+
+
+def _build(parser: ArgumentParser, namespace: Namespace) -> TrainConfig:
+    for key, hint in _setting_types(TrainConfig).items():
+        # The parser takes null for "not given" and lets it pass for any type.
+        if namespace[key] is None and type(None) not in get_args(hint):
+            raise ValueError(f"{key} is empty (null); give a value, or leave it out")
+    built = parser.instantiate(namespace)
+    return TrainConfig(**{section: built[section] for section in get_type_hints(TrainConfig)})
+
+
+def _setting_types(section: Any, prefix: str = "") -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(section).items():
+        types |= _setting_types(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
+    return types
+
+
+def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Settings of a YAML document by dotted name. Raises ValueError for one that does not exist."""
+    hints = get_type_hints(section)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ValueError(f"unknown setting {key}{_suggest(key)}")
+        if not is_dataclass(hints[name]):
+            flat[key] = value
+        elif isinstance(value, Mapping):
+            flat |= _flatten_known(value, hints[name], f"{key}.")
+        else:
+            raise ValueError(f"{key} is a section: it must hold settings below it, not {value!r:.60}")
+    return flat
+
+
+def _explain(error: argparse.ArgumentError) -> str:
+    """The parser's message with the rule in our words and a way out."""
+    message = " ".join(str(error).split())
+    if unknown := re.match(r"unrecognized arguments: --([\w.-]+)", message):
+        return f"unknown option --{unknown[1]}{_suggest(unknown[1], '--')}"
+    place = re.match(r'Parser key "([\w.]+)": ', message)
+    if place is None:
+        return f"{message}; see `trimtab train --help`"
+    hint = _setting_types(TrainConfig).get(place[1])
+    if hint is None:
+        return f"--{place[1]} is a section: give its settings one by one, as in --{place[1]}.SETTING VALUE"
+    return f"{place[1]} is {message.rpartition('Got value: ')[2]!r}; it must be {_describe(hint)}"
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint) or str(hint).replace("None", "null")
+
+
+def _suggest(key: str, dashes: str = "") -> str:
+    known = [*get_type_hints(TrainConfig), *_setting_types(TrainConfig)]
+    near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
+    return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else "; see `trimtab train --help`"
+
+
+def _find_presets() -> dict[str, Path]:
+    installed = Path(__file__).parent / "configs"  # where a wheel has them
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _find_config(name: str) -> Path:
+    presets = _find_presets()
+    path = presets.get(name, Path(name).expanduser())
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, presets, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"give a YAML file or a preset: {', '.join(sorted(presets))}"
+    raise ValueError(f"--config {name}: there is no such file or preset; {hint}")

@@ -1,0 +1,214 @@
+"""What the commands do: train, evaluate and generate, from checked settings to an exit code."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.preflight import check_resources
+from runtime.config import TrainConfig, cross_check
+from runtime.config_file import config_from_yaml_file, config_to_yaml
+from runtime.interrupt import StopSignal
+from runtime.launch import LaunchedGang, make_spec, open_gang, open_ranks, rank_map
+from runtime.live import LiveView
+from runtime.report import terminal_summary, write_report
+from runtime.run_dir import CONFIG_FILE, new_run_dir
+from runtime.size import ModelSize, model_size
+from workers import checkpoint
+from workers.evaluation import Evaluation
+from workers.generation import SamplingConfig
+from workers.prepare import prepare_dataset
+from workers.run_log import append_event
+from workers.sampler import Sampler
+from workers.shards import Dataset
+from workers.training_run import CHECKPOINTS, TrainOutcome
+
+POLL_S = 0.2
+
+
+def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
+    """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
+
+    Everything that can be refused is refused before a process starts and before the run directory exists.
+    """
+    console = Console(highlight=False)
+    run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
+    resume_from = find_checkpoint(run_dir, step) if resume else None
+    size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
+    check_resources(
+        config.cluster,
+        run_dir,
+        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1),
+        model_bytes_per_worker=size.training_bytes_per_rank,
+    )
+    dataset = open_data(config, console)
+    console.print(_headline(config, run_dir, dataset, size, resume_from))
+    with open_gang(config.cluster, make_spec(config, run_dir, dataset)) as launched:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(config_to_yaml(config))
+        outcome = _watch(config, run_dir, launched, resume_from, console)
+    report = write_report(run_dir)
+    console.print(terminal_summary(run_dir))
+    console.print(f"report: {report}")
+    if not outcome.completed:
+        console.print(f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+    return 0
+
+
+def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers: int | None, device: str | None) -> int:
+    """Measure a checkpoint of a run on the held-out text and print the result."""
+    console = Console(highlight=False)
+    config = _config_for(run_dir, workers, device)
+    path = find_checkpoint(run_dir, step)
+    dataset = open_data(config, console)
+    with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
+        results: list[Evaluation] = ranks.run("evaluate", path.absolute(), sequences or config.run.eval_sequences)
+    result = results[0]
+    console.print(
+        f"{path}: {result.val_bits_per_byte:.4f} bits per byte, loss {result.val_loss:.4f} "
+        f"on {result.num_tokens:,} held-out tokens ({result.eval_s:.1f} s)"
+    )
+    for source, bits in result.val_bits_per_byte_per_source.items():
+        console.print(f"  {source:12} {bits:.4f} bits per byte")
+    return 0
+
+
+def generate(
+    run_dir: Path,
+    *,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    step: int | None,
+    workers: int | None,
+    device: str | None,
+) -> int:
+    """Continue a prompt with a checkpoint of a run and print prompt and continuation."""
+    config = _config_for(run_dir, workers, device)
+    path = find_checkpoint(run_dir, step)
+    dataset = open_data(config, Console(stderr=True))
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
+        texts: list[dict[int, str]] = ranks.run("generate", path.absolute(), [prompt], sampling)
+    sys.stdout.write(f"{prompt}{texts[0][0]}\n")
+    return 0
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The newest checkpoint of a run or that of `step`, verified file by file.
+
+    Raises:
+        ValueError: there is none, or none of that step; names those there are.
+        CheckpointCorrupt: it is damaged; offers the newest intact one before it.
+    """
+    found = {checkpoint.step_of(path): path for path in checkpoint.list_checkpoints(run_dir / CHECKPOINTS)}
+    if not found:
+        raise ValueError(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
+    path = found.get(max(found) if step is None else step)
+    if path is None:
+        raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
+    checkpoint.verify(path)
+    return path
+
+
+def open_data(config: TrainConfig, console: Console) -> Dataset:
+    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches."""
+    with console.status("preparing the text") as status:
+        dataset = prepare_dataset(
+            config.data, lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        )
+    Sampler(dataset, config.model.max_seq_len, config.run.global_batch_size, config.run.seed)
+    return dataset
+
+
+def _watch(
+    config: TrainConfig,
+    run_dir: Path,
+    launched: LaunchedGang,
+    resume_from: Path | None,
+    console: Console,
+) -> TrainOutcome:
+    """Run the training on all ranks; show what rank 0 tells, and pass on a wish to stop."""
+    gang = launched.gang
+    ranks = rank_map(gang, config.parallel.resolve(gang.world_size), config.model.moe.num_experts)
+    start = {"rank_map": ranks, "ray_s": launched.ray_s, "gang_s": launched.gang_s}
+    console.print(_rank_table(ranks))
+    console.print(f"Ray was up after {launched.ray_s:.1f} s, the gang of {gang.world_size} after {launched.gang_s:.1f} s more")
+    num_seen, told = 0, False
+    done = checkpoint.step_of(resume_from) if resume_from else 0
+    with StopSignal() as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
+
+        def show_news() -> None:
+            nonlocal num_seen, told
+            if signal.stop_requested and not told:
+                view.event("stopping: saving a checkpoint after this step; Ctrl-C again stops at once")
+                gang.control(0, "request_stop")
+                told = True
+            lines = gang.control(0, "progress", num_seen)
+            num_seen += len(lines)
+            for line in lines:
+                _show(view, line)
+
+        try:
+            resume_path = resume_from and resume_from.absolute()
+            outcomes: list[TrainOutcome] = gang.run("train", resume_path, start, poll_s=POLL_S, on_poll=show_news)
+            show_news()
+        except BaseException as error:
+            append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+            raise
+    return outcomes[0]
+
+
+def _show(view: LiveView, line: dict[str, Any]) -> None:
+    if "event" in line:
+        details = ", ".join(f"{name} {value}" for name, value in line.items() if name != "event")
+        view.event(f"{line['event'].replace('_', ' ')}: {details}")
+    elif line["kind"] == "eval":
+        view.eval(line)
+    else:
+        view.update(line)
+
+
+def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:
+    """The run's settings, on other workers or another device where the user asks for it."""
+    config = config_from_yaml_file(run_dir / CONFIG_FILE)
+    changes: dict[str, Any] = {} if device is None else {"device": device}
+    if workers is not None:
+        changes["num_workers"] = workers
+        config = replace(config, parallel=replace(config.parallel, ep_size=0))
+    config = replace(config, cluster=replace(config.cluster, **changes))
+    cross_check(config)
+    return config
+
+
+def _headline(
+    config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None
+) -> str:
+    moe = config.model.moe
+    sources = ", ".join(
+        f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
+    )
+    start = f"going on from {resume_from}" if resume_from else f"run {run_dir}"
+    return (
+        f"{start}\n"
+        f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
+        f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} layers\n"
+        f"text   {sources}\n"
+        f"law    {config.balance.law}, rate {config.balance.rate:g}"
+    )
+
+
+def _rank_table(ranks: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        f"  rank {row['rank']}  {row['node']}  pid {row['pid']}  {row['device']}, {row['threads']} threads  "
+        f"experts {row['experts'][0]} to {row['experts'][1]} (ep {row['ep_rank']}, edp {row['edp_rank']})"
+        for row in ranks
+    ]
+    return "rank map\n" + "\n".join(rows)
+

@@ -1,0 +1,130 @@
+"""From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.config import ClusterConfig
+from dispatch.placement import ExpertPlacement
+from runtime.config import TrainConfig
+from workers.rank_state import WorkerSpec
+from workers.shards import Dataset
+
+if TYPE_CHECKING:
+    from cluster.gang import Gang
+    from workers.worker import Worker
+
+
+class Ranks(Protocol):
+    """What runs a method of every rank's worker: a gang, or this process alone."""
+
+    def run(self, method: str, *args: Any) -> list[Any]:
+        """Results by rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class LaunchedGang:
+    """A gang with its coordinator."""
+
+    gang: "Gang"
+    coordinator: Any
+    ray_s: float  # until Ray was there
+    gang_s: float  # from then until all ranks had joined
+
+
+def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpec:
+    """What every rank of this run is told, but for the way to the coordinator."""
+    return WorkerSpec(
+        # Absolute: a worker has a working directory of its own.
+        run_dir=run_dir.absolute(),
+        run_id=run_dir.name,
+        data_dir=dataset.path,
+        tokenizer=config.data.tokenizer and str(Path(config.data.tokenizer).expanduser().absolute()),
+        run=config.run,
+        model=config.model,
+        balance=config.balance,
+        optim=config.optim,
+        parallel=config.parallel,
+        device=config.cluster.device,
+        control_timeout_s=config.cluster.collective_timeout_s,
+    )
+
+
+@contextmanager
+def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True) -> Iterator[LaunchedGang]:
+    """Start or join Ray, start the coordinator and the workers, and end what was started.
+
+    Raises:
+        ClusterUnreachable, ClusterTooSmall, GangFailed: see cluster.
+    """
+    # Half a second of imports that help texts and wrong options should not wait for.
+    from cluster.gang import Gang
+    from cluster.session import RaySession
+    from runtime.coordinator import CoordinatorClient, start_coordinator
+
+    with RaySession.open(config) as session:
+        coordinator = start_coordinator() if coordinated else None
+        if coordinator is not None:
+            spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
+        with Gang.launch(config, worker_maker(spec)) as gang:
+            yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
+
+
+@contextmanager
+def open_ranks(config: ClusterConfig, spec: WorkerSpec) -> Iterator[Ranks]:
+    """Ranks for work without a coordinator: this process where one worker is asked for, else a gang."""
+    if config.num_workers > 1 or config.address is not None:
+        with open_gang(config, spec, coordinated=False) as launched:
+            yield launched.gang
+        return
+    from torch.distributed import HashStore
+
+    worker = worker_maker(spec)()
+    worker.join(rank=0, world_size=1, store=HashStore(), timeout_s=config.collective_timeout_s)
+    try:
+        yield _InProcess(worker)
+    finally:
+        worker.leave()
+
+
+def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
+    """A function that builds the worker where it is called; importing torch waits until then."""
+
+    def make_worker() -> "Worker":
+        from workers.worker import Worker
+
+        return Worker(spec)
+
+    return make_worker
+
+
+def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any]]:
+    """One row a rank: node, process, device, and the experts that it holds of every MoE layer (first, last)."""
+    placement = ExpertPlacement(num_experts, ep_size)
+    rows = []
+    for place in gang.rank_map:
+        experts = placement.owned_by(place.rank % ep_size)
+        rows.append(
+            {
+                "rank": place.rank,
+                "node": place.ip,
+                "pid": place.pid,
+                "device": place.device,
+                "threads": place.num_threads,
+                "ep_rank": place.rank % ep_size,
+                "edp_rank": place.rank // ep_size,
+                "experts": [experts[0], experts[-1]],
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _InProcess:
+    worker: "Worker"
+
+    def run(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(self.worker, method)(*args)]

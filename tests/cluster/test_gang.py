@@ -1,0 +1,182 @@
+"""The gang on a real local Ray with real gloo; the worker is a dummy."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import psutil
+import pytest
+import ray
+
+from cluster.config import ClusterConfig
+from cluster.failures import GangFailed, WorkerUnreachable
+from cluster.gang import Gang
+from cluster.placement import ClusterTooSmall
+from cluster.session import RaySession
+from tests.cluster.dummy_worker import BrokenWorker, DummyWorker, StuckWorker
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+CONFIG = ClusterConfig(
+    num_workers=2, device="cpu", threads_per_worker=1, start_timeout_s=60.0, collective_timeout_s=30.0
+)
+
+
+def all_gone(gang: Gang) -> bool:
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids(gang) if psutil.pid_exists(p)], timeout=10)
+    return not alive
+
+
+def pids(gang: Gang) -> list[int]:
+    return [row.pid for row in gang.rank_map]
+
+
+@pytest.fixture(scope="module")
+def gang(ray_session: RaySession) -> Iterator[Gang]:
+    """One gang for the tests that leave it whole: each start imports torch anew."""
+    config = replace(CONFIG, threads_per_worker=3)
+    with Gang.launch(config, DummyWorker, env={"TRIMTAB_TEST_MARK": "set"}) as gang:
+        yield gang
+
+
+def test_ranks_sum_over_gloo_and_results_come_by_rank(gang):
+    facts = gang.run("facts")
+    assert [f["rank"] for f in facts] == [0, 1]
+    assert [f["pid"] for f in facts] == pids(gang)
+    assert gang.run("train", 5, {}) == [10.0, 10.0]
+
+
+def test_environment_is_set_before_the_worker_is_imported_and_threads_when_it_joins(gang):
+    for facts in gang.run("facts"):
+        assert facts["mark_at_import"] == "set"
+        assert facts["num_threads"] == 3
+        assert facts["one_thread"]  # join and every run: a process group belongs to one thread at a time
+        assert facts["interface"] == "lo"
+        assert facts["cuda_devices"] == ""
+    assert [row.num_threads for row in gang.rank_map] == [3, 3]
+
+
+def test_every_socket_of_ray_and_of_the_gang_listens_on_loopback(gang):
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert len(listening) > 5
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+def test_control_is_answered_while_a_call_runs_and_on_poll_may_use_it(gang):
+    answers = []
+
+    def release_all() -> None:
+        if not answers:
+            answers.extend(gang.control(rank, "release") for rank in range(2))
+
+    assert gang.run("train", 2, {(0, 1): "wait", (1, 1): "wait"}, on_poll=release_all, poll_s=0.05) == [4.0, 4.0]
+    assert answers == ["released rank 0", "released rank 1"]
+    with pytest.raises(GangFailed, match="KeyError"):
+        gang.control(1, "refuse")
+    assert gang.run("train", 1, {}) == [2.0, 2.0]  # a refused control call does no harm
+
+
+def test_an_exception_of_on_poll_ends_the_gang(gang):  # The last to use the shared one.
+    def interrupt() -> None:
+        raise LookupError("stop at once")
+
+    with pytest.raises(LookupError):
+        gang.run("train", 1, {(0, 0): "wait"}, on_poll=interrupt)
+    assert all_gone(gang)
+
+
+def test_a_killed_worker_is_named_first_within_seconds_and_the_rest_is_ended():
+    victim = 0  # It holds the store too.
+    gang = Gang.launch(CONFIG, DummyWorker)
+    begun = time.monotonic()
+    with pytest.raises(GangFailed) as caught:
+        gang.run("train", 1000, {(victim, 3): "die"})
+    assert time.monotonic() - begun < 10  # the collective's limit is 30 s
+    first = caught.value.first
+    assert (first.rank, first.kind, first.pid) == (victim, "died", pids(gang)[victim])
+    assert f"rank {victim} (127.0.0.1, pid {first.pid}) failed first, in train" in str(caught.value)
+    assert all_gone(gang)
+
+
+def test_a_worker_that_raises_is_named_first_while_its_peers_still_wait_for_it():
+    gang = Gang.launch(CONFIG, DummyWorker)
+    begun = time.monotonic()
+    with pytest.raises(GangFailed, match=r"rank 1 .* failed first, in train: ValueError: a bad batch") as caught:
+        gang.run("train", 1000, {(1, 3): "complain"})
+    assert time.monotonic() - begun < 10
+    assert isinstance(caught.value.first.error, ValueError)
+    assert "dummy_worker.py" in caught.value.first.trace
+    assert [f.kind for f in caught.value.failures] == ["error", "running"]
+    assert "all_reduce" in caught.value.failures[1].trace  # where rank 0 hangs
+    assert all_gone(gang)
+
+
+def test_a_frozen_worker_is_named_once_its_peers_have_waited_for_the_collective():
+    gang = Gang.launch(replace(CONFIG, collective_timeout_s=2.0), DummyWorker)
+    begun = time.monotonic()
+    with pytest.raises(GangFailed, match=r"rank 1 .* does not answer") as caught:
+        gang.run("train", 1000, {(1, 3): "freeze"})
+    assert time.monotonic() - begun < 20
+    assert [(f.rank, f.kind, f.collateral) for f in caught.value.failures] == [(1, "silent", False), (0, "error", True)]
+    assert all_gone(gang)
+
+
+def test_control_of_a_dead_worker_says_so_and_does_not_hide_the_cause_from_run():
+    gang = Gang.launch(CONFIG, DummyWorker)
+
+    def ask_the_dead() -> None:
+        psutil.Process(pids(gang)[1]).kill()
+        psutil.wait_procs([psutil.Process(pids(gang)[1])] if psutil.pid_exists(pids(gang)[1]) else [], 5)
+        gang.control(1, "release")
+
+    with pytest.raises(GangFailed, match=r"rank 1 .* its process died"):
+        gang.run("train", 1, {(0, 0): "wait", (1, 0): "wait"}, on_poll=ask_the_dead)
+    with pytest.raises(WorkerUnreachable, match="rank 1"):
+        gang.control(1, "release", timeout_s=2.0)
+    assert all_gone(gang)
+
+
+@pytest.mark.parametrize(
+    ("make_worker", "limit_s", "message"),
+    [
+        (BrokenWorker, 60.0, "start: RuntimeError: cannot be built"),
+        (StuckWorker, 4.0, "start: (was still running|has not started) after 4 s"),
+    ],
+)
+def test_a_launch_that_fails_says_why_and_leaves_no_actor(make_worker, limit_s, message):
+    with pytest.raises(GangFailed, match=message):
+        Gang.launch(replace(CONFIG, start_timeout_s=limit_s), make_worker)
+    _, alive = psutil.wait_procs(actors_left(), timeout=10)
+    assert not alive
+
+
+def actors_left() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "WorkerActor" in title(p)]
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # Also of one that is gone but not yet reaped.
+        return ""
+
+
+def test_too_few_gpus_are_named_at_once():
+    config = replace(CONFIG, device="cuda")
+    begun = time.monotonic()
+    with pytest.raises(ClusterTooSmall, match=r"2 workers need 0\.01 CPU, 1 GPU each, .* room for 0 \(127\.0\.0\.1"):
+        Gang.launch(config, DummyWorker)
+    assert time.monotonic() - begun < 5
+
+
+def test_cpus_that_others_use_are_waited_for_and_then_named():
+    # An address makes workers reserve what the configuration says; this process is already connected.
+    config = replace(CONFIG, address="auto", num_workers=2, cpus_per_worker=1.0, start_timeout_s=1.0)
+    busy = ray.util.placement_group([{"CPU": 1}])
+    assert busy.wait(10)
+    try:
+        with pytest.raises(ClusterTooSmall, match=r"need 1 CPU each; after 1 s the whole cluster has only 1 CPU free"):
+            Gang.launch(config, DummyWorker)
+    finally:
+        ray.util.remove_placement_group(busy)

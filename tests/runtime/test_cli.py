@@ -1,0 +1,160 @@
+"""The command line: what it hands over, its exit codes, and how quickly it answers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import runtime
+from runtime.cli import main
+from runtime.config_file import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands for runtime.job; `calls` holds what it was given, `outcome` is returned or raised."""
+    fake = SimpleNamespace(calls=[], outcome=0)
+
+    def record(*args: Any, **options: Any) -> int:
+        fake.calls.append((args, options))
+        if isinstance(fake.outcome, BaseException):
+            raise fake.outcome
+        return fake.outcome
+
+    fake.train = fake.evaluate = fake.generate = record
+    monkeypatch.setattr(runtime, "job", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "config.yaml").write_text("")
+    return path
+
+
+def test_train_hands_the_checked_configuration_over(job: SimpleNamespace) -> None:
+    assert main(["train", "--config", "tiny", "--steps", "3"]) == 0
+    [((config,), options)] = job.calls
+    assert (config.run.steps, config.model) == (3, load_config("tiny").model)
+    assert options == {"resume": None, "step": None}
+
+
+def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Path) -> None:
+    assert main(["eval", str(run), "--step", "7", "--workers", "4"]) == 0
+    assert main(["generate", str(run), "--prompt", "To be", "--temperature", "0", "--seed", "3"]) == 0
+    common = {"step": None, "workers": None, "device": None}
+    assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None})
+    sampling = {"prompt": "To be", "max_new_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 3}
+    assert job.calls[1] == ((run,), {**common, **sampling})
+
+
+def test_report_prints_where_it_wrote(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = ModuleType("runtime.report")
+    fake.write_report = lambda path: path / "report.html"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "runtime.report", fake)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval', 'generate', 'report')"),
+        (["train", "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
+        (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file or preset"),
+        (["train", "--config"], "--config: expected one argument"),
+        (["train", "--workers", "3"], "run.global_batch_size (16) must be a multiple of cluster.num_workers (3)"),
+        (["train", "--data.tokenizer", "/no/file"], "data.tokenizer /no/file cannot be read"),
+        (["eval"], "RUN"),
+        (["eval", "no-such-run"], "there is no run 'no-such-run'"),
+        (["eval", "x", "--workers", "0"], "--workers: '0' must be a whole number of at least 1"),
+        (["generate", "x"], "--prompt"),
+        (["generate", "x", "--prompt", "a", "--top-p", "nan"], "--top-p: 'nan' must be a number from 0.01 to 1"),
+        (["generate", "x", "--prompt", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["report", "x", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_usage_ends_with_2_before_anything_starts(
+    arguments: list[str], message: str, job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    written = capsys.readouterr()
+    assert message in written.err
+    assert "Traceback" not in written.err
+    assert not job.calls
+
+
+class GangLost(RuntimeError):
+    """An exception of ours, as far as its module says."""
+
+    __module__ = "cluster.failures"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (1, 1, ""),
+        (GangLost("rank 1 died at step 3"), 1, "trimtab train: error: rank 1 died at step 3\n"),
+        (OSError(28, "No space left on device", "runs/a"), 1, "No space left on device: 'runs/a'"),
+        (KeyboardInterrupt(), 1, "trimtab: stopped\n"),
+    ],
+)
+def test_failure_ends_with_1_and_its_message(
+    outcome: Any, code: int, message: str, job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.outcome = outcome
+    assert main(["train", "--config", "tiny"]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bug", [ValueError("operands could not be broadcast"), RuntimeError("oh"), KeyError("x")])
+def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
+    job.outcome = bug  # raised outside our packages, by no class of ours
+    with pytest.raises(type(bug)):
+        main(["train", "--config", "tiny"])
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["report"]])
+def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    written = capsys.readouterr().out
+    assert "trimtab" in written
+    if command == ["train"]:
+        for words in ("--model.moe.top_k", "Experts chosen by each token", "--config FILE", "--device", "paper-1b"):
+            assert words in written
+
+
+def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "tiny", "--help"]) == 0
+    steps = load_config("tiny").run.steps
+    assert f"Optimizer steps. (type: int, default: {steps})" in " ".join(capsys.readouterr().out.split())
+
+
+# The wall clock of a shared machine says little: what costs seconds is the import of torch and Ray.
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["eval", "--help"], ["generate", "nowhere"]])
+def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> None:
+    script = (
+        "import sys; from runtime.cli import main; main(sys.argv[1:]); "
+        "sys.exit(str(sorted({'torch', 'ray', 'numpy'} & set(sys.modules))))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.stderr.splitlines()[-1] == "[]"

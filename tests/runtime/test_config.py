@@ -1,0 +1,333 @@
+"""Settings: presets, files, overrides, the rules between sections, and what may change on resume."""
+
+import dataclasses
+from datetime import datetime
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+import yaml
+
+from cluster.config import ClusterConfig
+from runtime import config_file
+from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
+from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
+from runtime.run_dir import find_run, new_run_dir
+
+PRESETS = ("tiny", "small", "paper-1b")
+
+
+def with_settings(**overrides: Any) -> TrainConfig:
+    """TrainConfig with settings by dotted name, "__" for the dot: with_settings(run__steps=3)."""
+    base = TrainConfig()
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        section, name = key.split("__", 1)
+        sections.setdefault(section, {})[name] = value
+    model = sections.get("model", {})
+    moe = {name.removeprefix("moe__"): model.pop(name) for name in list(model) if name.startswith("moe__")}
+    if moe:
+        model["moe"] = dataclasses.replace(base.model.moe, **moe)
+    parts = {name: dataclasses.replace(getattr(base, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(base, **parts)
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_preset_passes_all_checks(name: str) -> None:
+    cross_check(load_config(name))
+
+
+def test_paper_preset_passes_all_checks_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = load_config("paper-1b")
+    cross_check(config)
+    # Table 5: 1152 x 2048 tokens a step, 40k steps are close to 100B tokens.
+    tokens = config.run.steps * config.run.global_batch_size * config.model.max_seq_len
+    assert tokens == pytest.approx(100e9, rel=0.1)
+    assert config.model.num_layers - config.model.num_dense_layers == 9
+
+
+def test_file_keeps_the_small_presets_value_where_it_says_nothing(tmp_path: Any) -> None:
+    (tmp_path / "mine.yaml").write_text("model:\n  moe:\n    top_k: 2\n")
+    config = load_config(str(tmp_path / "mine.yaml"))
+    small = load_config("small")
+    assert config.model.moe.top_k == 2
+    assert config.balance == small.balance
+    assert dataclasses.replace(config.model.moe, top_k=small.model.moe.top_k) == small.model.moe
+
+
+def test_file_named_like_a_preset_does_not_hide_the_preset(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small").write_text("not a configuration")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("small").run.steps > 0
+
+
+# Text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_round_trip_is_exact(name: str) -> None:
+    config = load_config(name)
+    assert config_from_yaml(config_to_yaml(config)) == config
+
+
+# Texts that YAML or the parser could take for numbers, dates, booleans, null, comments, lists or sections.
+ODD_TEXTS = (
+    "1e3",
+    "12",
+    "no",
+    "null",
+    "~",
+    "#x",
+    "2026-01-01",
+    "0x1f",
+    "[a]",
+    "{a: b}",
+    "- a",
+    " x ",
+    "'q'",
+    "a\nb",
+    "ü",
+)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_yaml_round_trip_keeps_texts_and_floats(text: str) -> None:
+    config = with_settings(
+        run__name=text, data__path=(text, "b"), data__tokenizer=text, data__cache_dir=text, optim__lr=0.1 + 0.2
+    )
+    assert config_from_yaml(config_to_yaml(config)) == config
+
+
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    assert config_from_yaml("optim:\n  lr: 1e-3\n").optim.lr == 1e-3  # YAML 1.1 takes 1e-3 for a string
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  hiden: 3\n", "unknown setting model.hiden; did you mean model.hidden?"),
+        ("model:\n  moe: {topk: 3}\n", "unknown setting model.moe.topk; did you mean model.moe.top_k?"),
+        ("modell: {hidden: 3}\n", "unknown setting modell; did you mean model?"),
+        ("model:\n  hidden: abc\n", "model.hidden is 'abc'; it must be a whole number"),
+        ("model:\n  hidden: 1.5\n", "model.hidden is '1.5'; it must be a whole number"),
+        ("model:\n  hidden:\n", "model.hidden is empty (null); give a value"),
+        ("model:\n  moe: {score: tanh}\n", "model.moe.score is 'tanh'; it must be sigmoid or softmax"),
+        ("model: 3\n", "model is a section: it must hold settings below it, not 3"),
+        ("- model\n", "must hold sections such as 'model:'"),
+        ("", "must hold sections such as 'model:'"),
+        ("model: {\n", "not valid YAML"),
+        ("optim: {lr: .inf}\n", "lr (inf) must be above 0 and finite"),
+        ("model: {moe: {top_k: 40}}\n", "top_k (40) must be between 1 and num_experts (16)"),
+    ],
+)
+def test_wrong_file_is_refused_with_value_place_and_way_out(text: str, message: str, tmp_path: Any) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_config(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_unreadable_file_is_refused(tmp_path: Any) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\x00\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.yaml is not text"):
+        load_config(str(binary))
+    with pytest.raises(ValueError, match="--config tinny: there is no such file or preset; did you mean tiny"):
+        load_config("tinny")
+    with pytest.raises(ValueError, match="give a YAML file or a preset: paper-1b, small, tiny"):
+        load_config(str(tmp_path))
+
+
+# Options of `trimtab train`
+
+
+def test_options_override_the_file_and_short_forms_work() -> None:
+    request = parse_train(["--config", "tiny", "--model.moe.top_k", "3", "--steps=7", "--name", "a", "--device", "cpu"])
+    assert (request.config.model.moe.top_k, request.config.run.steps) == (3, 7)
+    assert (request.config.run.name, request.config.cluster.device) == ("a", "cpu")
+    assert request.config.optim == load_config("tiny").optim
+    assert (request.resume, request.step) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
+        (["--hidden", "3"], "unknown option --hidden; did you mean --model.hidden?"),
+        (["--xyz"], "unknown option --xyz; see `trimtab train --help`"),
+        (["--conf", "tiny"], "unknown option --conf"),
+        (["--steps", "many"], "run.steps is 'many'; it must be a whole number"),
+        (["--model", "3"], "--model is a section"),
+        (["--optim.lr"], "--optim.lr: expected one argument"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--step", "3"], "--step (3) chooses a checkpoint of --resume RUN, which is missing"),
+        (["--resume", "x", "--config", "tiny"], "--config cannot be given with it"),
+        (["--resume", "no-such-run"], "there is no run 'no-such-run'"),
+    ],
+)
+def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_train(arguments)
+    assert message in str(caught.value)
+
+
+# A value for each setting whose neighbour of the default would break a rule of its section.
+CHOSEN: dict[str, Any] = {
+    "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "parallel.ep_size": 3,
+    "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
+    "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
+    "balance.law": "none", "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
+    "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
+}  # fmt: skip
+
+
+def another_value(key: str, hint: Any, default: Any) -> Any:
+    if key in CHOSEN:
+        return CHOSEN[key]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    if isinstance(default, float):
+        return default / 2
+    choices = [choice for choice in get_args(hint) if choice not in (default, type(None), str)]
+    return choices[0] if choices else "other"
+
+
+def test_every_setting_reaches_the_effective_configuration(monkeypatch: pytest.MonkeyPatch) -> None:  # B34
+    monkeypatch.setattr(config_file, "cross_check", lambda _: None)  # the values contradict each other
+    hints = {key: hint_of(key) for key in flatten(TrainConfig())}
+    base = flatten(load_config("small"))
+    wanted = {key: another_value(key, hint, base[key]) for key, hint in hints.items()}
+    assert not [key for key in wanted if wanted[key] == base[key]]
+    arguments = [part for key, value in wanted.items() for part in (f"--{key}", as_option(value))]
+    config = parse_train(arguments).config
+    assert flatten(config) == wanted
+    assert flatten(config_from_yaml(config_to_yaml(config))) == wanted
+
+
+def hint_of(key: str) -> Any:
+    hint: Any = TrainConfig
+    for name in key.split("."):
+        hint = get_type_hints(hint)[name]
+    return hint
+
+
+def as_option(value: Any) -> str:
+    return yaml.safe_dump(list(value), default_flow_style=True).strip() if isinstance(value, tuple) else str(value)
+
+
+# Rules between sections
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"cluster__num_workers": 3}, r"run.global_batch_size \(16\) must be a multiple of .* \(3\).*; 18 would do"),
+        ({"run__micro_batch_size": 3}, r"run.micro_batch_size \(3\) must divide .* \(8 = .*use one of \[1, 2, 4, 8\]"),
+        ({"cluster__num_workers": 4, "parallel__ep_size": 3}, r"parallel.ep_size \(3\) must divide .* \(4\)"),
+        ({"model__moe__num_experts": 1, "model__moe__top_k": 1}, r"ep_size \(2\) must be .* num_experts \(1\)"),
+        ({"model__num_dense_layers": 4}, r"model.num_dense_layers \(4\) equals model.num_layers"),
+        (
+            {"model__vocab_size": 200},
+            r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",
+        ),
+        ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
+    ],
+)
+def test_contradiction_between_sections_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cross_check(with_settings(**overrides))
+
+
+@pytest.mark.parametrize(("num_experts", "num_workers"), [(8, 3), (5, 5)])
+def test_experts_need_not_divide_evenly(num_experts: int, num_workers: int) -> None:
+    batch = 4 * num_workers
+    cross_check(
+        with_settings(
+            model__moe__num_experts=num_experts, cluster__num_workers=num_workers, run__global_batch_size=batch
+        )
+    )
+
+
+def test_cuda_is_refused_on_a_machine_without_it_but_not_on_a_joined_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no CUDA device on this machine; use --device cpu"):
+        cross_check(with_settings(cluster__device="cuda"))
+    cross_check(TrainConfig(cluster=ClusterConfig(device="cuda", address="10.0.0.1:6379")))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, r"run.steps \(0\) must be at least 1"),
+        ({"eval_every": -1}, r"run.eval_every \(-1\) must be 0 or more"),
+        ({"dtype": "float16"}, "run.dtype is 'float16'"),
+        ({"name": "a/b"}, "run.name 'a/b' must be a plain directory name"),
+        ({"name": ".."}, "run.name '..' must be a plain directory name"),
+        ({"name": ""}, "run.name '' must be a plain directory name"),
+    ],
+)
+def test_run_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**values)
+
+
+def test_micro_batches_of_a_rank_fill_its_share() -> None:
+    run = RunConfig(global_batch_size=24, micro_batch_size=3)
+    assert [run.num_micro_batches(world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert RunConfig(global_batch_size=24).num_micro_batches(2) == 1
+
+
+# Run directories and resume
+
+
+def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any) -> None:
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_to_yaml(load_config("tiny")))
+    request = parse_train(["--resume", str(run), "--step", "5", "--steps", "40", "--parallel.ep_size", "1"])
+    assert (request.resume, request.step) == (run, 5)
+    assert (request.config.run.steps, request.config.parallel.ep_size) == (40, 1)
+    assert request.config.model == load_config("tiny").model
+    with pytest.raises(ValueError, match=r"must keep model.hidden \(was 32, now 64\).*start a new run"):
+        parse_train(["--resume", str(run), "--model.hidden", "64"])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"run__seed": 1}, {"data__path": ("x",)}, {"balance__law": "none"}, {"model__moe__top_k": 2}]
+)
+def test_resume_refuses_what_the_checkpoint_depends_on(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a resumed run must keep"):
+        check_resume(TrainConfig(), with_settings(**changed))
+
+
+def test_resume_allows_what_changes_no_result() -> None:
+    changed = with_settings(
+        model__recompute=True, cluster__num_workers=4, run__steps=9, data__cache_dir="/x", balance__rate=1e-4
+    )
+    check_resume(TrainConfig(), changed)
+
+
+def test_run_is_found_by_path_and_by_name(tmp_path: Any) -> None:
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    assert find_run(str(run)) == run
+    assert find_run("first", str(tmp_path / "runs")) == run
+    with pytest.raises(ValueError, match=r"there is no run 'frist': .*did you mean first\?"):
+        find_run("frist", str(tmp_path / "runs"))
+
+
+def test_new_run_refuses_a_directory_that_exists(tmp_path: Any) -> None:
+    now = datetime(2026, 3, 4, 5, 6, 7)
+    assert new_run_dir(str(tmp_path), None, now).name == "20260304-050607"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=r"exists already; choose another --name, remove it, or go on with --resume"):
+        new_run_dir(str(tmp_path), "mine", now)

@@ -1,0 +1,107 @@
+"""Every path and command named in the README is there; no text of the tree names a place of somebody's machine."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.readme_checker import ROOT, broken_commands, broken_links, broken_paths, line_of_first_command
+
+INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev]'"
+PLACE_OF_A_MACHINE = re.compile(r"(?<![\w./:~-])/(?:home|Users|root|work|mnt|scratch)/\w")
+MARKDOWN = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if p.is_file()]
+
+
+def test_readme_names_only_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    complaints = broken_links(text) + broken_paths(text) + broken_commands(text)
+    assert not complaints, "\n".join(complaints)
+
+
+def test_readme_is_short_and_starts_with_a_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    first = line_of_first_command(text)
+    assert first is not None, "no ```sh block"
+    assert first <= 30
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_documents_hold(path: Path) -> None:
+    assert broken_links(path.read_text(), folder=path.parent) == []
+
+
+@pytest.mark.parametrize("path", ["Makefile", "CONTRIBUTING.md", "docs/testing.md", "README.md"])
+def test_one_install_command_everywhere(path: str) -> None:
+    text = (ROOT / path).read_text()
+    if "pip install -c" in text or path == "Makefile":
+        assert INSTALL in text
+
+
+def test_no_text_names_a_place_of_a_machine() -> None:
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, check=False, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    complaints = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (content := path.read_bytes()):
+            complaints += [
+                f"{name}:{number}: {line.strip()}"
+                for number, line in enumerate(content.decode(errors="replace").splitlines(), 1)
+                if PLACE_OF_A_MACHINE.search(line)
+            ]
+    assert not complaints, "\n".join(complaints)
+
+
+# The checker itself, on texts with one mistake each.
+
+
+def test_checker_finds_a_broken_link_and_a_broken_picture() -> None:
+    text = 'See [a](docs/none.md), [b](Makefile), [c](https://example.org/x), <img src="docs/none.png">.'
+    assert broken_links(text) == ["link to docs/none.md: no such file", "link to docs/none.png: no such file"]
+
+
+def test_checker_finds_broken_paths_and_leaves_units_and_placeholders_alone() -> None:
+    there = "`dispatch/` `tests/ranks.py::run_ranks` `Makefile` `tokens/s` `runs/<name>/report.html` `/dev/shm` `x_TH`"
+    assert broken_paths(there) == []
+    missing = "`dispatch/nothing.py` `nothing/` `configs/none.yaml` `NONE.md`"
+    assert broken_paths(missing) == [f"{word}: no such path" for word in missing.split()]
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("make trian", "no make target trian"),
+        ("$ cd trimtab && make trian  # a comment", "no make target trian"),
+        ("python -m benchmarks.nothing", "no module benchmarks.nothing"),
+        ("OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/nothing.py", "no file examples/nothing.py"),
+        ("trimtab trian", "no subcommand trian"),
+        ("trimtab train --modle.hidden 64", "no option --modle.hidden"),
+        ("make train ARGS='--modle.hidden 64'", "no option --modle.hidden"),
+        ("trimtab train --config configs/nothing.yaml", "no file configs/nothing.yaml"),
+    ],
+)
+def test_checker_finds_broken_commands(command: str, problem: str) -> None:
+    complaints = broken_commands(f"Text.\n\n```sh\n{command}\n```\n")
+    assert [complaint.split(": ", 1)[1] for complaint in complaints] == [problem]
+
+
+def test_checker_accepts_commands_that_exist() -> None:
+    text = "```console\n$ make train ARGS='--run.steps 5'\noutput: make nothing\n$ make test ARGS='-k router'\n```\n"
+    text += "```sh\ngit clone https://example.org/trimtab.git\npython3 -m venv .venv && .venv/bin/pip install -e .\n"
+    text += "trimtab generate runs/demo \\\n  --prompt 'Enter; a | ghost'\n```\n"
+    assert broken_commands(text) == []
+    assert broken_commands("then `make lint` and `trimtab report RUN`") == []
+
+
+def test_first_command_is_found_by_its_line() -> None:
+    assert line_of_first_command("a\n```text\nx\n```\nb\n```sh\nmake train\n```\n") == 6
+    assert line_of_first_command("no command") is None
+
+
+def test_a_place_of_a_machine_is_seen_and_an_address_is_not() -> None:
+    assert PLACE_OF_A_MACHINE.search("run " + "/home" + "/me/trimtab")
+    assert not PLACE_OF_A_MACHINE.search("https://example.org/home/page and docs/work/x and ~/work/x")

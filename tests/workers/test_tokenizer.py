@@ -1,0 +1,54 @@
+"""Bytes and Hugging Face tokenizers behind one interface."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from workers.tokenizer import ByteTokenizer, load_tokenizer
+
+
+def write_tokenizer(path: Path, vocab: dict[str, int]) -> Path:
+    """A word-level tokenizer file as `tokenizers` writes them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bytes_survive_the_round_trip() -> None:
+    tokenizer = load_tokenizer(None)
+    ids = tokenizer.encode("Grüße 😀\n")
+    assert ids.tolist() == list("Grüße 😀\n".encode())
+    assert tokenizer.encode("Grüße 😀\n".encode()).tolist() == ids.tolist()
+    assert tokenizer.decode([*ids.tolist(), tokenizer.eod_id]) == "Grüße 😀\n"
+
+
+def test_incomplete_character_is_shown_and_does_not_fail() -> None:
+    assert ByteTokenizer().decode([0xC3]) == "\ufffd"
+
+
+def test_end_of_document_is_the_last_id_and_no_other_token(tmp_path: Path) -> None:
+    assert (ByteTokenizer.vocab_size, ByteTokenizer.eod_id) == (257, 256)
+    # Ids have a gap at 3: the number of entries, 4, is the id of "night" already.
+    file = write_tokenizer(tmp_path / "words.json", {"[UNK]": 0, "day": 1, "and": 2, "night": 4})
+    tokenizer = load_tokenizer(str(file))
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (6, 5)
+    assert tokenizer.encode("day and night").tolist() == [1, 2, 4]
+    assert tokenizer.decode([1, 2, 4, 5]) == "day and night"
+
+
+def test_name_tells_tokenizers_apart(tmp_path: Path) -> None:
+    first = load_tokenizer(str(write_tokenizer(tmp_path / "a.json", {"[UNK]": 0, "x": 1})))
+    again = load_tokenizer(str(write_tokenizer(tmp_path / "a.json", {"[UNK]": 0, "x": 1})))
+    other = load_tokenizer(str(write_tokenizer(tmp_path / "a.json", {"[UNK]": 0, "y": 1})))
+    assert first.name == again.name != other.name
+
+
+def test_unusable_tokenizer_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json cannot be read"):
+        load_tokenizer(str(tmp_path / "nowhere.json"))
+    (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    with pytest.raises(ValueError, match=r"other\.json holds no tokenizer"):
+        load_tokenizer(str(tmp_path / "other.json"))

@@ -1,0 +1,245 @@
+"""Whole small runs: parity over layouts, resuming, skipped steps, evaluation, generation. Few launches, many checks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dispatch.laws import BalanceConfig
+from runtime.coordinator import CoordinatorPolicy
+from tests.ranks import run_ranks
+from tests.workers.training_gang import join_worker, make_spec, whole_state
+from workers.checkpoint import latest
+from workers.generation import SamplingConfig
+from workers.parallel import ParallelConfig
+from workers.run_log import read_events, read_load_history, read_metrics
+
+
+def _with_run(spec, name, **run):
+    return replace(spec, run_dir=spec.run_dir.parent / name, run=replace(spec.run, **run))
+
+
+def _train(spec, rank, world_size, *, resume=False, float64=False, stop_after=None):
+    worker = join_worker(spec, rank, world_size, f"{spec.run_dir.name}{resume}", float64=float64, stop_after=stop_after)
+    outcome = worker.train(latest(spec.run_dir / "checkpoints") if resume else None)
+    return worker, outcome
+
+
+LAYOUTS = {1: [(0, 0), (0, 3)], 2: [(0, 0), (0, 2), (1, 0)], 3: [(0, 0), (0, 2)], 4: [(0, 0), (2, 0)]}
+
+
+def _train_layouts(rank, world_size, spec):
+    results = {}
+    for ep_size, micro_batch_size in LAYOUTS[world_size]:
+        name = f"w{world_size}-ep{ep_size}-micro{micro_batch_size}"
+        layout = replace(_with_run(spec, name, micro_batch_size=micro_batch_size), parallel=ParallelConfig(ep_size=ep_size))
+        worker, _ = _train(layout, rank, world_size, float64=True)
+        results[name] = (whole_state(worker), worker.progress(0))
+    return results if rank == 0 else None
+
+
+def test_any_layout_of_ranks_trains_the_same_model(tmp_path):  # P1, P5, P11, B4, B13
+    spec = make_spec(tmp_path)
+    runs = {}
+    for world_size in LAYOUTS:
+        runs |= run_ranks(world_size, _train_layouts, spec)[0]
+    one, one_lines = runs.pop("w1-ep0-micro0")
+    assert len(runs) == 8
+    for name, (state, lines) in runs.items():
+        assert state.keys() == one.keys()
+        for key, expected in one.items():
+            # Elements near zero are judged by the size of their tensor: rounding differs with the order of sums.
+            atol = 1e-11 * expected.abs().max().item() if expected.ndim else 0
+            torch.testing.assert_close(
+                state[key], expected, rtol=1e-10, atol=atol, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+        for line, expected in zip(lines, one_lines, strict=True):
+            if line.get("kind") == "train":
+                assert line["loss"] == pytest.approx(expected["loss"], rel=1e-10)
+                assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-10)
+                assert line["bias_checksum"] == expected["bias_checksum"]
+
+
+def _interrupt_and_resume(rank, world_size, spec):
+    spec = replace(spec, model=replace(spec.model, recompute=True))
+    whole, _ = _train(_with_run(spec, "whole"), rank, world_size)
+    expected = whole_state(whole)
+    cut, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=37)
+    assert (outcome.step, outcome.completed) == (37, False)
+    resumed, outcome = _train(_with_run(spec, "cut"), rank, world_size, resume=True)
+    assert (outcome.step, outcome.completed) == (80, True)
+    state = whole_state(resumed)
+    assert state.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
+
+
+def _resume_elsewhere(rank, world_size, spec):
+    spec = replace(spec, model=replace(spec.model, recompute=True))
+    worker = join_worker(spec, rank, world_size, "elsewhere")
+    run_dir = spec.run_dir.parent
+    with worker._state.open_control() as control:
+        from workers.training_run import TrainingRun
+
+        run = TrainingRun(worker._state, control, publish=print, stop_requested=worker._stop_requested)
+        assert run.load(run_dir / "cut" / "checkpoints" / "step_00000037") == 37
+        state, losses = whole_state(worker), [run._trainer.step(step).loss for step in (38, 39, 40)]
+    last = latest(run_dir / "cut" / "checkpoints")
+    return state, losses, _texts(worker, last), worker.evaluate(last, None)
+
+
+def _texts(worker, path):
+    """Greedy and sampled text for three prompts of different length, one of them empty."""
+    greedy, sampled = SamplingConfig(max_new_tokens=12), SamplingConfig(max_new_tokens=12, temperature=0.8, top_p=0.9)
+    texts = {}
+    for sampling in (greedy, sampled):
+        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling)
+        parts = [None] * worker._state.groups.world_size
+        torch.distributed.all_gather_object(parts, mine, group=worker._state.groups.control_group)
+        texts |= {(sampling.temperature, index): text for part in parts for index, text in part.items()}
+    return texts
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
+    spec = make_spec(tmp_path, steps=80, eval_every=20, checkpoint_every=30, keep_checkpoints=9)
+    run_ranks(2, _interrupt_and_resume, spec, timeout_s=100)
+    lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
+    for kind, exact in ((0, ("step", "loss", "grad_norm", "lr", "max_vio_batch", "bias_checksum")), (1, ("step", "val_loss", "max_vio_global"))):
+        whole, cut = ([{key: line[key] for key in exact} for line in lines[name][kind]] for name in ("whole", "cut"))
+        assert whole == cut
+    assert len(lines["cut"][0]) == 80
+    histories = [read_load_history(tmp_path / name) for name in ("whole", "cut")]
+    for left, right in zip(histories[0][:3], histories[1][:3], strict=True):
+        assert left.tolist() == right.tolist()
+    assert histories[0].bias[-1].any()
+    assert [event["event"] for event in read_events(tmp_path / "cut")] == [
+        "started", "checkpoint", "checkpoint", "interrupted", "resumed", "checkpoint", "checkpoint", "finished"
+    ]  # fmt: skip
+    # At other EP sizes: the same parameters at load, and the same losses up to rounding.
+    saved = {world_size: run_ranks(world_size, _resume_elsewhere, spec)[0] for world_size in (1, 2, 3)}
+    for world_size in (1, 3):
+        assert all(torch.equal(saved[world_size][0][key], tensor) for key, tensor in saved[2][0].items())
+        assert saved[world_size][1] == pytest.approx(saved[2][1], rel=1e-4)
+        assert saved[world_size][2] == saved[2][2]
+        assert saved[world_size][3].val_loss == pytest.approx(saved[2][3].val_loss, rel=1e-5)
+        assert saved[world_size][3].num_tokens == saved[2][3].num_tokens
+    assert len(saved[2][2]) == 6
+    assert any(saved[2][2].values())
+    assert [line["loss"] for line in lines["cut"][0][37:40]] == saved[2][1]
+
+
+def _skip_and_more(rank, world_size, spec):
+    results = {}
+    # A gradient that overflows on one rank only: every rank skips, weights and bias stay.
+    worker = join_worker(_with_run(spec, "overflow"), rank, world_size, "overflow")
+    before = {}
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    def poison(_module, _inputs, output):
+        if worker._steps_seen == 3 and rank == 1:
+            return Poison.apply(output)
+        return None
+
+    worker._steps_seen = 0
+
+    def count(_module, _inputs):
+        worker._steps_seen += 1
+        if worker._steps_seen in (3, 4):
+            before[worker._steps_seen] = whole_state(worker)
+
+    worker._state.model.register_forward_pre_hook(count)
+    worker._state.model.norm.register_forward_hook(poison)
+    worker.train()
+    changed = [key for key in before[3] if not torch.equal(before[3][key], before[4][key])]
+    results["overflow"] = (changed, worker.progress(0))
+    # A frozen router keeps its bias while the others move.
+    worker = join_worker(_with_run(spec, "frozen"), rank, world_size, "frozen")
+    state = worker._state
+    for name, router in state.routers.items():
+        router.weight.requires_grad_(not name.startswith("layers.1"))
+    frozen = replace_layout(worker)
+    frozen.train()
+    results["frozen"] = {name: router.expert_bias_E.abs().max().item() for name, router in state.routers.items()}
+    # Evaluation between steps, and a coordinator that fails, leave the training as it is.
+    for name, run in (("plain", {}), ("evaluating", {"eval_every": 1})):
+        worker, _ = _train(_with_run(spec, name, **run), rank, world_size)
+        results[name] = whole_state(worker)
+    flaky = FlakyCoordinator({2, 3, 6})
+    worker, _ = _train(replace(_with_run(spec, "flaky"), call_coordinator=flaky), rank, world_size)
+    results["flaky"] = whole_state(worker)
+    results["flaky events"] = [line["event"] for line in worker.progress(0) if "event" in line]
+    return results
+
+
+class FlakyCoordinator:
+    """A real coordinator that dies on the given calls, each time losing what it knew."""
+
+    def __init__(self, fail_on):
+        self.fail_on, self.calls, self.policy = fail_on, 0, CoordinatorPolicy()
+
+    def __call__(self, message):
+        self.calls += 1
+        if self.calls in self.fail_on:
+            self.policy = CoordinatorPolicy()
+            raise ConnectionError("the coordinator died")
+        return self.policy.handle(message)
+
+
+def replace_layout(worker):
+    """The worker with the layout read again, as when the routers are frozen before it is built."""
+    from dispatch.balance import layout_of
+
+    worker._state = replace(worker._state, layout=layout_of(worker._state.routers))
+    return worker
+
+
+def test_what_must_not_move_stays_and_what_must_moves(tmp_path):  # B3, B33, B35, B37, P16
+    two, other_rank = run_ranks(2, _skip_and_more, make_spec(tmp_path, steps=8), timeout_s=100)
+    changed, lines = two["overflow"]
+    assert changed == []
+    train = [line for line in lines if line.get("kind") == "train"]
+    assert [line["skipped"] for line in train] == [False, False, True, False, False, False, False, False]
+    assert train[2]["bias_checksum"] == train[3]["bias_checksum"] != train[4]["bias_checksum"]
+    assert other_rank["overflow"][0] == []
+    assert {name: value > 0 for name, value in two["frozen"].items()} == {
+        "layers.1.moe.router": False,
+        "layers.2.moe.router": True,
+    }
+    biases = [tensor for key, tensor in two["plain"].items() if key.endswith("expert_bias_E")]
+    assert len(biases) == 2
+    assert all(bias.abs().max() > 0 for bias in biases)
+    for other in ("evaluating", "flaky"):
+        assert [key for key in two["plain"] if not torch.equal(two["plain"][key], two[other][key])] == []
+    assert two["flaky events"][:2] == ["coordinator_lost", "coordinator_back"]
+
+
+def test_every_step_accounts_for_every_assignment(tmp_path):  # P9, P17
+    spec = make_spec(tmp_path, steps=3)
+    run_ranks(3, _only_train, spec)
+    train, _ = read_metrics(tmp_path / "run")
+    expected = 12 * 16 * 2 * 2  # sequences x tokens x top_k x MoE layers
+    for line in train:
+        assert line["tokens_routed"] == line["tokens_sent"] == line["tokens_received"] == line["tokens_returned"] == expected
+    history = read_load_history(tmp_path / "run")
+    assert history.counts.sum(1).tolist() == [expected] * 3
+    assert len({line["bias_version"] for line in train}) == 3
+
+
+def _only_train(rank, world_size, spec):
+    _train(spec, rank, world_size)
+
+
+def _train_none(rank, world_size, spec):
+    worker, _ = _train(replace(spec, balance=BalanceConfig(law="none")), rank, world_size)
+    return {name: router.expert_bias_E.abs().max().item() for name, router in worker._state.routers.items()}
+
+
+def test_without_a_law_the_bias_stays_zero(tmp_path):
+    assert set(run_ranks(2, _train_none, make_spec(tmp_path, steps=3))[0].values()) == {0.0}

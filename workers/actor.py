@@ -1,0 +1,207 @@
+"""The Ray actor of one rank: a thin shell around a plain worker object.
+
+Nothing here imports Ray or torch at import time. The actor's process sets its environment first, then unpickles what
+makes the worker, and only that imports torch: thread counts and transport settings are read when torch is imported.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import methodcaller
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+CONTROL_GROUP = "ctl"  # Calls in this concurrency group are answered while a long call runs.
+
+# What a rank says when another one has gone: gloo, TCPStore and NCCL. It fails too, but it is not the cause.
+COLLATERAL_MARKS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "DistNetworkError",
+    "DistStoreError",
+    "DistBackendError",
+)
+
+
+class JoinsGang(Protocol):
+    """What the actor asks of a worker; all else goes through `call` and `control` by name."""
+
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> object: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an actor landed. `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use."""
+
+    node_id: str
+    ip: str
+    gpu_ids: tuple[int, ...]
+    pid: int
+    num_cores: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An exception on its way to the driver: as text always, as `error` only if it survives pickling."""
+
+    message: str
+    trace: str
+    collateral: bool
+    time_s: float  # Unix time on the worker's machine.
+    error: Exception | None
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        trace = "".join(traceback.format_exception(error))  # With the causes: wrapped transport errors count too.
+        return cls(
+            message=f"{type(error).__name__}: {error}",
+            trace=trace,
+            collateral=any(mark in trace for mark in COLLATERAL_MARKS),
+            time_s=time.time(),
+            error=error if _survives_pickling(error) else None,
+        )
+
+
+class WorkerActor:
+    """One rank's process. Methods return a Failure instead of raising: not every exception survives Ray's pickling."""
+
+    def __init__(self, env: dict[str, str], pickled_make_worker: bytes) -> None:
+        os.environ.update(env)
+        self._pickled_make_worker = pickled_make_worker
+        self._worker: Any = None
+        self._store: Store | None = None
+        self._thread_id = 0
+
+    def start(self) -> Place | Failure:
+        """Import torch, build the worker, and say where it lives."""
+        return _guarded(self._start)
+
+    def open_store(self) -> tuple[str, int] | Failure:
+        """Open the gang's rendezvous on this rank's own address, on a free port that nobody else can take."""
+        return _guarded(self._open_store)
+
+    def join(
+        self, rank: int, world_size: int, address: tuple[str, int], epoch: int, timeout_s: float, num_threads: int
+    ) -> Any:
+        """Hand the worker its rank and the store of this epoch. All ranks must call it together."""
+        return _guarded(self._join, rank, world_size, address, epoch, timeout_s, num_threads)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run a method of the worker. All such calls of a rank run one after the other on one thread."""
+        return _guarded(methodcaller(method, *args), self._worker)
+
+    def control(self, method: str, *args: Any) -> Any:
+        """Run a quick method of the worker beside the one that is running: to ask for progress or for a stop."""
+        return _guarded(methodcaller(method, *args), self._worker)
+
+    def stack(self) -> str:
+        """The stack of the running call, for a report on a gang that hangs."""
+        frame = sys._current_frames().get(self._thread_id)  # noqa: SLF001
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+    def _start(self) -> Place:
+        import ray
+
+        context = ray.get_runtime_context()
+        gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
+        if not gpu_ids:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it unset: torch would see GPUs that are not ours.
+        make_worker: Callable[[], JoinsGang] = pickle.loads(self._pickled_make_worker)  # noqa: S301
+        self._worker = make_worker()
+        self._thread_id = threading.get_ident()
+        return Place(
+            node_id=context.get_node_id(),
+            ip=ray.util.get_node_ip_address(),
+            gpu_ids=gpu_ids,
+            pid=os.getpid(),
+            num_cores=usable_cores(),
+        )
+
+    def _open_store(self) -> tuple[str, int]:
+        import ray
+        from torch._C._distributed_c10d import TCPStore  # torch.distributed hides it from type checkers
+
+        ip = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ipaddress.ip_address(ip).version == 6 else socket.AF_INET
+        # Bound here, since TCPStore by itself listens on every interface; port 0, since a probed port may be taken.
+        listener = socket.create_server((ip, 0), family=family)
+        port = int(listener.getsockname()[1])
+        handle = listener.detach()
+        self._store = TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
+        return ip, port
+
+    def _join(
+        self, rank: int, world_size: int, address: tuple[str, int], epoch: int, timeout_s: float, num_threads: int
+    ) -> object:
+        import ray
+        import torch
+        from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+        torch.set_num_threads(num_threads)
+        _name_interface(ray.util.get_node_ip_address())
+        if self._store is None:
+            self._store = TCPStore(*address, is_master=False)
+        # A gang that is formed again must not read the keys of the one before.
+        store = PrefixStore(f"epoch{epoch}", self._store)
+        return self._worker.join(rank=rank, world_size=world_size, store=store, timeout_s=timeout_s)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its container where there is one (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # No such file, or "max": no quota.
+        return cores
+
+
+def _guarded(function: Callable[..., T], *args: Any) -> T | Failure:
+    try:
+        return function(*args)
+    except Exception as error:  # noqa: BLE001 The process boundary.
+        return Failure.of(error)
+
+
+def _survives_pickling(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)  # noqa: S301
+    except Exception:  # noqa: BLE001 Whatever a foreign __reduce__ may raise.
+        return False
+
+
+def _name_interface(ip: str) -> None:
+    """Tell gloo and NCCL the interface of this node. By itself gloo resolves the host name, often to 127.0.0.1."""
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == ip:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _address_of(interface: str) -> str | None:
+    import fcntl
+
+    siocgifaddr = 0x8915  # Linux, IPv4.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            reply = fcntl.ioctl(probe.fileno(), siocgifaddr, interface.encode()[:15].ljust(256, b"\0"))
+        except OSError:
+            return None
+    return socket.inet_ntoa(reply[20:24])

@@ -1,0 +1,334 @@
+"""Save and load the state of a gang as one checkpoint that any number of ranks can read.
+
+Tensors go through torch.distributed.checkpoint (DCP): a tensor that several ranks hold is written once, by the one with
+least to write so far. A checkpoint is complete or it is not there: written aside, verified, renamed.
+"""
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from workers.checkpoint_files import (
+    INDEX,
+    CheckpointCorrupt,
+    CheckpointError,
+    Manifest,
+    check_file,
+    checkpoint_path,
+    digest,
+    discard,
+    latest,
+    list_checkpoints,
+    read_index,
+    read_manifest,
+    set_aside_later,
+    step_of,
+    sync_folder,
+    write_manifest,
+)
+from workers.state import missing_experts
+
+__all__ = [
+    "save",
+    "load",
+    "verify",
+    "read_manifest",
+    "list_checkpoints",
+    "latest",
+    "step_of",
+    "set_aside_later",
+    "Manifest",
+    "CheckpointError",
+    "CheckpointCorrupt",
+]
+
+Group = dist.ProcessGroup | None
+T = TypeVar("T")
+
+# torch.save's frame around one tensor (1.6 KB) and its entry in the index.
+_OVERHEAD_BYTES = 4096
+
+
+class _Spec(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+def save(
+    root: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], group: Group, keep: int = 3
+) -> Path:
+    """Write the checkpoint of `step` into `root` and return its folder.
+
+    Args:
+        root: the checkpoints folder of the run, the same for all ranks and seen by all their machines.
+        tensors: what this rank holds, by canonical name (see workers.state). A name that several ranks have is taken to
+            be the same tensor.
+        extra: JSON values that are the same on all ranks; rank 0's are kept.
+        group: gloo group of all ranks; None for a process on its own.
+        keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
+
+    Raises:
+        CheckpointError: on all ranks, with the cause. What was written is removed, earlier checkpoints are untouched.
+
+    Collective. Waits for the disk. A checkpoint of the same step is replaced.
+    """
+    if keep < 1:
+        raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
+    final = checkpoint_path(root, step)
+    partial = final.with_name(f".{final.name}.partial")
+    rank, world_size = _place(group)
+    specs = _merge(_all_gather(group, _specs_of(tensors)))
+    if gaps := _expert_gaps(specs):
+        raise CheckpointError(f"refused to save a model without all of its experts: {gaps}")
+    _together(group, f"preparing {partial}", lambda: _prepare(root, partial, specs) if rank == 0 else None)
+    try:
+        with _dcp_errors(f"writing {partial}"):
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            writer = FileSystemWriter(partial)
+            dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, world_size))
+        files = {name: entry for share in _all_gather(group, digests) for name, entry in share.items()}
+        manifest = Manifest(step=step, world_size=world_size, files=files, extra=dict(extra))
+        _together(group, f"finishing {final}", lambda: _finish(partial, final, manifest, specs) if rank == 0 else None)
+    except BaseException:  # also Ctrl-C and a dead peer: earlier checkpoints must not lack the space
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if rank == 0:
+        _prune(root, step, keep)
+    return final
+
+
+def load(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    group: Group,
+    *,
+    sections: tuple[str, ...] = ("model", "optim", "law"),
+) -> dict[str, Any]:
+    """Read a checkpoint into `tensors` in place and return its extra values.
+
+    Nothing is written into `tensors` before every file, name, shape and dtype was checked. The tensors may be cut over
+    the ranks in another way than when they were saved. Random generator states are read only by as many ranks as saved
+    them; else those in `tensors` stay as they are.
+
+    Args:
+        path: a folder of `list_checkpoints`.
+        tensors: what this rank needs, by canonical name.
+        group: gloo group of all ranks; None for a process on its own.
+        sections: parts of the checkpoint that must be asked for whole; ("model",) reads a model without its optimizer.
+
+    Raises:
+        CheckpointCorrupt: it is damaged; `previous` and the message offer the newest intact one before it.
+        CheckpointError: it has other tensors than are asked for.
+
+    Collective; errors are the same on all ranks.
+    """
+    try:
+        manifest, index = _open(path, group)
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(path, error.file, error.reason, _previous_intact(path, group)) from error
+    saved = _specs_of_index(index)
+    same_ranks = manifest.world_size == _place(group)[1]
+    mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
+    _check_fit(path, saved, _merge(_all_gather(group, _specs_of(mine))), sections)
+    with _dcp_errors(f"reading {path}"):
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = _CheckedReader(path, index)
+        dcp_load(mine, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    return manifest.extra
+
+
+def verify(path: Path, group: Group = None) -> Manifest:
+    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt. Collective over `group`."""
+    return _open(path, group)[0]
+
+
+def _open(path: Path, group: Group) -> tuple[Manifest, Metadata]:
+    """Check all that can be checked without reading tensors. The ranks share the files."""
+    rank, world_size = _place(group)
+
+    def check_share() -> Manifest:
+        if not path.is_dir():
+            steps = ", ".join(str(step_of(other)) for other in list_checkpoints(path.parent)) or "none"
+            raise CheckpointError(f"there is no checkpoint {path}; steps that are there: {steps}")
+        manifest = read_manifest(path)
+        for name, (size, sha256) in sorted(manifest.files.items())[rank::world_size]:
+            check_file(path, name, size, sha256)
+        return manifest
+
+    manifest = _together(group, f"verifying {path}", check_share)
+    index = _together(group, f"reading {path}", lambda: read_index(path, manifest.files))
+    if gaps := _expert_gaps(_specs_of_index(index)):
+        raise CheckpointCorrupt(path, INDEX, f"lacks experts: {gaps}")
+    return manifest, index
+
+
+def _previous_intact(path: Path, group: Group) -> Path | None:
+    for earlier in reversed(list_checkpoints(path.parent)):
+        if step_of(earlier) < step_of(path):
+            try:
+                verify(earlier, group)
+            except CheckpointError:
+                continue
+            return earlier
+    return None
+
+
+def _prepare(root: Path, partial: Path, specs: Mapping[str, _Spec]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".step_*"):  # of a save that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    needed = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize + _OVERHEAD_BYTES for spec in specs.values())
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise CheckpointError(
+            f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {root}; free some space, keep "
+            "fewer checkpoints or choose another run directory"
+        )
+    partial.mkdir()
+
+
+def _digest_share(partial: Path, rank: int, world_size: int) -> dict[str, tuple[int, str]]:
+    return {file.name: digest(file) for file in sorted(partial.iterdir())[rank::world_size]}
+
+
+def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, _Spec]) -> None:
+    """Verify what lies on the disk against what the ranks had, describe it and give it its name."""
+    written = _specs_of_index(read_index(partial, manifest.files))
+    if written != specs:
+        wrong = sorted(name for name in written.keys() | specs.keys() if written.get(name) != specs.get(name))
+        raise CheckpointError(
+            f"{len(wrong)} tensors are not in {partial} as the ranks had them, the first is {wrong[0]}; "
+            "do all machines see this folder?"
+        )
+    write_manifest(partial, manifest)
+    if final.exists():
+        discard(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    # Only up to this step: after a resume from an earlier one, the steps behind it are not newer, and this one stays.
+    for path in [path for path in list_checkpoints(root) if step_of(path) <= step][:-keep]:
+        try:
+            discard(path)
+        except OSError as error:
+            warnings.warn(f"could not remove the old checkpoint {path}: {error}", stacklevel=3)
+
+
+def _check_fit(path: Path, saved: Mapping[str, _Spec], needed: Mapping[str, _Spec], sections: tuple[str, ...]) -> None:
+    missing = sorted(needed.keys() - saved.keys())
+    unexpected = sorted(name for name in saved.keys() - needed.keys() if _section(name) in sections)
+    # A dtype that differs is an error, not a cast: a bias read as bf16 no longer moves (Megatron-LM #1482).
+    differing = [name for name in sorted(needed.keys() & saved.keys()) if needed[name] != saved[name]]
+    problems = [f"{len(missing)} tensors are not in it, such as {missing[0]}"] if missing else []
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors in it have no place here, such as {unexpected[0]}")
+    if differing:
+        name = differing[0]
+        problems.append(f"{len(differing)} tensors differ, such as {name}: {saved[name]} in it, {needed[name]} here")
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path} is not of this model: {'; '.join(problems)}; use the configuration it was trained with"
+        )
+
+
+class _CheckedReader(FileSystemReader):
+    """Reads tensors through an index that was read and checked before: DCP's own way is an unrestricted pickle."""
+
+    def __init__(self, path: Path, index: Metadata) -> None:
+        super().__init__(path)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+
+def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, _Spec]:
+    return {name: _Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _specs_of_index(index: Metadata) -> dict[str, _Spec]:
+    # read_index made sure that every entry is a tensor's.
+    entries: Mapping[str, Any] = index.state_dict_metadata
+    return {name: _Spec(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}
+
+
+def _merge(specs_by_rank: list[dict[str, _Spec]]) -> dict[str, _Spec]:
+    """What all ranks hold together. DCP would keep one of two tensors that share a name, whatever they are."""
+    merged: dict[str, _Spec] = {}
+    for rank, specs in enumerate(specs_by_rank):
+        for name, spec in specs.items():
+            if merged.setdefault(name, spec) != spec:
+                raise CheckpointError(f"{name} is {spec} on rank {rank} and {merged[name]} on a rank before it")
+    return merged
+
+
+def _expert_gaps(specs: Mapping[str, _Spec]) -> str:
+    return "; ".join(missing_experts({name: spec.shape for name, spec in specs.items()})[:3])
+
+
+def _section(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _place(group: Group) -> tuple[int, int]:
+    """Rank and world size."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _all_gather(group: Group, value: T) -> list[T]:
+    """The values of all ranks, by rank. Collective."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
+    """Run local `work`. If it fails on any rank, raise one and the same CheckpointError on all. Collective."""
+    failure: Exception | None = None
+    try:
+        result = work()
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        failure = error
+    failures = {rank: error for rank, error in enumerate(_all_gather(group, failure)) if error is not None}
+    if failures:
+        raise _first(doing, failures)
+    return result
+
+
+@contextmanager
+def _dcp_errors(doing: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:  # a BaseException, the same on all ranks
+        raise _first(doing, {rank: cause for rank, (cause, _) in error.failures.items()}) from error
+
+
+def _first(doing: str, failures: Mapping[int, BaseException]) -> CheckpointError:
+    rank, cause = min(failures.items())
+    if isinstance(cause, CheckpointError):
+        return cause
+    return CheckpointError(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}")

@@ -1,0 +1,238 @@
+"""What lies in a checkpoint folder, and how damage to it is found.
+
+    checkpoints/step_00000040/   complete: the name is given by a rename after everything was verified
+        __<rank>_0.distcp        tensors, as torch.distributed.checkpoint (DCP) writes them
+        .metadata                DCP's index: a pickle, which `read_index` reads without running any code of it
+        manifest.json            step, world size, extra values, size and sha256 of each file; written last
+    checkpoints/.step_*          being written or removed; never read
+    checkpoints/superseded_*     later steps that a resumed run left behind; never read or removed
+
+Nothing here is collective: workers.checkpoint decides which rank does what.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX = ".metadata"
+
+_NAME = re.compile(r"step_(\d{8,})")
+_DCP = "torch.distributed.checkpoint"
+_INDEX_TYPES = frozenset(
+    {
+        (f"{_DCP}.metadata", "Metadata"),
+        (f"{_DCP}.metadata", "MetadataIndex"),
+        (f"{_DCP}.metadata", "StorageMeta"),
+        (f"{_DCP}.metadata", "TensorStorageMetadata"),
+        (f"{_DCP}.metadata", "ChunkStorageMetadata"),
+        (f"{_DCP}.metadata", "TensorProperties"),
+        (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # its name in Python 3.13
+    }
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or does not fit; the same on all ranks. The message says what to do."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint is damaged and was not read.
+
+    Attributes:
+        path: the checkpoint. file: the damaged file in it. reason: what is wrong with it.
+        previous: the newest intact checkpoint before it, None where there is none or where nobody looked.
+    """
+
+    def __init__(self, path: Path, file: str, reason: str, previous: Path | None = None) -> None:
+        super().__init__(path, file, reason, previous)  # all of them in args, so that it survives pickling
+        self.path, self.file, self.reason, self.previous = path, file, reason, previous
+
+    def __str__(self) -> str:
+        way_out = "remove it, or restore the file from a copy"
+        if self.previous is not None:
+            run, step = self.previous.parent.parent, step_of(self.previous)
+            way_out = f"step {step} before it is intact: resume with --resume {run} --step {step}"
+        return f"checkpoint {self.path} is damaged: {self.file} {self.reason}; {way_out}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The description of a complete checkpoint.
+
+    files: name -> [size in bytes, sha256]. extra: the JSON values that `save` was given.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, tuple[int, str]]
+    extra: dict[str, Any]
+    torch: str = str(torch.__version__)
+    format: int = FORMAT
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` belongs under `root`, the run's checkpoints folder."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, from its name. ValueError where it is not one."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not a checkpoint folder: its name must be step_ and at least 8 digits")
+    return int(match[1])
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints, ascending. Damaged ones are among them: passing over them would hide the damage."""
+    return sorted((path for path in root.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint, None without any."""
+    return next(reversed(list_checkpoints(root)), None)
+
+
+def set_aside_later(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, for a run that resumes from it, and return their new paths.
+
+    Else a crash before the next save would resume from steps of the abandoned history.
+    """
+    moved = []
+    for path in (path for path in list_checkpoints(root) if step_of(path) > step):
+        aside = path.with_name(f"superseded_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        moved.append(path.rename(aside))
+    return moved
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint so that it is never half there under its name. What cannot be removed is left hidden."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest under a checksum of its own and force the folder to disk."""
+    body = json.loads(json.dumps(asdict(manifest), allow_nan=False))  # as a reader will see it: keys are strings
+    with (path / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({"sha256": _digest_of_json(body), "manifest": body}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint, checked against its own checksum. Raises CheckpointCorrupt."""
+    try:
+        outer = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        body, sha256 = outer["manifest"], outer["sha256"]
+    except FileNotFoundError:
+        raise CheckpointCorrupt(path, MANIFEST, "is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorrupt(path, MANIFEST, f"cannot be read ({error})") from error
+    if sha256 != _digest_of_json(body):
+        raise CheckpointCorrupt(path, MANIFEST, "was changed after it was written")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}; use its own version")
+    body["files"] = {name: (size, sha256) for name, (size, sha256) in body["files"].items()}
+    return Manifest(**body)
+
+
+def check_file(path: Path, name: str, size: int, sha256: str) -> None:
+    """Compare a file with its entry in the manifest. Raises CheckpointCorrupt."""
+    try:
+        found_size, found_sha256 = digest(path / name)
+    except FileNotFoundError:
+        raise CheckpointCorrupt(path, name, "is missing") from None
+    if found_size != size:
+        raise CheckpointCorrupt(path, name, f"has {found_size} bytes, not the {size} that were written")
+    if found_sha256 != sha256:
+        raise CheckpointCorrupt(path, name, "has other bytes than were written (sha256 differs)")
+
+
+def digest(file: Path) -> tuple[int, str]:
+    """Size in bytes and sha256 of a file."""
+    with file.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to disk, without which a rename may not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds DCP's index and nothing else: a checksum in the same folder is no protection from a malicious file.
+
+    BytesStorageMetadata is left out: DCP unpickles such entries of a checkpoint without restrictions.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _INDEX_TYPES:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not part of a tensor index")
+        return super().find_class(module, name)
+
+
+def read_index(path: Path, files: dict[str, tuple[int, str]]) -> Metadata:
+    """DCP's index of a checkpoint, if it holds tensors only and points into `files` only. Raises CheckpointCorrupt."""
+    try:
+        with (path / INDEX).open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise TypeError(f"it holds a {type(index).__name__}")
+        refused = _refused_entries(index, files)
+    except FileNotFoundError:
+        raise CheckpointCorrupt(path, INDEX, "is missing") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointCorrupt(path, INDEX, f"is not an index of tensors ({error})") from error
+    if refused:
+        raise CheckpointCorrupt(path, INDEX, f"has entries that are not tensors in this folder: {refused[:3]}")
+    return index
+
+
+def _refused_entries(index: Metadata, files: dict[str, tuple[int, str]]) -> list[str]:
+    stored = {place for place, info in index.storage_data.items() if _lies_in(info, files)}
+    refused = [name for name, entry in index.state_dict_metadata.items() if not _is_whole(name, entry, stored)]
+    return refused + [place.fqn for place in index.storage_data.keys() - stored]
+
+
+def _is_whole(name: str, entry: Any, stored: set[MetadataIndex]) -> bool:
+    """Whether a tensor is there in full. DCP reads the parts that an index lists and misses none."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return False
+    num_elements = sum(chunk.sizes.numel() for chunk in entry.chunks)
+    in_files = all(MetadataIndex(name, chunk.offsets) in stored for chunk in entry.chunks)
+    return in_files and num_elements == entry.size.numel()
+
+
+def _lies_in(info: Any, files: dict[str, tuple[int, str]]) -> bool:
+    in_file = info.relative_path in files and 0 <= info.offset <= info.offset + info.length
+    return in_file and info.offset + info.length <= files[info.relative_path][0] and not info.transform_descriptors
+
+
+def _digest_of_json(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

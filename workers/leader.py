@@ -1,0 +1,120 @@
+"""Rank 0's part of the control path: the next bias, from the coordinator or, while it is away, by the same law here.
+
+Both ways give the same bits, because a law is a pure function and each report names the state it starts from. So no
+step is lost and the trajectory does not change when the coordinator dies, restarts, answers late or repeats itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dispatch.laws import BalanceConfig, make_law
+from dispatch.layout import LoadLayout
+from workers.wire import (
+    BiasUpdate,
+    LoadReport,
+    NeedState,
+    Refusal,
+    Seed,
+    VersionedState,
+    WireError,
+    decode,
+    encode,
+    law_checksum,
+    same_form,
+)
+
+# Each call of a lost coordinator may cost its whole time-out, so retries thin out to one in so many steps.
+MAX_STEPS_BETWEEN_RETRIES = 32
+
+Event = dict[str, Any]
+
+
+class Leader:
+    """Makes one BiasUpdate a step. Plain Python: no process group, no thread, no clock.
+
+    coordinator: bytes → bytes, bounded in time by itself; whatever it raises counts as lost. None: the law runs here.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        config: BalanceConfig,
+        layout: LoadLayout,
+        coordinator: Callable[[bytes], bytes] | None,
+    ) -> None:
+        self._run_id, self._config, self._layout = run_id, config, layout
+        self._law = make_law(config, layout)
+        self._form = self._law.initial_state()
+        self._law_checksum = law_checksum(config, layout)
+        self._coordinator = coordinator
+        self._send_seed = True  # a coordinator starts empty; the first report also spares it the question
+        self._lost_since: int | None = None
+        self._pause = 0  # steps between the last failure and the next try
+        self._steps_until_retry = 0
+
+    def next_update(self, step: int, base: VersionedState, load_N: Tensor) -> tuple[BiasUpdate, list[Event]]:
+        """The state after `base` under the global load of `step`, and what people should know about the coordinator.
+
+        Raises:
+            ValueError: the law itself refuses load or state. Never because of the coordinator.
+        """
+        if self._coordinator is None:
+            return self._apply_law(step, base, load_N), []
+        if self._steps_until_retry:
+            self._steps_until_retry -= 1
+            return self._apply_law(step, base, load_N), []
+        try:
+            update = self._ask(self._coordinator, step, base, load_N)
+        except Exception as error:  # noqa: BLE001 - a process boundary: nothing that happens there may stop the training
+            return self._apply_law(step, base, load_N), self._note_lost(step, error)
+        return update, self._note_answer(step)
+
+    def _apply_law(self, step: int, base: VersionedState, load_N: Tensor) -> BiasUpdate:
+        return BiasUpdate(step=step, version=base.version + 1, state=self._law.update(load_N, base.state, step))
+
+    def _ask(
+        self, coordinator: Callable[[bytes], bytes], step: int, base: VersionedState, load_N: Tensor
+    ) -> BiasUpdate:
+        answer = self._call(coordinator, step, base, load_N, with_seed=self._send_seed)
+        if isinstance(answer, NeedState):
+            answer = self._call(coordinator, step, base, load_N, with_seed=True)
+        if isinstance(answer, Refusal):
+            raise WireError(f"the coordinator refused the report: {answer.reason}")
+        if not isinstance(answer, BiasUpdate) or (answer.step, answer.version) != (step, base.version + 1):
+            raise WireError(f"the coordinator answered another report: {answer}")
+        if not same_form(answer.state, self._form):
+            raise WireError("the coordinator answered with the state of another law")
+        return answer
+
+    def _call(
+        self, coordinator: Callable[[bytes], bytes], step: int, base: VersionedState, load_N: Tensor, *, with_seed: bool
+    ) -> Any:
+        report = LoadReport(
+            run_id=self._run_id,
+            step=step,
+            base_version=base.version,
+            base_checksum=base.checksum,
+            law_checksum=self._law_checksum,
+            load_N=load_N,
+            seed=Seed(config=self._config, layout=self._layout, state=base.state) if with_seed else None,
+        )
+        return decode(coordinator(encode(report)), self._layout.total)
+
+    def _note_lost(self, step: int, error: Exception) -> list[Event]:
+        self._send_seed = True
+        self._pause = min(max(1, 2 * self._pause), MAX_STEPS_BETWEEN_RETRIES)
+        self._steps_until_retry = self._pause
+        if self._lost_since is not None:
+            return []
+        self._lost_since = step
+        return [{"event": "coordinator_lost", "step": step, "reason": f"{type(error).__name__}: {error}"}]
+
+    def _note_answer(self, step: int) -> list[Event]:
+        self._send_seed = False
+        lost_since, self._lost_since, self._pause = self._lost_since, None, 0
+        if lost_since is None:
+            return []
+        return [{"event": "coordinator_back", "step": step, "lost_since_step": lost_since}]

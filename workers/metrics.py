@@ -1,0 +1,64 @@
+"""From what a step or an evaluation did to one line of metrics.jsonl (docs/run-directory.md)."""
+
+import time
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from dispatch.layout import LoadLayout
+from dispatch.load_metrics import max_vio_floor, max_vio_per_layer, num_dead_experts
+from workers.evaluation import Evaluation
+from workers.training import StepResult
+
+
+def train_line(result: StepResult, layout: LoadLayout, top_k: int) -> dict[str, Any]:
+    """The line of a training step. Loss, counts and bias are of all ranks; seconds and bytes are rank 0's."""
+    control = result.control
+    per_layer = max_vio_per_layer(control.load_N, layout)
+    floors = [max_vio_floor(result.num_tokens, num_experts, top_k) for num_experts in layout.num_experts]
+    return {
+        "kind": "train",
+        "step": result.step,
+        "time": time.time(),
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "skipped": result.skipped,
+        "step_s": result.step_s,
+        "tokens_per_s": result.num_tokens / result.step_s,
+        "max_vio_batch": _mean(per_layer),
+        "max_vio_batch_per_layer": per_layer,
+        "max_vio_floor": _mean(floors),
+        "max_vio_computation_batch": result.max_vio_computation_batch,
+        "dead_experts": num_dead_experts(control.load_N),
+        "bias_min": float(control.bias_N.min()) if layout.total else 0.0,
+        "bias_max": float(control.bias_N.max()) if layout.total else 0.0,
+        **{f"tokens_{name}": number for name, number in result.assignments.items()},
+        **{f"{phase}_s": seconds for phase, seconds in result.seconds.items()},
+        "bias_update_s": control.bias_update_s,
+        "control_wait_s": control.wait_s,
+        "sent_bytes": result.sent_bytes,
+        "bias_version": control.bias_version,
+        "bias_checksum": f"{control.bias_checksum:08x}",
+    }
+
+
+def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layout: LoadLayout) -> dict[str, Any]:
+    """The line of an evaluation after `step`. MaxVio_global is that of all training tokens since the last one."""
+    per_layer = max_vio_per_layer(load_since_eval_N, layout)
+    return {
+        "kind": "eval",
+        "step": step,
+        "time": time.time(),
+        "val_loss": evaluation.val_loss,
+        "val_bits_per_byte": evaluation.val_bits_per_byte,
+        "val_bits_per_byte_per_source": evaluation.val_bits_per_byte_per_source,
+        "max_vio_global": _mean(per_layer),
+        "max_vio_global_per_layer": per_layer,
+        "eval_s": evaluation.eval_s,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return fmean(values) if values else 0.0

@@ -1,0 +1,149 @@
+"""The language model: a decoder in the shape of DeepSeek-V3 (arXiv 2412.19437), first dense, then MoE layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dispatch.dispatcher import Dispatcher
+from dispatch.layer import MoEConfig, MoELayer, SwiGLU
+from workers.attention import GroupedQueryAttention, rotary_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Size and shape of the decoder."""
+
+    vocab_size: int = 257
+    """Token ids the model knows: 257 for bytes and an end-of-document token; the tokenizer's size otherwise."""
+    hidden: int = 192
+    """Width of a token between layers."""
+    num_layers: int = 4
+    """Blocks of attention and feed-forward."""
+    num_dense_layers: int = 1
+    """First blocks whose feed-forward is dense; the others are mixtures of experts."""
+    num_heads: int = 6
+    """Query heads of attention; divides hidden."""
+    num_kv_heads: int = 2
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads."""
+    dense_ffn_hidden: int = 512
+    """Inner width of the feed-forward of a dense block."""
+    max_seq_len: int = 256
+    """Longest sequence in tokens, in training and generation."""
+    rope_theta: float = 1e4
+    """Base of the rotary position angles."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    recompute: bool = False
+    """Recompute the activations of a block in backward instead of keeping them: less memory, a third more time."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """The mixture-of-experts layers."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden", "num_layers", "num_heads", "num_kv_heads", "dense_ffn_hidden", "max_seq_len")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers ({self.num_dense_layers}) must be between 0 and num_layers ({self.num_layers})"
+            )
+        if self.hidden % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden ({self.hidden}) must be a multiple of 2 * num_heads (2 * {self.num_heads}): rotary positions "
+                "turn pairs of a head's dimensions; change hidden or num_heads"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward (`ffn`, or `moe` when one is given), each on normalised input and added to x."""
+
+    def __init__(self, config: ModelConfig, moe: MoELayer | None) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.attention = GroupedQueryAttention(config.hidden, config.num_heads, config.num_kv_heads)
+        self.ffn_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.has_moe = moe is not None
+        if moe is not None:
+            self.moe = moe
+        else:
+            self.ffn = SwiGLU(config.hidden, config.dense_ffn_hidden)
+
+    def forward(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Map x (B, S, hidden) to the same shape."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        normed = self.ffn_norm(x)
+        y: Tensor = self.moe(normed, token_mask) if self.has_moe else self.ffn(normed)
+        return x + y
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits of the next token out.
+
+    Its weights are drawn by `workers.init.init_weights`, also after building on the meta device and `to_empty`.
+    """
+
+    def __init__(self, config: ModelConfig, make_dispatcher: Callable[[], Dispatcher]) -> None:
+        """Build it, with one call of make_dispatcher for each MoE layer."""
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList(
+            Block(
+                config,
+                MoELayer(config.hidden, config.moe, make_dispatcher()) if index >= config.num_dense_layers else None,
+            )
+            for index in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, S, vocab_size), at least fp32, also under autocast.
+
+        Args:
+            token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
+            token_mask: bool (B, S), False for padding, which is not counted as load. Padding must come last in its
+                sequence: causal attention then hides it from every real token.
+
+        Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
+        """
+        seq_len = token_ids.shape[1]
+        if seq_len > self.config.max_seq_len:
+            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({self.config.max_seq_len})")
+        x = self.token_embedding(token_ids)
+        head_dim = self.config.hidden // self.config.num_heads
+        rotary = rotary_table(seq_len, head_dim, self.config.rope_theta, device=x.device, dtype=x.dtype)
+        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
+        for block in self.layers:
+            if recompute:
+                # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws
+                # random numbers, so their state need not be kept.
+                x = checkpoint(block, x, rotary, token_mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotary, token_mask)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of each target in nats: shaped like targets, at least fp32, 0 where a target is -100."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def token_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of `token_nll`, a scalar.
+
+    Divide it by the number of targets of the global batch before backward: gradients are then summed over micro-batches
+    and ranks without further scaling.
+    """
+    return token_nll(logits, targets).sum()

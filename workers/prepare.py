@@ -1,0 +1,185 @@
+"""Turn the text of a run into the token files that `workers.shards` reads: once, whoever else may want the same."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from workers.shards import (
+    FORMAT,
+    META_FILE,
+    REBUILD,
+    SPLITS,
+    Dataset,
+    DatasetMeta,
+    FileStamp,
+    SourceMeta,
+    SplitSize,
+    is_unchanged,
+    shard_name,
+    stamp_file,
+    token_dtype,
+)
+from workers.text import DataConfig, Document, Source, Split, find_sources, read_pieces, split_documents
+from workers.tokenizer import Tokenizer, load_tokenizer
+
+SPARE_BYTES = 1 << 20  # for meta.json, and so as not to fill the last block
+
+# Called with the bytes read so far and the bytes to read.
+Progress = Callable[[int, int], None]
+
+
+class DataChanged(ValueError):
+    """The text is not the text that the prepared tokens were made from."""
+
+
+def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dataset:
+    """Open the tokens of the configured text; make them first where they are not there yet.
+
+    What is held out does not depend on the run's seed, so that runs can be compared. A second process that wants the
+    same tokens waits for the first and opens what it made.
+
+    Args:
+        progress: told of long work, at least once per file.
+    Raises:
+        DataChanged: a file was added, removed or changed since.
+        DataDamaged: what is there is not what was written.
+        ValueError: text or tokenizer are missing or unusable, or the disk is full or not writable.
+    """
+    cache_dir = Path(config.cache_dir).expanduser().resolve()
+    try:
+        sources = find_sources(config)
+        tokenizer = load_tokenizer(config.tokenizer)
+        folder = cache_dir / f"data-{_cache_key(config, sources, tokenizer)}"
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if config.rebuild or not folder.exists():
+                _build(folder, config, sources, tokenizer, progress or (lambda _done, _total: None))
+            dataset = Dataset.open(folder)
+        _refuse_changed_sources(dataset, sources)
+    except OSError as error:
+        way_out = "see that the text can be read, and that data.cache_dir can be written and has space"
+        raise ValueError(f"the text could not be prepared under {cache_dir}: {error}; {way_out}") from error
+    return dataset
+
+
+def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:
+    """Refuse to begin what would fill the disk."""
+    if needed_bytes > free_bytes:
+        numbers = f"need up to {needed_bytes / 1e6:.1f} MB under {folder}, where {free_bytes / 1e6:.1f} MB are free"
+        raise ValueError(f"the tokens {numbers}; free some space or choose another disk with --data.cache_dir")
+
+
+def _cache_key(config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer) -> str:
+    # Not the files: text that changed under the same path must be noticed, not silently prepared anew.
+    roots = [(source.name, str(source.root), source.version) for source in sources]
+    parts = [FORMAT, tokenizer.name, config.val_fraction, config.suffixes, roots]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, which the kernel gives back even if this process is killed."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _refuse_changed_sources(dataset: Dataset, sources: tuple[Source, ...]) -> None:
+    for meta, source in zip(dataset.meta.sources, sources, strict=True):
+        stamps = {stamp.name: stamp for stamp in meta.files}
+        for file in source.files:
+            stamp = stamps.pop(file.name, None)
+            if stamp is None:
+                raise _changed(dataset, file.path, "is new")
+            if not is_unchanged(file.path, stamp):
+                raise _changed(dataset, file.path, "has changed")
+        if stamps:
+            raise _changed(dataset, source.root / min(stamps), "is gone")
+
+
+def _changed(dataset: Dataset, path: Path, how: str) -> DataChanged:
+    return DataChanged(f"{path} {how} since the tokens in {dataset.path} were made; {REBUILD}")
+
+
+def _build(
+    folder: Path, config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer, progress: Progress
+) -> None:
+    num_bytes = sum(file.num_bytes for source in sources for file in source.files)
+    num_files = sum(len(source.files) for source in sources)
+    # A token stands for a byte at least; a source's only file becomes two documents.
+    most_tokens = num_bytes + num_files + len(sources)
+    needed_bytes = most_tokens * token_dtype(tokenizer.vocab_size).itemsize + SPARE_BYTES
+    check_free_space(needed_bytes, shutil.disk_usage(folder.parent).free, folder.parent)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir()
+    try:
+        _write(partial, config, sources, tokenizer, progress)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:  # Ctrl-C as well: half-made files would only take up space
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path, config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer, progress: Progress
+) -> None:
+    total = sum(file.num_bytes for source in sources for file in source.files)
+    with ExitStack() as stack:
+        streams = {split: stack.enter_context((folder / shard_name(split)).open("wb")) for split in SPLITS}
+        writer = _Writer(streams, tokenizer, lambda done: progress(done, total))
+        metas = [writer.write_source(source, config.val_fraction) for source in sources]
+        for stream in streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+    shards = tuple(stamp_file(folder / shard_name(split)) for split in SPLITS)
+    meta = DatasetMeta(tokenizer.name, tokenizer.vocab_size, tuple(metas), shards)
+    (folder / META_FILE).write_text(meta.to_json())
+
+
+class _Writer:
+    """Appends documents to the streams of their splits."""
+
+    def __init__(self, streams: Mapping[Split, BinaryIO], tokenizer: Tokenizer, report: Callable[[int], None]) -> None:
+        self._streams = streams
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._report = report
+        self._num_read = 0
+
+    def write_source(self, source: Source, val_fraction: float) -> SourceMeta:
+        totals = {split: SplitSize(0, 0) for split in SPLITS}
+        hashes = {file.name: hashlib.sha256() for file in source.files}
+        for document in split_documents(source, val_fraction):
+            size = self._write_document(document, hashes[document.file.name].update)
+            total = totals[document.split]
+            totals[document.split] = SplitSize(
+                total.num_tokens + size.num_tokens, total.num_text_bytes + size.num_text_bytes
+            )
+        files = tuple(
+            FileStamp(file.name, file.num_bytes, file.mtime_ns, hashes[file.name].hexdigest()) for file in source.files
+        )
+        return SourceMeta(source.name, str(source.root), **totals, files=files)
+
+    def _write_document(self, document: Document, hash_piece: Callable[[bytes], None]) -> SplitSize:
+        stream = self._streams[document.split]
+        num_tokens = 1  # the end of the document
+        for piece in read_pieces(document):
+            hash_piece(piece)
+            ids = self._tokenizer.encode(piece)
+            stream.write(ids.astype(self._dtype).data)
+            num_tokens += len(ids)
+            self._num_read += len(piece)
+            self._report(self._num_read)
+        stream.write(np.array([self._tokenizer.eod_id], dtype=self._dtype).data)
+        return SplitSize(num_tokens, document.stop - document.start)

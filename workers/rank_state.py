@@ -1,0 +1,115 @@
+"""What one rank builds once it knows its place: data, model, optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dispatch.balance import layout_of, read_bias, routers_of, write_bias
+from dispatch.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from dispatch.laws import BalanceConfig
+from dispatch.layout import LoadLayout
+from dispatch.meter import Meter
+from dispatch.router import Router
+from workers.control import ControlLoop
+from workers.init import init_weights
+from workers.model import Decoder, ModelConfig
+from workers.optimizer import OptimConfig, build_optimizer
+from workers.parallel import ParallelConfig, RankGroups
+from workers.run_config import RunConfig
+from workers.sampler import Sampler
+from workers.shards import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """All that a rank is told before it starts; the same on every rank.
+
+    data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
+    control_timeout_s: bounds the control of one step. call_coordinator: takes a wire message to the coordinator and
+    returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
+    """
+
+    run_dir: Path
+    run_id: str
+    data_dir: Path
+    tokenizer: str | None
+    run: RunConfig
+    model: ModelConfig
+    balance: BalanceConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    device: str = "auto"
+    control_timeout_s: float = 60.0
+    call_coordinator: Callable[[bytes], bytes] | None = None
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The live objects of one rank."""
+
+    spec: WorkerSpec
+    groups: RankGroups
+    dataset: Dataset
+    sampler: Sampler
+    meter: Meter
+    model: Decoder
+    optimizer: torch.optim.AdamW
+    routers: dict[str, Router]
+    layout: LoadLayout
+
+    def open_control(self) -> ControlLoop:
+        """The control path of this rank; all ranks open it together, close it when training ends."""
+        return ControlLoop(
+            group=self.groups.control_group,
+            config=self.spec.balance,
+            layout=self.layout,
+            run_id=self.spec.run_id,
+            read_bias=self._read_bias,
+            write_bias=self._write_bias,
+            coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
+            timeout_s=self.spec.control_timeout_s,
+        )
+
+    def _read_bias(self) -> Tensor:
+        return read_bias(self.routers)
+
+    def _write_bias(self, bias_N: Tensor) -> None:
+        write_bias(self.routers, bias_N)
+
+
+def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
+    """Open the data and build model and optimizer, with initial weights that do not depend on the layout of ranks."""
+    dataset = Dataset.open(spec.data_dir)
+    meter = Meter()
+    model = _build_model(spec, groups, meter)
+    routers = routers_of(model)
+    return RankState(
+        spec=spec,
+        groups=groups,
+        dataset=dataset,
+        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed),
+        meter=meter,
+        model=model,
+        optimizer=build_optimizer(model, spec.optim),
+        routers=routers,
+        layout=layout_of(routers),
+    )
+
+
+def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
+    num_experts = spec.model.moe.num_experts
+
+    def make_dispatcher() -> Dispatcher:
+        if groups.ep_size == 1:
+            return LocalDispatcher(num_experts, meter)
+        return AllToAllDispatcher(num_experts, groups.ep_group, meter)
+
+    # On meta first: weights are drawn once, on the device where they stay.
+    with torch.device("meta"):
+        model = Decoder(spec.model, make_dispatcher)
+    model.to_empty(device=groups.device)
+    init_weights(model, spec.run.seed)
+    return model

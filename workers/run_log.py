@@ -1,0 +1,263 @@
+"""The records of a run directory: one writer, and the readers for reports and scripts. Format: docs/run-directory.md.
+
+Needs no torch. Shapes: S recorded steps, N experts of all MoE layers (see dispatch.layout).
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dispatch.layout import LoadLayout
+from workers.append_file import AppendFile, move_tail
+from workers.scalars import ScalarFile
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+LAYOUT = "load/layout.json"
+HISTORY = "load/history.bin"
+
+Line = dict[str, Any]
+
+_logger = logging.getLogger(__name__)
+
+
+class LoadHistory(NamedTuple):
+    """What every recorded step routed, and the bias that it routed with."""
+
+    steps: NDArray[np.int64]  # (S,), increasing
+    counts: NDArray[np.int64]  # (S, N)
+    bias: NDArray[np.float32]  # (S, N)
+    layout: LoadLayout
+
+
+class RunLog:
+    """Writes metrics, events, load history and TensorBoard scalars of one run. One writer per run directory.
+
+    Other processes can read what a call wrote when it returns. A full disk never stops the run: `on_warning` hears of
+    it once, and what is missing is kept in memory and written when there is space.
+    """
+
+    def __init__(
+        self, path: Path, layout: LoadLayout, *, first_step: int, on_warning: Callable[[str], None], tensorboard: bool
+    ) -> None:
+        """Open the files for appending; use `create`."""
+        self._layout = layout
+        self._record = _record_dtype(layout)
+        self._on_warning = on_warning
+        self._warned = False
+        self._metrics, self._events = AppendFile(path / METRICS), AppendFile(path / EVENTS)
+        self._history = AppendFile(path / HISTORY)
+        self._files = [self._metrics, self._events, self._history]
+        self._scalars: ScalarFile | None = None
+        if tensorboard:
+            self._scalars = ScalarFile(path / "tensorboard", first_step=first_step)
+            self._files.append(self._scalars.file)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        layout: LoadLayout,
+        resume_step: int | None = None,
+        *,
+        on_warning: Callable[[str], None] = _logger.warning,
+        tensorboard: bool = True,
+    ) -> Self:
+        """Start the records of a run, or go on with them after `resume_step` optimizer steps.
+
+        Resuming moves every later line and record to *.superseded files, so that steps stay unique.
+
+        Raises:
+            ValueError: the directory already holds a run (without resume_step), or one of another model (with it).
+        """
+        path = Path(path)
+        if resume_step is None:
+            if (path / METRICS).exists():
+                raise ValueError(f"{path} already holds a run; choose another --name, or go on with --resume {path}")
+            (path / LAYOUT).parent.mkdir(parents=True, exist_ok=True)
+            (path / LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
+        else:
+            _cut_back(path, layout, resume_step)
+        first_step = 0 if resume_step is None else resume_step + 1
+        return cls(path, layout, first_step=first_step, on_warning=on_warning, tensorboard=tensorboard)
+
+    def train(self, line: Mapping[str, Any]) -> None:
+        """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing."""
+        self._metrics_line("train", line)
+
+    def eval(self, line: Mapping[str, Any]) -> None:
+        """Record an evaluation made after `step` optimizer steps."""
+        self._metrics_line("eval", line)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Record that something happened to the run."""
+        self._write(self._events, _as_line({"time": time.time(), "event": name, **details}))
+
+    def load(self, step: int, counts_N: ArrayLike, bias_N: ArrayLike) -> None:
+        """Record the global load of a step and the bias that routed it. Arrays or CPU tensors."""
+        record = np.zeros((), self._record)
+        record["step"], record["counts"], record["bias"] = step, np.asarray(counts_N), np.asarray(bias_N)
+        self._write(self._history, record.tobytes())
+
+    def sync(self) -> None:
+        """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records."""
+        for file in self._files:
+            file.sync()
+        self._tell_trouble()
+
+    def close(self) -> None:
+        """Close the files. What a full disk still did not take is lost, with a warning. Repeating it is harmless."""
+        for file in self._files:
+            file.close()
+            if file.num_missing_bytes:
+                self._on_warning(f"{file.path}: the last {file.num_missing_bytes} bytes are lost ({file.trouble})")
+        self._files = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _metrics_line(self, kind: str, line: Mapping[str, Any]) -> None:
+        plain = _plain({"kind": kind, "time": time.time(), **line})
+        if self._scalars:
+            self._scalars.add(plain, prefix=kind, layer_names=self._layout.names)
+        self._write(self._metrics, _as_line(plain))
+
+    def _write(self, file: AppendFile, data: bytes) -> None:
+        file.write(data)
+        # All files, not the one just written: a rare event must not wait in memory until the next one.
+        for each in self._files:
+            each.flush()
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        troubles = [file for file in self._files if file.trouble]
+        if troubles and not self._warned:
+            what = f"cannot write {troubles[0].path} ({troubles[0].trouble})"
+            self._on_warning(f"{what}: the run goes on and keeps its records in memory; free some space")
+        elif self._warned and not troubles:
+            self._on_warning("the records of the run are complete on the disk again")
+        self._warned = bool(troubles)
+
+
+def append_event(path: str | Path, name: str, **details: Any) -> None:
+    """Record an event from outside the run's own writer: the failure that ended it, for example."""
+    file = AppendFile(Path(path) / EVENTS)
+    file.write(_as_line({"time": time.time(), "event": name, **details}))
+    file.close()
+
+
+def read_metrics(path: str | Path) -> tuple[list[Line], list[Line]]:
+    """Lines of the training steps and of the evaluations of a run, also while it runs.
+
+    Raises:
+        ValueError: no run is there, or a line other than the last is damaged.
+    """
+    lines = _read_lines(Path(path) / METRICS)
+    return [line for line in lines if line["kind"] == "train"], [line for line in lines if line["kind"] == "eval"]
+
+
+def read_events(path: str | Path) -> list[Line]:
+    """Events of a run, oldest first. Raises ValueError as `read_metrics` does."""
+    return _read_lines(Path(path) / EVENTS)
+
+
+def read_load_history(path: str | Path) -> LoadHistory:
+    """Loads and biases of a run, mapped from the disk, not read at once. An incomplete last record is left out."""
+    path = Path(path)
+    layout = _read_layout(path)
+    dtype = _record_dtype(layout)
+    num_records = (path / HISTORY).stat().st_size // dtype.itemsize
+    # numpy cannot map an empty file.
+    records = np.memmap(path / HISTORY, dtype, "r", shape=num_records) if num_records else np.zeros(0, dtype)
+    return LoadHistory(records["step"], records["counts"], records["bias"], layout)
+
+
+def _read_layout(path: Path) -> LoadLayout:
+    if not (path / LAYOUT).exists():
+        raise ValueError(f"{path} is not a run directory: it has no {LAYOUT}; give the folder of a run, as runs/NAME")
+    stored = json.loads((path / LAYOUT).read_text())
+    return LoadLayout(*(tuple(stored[field]) for field in ("names", "num_experts", "balanced")))
+
+
+def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
+    return np.dtype([("step", "<i8"), ("counts", "<i8", (layout.total,)), ("bias", "<f4", (layout.total,))])
+
+
+def _read_lines(path: Path) -> list[Line]:
+    if not path.exists():
+        raise ValueError(f"{path.parent} is not a run directory: it has no {path.name}; give a folder as runs/NAME")
+    lines = []
+    for number, (_, line) in enumerate(_complete_lines(path.read_bytes()), 1):
+        if line is None:
+            raise ValueError(f"{path}, line {number} is damaged; the rest can be read when you delete that line")
+        lines.append(line)
+    return lines
+
+
+def _complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
+    """Offset and content of each line that ends in a newline, as a torn last one does not. None: no JSON object."""
+    offset = 0
+    for text in raw.split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        yield offset, line if isinstance(line, dict) else None
+        offset += len(text) + 1
+
+
+def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
+    """Leave the lines and records up to `step`, and move the rest aside."""
+    if (stored := _read_layout(path)) != layout:
+        raise ValueError(
+            f"{path} recorded {stored.num_experts} experts in {stored.names}, and the model has {layout.num_experts} "
+            f"in {layout.names}; resume with the run's own model settings"
+        )
+    _move_lines(path / METRICS, lambda line: line["step"] <= step)
+    _move_lines(path / EVENTS, lambda _: True)
+    dtype = _record_dtype(layout)
+    num_kept = int(np.searchsorted(read_load_history(path).steps, step, side="right"))
+    # An incomplete record is no use to anyone, and would shift those that follow it.
+    lost = (path / HISTORY).stat().st_size % dtype.itemsize
+    aside = path / "load" / "history.superseded.bin"
+    move_tail(path / HISTORY, aside, num_kept * dtype.itemsize, num_lost_bytes=lost)
+
+
+def _move_lines(path: Path, keep: Callable[[Line], bool]) -> None:
+    """Move everything from the first line that is damaged or not to be kept; steps increase, so later lines go too."""
+    raw = path.read_bytes()
+    end_of_lines = raw.rfind(b"\n") + 1
+    cut = next((at for at, line in _complete_lines(raw) if line is None or not keep(line)), end_of_lines)
+    aside = path.with_name(f"{path.stem}.superseded.jsonl")
+    move_tail(path, aside, cut)
+    if raw[cut:] and not raw.endswith(b"\n"):
+        with aside.open("ab") as file:
+            file.write(b"\n")
+
+
+def _as_line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(values), allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has: arrays and tensors as lists or numbers, and null for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,222 @@
+"""Prepared text as a rank reads it: memory-mapped token streams, and the description that says what they hold."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.text import Split
+
+FORMAT = 1  # to be raised when the same text would give other files
+META_FILE = "meta.json"
+SPLITS: tuple[Split, ...] = ("train", "val")
+REBUILD = "prepare the text again with --data.rebuild true"
+
+TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class DataDamaged(ValueError):
+    """A prepared file is not what its description says."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells whether a file is still the one that was read or written."""
+
+    name: str
+    num_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """How much of one source is in one split. A document's end is a token, but no byte of text."""
+
+    num_tokens: int
+    num_text_bytes: int
+
+
+@dataclass(frozen=True)
+class SourceMeta:
+    """What was prepared from one source."""
+
+    name: str
+    root: str
+    train: SplitSize
+    val: SplitSize
+    files: tuple[FileStamp, ...]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Read back what `asdict` wrote."""
+        sizes = {split: SplitSize(**fields[split]) for split in SPLITS}
+        return cls(fields["name"], fields["root"], **sizes, files=tuple(FileStamp(**file) for file in fields["files"]))
+
+
+@dataclass(frozen=True)
+class DatasetMeta:
+    """The content of meta.json."""
+
+    tokenizer: str
+    vocab_size: int
+    sources: tuple[SourceMeta, ...]
+    shards: tuple[FileStamp, ...]  # one per split: the streams of all sources, one after the other
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Text of meta.json."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read and check meta.json; raises `DataDamaged`, also where nothing is."""
+        path = folder / META_FILE
+        try:
+            fields = json.loads(path.read_text())
+            if fields["format"] != FORMAT:
+                raise DataDamaged(f"{path} has format {fields['format']}, this version reads {FORMAT}; {REBUILD}")
+            return cls(
+                tokenizer=fields["tokenizer"],
+                vocab_size=int(fields["vocab_size"]),
+                sources=tuple(SourceMeta.from_json(source) for source in fields["sources"]),
+                shards=tuple(FileStamp(**shard) for shard in fields["shards"]),
+            )
+        except FileNotFoundError:
+            shared = "on a cluster, data.cache_dir must be a folder that every node sees"
+            raise DataDamaged(f"no prepared text at {folder} on this machine; {REBUILD}; {shared}") from None
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise DataDamaged(f"{path} is damaged ({error!r}); {REBUILD}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Token streams of a run, mapped into memory: every rank of a machine shares the same pages."""
+
+    path: Path
+    meta: DatasetMeta
+    train: TokenArray  # (num_train_tokens,) all sources
+    val: tuple[TokenArray, ...]  # one stream per source
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open what `prepare_dataset` made, without a look at the text it came from: for workers.
+
+        Raises:
+            DataDamaged: nothing is there, or a file is not what was written.
+        """
+        folder = Path(path)
+        meta = DatasetMeta.read(folder)
+        streams = {split: _map_shard(folder, meta, split) for split in SPLITS}
+        bounds = np.cumsum([source.val.num_tokens for source in meta.sources])[:-1]
+        return cls(folder, meta, streams["train"], tuple(np.split(streams["val"], bounds)))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of `val` and of a batch's `source_B`."""
+        return tuple(source.name for source in self.meta.sources)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer that made the tokens; compare it with `load_tokenizer(...).name`."""
+        return self.meta.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; the last one ends a document."""
+        return self.meta.vocab_size
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends a document."""
+        return self.vocab_size - 1
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens to train on, ends of documents among them."""
+        return len(self.train)
+
+    @property
+    def num_val_tokens(self) -> int:
+        """Held-out tokens, ends of documents among them."""
+        return sum(len(stream) for stream in self.val)
+
+    @property
+    def tokens_per_byte(self) -> tuple[float, ...]:
+        """Held-out tokens per byte of text, by source: a little above 1 for bytes, below 1 for other tokenizers."""
+        return tuple(source.val.num_tokens / source.val.num_text_bytes for source in self.meta.sources)
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal token streams: a resumed run can tell whether it reads what it read before."""
+        content = [self.vocab_size, *(shard.sha256 for shard in self.meta.shards)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def bits_per_byte(
+        self, nats_per_source: Sequence[float], tokens_per_source: Sequence[int]
+    ) -> tuple[float, dict[str, float]]:
+        """Turn summed losses on held-out tokens into bits per byte of text, which no tokenizer can flatter.
+
+        The bytes of a source are its predicted tokens over its `tokens_per_byte`: exact when all was predicted.
+
+        Args:
+            nats_per_source: summed loss, by source, in the order of `source_names`.
+            tokens_per_source: how many tokens that is the sum of; 0 for a source that was not read.
+        Returns:
+            over all that was read, and by the name of each source that was read.
+        """
+        num_bytes = [tokens / rate for tokens, rate in zip(tokens_per_source, self.tokens_per_byte, strict=True)]
+        by_source = {
+            name: nats / math.log(2) / size
+            for name, nats, size in zip(self.source_names, nats_per_source, num_bytes, strict=True)
+            if size
+        }
+        return sum(nats_per_source) / math.log(2) / sum(num_bytes), by_source
+
+
+def shard_name(split: Split) -> str:
+    """File name of a split's stream."""
+    return f"{split}.bin"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The smallest little-endian type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stamp_file(path: Path) -> FileStamp:
+    """Describe a file as it is now, by its own name."""
+    status = path.stat()
+    return FileStamp(path.name, status.st_size, status.st_mtime_ns, file_sha256(path))
+
+
+def is_unchanged(path: Path, stamp: FileStamp) -> bool:
+    """Whether a file is the one that was stamped. Reads it only if its time is another one: a copy, a touch."""
+    status = path.stat()
+    if status.st_size != stamp.num_bytes:
+        return False
+    return status.st_mtime_ns == stamp.mtime_ns or file_sha256(path) == stamp.sha256
+
+
+def _map_shard(folder: Path, meta: DatasetMeta, split: Split) -> TokenArray:
+    path = folder / shard_name(split)
+    dtype = token_dtype(meta.vocab_size)
+    num_tokens = sum(getattr(source, split).num_tokens for source in meta.sources)
+    stamp = next((shard for shard in meta.shards if shard.name == path.name), None)
+    if stamp is None or stamp.num_bytes != num_tokens * dtype.itemsize:
+        raise DataDamaged(f"{folder / META_FILE} is damaged: it does not describe {path.name}; {REBUILD}")
+    if not path.is_file() or not is_unchanged(path, stamp):
+        raise DataDamaged(f"{path} is missing or is not the file that was written there; {REBUILD}")
+    return np.memmap(path, dtype=dtype, mode="r", shape=(num_tokens,))

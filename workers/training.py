@@ -1,0 +1,163 @@
+"""One optimizer step of one rank, and what it measured."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dispatch.balance import read_load, reset_load, routers_of
+from dispatch.meter import Meter, Reading
+from workers.control import ControlLoop, StepControl
+from workers.gradients import clip_gradients, global_grad_norm, reduce_gradients
+from workers.model import Decoder, token_nll_sum
+from workers.optimizer import OptimConfig, learning_rate
+from workers.parallel import RankGroups
+from workers.run_config import RunConfig
+from workers.sampler import Sampler
+
+# A step with a gradient that is not finite is skipped, as one bad batch would poison the weights. This many in a row
+# are not bad batches but a diverged model.
+MAX_SKIPPED_STEPS = 20
+
+
+class TrainingDiverged(RuntimeError):
+    """The gradient was not finite for many steps in a row."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, as this rank saw it. loss, counts and control are of all ranks, seconds and bytes of this one."""
+
+    step: int
+    loss: float  # nats per token over the global batch
+    lr: float
+    grad_norm: float
+    skipped: bool
+    step_s: float
+    num_tokens: int
+    seconds: dict[str, float]
+    sent_bytes: int
+    assignments: dict[str, int]  # routed, sent, received, returned over all ranks
+    max_vio_computation_batch: float
+    control: StepControl
+
+
+@dataclass
+class Trainer:
+    """Steps a model on this rank; every rank of the gang calls `step` together."""
+
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    groups: RankGroups
+    control: ControlLoop
+    meter: Meter
+    run: RunConfig
+    optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        self.routers = routers_of(self.model)
+        self.num_micro = self.run.num_micro_batches(self.groups.world_size)
+        self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
+        self.num_skipped_in_a_row = 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 compute where the run asks for it; parameters, gate and optimizer stay fp32."""
+        return autocast(self.run.dtype, self.groups.device)
+
+    def step(self, step: int, *, stop_requested: bool = False) -> StepResult:
+        """Forward and backward over all micro-batches, one optimizer update, one bias update.
+
+        Args:
+            step: number of this update, from 1.
+            stop_requested: this rank's wish to end; all ranks agree on it in the result's control.stop.
+        Raises:
+            TrainingDiverged: the gradient was not finite for MAX_SKIPPED_STEPS steps.
+        """
+        began = time.perf_counter()
+        lr = learning_rate(step - 1, self.run.steps, self.optim)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for micro, (input_ids, targets) in enumerate(self._micro_batches(step)):
+            with self.autocast():
+                nll_sum = token_nll_sum(self.model(input_ids), targets)
+            loss_sum += nll_sum.detach()
+            if micro == self.num_micro - 1:
+                # All tokens of the step are routed: the load travels while backward runs.
+                forward = self._report(step, loss_sum, stop_requested)
+            # Divided by the tokens of all ranks and micro-batches: gradients are then summed and never rescaled.
+            (nll_sum / self.num_step_tokens).backward()
+        grad_norm, finite = self._update(lr)
+        reset_load(self.routers)
+        # On a skipped step the bias stays too, or it would move without the weights that caused the load.
+        control = self.control.finish_step(apply=finite)
+        self._watch_divergence(step, finite, grad_norm)
+        backward = self.meter.take()
+        return StepResult(
+            step=step,
+            loss=float(control.floats[0]) / self.num_step_tokens,
+            lr=lr,
+            grad_norm=grad_norm,
+            skipped=not finite,
+            step_s=time.perf_counter() - began,
+            num_tokens=self.num_step_tokens,
+            seconds={phase: forward.seconds[phase] + backward.seconds[phase] for phase in forward.seconds},
+            sent_bytes=forward.sent_bytes + backward.sent_bytes,
+            assignments=dict(zip(("routed", "sent", "received", "returned"), control.sums.tolist(), strict=True)),
+            max_vio_computation_batch=self._computation_vio(control.maxima),
+            control=control,
+        )
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        place = (self.groups.rank, self.groups.world_size)
+        for micro in range(self.num_micro):
+            ids, targets = self.sampler.batch(step - 1, *place, micro, self.num_micro)
+            yield ids.to(self.groups.device), targets.to(self.groups.device)
+
+    def _report(self, step: int, loss_sum: Tensor, stop_requested: bool) -> Reading:
+        forward = self.meter.take()
+        self.control.begin_step(
+            step,
+            read_load(self.routers),
+            sums=torch.tensor([forward.routed, forward.sent, forward.received, forward.returned]),
+            floats=loss_sum.reshape(1).cpu(),
+            maxima=torch.tensor(forward.busiest_rows, dtype=torch.int64),
+            stop_requested=stop_requested,
+        )
+        return forward
+
+    def _update(self, lr: float) -> tuple[float, bool]:
+        reduce_gradients(self.model, self.groups)
+        grad_norm = global_grad_norm(self.model, self.groups)
+        finite = math.isfinite(grad_norm)
+        if finite:
+            clip_gradients(self.model, grad_norm, self.optim.grad_clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm, finite
+
+    def _watch_divergence(self, step: int, finite: bool, grad_norm: float) -> None:
+        self.num_skipped_in_a_row = 0 if finite else self.num_skipped_in_a_row + 1
+        if self.num_skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise TrainingDiverged(
+                f"step {step}: the gradient norm was {grad_norm} for {MAX_SKIPPED_STEPS} steps in a row, and no weight "
+                "was changed in them; resume from an earlier checkpoint with a lower --optim.lr"
+            )
+
+    def _computation_vio(self, busiest_rows: Tensor) -> float:
+        """MaxVio of what one EP group computes at once, the worst EP group, averaged over layers and micro-batches."""
+        if not busiest_rows.numel():
+            return 0.0
+        moe = self.model.config.moe
+        tokens = self.num_step_tokens // (self.num_micro * self.groups.edp_size)
+        return float(busiest_rows.double().mean()) * moe.num_experts / (tokens * moe.top_k) - 1
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
+    """A context that computes in `dtype`: autocast for bfloat16, nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

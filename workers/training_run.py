@@ -1,0 +1,178 @@
+"""From the first or the resumed step to the last: steps, evaluations, checkpoints, and the record of all of it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers import checkpoint
+from workers.checkpoint import CheckpointError
+from workers.control import ControlLoop
+from workers.evaluation import evaluate
+from workers.metrics import eval_line, train_line
+from workers.rank_state import RankState
+from workers.run_log import RunLog
+from workers.state import canonical_state, law_state, law_tensors, random_state, set_random_state
+from workers.training import StepResult, Trainer, autocast
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How training ended: `completed` after the last step, else stopped early on request. Either way it has saved."""
+
+    step: int
+    completed: bool
+
+
+class TrainingRun:
+    """One rank's part of a run. All ranks make it and call `run` together.
+
+    Args:
+        state: what `build_rank` built.
+        control: from `state.open_control()`.
+        publish: called on rank 0 with each line and event, for whoever watches.
+        stop_requested: set by this process when it wishes to end.
+    """
+
+    def __init__(
+        self,
+        state: RankState,
+        control: ControlLoop,
+        *,
+        publish: Callable[[dict[str, Any]], None],
+        stop_requested: threading.Event,
+    ) -> None:
+        self._state, self._control = state, control
+        self._log: RunLog | None = None
+        self._publish, self._stop_requested = publish, stop_requested
+        self._checkpoints = state.spec.run_dir / CHECKPOINTS
+        self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
+        self._trainer = Trainer(
+            model=state.model,
+            optimizer=state.optimizer,
+            sampler=state.sampler,
+            groups=state.groups,
+            control=control,
+            meter=state.meter,
+            run=state.spec.run,
+            optim=state.spec.optim,
+        )
+
+    def load(self, path: Path) -> int:
+        """Go on from a checkpoint, at any world and EP size. Returns its step.
+
+        Raises:
+            CheckpointCorrupt, CheckpointError: on every rank.
+            ValueError: the checkpoint was trained on other text.
+        """
+        tensors = self._tensors()
+        extra = checkpoint.load(path, tensors, self._state.groups.control_group)
+        if extra["data_digest"] != self._state.dataset.digest:
+            raise ValueError(
+                f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with the "
+                "data settings of the run, or start a new run"
+            )
+        set_random_state(tensors, self._state.groups.rank, self._state.groups.device)
+        self._control.restore(extra["bias_version"], law_state(tensors))
+        self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
+        return int(extra["step"])
+
+    def run(self, done: int, log: RunLog | None) -> TrainOutcome:
+        """Train from step `done` + 1 on, to the last step or until a rank wishes to stop; then save.
+
+        log: rank 0's record of the run; None on the others.
+        """
+        self._log = log
+        config = self._state.spec.run
+        step, stop, saved_step = done, False, done
+        while step < config.steps and not stop:
+            step += 1
+            result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
+            stop = result.control.stop
+            self._record(result)
+            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                self._evaluate(step)
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if step == config.steps or stop or due:
+                saved_step = self._save(step, must=step == config.steps or stop) or saved_step
+        completed = step >= config.steps
+        self.tell("finished" if completed else "interrupted", step=step, saved_step=saved_step)
+        return TrainOutcome(step, completed)
+
+    def _record(self, result: StepResult) -> None:
+        self._load_since_eval_N += result.control.load_N
+        for event in result.control.events:
+            self.tell(**event)
+        if self._log is not None:
+            line = train_line(result, self._state.layout, self._state.spec.model.moe.top_k)
+            self._log.train(line)
+            self._log.load(result.step, result.control.load_N, result.control.bias_N)
+            self._publish(line)
+
+    def _evaluate(self, step: int) -> None:
+        state = self._state
+        evaluation = evaluate(
+            state.model,
+            state.dataset,
+            state.sampler,
+            state.groups,
+            batch_size=state.spec.run.global_batch_size // state.groups.world_size // self._trainer.num_micro,
+            num_sequences=state.spec.run.eval_sequences,
+            autocast=autocast(state.spec.run.dtype, state.groups.device),
+        )
+        state.meter.take()  # what evaluation moved is not the next step's
+        if self._log is not None:
+            line = eval_line(step, evaluation, self._load_since_eval_N, state.layout)
+            self._log.eval(line)
+            self._publish(line)
+        self._load_since_eval_N.zero_()
+
+    def _save(self, step: int, *, must: bool) -> int | None:
+        """Save and return the step; None where it failed and training can go on without."""
+        state = self._state
+        version, _ = self._control.state()
+        extra = {
+            "step": step,
+            "bias_version": version,
+            "load_since_eval": self._load_since_eval_N.tolist(),
+            "data_digest": state.dataset.digest,
+            "model": asdict(state.spec.model),
+            "seed": state.spec.run.seed,
+        }
+        if self._log is not None:
+            self._log.sync()  # a checkpoint is never ahead of its records
+        try:
+            path = checkpoint.save(
+                self._checkpoints,
+                step,
+                self._tensors(),
+                extra,
+                state.groups.control_group,
+                state.spec.run.keep_checkpoints,
+            )
+        except CheckpointError as error:
+            self.tell("checkpoint_failed", step=step, reason=str(error))
+            if must:
+                raise
+            return None
+        self.tell("checkpoint", step=step, path=str(path))
+        return step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        state = self._state
+        return {
+            **canonical_state(state.model, state.optimizer),
+            **law_tensors(self._control.state()[1]),
+            **random_state(state.groups.rank, state.groups.device),
+        }
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Record and publish an event; does nothing where there is no record to keep."""
+        if self._log is not None:
+            self._log.event(event, **details)
+            self._publish({"event": event, **details})

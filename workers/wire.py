@@ -1,0 +1,245 @@
+"""The messages of the control path: msgpack with a strict schema, raw little-endian tensors, size limits, no pickle.
+
+rank 0 → coordinator: LoadReport. Back: BiasUpdate, NeedState or Refusal. rank 0 → all ranks: BiasUpdate or Refusal.
+Every vector carries a crc32, so that a damaged message is refused and not applied.
+
+Shapes: N = experts of all MoE layers (see dispatch.layout).
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispatch.laws import BalanceConfig, LawState
+from dispatch.layout import LoadLayout
+
+PROTOCOL_VERSION = 1
+# 16 times the routed experts of the largest published model; only this number bounds what a stranger can make us hold.
+MAX_EXPERTS_TOTAL = 1 << 20
+_MAX_REASON_CHARS = 600
+
+
+class WireError(ValueError):
+    """A message that is not of this protocol: too large, damaged, or with a field missing, unknown or out of range."""
+
+
+@dataclass(frozen=True, eq=False)
+class VersionedState:
+    """A law state and the number of updates that led to it. Two ranks agree where version and checksum are equal."""
+
+    version: int
+    state: LawState
+
+    @cached_property
+    def checksum(self) -> int:
+        """crc32 of bias and extras. Without extras it equals `dispatch.balance.bias_checksum`."""
+        packed = self.state.to_wire()
+        crc = zlib.crc32(packed["bias"][1])
+        for name, (dtype, raw) in sorted(packed["extras"].items()):
+            crc = zlib.crc32(raw, zlib.crc32(f"{name} {dtype}".encode(), crc))
+        return crc
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seed:
+    """All that a coordinator without memory needs to go on: the law, its layers and the state of the report's base."""
+
+    config: BalanceConfig
+    layout: LoadLayout
+    state: LawState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadReport:
+    """The global load of one step, and the state that its update must start from.
+
+    base_version, base_checksum, law_checksum name that state and the law without sending them; `seed` sends them.
+    """
+
+    run_id: str
+    step: int
+    base_version: int
+    base_checksum: int
+    law_checksum: int
+    load_N: Tensor
+    seed: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BiasUpdate:
+    """The whole law state after the load of `step`; its base is version - 1."""
+
+    step: int
+    version: int
+    state: LawState
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedState:
+    """The coordinator does not hold the base of this report: send it again with a seed."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why no update comes."""
+
+    reason: str
+
+
+Message = LoadReport | BiasUpdate | NeedState | Refusal
+
+
+def law_checksum(config: BalanceConfig, layout: LoadLayout) -> int:
+    """Equal where two processes would compute the same law on the same layers."""
+    return zlib.crc32(msgpack.packb([asdict(config), asdict(layout)]))
+
+
+def max_message_bytes(num_counts: int) -> int:
+    """Bounds any message about `num_counts` experts: 64 B each for load, bias and extras, 1 MiB for the names."""
+    return (1 << 20) + 64 * num_counts
+
+
+def same_form(state: LawState, template: LawState) -> bool:
+    """Whether two law states have the same vectors by name, dtype and length: whether they belong to one law."""
+
+    def form(of: LawState) -> dict[str, Any]:
+        return {name: (value.dtype, value.shape) for name, value in {"": of.bias_N, **of.extras}.items()}
+
+    return form(state) == form(template)
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message: equal messages give equal bytes."""
+    kind, write, _ = next(entry for entry in _SCHEMA if type(message).__name__ == entry[0])
+    return bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)}))
+
+
+def decode(raw: bytes, num_counts: int = MAX_EXPERTS_TOTAL) -> Message:
+    """Read a message and check all of it. `num_counts` bounds its size.
+
+    Raises:
+        WireError: it is not exactly what `encode` writes, or a number in it is negative, too large or not finite.
+    """
+    if len(raw) > max_message_bytes(num_counts):
+        raise WireError(
+            f"message of {len(raw)} bytes; at most {max_message_bytes(num_counts)} for {num_counts} experts"
+        )
+    try:
+        fields = msgpack.unpackb(raw, strict_map_key=True, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError(f"not a msgpack message: {error}") from error
+    if not isinstance(fields, dict) or fields.pop("protocol", None) != PROTOCOL_VERSION:
+        raise WireError(f"not a message of protocol {PROTOCOL_VERSION}; run one version of trimtab on all machines")
+    kind = fields.pop("kind", None)
+    read = next((entry[2] for entry in _SCHEMA if entry[0] == kind), None)
+    if read is None:
+        raise WireError(f"unknown kind of message {kind!r}")
+    try:
+        return read(fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise WireError(f"{kind}: {error}") from error
+
+
+def _write_report(report: LoadReport) -> dict[str, Any]:
+    load = report.load_N.numpy().astype("<i8").tobytes()
+    seed = report.seed and {
+        "config": asdict(report.seed.config),
+        "layout": asdict(report.seed.layout),
+        "state": report.seed.state.to_wire(),
+    }
+    named = ("run_id", "step", "base_version", "base_checksum", "law_checksum")
+    return {name: getattr(report, name) for name in named} | {"load": load, "crc": zlib.crc32(load), "seed": seed}
+
+
+def _read_report(fields: dict[str, Any]) -> LoadReport:
+    kinds = dict.fromkeys(("step", "base_version", "base_checksum", "law_checksum", "crc"), int)
+    _check(fields, run_id=str, load=bytes, seed=(dict, type(None)), **kinds)
+    load, crc = fields.pop("load"), fields.pop("crc")
+    if len(load) % 8 or zlib.crc32(load) != crc:
+        raise WireError("the load does not match its checksum")
+    load_N = torch.from_numpy(np.frombuffer(load, dtype="<i8").astype(np.int64))
+    if bool((load_N < 0).any()):
+        raise WireError(f"a load is negative: {int(load_N.min())}")
+    return LoadReport(load_N=load_N, seed=_read_seed(fields.pop("seed")), **fields)
+
+
+def _read_seed(fields: dict[str, Any] | None) -> Seed | None:
+    if fields is None:
+        return None
+    _check(fields, config=dict, layout=dict, state=dict)
+    return Seed(
+        config=BalanceConfig(**fields["config"]),
+        layout=_read_layout(fields["layout"]),
+        state=_read_state(fields["state"]),
+    )
+
+
+def _read_layout(fields: dict[str, Any]) -> LoadLayout:
+    _check(fields, names=list, num_experts=list, balanced=list)
+    for name, kind in (("names", str), ("num_experts", int), ("balanced", bool)):
+        if not all(type(value) is kind for value in fields[name]):
+            raise WireError(f"{name} must hold {kind.__name__} only")
+    if not all(1 <= number <= MAX_EXPERTS_TOTAL for number in fields["num_experts"]):
+        raise WireError(f"num_experts must be between 1 and {MAX_EXPERTS_TOTAL}")
+    return LoadLayout(**{name: tuple(values) for name, values in fields.items()})
+
+
+def _read_state(fields: dict[str, Any]) -> LawState:
+    _check(fields, bias=list, extras=dict)
+    state = LawState.from_wire(fields)
+    for name, value in {"bias": state.bias_N, **state.extras}.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise WireError(f"{name} is not finite")
+    return state
+
+
+def _write_update(update: BiasUpdate) -> dict[str, Any]:
+    crc = VersionedState(update.version, update.state).checksum
+    return {"step": update.step, "version": update.version, "state": update.state.to_wire(), "crc": crc}
+
+
+def _read_update(fields: dict[str, Any]) -> BiasUpdate:
+    _check(fields, step=int, version=int, state=dict, crc=int)
+    update = BiasUpdate(step=fields["step"], version=fields["version"], state=_read_state(fields["state"]))
+    if VersionedState(update.version, update.state).checksum != fields["crc"]:
+        raise WireError("the state does not match its checksum")
+    return update
+
+
+def _read_need(fields: dict[str, Any]) -> NeedState:
+    _check(fields, step=int)
+    return NeedState(**fields)
+
+
+def _read_refusal(fields: dict[str, Any]) -> Refusal:
+    _check(fields, reason=str)
+    return Refusal(**fields)
+
+
+def _check(fields: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """Exactly these fields, of exactly these types (a bool is no int), integers in [0, 2**63)."""
+    if fields.keys() != kinds.keys():
+        raise WireError(f"fields are {sorted(fields)}, they must be {sorted(kinds)}")
+    for name, kind in kinds.items():
+        value = fields[name]
+        if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
+            raise WireError(f"{name} is of type {type(value).__name__}")
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
+            raise WireError(f"{name} ({value}) is out of range")
+
+
+_SCHEMA: tuple[tuple[str, Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Message]], ...] = (
+    ("LoadReport", _write_report, _read_report),
+    ("BiasUpdate", _write_update, _read_update),
+    ("NeedState", asdict, _read_need),
+    ("Refusal", lambda refusal: {"reason": refusal.reason[:_MAX_REASON_CHARS]}, _read_refusal),
+)

@@ -1,0 +1,119 @@
+"""One rank of a gang, without Ray: join, then train, evaluate or generate."""
+
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from workers import checkpoint
+from workers.evaluation import Evaluation, evaluate
+from workers.generation import SamplingConfig, generate
+from workers.parallel import join_groups, local_device
+from workers.rank_state import RankState, WorkerSpec, build_rank
+from workers.run_log import RunLog
+from workers.state import canonical_state
+from workers.tokenizer import load_tokenizer
+from workers.training import autocast
+from workers.training_run import CHECKPOINTS, TrainingRun, TrainOutcome
+
+
+class Worker:
+    """A rank. `join` first, then one of `train`, `evaluate` and `generate`, each called on all ranks together.
+
+    `progress` and `request_stop` may be called from another thread meanwhile.
+    """
+
+    _state: RankState
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._lines: list[dict[str, Any]] = []
+        self._stop_requested = threading.Event()
+
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+        """Form the process groups, and build data, model and optimizer. All ranks call it together."""
+        groups = join_groups(
+            rank=rank,
+            world_size=world_size,
+            store=store,
+            config=self._spec.parallel,
+            device=local_device(self._spec.device),
+            timeout_s=timeout_s,
+        )
+        self._state = build_rank(self._spec, groups)
+
+    def train(self, resume_from: Path | None = None, start: Mapping[str, Any] | None = None) -> TrainOutcome:
+        """Train to the last step, or until a stop is requested on any rank, and save.
+
+        Args:
+            resume_from: a complete checkpoint; None starts from the initial weights.
+            start: what the record says of this start: the rank map and whatever else the launcher knows.
+        """
+        state = self._state
+        with state.open_control() as control:
+            run = TrainingRun(state, control, publish=self._lines.append, stop_requested=self._stop_requested)
+            done = run.load(resume_from) if resume_from else 0
+            with self._open_log(done if resume_from else None) as log:
+                if log is not None:
+                    log.event("resumed" if resume_from else "started", step=done, **(start or {}))
+                return run.run(done, log)
+
+    def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
+        """Measure a checkpoint on the held-out text; None reads all of it."""
+        state = self._load(checkpoint_path)
+        return evaluate(
+            state.model,
+            state.dataset,
+            state.sampler,
+            state.groups,
+            batch_size=max(1, self._spec.run.global_batch_size // state.groups.world_size),
+            num_sequences=num_sequences,
+            autocast=autocast(self._spec.run.dtype, state.groups.device),
+        )
+
+    def generate(self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig) -> dict[int, str]:
+        """Continue this rank's share of the prompts: new text by index of the prompt."""
+        state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
+        # An empty prompt starts a document: it follows the end of the one before.
+        ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
+        new_ids = generate(
+            state.model,
+            ids,
+            sampling,
+            state.groups,
+            eod_id=tokenizer.eod_id,
+            autocast=autocast(self._spec.run.dtype, state.groups.device),
+        )
+        return {index: tokenizer.decode(tokens) for index, tokens in new_ids.items()}
+
+    def progress(self, since: int) -> list[dict[str, Any]]:
+        """Metrics and events of this run from the `since`-th on; only rank 0 has any."""
+        return self._lines[since:]
+
+    def request_stop(self) -> None:
+        """Save and stop after the step under way, on all ranks."""
+        self._stop_requested.set()
+
+    def leave(self) -> None:
+        """Leave the process groups."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _open_log(self, resume_step: int | None) -> AbstractContextManager[RunLog | None]:
+        if self._state.groups.rank:
+            return nullcontext()
+        if resume_step is not None:
+            checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
+        return RunLog.create(self._spec.run_dir, self._state.layout, resume_step, on_warning=self._warn)
+
+    def _warn(self, text: str) -> None:
+        self._lines.append({"event": "warning", "text": text})
+
+    def _load(self, path: Path) -> RankState:
+        state = self._state
+        checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
+        return state
