@@ -1,0 +1,1 @@
+"""Measurements beside physical limits. Never part of the tests."""

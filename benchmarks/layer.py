@@ -3,9 +3,9 @@
     python -m benchmarks.layer                                        one process
     torchrun --nproc-per-node 2 -m benchmarks.layer --shapes fine     two EP ranks on this machine
 
-Every sample has fresh tokens, so that the rows per expert change as in training. The candidates take turns (A B C, C B A)
-and ratios are taken inside a round: the machine's noise hits all of them alike. The limit is the six matmuls of every
-expert on balanced rows that lie ready, without routing, exchange, activation or autograd.
+Every sample has fresh tokens, so that the rows per expert change as in training. The candidates take turns (A B C, C B
+A) and ratios are taken inside a round: the machine's noise hits all of them alike. The limit is the six matmuls of
+every expert on balanced rows that lie ready, without routing, exchange, activation or autograd.
 """
 
 import argparse
@@ -69,7 +69,10 @@ class ModuleLoop(nn.Module):
 def matmul_limit(shape: Shape, num_local: int, world_size: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
     """The six matmuls of every local expert on balanced rows, results preallocated."""
     rows = shape.tokens * shape.top_k * world_size // shape.num_experts
-    x, gate_up = torch.randn(rows, shape.hidden, dtype=dtype), torch.randn(2 * shape.ffn_hidden, shape.hidden, dtype=dtype)
+    x, gate_up = (
+        torch.randn(rows, shape.hidden, dtype=dtype),
+        torch.randn(2 * shape.ffn_hidden, shape.hidden, dtype=dtype),
+    )
     down = torch.randn(shape.hidden, shape.ffn_hidden, dtype=dtype)
     inner, both = torch.randn(rows, shape.ffn_hidden, dtype=dtype), torch.randn(rows, 2 * shape.ffn_hidden, dtype=dtype)
     outs = [torch.empty_like(t) for t in (both, x, inner, down, x, gate_up)]
@@ -159,7 +162,10 @@ def show(title: str, seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, limit, strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"  {name:14} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f} x limit ({spread})")
+        print(
+            f"  {name:14} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f} x limit "
+            f"({spread})"
+        )
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from types import FrameType
 
 from cluster.config import ClusterConfig
 
@@ -73,7 +76,7 @@ def _local_ray(config: ClusterConfig) -> Iterator[None]:
     # folder to everybody, so it gets one inside.
     folder = Path(tempfile.mkdtemp(prefix="trimtab-ray-", dir=ray_folder()))
     try:
-        with _environment(_local_variables()):
+        with _ctrl_c_deferred(), _environment(_local_variables()):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -128,6 +131,28 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name in variables:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _ctrl_c_deferred() -> Iterator[None]:
+    """Keep the first Ctrl-C until the block ends: Ray, half started, may swallow it or leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+
+    def keep(number: int, _frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, handler)  # A second one acts at once.
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

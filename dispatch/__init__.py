@@ -1,1 +1,1 @@
-"""How tokens reach their experts and come back: router, dispatchers, experts, MoE layer, balancing laws. Needs torch only."""
+"""How tokens reach their experts and come back: router, dispatchers, experts, MoE layer, laws. Needs torch only."""

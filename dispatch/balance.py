@@ -74,8 +74,8 @@ def bias_checksum(bias_N: Tensor) -> int:
 class LossFreeBalancer:
     """Bias-based balancing for a training loop of one's own, without a coordinator.
 
-    Call `step()` once after every optimizer step, on every rank of `group` together: it sums the counts of the step over
-    the group, applies the law and sets the biases, identically on all ranks. One all-reduce of N int64.
+    Call `step()` once after every optimizer step, on every rank of `group` together: it sums the counts of the step
+    over the group, applies the law and sets the biases, identically on all ranks. One all-reduce of N int64.
     `group=None` means this process alone; pass `torch.distributed.group.WORLD` for all ranks. Source: arXiv 2408.15664,
     algorithm 1.
     """

@@ -25,7 +25,8 @@ class DispatchHandle:
     row_weights_R: the combine weight of each row, with its gradient; the experts apply it.
     token_of_row_A, rows_of_token_TK: which token each outgoing row copies, and the inverse.
     input_splits, output_splits: rows sent to and received from each EP rank; None where nothing travels.
-    to_expert_order_R, to_source_order_R: permutations between arrival order and expert order; None where nothing travels.
+    to_expert_order_R, to_source_order_R: permutations between arrival order and expert order; None where nothing
+    travels.
     """
 
     tokens_per_local_expert_L: list[int]
@@ -146,7 +147,7 @@ class AllToAllDispatcher:
             return _sum_rows_of_tokens(rows_AH, handle)
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[list[int], list[list[int]]]:
-        """Tell each rank how many rows come for each of its experts: rows sent to each rank, and rows received (P, L)."""
+        """Tell each rank how many rows come for its experts. Returns rows sent to each rank, and received (P, L)."""
         sizes = self.placement.num_local_experts
         num_local, ep_size = sizes[self.ep_rank], self.placement.ep_size
         received = counts_E.new_empty(ep_size * num_local)
@@ -201,6 +202,6 @@ def _expert_order(received_PL: Sequence[Sequence[int]], device: torch.device) ->
 def _check(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
     if topk_ids_TK.shape != topk_weights_TK.shape or x_TH.dim() != 2 or len(x_TH) != len(topk_ids_TK):
         raise ValueError(
-            f"x {tuple(x_TH.shape)}, topk_ids {tuple(topk_ids_TK.shape)} and topk_weights {tuple(topk_weights_TK.shape)} "
-            "must be (T, hidden), (T, top_k) and (T, top_k)"
+            f"x {tuple(x_TH.shape)}, topk_ids {tuple(topk_ids_TK.shape)} and topk_weights "
+            f"{tuple(topk_weights_TK.shape)} must be (T, hidden), (T, top_k) and (T, top_k)"
         )

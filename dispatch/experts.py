@@ -89,8 +89,8 @@ class _LoopedSwiGLU(torch.autograd.Function):
     """The experts one after the other, for CPU and for dtypes without a grouped matmul.
 
     Each expert's elementwise work follows its matmul while its rows are in cache, results go straight into their slice
-    of one output, and weight gradients into one stacked tensor: indexing w[e] under autograd would fill a full-size zero
-    tensor for each expert. Only gate and up are kept for backward; the rest is recomputed.
+    of one output, and weight gradients into one stacked tensor: indexing w[e] under autograd would fill a full-size
+    zero tensor for each expert. Only gate and up are kept for backward; the rest is recomputed.
     """
 
     @staticmethod

@@ -33,7 +33,7 @@ class MoEConfig(RouterConfig):
 
 
 class SwiGLU(nn.Module):
-    """Dense feed-forward down(silu(gate(x)) * up(x)): dense layers and shared experts. (..., hidden) to (..., hidden)."""
+    """Dense feed-forward down(silu(gate(x)) * up(x)), for dense layers and shared experts; keeps the shape of x."""
 
     def __init__(self, hidden: int, ffn_hidden: int) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class MoELayer(nn.Module):
         super().__init__()
         if dispatcher.placement.num_experts != config.num_experts:
             raise ValueError(
-                f"the dispatcher places {dispatcher.placement.num_experts} experts, the layer has {config.num_experts}; "
-                "build both with the same num_experts"
+                f"the dispatcher places {dispatcher.placement.num_experts} experts, the layer has "
+                f"{config.num_experts}; build both with the same num_experts"
             )
         self.hidden, self.config, self.dispatcher = hidden, config, dispatcher
         self.router = Router(hidden, config)

@@ -14,7 +14,7 @@ PHASES = ("dispatch", "experts", "combine")
 def in_backward() -> bool:
     """True inside an autograd backward pass: in a forward, that means activation recompute."""
     # The same test that torch.utils.checkpoint makes for its own bookkeeping.
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - no public name
 
 
 @dataclass(frozen=True)

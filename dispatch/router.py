@@ -41,7 +41,8 @@ class RouterConfig:
             raise ValueError(f"score is {self.score!r}; it must be 'sigmoid' or 'softmax'")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add experts"
+                f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add "
+                f"experts"
             )
         if self.num_groups > 1:
             self._check_groups()
@@ -52,21 +53,22 @@ class RouterConfig:
         group_size = self.num_experts // self.num_groups
         if not 1 <= self.scores_per_group <= group_size:
             raise ValueError(
-                f"scores_per_group ({self.scores_per_group}) must be between 1 and the experts of a group ({group_size})"
+                f"scores_per_group ({self.scores_per_group}) must be between 1 and the experts of a group "
+                f"({group_size})"
             )
         if not 1 <= self.groups_kept <= self.num_groups or self.groups_kept * group_size < self.top_k:
             raise ValueError(
-                f"groups_kept ({self.groups_kept}) must be between 1 and num_groups ({self.num_groups}) and hold at least "
-                f"top_k ({self.top_k}) experts; one group has {group_size}"
+                f"groups_kept ({self.groups_kept}) must be between 1 and num_groups ({self.num_groups}) and hold at "
+                f"least top_k ({self.top_k}) experts; one group has {group_size}"
             )
 
 
 class Router(nn.Module):
     """Scores every expert for every token, chooses top-k by score + bias and weighs by score alone.
 
-    The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since bf16
-    flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_bias` moves, once per
-    optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset.
+    The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
+    bf16 flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_bias` moves, once
+    per optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset.
     Source: arXiv 2412.19437, equations 12 to 16.
     """
 
@@ -105,7 +107,8 @@ class Router(nn.Module):
             x_TH: any float dtype.
             token_mask_T: bool, False for padding, which is routed but not counted.
         Returns:
-            topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype (fp32, or float64 in a float64 model).
+            topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype (fp32, or float64 in a float64
+            model).
         """
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
@@ -142,13 +145,13 @@ class Router(nn.Module):
         """Count each choice that trains exactly once, under either kind of activation recompute; return the weights.
 
         A forward with gradients counts at once. Non-reentrant recompute repeats it inside backward, without running the
-        backward of what it recomputes: a count that is tied to that backward never fires. Reentrant recompute first runs
-        without gradients, which counts nothing, and then does run it: there the count fires, once.
+        backward of what it recomputes: a count that is tied to that backward never fires. Reentrant recompute first
+        runs without gradients, which counts nothing, and then does run it: there the count fires, once.
         """
-        recompute = in_backward()
+        recompute, bias_version = in_backward(), self.expert_bias_E._version  # noqa: SLF001 - torch's own count of writes
         if not recompute:
-            self._bias_version_of_forward = self.expert_bias_E._version
-        elif self.expert_bias_E._version != self._bias_version_of_forward:
+            self._bias_version_of_forward = bias_version
+        elif bias_version != self._bias_version_of_forward:
             raise RuntimeError(
                 "expert_bias_E changed between a forward and its recompute, so backward would use other experts; "
                 "move the bias only after all backward passes of the step"

@@ -75,7 +75,7 @@ def load_config(name: str) -> TrainConfig:
 def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """`config_from_yaml` for a file, whose path its errors name."""
     try:
-        return config_from_yaml(path.read_text(), base)
+        return config_from_yaml(path.read_text(encoding="utf-8"), base)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -111,7 +111,7 @@ def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
 
 def config_to_yaml(config: TrainConfig) -> str:
     """All effective values, such that `config_from_yaml` gives an equal configuration."""
-    return str(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 def _lengthen(argument: str) -> str:

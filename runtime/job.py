@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.preflight import check_resources
+from cluster.session import check_answers
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
@@ -38,6 +39,8 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     console = Console(highlight=False)
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     resume_from = find_checkpoint(run_dir, step) if resume else None
+    if config.cluster.address is not None:
+        check_answers(config.cluster.address)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
     check_resources(
         config.cluster,
@@ -46,16 +49,16 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         model_bytes_per_worker=size.training_bytes_per_rank,
     )
     dataset = open_data(config, console)
-    console.print(_headline(config, run_dir, dataset, size, resume_from))
+    _say(console, _headline(config, run_dir, dataset, size, resume_from))
     with open_gang(config.cluster, make_spec(config, run_dir, dataset)) as launched:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config_to_yaml(config))
+        (run_dir / CONFIG_FILE).write_text(config_to_yaml(_as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
     report = write_report(run_dir)
     console.print(terminal_summary(run_dir))
-    console.print(f"report: {report}")
+    _say(console, f"report: {report}")
     if not outcome.completed:
-        console.print(f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+        _say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
     return 0
 
 
@@ -68,12 +71,13 @@ def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers:
     with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
         results: list[Evaluation] = ranks.run("evaluate", path.absolute(), sequences or config.run.eval_sequences)
     result = results[0]
-    console.print(
+    _say(
+        console,
         f"{path}: {result.val_bits_per_byte:.4f} bits per byte, loss {result.val_loss:.4f} "
-        f"on {result.num_tokens:,} held-out tokens ({result.eval_s:.1f} s)"
+        f"on {result.num_tokens:,} held-out tokens ({result.eval_s:.1f} s)",
     )
     for source, bits in result.val_bits_per_byte_per_source.items():
-        console.print(f"  {source:12} {bits:.4f} bits per byte")
+        _say(console, f"  {source:12} {bits:.4f} bits per byte")
     return 0
 
 
@@ -121,7 +125,8 @@ def open_data(config: TrainConfig, console: Console) -> Dataset:
     """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches."""
     with console.status("preparing the text") as status:
         dataset = prepare_dataset(
-            config.data, lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+            config.data,
+            lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB"),
         )
     Sampler(dataset, config.model.max_seq_len, config.run.global_batch_size, config.run.seed)
     return dataset
@@ -138,8 +143,10 @@ def _watch(
     gang = launched.gang
     ranks = rank_map(gang, config.parallel.resolve(gang.world_size), config.model.moe.num_experts)
     start = {"rank_map": ranks, "ray_s": launched.ray_s, "gang_s": launched.gang_s}
-    console.print(_rank_table(ranks))
-    console.print(f"Ray was up after {launched.ray_s:.1f} s, the gang of {gang.world_size} after {launched.gang_s:.1f} s more")
+    _say(console, _rank_table(ranks))
+    _say(
+        console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
+    )
     num_seen, told = 0, False
     done = checkpoint.step_of(resume_from) if resume_from else 0
     with StopSignal() as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
@@ -165,6 +172,10 @@ def _watch(
     return outcomes[0]
 
 
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False)  # never broken into lines: people copy paths and commands
+
+
 def _show(view: LiveView, line: dict[str, Any]) -> None:
     if "event" in line:
         details = ", ".join(f"{name} {value}" for name, value in line.items() if name != "event")
@@ -173,6 +184,14 @@ def _show(view: LiveView, line: dict[str, Any]) -> None:
         view.eval(line)
     else:
         view.update(line)
+
+
+def _as_recorded(config: TrainConfig) -> TrainConfig:
+    """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
+    data = config.data
+    paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)
+    tokenizer = data.tokenizer and str(Path(data.tokenizer).expanduser().absolute())
+    return replace(config, data=replace(data, path=paths, tokenizer=tokenizer, rebuild=False))
 
 
 def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:
@@ -187,9 +206,7 @@ def _config_for(run_dir: Path, workers: int | None, device: str | None) -> Train
     return config
 
 
-def _headline(
-    config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None
-) -> str:
+def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None) -> str:
     moe = config.model.moe
     sources = ", ".join(
         f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
@@ -198,8 +215,8 @@ def _headline(
     return (
         f"{start}\n"
         f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
-        f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} layers\n"
-        f"text   {sources}\n"
+        f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
+        f"layers\ntext   {sources}\n"
         f"law    {config.balance.law}, rate {config.balance.rate:g}"
     )
 
@@ -211,4 +228,3 @@ def _rank_table(ranks: Sequence[dict[str, Any]]) -> str:
         for row in ranks
     ]
     return "rank map\n" + "\n".join(rows)
-

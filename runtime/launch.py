@@ -80,7 +80,7 @@ def open_ranks(config: ClusterConfig, spec: WorkerSpec) -> Iterator[Ranks]:
         with open_gang(config, spec, coordinated=False) as launched:
             yield launched.gang
         return
-    from torch.distributed import HashStore
+    from torch._C._distributed_c10d import HashStore  # torch.distributed hides it from type checkers
 
     worker = worker_maker(spec)()
     worker.join(rank=0, world_size=1, store=HashStore(), timeout_s=config.collective_timeout_s)

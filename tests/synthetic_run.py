@@ -36,7 +36,7 @@ class SyntheticRun:
         return LoadLayout(names, (self.num_experts,) * self.num_layers, (True,) * self.num_layers)
 
 
-def make_run(path: Path, made: SyntheticRun = SyntheticRun(), *, tensorboard: bool = False) -> Path:  # noqa: B008
+def make_run(path: Path, made: SyntheticRun = SyntheticRun(), *, tensorboard: bool = False) -> Path:
     """Write the run and return its path."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(_config(path.name, made))
@@ -47,7 +47,9 @@ def make_run(path: Path, made: SyntheticRun = SyntheticRun(), *, tensorboard: bo
     clock, version = 1.7e9, 0
     with RunLog.create(path, made.layout, tensorboard=tensorboard) as log:
         log.event("started", time=clock, workers=2, ep_size=2)
-        log.event("rank_map", time=clock + 2, ranks=["rank 0: 127.0.0.1 cpu experts 0-3", "rank 1: 127.0.0.1 cpu experts 4-7"])
+        log.event(
+            "rank_map", time=clock + 2, ranks=["rank 0: 127.0.0.1 cpu experts 0-3", "rank 1: 127.0.0.1 cpu experts 4-7"]
+        )
         log.eval({"step": 0, "time": clock + 4, **_evaluation(0, seen, rng)})
         for step in range(1, made.steps + 1):
             skew += rng.normal(0, 0.01, skew.shape)

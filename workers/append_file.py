@@ -24,6 +24,8 @@ class AppendFile:
 
     def write(self, data: bytes) -> int:
         """Append `data` after everything that still waits. Never raises OSError; see `trouble`."""
+        if self._fd < 0:
+            raise ValueError(f"{self.path} is closed")
         self._backlog += data
         self.flush()
         return len(data)

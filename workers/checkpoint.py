@@ -140,10 +140,7 @@ def load(
 
     Collective; errors are the same on all ranks.
     """
-    try:
-        manifest, index = _open(path, group)
-    except CheckpointCorrupt as error:
-        raise CheckpointCorrupt(path, error.file, error.reason, _previous_intact(path, group)) from error
+    manifest, index = _open_or_offer_previous(path, group)
     saved = _specs_of_index(index)
     same_ranks = manifest.world_size == _place(group)[1]
     mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
@@ -156,8 +153,15 @@ def load(
 
 
 def verify(path: Path, group: Group = None) -> Manifest:
-    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt. Collective over `group`."""
-    return _open(path, group)[0]
+    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt as `load`. Collective."""
+    return _open_or_offer_previous(path, group)[0]
+
+
+def _open_or_offer_previous(path: Path, group: Group) -> tuple[Manifest, Metadata]:
+    try:
+        return _open(path, group)
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(path, error.file, error.reason, _previous_intact(path, group)) from error
 
 
 def _open(path: Path, group: Group) -> tuple[Manifest, Metadata]:
@@ -184,7 +188,7 @@ def _previous_intact(path: Path, group: Group) -> Path | None:
     for earlier in reversed(list_checkpoints(path.parent)):
         if step_of(earlier) < step_of(path):
             try:
-                verify(earlier, group)
+                _open(earlier, group)
             except CheckpointError:
                 continue
             return earlier

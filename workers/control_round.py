@@ -109,8 +109,8 @@ class ControlRound:
         with self._in_phase(given, "reduce"):
             sums, largest = dist.ReduceOp.SUM, dist.ReduceOp.MAX
             reductions = ((counts, sums), (given.floats, sums), (given.maxima, largest))
-            # In flight together: a step pays one latency, not three. A vector that is empty is so on every rank.
-            self._finish([self._start(dist.all_reduce, each, op) for each, op in reductions if len(each)], given)
+            # In flight together: a step pays one latency, not three.
+            self._finish([self._start(dist.all_reduce, each, op) for each, op in reductions], given)
         load_N, slots, totals, stop = torch.split(counts, sizes)
         self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
         events, cause = self._lead(given, load_N) if self._rank == 0 else ([], None)

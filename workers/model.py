@@ -122,9 +122,8 @@ class Decoder(nn.Module):
         x = self.token_embedding(token_ids)
         head_dim = self.config.hidden // self.config.num_heads
         rotary = rotary_table(seq_len, head_dim, self.config.rope_theta, device=x.device, dtype=x.dtype)
-        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
         for block in self.layers:
-            if recompute:
+            if self.config.recompute:
                 # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws
                 # random numbers, so their state need not be kept.
                 x = checkpoint(block, x, rotary, token_mask, use_reentrant=False, preserve_rng_state=False)

@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 
 @dataclass(frozen=True, kw_only=True)

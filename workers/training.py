@@ -30,7 +30,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, as this rank saw it. loss, counts and control are of all ranks, seconds and bytes of this one."""
+    """What one step did. loss, counts and control are of all ranks, seconds and bytes of this one."""
 
     step: int
     loss: float  # nats per token over the global batch

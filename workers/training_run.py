@@ -74,8 +74,8 @@ class TrainingRun:
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)
         if extra["data_digest"] != self._state.dataset.digest:
             raise ValueError(
-                f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with the "
-                "data settings of the run, or start a new run"
+                f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with "
+                f"the data settings of the run, or start a new run"
             )
         set_random_state(tensors, self._state.groups.rank, self._state.groups.device)
         self._control.restore(extra["bias_version"], law_state(tensors))

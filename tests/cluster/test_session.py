@@ -15,7 +15,14 @@ import pytest
 import ray
 
 from cluster.config import ClusterConfig
-from cluster.session import ClusterUnreachable, RaySession, _auth_token, check_answers, forwarded_environment
+from cluster.session import (
+    ClusterUnreachable,
+    RaySession,
+    _auth_token,
+    _ctrl_c_deferred,
+    check_answers,
+    forwarded_environment,
+)
 from tests.ray_fixture import ROOT
 
 SAVE_AFTER_CTRL_C = """
@@ -99,6 +106,21 @@ def test_joining_by_address_trains_there_and_leaves_that_ray_running(ray_session
     )
     assert (joined.returncode, joined.stdout) == (0, "[10.0, 10.0]\n"), joined.stderr
     assert ray.get(ray.remote(num_cpus=0)(lambda: "still here").remote(), timeout=30) == "still here"
+
+
+def test_ctrl_c_while_ray_starts_is_kept_until_it_has_started_and_then_acts():
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with _ctrl_c_deferred():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("end of start")
+        reached.append("after")
+    assert reached == ["end of start"]
+    with pytest.raises(KeyboardInterrupt), _ctrl_c_deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end of start after two")
+    assert reached == ["end of start"]
 
 
 def test_a_session_inside_another_shares_its_ray_and_does_not_close_it(ray_session):

@@ -1,4 +1,4 @@
-"""What travels arrives: every assignment once, at its expert, and back. All cases of one world size share one launch."""
+"""What travels arrives: every assignment once, at its expert, and back. One launch a world size."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ NUM_EXPERTS, TOP_K, ROUNDS = 8, 3, 30
 
 
 def _ragged_case(rank, round_index):
-    """Random tokens and distinct experts; every third round one rank has no token, every fourth all go to few experts."""
+    """Random tokens and distinct experts; at times a rank has no token, or all go to few experts."""
     generator = torch.Generator().manual_seed(1000 * round_index + rank)
     num_tokens = 0 if round_index % 3 == rank else int(torch.randint(1, 12, (1,), generator=generator))
     low = 3 if round_index % 4 == 0 else NUM_EXPERTS

@@ -143,7 +143,7 @@ def _assert_weights(by_rank, one, what):
             parts = [torch.cat(parts)]
         for part in parts:
             # atol only for exact zeros beside numbers of order one.
-            torch.testing.assert_close(part, expected, rtol=RTOL, atol=1e-14, msg=lambda m: f"{what} {name}: {m}")
+            torch.testing.assert_close(part, expected, rtol=RTOL, atol=1e-14, msg=lambda m: f"{what} {name}: {m}")  # noqa: B023
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -36,7 +36,8 @@ def test_group_score_sums_the_two_best_and_not_the_maximum():  # B16
     assert _choose(scores, [0.0] * 9, config) == [[3, 4]]
 
 
-def test_scores_per_group_other_than_two_changes_the_group():  # B16: top_k / groups_kept is 3 here, DeepSeek's code says 2
+def test_scores_per_group_other_than_two_changes_the_group():  # B16
+    # top_k / groups_kept is 3 here; DeepSeek's code always takes 2.
     # Best two:   0: .9 + .5 = 1.4 > 1: 1.2     Best three:   0: 1.4 + 0 < 1: .6 + .6 + .5 = 1.7
     scores = [[0.9, 0.5, 0.0, 0.6, 0.6, 0.5]]
     two = RouterConfig(num_experts=6, top_k=3, num_groups=2, groups_kept=1, scores_per_group=2)

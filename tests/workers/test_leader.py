@@ -109,6 +109,7 @@ def test_the_state_is_sent_once_and_again_only_after_a_loss() -> None:
 
     _train(watched)
     assert seeded == [0, 5]  # 3 failed, 4 was the pause
+    assert flaky.calls == STEPS - 1  # nobody had to ask for it
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def _train_layouts(rank, world_size, spec):
     results = {}
     for ep_size, micro_batch_size in LAYOUTS[world_size]:
         name = f"w{world_size}-ep{ep_size}-micro{micro_batch_size}"
-        layout = replace(_with_run(spec, name, micro_batch_size=micro_batch_size), parallel=ParallelConfig(ep_size=ep_size))
+        layout = replace(
+            _with_run(spec, name, micro_batch_size=micro_batch_size), parallel=ParallelConfig(ep_size=ep_size)
+        )
         worker, _ = _train(layout, rank, world_size, float64=True)
         results[name] = (whole_state(worker), worker.progress(0))
     return results if rank == 0 else None
@@ -64,7 +66,7 @@ def _interrupt_and_resume(rank, world_size, spec):
     spec = replace(spec, model=replace(spec.model, recompute=True))
     whole, _ = _train(_with_run(spec, "whole"), rank, world_size)
     expected = whole_state(whole)
-    cut, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=37)
+    _, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=37)
     assert (outcome.step, outcome.completed) == (37, False)
     resumed, outcome = _train(_with_run(spec, "cut"), rank, world_size, resume=True)
     assert (outcome.step, outcome.completed) == (80, True)
@@ -103,7 +105,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
     spec = make_spec(tmp_path, steps=80, eval_every=20, checkpoint_every=30, keep_checkpoints=9)
     run_ranks(2, _interrupt_and_resume, spec, timeout_s=100)
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
-    for kind, exact in ((0, ("step", "loss", "grad_norm", "lr", "max_vio_batch", "bias_checksum")), (1, ("step", "val_loss", "max_vio_global"))):
+    for kind, exact in (
+        (0, ("step", "loss", "grad_norm", "lr", "max_vio_batch", "bias_checksum")),
+        (1, ("step", "val_loss", "max_vio_global")),
+    ):
         whole, cut = ([{key: line[key] for key in exact} for line in lines[name][kind]] for name in ("whole", "cut"))
         assert whole == cut
     assert len(lines["cut"][0]) == 80
@@ -135,11 +140,11 @@ def _skip_and_more(rank, world_size, spec):
 
     class Poison(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(_ctx, x):
             return x.view_as(x)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(_ctx, grad):
             return grad * float("inf")
 
     def poison(_module, _inputs, output):
@@ -226,7 +231,13 @@ def test_every_step_accounts_for_every_assignment(tmp_path):  # P9, P17
     train, _ = read_metrics(tmp_path / "run")
     expected = 12 * 16 * 2 * 2  # sequences x tokens x top_k x MoE layers
     for line in train:
-        assert line["tokens_routed"] == line["tokens_sent"] == line["tokens_received"] == line["tokens_returned"] == expected
+        assert (
+            line["tokens_routed"]
+            == line["tokens_sent"]
+            == line["tokens_received"]
+            == line["tokens_returned"]
+            == expected
+        )
     history = read_load_history(tmp_path / "run")
     assert history.counts.sum(1).tolist() == [expected] * 3
     assert len({line["bias_version"] for line in train}) == 3

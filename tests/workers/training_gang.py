@@ -19,7 +19,9 @@ from workers.state import canonical_state
 from workers.text import DataConfig
 from workers.worker import Worker
 
-LINES = [f"{n} green bottles hanging on the wall, and if one should fall there'd be {n - 1};\n" for n in range(400, 0, -1)]
+LINES = [
+    f"{n} green bottles hanging on the wall, and if one should fall there'd be {n - 1};\n" for n in range(400, 0, -1)
+]
 
 
 def make_spec(folder: Path, **run) -> WorkerSpec:
