@@ -83,7 +83,7 @@ def to_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'^(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
     for name, color in THEME.items():
-        svg = svg
+        svg = svg.replace(color, f"var(--{name})")
     return svg
 
 

@@ -80,11 +80,11 @@ def draw_max_vio(figure: FigureBase, record: RunRecord) -> None:
     axes = new_axes(figure, step_label(len(record.steps)), "MaxVio_batch (log scale)")
     layers, labels = record.max_vio_per_layer(), layer_labels(record)
     few = len(labels) <= len(SERIES)
-    colors = [THEME[name] for name in SERIES] if few else colormaps["viridis"](np.linspace(0.25, 0.85, len(labels)))
+    colors = [THEME[name] for name in SERIES] if few else colormaps["viridis"](np.linspace(0.35, 0.8, len(labels)))
     curves = [average(record.steps, values) for values in layers.T]
     lines: list[Artist] = []
     for curve, color, label in zip(curves, colors, labels, strict=False):
-        lines += axes.plot(*curve, color=color, lw=1.0 if few else 0.7, alpha=0.75, label=label)
+        lines += axes.plot(*curve, color=color, lw=1.0 if few else 0.8, alpha=0.75, label=label)
     mean = average(record.steps, record.column("max_vio_batch"))
     floor = record.column("max_vio_floor")
     handles: list[Artist] = list(axes.plot(*mean, color=THEME["ink"], lw=2.0, label="mean of layers"))

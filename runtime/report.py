@@ -49,10 +49,14 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def write_picture(run_dir: str | Path, target: str | Path, *, dpi: int = 130) -> Path:
-    """Write the main charts as one PNG, for a README or a talk. Raises ValueError where no step is recorded."""
+    """Write the main charts as one PNG, for a README or a talk.
+
+    Raises:
+        ValueError: there is no run in `run_dir`, or it has no curve to draw.
+    """
     record = RunRecord.read(run_dir)
-    if not record.train or not record.has_moe:
-        raise ValueError(f"{run_dir} has no step of an MoE model to draw; train for at least one step")
+    if len(record.train) < 2 or not record.has_moe:
+        raise ValueError(f"{run_dir} has {len(record.train)} recorded steps; a picture needs two of an MoE model")
     figure = new_figure(lambda figure: draw_overview(figure, record), (15.5, 6.8), facecolor="#ffffff")
     save_png(figure, Path(target), dpi=dpi)
     return Path(target)

@@ -188,11 +188,11 @@ def test_writing_again_gives_the_same_page_and_no_leftover(tmp_path: Path) -> No
     assert not list(run.glob("*.tmp"))
 
 
-def test_the_picture_is_a_png_and_refuses_a_run_without_steps(tmp_path: Path) -> None:
+def test_the_picture_is_a_png_and_refuses_a_run_without_curves(tmp_path: Path) -> None:
     target = write_picture(make_run(tmp_path / "plays", SyntheticRun(steps=5)), tmp_path / "plays.png", dpi=40)
     assert target.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="has no step"):
-        write_picture(make_run(tmp_path / "none", SyntheticRun(steps=0)), tmp_path / "none.png")
+    with pytest.raises(ValueError, match="has 1 recorded steps"):
+        write_picture(make_run(tmp_path / "short", SyntheticRun(steps=1)), tmp_path / "short.png")
 
 
 def test_the_terminal_summary_fits_80_columns(tmp_path: Path) -> None:

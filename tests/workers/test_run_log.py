@@ -137,6 +137,7 @@ def test_resuming_moves_torn_lines_aside_and_never_joins_them(tmp_path: Path) ->
             log.event("resumed")
     assert steps_of(tmp_path) == [1, 2] and read_load_history(tmp_path).steps.tolist() == [1, 2]
     assert [line["event"] for line in read_events(tmp_path)] == ["started", "resumed", "resumed"]
+    assert (tmp_path / "load/history.superseded.bin").stat().st_size == 2 * (8 + 12 * 5)  # whole records only
     aside = (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()
     assert [line[:25] for line in aside] == [
         '{"kind": "train", "time":',

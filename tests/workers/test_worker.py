@@ -172,6 +172,16 @@ def _skip_and_more(rank, world_size, spec):
     frozen = replace_layout(worker)
     frozen.train()
     results["frozen"] = {name: router.expert_bias_E.abs().max().item() for name, router in state.routers.items()}
+    # All communicators are made in join: a lazy one in the middle of a step would hang or stall on a bad network.
+    worker = join_worker(_with_run(spec, "groups", eval_every=1), rank, world_size, "groups")
+    made = []
+    original = torch.distributed.distributed_c10d._new_process_group_helper
+    torch.distributed.distributed_c10d._new_process_group_helper = lambda *a, **k: made.append(a) or original(*a, **k)
+    try:
+        worker.train()
+    finally:
+        torch.distributed.distributed_c10d._new_process_group_helper = original
+    results["groups made"] = len(made)
     # Evaluation between steps, and a coordinator that fails, leave the training as it is.
     for name, run in (("plain", {}), ("evaluating", {"eval_every": 1})):
         worker, _ = _train(_with_run(spec, name, **run), rank, world_size)
@@ -205,7 +215,7 @@ def replace_layout(worker):
     return worker
 
 
-def test_what_must_not_move_stays_and_what_must_moves(tmp_path):  # B3, B33, B35, B37, P16
+def test_what_must_not_move_stays_and_what_must_moves(tmp_path):  # B3, B33, B35, B37, P16, P26
     two, other_rank = run_ranks(2, _skip_and_more, make_spec(tmp_path, steps=8), timeout_s=100)
     changed, lines = two["overflow"]
     assert changed == []
@@ -220,6 +230,7 @@ def test_what_must_not_move_stays_and_what_must_moves(tmp_path):  # B3, B33, B35
     biases = [tensor for key, tensor in two["plain"].items() if key.endswith("expert_bias_E")]
     assert len(biases) == 2
     assert all(bias.abs().max() > 0 for bias in biases)
+    assert two["groups made"] == 0
     for other in ("evaluating", "flaky"):
         assert [key for key in two["plain"] if not torch.equal(two["plain"][key], two[other][key])] == []
     assert two["flaky events"][:2] == ["coordinator_lost", "coordinator_back"]
