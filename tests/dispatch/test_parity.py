@@ -148,7 +148,7 @@ def _assert_weights(by_rank, one, what):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_equal_one_process(world_size):  # B13, P1, P2, P5
+def test_ranks_equal_one_process(world_size):  # B13, P1, P2, P5, P8
     results = run_ranks(world_size, _parity_on_ranks)
     assert set(results[0]) == {case.name for case in CASES if sum(case.tokens[:world_size])}
     for case in CASES:

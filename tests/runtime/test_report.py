@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -148,6 +149,13 @@ def test_a_bias_other_than_the_logged_checksum_is_shown(tmp_path: Path) -> None:
     edit_line(run, 4, bias_checksum="00000000")
     wrong = figures(run)["Bias checksums equal"]
     assert wrong.value == "9 of 10 steps" and wrong.verdict is False and "first at step 5" in wrong.note
+
+
+def test_a_last_line_whose_bias_was_not_recorded_is_no_wrong_checksum(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "plays", SyntheticRun(steps=10))
+    os.truncate(run / "load/history.bin", (run / "load/history.bin").stat().st_size - 1)
+    checksums = figures(run)["Bias checksums equal"]
+    assert checksums.value == "9 of 9 steps" and checksums.verdict is True
 
 
 def test_max_vio_is_averaged_over_the_last_50_steps_beside_its_floor(tmp_path: Path) -> None:
