@@ -36,7 +36,7 @@ def layout_of(routers: Mapping[str, Router]) -> LoadLayout:
 def read_load(routers: Mapping[str, Router]) -> Tensor:
     """The counts of this rank since the last reset: int64 (N,) on the CPU, a copy. Waits for the device once."""
     counts = [router.tokens_per_expert_E for router in routers.values()]
-    return torch.cat(counts).cpu().clone() if counts else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(counts).cpu() if counts else torch.zeros(0, dtype=torch.int64)
 
 
 def reset_load(routers: Mapping[str, Router]) -> None:
@@ -48,7 +48,7 @@ def reset_load(routers: Mapping[str, Router]) -> None:
 def read_bias(routers: Mapping[str, Router]) -> Tensor:
     """The live biases: fp32 (N,) on the CPU, a copy. Waits for the device once."""
     biases = [router.expert_bias_E for router in routers.values()]
-    return torch.cat(biases).cpu().clone() if biases else torch.zeros(0, dtype=torch.float32)
+    return torch.cat(biases).cpu() if biases else torch.zeros(0, dtype=torch.float32)
 
 
 def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:

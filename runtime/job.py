@@ -168,6 +168,9 @@ def _watch(
             show_news()
         except BaseException as error:
             append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+            if saved := checkpoint.list_checkpoints(run_dir / CHECKPOINTS):
+                step = checkpoint.step_of(saved[-1])
+                view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
             raise
     return outcomes[0]
 

@@ -54,8 +54,9 @@ def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layo
         "val_loss": evaluation.val_loss,
         "val_bits_per_byte": evaluation.val_bits_per_byte,
         "val_bits_per_byte_per_source": evaluation.val_bits_per_byte_per_source,
-        "max_vio_global": _mean(per_layer),
-        "max_vio_global_per_layer": per_layer,
+        # Nothing was trained before the first one, so there is no load to judge.
+        "max_vio_global": _mean(per_layer) if load_since_eval_N.any() else None,
+        "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
         "eval_s": evaluation.eval_s,
     }
 

@@ -90,6 +90,8 @@ class TrainingRun:
         self._log = log
         config = self._state.spec.run
         step, stop, saved_step = done, False, done
+        if step == 0 and config.eval_every:
+            self._evaluate(step)  # what training starts from
         while step < config.steps and not stop:
             step += 1
             result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())

@@ -57,12 +57,13 @@ def run_dir(folder, ray_session):
 def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     train, evals = read_metrics(run_dir)
     assert [line["step"] for line in train] == list(range(1, 21))
-    assert [line["step"] for line in evals] == [10, 20]
+    assert [line["step"] for line in evals] == [0, 10, 20]
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step_00000010", "step_00000020"]
     assert read_load_history(run_dir).counts.shape == (20, 16)
     assert (run_dir / "report.html").stat().st_size > 10_000
     assert list((run_dir / "tensorboard").iterdir())
-    assert evals[-1]["val_loss"] < train[0]["loss"]
+    assert evals[-1]["val_bits_per_byte"] < evals[0]["val_bits_per_byte"]
+    assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0
 
 
 def test_every_documented_field_is_in_every_line(run_dir):
@@ -184,13 +185,35 @@ def _trimtab(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    metrics, give_up = run_dir / "metrics.jsonl", time.monotonic() + 90
+    while time.monotonic() < give_up and process.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
+    arguments = _arguments(tmp_path, "--name=dies", "--steps=100000", "--run.checkpoint_every=5", "--run.eval_every=0")
+    process = _trimtab(tmp_path, "train", *arguments)
+    _wait_for_step(process, tmp_path / "runs" / "dies", 12)
+    started = read_events(tmp_path / "runs" / "dies")[0]
+    os.kill(started["rank_map"][1]["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 1, output
+    assert time.monotonic() - killed < 30
+    assert re.search(r"rank 1 .*failed first, in train: its process died", output), output
+    assert re.search(r"saved up to step \d+; go on with: trimtab train --resume", output), output
+    assert read_events(tmp_path / "runs" / "dies")[-1]["event"] == "failed"
+
+
 def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
     arguments = _arguments(tmp_path, "--name=cut", "--steps=100000", "--run.checkpoint_every=0", "--run.eval_every=0")
     process = _trimtab(tmp_path, "train", *arguments)
-    metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
-    give_up = time.monotonic() + 90
-    while (not metrics.exists() or not metrics.read_text()) and time.monotonic() < give_up and process.poll() is None:
-        time.sleep(0.1)
+    _wait_for_step(process, tmp_path / "runs" / "cut", 1)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=90)[0]
     assert process.returncode == 0, output

@@ -258,6 +258,25 @@ def _only_train(rank, world_size, spec):
     _train(spec, rank, world_size)
 
 
+def _train_bf16(rank, world_size, spec):
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        worker, _ = _train(_with_run(spec, dtype, dtype=dtype), rank, world_size)
+        kept = {tensor.dtype for tensor in whole_state(worker).values()}
+        lines[dtype] = [line for line in worker.progress(0) if line.get("kind") == "train"], kept
+    return lines
+
+
+def test_bf16_computes_in_bf16_and_keeps_everything_else_in_fp32(tmp_path):  # B22, B23
+    lines = run_ranks(2, _train_bf16, make_spec(tmp_path, steps=6))[0]
+    (full, full_kept), (half, half_kept) = lines["float32"], lines["bfloat16"]
+    assert full_kept == half_kept == {torch.float32}
+    assert [line["loss"] for line in half] == pytest.approx([line["loss"] for line in full], rel=2e-2)
+    assert half[-1]["loss"] != full[-1]["loss"]
+    # Half the bytes of every row travel, not of the weights and gradients of weights, which stay fp32.
+    assert 0.45 < half[0]["sent_bytes"] / full[0]["sent_bytes"] < 0.75
+
+
 def _train_none(rank, world_size, spec):
     worker, _ = _train(replace(spec, balance=BalanceConfig(law="none")), rank, world_size)
     return {name: router.expert_bias_E.abs().max().item() for name, router in worker._state.routers.items()}

@@ -1,0 +1,20 @@
+"""The examples run as their first lines say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_layer_trains_under_plain_torchrun():
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", "--standalone"]
+    script = ROOT / "examples" / "train_layer.py"
+    done = subprocess.run([*command, script, "--steps=40"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"error ([\d.]+)  MaxVio ([\d.]+)", done.stdout)
+    errors, vios = zip(*((float(error), float(vio)) for error, vio in lines), strict=True)
+    assert errors[-1] < 0.2 * errors[0]
+    assert vios[-1] < 0.5 * vios[0]
+    assert len(script.read_text().splitlines()) <= 100
