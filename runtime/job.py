@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,10 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     console = Console(highlight=False)
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     resume_from = find_checkpoint(run_dir, step) if resume else None
+    if resume_from and checkpoint.step_of(resume_from) >= config.run.steps:
+        raise ValueError(
+            f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
+        )
     if config.cluster.address is not None:
         check_answers(config.cluster.address)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
@@ -50,7 +55,9 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     )
     dataset = open_data(config, console)
     _say(console, _headline(config, run_dir, dataset, size, resume_from))
-    with open_gang(config.cluster, make_spec(config, run_dir, dataset)) as launched:
+    with ExitStack() as stack:
+        with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
+            launched = stack.enter_context(open_gang(config.cluster, make_spec(config, run_dir, dataset)))
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(_as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)

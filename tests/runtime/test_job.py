@@ -148,6 +148,11 @@ def test_killing_the_coordinator_costs_no_step_and_no_bit(folder, ray_session): 
     assert [line["loss"] for line in calm] == [line["loss"] for line in disturbed]
 
 
+def test_a_finished_run_says_how_to_go_on(run_dir):
+    with pytest.raises(ValueError, match="larger --steps"):
+        job.train(config_from_yaml_file(run_dir / "config.yaml"), resume=run_dir, step=None)
+
+
 def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(folder, run_dir):
     newest = max(path for path in (run_dir / "checkpoints" / "step_00000020").glob("*.distcp"))
     content = newest.read_bytes()
