@@ -20,8 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher
+from dispatch.dispatcher import Dispatcher, LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
+from dispatch.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,21 @@ def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int) -> dict[str
     config = MoEConfig(
         num_experts=shape.num_experts, top_k=shape.top_k, ffn_hidden=shape.ffn_hidden, num_shared_experts=0
     )
-    parallel = world_size > 1
-    dispatcher = (
-        AllToAllDispatcher(shape.num_experts, dist.group.WORLD) if parallel else LocalDispatcher(shape.num_experts)
-    )
-    layer = MoELayer(shape.hidden, config, dispatcher)
-    num_local = len(layer.experts.expert_ids)
-    found = {"matmul limit": matmul_limit(shape, num_local, world_size, dtype), "trimtab": step_of(layer, dtype)}
-    if not parallel:
-        found["module loop"] = step_of(ModuleLoop(layer), dtype)
-    return found
+    placement = ExpertPlacement(shape.num_experts, world_size)
+    limit = matmul_limit(shape, placement.num_local_experts[0], world_size, dtype)
+    if world_size > 1:
+        dispatchers: dict[str, Dispatcher] = {
+            "row per rank": OncePerRankDispatcher(shape.num_experts, dist.group.WORLD),
+            "row per expert": AllToAllDispatcher(shape.num_experts, dist.group.WORLD),
+        }
+        layers = {name: MoELayer(shape.hidden, config, dispatcher) for name, dispatcher in dispatchers.items()}
+        return {"matmul limit": limit} | {name: step_of(layer, dtype) for name, layer in layers.items()}
+    layer = MoELayer(shape.hidden, config, LocalDispatcher(shape.num_experts))
+    return {
+        "matmul limit": limit,
+        "trimtab": step_of(layer, dtype),
+        "module loop": step_of(ModuleLoop(layer), dtype),
+    }
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
             gate, up = gate_RF[rows], up_RF[rows]
             torch.mm(rows_RH[rows], gate_LFH[expert].t(), out=gate)
             torch.mm(rows_RH[rows], up_LFH[expert].t(), out=up)
-            inner = (F.silu(gate) * up * row_weights_R[rows, None]).to(rows_RH.dtype)
+            inner = F.silu(gate).mul_(up).mul_(row_weights_R[rows, None])
             torch.mm(inner, down_LHF[expert].t(), out=out_RH[rows])
         ctx.save_for_backward(rows_RH, row_weights_R, gate_LFH, up_LFH, down_LHF, gate_RF, up_RF)
         ctx.counts_L, ctx.meter = counts_L, meter
@@ -139,16 +139,13 @@ def _swiglu_backward(
     grad_gate_LFH, grad_up_LFH, grad_down_LHF = (torch.zeros_like(w) for w in (gate_LFH, up_LFH, down_LHF))
     for expert, rows in _slices(counts_L):
         x, gate, up, weight = rows_RH[rows], gate_RF[rows], up_RF[rows], row_weights_R[rows, None]
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
+        silu = F.silu(gate)
         inner = silu * up
-        torch.mm(grad_out_RH[rows].t(), (inner * weight).to(x.dtype), out=grad_down_LHF[expert])
         grad_inner = grad_out_RH[rows] @ down_LHF[expert]
         grad_weights_R[rows] = (grad_inner * inner).sum(1, dtype=row_weights_R.dtype)
-        grad_inner = (grad_inner * weight).to(x.dtype)
-        grad_up = grad_inner * silu
-        # d silu(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g)))
-        grad_gate = grad_inner * up * sigmoid * (1 + gate * (1 - sigmoid))
+        torch.mm(grad_out_RH[rows].t(), inner.mul_(weight), out=grad_down_LHF[expert])
+        grad_up = silu.mul_(grad_inner.mul_(weight))
+        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up), gate)
         torch.mm(grad_gate.t(), x, out=grad_gate_LFH[expert])
         torch.mm(grad_up.t(), x, out=grad_up_LFH[expert])
         torch.mm(grad_gate, gate_LFH[expert], out=grad_rows_RH[rows])

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dispatch.all_to_all import make_dispatcher
 from dispatch.balance import LossFreeBalancer
-from dispatch.dispatcher import AllToAllDispatcher
 from dispatch.experts import expert_parameters
 from dispatch.laws import BalanceConfig
 from dispatch.layer import MoEConfig, MoELayer
@@ -55,7 +55,8 @@ def main() -> None:
     centres = torch.randn(8, HIDDEN)
     teacher = nn.Sequential(nn.Linear(HIDDEN, 64), nn.Tanh(), nn.Linear(64, HIDDEN)).to(device)
     config = MoEConfig(num_experts=16, top_k=2, ffn_hidden=32)
-    layer = MoELayer(HIDDEN, config, AllToAllDispatcher(config.num_experts, dist.group.WORLD)).to(device)
+    dispatcher = make_dispatcher(config.num_experts, dist.group.WORLD, hidden=HIDDEN, top_k=config.top_k)
+    layer = MoELayer(HIDDEN, config, dispatcher).to(device)
     for name, parameter in layer.named_parameters():
         if name not in expert_parameters(layer):
             dist.broadcast(parameter.data, src=0)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
+
+from dispatch.all_to_all import Exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +18,16 @@ class ParallelConfig:
 
     ep_size: int = 0
     """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
+    exchange: Exchange = "auto"
+    """What travels: a row for each 'rank' that a token needs, for each 'assignment', or, 'auto', whatever is fewer."""
 
     def __post_init__(self) -> None:
         if self.ep_size < 0:
             raise ValueError(f"parallel.ep_size ({self.ep_size}) must be 0 (all workers) or a positive number of ranks")
+        if self.exchange not in get_args(Exchange):
+            raise ValueError(
+                f"parallel.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
+            )
 
     def resolve(self, world_size: int) -> int:
         """The EP size for this many ranks. Raises ValueError where it does not divide them."""

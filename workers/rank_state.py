@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dispatch.all_to_all import make_dispatcher
 from dispatch.balance import layout_of, read_bias, routers_of, write_bias
-from dispatch.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from dispatch.dispatcher import Dispatcher
 from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from dispatch.meter import Meter
@@ -100,16 +101,21 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
 
 
 def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
-    num_experts = spec.model.moe.num_experts
+    moe = spec.model.moe
 
-    def make_dispatcher() -> Dispatcher:
-        if groups.ep_size == 1:
-            return LocalDispatcher(num_experts, meter)
-        return AllToAllDispatcher(num_experts, groups.ep_group, meter)
+    def dispatcher() -> Dispatcher:
+        return make_dispatcher(
+            moe.num_experts,
+            groups.ep_group,
+            hidden=spec.model.hidden,
+            top_k=moe.top_k,
+            exchange=spec.parallel.exchange,
+            meter=meter,
+        )
 
     # On meta first: weights are drawn once, on the device where they stay.
     with torch.device("meta"):
-        model = Decoder(spec.model, make_dispatcher)
+        model = Decoder(spec.model, dispatcher)
     model.to_empty(device=groups.device)
     init_weights(model, spec.run.seed)
     return model

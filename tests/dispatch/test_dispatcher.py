@@ -1,10 +1,13 @@
 """What travels arrives: every assignment once, at its expert, and back. One launch a world size."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher, make_dispatcher, ranks_per_token
+from dispatch.dispatcher import LocalDispatcher
 from tests.ranks import run_ranks
 
 NUM_EXPERTS, TOP_K, ROUNDS = 8, 3, 30
@@ -43,24 +46,75 @@ def _check_round(dispatcher, rank, round_index):
     slot_grad = (cotangent * x.detach()).sum(1, keepdim=True).expand(-1, TOP_K)
     torch.testing.assert_close(weights.grad, slot_grad, rtol=1e-12, atol=1e-15)
     reading = dispatcher.meter.take()
-    assert reading.routed == reading.sent == reading.returned == num_tokens * TOP_K
-    assert reading.received == len(rows)
-    return num_tokens * TOP_K, len(rows)
+    assert reading.routed == reading.sent == num_tokens * TOP_K
+    assert reading.received == reading.returned == len(rows)
+    return num_tokens * TOP_K, len(rows), reading.sent_bytes
 
 
-def _exchange_on_ranks(rank, world_size):
+def _exchange_on_ranks(rank, world_size, kind):
     # Uninitialised memory becomes NaN, so that a row which nobody wrote shows.
     torch.use_deterministic_algorithms(True)
-    dispatcher = AllToAllDispatcher(NUM_EXPERTS, dist.group.WORLD)
+    dispatcher = kind(NUM_EXPERTS, dist.group.WORLD)
     assert torch.empty(3).isnan().all()
     totals = [_check_round(dispatcher, rank, round_index) for round_index in range(ROUNDS)]
     return tuple(map(sum, zip(*totals, strict=True)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_every_assignment_arrives_once_and_returns(world_size):  # B13, P3, P4, P17
-    sent, received = zip(*run_ranks(world_size, _exchange_on_ranks), strict=True)
+@pytest.mark.parametrize("kind", [AllToAllDispatcher, OncePerRankDispatcher])
+def test_every_assignment_arrives_once_and_returns(kind, world_size):  # B13, P3, P4, P17
+    sent, received, _ = zip(*run_ranks(world_size, _exchange_on_ranks, kind), strict=True)
     assert sum(sent) == sum(received) > 0
+
+
+def _bytes_on_ranks(rank, world_size):
+    """Bytes that each exchange hands to the other rank, forward and backward; assignments and tokens that cross."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(50, 64, generator=generator, requires_grad=True)
+    ids = torch.rand(50, 16, generator=generator).argsort(1)[:, :8]
+    sent = []
+    for kind in (AllToAllDispatcher, OncePerRankDispatcher):
+        dispatcher = kind(16, dist.group.WORLD)
+        weights = torch.full((50, 8), 0.125, requires_grad=True)
+        rows, handle = dispatcher.dispatch(x, ids, weights)
+        dispatcher.combine(rows * handle.row_weights_R.unsqueeze(1), handle).sum().backward()
+        sent.append(dispatcher.meter.take().sent_bytes)
+    return sent, (ids // 8 != rank).sum().item(), (ids // 8 != rank).any(1).sum().item()
+
+
+def test_a_token_crosses_once_to_each_rank_that_it_needs():
+    (by_rank_0, assignments_0, pairs_0), (by_rank_1, assignments_1, pairs_1) = run_ranks(2, _bytes_on_ranks)
+    row, weight = 64 * 4, 4
+    # This rank sends rows and weights forward; backward it sends the gradients of what came, and of its results' rows.
+    for (by_assignment, by_rank), mine, other, my_pairs, other_pairs in (
+        (by_rank_0, assignments_0, assignments_1, pairs_0, pairs_1),
+        (by_rank_1, assignments_1, assignments_0, pairs_1, pairs_0),
+    ):
+        assert by_assignment == (mine + other) * (2 * row + weight)
+        assert by_rank == (my_pairs + other_pairs) * (2 * row + 8 * weight) + my_pairs * 8  # ids: a byte each
+        assert by_rank < by_assignment / 3
+
+
+def _chosen_exchange(rank, world_size):
+    make = functools.partial(make_dispatcher, ep_group=dist.group.WORLD)
+    chosen = [
+        make(num_experts=64, hidden=512, top_k=8),  # nearly every token needs both ranks: 2 rows instead of 8
+        make(num_experts=16, hidden=512, top_k=1),  # one expert is one rank: nothing to save
+        make(num_experts=64, hidden=512, top_k=8, exchange="assignment"),
+    ]
+    return [type(dispatcher).__name__ for dispatcher in chosen]
+
+
+def test_auto_takes_the_exchange_with_fewer_bytes():
+    expected = ["OncePerRankDispatcher", "AllToAllDispatcher", "AllToAllDispatcher"]
+    assert run_ranks(2, _chosen_exchange) == [expected, expected]
+
+
+def test_ranks_per_token_of_hand_worked_cases():
+    assert ranks_per_token(4, 2, 1) == 1
+    assert ranks_per_token(4, 2, 4) == 2
+    assert ranks_per_token(4, 2, 2) == pytest.approx(2 * (1 - 1 / 6))  # 1 of 6 pairs avoids a given rank
+    assert ranks_per_token(3, 2, 1) == pytest.approx(1)  # two experts and one
 
 
 def test_local_dispatch_is_the_same_exchange_without_a_wire():

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher
 from dispatch.balance import LossFreeBalancer, read_load, write_bias
-from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.dispatcher import LocalDispatcher
 from dispatch.experts import EXPERT_WEIGHTS, expert_parameters, grouped_swiglu
 from dispatch.laws import BalanceConfig
 from dispatch.layer import MoEConfig, MoELayer
@@ -117,13 +118,13 @@ def _measure(case, make_dispatcher, batch, num_global_tokens, group):
     return result
 
 
-def _parity_on_ranks(rank, world_size):
+def _parity_on_ranks(rank, world_size, kind):
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     results = {}
     for case in CASES:
         num_global_tokens = sum(case.tokens[:world_size])
         if num_global_tokens:
-            make = lambda: AllToAllDispatcher(8, dist.group.WORLD)  # noqa: E731
+            make = lambda: kind(8, dist.group.WORLD)  # noqa: E731
             results[case.name] = _measure(
                 case, make, _batch(case, world_size, rank), num_global_tokens, dist.group.WORLD
             )
@@ -148,8 +149,9 @@ def _assert_weights(by_rank, one, what):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_equal_one_process(world_size):  # B13, P1, P2, P5, P8
-    results = run_ranks(world_size, _parity_on_ranks)
+@pytest.mark.parametrize("kind", [AllToAllDispatcher, OncePerRankDispatcher])
+def test_ranks_equal_one_process(kind, world_size):  # B13, P1, P2, P5, P8
+    results = run_ranks(world_size, _parity_on_ranks, kind)
     assert set(results[0]) == {case.name for case in CASES if sum(case.tokens[:world_size])}
     for case in CASES:
         if case.name not in results[0]:

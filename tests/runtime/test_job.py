@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -180,14 +182,23 @@ def test_a_cluster_without_the_resources_says_what_is_missing(folder, ray_sessio
     assert not (folder / "runs" / "big").exists()
 
 
-def _trimtab(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def _trimtab(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
         [Path(sys.executable).with_name("trimtab"), *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        for _ in range(2):  # stops at once, and takes its Ray along
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+        process.wait(60)
 
 
 def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
@@ -196,18 +207,17 @@ def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> 
         if metrics.exists() and f'"step": {step},' in metrics.read_text():
             return
         time.sleep(0.1)
-    process.kill()
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(f"no step {step} within 90 s; exit code {process.poll()}")
 
 
 def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
     arguments = _arguments(tmp_path, "--name=dies", "--steps=100000", "--run.checkpoint_every=5", "--run.eval_every=0")
-    process = _trimtab(tmp_path, "train", *arguments)
-    _wait_for_step(process, tmp_path / "runs" / "dies", 12)
-    started = read_events(tmp_path / "runs" / "dies")[0]
-    os.kill(started["rank_map"][1]["pid"], signal.SIGKILL)
-    killed = time.monotonic()
-    output = process.communicate(timeout=90)[0]
+    with _trimtab(tmp_path, "train", *arguments) as process:
+        _wait_for_step(process, tmp_path / "runs" / "dies", 12)
+        started = read_events(tmp_path / "runs" / "dies")[0]
+        os.kill(started["rank_map"][1]["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        output = process.communicate(timeout=90)[0]
     assert process.returncode == 1, output
     assert time.monotonic() - killed < 30
     assert re.search(r"rank 1 .*failed first, in train: its process died", output), output
@@ -217,10 +227,10 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
 
 def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
     arguments = _arguments(tmp_path, "--name=cut", "--steps=100000", "--run.checkpoint_every=0", "--run.eval_every=0")
-    process = _trimtab(tmp_path, "train", *arguments)
-    _wait_for_step(process, tmp_path / "runs" / "cut", 1)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=90)[0]
+    with _trimtab(tmp_path, "train", *arguments) as process:
+        _wait_for_step(process, tmp_path / "runs" / "cut", 1)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert "--resume" in output
     (saved,) = list_checkpoints(tmp_path / "runs" / "cut" / "checkpoints")
@@ -231,8 +241,8 @@ def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
         "interrupted",
     ]
     assert (tmp_path / "runs" / "cut" / "report.html").exists()
-    resumed = _trimtab(tmp_path, "train", "--resume", "cut", f"--steps={step + 5}")
-    output = resumed.communicate(timeout=110)[0]
+    with _trimtab(tmp_path, "train", "--resume", "cut", f"--steps={step + 5}") as resumed:
+        output = resumed.communicate(timeout=90)[0]
     assert resumed.returncode == 0, output
     train, _ = read_metrics(tmp_path / "runs" / "cut")
     assert [line["step"] for line in train] == list(range(1, step + 6))

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.balance import LossFreeBalancer, read_bias, routers_of
-from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.dispatcher import LocalDispatcher
 from dispatch.experts import expert_parameters
 from dispatch.laws import BalanceConfig, LawState
 from dispatch.layer import MoEConfig

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dispatch.dispatcher import AllToAllDispatcher, LocalDispatcher
+from dispatch.all_to_all import AllToAllDispatcher
+from dispatch.dispatcher import LocalDispatcher
 from dispatch.experts import expert_parameters
 from dispatch.layer import MoEConfig
 from dispatch.placement import ExpertPlacement
