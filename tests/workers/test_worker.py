@@ -1,5 +1,6 @@
 """Whole small runs: parity over layouts, resuming, skipped steps, evaluation, generation. Few launches, many checks."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from runtime.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoint import latest
+from workers.evaluation import evaluate
 from workers.generation import SamplingConfig
 from workers.parallel import ParallelConfig
 from workers.run_log import read_events, read_load_history, read_metrics
@@ -86,7 +88,15 @@ def _resume_elsewhere(rank, world_size, spec):
         assert run.load(run_dir / "cut" / "checkpoints" / "step_00000037") == 37
         state, losses = whole_state(worker), [run._trainer.step(step).loss for step in (38, 39, 40)]
     last = latest(run_dir / "cut" / "checkpoints")
-    return state, losses, _texts(worker, last), worker.evaluate(last, None)
+    measured = worker.evaluate(last, None)
+    return state, losses, _texts(worker, last), measured, _evaluate_one_by_one(worker)
+
+
+def _evaluate_one_by_one(worker):
+    """The loss without padding, where this process is alone."""
+    state = worker._state
+    one_by_one = {"batch_size": 1, "num_sequences": None, "autocast": contextlib.nullcontext()}
+    return evaluate(state.model, state.dataset, state.sampler, state.groups, **one_by_one).val_loss
 
 
 def _texts(worker, path):
@@ -102,7 +112,7 @@ def _texts(worker, path):
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
-    spec = make_spec(tmp_path, steps=80, eval_every=20, checkpoint_every=30, keep_checkpoints=9)
+    spec = make_spec(tmp_path, steps=80, micro_batch_size=2, eval_every=20, checkpoint_every=30, keep_checkpoints=9)
     run_ranks(2, _interrupt_and_resume, spec, timeout_s=100)
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
     for kind, exact in (
@@ -112,6 +122,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
         whole, cut = ([{key: line[key] for key in exact} for line in lines[name][kind]] for name in ("whole", "cut"))
         assert whole == cut
     assert len(lines["cut"][0]) == 80
+    # A recompute routes again: neither its rows nor its choices are counted.
+    accounts = ("tokens_routed", "tokens_sent", "tokens_received", "tokens_returned")
+    assert {line[name] for line in lines["whole"][0] for name in accounts} == {12 * 16 * 2 * 2}
     histories = [read_load_history(tmp_path / name) for name in ("whole", "cut")]
     for left, right in zip(histories[0][:3], histories[1][:3], strict=True):
         assert left.tolist() == right.tolist()
@@ -127,6 +140,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
         assert saved[world_size][2] == saved[2][2]
         assert saved[world_size][3].val_loss == pytest.approx(saved[2][3].val_loss, rel=1e-5)
         assert saved[world_size][3].num_tokens == saved[2][3].num_tokens
+    assert saved[1][3].val_loss == pytest.approx(saved[1][4], rel=1e-6)  # padded batches count real sequences only
     assert len(saved[2][2]) == 6
     assert any(saved[2][2].values())
     assert [line["loss"] for line in lines["cut"][0][37:40]] == saved[2][1]
