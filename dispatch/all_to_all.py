@@ -20,15 +20,15 @@ from dispatch.dispatcher import (
     DispatchHandle,
     LocalDispatcher,
     check_shapes,
-    combine_rows,
     inverse,
-    sort_by_expert,
+    order_by_expert,
     token_map,
 )
 from dispatch.exchange import Route
 from dispatch.meter import Meter
 from dispatch.placement import ExpertPlacement
 from dispatch.row_map import RowMap
+from dispatch.selection import count_by_expert
 
 Exchange = Literal["auto", "assignment", "rank"]
 
@@ -45,9 +45,13 @@ class _AcrossRanks:
         self.placement = ExpertPlacement(self.num_experts, dist.get_world_size(self.ep_group))
         self.ep_rank = dist.get_rank(self.ep_group)
 
-    def combine(self, rows_RH: Tensor, handle: DispatchHandle) -> Tensor:
+    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
         """See `Dispatcher.combine`."""
-        return combine_rows(rows_RH, handle, self.meter)
+        if handle.route is None or handle.outgoing is None:
+            raise ValueError("this handle is of a LocalDispatcher; combine with the dispatcher that dispatched")
+        self.meter.count(returned=len(handle.row_weights_R))
+        with self.meter.span("combine", sums_QH.device):
+            return handle.outgoing.sum(handle.route.back().exchange(sums_QH, "combine"))
 
     def _exchange_sizes(self, counts_E: Tensor, rows_P: Tensor) -> tuple[Route, list[list[int]]]:
         """Tell each rank how many rows come, and how many assignments of each of its experts they stand for.
@@ -78,18 +82,19 @@ class AllToAllDispatcher(_AcrossRanks):
         """See `Dispatcher.dispatch`. On the wire: sizes, weights, rows."""
         check_shapes(x_TH, topk_ids_TK, topk_weights_TK)
         with self.meter.span("dispatch", x_TH.device):
-            counts_E, order_A = sort_by_expert(topk_ids_TK.flatten(), self.num_experts)
+            counts_E = count_by_expert(topk_ids_TK, self.num_experts)
+            order_A = order_by_expert(topk_ids_TK.flatten(), self.num_experts)
             outgoing = token_map(order_A, topk_ids_TK.shape)
             rows_P = torch.stack([counts.sum() for counts in counts_E.split(self.placement.num_local_experts)])
             route, received_PL = self._exchange_sizes(counts_E, rows_P)
             order_R = _expert_order(received_PL).to(x_TH.device, non_blocking=True)
-            fan_out = RowMap(order_R, inverse(order_R), torch.arange(len(order_R), device=x_TH.device))
+            expert_rows = RowMap(order_R, inverse(order_R), torch.arange(len(order_R), device=x_TH.device))
             weights_A = topk_weights_TK.flatten().gather(0, order_A)
             weights_R = route.exchange(weights_A, "dispatch").gather(0, order_R)
-            rows_RH = fan_out.copy(route.exchange(outgoing.copy(x_TH), "dispatch"))
-        self.meter.count(routed=topk_ids_TK.numel(), sent=len(order_A), received=len(rows_RH))
+            arrived_QH = route.exchange(outgoing.copy(x_TH), "dispatch")
+        self.meter.count(routed=topk_ids_TK.numel(), sent=len(order_A), received=len(arrived_QH))
         tokens_per_local_expert_L = [sum(column) for column in zip(*received_PL, strict=True)]
-        return rows_RH, DispatchHandle(tokens_per_local_expert_L, weights_R, outgoing, route, fan_out)
+        return arrived_QH, DispatchHandle(tokens_per_local_expert_L, expert_rows, weights_R, outgoing, route)
 
 
 @dataclass
@@ -97,7 +102,8 @@ class OncePerRankDispatcher(_AcrossRanks):
     """One row for each (token, rank): copied to its experts where it arrives, and one partial sum comes back.
 
     At top-8 over 2 ranks a quarter of the rows of the other exchange, and a quarter of the gradients. The idea is
-    DeepEP's (node-limited dispatch of arXiv 2412.19437, section 3.2.2), here in plain torch.
+    DeepEP's (node-limited dispatch of arXiv 2412.19437, section 3.2.2), here in plain torch. In bf16 a partial sum is
+    rounded once more before it comes back.
     """
 
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, DispatchHandle]:
@@ -106,7 +112,7 @@ class OncePerRankDispatcher(_AcrossRanks):
         with self.meter.span("dispatch", x_TH.device):
             rank_TK = self._rank_of_expert(x_TH.device)[topk_ids_TK]
             needs_PT = _needs(rank_TK, self.placement.ep_size)
-            counts_E, _ = sort_by_expert(topk_ids_TK.flatten(), self.num_experts)
+            counts_E = count_by_expert(topk_ids_TK, self.num_experts)
             route, received_PL = self._exchange_sizes(counts_E, needs_PT.sum(1))
             outgoing, rank_S = _crossing(needs_PT, sum(route.input_splits))
             local_ids_SK, weights_SK = self._for_one_rank(outgoing, rank_S, rank_TK, topk_ids_TK, topk_weights_TK)
@@ -114,11 +120,11 @@ class OncePerRankDispatcher(_AcrossRanks):
             weights_QK = route.exchange(weights_SK, "dispatch")
             tokens_per_local_expert_L = [sum(column) for column in zip(*received_PL, strict=True)]
             num_rows = sum(tokens_per_local_expert_L)
-            order_R, fan_out = _fan_out(local_ids_QK, num_rows, no_expert=self._no_expert)
-            rows_RH = fan_out.copy(route.exchange(outgoing.copy(x_TH), "dispatch"))
+            order_R, expert_rows = _fan_out(local_ids_QK, num_rows, no_expert=self._no_expert)
+            arrived_QH = route.exchange(outgoing.copy(x_TH), "dispatch")
             weights_R = weights_QK.flatten().gather(0, order_R)
         self.meter.count(routed=topk_ids_TK.numel(), sent=topk_ids_TK.numel(), received=num_rows)
-        return rows_RH, DispatchHandle(tokens_per_local_expert_L, weights_R, outgoing, route, fan_out)
+        return arrived_QH, DispatchHandle(tokens_per_local_expert_L, expert_rows, weights_R, outgoing, route)
 
     @property
     def _no_expert(self) -> int:
@@ -132,7 +138,7 @@ class OncePerRankDispatcher(_AcrossRanks):
     def _for_one_rank(
         self, outgoing: RowMap, rank_S: Tensor, rank_TK: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Local ids and weights of each row that leaves, blank where the assignment is another rank's."""
+        """Local ids, blank where the assignment is another rank's, and weights of each row that leaves."""
         token_S = outgoing.source_of_copy_A
         is_mine_SK = rank_TK[token_S] == rank_S.unsqueeze(1)
         first_P = torch.tensor([self.placement.owned_by(p).start for p in range(self.placement.ep_size)])
@@ -140,7 +146,7 @@ class OncePerRankDispatcher(_AcrossRanks):
         wire_dtype = torch.uint8 if self._no_expert < 256 else torch.int32
         return (
             local_ids_SK.masked_fill(~is_mine_SK, self._no_expert).to(wire_dtype),
-            outgoing.copy(topk_weights_TK).masked_fill(~is_mine_SK, 0.0),
+            outgoing.copy(topk_weights_TK),
         )
 
 

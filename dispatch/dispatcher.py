@@ -1,7 +1,7 @@
 """Dispatchers: how each token's row reaches its experts and how the results come back.
 
 Shapes: T tokens on this rank (may be 0, may differ by rank), K top-k, A = T * K assignments, H hidden, E experts,
-L experts of this rank, P EP ranks, R rows of the local experts (may be 0).
+L experts of this rank, P EP ranks, Q rows that arrive, R rows of the local experts (a copy each; both may be 0).
 """
 
 from dataclasses import dataclass, field
@@ -14,23 +14,24 @@ from dispatch.exchange import Route
 from dispatch.meter import Meter
 from dispatch.placement import ExpertPlacement
 from dispatch.row_map import RowMap
+from dispatch.selection import count_by_expert
 
 
 @dataclass(frozen=True)
 class DispatchHandle:
     """All that the experts, `combine` and backward need of one dispatch.
 
-    tokens_per_local_expert_L: rows of each local expert, in the order of the rows; sums to R.
-    row_weights_R: the combine weight of each row, with its gradient; the experts apply it.
-    outgoing: which token each row that leaves is a copy of. route: where those rows go; None where nothing travels.
-    fan_out: which arrived row each expert row is a copy of; None where nothing travels.
+    tokens_per_local_expert_L: rows of each local expert; sums to R.
+    expert_rows: which arrived row each expert row is a copy of, expert rows in order of local expert.
+    row_weights_R: the combine weight of each expert row, with its gradient; the experts apply it.
+    outgoing: which token each row that leaves is a copy of; None where nothing travels. route: where those rows go.
     """
 
     tokens_per_local_expert_L: list[int]
+    expert_rows: RowMap
     row_weights_R: Tensor
-    outgoing: RowMap
+    outgoing: RowMap | None = None
     route: Route | None = None
-    fan_out: RowMap | None = None
 
 
 class Dispatcher(Protocol):
@@ -48,7 +49,7 @@ class Dispatcher(Protocol):
             topk_ids_TK: int64 in [0, num_experts), K different experts a token.
             topk_weights_TK: float combine weights; they need not sum to 1.
         Returns:
-            rows_RH in order of local expert, and the handle for the experts and `combine`.
+            arrived_QH, each row as often as it travelled, and the handle by which the experts find theirs among them.
         Raises:
             ValueError: the shapes of x, ids and weights do not fit.
 
@@ -56,14 +57,14 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(self, rows_RH: Tensor, handle: DispatchHandle) -> Tensor:
-        """Bring the experts' weighted rows back and sum them per token: y_TH. Collective over the EP group."""
+    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
+        """Bring back what the experts made of each arrived row, summed per token: y_TH. Collective, also in backward."""
         ...
 
 
 @dataclass
 class LocalDispatcher:
-    """All experts on this rank: a permutation, nothing travels."""
+    """All experts on this rank: nothing travels and nothing is copied."""
 
     num_experts: int
     meter: Meter = field(default_factory=Meter)
@@ -76,33 +77,27 @@ class LocalDispatcher:
         """See `Dispatcher.dispatch`; not collective."""
         check_shapes(x_TH, topk_ids_TK, topk_weights_TK)
         with self.meter.span("dispatch", x_TH.device):
-            counts_E, order_A = sort_by_expert(topk_ids_TK.flatten(), self.num_experts)
-            by_expert = token_map(order_A, topk_ids_TK.shape)
-            rows_AH = by_expert.copy(x_TH)
-            weights_A = topk_weights_TK.flatten().gather(0, order_A)
-        self.meter.count(routed=topk_ids_TK.numel(), sent=len(rows_AH), received=len(rows_AH))
-        return rows_AH, DispatchHandle(counts_E.tolist(), weights_A, by_expert)
+            counts_E = count_by_expert(topk_ids_TK, self.num_experts)
+            order_A = order_by_expert(topk_ids_TK.flatten(), self.num_experts)
+            handle = DispatchHandle(
+                tokens_per_local_expert_L=counts_E.tolist(),
+                expert_rows=token_map(order_A, topk_ids_TK.shape),
+                row_weights_R=topk_weights_TK.flatten().gather(0, order_A),
+            )
+        self.meter.count(routed=topk_ids_TK.numel(), sent=len(order_A), received=len(order_A))
+        return x_TH, handle
 
-    def combine(self, rows_RH: Tensor, handle: DispatchHandle) -> Tensor:
+    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
         """See `Dispatcher.combine`; not collective."""
-        return combine_rows(rows_RH, handle, self.meter)
+        self.meter.count(returned=len(handle.row_weights_R))
+        return sums_QH
 
 
-def combine_rows(rows_RH: Tensor, handle: DispatchHandle, meter: Meter) -> Tensor:
-    """`Dispatcher.combine` for any handle: sum what goes back in one row, send it back, sum per token."""
-    meter.count(returned=len(rows_RH))
-    with meter.span("combine", rows_RH.device):
-        if handle.route is not None and handle.fan_out is not None:
-            rows_RH = handle.route.back().exchange(handle.fan_out.sum(rows_RH), "combine")
-        return handle.outgoing.sum(rows_RH)
-
-
-def sort_by_expert(expert_ids_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Rows of each expert, int64 (E,), and the stable order of assignments by expert, int64 (A,). No host sync."""
+def order_by_expert(expert_ids_A: Tensor, num_experts: int) -> Tensor:
+    """The stable order of assignments by expert, int64 (A,)."""
     # A narrow integer sorts by radix on CPU, three times faster than int64.
     narrow = torch.uint8 if num_experts <= 256 else torch.int16
-    counts_E = expert_ids_A.new_zeros(num_experts).scatter_add_(0, expert_ids_A, torch.ones_like(expert_ids_A))
-    return counts_E, expert_ids_A.to(narrow).argsort(stable=True)
+    return expert_ids_A.to(narrow).argsort(stable=True)
 
 
 def token_map(order_A: Tensor, shape_TK: torch.Size) -> RowMap:

@@ -1,6 +1,7 @@
 """The experts of one rank as one stacked SwiGLU: three tensors, not L modules.
 
-Shapes: R rows (may be 0), H hidden, F ffn_hidden, L local experts, n rows of one expert (may be 0).
+Shapes: Q arrived rows (may be 0), R expert rows, a copy for each of its experts (may be 0), H hidden, F ffn_hidden,
+L local experts.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatch.dispatcher import DispatchHandle
 from dispatch.meter import Meter
 
 EXPERT_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
@@ -38,24 +40,26 @@ class Experts(nn.Module):
             weight = getattr(self, name)
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
-    def forward(self, rows_RH: Tensor, tokens_per_local_expert_L: Sequence[int], row_weights_R: Tensor) -> Tensor:
+    def forward(self, arrived_QH: Tensor, handle: DispatchHandle) -> Tensor:
         """Apply each expert to its rows.
 
         Args:
-            rows_RH: in order of local expert; its dtype is the compute dtype.
-            tokens_per_local_expert_L: rows of each expert, summing to R.
-            row_weights_R: combine weight of each row, at least fp32.
+            arrived_QH: what `dispatch` returned with the handle; its dtype is the compute dtype.
         Returns:
-            Weighted outputs, (R, H). An expert without rows gets zero gradients, not None.
+            For each arrived row the sum of its experts' weighted outputs, (Q, H). An expert without rows gets zero
+            gradients, not None.
         """
-        self.meter.note_rows(max(tokens_per_local_expert_L, default=0))
-        weights = (getattr(self, name).to(rows_RH.dtype) for name in EXPERT_WEIGHTS)
-        with torch.autocast(rows_RH.device.type, enabled=False), self.meter.span("experts", rows_RH.device):
-            if rows_RH.is_cuda and rows_RH.dtype == torch.bfloat16:
-                return grouped_swiglu(rows_RH, tokens_per_local_expert_L, row_weights_R, *weights)
-            counts_L = tuple(tokens_per_local_expert_L)
-            out_RH: Tensor = _LoopedSwiGLU.apply(rows_RH, row_weights_R, *weights, counts_L, self.meter)
-            return out_RH
+        counts_L = handle.tokens_per_local_expert_L
+        self.meter.note_rows(max(counts_L, default=0))
+        weights = [getattr(self, name).to(arrived_QH.dtype) for name in EXPERT_WEIGHTS]
+        with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
+            if arrived_QH.is_cuda and arrived_QH.dtype == torch.bfloat16:
+                return grouped_swiglu(arrived_QH, handle, *weights)
+            sources_R = handle.expert_rows.source_of_copy_A
+            sums_QH: Tensor = _LoopedSwiGLU.apply(
+                arrived_QH, handle.row_weights_R, *weights, sources_R, tuple(counts_L), self.meter
+            )
+            return sums_QH
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,88 +73,94 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def grouped_swiglu(
-    rows_RH: Tensor,
-    tokens_per_local_expert_L: Sequence[int],
-    row_weights_R: Tensor,
-    gate_LFH: Tensor,
-    up_LFH: Tensor,
-    down_LHF: Tensor,
+    arrived_QH: Tensor, handle: DispatchHandle, gate_LFH: Tensor, up_LFH: Tensor, down_LHF: Tensor
 ) -> Tensor:
-    """The experts by torch's grouped matmul: one kernel launch a projection, for CUDA. bf16; R may be 0."""
-    ends_L = torch.tensor(tokens_per_local_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ends_L = ends_L.to(rows_RH.device, non_blocking=True)
+    """The experts by torch's grouped matmul: one kernel launch a projection, for CUDA. bf16; Q and R may be 0."""
+    ends_L = torch.tensor(handle.tokens_per_local_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends_L = ends_L.to(arrived_QH.device, non_blocking=True)
+    rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_RF = F.grouped_mm(rows_RH, gate_LFH.transpose(1, 2), offs=ends_L)
     up_RF = F.grouped_mm(rows_RH, up_LFH.transpose(1, 2), offs=ends_L)
-    inner_RF = (F.silu(gate_RF) * up_RF * row_weights_R.unsqueeze(1)).to(rows_RH.dtype)
-    return F.grouped_mm(inner_RF, down_LHF.transpose(1, 2), offs=ends_L)
+    inner_RF = (F.silu(gate_RF) * up_RF * handle.row_weights_R.unsqueeze(1)).to(rows_RH.dtype)
+    return handle.expert_rows.sum(F.grouped_mm(inner_RF, down_LHF.transpose(1, 2), offs=ends_L))
 
 
 class _LoopedSwiGLU(torch.autograd.Function):
     """The experts one after the other, for CPU and for dtypes without a grouped matmul.
 
-    Each expert's elementwise work follows its matmul while its rows are in cache, results go straight into their slice
-    of one output, and weight gradients into one stacked tensor: indexing w[e] under autograd would fill a full-size
-    zero tensor for each expert. Only gate and up are kept for backward; the rest is recomputed.
+    An expert gathers its rows from those that arrived and adds its outputs to their sums, so that no tensor holds a row
+    once per expert; in backward the same. Its elementwise work follows its matmul while its rows are in cache, and
+    weight gradients go straight into one stacked tensor: indexing w[e] under autograd would fill a tensor of zeros for
+    each expert. Of the inner activations only gate and up are kept; the rest is recomputed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows_RH: Tensor,
+        arrived_QH: Tensor,
         row_weights_R: Tensor,
         gate_LFH: Tensor,
         up_LFH: Tensor,
         down_LHF: Tensor,
+        sources_R: Tensor,
         counts_L: tuple[int, ...],
         meter: Meter,
     ) -> Tensor:
-        gate_RF = rows_RH.new_empty(len(rows_RH), gate_LFH.shape[1])
+        gate_RF = arrived_QH.new_empty(len(sources_R), gate_LFH.shape[1])
         up_RF = torch.empty_like(gate_RF)
-        out_RH = torch.empty_like(rows_RH)
+        sums_QH = _zero_sums(arrived_QH)
         for expert, rows in _slices(counts_L):
-            gate, up = gate_RF[rows], up_RF[rows]
-            torch.mm(rows_RH[rows], gate_LFH[expert].t(), out=gate)
-            torch.mm(rows_RH[rows], up_LFH[expert].t(), out=up)
+            x, gate, up = arrived_QH.index_select(0, sources_R[rows]), gate_RF[rows], up_RF[rows]
+            torch.mm(x, gate_LFH[expert].t(), out=gate)
+            torch.mm(x, up_LFH[expert].t(), out=up)
             inner = F.silu(gate).mul_(up).mul_(row_weights_R[rows, None])
-            torch.mm(inner, down_LHF[expert].t(), out=out_RH[rows])
-        ctx.save_for_backward(rows_RH, row_weights_R, gate_LFH, up_LFH, down_LHF, gate_RF, up_RF)
+            # A token chooses an expert once, so no two rows of one call add to the same sum: the order is fixed.
+            sums_QH.index_add_(0, sources_R[rows], (inner @ down_LHF[expert].t()).to(sums_QH.dtype))
+        ctx.save_for_backward(arrived_QH, row_weights_R, gate_LFH, up_LFH, down_LHF, sources_R, gate_RF, up_RF)
         ctx.counts_L, ctx.meter = counts_L, meter
-        return out_RH
+        return sums_QH.to(arrived_QH.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_out_RH: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.meter.span("experts", grad_out_RH.device):
-            return *_swiglu_backward(grad_out_RH.contiguous(), ctx.counts_L, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.meter.span("experts", grad_sums_QH.device):
+            return *_swiglu_backward(grad_sums_QH, ctx.counts_L, *ctx.saved_tensors), None, None, None
 
 
 def _swiglu_backward(
-    grad_out_RH: Tensor,
+    grad_sums_QH: Tensor,
     counts_L: tuple[int, ...],
-    rows_RH: Tensor,
+    arrived_QH: Tensor,
     row_weights_R: Tensor,
     gate_LFH: Tensor,
     up_LFH: Tensor,
     down_LHF: Tensor,
+    sources_R: Tensor,
     gate_RF: Tensor,
     up_RF: Tensor,
 ) -> tuple[Tensor, ...]:
-    grad_rows_RH = torch.empty_like(rows_RH)
+    grad_arrived_QH = _zero_sums(arrived_QH)
     grad_weights_R = torch.empty_like(row_weights_R)
     grad_gate_LFH, grad_up_LFH, grad_down_LHF = (torch.zeros_like(w) for w in (gate_LFH, up_LFH, down_LHF))
     for expert, rows in _slices(counts_L):
-        x, gate, up, weight = rows_RH[rows], gate_RF[rows], up_RF[rows], row_weights_R[rows, None]
+        sources, gate, up, weight = sources_R[rows], gate_RF[rows], up_RF[rows], row_weights_R[rows, None]
+        x, grad_out = arrived_QH.index_select(0, sources), grad_sums_QH.index_select(0, sources)
         silu = F.silu(gate)
         inner = silu * up
-        grad_inner = grad_out_RH[rows] @ down_LHF[expert]
+        grad_inner = grad_out @ down_LHF[expert]
         grad_weights_R[rows] = (grad_inner * inner).sum(1, dtype=row_weights_R.dtype)
-        torch.mm(grad_out_RH[rows].t(), inner.mul_(weight), out=grad_down_LHF[expert])
+        torch.mm(grad_out.t(), inner.mul_(weight), out=grad_down_LHF[expert])
         grad_up = silu.mul_(grad_inner.mul_(weight))
         grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up), gate)
         torch.mm(grad_gate.t(), x, out=grad_gate_LFH[expert])
         torch.mm(grad_up.t(), x, out=grad_up_LFH[expert])
-        torch.mm(grad_gate, gate_LFH[expert], out=grad_rows_RH[rows])
-        grad_rows_RH[rows].addmm_(grad_up, up_LFH[expert])
-    return grad_rows_RH, grad_weights_R, grad_gate_LFH, grad_up_LFH, grad_down_LHF
+        grad_x = torch.mm(grad_gate, gate_LFH[expert], out=x).addmm_(grad_up, up_LFH[expert])
+        grad_arrived_QH.index_add_(0, sources, grad_x.to(grad_arrived_QH.dtype))
+    return grad_arrived_QH.to(arrived_QH.dtype), grad_weights_R, grad_gate_LFH, grad_up_LFH, grad_down_LHF
+
+
+def _zero_sums(rows: Tensor) -> Tensor:
+    # bf16 rows are summed in fp32: eight roundings in a row would cost three bits.
+    return torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def _slices(counts_L: Sequence[int]) -> list[tuple[int, slice]]:

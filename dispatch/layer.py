@@ -87,9 +87,8 @@ class MoELayer(nn.Module):
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T)
-        rows_RH, handle = self.dispatcher.dispatch(_to_compute_dtype(x_TH), topk_ids_TK, topk_weights_TK)
-        rows_RH = self.experts(rows_RH, handle.tokens_per_local_expert_L, handle.row_weights_R)
-        y_TH = self.dispatcher.combine(rows_RH, handle)
+        arrived_QH, handle = self.dispatcher.dispatch(_to_compute_dtype(x_TH), topk_ids_TK, topk_weights_TK)
+        y_TH = self.dispatcher.combine(self.experts(arrived_QH, handle), handle)
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)
         return y_TH.reshape(x.shape)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.meter import in_backward
-from dispatch.selection import choose_experts
+from dispatch.selection import choose_experts, count_by_expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,8 @@ class Router(nn.Module):
             )
         if not torch.is_grad_enabled():
             return topk_weights_TK
-        counts_E = _histogram(topk_ids_TK, token_mask_T, self.num_experts)
+        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(1).expand_as(topk_ids_TK)
+        counts_E = count_by_expert(topk_ids_TK, self.num_experts, mask_TK)
         if recompute:
             topk_weights_TK = _CountInBackward.apply(topk_weights_TK, self.tokens_per_expert_E, counts_E)
             return topk_weights_TK
@@ -191,12 +192,3 @@ class _CountInBackward(torch.autograd.Function):
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None]:
         ctx.total_E.add_(ctx.counts_E)
         return grad_TK, None, None
-
-
-def _histogram(topk_ids_TK: Tensor, token_mask_T: Tensor | None, num_experts: int) -> Tensor:
-    ones_TK = torch.ones_like(topk_ids_TK)
-    if token_mask_T is not None:
-        ones_TK = ones_TK * token_mask_T.unsqueeze(-1)
-    # scatter_add, since bincount waits for the device on CUDA; the order of an integer sum does not matter.
-    zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=topk_ids_TK.device)
-    return zeros_E.scatter_add_(0, topk_ids_TK.flatten(), ones_TK.flatten())

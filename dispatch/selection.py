@@ -49,6 +49,16 @@ def ordered_topk(values_TE: Tensor, k: int) -> Tensor:
     return last - (best_TK & 0xFFFFFFFF)
 
 
+def count_by_expert(expert_ids: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
+    """How often each expert occurs, int64 (E,). counted: bool of the same shape, False where an id does not count.
+
+    No host synchronisation, where torch.bincount has one on CUDA; an integer sum does not depend on its order.
+    """
+    ones = torch.ones_like(expert_ids) if counted is None else counted.to(torch.int64)
+    zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    return zeros_E.scatter_add_(0, expert_ids.flatten(), ones.flatten())
+
+
 def _mask_groups(biased_TE: Tensor, num_groups: int, groups_kept: int, scores_per_group: int) -> Tensor:
     grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
     group_scores_TG = grouped_TGE.topk(scores_per_group, dim=-1).values.sum(-1)

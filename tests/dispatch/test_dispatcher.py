@@ -28,7 +28,8 @@ def _check_round(dispatcher, rank, round_index):
     x = torch.stack([torch.full((num_tokens,), float(rank)), torch.arange(num_tokens).float()], 1).double()
     x.requires_grad_()
     weights.requires_grad_()
-    rows, handle = dispatcher.dispatch(x, ids, weights)
+    arrived, handle = dispatcher.dispatch(x, ids, weights)
+    rows = handle.expert_rows.copy(arrived)
     expected = []
     for expert in dispatcher.placement.owned_by(dispatcher.ep_rank):
         for source in range(dispatcher.placement.ep_size):
@@ -38,7 +39,7 @@ def _check_round(dispatcher, rank, round_index):
     got = torch.cat([rows, handle.row_weights_R.unsqueeze(1)], 1).tolist()
     assert got == [list(map(float, row)) for row in expected]
     assert sum(handle.tokens_per_local_expert_L) == len(rows)
-    y = dispatcher.combine(rows * handle.row_weights_R.unsqueeze(1), handle)
+    y = dispatcher.combine(handle.expert_rows.sum(rows * handle.row_weights_R.unsqueeze(1)), handle)
     torch.testing.assert_close(y, x * weights.sum(1, keepdim=True), rtol=1e-12, atol=0)
     cotangent = torch.rand(y.shape, dtype=torch.float64)
     (y * cotangent).sum().backward()
@@ -76,8 +77,9 @@ def _bytes_on_ranks(rank, world_size):
     for kind in (AllToAllDispatcher, OncePerRankDispatcher):
         dispatcher = kind(16, dist.group.WORLD)
         weights = torch.full((50, 8), 0.125, requires_grad=True)
-        rows, handle = dispatcher.dispatch(x, ids, weights)
-        dispatcher.combine(rows * handle.row_weights_R.unsqueeze(1), handle).sum().backward()
+        arrived, handle = dispatcher.dispatch(x, ids, weights)
+        rows = handle.expert_rows.copy(arrived) * handle.row_weights_R.unsqueeze(1)
+        dispatcher.combine(handle.expert_rows.sum(rows), handle).sum().backward()
         sent.append(dispatcher.meter.take().sent_bytes)
     return sent, (ids // 8 != rank).sum().item(), (ids // 8 != rank).any(1).sum().item()
 
@@ -127,8 +129,9 @@ def test_identity_experts_with_equal_weights_restore_the_input():  # P3
     x = torch.randn(9, 4)
     ids = torch.rand(9, NUM_EXPERTS).argsort(1)[:, :2]
     dispatcher = LocalDispatcher(NUM_EXPERTS)
-    rows, handle = dispatcher.dispatch(x, ids, torch.full((9, 2), 0.5))
-    assert torch.equal(dispatcher.combine(rows * handle.row_weights_R.unsqueeze(1), handle), x)
+    arrived, handle = dispatcher.dispatch(x, ids, torch.full((9, 2), 0.5))
+    rows = handle.expert_rows.copy(arrived) * handle.row_weights_R.unsqueeze(1)
+    assert torch.equal(dispatcher.combine(handle.expert_rows.sum(rows), handle), x)
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -196,21 +196,32 @@ def test_an_expert_without_rows_gets_zero_gradients_and_not_none():  # B13
 def test_grouped_matmul_path_equals_the_loop():
     # The path that CUDA takes in bf16, run here in fp32, where torch's grouped matmul works on CPU too.
     torch.manual_seed(0)
-    layer = MoELayer(16, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), LocalDispatcher(4))
-    counts = [3, 0, 4, 1]
-    inputs = [torch.randn(8, 16), torch.rand(8), *(getattr(layer.experts, name).detach() for name in EXPERT_WEIGHTS)]
-    loop_inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    grouped_inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    for name, tensor in zip(EXPERT_WEIGHTS, loop_inputs[2:], strict=True):
-        setattr(layer.experts, name, torch.nn.Parameter(tensor.detach()))
-    loop = layer.experts(loop_inputs[0], counts, loop_inputs[1])
-    grouped = grouped_swiglu(grouped_inputs[0], counts, grouped_inputs[1], *grouped_inputs[2:])
-    torch.testing.assert_close(grouped, loop)
-    loop.square().sum().backward()
-    grouped.square().sum().backward()
-    grads = [loop_inputs[0].grad, loop_inputs[1].grad, *(getattr(layer.experts, name).grad for name in EXPERT_WEIGHTS)]
-    for grad, tensor in zip(grads, grouped_inputs, strict=True):
-        torch.testing.assert_close(tensor.grad, grad, rtol=1e-4, atol=1e-5)
+    dispatcher = LocalDispatcher(4)
+    layer = MoELayer(16, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), dispatcher)
+    ids = torch.tensor([[0, 2], [2, 0], [3, 2], [2, 0]])  # expert 1 has no row
+    results = []
+    for path in (layer.experts, lambda x, handle: grouped_swiglu(x, handle, *layer.experts.parameters())):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        x, weights = torch.randn(4, 16, requires_grad=True), torch.rand(4, 2, requires_grad=True)
+        arrived, handle = dispatcher.dispatch(x, ids, weights)
+        out = path(arrived, handle)
+        out.square().sum().backward()
+        grads = [parameter.grad.clone() for parameter in layer.experts.parameters()]
+        results.append([out.detach(), x.grad, weights.grad, *grads])
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_outputs_of_several_experts_are_summed_in_fp32():
+    torch.manual_seed(0)
+    dispatcher = LocalDispatcher(8)
+    experts = MoELayer(16, MoEConfig(num_experts=8, top_k=8, ffn_hidden=8), dispatcher).experts
+    x, ids = torch.randn(40, 16).bfloat16(), torch.arange(8).expand(40, 8)
+    weights = torch.rand(40, 8)
+    together = experts(*dispatcher.dispatch(x, ids, weights))
+    alone = [experts(*dispatcher.dispatch(x, ids[:, e : e + 1], weights[:, e : e + 1])) for e in range(8)]
+    assert torch.equal(together, sum(out.float() for out in alone).bfloat16())
 
 
 def test_bf16_autocast_stays_near_fp32_and_sends_half_the_bytes():
