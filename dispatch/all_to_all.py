@@ -115,9 +115,8 @@ class OncePerRankDispatcher(_AcrossRanks):
             counts_E = count_by_expert(topk_ids_TK, self.num_experts)
             route, received_PL = self._exchange_sizes(counts_E, needs_PT.sum(1))
             outgoing, rank_S = _crossing(needs_PT, sum(route.input_splits))
-            local_ids_SK, weights_SK = self._for_one_rank(outgoing, rank_S, rank_TK, topk_ids_TK, topk_weights_TK)
-            local_ids_QK = route.exchange_plain(local_ids_SK)
-            weights_QK = route.exchange(weights_SK, "dispatch")
+            local_ids_QK = route.exchange_plain(self._local_ids(outgoing, rank_S, rank_TK, topk_ids_TK))
+            weights_QK = route.exchange(outgoing.copy(topk_weights_TK), "dispatch")
             tokens_per_local_expert_L = [sum(column) for column in zip(*received_PL, strict=True)]
             num_rows = sum(tokens_per_local_expert_L)
             order_R, expert_rows = _fan_out(local_ids_QK, num_rows, no_expert=self._no_expert)
@@ -135,19 +134,14 @@ class OncePerRankDispatcher(_AcrossRanks):
         sizes = torch.tensor(self.placement.num_local_experts)
         return torch.arange(len(sizes)).repeat_interleave(sizes).to(device, non_blocking=True)
 
-    def _for_one_rank(
-        self, outgoing: RowMap, rank_S: Tensor, rank_TK: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Local ids, blank where the assignment is another rank's, and weights of each row that leaves."""
+    def _local_ids(self, outgoing: RowMap, rank_S: Tensor, rank_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
+        """Local expert ids of each row that leaves, (S, K), blank where the assignment is another rank's."""
         token_S = outgoing.source_of_copy_A
         is_mine_SK = rank_TK[token_S] == rank_S.unsqueeze(1)
         first_P = torch.tensor([self.placement.owned_by(p).start for p in range(self.placement.ep_size)])
         local_ids_SK = topk_ids_TK[token_S] - first_P.to(rank_S.device, non_blocking=True)[rank_S].unsqueeze(1)
         wire_dtype = torch.uint8 if self._no_expert < 256 else torch.int32
-        return (
-            local_ids_SK.masked_fill(~is_mine_SK, self._no_expert).to(wire_dtype),
-            outgoing.copy(topk_weights_TK),
-        )
+        return local_ids_SK.masked_fill(~is_mine_SK, self._no_expert).to(wire_dtype)
 
 
 def make_dispatcher(

@@ -58,7 +58,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
-        """Bring back what the experts made of each arrived row, summed per token: y_TH. Collective, also in backward."""
+        """Bring back what the experts made of each arrived row, summed per token: y_TH. Collective as `dispatch` is."""
         ...
 
 
