@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher
+from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.dispatcher import Dispatcher, LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.placement import ExpertPlacement
@@ -51,13 +51,12 @@ class ModuleLoop(nn.Module):
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         self.router = layer.router
-        weights = (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
+        weights = (*layer.experts.gate_up_proj.chunk(2, dim=1), layer.experts.down_proj)
         self.experts = nn.ParameterList(nn.Parameter(part.detach()) for weight in weights for part in weight)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """(T, hidden) to (T, hidden)."""
         ids_TK, weights_TK = self.router(x_TH)
-        x_TH = x_TH.bfloat16() if torch.is_autocast_enabled(x_TH.device.type) else x_TH
         y_TH, num_experts = torch.zeros_like(x_TH), self.router.num_experts
         for expert in range(num_experts):
             token, slot = (ids_TK == expert).nonzero(as_tuple=True)
@@ -69,35 +68,40 @@ class ModuleLoop(nn.Module):
 
 
 def matmul_limit(shape: Shape, num_local: int, world_size: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """The six matmuls of every local expert on balanced rows, results preallocated."""
-    rows = shape.tokens * shape.top_k * world_size // shape.num_experts
-    x, gate_up = (
-        torch.randn(rows, shape.hidden, dtype=dtype),
-        torch.randn(2 * shape.ffn_hidden, shape.hidden, dtype=dtype),
-    )
-    down = torch.randn(shape.hidden, shape.ffn_hidden, dtype=dtype)
-    inner, both = torch.randn(rows, shape.ffn_hidden, dtype=dtype), torch.randn(rows, 2 * shape.ffn_hidden, dtype=dtype)
-    outs = [torch.empty_like(t) for t in (both, x, inner, down, x, gate_up)]
+    """The six matmuls of every local expert on balanced rows that lie in order, results preallocated."""
+    per_expert = shape.tokens * shape.top_k * world_size // shape.num_experts
+    num_rows, hidden, inner = per_expert * num_local, shape.hidden, shape.ffn_hidden
+
+    def tensor(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype)
+
+    x, grad_y, y, grad_x = (tensor(num_rows, hidden) for _ in range(4))
+    gate_up, grad_gate_up = (tensor(num_rows, 2 * inner) for _ in range(2))
+    act, grad_act = (tensor(num_rows, inner) for _ in range(2))
+    up_proj, grad_up_proj = (tensor(num_local, 2 * inner, hidden) for _ in range(2))
+    down_proj, grad_down_proj = (tensor(num_local, hidden, inner) for _ in range(2))
+    runs = [slice(e * per_expert, (e + 1) * per_expert) for e in range(num_local)]
 
     def run(_x: Tensor) -> None:
-        for _ in range(num_local):
-            torch.mm(x, gate_up.t(), out=outs[0])
-            torch.mm(inner, down.t(), out=outs[1])
-            torch.mm(x, down, out=outs[2])
-            torch.mm(x.t(), inner, out=outs[3])
-            torch.mm(both, gate_up, out=outs[4])
-            torch.mm(both.t(), x, out=outs[5])
+        for e, rows in enumerate(runs):
+            torch.mm(x[rows], up_proj[e].t(), out=gate_up[rows])
+            torch.mm(act[rows], down_proj[e].t(), out=y[rows])
+        for e, rows in enumerate(runs):
+            torch.mm(grad_y[rows], down_proj[e], out=grad_act[rows])
+            torch.mm(grad_y[rows].t(), act[rows], out=grad_down_proj[e])
+            torch.mm(grad_gate_up[rows], up_proj[e], out=grad_x[rows])
+            torch.mm(grad_gate_up[rows].t(), x[rows], out=grad_up_proj[e])
 
     return run
 
 
 def step_of(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """Forward and backward of a layer."""
+    """Forward and backward of a layer with parameters in `dtype`; the gate stays fp32."""
+    layer.to(dtype)
 
     def run(x: Tensor) -> None:
         layer.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = layer(x)
+        y = layer(x.to(dtype).requires_grad_())
         y.backward(torch.ones_like(y))
 
     return run
@@ -107,7 +111,7 @@ def measure(candidates: dict[str, Callable[[Tensor], None]], shape: Shape, round
     """Seconds of each candidate in each round, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_index in range(-1, rounds):  # one to warm up
-        x = torch.randn(shape.tokens, shape.hidden, requires_grad=True)
+        x = torch.randn(shape.tokens, shape.hidden)
         for name in list(candidates)[:: 1 if round_index % 2 else -1]:
             if dist.is_initialized():
                 dist.barrier()
@@ -127,8 +131,8 @@ def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int) -> dict[str
     limit = matmul_limit(shape, placement.num_local_experts[0], world_size, dtype)
     if world_size > 1:
         dispatchers: dict[str, Dispatcher] = {
-            "row per rank": OncePerRankDispatcher(shape.num_experts, dist.group.WORLD),
-            "row per expert": AllToAllDispatcher(shape.num_experts, dist.group.WORLD),
+            "row per rank": AllToAllDispatcher(shape.num_experts, dist.group.WORLD),
+            "row per expert": AllToAllDispatcher(shape.num_experts, dist.group.WORLD, per_assignment=True),
         }
         layers = {name: MoELayer(shape.hidden, config, dispatcher) for name, dispatcher in dispatchers.items()}
         return {"matmul limit": limit} | {name: step_of(layer, dtype) for name, layer in layers.items()}

@@ -1,18 +1,20 @@
 """Dispatchers: how each token's row reaches its experts and how the results come back.
 
-Shapes: T tokens on this rank (may be 0, may differ by rank), K top-k, A = T * K assignments, H hidden, E experts,
-L experts of this rank, P EP ranks, Q rows that arrive, R rows of the local experts (a copy each; both may be 0).
+Shapes: T tokens of a chunk on this rank (may be 0, may differ by rank), K top-k, H hidden, E experts, L experts of this
+rank, P EP ranks, Q rows that arrive, R rows of the local experts (a copy each; both may be 0).
 """
 
+import functools
+import itertools
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dispatch.exchange import Route
 from dispatch.meter import Meter
 from dispatch.placement import ExpertPlacement
+from dispatch.recycler import Recycler
 from dispatch.row_map import RowMap
 from dispatch.selection import count_by_expert
 
@@ -22,94 +24,175 @@ class DispatchHandle:
     """All that the experts, `combine` and backward need of one dispatch.
 
     tokens_per_local_expert_L: rows of each local expert; sums to R.
-    expert_rows: which arrived row each expert row is a copy of, expert rows in order of local expert.
+    sources_R: the arrived row that each expert row is a copy of, int64, expert rows in order of local expert.
     row_weights_R: the combine weight of each expert row, with its gradient; the experts apply it.
-    outgoing: which token each row that leaves is a copy of; None where nothing travels. route: where those rows go.
+    num_arrived: Q.
+    way_back: what the dispatcher needs to bring the results home; its own affair.
     """
 
     tokens_per_local_expert_L: list[int]
-    expert_rows: RowMap
+    sources_R: Tensor
     row_weights_R: Tensor
-    outgoing: RowMap | None = None
-    route: Route | None = None
+    num_arrived: int
+    way_back: Any = None
+
+    @functools.cached_property
+    def expert_rows(self) -> RowMap:
+        """The copies themselves, for experts that want a tensor of all rows."""
+        return RowMap.of(self.sources_R, self.num_arrived)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Where the tokens of one chunk go, sizes known on the host.
+
+    tokens: the chunk's place in the batch of this rank. splits: for each hop, rows to and from each of its ranks.
+    tokens_per_local_expert_L: rows that each local expert will get from all ranks.
+    """
+
+    tokens: slice
+    topk_ids_TK: Tensor
+    tokens_per_local_expert_L: list[int]
+    splits: tuple[tuple[list[int], list[int]], ...] = ()
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A dispatch or combine that was started and is not awaited yet. rows, trips: the dispatcher's own affair."""
+
+    plan: ChunkPlan
+    rows: Any
+    trips: Any = None
 
 
 class Dispatcher(Protocol):
-    """One exchange. Implementations hold no state of a step: two dispatches may be in flight."""
+    """One way of exchange, in halves, so that a layer can compute while rows travel.
+
+    `plan`, then for each chunk `start_dispatch`, `finish_dispatch`, the experts, `start_combine`, `finish_combine`.
+    Implementations hold no state of a step: any number of chunks may be in flight. Each call is collective over the EP
+    group, in backward too, and every rank makes the same calls in the same order, also without a token.
+    """
 
     placement: ExpertPlacement
     ep_rank: int
     meter: Meter
+    recycler: Recycler
 
-    def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, DispatchHandle]:
-        """Bring each token's row to its experts.
+    def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
+        """Cut the batch into `num_chunks` runs of tokens and tell the ranks how many rows each will bring.
 
-        Args:
-            x_TH: float rows. T may differ between ranks and may be 0.
-            topk_ids_TK: int64 in [0, num_experts), K different experts a token.
-            topk_weights_TK: float combine weights; they need not sum to 1.
-        Returns:
-            arrived_QH, each row as often as it travelled, and the handle by which the experts find theirs among them.
-        Raises:
-            ValueError: the shapes of x, ids and weights do not fit.
-
-        Collective over the EP group, in backward too. Waits for the device once, to learn the split sizes.
+        topk_ids_TK: int64 in [0, num_experts), K different experts a token. Waits for the device once, whatever the
+        number of chunks, and nothing else of the layer does: the backend takes split sizes as host integers.
         """
         ...
 
-    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
-        """Bring back what the experts made of each arrived row, summed per token: y_TH. Collective as `dispatch` is."""
+    def busiest(self, plans: list[ChunkPlan]) -> tuple[int, int]:
+        """Most expert rows and most tokens that one of the chunks has on any rank; the same on all ranks.
+
+        Collective, and waits for the device: only layers with a bound on their rows ask.
+        """
         ...
+
+    def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> UnderWay:
+        """Let the chunk's rows leave for their experts. topk_weights_TK: float; they need not sum to 1.
+
+        Raises:
+            ValueError: the shapes of x, weights and the planned ids do not fit.
+        """
+        ...
+
+    def finish_dispatch(self, under_way: UnderWay) -> tuple[Tensor, DispatchHandle]:
+        """Wait. arrived_QH, each row as often as it travelled, and by the handle the experts find theirs among them."""
+        ...
+
+    def start_combine(self, sums_QH: Tensor, handle: DispatchHandle) -> UnderWay:
+        """Let what the experts made of each arrived row leave for home."""
+        ...
+
+    def finish_combine(self, under_way: UnderWay) -> Tensor:
+        """Wait, and sum per token: y_TH."""
+        ...
+
+    def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, DispatchHandle]:
+        """Plan, start and wait, for the whole batch at once."""
+        check_shapes(x_TH, topk_ids_TK, topk_weights_TK)
+        (plan,) = self.plan(topk_ids_TK)
+        return self.finish_dispatch(self.start_dispatch(x_TH, topk_weights_TK, plan))
+
+    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
+        """The way back, start and wait: y_TH."""
+        return self.finish_combine(self.start_combine(sums_QH, handle))
 
 
 @dataclass
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """All experts on this rank: nothing travels and nothing is copied."""
 
     num_experts: int
     meter: Meter = field(default_factory=Meter)
+    recycler: Recycler = field(default_factory=Recycler)
 
     def __post_init__(self) -> None:
         self.placement = ExpertPlacement(self.num_experts, ep_size=1)
         self.ep_rank = 0
 
-    def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, DispatchHandle]:
-        """See `Dispatcher.dispatch`; not collective."""
-        check_shapes(x_TH, topk_ids_TK, topk_weights_TK)
-        with self.meter.span("dispatch", x_TH.device):
-            counts_E = count_by_expert(topk_ids_TK, self.num_experts)
-            order_A = order_by_expert(topk_ids_TK.flatten(), self.num_experts)
-            handle = DispatchHandle(
-                tokens_per_local_expert_L=counts_E.tolist(),
-                expert_rows=token_map(order_A, topk_ids_TK.shape),
-                row_weights_R=topk_weights_TK.flatten().gather(0, order_A),
-            )
-        self.meter.count(routed=topk_ids_TK.numel(), sent=len(order_A), received=len(order_A))
-        return x_TH, handle
+    def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
+        """See `Dispatcher.plan`; not collective."""
+        pieces = chunk_slices(len(topk_ids_TK), num_chunks)
+        with self.meter.span("dispatch", topk_ids_TK.device):
+            counts = [count_by_expert(topk_ids_TK[piece], self.num_experts).tolist() for piece in pieces]
+        return [ChunkPlan(piece, topk_ids_TK[piece], count) for piece, count in zip(pieces, counts, strict=True)]
 
-    def combine(self, sums_QH: Tensor, handle: DispatchHandle) -> Tensor:
-        """See `Dispatcher.combine`; not collective."""
+    def busiest(self, plans: list[ChunkPlan]) -> tuple[int, int]:
+        """See `Dispatcher.busiest`; not collective."""
+        return busiest_here(plans)
+
+    def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> UnderWay:
+        """See `Dispatcher.start_dispatch`."""
+        check_shapes(x_TH, plan.topk_ids_TK, topk_weights_TK)
+        with self.meter.span("dispatch", x_TH.device):
+            order_R = order_by_expert(plan.topk_ids_TK.flatten(), self.num_experts)
+            handle = DispatchHandle(
+                tokens_per_local_expert_L=plan.tokens_per_local_expert_L,
+                sources_R=order_R // plan.topk_ids_TK.shape[1],
+                row_weights_R=topk_weights_TK.flatten().gather(0, order_R),
+                num_arrived=len(x_TH),
+            )
+        self.meter.count(routed=len(order_R), sent=len(order_R), received=len(order_R))
+        return UnderWay(plan, (x_TH, handle))
+
+    def finish_dispatch(self, under_way: UnderWay) -> tuple[Tensor, DispatchHandle]:
+        """See `Dispatcher.finish_dispatch`."""
+        arrived: tuple[Tensor, DispatchHandle] = under_way.rows
+        return arrived
+
+    def start_combine(self, sums_QH: Tensor, handle: DispatchHandle) -> UnderWay:
+        """See `Dispatcher.start_combine`."""
         self.meter.count(returned=len(handle.row_weights_R))
-        return sums_QH
+        return UnderWay(handle.way_back, sums_QH)
+
+    def finish_combine(self, under_way: UnderWay) -> Tensor:
+        """See `Dispatcher.finish_combine`."""
+        y_TH: Tensor = under_way.rows
+        return y_TH
+
+
+def busiest_here(plans: list[ChunkPlan]) -> tuple[int, int]:
+    """Most expert rows and most tokens that one of the chunks has on this rank."""
+    rows = max(sum(plan.tokens_per_local_expert_L) for plan in plans)
+    return rows, max(len(plan.topk_ids_TK) for plan in plans)
+
+
+def chunk_slices(num_tokens: int, num_chunks: int) -> list[slice]:
+    """`num_chunks` neighbouring runs of nearly equal length; some are empty where there are fewer tokens."""
+    ends = [num_tokens * chunk // num_chunks for chunk in range(num_chunks + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def order_by_expert(expert_ids_A: Tensor, num_experts: int) -> Tensor:
     """The stable order of assignments by expert, int64 (A,)."""
     # A narrow integer sorts by radix on CPU, three times faster than int64.
-    narrow = torch.uint8 if num_experts <= 256 else torch.int16
-    return expert_ids_A.to(narrow).argsort(stable=True)
-
-
-def token_map(order_A: Tensor, shape_TK: torch.Size) -> RowMap:
-    """The map from tokens to their assignments in `order_A`: every token has K copies, summed in top-k order."""
-    num_tokens, top_k = shape_TK
-    first_T = torch.arange(num_tokens, device=order_A.device) * top_k
-    return RowMap(order_A // top_k, inverse(order_A), first_T)
-
-
-def inverse(order_A: Tensor) -> Tensor:
-    """The permutation that undoes `order_A`."""
-    return torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    return expert_ids_A.to(torch.uint8 if num_experts <= 256 else torch.int16).argsort(stable=True)
 
 
 def check_shapes(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:

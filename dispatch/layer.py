@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dispatch.dispatcher import Dispatcher
 from dispatch.experts import Experts
 from dispatch.router import Router, RouterConfig
+from dispatch.schedule import ScheduleConfig, mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,15 @@ class MoELayer(nn.Module):
         hidden: width of a token.
         config: sizes and routing.
         dispatcher: how rows travel; it decides which experts this rank holds.
+        schedule: the order of its work.
 
     Forward and backward are collective over the EP group: every rank calls them, also with zero tokens. No token is
     dropped. Move the bias once per optimizer step with `dispatch.balance`.
     """
 
-    def __init__(self, hidden: int, config: MoEConfig, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, hidden: int, config: MoEConfig, dispatcher: Dispatcher, schedule: ScheduleConfig | None = None
+    ) -> None:
         super().__init__()
         if dispatcher.placement.num_experts != config.num_experts:
             raise ValueError(
@@ -67,9 +71,10 @@ class MoELayer(nn.Module):
                 f"{config.num_experts}; build both with the same num_experts"
             )
         self.hidden, self.config, self.dispatcher = hidden, config, dispatcher
+        self.schedule = schedule or ScheduleConfig()
         self.router = Router(hidden, config)
         expert_ids = dispatcher.placement.owned_by(dispatcher.ep_rank)
-        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter)
+        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter, dispatcher.recycler)
         shared_hidden = config.ffn_hidden * config.num_shared_experts
         self.shared_experts = SwiGLU(hidden, shared_hidden) if shared_hidden else None
 
@@ -87,10 +92,15 @@ class MoELayer(nn.Module):
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T)
-        arrived_QH, handle = self.dispatcher.dispatch(_to_compute_dtype(x_TH), topk_ids_TK, topk_weights_TK)
-        y_TH = self.dispatcher.combine(self.experts(arrived_QH, handle), handle)
-        if self.shared_experts is not None:
-            y_TH = y_TH + self.shared_experts(x_TH)
+        y_TH = mix(
+            _to_compute_dtype(x_TH),
+            topk_ids_TK,
+            topk_weights_TK,
+            self.dispatcher,
+            self.experts,
+            self.schedule,
+            lambda: None if self.shared_experts is None else self.shared_experts(x_TH),
+        )
         return y_TH.reshape(x.shape)
 
 

@@ -23,7 +23,8 @@ class Reading:
 
     seconds: by phase, forward, backward and recompute together. routed, sent, received, returned: (token, expert)
     assignments, first forward only, so that they are equal when no token is lost. sent_bytes: handed to other ranks in
-    forward, backward and recompute. busiest_rows: for each layer call in order, rows of the busiest local expert.
+    forward, backward and recompute; network_bytes: those that left the node, as far as the exchange knows nodes.
+    busiest_rows: for each layer call in order, rows of the busiest local expert.
     """
 
     seconds: dict[str, float]
@@ -32,6 +33,7 @@ class Reading:
     received: int
     returned: int
     sent_bytes: int
+    network_bytes: int
     busiest_rows: tuple[int, ...]
 
 
@@ -64,9 +66,10 @@ class Meter:
             for name, number in assignments.items():
                 self._counts[name] += number
 
-    def count_bytes(self, sent_bytes: int) -> None:
-        """Add bytes handed to other ranks, whatever the pass."""
+    def count_bytes(self, sent_bytes: int, link: str) -> None:
+        """Add bytes handed to other ranks over a kind of link, "node" or "network", whatever the pass."""
         self._counts["sent_bytes"] += sent_bytes
+        self._counts["network_bytes"] += sent_bytes if link == "network" else 0
 
     def note_rows(self, busiest_rows: int) -> None:
         """Record the rows of the busiest local expert of one layer call."""
@@ -79,7 +82,7 @@ class Meter:
             torch.cuda.synchronize()
         for phase, start, end in self._events:
             self._seconds[phase] += start.elapsed_time(end) / 1e3
-        names = ("routed", "sent", "received", "returned", "sent_bytes")
+        names = ("routed", "sent", "received", "returned", "sent_bytes", "network_bytes")
         reading = Reading(
             seconds={phase: self._seconds[phase] for phase in PHASES},
             busiest_rows=tuple(self._busiest_rows),

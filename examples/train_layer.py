@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dispatch.all_to_all import make_dispatcher
 from dispatch.balance import LossFreeBalancer
 from dispatch.experts import expert_parameters
+from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.load_metrics import max_vio

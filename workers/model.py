@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dispatch.dispatcher import Dispatcher
 from dispatch.layer import MoEConfig, MoELayer, SwiGLU
+from dispatch.schedule import ScheduleConfig
 from workers.attention import GroupedQueryAttention, rotary_table
 
 
@@ -91,15 +92,19 @@ class Decoder(nn.Module):
     Its weights are drawn by `workers.init.init_weights`, also after building on the meta device and `to_empty`.
     """
 
-    def __init__(self, config: ModelConfig, make_dispatcher: Callable[[], Dispatcher]) -> None:
-        """Build it, with one call of make_dispatcher for each MoE layer."""
+    def __init__(
+        self, config: ModelConfig, make_dispatcher: Callable[[], Dispatcher], schedule: ScheduleConfig | None = None
+    ) -> None:
+        """Build it, with one call of make_dispatcher for each MoE layer, which works in the order of `schedule`."""
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
         self.layers = nn.ModuleList(
             Block(
                 config,
-                MoELayer(config.hidden, config.moe, make_dispatcher()) if index >= config.num_dense_layers else None,
+                MoELayer(config.hidden, config.moe, make_dispatcher(), schedule)
+                if index >= config.num_dense_layers
+                else None,
             )
             for index in range(config.num_layers)
         )

@@ -1,6 +1,6 @@
 """The ranks of a gang and the groups they talk in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import get_args
 
@@ -9,7 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
-from dispatch.all_to_all import Exchange
+from dispatch.factory import Exchange
+from dispatch.node_aware import NodeGroups, make_node_groups
+from dispatch.payload import Payload
+from dispatch.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,14 @@ class ParallelConfig:
     ep_size: int = 0
     """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
     exchange: Exchange = "auto"
-    """What travels: a row for each 'rank' that a token needs, for each 'assignment', or, 'auto', whatever is fewer."""
+    """What travels: a row for each 'rank' that a token needs, for each 'assignment' of it, or for each 'node' and from
+    there to its ranks; 'auto' takes what costs the wire least."""
+    payload: Payload = "compute"
+    """How rows travel to their experts: as they are computed ('compute'), or coded in 8 bits ('fp8', inexact)."""
+    ranks_per_node: int = 0
+    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: not known."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The order of a layer's work: chunks, overlap, a bound on rows."""
 
     def __post_init__(self) -> None:
         if self.ep_size < 0:
@@ -27,6 +37,14 @@ class ParallelConfig:
         if self.exchange not in get_args(Exchange):
             raise ValueError(
                 f"parallel.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
+            )
+
+        if self.payload not in get_args(Payload):
+            raise ValueError(f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}")
+        if self.ranks_per_node < 0 or (self.exchange == "node" and not self.ranks_per_node):
+            raise ValueError(
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 or a positive number of ranks, "
+                "and positive for parallel.exchange node"
             )
 
     def resolve(self, world_size: int) -> int:
@@ -37,6 +55,11 @@ class ParallelConfig:
                 f"parallel.ep_size ({ep_size}) must divide the number of workers ({world_size}); "
                 f"use one of {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
             )
+        if self.ranks_per_node and ep_size % self.ranks_per_node:
+            raise ValueError(
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must divide parallel.ep_size ({ep_size}), so that "
+                "all nodes of an expert-parallel group have equally many ranks"
+            )
         return ep_size
 
 
@@ -46,7 +69,7 @@ class RankGroups:
 
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
-    never queue behind token traffic.
+    never queue behind token traffic. nodes: the groups of the exchange 'node', where nodes are known.
     """
 
     rank: int
@@ -60,6 +83,7 @@ class RankGroups:
     ep_group: dist.ProcessGroup
     edp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
+    nodes: NodeGroups | None = None
 
 
 def join_groups(
@@ -96,6 +120,7 @@ def join_groups(
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
+        nodes=make_node_groups(mesh.get_group("ep"), config.ranks_per_node, timeout) if config.ranks_per_node else None,
     )
     _exercise(groups)
     return groups
@@ -113,12 +138,10 @@ def local_device(choice: str, local_index: int = 0) -> torch.device:
 
 def _exercise(groups: RankGroups) -> None:
     # Communicators are made lazily: made here, a wrong network fails at start and not in the middle of a step.
-    for group, device in (
-        (groups.world_group, groups.device),
-        (groups.ep_group, groups.device),
-        (groups.edp_group, groups.device),
-        (groups.control_group, torch.device("cpu")),
-    ):
+    of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
+    of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
+    pairs = [(group, groups.device) for group in of_tokens]
+    for group, device in [*pairs, (groups.control_group, torch.device("cpu"))]:
         size = dist.get_world_size(group)
         ones = torch.ones(size, device=device)
         dist.all_reduce(ones, group=group)

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dispatch.all_to_all import make_dispatcher
 from dispatch.balance import layout_of, read_bias, routers_of, write_bias
 from dispatch.dispatcher import Dispatcher
+from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from dispatch.meter import Meter
+from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
 from workers.init import init_weights
@@ -101,7 +102,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
 
 
 def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
-    moe = spec.model.moe
+    moe, recycler = spec.model.moe, Recycler()
 
     def dispatcher() -> Dispatcher:
         return make_dispatcher(
@@ -110,12 +111,15 @@ def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
             hidden=spec.model.hidden,
             top_k=moe.top_k,
             exchange=spec.parallel.exchange,
+            payload=spec.parallel.payload,
+            nodes=groups.nodes,
             meter=meter,
+            recycler=recycler,
         )
 
     # On meta first: weights are drawn once, on the device where they stay.
     with torch.device("meta"):
-        model = Decoder(spec.model, dispatcher)
+        model = Decoder(spec.model, dispatcher, spec.parallel.schedule)
     model.to_empty(device=groups.device)
     init_weights(model, spec.run.seed)
     return model

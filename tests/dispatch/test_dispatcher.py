@@ -6,11 +6,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher, make_dispatcher, ranks_per_token
+from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.dispatcher import LocalDispatcher
+from dispatch.factory import make_dispatcher, ranks_per_token
+from dispatch.node_aware import NodeAwareDispatcher, make_node_groups
 from tests.ranks import run_ranks
 
 NUM_EXPERTS, TOP_K, ROUNDS = 8, 3, 30
+KINDS = {
+    "rank": AllToAllDispatcher,
+    "assignment": lambda *where: AllToAllDispatcher(*where, per_assignment=True),
+    "one rank a node": lambda *where: NodeAwareDispatcher(*where, nodes=make_node_groups(where[1], 1)),
+    "one node": lambda *where: NodeAwareDispatcher(*where, nodes=make_node_groups(where[1], dist.get_world_size())),
+}
 
 
 def _ragged_case(rank, round_index):
@@ -30,9 +38,9 @@ def _check_round(dispatcher, rank, round_index):
     weights.requires_grad_()
     arrived, handle = dispatcher.dispatch(x, ids, weights)
     rows = handle.expert_rows.copy(arrived)
-    expected = []
+    expected, ep_size = [], dispatcher.placement.ep_size
     for expert in dispatcher.placement.owned_by(dispatcher.ep_rank):
-        for source in range(dispatcher.placement.ep_size):
+        for source in [p for p in range(ep_size) if p != dispatcher.ep_rank] + [dispatcher.ep_rank]:
             _, source_ids, source_weights = _ragged_case(source, round_index)
             for token, slot in (source_ids == expert).nonzero().tolist():
                 expected.append((source, token, source_weights[token, slot].item()))
@@ -55,14 +63,14 @@ def _check_round(dispatcher, rank, round_index):
 def _exchange_on_ranks(rank, world_size, kind):
     # Uninitialised memory becomes NaN, so that a row which nobody wrote shows.
     torch.use_deterministic_algorithms(True)
-    dispatcher = kind(NUM_EXPERTS, dist.group.WORLD)
+    dispatcher = KINDS[kind](NUM_EXPERTS, dist.group.WORLD)
     assert torch.empty(3).isnan().all()
     totals = [_check_round(dispatcher, rank, round_index) for round_index in range(ROUNDS)]
     return tuple(map(sum, zip(*totals, strict=True)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("kind", [AllToAllDispatcher, OncePerRankDispatcher])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_assignment_arrives_once_and_returns(kind, world_size):  # B13, P3, P4, P17
     sent, received, _ = zip(*run_ranks(world_size, _exchange_on_ranks, kind), strict=True)
     assert sum(sent) == sum(received) > 0
@@ -74,8 +82,8 @@ def _bytes_on_ranks(rank, world_size):
     x = torch.randn(50, 64, generator=generator, requires_grad=True)
     ids = torch.rand(50, 16, generator=generator).argsort(1)[:, :8]
     sent = []
-    for kind in (AllToAllDispatcher, OncePerRankDispatcher):
-        dispatcher = kind(16, dist.group.WORLD)
+    for per_assignment in (True, False):
+        dispatcher = AllToAllDispatcher(16, dist.group.WORLD, per_assignment)
         weights = torch.full((50, 8), 0.125, requires_grad=True)
         arrived, handle = dispatcher.dispatch(x, ids, weights)
         rows = handle.expert_rows.copy(arrived) * handle.row_weights_R.unsqueeze(1)
@@ -92,8 +100,8 @@ def test_a_token_crosses_once_to_each_rank_that_it_needs():
         (by_rank_0, assignments_0, assignments_1, pairs_0, pairs_1),
         (by_rank_1, assignments_1, assignments_0, pairs_1, pairs_0),
     ):
-        assert by_assignment == (mine + other) * (2 * row + weight)
-        assert by_rank == (my_pairs + other_pairs) * (2 * row + 8 * weight) + my_pairs * 8  # ids: a byte each
+        assert by_assignment == (mine + other) * (2 * row + weight) + mine  # ids: a byte each
+        assert by_rank == (my_pairs + other_pairs) * (2 * row + 8 * weight) + my_pairs * 8
         assert by_rank < by_assignment / 3
 
 
@@ -101,14 +109,14 @@ def _chosen_exchange(rank, world_size):
     make = functools.partial(make_dispatcher, ep_group=dist.group.WORLD)
     chosen = [
         make(num_experts=64, hidden=512, top_k=8),  # nearly every token needs both ranks: 2 rows instead of 8
-        make(num_experts=16, hidden=512, top_k=1),  # one expert is one rank: nothing to save
+        make(num_experts=16, hidden=512, top_k=1),  # one expert is one rank: the same rows
         make(num_experts=64, hidden=512, top_k=8, exchange="assignment"),
     ]
-    return [type(dispatcher).__name__ for dispatcher in chosen]
+    return [dispatcher.per_assignment for dispatcher in chosen]
 
 
 def test_auto_takes_the_exchange_with_fewer_bytes():
-    expected = ["OncePerRankDispatcher", "AllToAllDispatcher", "AllToAllDispatcher"]
+    expected = [False, False, True]
     assert run_ranks(2, _chosen_exchange) == [expected, expected]
 
 

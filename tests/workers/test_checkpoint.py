@@ -88,8 +88,8 @@ def test_every_expert_is_named_by_its_global_id():
     state = canonical_state(*_model_and_optimizer())
     for section in ("model", "optim.exp_avg", "optim.exp_avg_sq"):
         for expert_id in range(NUM_EXPERTS):
-            assert state[f"{section}.layers.2.moe.experts.{expert_id}.gate_proj"].shape == (4, 8)
-    assert state["optim.step.layers.2.moe.experts.gate_proj"].shape == ()
+            assert state[f"{section}.layers.2.moe.experts.{expert_id}.gate_up_proj"].shape == (8, 8)
+    assert state["optim.step.layers.2.moe.experts.gate_up_proj"].shape == ()
     assert not [name for name in state if "tokens_per_expert" in name]  # zero between steps
 
 
@@ -110,10 +110,10 @@ def test_canonical_names_are_the_same_under_wrappers():  # B28
 def test_state_is_a_view_of_the_live_tensors():  # B24
     model, optimizer = _model_and_optimizer()
     _fill(canonical_state(model, optimizer))
-    name = "layers.1.moe.experts.5.up_proj"
+    name = "layers.1.moe.experts.5.gate_up_proj"
     experts = model.get_submodule("layers.1.moe.experts")
-    assert torch.equal(experts.up_proj[5], _value_of(f"model.{name}", experts.up_proj[5]))
-    moment = optimizer.state[experts.up_proj]["exp_avg"][5]
+    assert torch.equal(experts.gate_up_proj[5], _value_of(f"model.{name}", experts.gate_up_proj[5]))
+    moment = optimizer.state[experts.gate_up_proj]["exp_avg"][5]
     assert torch.equal(moment, _value_of(f"optim.exp_avg.{name}", moment))
     router = model.get_submodule("layers.1.moe.router")
     assert torch.equal(router.expert_bias_E, _value_of("model.layers.1.moe.router.expert_bias_E", router.expert_bias_E))
@@ -185,7 +185,7 @@ def test_every_expert_is_in_the_files_once(saved_at_every_size):  # B30
         index = read_index(path, read_manifest(path).files)
         for layer in (1, 2):
             experts = [n for n in index.state_dict_metadata if n.startswith(f"model.layers.{layer}.moe.experts.")]
-            assert len([n for n in experts if n.endswith(".up_proj")]) == NUM_EXPERTS
+            assert len([n for n in experts if n.endswith(".gate_up_proj")]) == NUM_EXPERTS
         assert all(len(entry.chunks) == 1 for entry in index.state_dict_metadata.values())
         assert len(index.storage_data) == len(index.state_dict_metadata)
 
@@ -304,8 +304,8 @@ def test_a_model_can_be_read_without_its_optimizer(tmp_path):
         (lambda state: state.update({"model.extra": torch.zeros(1)}), "1 tensors are not in it, such as model.extra"),
         (lambda state: state.pop("model.norm.weight"), "1 tensors in it have no place here, such as model.norm.weight"),
         (
-            lambda state: state.pop("model.layers.1.moe.experts.7.up_proj"),
-            "1 tensors in it have no place here, such as model.layers.1.moe.experts.7.up_proj",
+            lambda state: state.pop("model.layers.1.moe.experts.7.gate_up_proj"),
+            "1 tensors in it have no place here, such as model.layers.1.moe.experts.7.gate_up_proj",
         ),
         (
             lambda state: state.update({"model.norm.weight": torch.zeros(9)}),

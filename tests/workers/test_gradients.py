@@ -207,7 +207,7 @@ def poison(rank: int, world_size: int, bad_rank: int, where: str, value: float) 
     return norm, all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("where", ["lm_head.weight", "layers.1.moe.experts.up_proj"])
+@pytest.mark.parametrize("where", ["lm_head.weight", "layers.1.moe.experts.gate_up_proj"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_bad_gradient_of_one_rank_makes_the_norm_non_finite_on_all(where: str, value: float) -> None:  # B37
     for norm, unchanged in run_ranks(2, poison, 1, where, value):

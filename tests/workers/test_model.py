@@ -15,6 +15,7 @@ from dispatch.experts import expert_parameters
 from dispatch.layer import MoEConfig
 from dispatch.meter import Meter
 from dispatch.placement import ExpertPlacement
+from dispatch.recycler import Recycler
 from workers.attention import GroupedQueryAttention, rotary_table, rotate
 from workers.init import init_weights
 from workers.model import Decoder, ModelConfig, token_nll, token_nll_sum
@@ -38,7 +39,7 @@ class PlacedDispatcher(LocalDispatcher):
     def __init__(self, num_experts: int, ep_size: int, ep_rank: int) -> None:
         self.placement = ExpertPlacement(num_experts, ep_size)
         self.ep_rank = ep_rank
-        self.meter = Meter()
+        self.meter, self.recycler = Meter(), Recycler()
 
 
 def build(
@@ -123,7 +124,7 @@ def test_first_layers_are_dense_and_the_others_are_mixtures() -> None:
     names = {name for name, _ in model.named_parameters()}
     assert list(routers_of(model)) == ["layers.2.moe.router"]
     assert {"layers.0.ffn.gate_proj.weight", "layers.1.ffn.down_proj.weight"} <= names
-    assert list(expert_parameters(model)) == [f"layers.2.moe.experts.{n}_proj" for n in ("gate", "up", "down")]
+    assert list(expert_parameters(model)) == [f"layers.2.moe.experts.{n}_proj" for n in ("gate_up", "down")]
 
 
 def test_untrained_model_predicts_nearly_uniformly() -> None:
@@ -259,10 +260,12 @@ def test_initial_weights_are_the_same_at_any_ep_size(ep_size: int) -> None:
 def test_every_tensor_and_expert_has_its_own_weights_scaled_by_fan_in() -> None:
     model = build(hidden=48, dense_ffn_hidden=96)
     parameters = dict(model.named_parameters())
-    experts = parameters["layers.1.moe.experts.gate_proj"]
+    experts = parameters["layers.1.moe.experts.gate_up_proj"]
     assert not torch.equal(experts[0], experts[1])
-    assert not torch.equal(experts, parameters["layers.2.moe.experts.gate_proj"])
-    assert not torch.equal(experts, dict(build(hidden=48, seed=1).named_parameters())["layers.1.moe.experts.gate_proj"])
+    assert not torch.equal(experts, parameters["layers.2.moe.experts.gate_up_proj"])
+    assert not torch.equal(
+        experts, dict(build(hidden=48, seed=1).named_parameters())["layers.1.moe.experts.gate_up_proj"]
+    )
     assert experts.std().item() == pytest.approx(48**-0.5, rel=0.05)
     # 6 projections write into the residual stream of 3 layers
     assert parameters["layers.0.ffn.down_proj.weight"].std().item() == pytest.approx((96 * 6) ** -0.5, rel=0.05)

@@ -1,0 +1,130 @@
+"""One group of ranks as places for experts: who needs which token, what is counted, and the way there.
+
+Shapes: C chunks, T tokens of a chunk (may be 0), K expert ids a token, S rows that leave, Q rows that arrive, W ids a
+row (K, or 1 where each assignment has a row), R rows of the local experts, P ranks of the group, E expert ids that the
+group knows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.exchange import Link, Route, Trip
+from dispatch.meter import Meter
+from dispatch.payload import Payload
+from dispatch.recycler import Recycler
+from dispatch.row_map import RowMap, inverse
+from dispatch.selection import count_by_expert
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The ranks of `group`, rank p being responsible for the next num_experts_P[p] of the expert ids 0 to E - 1.
+
+    An id of E or above is blank: an assignment of the token that another rank, outside this group, looks after.
+    per_assignment: a row for each assignment, instead of one for each rank that a token needs.
+    """
+
+    num_experts_P: tuple[int, ...]
+    group: dist.ProcessGroup
+    meter: Meter
+    recycler: Recycler
+    link: Link = "network"
+    per_assignment: bool = False
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def blank(self) -> int:
+        """An id that is blank for whoever receives it, in the receiver's numbers."""
+        return max(self.num_experts_P)
+
+    def count(self, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of every chunk: rows for each rank (C, P), assignments of each expert (C, E); int64, on the device."""
+        num_experts = sum(self.num_experts_P)
+        counts_CE = torch.stack(
+            [count_by_expert(ids_TK.clamp(max=num_experts), num_experts + 1)[:num_experts] for ids_TK in chunks]
+        )
+        if self.per_assignment:
+            return torch.stack([part.sum(1) for part in counts_CE.split(self.num_experts_P, 1)], 1), counts_CE
+        return torch.stack([self.needs(ids_TK).sum(0) for ids_TK in chunks]), counts_CE
+
+    def needs(self, ids_TK: Tensor) -> Tensor:
+        """Which token needs which rank, bool (T, P)."""
+        num_ranks = len(self.num_experts_P)
+        needs_TP = torch.zeros(len(ids_TK), num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
+        return needs_TP.scatter_(1, self._owners(ids_TK), True)[:, :num_ranks]
+
+    def swap_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> Tensor:
+        """Tell each rank its sizes (C, X) and the counts of its experts (C, L), int64; what came, (P, C, X + L)."""
+        parts = [
+            torch.cat([sizes, counts], 1)
+            for sizes, counts in zip(sizes_CPX.unbind(1), counts_CE.split(self.num_experts_P, 1), strict=True)
+        ]
+        mine = parts[self.rank]
+        received = mine.new_empty(len(parts), *mine.shape)
+        dist.all_to_all_single(
+            received.view(-1),
+            torch.cat([part.flatten() for part in parts]),
+            [mine.numel()] * len(parts),
+            [part.numel() for part in parts],
+            group=self.group,
+        )
+        return received
+
+    def trip(self, ids_TK: Tensor, input_splits: list[int], output_splits: list[int], payload: Payload) -> Trip:
+        """The way of these tokens. Does not wait for the device: the sizes are known on the host."""
+        route = Route(input_splits, output_splits, self.group, self.meter, self.recycler, self.link)
+        if self.per_assignment:
+            return self._trip_of_assignments(ids_TK, route, payload)
+        # Own rows last, as routes want them.
+        order = torch.tensor([p for p in range(len(self.num_experts_P)) if p != self.rank] + [self.rank])
+        needs_TP = self.needs(ids_TK)[:, order.to(ids_TK.device, non_blocking=True)]
+        num_tokens, num_ranks = needs_TP.shape
+        places_S = torch.nonzero_static(needs_TP.t().flatten(), size=route.num_leaving).squeeze(1)
+        token_S = places_S % max(num_tokens, 1)
+        # The same rows once more, by token: where row (token, rank) lies, for those that there are.
+        by_token_S = torch.nonzero_static(needs_TP.flatten(), size=route.num_leaving).squeeze(1)
+        row_of_PT = needs_TP.t().flatten().cumsum(0) - 1
+        row_S = row_of_PT[by_token_S % num_ranks * num_tokens + by_token_S // num_ranks]
+        copies_T = needs_TP.sum(1)
+        rows = RowMap(token_S, row_S, copies_T.cumsum(0) - copies_T)
+        rank_S = order.to(ids_TK.device, non_blocking=True)[places_S // max(num_tokens, 1)]
+        return Trip(rows, rows, self._ids_for_receiver(ids_TK[token_S], rank_S), route, payload)
+
+    def _trip_of_assignments(self, ids_TK: Tensor, route: Route, payload: Payload) -> Trip:
+        top_k, num_experts = ids_TK.shape[1], sum(self.num_experts_P)
+        start = sum(self.num_experts_P[: self.rank])
+        is_own = (ids_TK >= start) & (ids_TK < start + self.num_experts_P[self.rank])
+        order_A = (ids_TK + num_experts * is_own).flatten().to(torch.int32).argsort(stable=True)
+        slots = RowMap(order_A, inverse(order_A), torch.arange(len(order_A), device=ids_TK.device))
+        first_T = torch.arange(len(ids_TK), device=ids_TK.device) * top_k
+        rows = RowMap(order_A // top_k, slots.copies_by_source_A, first_T)
+        ids_S1 = ids_TK.flatten()[order_A].unsqueeze(1)
+        ids_S1 = self._ids_for_receiver(ids_S1, self._owners(ids_S1).squeeze(1))
+        return Trip(rows, slots, ids_S1, route, payload)
+
+    def _ids_for_receiver(self, ids_SW: Tensor, rank_S: Tensor) -> Tensor:
+        """Local ids of each leaving row, blank where the assignment is not the receiver's."""
+        first_P = torch.tensor(self.num_experts_P).cumsum(0) - torch.tensor(self.num_experts_P)
+        local_SW = ids_SW - first_P.to(ids_SW.device, non_blocking=True)[rank_S].unsqueeze(1)
+        is_receivers_SW = self._owners(ids_SW) == rank_S.unsqueeze(1)
+        return local_SW.masked_fill(~is_receivers_SW, self.blank).to(torch.uint8 if self.blank < 256 else torch.int32)
+
+    def _owners(self, ids: Tensor) -> Tensor:
+        """The rank that looks after each id, P where it is blank."""
+        num_ranks, num_experts = len(self.num_experts_P), sum(self.num_experts_P)
+        owner_E = torch.arange(num_ranks + 1).repeat_interleave(torch.tensor([*self.num_experts_P, 1]))
+        return owner_E.to(ids.device, non_blocking=True)[ids.clamp(max=num_experts)]
+
+
+def fan_out(ids_QW: Tensor, weights_QW: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Order by local expert, blanks left out: the arrived row of each expert row (R,) and its combine weight (R,)."""
+    # Blanks have the largest id, so they sort behind all rows that there are; uint8 sorts by radix on CPU.
+    order_R = ids_QW.flatten().argsort(stable=True)[:num_rows]
+    return order_R // max(ids_QW.shape[1], 1), weights_QW.flatten().gather(0, order_R)

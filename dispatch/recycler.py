@@ -1,0 +1,73 @@
+"""Memory of large CPU tensors, handed out again instead of back to the system.
+
+glibc gives blocks above 32 MiB, and the free end of its heap, back to the system; the next layer then pays for fresh
+zeroed pages, at 2 to 6 GiB/s on the machines measured, a tenth of a training step. CUDA tensors need none of this:
+torch has an allocator of its own there.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_LEAST_BYTES = 1 << 18  # below it glibc's own free lists serve
+_GRANULE = 1 << 16  # ragged sizes of neighbouring steps share a block
+_IDLE_TAKES = 512  # a block that no tensor fitted into for this many takes is given back to the system
+
+
+@dataclass
+class _Block:
+    storage: torch.UntypedStorage
+    last_use: int
+
+
+@dataclass
+class Recycler:
+    """Hands out uninitialised tensors; a block is free again when nothing but this object refers to its storage.
+
+    No caller gives anything back: views, saved tensors and gradients all count as references, so that a tensor may live
+    as long as it likes. One a model, used by one thread at a time.
+    """
+
+    _blocks: list[_Block] = field(default_factory=list)
+    _num_takes: int = 0
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`torch.empty` on the device of `like` and, unless given, in its dtype."""
+        dtype = dtype or like.dtype
+        num_bytes = dtype.itemsize * _product(shape)
+        # Deterministic mode fills uninitialised memory with NaN, to show who reads it: only torch.empty does that.
+        if like.device.type != "cpu" or num_bytes < _LEAST_BYTES or torch.are_deterministic_algorithms_enabled():
+            return like.new_empty(shape, dtype=dtype)
+        tensor: Tensor = torch.empty(0, dtype=dtype).set_(self._take(num_bytes), 0, shape)  # type: ignore[call-overload]
+        return tensor
+
+    def zeros(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`torch.zeros`, likewise."""
+        return self.empty(*shape, like=like, dtype=dtype).zero_()
+
+    def _take(self, num_bytes: int) -> torch.UntypedStorage:
+        self._num_takes += 1
+        self._blocks = [block for block in self._blocks if self._num_takes - block.last_use < _IDLE_TAKES]
+        fitting = [
+            b for b in self._blocks if num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes + _GRANULE and _free(b)
+        ]
+        if fitting:
+            block = min(fitting, key=lambda b: b.storage.nbytes())
+        else:
+            block = _Block(torch.UntypedStorage(-(-num_bytes // _GRANULE) * _GRANULE), 0)
+            self._blocks.append(block)
+        block.last_use = self._num_takes
+        return block.storage
+
+
+def _free(block: _Block) -> bool:
+    # The one reference left is the block's own. The count is torch's; no public name gives it.
+    return torch._C._storage_Use_Count(block.storage._cdata) == 1  # noqa: SLF001
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

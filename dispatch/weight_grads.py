@@ -1,0 +1,63 @@
+"""Gradients of the stacked expert weights, added up in place over the chunks of one layer call.
+
+Shapes: L local experts, H hidden, F ffn_hidden, G = 2F.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispatch.recycler import Recycler
+
+
+@dataclass
+class WeightGrads:
+    """Where the chunks of one layer call leave their weight gradients.
+
+    Left to autograd, every chunk would fill a stacked tensor of its own, to be added to the others afterwards.
+    """
+
+    recycler: Recycler
+    _stacks: tuple[Tensor, ...] = ()
+    _written: set[tuple[int, int]] = field(default_factory=set)
+
+    def share(self, gate_up_LGH: Tensor, down_LHF: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights as the chunks take them; their backward, after that of all chunks, returns what was added."""
+        shared: tuple[Tensor, Tensor] = _Share.apply(gate_up_LGH, down_LHF, self)
+        return shared
+
+    def add(self, which: int, expert: int, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> None:
+        """Add left @ right to the gradient of an expert's gate and up (which = 0) or down (1) of `weights`."""
+        if not self._stacks:
+            self._stacks = tuple(self.recycler.empty(*stack.shape, like=stack) for stack in weights)
+        target = self._stacks[which][expert]
+        if (which, expert) in self._written:
+            target.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=target)
+            self._written.add((which, expert))
+
+    def take(self, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """The sums, zero for an expert that no row reached. A second backward pass starts anew."""
+        stacks = self._stacks or tuple(torch.empty_like(stack) for stack in weights)
+        for which, stack in enumerate(stacks):
+            for expert in range(len(stack)):
+                if (which, expert) not in self._written:
+                    stack[expert].zero_()
+        self._stacks, self._written = (), set()
+        return stacks
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_LGH: Tensor, down_LHF: Tensor, grads: WeightGrads) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.grads = grads
+        ctx.save_for_backward(gate_up_LGH, down_LHF)
+        return gate_up_LGH.view_as(gate_up_LGH), down_LHF.view_as(down_LHF)
+
+    @staticmethod
+    def backward(ctx: Any, *_no_grads: None) -> tuple[Tensor | None, ...]:
+        return *ctx.grads.take(ctx.saved_tensors), None
