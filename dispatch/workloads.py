@@ -206,7 +206,7 @@ def tokens_that_choose(topk_ids_TK: Tensor, router_weight_EH: Tensor, seed: int 
     """Random x_TH in the router's dtype whose top-k under this router is `topk_ids_TK`, in order, best first.
 
     For layers that route by themselves: logits are above 1 for chosen experts, one step of 1 / K apart, and below -1
-    for all others, which a small bias does not turn round. Group-limited routing may choose otherwise.
+    for all others: a small bias changes their order at most. Group-limited routing may choose otherwise.
 
     Raises:
         ValueError: hidden is below num_experts, where no such tokens need exist.
