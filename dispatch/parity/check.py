@@ -34,7 +34,7 @@ class Precision:
 PRECISIONS = {
     "float64": Precision(1e-10, scaled=False),
     # AdamW divides small gradients by themselves: their rounding moves a weight by whole steps.
-    "float32": Precision(1e-4, optimizers=("SGD",)),
+    "float32": Precision(1e-5, optimizers=("SGD",)),
     "bfloat16": Precision(5e-2, optimizers=("SGD",)),
 }
 
