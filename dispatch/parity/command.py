@@ -17,7 +17,7 @@ from dispatch.parity.layers import VARIANTS, Adapter, adapter_of
 from dispatch.parity.measure import COLUMNS
 
 DEFAULT_EP = 2
-MAX_SHOWN = 10  # deviations of a failed row: the largest say what is wrong
+MAX_SHOWN = 10  # deviations of a failed row: the first say what is wrong
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def _checked(given: argparse.Namespace, world_size: int | None, num_devices: int
     if not 1 <= ep <= NUM_EXPERTS:
         raise ValueError(f"--ep ({ep}) must be between 1 and {NUM_EXPERTS}, the experts of the cases")
     if given.device == "cuda" and world_size is None and ep > num_devices:
-        raise ValueError(f"--ep ({ep}) needs a CUDA device for each rank and there are {num_devices}; lower --ep")
+        raise ValueError(
+            f"--ep ({ep}) needs a CUDA device for each rank and there are {num_devices}; lower --ep or take cpu"
+        )
     if given.layer:
         load_adapter(given.layer)
     return Options(

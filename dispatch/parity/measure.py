@@ -19,7 +19,8 @@ Measured: TypeAlias = dict[str, dict[str, Tensor]]  # column, tensor name
 BALANCE = BalanceConfig(law="sign", rate=0.02)
 OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], int]] = {
     "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=1.0), 1),
-    "AdamW": (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1), 5),
+    # The default eps of 1e-8 would turn the rounding of a gradient that is zero into a step that shows.
+    "AdamW": (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-5), 5),
 }
 
 
