@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher
@@ -112,7 +112,8 @@ def test_10000_exchanges_lose_double_and_swap_no_row():  # P3, P4, P17
         launch.result()
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+# An example is a launch of up to 4 processes: few of them, and none to make a failure smaller.
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.data())
 def test_any_size_of_layer_and_group_loses_no_row(data):
     world_size = data.draw(st.integers(1, 4), "ranks")
