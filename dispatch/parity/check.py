@@ -1,0 +1,174 @@
+"""The comparison: every case on the ranks beside the slow reference, and what differs by how much."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.parity.cases import Batch, Case, draw_batches, draw_weights, is_of_experts
+from dispatch.parity.layers import Adapter, slow_layer
+from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
+from dispatch.placement import ExpertPlacement
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How exact a dtype has to be, and what can be asked of it.
+
+    limit: largest relative error. floor: an element counts as at least this large, so that limit * floor is the
+    absolute error allowed beside zero. scaled: an element counts as at least its tensor's largest, where rounding is of
+    that size anyway. optimizers: keys of OPTIMIZERS whose steps are compared.
+    """
+
+    limit: float
+    floor: float = 1e-4
+    scaled: bool = True
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+
+
+PRECISIONS = {
+    "float64": Precision(1e-10, scaled=False),
+    "float32": Precision(1e-4),
+    # AdamW divides small gradients by themselves: their rounding would move a weight by whole steps.
+    "bfloat16": Precision(5e-2, optimizers=("SGD",)),
+}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one tensor of one rank is from the reference.
+
+    error: largest relative error of an element, infinite where there is nothing to compare. magnitude: the reference's
+    largest element. note: what is wrong beside the numbers, empty where nothing is.
+    """
+
+    column: str
+    tensor: str
+    rank: int
+    error: float
+    magnitude: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case with one layer: the deviations of all tensors on all ranks."""
+
+    case: str
+    layer: str
+    precision: Precision
+    deviations: tuple[Deviation, ...]
+
+    def worst(self, column: str) -> float:
+        """The largest error of a column of the report; 0 where nothing of it was compared."""
+        return max((d.error for d in self.deviations if d.column == column), default=0.0)
+
+    @property
+    def failures(self) -> list[Deviation]:
+        """What is off, causes before effects: by column, the largest error first."""
+        off = [d for d in self.deviations if d.note or not d.error <= self.precision.limit]
+        return sorted(off, key=lambda d: (COLUMNS.index(d.column), -d.error))
+
+
+def check(
+    cases: Sequence[Case],
+    adapters: Mapping[str, Adapter],
+    group: dist.ProcessGroup,
+    *,
+    dtype: str = "float64",
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Compare each of `adapters` with the reference in each of `cases`; the same rows on every rank.
+
+    Collective over `group`, the EP group. Turn on torch.use_deterministic_algorithms first: it fills uninitialised
+    memory with NaN, so that a row that nobody wrote shows.
+    """
+    precision, references = PRECISIONS[dtype], _references(cases, group, dtype, seed)
+    rank, ep_size, rows = dist.get_rank(group), dist.get_world_size(group), []
+    for case in cases:
+        weights, batches = _draw(case, ep_size, dtype, seed)
+        weights = {name: weight.to(device) for name, weight in weights.items()}
+        expected = _part(references[case.name], batches, rank, ExpertPlacement(case.config.num_experts, ep_size))
+        num_tokens = sum(len(batch.x_TH) for batch in batches)
+        for name, adapter in adapters.items():
+            measured = measure(
+                lambda a=adapter, c=case, w=weights: a(c, w, group),  # type: ignore[misc]
+                case,
+                batches[rank],
+                num_tokens,
+                group,
+                precision.optimizers,
+            )
+            mine = compare(measured, expected, rank, precision)
+            rows.append(Row(case.name, name, precision, tuple(d for of in _gather(mine, group) for d in of)))
+    return rows
+
+
+def compare(measured: Measured, expected: Measured, rank: int, precision: Precision) -> list[Deviation]:
+    """The deviation of every expected tensor."""
+    return [
+        _deviation(column, name, rank, measured[column].get(name), want, precision)
+        for column, tensors in expected.items()
+        for name, want in tensors.items()
+    ]
+
+
+def _deviation(column: str, name: str, rank: int, got: Tensor | None, want: Tensor, precision: Precision) -> Deviation:
+    magnitude, infinite = float(want.abs().max()) if want.numel() else 0.0, float("inf")
+    if got is None or got.shape != want.shape:
+        note = "missing" if got is None else f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+        return Deviation(column, name, rank, infinite, magnitude, note)
+    if not want.numel():
+        return Deviation(column, name, rank, 0.0, magnitude)
+    size = want.abs().clamp_min(max(precision.floor, magnitude if precision.scaled else 0.0))
+    error = float(((got - want).abs() / size).max())
+    if error != error:  # noqa: PLR0124 - NaN
+        return Deviation(column, name, rank, infinite, magnitude, "not a number")
+    # A comparison of numbers below the floor would pass whatever they are.
+    note = "too small to compare" if 0 < magnitude <= precision.floor else ""
+    return Deviation(column, name, rank, error, magnitude, note)
+
+
+def _references(cases: Sequence[Case], group: dist.ProcessGroup, dtype: str, seed: int) -> dict[str, Measured]:
+    """What the slow reference does with the global batch of each case; the ranks share the work."""
+    rank, ep_size = dist.get_rank(group), dist.get_world_size(group)
+    mine = {case.name: _reference(case, ep_size, dtype, seed) for case in cases[rank::ep_size]}
+    return {name: measured for of in _gather(mine, group) for name, measured in of.items()}
+
+
+def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
+    weights, batches = _draw(case, ep_size, dtype, seed)
+    exact = {name: weight.double() for name, weight in weights.items()}
+    together = Batch(torch.cat([b.x_TH for b in batches]), torch.cat([b.cotangent_TH for b in batches]))
+    optimizers = PRECISIONS[dtype].optimizers
+    return measure(lambda: slow_layer(case, exact), case, together, len(together.x_TH), None, optimizers)
+
+
+def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Tensor], list[Batch]]:
+    weights = draw_weights(case, getattr(torch, dtype), seed)
+    return weights, draw_batches(case, ep_size, weights, seed)
+
+
+def _part(whole: Measured, batches: Sequence[Batch], rank: int, placement: ExpertPlacement) -> Measured:
+    """What of the reference this rank has to show: its tokens, its experts, everything else whole."""
+    first = sum(len(batch.x_TH) for batch in batches[:rank])
+    tokens, ids = slice(first, first + len(batches[rank].x_TH)), placement.owned_by(rank)
+
+    def part(name: str, tensor: Tensor) -> Tensor:
+        if name in ("y", "dx"):
+            return tensor[tokens]
+        return tensor[ids.start : ids.stop] if is_of_experts(name) else tensor
+
+    return {column: {name: part(name, tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
+
+
+def _gather(mine: T, group: dist.ProcessGroup) -> list[T]:
+    by_rank: list[T] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(by_rank, mine, group=group)
+    return by_rank

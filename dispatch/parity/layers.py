@@ -1,0 +1,133 @@
+"""The layers that are compared: ours with every dispatcher, anyone's through an adapter, and the slow reference.
+
+Shapes: T tokens of this rank (may be 0), H hidden, E experts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.all_to_all import Exchange, make_dispatcher
+from dispatch.experts import EXPERT_WEIGHTS, Experts, expert_parameters
+from dispatch.layer import MoELayer
+from dispatch.parity.cases import Case, is_of_experts
+from dispatch.reference import reference_moe
+from dispatch.selection import count_by_expert
+
+Pick: TypeAlias = Callable[[nn.Parameter], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerUnderTest:
+    """A layer on one rank and how the kit reads and steers it.
+
+    module: y_TH = module(x_TH), collective over the EP group in forward and backward, T different by rank or 0. After
+    backward an expert's gradient is complete on its rank; all others are this rank's part, and the kit sums them.
+    read: tensors by the names of `cases.shapes`, made of what its argument gives for each parameter, which is the
+    parameter's value or its gradient; of the experts those of this rank, as `ExpertPlacement` gives them, in order.
+    expert_parameters: those that this rank alone holds.
+    expert_bias_E: the selection bias in force; the kit writes it in place.
+    tokens_per_expert_E: what this rank's tokens chose since the kit last zeroed it in place; any numeric dtype.
+    """
+
+    module: nn.Module
+    read: Callable[[Pick], dict[str, Tensor]]
+    expert_parameters: Sequence[nn.Parameter]
+    expert_bias_E: Tensor
+    tokens_per_expert_E: Tensor
+
+
+# What to build, the initial weights of all experts on the device and in the dtype to compute in, and the EP group.
+Adapter: TypeAlias = Callable[[Case, Mapping[str, Tensor], dist.ProcessGroup], LayerUnderTest]
+
+
+def _exchanging(exchange: Exchange) -> Callable[[Case, dist.ProcessGroup], MoELayer]:
+    def make(case: Case, ep_group: dist.ProcessGroup) -> MoELayer:
+        config = case.config
+        dispatcher = make_dispatcher(
+            config.num_experts, ep_group, hidden=case.hidden, top_k=config.top_k, exchange=exchange
+        )
+        return MoELayer(case.hidden, config, dispatcher)
+
+    return make
+
+
+# Every way in which our layer can be spread. In an EP group of one rank all of them are the local dispatcher.
+VARIANTS: Mapping[str, Callable[[Case, dist.ProcessGroup], MoELayer]] = {
+    "assignment": _exchanging("assignment"),
+    "rank": _exchanging("rank"),
+}
+
+
+def adapter_of(variant: str) -> Adapter:
+    """The adapter of one of our own layers, by its name in VARIANTS."""
+
+    def build(case: Case, weights: Mapping[str, Tensor], group: dist.ProcessGroup) -> LayerUnderTest:
+        layer = VARIANTS[variant](case, group).to(weights["expert_gate"].device, weights["expert_gate"].dtype)
+        ids = layer.experts.expert_ids
+        for name, tensor in _read(layer, lambda parameter: parameter.data).items():
+            tensor.copy_(weights[name][ids.start : ids.stop] if is_of_experts(name) else weights[name])
+        return LayerUnderTest(
+            module=layer,
+            read=lambda pick: _read(layer, pick),
+            expert_parameters=list(expert_parameters(layer).values()),
+            expert_bias_E=layer.router.expert_bias_E,
+            tokens_per_expert_E=layer.router.tokens_per_expert_E,
+        )
+
+    return build
+
+
+def _read(layer: MoELayer, pick: Pick) -> dict[str, Tensor]:
+    tensors = {"router": pick(layer.router.weight), **_read_experts(layer.experts, pick)}
+    if layer.shared_experts is not None:
+        for part in ("gate", "up", "down"):
+            tensors[f"shared_{part}"] = pick(getattr(layer.shared_experts, f"{part}_proj").weight)
+    return tensors
+
+
+def _read_experts(experts: Experts, pick: Pick) -> dict[str, Tensor]:
+    """The only place that knows how the experts' weights are stacked; views, so that it serves to write them too."""
+    *gate_up, down = (pick(getattr(experts, name)) for name in EXPERT_WEIGHTS)
+    gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=1)
+    return {"expert_gate": gate, "expert_up": up, "expert_down": down}
+
+
+class SlowLayer(nn.Module):
+    """`dispatch.reference` with shared experts, weights and counts as a module: all experts in one process."""
+
+    def __init__(self, case: Case, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = case.config
+        self.weights = nn.ParameterDict({name: weight.clone() for name, weight in weights.items()})
+        self.expert_bias_E = torch.zeros(self.config.num_experts)
+        self.tokens_per_expert_E = torch.zeros(self.config.num_experts, dtype=torch.int64)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """The outputs of the routed and the shared experts, token by token; T at least 1."""
+        gate, up, down = (self.weights[name] for name in ("expert_gate", "expert_up", "expert_down"))
+        y_TH, chosen = reference_moe(
+            x_TH, self.weights["router"], self.expert_bias_E, gate, up, down, config=self.config
+        )
+        self.tokens_per_expert_E += count_by_expert(torch.tensor(chosen), self.config.num_experts)
+        if self.config.num_shared_experts:
+            gate, up, down = (self.weights[name] for name in ("shared_gate", "shared_up", "shared_down"))
+            y_TH = y_TH + (F.silu(x_TH @ gate.t()) * (x_TH @ up.t())) @ down.t()
+        return y_TH
+
+
+def slow_layer(case: Case, weights: Mapping[str, Tensor]) -> LayerUnderTest:
+    """The reference as a layer under test; `weights` of all experts, float64."""
+    layer = SlowLayer(case, weights)
+    return LayerUnderTest(
+        module=layer,
+        read=lambda pick: {name: pick(parameter) for name, parameter in layer.weights.items()},
+        expert_parameters=[parameter for name, parameter in layer.weights.items() if is_of_experts(name)],
+        expert_bias_E=layer.expert_bias_E,
+        tokens_per_expert_E=layer.tokens_per_expert_E,
+    )

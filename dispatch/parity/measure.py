@@ -1,0 +1,127 @@
+"""What a layer does with one batch: outputs, gradients, and weights after optimizer steps, as float64 on the CPU."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dispatch.laws import BalanceConfig, LawState, make_law
+from dispatch.layout import LoadLayout
+from dispatch.parity.cases import Batch, Case
+from dispatch.parity.layers import LayerUnderTest
+
+COLUMNS = ("outputs", "dx", "gradients", "weights")
+Measured: TypeAlias = dict[str, dict[str, Tensor]]  # column, tensor name
+
+# Far above the published rate, so that the bias changes choices within a few steps.
+BALANCE = BalanceConfig(law="sign", rate=0.02)
+OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], int]] = {
+    "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=1.0), 1),
+    # The default eps of 1e-8 would turn the rounding of a gradient that is zero into a step that shows.
+    "AdamW": (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-5), 5),
+}
+
+
+def measure(
+    build: Callable[[], LayerUnderTest],
+    case: Case,
+    batch: Batch,
+    num_global_tokens: int,
+    group: dist.ProcessGroup | None,
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
+) -> Measured:
+    """Run fresh copies of a layer on this rank's batch. Collective over `group`; None: one process has all tokens."""
+    layer = _fresh(build, case)
+    y_TH, grad_x_TH = _backward(layer, batch, num_global_tokens, group)
+    gradients = layer.read(_gradient) | {"norm": _gradient_norm(layer, group)}
+    measured: Measured = {
+        "outputs": {"y": y_TH, "load": _take_load(layer, group)},
+        "dx": {"dx": grad_x_TH},
+        "gradients": gradients,
+        "weights": {},
+    }
+    for name in optimizers:
+        weights = _train(_fresh(build, case), batch, num_global_tokens, group, *OPTIMIZERS[name])
+        measured["weights"] |= {f"{tensor} after {name}": weight for tensor, weight in weights.items()}
+    return {
+        column: {name: tensor.detach().double().cpu().clone() for name, tensor in tensors.items()}
+        for column, tensors in measured.items()
+    }
+
+
+def _fresh(build: Callable[[], LayerUnderTest], case: Case) -> LayerUnderTest:
+    layer = build()
+    for expert, value in case.bias:
+        layer.expert_bias_E[expert] = value
+    layer.tokens_per_expert_E.zero_()
+    return layer
+
+
+def _backward(
+    layer: LayerUnderTest, batch: Batch, num_global_tokens: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of this rank's part of the mean over the global batch; sums dense gradients over ranks."""
+    of = layer.expert_parameters[0]
+    x_TH = batch.x_TH.to(of.device, of.dtype, copy=True).requires_grad_()
+    y_TH = layer.module(x_TH)
+    # The gradient is given, not the loss: in bf16 a sum over the outputs would be rounded.
+    y_TH.backward((batch.cotangent_TH / num_global_tokens).to(y_TH.device, y_TH.dtype))
+    mine = {id(parameter) for parameter in layer.expert_parameters}
+    for parameter in _trained(layer):
+        if parameter.grad is None:
+            # An expert without rows needs a zero: None would miss weight decay, and a collective that others enter.
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        if group is not None and id(parameter) not in mine:
+            dist.all_reduce(parameter.grad, group=group)
+    return y_TH, _gradient(x_TH)
+
+
+def _trained(layer: LayerUnderTest) -> list[nn.Parameter]:
+    return [parameter for parameter in layer.module.parameters() if parameter.requires_grad]
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, torch.nan) if tensor.grad is None else tensor.grad
+
+
+def _gradient_norm(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor:
+    """Norm of all gradients of the model: experts of all ranks, everything else once."""
+    mine = {id(parameter) for parameter in layer.expert_parameters}
+    squares = {parameter: _gradient(parameter).double().square().sum() for parameter in _trained(layer)}
+    of_experts = torch.stack([square for parameter, square in squares.items() if id(parameter) in mine]).sum()
+    if group is not None:
+        dist.all_reduce(of_experts, group=group)
+    dense = [square for parameter, square in squares.items() if id(parameter) not in mine]
+    return (of_experts + torch.stack(dense).sum()).sqrt()
+
+
+def _take_load(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor:
+    """What all ranks chose since the last call, int64 (E,) on the CPU."""
+    load_E = layer.tokens_per_expert_E.to(torch.int64, copy=True)
+    layer.tokens_per_expert_E.zero_()
+    if group is not None:
+        dist.all_reduce(load_E, group=group)
+    return load_E.cpu()
+
+
+def _train(
+    layer: LayerUnderTest,
+    batch: Batch,
+    num_global_tokens: int,
+    group: dist.ProcessGroup | None,
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    num_steps: int,
+) -> dict[str, Tensor]:
+    """Weights and bias after some steps on the same batch, the bias moving by the sign law from zero."""
+    optimizer = make_optimizer(_trained(layer))
+    law = make_law(BALANCE, LoadLayout(("layer",), (len(layer.expert_bias_E),), (True,)))
+    state: LawState = law.initial_state()
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        _backward(layer, batch, num_global_tokens, group)
+        optimizer.step()
+        state = law.update(_take_load(layer, group), state, step)
+        layer.expert_bias_E.copy_(state.bias_N)
+    return layer.read(lambda parameter: parameter.detach()) | {"bias": layer.expert_bias_E}
