@@ -28,7 +28,7 @@ def encode_fp8(rows_TH: Tensor) -> Tensor:
     tiles = F.pad(rows_TH.float(), (0, num_tiles * TILE - hidden)).view(num_rows, num_tiles, TILE)
     scales = tiles.abs().amax(2) / _FP8_MAX
     scales = torch.where(scales > 0, scales, 1.0)  # a tile of zeros, or one that underflows
-    codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).view(num_rows, -1)[:, :hidden]
+    codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).flatten(1)[:, :hidden]
     return torch.cat(
         [codes.clone(memory_format=torch.contiguous_format).view(torch.uint8), scales.view(torch.uint8)], 1
     )

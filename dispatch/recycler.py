@@ -5,6 +5,8 @@ zeroed pages, at 2 to 6 GiB/s on the machines measured, a tenth of a training st
 torch has an allocator of its own there.
 """
 
+import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +37,7 @@ class Recycler:
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`torch.empty` on the device of `like` and, unless given, in its dtype."""
         dtype = dtype or like.dtype
-        num_bytes = dtype.itemsize * _product(shape)
+        num_bytes = dtype.itemsize * math.prod(shape)
         # Deterministic mode fills uninitialised memory with NaN, to show who reads it: only torch.empty does that.
         if like.device.type != "cpu" or num_bytes < _LEAST_BYTES or torch.are_deterministic_algorithms_enabled():
             return like.new_empty(shape, dtype=dtype)
@@ -62,12 +64,8 @@ class Recycler:
 
 
 def _free(block: _Block) -> bool:
-    # The one reference left is the block's own. The count is torch's; no public name gives it.
+    # One reference from tensors and torch (its own count; no public name gives it) and one from Python objects, for all
+    # of whom a storage is one and the same object: both are the block's; 2, since the call itself counts as one.
+    if sys.getrefcount(block.storage) > 2:
+        return False
     return torch._C._storage_Use_Count(block.storage._cdata) == 1  # noqa: SLF001
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

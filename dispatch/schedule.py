@@ -18,7 +18,7 @@ from dispatch.experts import Experts, ExpertWeights
 class ScheduleConfig:
     """How an MoE layer orders its work.
 
-    Results do not depend on it, but for the rounding of weight gradients, which are summed chunk by chunk.
+    Results do not depend on it, but for rounding: a matmul of other rows may sum in another order.
     """
 
     num_chunks: int = 1

@@ -3,8 +3,10 @@
 Shapes: T tokens of this rank (may be 0), H hidden, E experts.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -12,11 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.all_to_all import Exchange, make_dispatcher
-from dispatch.experts import EXPERT_WEIGHTS, Experts, expert_parameters
+from dispatch.experts import Experts, expert_parameters
+from dispatch.factory import Exchange, make_dispatcher
 from dispatch.layer import MoELayer
+from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.parity.cases import Case, is_of_experts
 from dispatch.reference import reference_moe
+from dispatch.schedule import ScheduleConfig
 from dispatch.selection import count_by_expert
 
 Pick: TypeAlias = Callable[[nn.Parameter], Tensor]
@@ -46,32 +50,52 @@ class LayerUnderTest:
 Adapter: TypeAlias = Callable[[Case, Mapping[str, Tensor], dist.ProcessGroup], LayerUnderTest]
 
 
-def _exchanging(exchange: Exchange) -> Callable[[Case, dist.ProcessGroup], MoELayer]:
-    def make(case: Case, ep_group: dist.ProcessGroup) -> MoELayer:
-        config = case.config
-        dispatcher = make_dispatcher(
-            config.num_experts, ep_group, hidden=case.hidden, top_k=config.top_k, exchange=exchange
-        )
-        return MoELayer(case.hidden, config, dispatcher)
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to spread and to order our layer; of ranks_per_node what divides the number of ranks is taken."""
 
-    return make
+    exchange: Exchange
+    ranks_per_node: int = 0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
-# Every way in which our layer can be spread. In an EP group of one rank all of them are the local dispatcher.
-VARIANTS: Mapping[str, Callable[[Case, dist.ProcessGroup], MoELayer]] = {
-    "assignment": _exchanging("assignment"),
-    "rank": _exchanging("rank"),
+# In an EP group of one rank all exchanges are the local dispatcher.
+VARIANTS: Mapping[str, Variant] = {
+    "assignment": Variant(exchange="assignment"),
+    "rank": Variant(exchange="rank"),
+    "nodes-of-1": Variant(exchange="node", ranks_per_node=1),
+    "nodes-of-2": Variant(exchange="node", ranks_per_node=2),
+    "assignment-waiting": Variant(exchange="assignment", schedule=ScheduleConfig(overlap=False)),
+    "rank-in-chunks": Variant(exchange="rank", schedule=ScheduleConfig(num_chunks=3)),
+    "nodes-in-chunks": Variant(exchange="node", ranks_per_node=2, schedule=ScheduleConfig(num_chunks=2)),
+    "rank-in-rounds": Variant(exchange="rank", schedule=ScheduleConfig(max_rows=5)),
 }
 
 
-def adapter_of(variant: str) -> Adapter:
+def adapter_of(name: str) -> Adapter:
     """The adapter of one of our own layers, by its name in VARIANTS."""
+    variant = VARIANTS[name]
+
+    @functools.cache  # groups are few and stay; a layer is built several times for each case
+    def nodes_of(group: dist.ProcessGroup) -> NodeGroups:
+        return make_node_groups(group, math.gcd(variant.ranks_per_node, dist.get_world_size(group)))
 
     def build(case: Case, weights: Mapping[str, Tensor], group: dist.ProcessGroup) -> LayerUnderTest:
-        layer = VARIANTS[variant](case, group).to(weights["expert_gate"].device, weights["expert_gate"].dtype)
+        config, nodes = case.config, nodes_of(group) if variant.ranks_per_node else None
+        dispatcher = make_dispatcher(
+            config.num_experts,
+            group,
+            hidden=case.hidden,
+            top_k=config.top_k,
+            exchange=variant.exchange,
+            nodes=nodes,
+        )
+        layer = MoELayer(case.hidden, config, dispatcher, variant.schedule)
+        layer.to(weights["expert_gate"].device, weights["expert_gate"].dtype)
         ids = layer.experts.expert_ids
-        for name, tensor in _read(layer, lambda parameter: parameter.data).items():
-            tensor.copy_(weights[name][ids.start : ids.stop] if is_of_experts(name) else weights[name])
+        for tensor_name, tensor in _read(layer, lambda parameter: parameter.data).items():
+            weight = weights[tensor_name]
+            tensor.copy_(weight[ids.start : ids.stop] if is_of_experts(tensor_name) else weight)
         return LayerUnderTest(
             module=layer,
             read=lambda pick: _read(layer, pick),
@@ -93,9 +117,8 @@ def _read(layer: MoELayer, pick: Pick) -> dict[str, Tensor]:
 
 def _read_experts(experts: Experts, pick: Pick) -> dict[str, Tensor]:
     """The only place that knows how the experts' weights are stacked; views, so that it serves to write them too."""
-    *gate_up, down = (pick(getattr(experts, name)) for name in EXPERT_WEIGHTS)
-    gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=1)
-    return {"expert_gate": gate, "expert_up": up, "expert_down": down}
+    gate, up = pick(experts.gate_up_proj).chunk(2, dim=1)
+    return {"expert_gate": gate, "expert_up": up, "expert_down": pick(experts.down_proj)}
 
 
 class SlowLayer(nn.Module):

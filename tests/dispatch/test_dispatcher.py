@@ -9,16 +9,10 @@ import torch.distributed as dist
 from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.dispatcher import LocalDispatcher
 from dispatch.factory import make_dispatcher, ranks_per_token
-from dispatch.node_aware import NodeAwareDispatcher, make_node_groups
+from tests.dispatch.kinds import KINDS
 from tests.ranks import run_ranks
 
 NUM_EXPERTS, TOP_K, ROUNDS = 8, 3, 30
-KINDS = {
-    "rank": AllToAllDispatcher,
-    "assignment": lambda *where: AllToAllDispatcher(*where, per_assignment=True),
-    "one rank a node": lambda *where: NodeAwareDispatcher(*where, nodes=make_node_groups(where[1], 1)),
-    "one node": lambda *where: NodeAwareDispatcher(*where, nodes=make_node_groups(where[1], dist.get_world_size())),
-}
 
 
 def _ragged_case(rank, round_index):

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dispatch.all_to_all import AllToAllDispatcher, OncePerRankDispatcher
+from dispatch.all_to_all import AllToAllDispatcher
+from tests.dispatch.kinds import KINDS
 from tests.ranks import RankFailure, run_ranks
 
-KINDS = [AllToAllDispatcher, OncePerRankDispatcher]
 EXCHANGES = {2: 7600, 3: 1600, 4: 800}  # by world size, over all kinds; more ranks take longer on two cores
 SIZES = [(8, 3), (11, 4), (4, 1), (8, 8), (7, 2)]  # experts, top-k; not all divide
 MAX_TOKENS = 9
@@ -85,7 +85,7 @@ def _check(draw, rank, owned, rows_R2, expert_R, y_TE):
 def _exchanges_on_ranks(rank, world_size, kind, sizes, num_exchanges, seed):
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for num_experts, top_k in sizes:
-        dispatcher = kind(num_experts, dist.group.WORLD)
+        dispatcher = KINDS.get(kind, kind)(num_experts, dist.group.WORLD)
         draw = _draw(world_size, num_experts, top_k, math.ceil(num_exchanges / len(sizes)), seed + top_k)
         with torch.no_grad():
             trips = [_round_trip(dispatcher, draw, i) for i in range(len(draw.ids_NPTK))]
@@ -99,7 +99,7 @@ def _launch(world_size, kind):
         share = math.ceil(EXCHANGES[world_size] / len(KINDS))
         run_ranks(world_size, _exchanges_on_ranks, kind, SIZES, share, 0, timeout_s=110)
     except RankFailure as failure:
-        failure.add_note(f"{kind.__name__} on {world_size} ranks")
+        failure.add_note(f"{kind} on {world_size} ranks")
         raise
 
 
@@ -128,7 +128,7 @@ class LosesTheLastRow(AllToAllDispatcher):
         return super().combine(torch.cat([sums_QH[:-1], torch.zeros_like(sums_QH[-1:])]), handle)
 
 
-class SwapsTwoRows(OncePerRankDispatcher):
+class SwapsTwoRows(AllToAllDispatcher):
     def dispatch(self, *tensors):
         arrived, handle = super().dispatch(*tensors)
         return torch.cat([arrived[1:2], arrived[:1], arrived[2:]]), handle
