@@ -34,6 +34,8 @@ def build(setting: Setting, weights: LayerWeights) -> Contestant:
     import deepspeed
     from deepspeed.moe.layer import MoE
 
+    # Else it would compile collectives over shared memory, which only its inference uses, and fail without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     shape, mine = setting.shape, weights.of_experts(setting.expert_ids)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     layer = MoE(
