@@ -1,6 +1,7 @@
-"""Memory of one step and its bytes on the wire, each measured on a step that is not timed."""
+"""Memory of a step and its bytes on the wire, each measured on steps that are not timed."""
 
 import ctypes
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ def peak_allocated_bytes(step: Callable[[], object]) -> int:
 
 def peak_resident_bytes(step: Callable[[], object]) -> int:
     """The peak of the process's resident memory during the step, above what it had before."""
-    # Freed memory that the allocator keeps would hide what the step takes.
+    # Garbage that goes during the step, or freed memory that the allocator keeps, would hide what the step takes.
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
     before = _status_bytes("VmRSS")

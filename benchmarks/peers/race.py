@@ -7,8 +7,9 @@ all layers of a round, and ratios are taken inside a round: the machine's noise 
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from benchmarks.peers.case import (
     common_component,
     tokens_per_expert,
 )
-from benchmarks.peers.contestant import Builder, Contestant, Setting
+from benchmarks.peers.contestant import Builder, Setting
 from benchmarks.peers.meters import WireMeter, peak_allocated_bytes, peak_resident_bytes
 
 LIMIT = "matmul limit"
@@ -92,12 +93,15 @@ def run_case(case: Case, builders: Mapping[str, Builder], ep_group: dist.Process
     shared = torch.Generator().manual_seed(0)  # weights and popularity are the same on all ranks, tokens are not
     weights = LayerWeights.draw(case.shape, case.dtype, shared)
     source = _token_source(case, setting, weights, shared)
-    entries, runners = _admit(setting, weights, source, builders, say)
-    say(f"measuring {', '.join(runners) or 'nobody'}: {case.rounds} rounds")
-    runners = {LIMIT: _limit(setting)} | runners
+    entries = _check_all(setting, weights, source, builders, say)
+    raced = [name for name, entry in entries.items() if entry.reason is None]
+    say(f"measuring {', '.join(raced) or 'nobody'}: {case.rounds} rounds")
     entries = {LIMIT: Entry()} | entries
-    for name, runner in runners.items():
-        _measure_memory_and_wire(entries[name], runner, source, setting)
+    build_runner: dict[str, Callable[[], Runner]] = {LIMIT: partial(_limit, setting)}
+    build_runner |= {name: partial(builders[name], setting, weights) for name in raced}
+    runners = {
+        name: _measure_memory_and_wire(entries[name], build, source, setting) for name, build in build_runner.items()
+    }
     _take_turns(entries, runners, source, setting, case.rounds)
     for name in runners:
         entries[name] = _over_ranks(entries[name], setting)
@@ -114,36 +118,30 @@ def _limit(setting: Setting) -> MatmulLimit:
     return MatmulLimit(matmul_limit(setting.shape, len(setting.expert_ids), setting.ep_size, setting.dtype))
 
 
-def _admit(
+def _check_all(
     setting: Setting, weights: LayerWeights, source: TokenSource, builders: Mapping[str, Builder], say: Say
-) -> tuple[dict[str, Entry], dict[str, Runner]]:
-    """Build and check every layer: an entry for each, and the runners that passed."""
+) -> dict[str, Entry]:
+    """An entry for every layer, with its errors or the reason why it may not race."""
     num_tokens = setting.shape.tokens
     problem = oracle.pose(setting, weights, source.draw_clear(num_tokens), _cotangent(source, num_tokens))
-    entries: dict[str, Entry] = {}
-    runners: dict[str, Runner] = {}
+    entries = {}
     for name, build in builders.items():
         say(f"building and checking {name}")
-        layer, entry = _build_and_check(build, weights, problem, setting)
-        entries[name] = entry
-        if layer is not None and entry.reason is None:
-            runners[name] = layer
-    return entries, runners
+        entries[name] = _build_and_check(build, weights, problem, setting)
+    return entries
 
 
-def _build_and_check(
-    build: Builder, weights: LayerWeights, problem: oracle.Problem, setting: Setting
-) -> tuple[Contestant | None, Entry]:
-    """The layer and its errors, the largest over the ranks; a reason if any rank has one."""
+def _build_and_check(build: Builder, weights: LayerWeights, problem: oracle.Problem, setting: Setting) -> Entry:
+    """The errors, the largest over the ranks; a reason if any rank has one."""
     layer, reason = _attempt(lambda: build(setting, weights))
     if reason := _first_reason(reason, setting):
-        return None, Entry(reason=reason)
+        return Entry(reason=reason)
     errors, reason = _attempt(lambda: oracle.errors_of(layer, problem, setting))
     if reason := _first_reason(reason, setting):
-        return None, Entry(reason=reason)
-    by_rank = _gather(errors or {}, setting)
+        return Entry(reason=reason)
+    by_rank = _gather(errors, setting)
     worst = {name: max((each[name] for each in by_rank), key=_nan_last) for name in by_rank[0]}
-    return layer, Entry(reason=oracle.refusal(worst, setting.dtype), errors=worst)
+    return Entry(reason=oracle.refusal(worst, setting.dtype), errors=worst)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -174,22 +172,30 @@ def _cotangent(source: TokenSource, num_tokens: int) -> Tensor:
     return torch.randn(num_tokens, len(source.common_H), generator=source.generator).to(source.dtype)
 
 
-def _measure_memory_and_wire(entry: Entry, runner: Runner, source: TokenSource, setting: Setting) -> None:
-    x_TH = source.draw(setting.shape.tokens)
-    cotangent_TH = _cotangent(source, len(x_TH))
+def _measure_memory_and_wire(
+    entry: Entry, build: Callable[[], Runner], source: TokenSource, setting: Setting
+) -> Runner:
+    """Fill in what does not need repeating; returns the runner built last.
 
-    def step() -> None:
-        runner.step(x_TH, cotangent_TH)
-
-    step()  # kernels, caches and buffers that stay are not part of a step
-    for measure, name in ((peak_allocated_bytes, "allocated_bytes"), (peak_resident_bytes, "resident_bytes")):
-        _clear(runner, x_TH)
-        setattr(entry, name, measure(step))
-    _clear(runner, x_TH)
+    Each memory is that of the first two steps of a new runner: what a layer keeps from one step for the next is its
+    memory too, and would be there already before a later step. Kernels and libraries are warm from the check.
+    """
+    num_tokens = setting.shape.tokens
+    inputs = [(source.draw(num_tokens), _cotangent(source, num_tokens)) for _ in range(2)]
+    runner = build()
+    entry.allocated_bytes = peak_allocated_bytes(partial(_steps, runner, inputs))
+    runner = build()
+    entry.resident_bytes = peak_resident_bytes(partial(_steps, runner, inputs))
     with WireMeter() as wire:
-        step()
+        _steps(runner, inputs[:1])
     entry.wire_bytes = wire.num_bytes
-    _clear(runner, x_TH)
+    return runner
+
+
+def _steps(runner: Runner, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for x_TH, cotangent_TH in inputs:
+        runner.step(x_TH, cotangent_TH)
+        _clear(runner, x_TH)
 
 
 def _take_turns(

@@ -11,9 +11,9 @@ MIB = 2**20
 NOTE = (
     "The peers are GPU libraries: their CPU paths are not tuned, and megatron runs through a shim. "
     "`x limit` is the median over the rounds of the time over that of the bare matmuls of the same work, `x ours` over "
-    "that of trimtab. CPU is a rank's, in all its threads; memory is the largest of the ranks, of one step, above "
-    "weights and inputs: what torch's allocator handed out at most, and peak RSS. Wire is what a rank hands to "
-    "others. Error is the largest relative error of output and gradients against an fp32 loop."
+    "that of trimtab. CPU is a rank's, in all its threads; memory is the largest of the ranks, above weights and "
+    "inputs, with what a layer keeps between steps: what torch's allocator handed out at most, and peak RSS. Wire is "
+    "what a rank hands to others. Error is the largest relative error of output and gradients against an fp32 loop."
 )
 HEADER = [
     "layer", "wall ms", "x limit", "x ours", "CPU ms", "x limit", "MiB handed out", "MiB RSS", "MiB wire", "error",

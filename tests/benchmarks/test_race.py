@@ -52,6 +52,17 @@ def wrong_gradient(setting: Setting, weights: LayerWeights) -> Contestant:
     return dataclasses.replace(layer, read_grads=read_grads)
 
 
+def keeps_memory(setting: Setting, weights: LayerWeights) -> Contestant:
+    layer, kept = ENTRANTS["trimtab"](setting, weights), []
+
+    def forward(x_TH: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(torch.ones(MIB))  # 4 MiB
+        return layer.forward(x_TH)
+
+    return dataclasses.replace(layer, forward=forward)
+
+
 def broken_on_the_last_rank(setting: Setting, weights: LayerWeights) -> Contestant:
     if setting.ep_rank == setting.ep_size - 1:
         raise OSError("no room here")
@@ -61,6 +72,7 @@ def broken_on_the_last_rank(setting: Setting, weights: LayerWeights) -> Contesta
 def race_on_rank(rank: int, world_size: int, case: Case) -> Outcome:
     builders = {
         "trimtab": ENTRANTS["trimtab"],
+        "keeper": keeps_memory,
         "wrong": wrong_gradient,
         "absent": absent,
         "broken": broken_on_the_last_rank,
@@ -84,9 +96,20 @@ def test_a_right_layer_races_and_all_others_are_named_with_the_reason(world_size
     assert outcome.entries["absent"].wall_s == outcome.entries["broken"].wall_s == []
 
 
-def test_a_layer_with_one_wrong_gradient_is_refused() -> None:
+@pytest.fixture(scope="module")
+def small_outcome() -> Outcome:
     [outcome] = run_ranks(1, race_on_rank, SMALL)
-    refused = outcome.entries["wrong"]
+    return outcome
+
+
+def test_memory_that_a_layer_keeps_between_steps_is_its_memory(small_outcome: Outcome) -> None:
+    ours, keeper = small_outcome.entries["trimtab"], small_outcome.entries["keeper"]
+    assert keeper.allocated_bytes - ours.allocated_bytes > 3.9 * MIB
+    assert keeper.resident_bytes - ours.resident_bytes > 3 * MIB
+
+
+def test_a_layer_with_one_wrong_gradient_is_refused(small_outcome: Outcome) -> None:
+    refused = small_outcome.entries["wrong"]
     assert refused.reason == "wrong results: relative error of up 1.0e-02, allowed 1e-05"
     assert refused.errors["up"] == pytest.approx(0.01, rel=0.01)
     assert max(error for name, error in refused.errors.items() if name != "up") < 1e-5
