@@ -1,11 +1,8 @@
 """Our layer."""
 
-from torch import Tensor
-
 from benchmarks.peers.case import LayerWeights
 from benchmarks.peers.contestant import Contestant, Setting, from_gate_up, gradient
-from dispatch.all_to_all import make_dispatcher
-from dispatch.experts import Experts
+from dispatch.factory import make_dispatcher
 from dispatch.layer import MoEConfig, MoELayer
 
 
@@ -22,24 +19,11 @@ def build(setting: Setting, weights: LayerWeights) -> Contestant:
     dispatcher = make_dispatcher(shape.num_experts, setting.ep_group, hidden=shape.hidden, top_k=shape.top_k)
     layer = MoELayer(shape.hidden, config, dispatcher).to(setting.dtype)
     layer.router.weight.data.copy_(mine.router_EH)
-    for name, value in _expert_weights(layer.experts, mine).items():
-        getattr(layer.experts, name).data.copy_(value)
+    layer.experts.gate_up_proj.data.copy_(mine.gate_up())
+    layer.experts.down_proj.data.copy_(mine.down_EHF)
     return Contestant(layer, list(layer.parameters()), lambda: _read_grads(layer))
 
 
-def _has_fused_weight(experts: Experts) -> bool:
-    # The experts may keep gate and up as two weights, or as one.
-    return hasattr(experts, "gate_up_proj")
-
-
-def _expert_weights(experts: Experts, mine: LayerWeights) -> dict[str, Tensor]:
-    if _has_fused_weight(experts):
-        return {"gate_up_proj": mine.gate_up(), "down_proj": mine.down_EHF}
-    return {"gate_proj": mine.gate_EFH, "up_proj": mine.up_EFH, "down_proj": mine.down_EHF}
-
-
 def _read_grads(layer: MoELayer) -> LayerWeights:
-    experts, router = layer.experts, gradient(layer.router.weight)
-    if _has_fused_weight(experts):
-        return from_gate_up(router, gradient(experts.gate_up_proj), gradient(experts.down_proj))
-    return LayerWeights(router, *(gradient(w) for w in (experts.gate_proj, experts.up_proj, experts.down_proj)))
+    experts = layer.experts
+    return from_gate_up(gradient(layer.router.weight), gradient(experts.gate_up_proj), gradient(experts.down_proj))
