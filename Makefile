@@ -5,14 +5,15 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench bench-peers clean
 
 help:
 	@echo "make train   train the default model on this machine and write runs/<name>/report.html"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    ruff (rules and format) and mypy"
 	@echo "make bench   measure the MoE layer"
-	@echo "make clean   remove .venv and caches; runs/ stays"
+	@echo "make bench-peers   race the MoE layer against those of other projects, in .venv-peers (ARGS=--help)"
+	@echo "make clean   remove .venv, .venv-peers and caches; runs/ stays"
 	@echo "Pass options with ARGS='...'; choose the Python for .venv with PYTHON=python3.12"
 
 train: .venv/.installed
@@ -29,15 +30,33 @@ lint: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/python -m benchmarks.layer $(ARGS)
 
+bench-peers: .venv-peers/.installed
+	.venv-peers/bin/python -m benchmarks.peers $(ARGS)
+
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || true); Trimtab needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; \
+  exit 1; }
+endef
+
 # The stamp is made last: an interrupted installation is tried again.
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || true); Trimtab needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; \
-	  exit 1; }
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Of ours only what dispatch/ needs. If the peers do not install together, each is tried by itself: the race names those
+# that are missing.
+.venv-peers/.installed: benchmarks/peers/requirements-peers.txt constraints.txt pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -c constraints.txt torch numpy
+	.venv-peers/bin/pip install --no-deps -e .
+	.venv-peers/bin/pip install --no-deps -r benchmarks/peers/requirements-peers.txt || \
+	  sed 's/#.*//' benchmarks/peers/requirements-peers.txt | xargs -n 1 .venv-peers/bin/pip install --no-deps || true
+	@touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

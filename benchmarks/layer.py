@@ -41,6 +41,7 @@ SHAPES = {
     "tiny": Shape(256, 256, 256, 16, 2),
     "small": Shape(2048, 192, 128, 16, 4),  # the default training run, per worker
     "coarse": Shape(4096, 512, 1024, 16, 2),
+    "mid": Shape(4096, 512, 512, 64, 6),
     "fine": Shape(4096, 512, 256, 64, 8),
 }
 

@@ -1,0 +1,93 @@
+"""Memory of a step and its bytes on the wire, each measured on steps that are not timed."""
+
+import ctypes
+import gc
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CLEAR_PEAK = "5"  # written to clear_refs it sets VmHWM back to VmRSS: proc(5)
+
+
+def peak_allocated_bytes(step: Callable[[], object]) -> int:
+    """The most that torch's allocator has handed out at any moment of the step, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def peak_resident_bytes(step: Callable[[], object]) -> int:
+    """The peak of the process's resident memory during the step, above what it had before."""
+    # Garbage that goes during the step, or freed memory that the allocator keeps, would hide what the step takes.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    before = _status_bytes("VmRSS")
+    step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise ValueError(f"/proc/self/status has no {field}: resident memory can be measured on Linux only")
+
+
+class WireMeter(TorchDispatchMode):
+    """Counts the bytes that this rank's collectives hand to other ranks, backward included, while it is entered.
+
+    It sees what torch.distributed and its functional collectives call below, whoever calls them: an exchange that a
+    peer makes in C++ is counted as ours is. What a backend adds (headers, a ring's way) is not in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.num_bytes += _bytes_to_others(func.name().split("::")[1].split(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes_to_others(collective: str, args: tuple[Any, ...]) -> int:
+    match collective:
+        case "alltoall_base_":  # output, input, group, output splits, input splits
+            return _split_bytes(args[1], args[4], dist.ProcessGroup.unbox(args[2]))
+        case "all_to_all_single":  # input, output splits, input splits, group name
+            return _split_bytes(args[0], args[2], dist.distributed_c10d._resolve_process_group(args[3]))  # noqa: SLF001 - the only way from the name that the operator carries
+        case "allgather_":  # outputs, inputs, group
+            return _bytes(args[1][0]) * (dist.ProcessGroup.unbox(args[2]).size() - 1)
+        case "_allgather_base_":  # output, input, group
+            return _bytes(args[1]) * (dist.ProcessGroup.unbox(args[2]).size() - 1)
+        case "allreduce_":  # tensors, group; as a ring sends it, the least there is
+            size = dist.ProcessGroup.unbox(args[1]).size()
+            return math.ceil(2 * (size - 1) / size * sum(map(_bytes, args[0])))
+        case "barrier" | "wait_tensor" | "_wrap_tensor_autograd":
+            return 0
+    raise NotImplementedError(f"WireMeter does not know how many bytes {collective} sends; add it")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _split_bytes(rows: Tensor, splits: list[int], group: dist.ProcessGroup) -> int:
+    """Of an all-to-all: all rows but those that stay. No splits: equal ones."""
+    total = len(rows)
+    stays = splits[group.rank()] if splits else total // group.size()
+    return _bytes(rows) // max(total, 1) * (total - stays)
