@@ -21,7 +21,8 @@ class Case:
     """One layer and how its tokens come about.
 
     moe: what differs from the default layer. bias: (expert, value), forces where tokens go. tokens: of four ranks, of
-    which fewer take the last and more take them again. workload: replaces them, and choices are forced, at `step`.
+    which fewer take the last, more take them again and a single one takes all. workload: replaces them, and choices are
+    forced, at `step`.
     """
 
     name: str
@@ -107,7 +108,8 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
     """The batch of every rank; together they are the global batch. Values are exact in the dtype of the experts."""
     dtype, batches = weights["expert_gate"].dtype, []
     workload = _workload(case, ep_size, seed)
-    counts = workload.tokens_of_ranks() if workload else (case.tokens * ep_size)[-ep_size:]
+    of_ranks = (case.tokens * ep_size)[-ep_size:] if ep_size > 1 else (sum(case.tokens),)
+    counts = workload.tokens_of_ranks() if workload else of_ranks
     for rank, num_tokens in enumerate(counts):
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + rank)
         x_TH, cotangent_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)
