@@ -82,7 +82,7 @@ class LoopedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         recycler, (_, num_hidden, num_inner) = grads.recycler, down_LHF.shape
         granule = BF16_ROWS if arrived_QH.dtype == torch.bfloat16 and arrived_QH.device.type == "cpu" else 1
-        rows = ExpertRows.of(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, granule)
+        rows = ExpertRows.of(sources_R, row_weights_R, counts_L, granule)
         gate_up_RG = recycler.empty(len(rows.sources_R), 2 * num_inner, like=arrived_QH)
         x_nH, inner_nF, out_nH = (
             recycler.empty(rows.longest, size, like=arrived_QH) for size in (num_hidden, num_inner, num_hidden)
@@ -99,15 +99,14 @@ class LoopedSwiGLU(torch.autograd.Function):
             # A token chooses an expert once, so no two rows of one call add to the same sum: the order is fixed.
             sums_QH.index_add_(0, sources, out.to(sums_QH.dtype))
         ctx.save_for_backward(arrived_QH, rows.sources_R, rows.weights_R, gate_up_RG, gate_up_LGH, down_LHF)
-        ctx.rows, ctx.weight_dtype = (rows.places, rows.runs), row_weights_R.dtype
-        ctx.grads, ctx.meter = grads, meter
+        ctx.rows, ctx.grads, ctx.meter = (rows.places, rows.runs), grads, meter
         return sums_QH.to(arrived_QH.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
         arrived_QH, sources_R, weights_R, gate_up_RG, gate_up_LGH, down_LHF = ctx.saved_tensors
         rows = ExpertRows(sources_R, weights_R, *ctx.rows)
-        grad_weights_R = weights_R.new_empty(len(weights_R), dtype=ctx.weight_dtype)
+        grad_weights_R = torch.empty_like(weights_R)
         with ctx.meter.span("experts", grad_sums_QH.device):
             grad_arrived_QH = _backward(
                 rows, arrived_QH, grad_sums_QH, gate_up_RG, gate_up_LGH, down_LHF, grad_weights_R, ctx.grads

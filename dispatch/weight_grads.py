@@ -3,6 +3,7 @@
 Shapes: L local experts, H hidden, F ffn_hidden, G = 2F.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +40,18 @@ class WeightGrads:
             torch.mm(left, right, out=target)
             self._written.add((which, expert))
 
-    def take(self, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """The sums, zero for an expert that no row reached. A second backward pass starts anew."""
-        stacks = self._stacks or tuple(torch.empty_like(stack) for stack in weights)
-        for which, stack in enumerate(stacks):
+    def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
+        """The sums, and what autograd brought itself; zero for an expert without rows. The next pass starts anew."""
+        stacks = [*self._stacks] or [torch.empty_like(stack) for stack in weights]
+        for which, (stack, grad) in enumerate(zip(stacks, by_autograd, strict=True)):
+            if grad is not None and not self._stacks:
+                stacks[which] = grad
+                continue
             for expert in range(len(stack)):
                 if (which, expert) not in self._written:
                     stack[expert].zero_()
+            if grad is not None:
+                stack.add_(grad)
         self._stacks, self._written = (), set()
         return stacks
 
@@ -59,5 +65,5 @@ class _Share(torch.autograd.Function):
         return gate_up_LGH.view_as(gate_up_LGH), down_LHF.view_as(down_LHF)
 
     @staticmethod
-    def backward(ctx: Any, *_no_grads: None) -> tuple[Tensor | None, ...]:
-        return *ctx.grads.take(ctx.saved_tensors), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *ctx.grads.take(ctx.saved_tensors, grads), None
