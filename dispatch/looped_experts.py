@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
-from dispatch.row_map import RowMap
 from dispatch.weight_grads import WeightGrads
 
 # oneDNN builds a kernel for each new shape in bf16, and rows per expert change every step: with a multiple of this
@@ -66,56 +65,34 @@ class ExpertRows:
 
 
 @dataclass(frozen=True)
-class _RunningSums:
-    """Sums of expert rows by arrived row, added to as each expert is done: no tensor holds a row once per expert."""
+class _Sums:
+    """Sums of expert rows by arrived row, added to as each expert is done: no tensor holds a row once per expert.
+
+    sums_QH: fp32 for bf16 rows, of which eight roundings in a row would cost three bits. out_nH: rows of one expert.
+    """
 
     sums_QH: Tensor
     out_nH: Tensor
     sources_R: Tensor
 
-    def room_for(self, run: slice) -> Tensor:
-        """Where to write the rows of an expert."""
-        return self.out_nH[: run.stop - run.start]
+    @classmethod
+    def zero(cls, rows: ExpertRows, arrived_QH: Tensor, recycler: Recycler) -> "_Sums":
+        wide = torch.promote_types(arrived_QH.dtype, torch.float32)
+        return cls(
+            recycler.zeros(*arrived_QH.shape, like=arrived_QH, dtype=wide),
+            recycler.empty(rows.longest, arrived_QH.shape[1], like=arrived_QH),
+            rows.sources_R,
+        )
 
-    def add(self, run: slice) -> None:
-        """Add the rows that were written for this run."""
+    def add_product(self, run: slice, left: Tensor, right: Tensor) -> None:
+        """Add the rows left @ right of the expert that has this run."""
+        out = torch.mm(left, right, out=self.out_nH[: run.stop - run.start])
         # A token chooses an expert once, so no two rows of one call add to the same sum: the order is fixed.
-        self.sums_QH.index_add_(0, self.sources_R[run], self.room_for(run))
+        self.sums_QH.index_add_(0, self.sources_R[run], out.to(self.sums_QH.dtype))
 
     def total(self) -> Tensor:
-        """The sums, (Q, H)."""
-        return self.sums_QH
-
-
-@dataclass(frozen=True)
-class _KeptRows:
-    """The same for bf16: rows are kept and summed in one pass, in fp32 inside.
-
-    Running sums would have to be fp32, with a cast of every row: four times as slow, and half as much memory saved.
-    """
-
-    rows_RH: Tensor
-    row_map: RowMap
-
-    def room_for(self, run: slice) -> Tensor:
-        """See `_RunningSums`."""
-        return self.rows_RH[run]
-
-    def add(self, run: slice) -> None:
-        """See `_RunningSums`."""
-
-    def total(self) -> Tensor:
-        """See `_RunningSums`."""
-        return self.row_map.sum_of(self.rows_RH)
-
-
-def _sums(rows: ExpertRows, arrived_QH: Tensor, recycler: Recycler) -> _RunningSums | _KeptRows:
-    num_arrived, hidden = arrived_QH.shape
-    if arrived_QH.dtype == torch.bfloat16:
-        row_map = RowMap.of(rows.sources_R, num_arrived)
-        return _KeptRows(recycler.empty(len(rows.sources_R), hidden, like=arrived_QH), row_map)
-    out_nH = recycler.empty(rows.longest, hidden, like=arrived_QH)
-    return _RunningSums(recycler.zeros(num_arrived, hidden, like=arrived_QH), out_nH, rows.sources_R)
+        """The sums in the dtype of the rows, (Q, H)."""
+        return self.sums_QH.to(self.out_nH.dtype)
 
 
 class LoopedSwiGLU(torch.autograd.Function):
@@ -144,7 +121,7 @@ class LoopedSwiGLU(torch.autograd.Function):
         rows = ExpertRows.of(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, granule)
         gate_up_RG = recycler.empty(len(rows.sources_R), 2 * num_inner, like=arrived_QH)
         x_nH, inner_nF = (recycler.empty(rows.longest, size, like=arrived_QH) for size in (num_hidden, num_inner))
-        sums = _sums(rows, arrived_QH, recycler)
+        sums = _Sums.zero(rows, arrived_QH, recycler)
         for expert, run in rows.runs:
             size, sources = run.stop - run.start, rows.sources_R[run]
             x, inner = x_nH[:size], inner_nF[:size]
@@ -153,8 +130,7 @@ class LoopedSwiGLU(torch.autograd.Function):
             for block in _blocks(size, num_inner):
                 at = slice(run.start + block.start, run.start + block.stop)
                 _activate(gate_up_RG[at], rows.weights_R[at, None], inner[block])
-            torch.mm(inner, down_LHF[expert].t(), out=sums.room_for(run))
-            sums.add(run)
+            sums.add_product(run, inner, down_LHF[expert].t())
         ctx.save_for_backward(arrived_QH, rows.sources_R, rows.weights_R, gate_up_RG, gate_up_LGH, down_LHF)
         ctx.rows, ctx.grads, ctx.meter = (rows.places, rows.runs), grads, meter
         ctx.weight_dtype = row_weights_R.dtype
@@ -190,7 +166,7 @@ def _backward(
         for size in (num_hidden, num_hidden, 2 * num_inner, num_inner, num_inner)
     )
     scratch = arrived_QH.new_empty(2, max(1, BLOCK_ELEMENTS // num_inner), num_inner)
-    sums = _sums(rows, arrived_QH, recycler)
+    sums = _Sums.zero(rows, arrived_QH, recycler)
     for expert, run in rows.runs:
         size, sources = run.stop - run.start, rows.sources_R[run]
         x, grad_out, grad_gate_up = x_nH[:size], grad_out_nH[:size], grad_gate_up_nG[:size]
@@ -211,8 +187,7 @@ def _backward(
         grads.add(1, expert, grad_out.t(), inner, (gate_up_LGH, down_LHF))
         torch.index_select(arrived_QH, 0, sources, out=x)
         grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
-        torch.mm(grad_gate_up, gate_up_LGH[expert], out=sums.room_for(run))
-        sums.add(run)
+        sums.add_product(run, grad_gate_up, gate_up_LGH[expert])
     return sums.total()
 
 
