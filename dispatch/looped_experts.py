@@ -4,6 +4,7 @@ Shapes: Q arrived rows (may be 0), R expert rows, a copy of an arrived row for e
 F ffn_hidden, G = 2F, L local experts, n rows of one expert.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from dispatch.weight_grads import WeightGrads
 # there are few shapes. AMX tiles are 16 rows high. MKL (fp32, fp64) has no such cost.
 BF16_ROWS = 16
 
+# Rows of an expert that are computed at once: a hot expert takes no more scratch memory than this.
+MAX_RUN = 2048
+
 # Elementwise work goes in blocks of this many elements: seven such tensors of fp32 stay in 2 MiB of cache. With 1,024
 # rows an expert it takes a fifth less time than all rows at once.
 BLOCK_ELEMENTS = 2**16
@@ -29,7 +33,7 @@ class ExpertRows:
 
     sources_R: the arrived row that each is a copy of. weights_R: its combine weight. What fills up is arrived row 0
     with weight 0, so that it adds exactly nothing to outputs and gradients and needs no case of its own.
-    places: of the real rows, int64; None where nothing was filled up. runs: expert and its slice, where it has rows.
+    places: of the real rows, int64; None where nothing was filled up. runs: expert and slice, long ones cut.
     """
 
     sources_R: Tensor
@@ -40,18 +44,19 @@ class ExpertRows:
     @classmethod
     def of(cls, sources_R: Tensor, weights_R: Tensor, counts_L: tuple[int, ...], granule: int) -> "ExpertRows":
         """From the rows of all experts in order, `counts_L` of each."""
-        runs, start, gaps = [], 0, []
-        for expert, count in enumerate(counts_L):
-            size = -(-count // granule) * granule
-            gaps += [start - sum(counts_L[:expert])] if count else []
-            runs += [(expert, slice(start, start + size))] if count else []
-            start += size
-        if start == len(sources_R):
+        sizes = [-(-count // granule) * granule for count in counts_L]
+        starts = [0, *itertools.accumulate(sizes)]
+        runs = [
+            (expert, slice(first, min(first + MAX_RUN, start + size)))
+            for expert, (start, size) in enumerate(zip(starts, sizes, strict=False))
+            for first in range(start, start + size, MAX_RUN)
+        ]
+        if starts[-1] == len(sources_R):
             return cls(sources_R, weights_R, None, runs)
-        lengths = torch.tensor([count for count in counts_L if count])
-        shift = torch.tensor(gaps).repeat_interleave(lengths).to(sources_R.device)
-        places = torch.arange(len(sources_R), device=sources_R.device) + shift
-        sources, weights = (part.new_zeros(start).index_copy_(0, places, part) for part in (sources_R, weights_R))
+        shift = torch.tensor(starts[:-1]) - torch.tensor([0, *itertools.accumulate(counts_L)][:-1])
+        shift_R = shift.repeat_interleave(torch.tensor(counts_L)).to(sources_R.device)
+        places = torch.arange(len(sources_R), device=sources_R.device) + shift_R
+        sources, weights = (part.new_zeros(starts[-1]).index_copy_(0, places, part) for part in (sources_R, weights_R))
         return cls(sources, weights, places, runs)
 
     @property

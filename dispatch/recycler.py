@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 _LEAST_BYTES = 1 << 18  # below it glibc's own free lists serve
-_GRANULE = 1 << 16  # ragged sizes of neighbouring steps share a block
+_GRANULE = 1 << 16  # sizes are rounded up to it, larger ones to a sixteenth of their power of two
 _IDLE_TAKES = 512  # a block that no tensor fitted into for this many takes is given back to the system
 
 
-@dataclass
+@dataclass(eq=False)
 class _Block:
     storage: torch.UntypedStorage
     last_use: int
@@ -51,13 +51,15 @@ class Recycler:
     def _take(self, num_bytes: int) -> torch.UntypedStorage:
         self._num_takes += 1
         self._blocks = [block for block in self._blocks if self._num_takes - block.last_use < _IDLE_TAKES]
-        fitting = [
-            b for b in self._blocks if num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes + _GRANULE and _free(b)
-        ]
+        near = [b for b in self._blocks if 0.75 * num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes and _free(b)]
+        fitting = [block for block in near if block.storage.nbytes() >= num_bytes]
         if fitting:
             block = min(fitting, key=lambda b: b.storage.nbytes())
         else:
-            block = _Block(torch.UntypedStorage(-(-num_bytes // _GRANULE) * _GRANULE), 0)
+            # A ragged batch may bring a few rows more than the last: what is now too small gives way.
+            self._blocks = [block for block in self._blocks if block not in near]
+            step = max(_GRANULE, 1 << max(0, num_bytes.bit_length() - 5))
+            block = _Block(torch.UntypedStorage(-(-num_bytes // step) * step), 0)
             self._blocks.append(block)
         block.last_use = self._num_takes
         return block.storage
