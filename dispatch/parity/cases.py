@@ -21,7 +21,7 @@ class Case:
     """One layer and how its tokens come about.
 
     moe: what differs from the default layer. bias: (expert, value), forces where tokens go. tokens: of four ranks, of
-    which fewer take the last and more take them again. workload: replaces them, and choices are forced, at `step`.
+    which fewer take the last, one takes all and more take them again. workload: replaces them, and choices are forced, at `step`.
     """
 
     name: str
@@ -108,6 +108,7 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
     dtype, batches = weights["expert_gate"].dtype, []
     workload = _workload(case, ep_size, seed)
     counts = workload.tokens_of_ranks() if workload else (case.tokens * ep_size)[-ep_size:]
+    counts = counts if any(counts) else (sum(case.tokens),)  # a single rank has them all where the last has none
     for rank, num_tokens in enumerate(counts):
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + rank)
         x_TH, cotangent_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)

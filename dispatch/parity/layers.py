@@ -68,7 +68,7 @@ VARIANTS: Mapping[str, Variant] = {
     "assignment-waiting": Variant(exchange="assignment", schedule=ScheduleConfig(overlap=False)),
     "rank-in-chunks": Variant(exchange="rank", schedule=ScheduleConfig(num_chunks=3)),
     "nodes-in-chunks": Variant(exchange="node", ranks_per_node=2, schedule=ScheduleConfig(num_chunks=2)),
-    "rank-in-rounds": Variant(exchange="rank", schedule=ScheduleConfig(max_rows=5)),
+    "rank-in-rounds": Variant(exchange="rank", schedule=ScheduleConfig(max_rows=12)),
 }
 
 
