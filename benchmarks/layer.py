@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,18 +23,7 @@ from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.dispatcher import Dispatcher, LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.placement import ExpertPlacement
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tokens per rank, width, inner width of an expert, experts, top-k."""
-
-    tokens: int
-    hidden: int
-    ffn_hidden: int
-    num_experts: int
-    top_k: int
-
+from runtime.bench.limits import Shape, matmul_limit
 
 SHAPES = {
     "tiny": Shape(256, 256, 256, 16, 2),
@@ -66,34 +54,6 @@ class ModuleLoop(nn.Module):
             out = (F.silu(rows @ gate.t()) * (rows @ up.t())) @ down.t()
             y_TH = y_TH.index_add(0, token, out * weights_TK[token, slot, None].to(out.dtype))
         return y_TH
-
-
-def matmul_limit(shape: Shape, num_local: int, world_size: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """The six matmuls of every local expert on balanced rows that lie in order, results preallocated."""
-    per_expert = shape.tokens * shape.top_k * world_size // shape.num_experts
-    num_rows, hidden, inner = per_expert * num_local, shape.hidden, shape.ffn_hidden
-
-    def tensor(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, dtype=dtype)
-
-    x, grad_y, y, grad_x = (tensor(num_rows, hidden) for _ in range(4))
-    gate_up, grad_gate_up = (tensor(num_rows, 2 * inner) for _ in range(2))
-    act, grad_act = (tensor(num_rows, inner) for _ in range(2))
-    up_proj, grad_up_proj = (tensor(num_local, 2 * inner, hidden) for _ in range(2))
-    down_proj, grad_down_proj = (tensor(num_local, hidden, inner) for _ in range(2))
-    runs = [slice(e * per_expert, (e + 1) * per_expert) for e in range(num_local)]
-
-    def run(_x: Tensor) -> None:
-        for e, rows in enumerate(runs):
-            torch.mm(x[rows], up_proj[e].t(), out=gate_up[rows])
-            torch.mm(act[rows], down_proj[e].t(), out=y[rows])
-        for e, rows in enumerate(runs):
-            torch.mm(grad_y[rows], down_proj[e], out=grad_act[rows])
-            torch.mm(grad_y[rows].t(), act[rows], out=grad_down_proj[e])
-            torch.mm(grad_gate_up[rows], up_proj[e], out=grad_x[rows])
-            torch.mm(grad_gate_up[rows].t(), x[rows], out=grad_up_proj[e])
-
-    return run
 
 
 def step_of(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:

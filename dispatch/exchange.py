@@ -4,6 +4,7 @@ Shapes: T tokens on this rank (may be 0), S rows that leave (copies of tokens), 
 count the rows that stay), H hidden, P ranks of the group.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.meter import Meter
+from dispatch.meter import Message, Meter
 from dispatch.payload import Payload, decode_fp8, encode_fp8
 from dispatch.recycler import Recycler
 from dispatch.row_map import RowMap
@@ -52,7 +53,8 @@ class Route:
         """Send `rows`, in order of rank, into the head of `received`; both without the rows that stay. Collective."""
         me = dist.get_rank(self.group)
         incoming, outgoing = ([*sizes[:me], 0, *sizes[me + 1 :]] for sizes in (self.output_splits, self.input_splits))
-        self.meter.count_bytes(rows.numel() * rows.element_size(), self.link)
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        self.meter.note_message(Message(row_bytes, outgoing, incoming, self.group), self.link)
         if len(incoming) == 1:
             return Flight(received, rows, None)
         rows, head = rows.contiguous(), received[: sum(incoming)]

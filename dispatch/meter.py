@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 PHASES = ("dispatch", "experts", "combine")
 
@@ -15,6 +16,16 @@ def in_backward() -> bool:
     """True inside an autograd backward pass: in a forward, that means activation recompute."""
     # The same test that torch.utils.checkpoint makes for its own bookkeeping.
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - no public name
+
+
+@dataclass(frozen=True)
+class Message:
+    """One all-to-all as it was handed to the backend: rows for and from each rank of the group, none for itself."""
+
+    row_bytes: int
+    input_splits: list[int]
+    output_splits: list[int]
+    group: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,12 @@ class Reading:
 
 @dataclass
 class Meter:
-    """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events and waits only in `take`."""
+    """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events and waits only in `take`.
 
+    messages: a list put here is given every message, for who wants to repeat them; it is never emptied.
+    """
+
+    messages: list[Message] | None = None
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _busiest_rows: list[int] = field(default_factory=list)
@@ -66,8 +81,11 @@ class Meter:
             for name, number in assignments.items():
                 self._counts[name] += number
 
-    def count_bytes(self, sent_bytes: int, link: str) -> None:
-        """Add bytes handed to other ranks over a kind of link, "node" or "network", whatever the pass."""
+    def note_message(self, message: Message, link: str) -> None:
+        """Add what is handed to other ranks over a kind of link, "node" or "network", whatever the pass."""
+        if self.messages is not None:
+            self.messages.append(message)
+        sent_bytes = message.row_bytes * sum(message.input_splits)
         self._counts["sent_bytes"] += sent_bytes
         self._counts["network_bytes"] += sent_bytes if link == "network" else 0
 

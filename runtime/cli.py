@@ -5,7 +5,6 @@ only after their options were read, so that help and mistakes are answered at on
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import sys
 import traceback
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.option_types import number, whole
 from runtime.run_dir import find_run
 
 PACKAGES = ("dispatch", "workers", "cluster", "runtime")
@@ -53,7 +53,7 @@ def _train(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     """Measure a run's model on the held-out text."""
     parser = _run_parser("eval", _evaluate)
-    parser.add_argument("--sequences", type=_whole(1), help="sequences to evaluate (as in training)")
+    parser.add_argument("--sequences", type=whole(1), help="sequences to evaluate (as in training)")
     _add_worker_options(parser)
     run, options = _parse(parser, arguments)
     from runtime import job
@@ -65,17 +65,17 @@ def _generate(arguments: Sequence[str]) -> int:
     """Continue a text with a run's model."""
     parser = _run_parser("generate", _generate)
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=_whole(1), default=200, help="tokens to add at most (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
     parser.add_argument(
-        "--temperature", type=_number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
+        "--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
     )
     parser.add_argument(
         "--top-p",
-        type=_number(0.01, 1),
+        type=number(0.01, 1),
         default=0.95,
         help="sample from the likeliest of this sum (%(default)s)",
     )
-    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of the samples (%(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the samples (%(default)s)")
     _add_worker_options(parser)
     run, options = _parse(parser, arguments)
     from runtime import job
@@ -92,11 +92,19 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    """Measure a part of Trimtab on this machine."""
+    from runtime.bench.command import bench
+
+    return bench(arguments)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _evaluate,
     "generate": _generate,
     "report": _report,
+    "bench": _bench,
 }
 
 
@@ -122,33 +130,14 @@ def _run_parser(name: str, command: Callable[[Sequence[str]], int]) -> argparse.
 
 
 def _add_worker_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=_whole(0), help="checkpoint to load (the newest)")
-    parser.add_argument("--workers", type=_whole(1), help="expert workers (as in training)")
+    parser.add_argument("--step", type=whole(0), help="checkpoint to load (the newest)")
+    parser.add_argument("--workers", type=whole(1), help="expert workers (as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     options = vars(parser.parse_args(arguments))
     return find_run(options.pop("run")), options
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
-        return int(text)
-
-    return read
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= float(text) <= high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low} to {high}")
-
-    return read
 
 
 def _is_explained(error: Exception) -> bool:

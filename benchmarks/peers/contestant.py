@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.layer import Shape
 from benchmarks.peers.case import LayerWeights, experts_of_rank
+from runtime.bench.limits import Shape
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,11 @@
-"""Memory of a step and its bytes on the wire, each measured on steps that are not timed."""
+"""The bytes that a step puts on the wire, measured on steps that are not timed."""
 
-import ctypes
-import gc
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-
-CLEAR_PEAK = "5"  # written to clear_refs it sets VmHWM back to VmRSS: proc(5)
-
-
-def peak_allocated_bytes(step: Callable[[], object]) -> int:
-    """The most that torch's allocator has handed out at any moment of the step, above what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def peak_resident_bytes(step: Callable[[], object]) -> int:
-    """The peak of the process's resident memory during the step, above what it had before."""
-    # Garbage that goes during the step, or freed memory that the allocator keeps, would hide what the step takes.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    before = _status_bytes("VmRSS")
-    step()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return 1024 * int(value.split()[0])
-    raise ValueError(f"/proc/self/status has no {field}: resident memory can be measured on Linux only")
 
 
 class WireMeter(TorchDispatchMode):

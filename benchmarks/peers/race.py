@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.layer import matmul_limit
 from benchmarks.peers import oracle
 from benchmarks.peers.case import (
     Case,
@@ -26,7 +25,9 @@ from benchmarks.peers.case import (
     tokens_per_expert,
 )
 from benchmarks.peers.contestant import Builder, Setting
-from benchmarks.peers.meters import WireMeter, peak_allocated_bytes, peak_resident_bytes
+from benchmarks.peers.meters import WireMeter
+from runtime.bench.limits import matmul_limit
+from runtime.bench.memory import peak_allocated_bytes, peak_resident_bytes
 
 LIMIT = "matmul limit"
 T = TypeVar("T")

@@ -6,17 +6,19 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from dispatch.launch import RankFailed, launch, launched_world_size
 from dispatch.parity.cases import CASES, NUM_EXPERTS
 from dispatch.parity.check import PRECISIONS, Deviation, Row, check
-from dispatch.parity.launch import launch, launched_world_size
 from dispatch.parity.layers import VARIANTS, Adapter, adapter_of
 from dispatch.parity.measure import COLUMNS
 
 DEFAULT_EP = 2
+TIMEOUT = timedelta(seconds=120)  # of one collective: a case takes well under a second
 MAX_SHOWN = 10  # deviations of a failed row: the first say what is wrong
 
 
@@ -45,11 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _checked(given, launched_world_size(), torch.cuda.device_count())
     except ValueError as error:
         parser.error(str(error))
-    return launch(options.ep, options.device, run_on_rank, options)
+    try:
+        return 0 if launch(options.ep, options.device, TIMEOUT, run_on_rank, options) else 1
+    except RankFailed as failure:
+        sys.stderr.write(f"{failure}\n")
+        return 1
 
 
 def run_on_rank(group: dist.ProcessGroup, device: torch.device, options: Options) -> bool:
     """What each rank does: the check, and on rank 0 the report. Returns whether all is equal, the same on all ranks."""
+    torch.set_num_threads(1)
+    # Uninitialised memory becomes NaN, so that an unwritten row shows. Only this fill is wanted: CUDA kernels without a
+    # deterministic form may still run.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     cases = [case for case in CASES if case.name in options.cases]
     rows = check(cases, _adapters(options), group, dtype=options.dtype, device=device, seed=options.seed)
     if dist.get_rank(group) == 0:

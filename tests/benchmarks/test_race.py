@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from benchmarks.layer import Shape
 from benchmarks.peers.__main__ import Output, cases_of, parse
 from benchmarks.peers.case import CHECK_MARGIN, Case, LayerWeights, TokenSource, common_component, hottest_over_mean
 from benchmarks.peers.contestant import Contestant, Setting
 from benchmarks.peers.launch import RaceFailed, race
-from benchmarks.peers.meters import WireMeter, peak_allocated_bytes, peak_resident_bytes
+from benchmarks.peers.meters import WireMeter
 from benchmarks.peers.oracle import refusal
 from benchmarks.peers.race import LIMIT, Entry, Outcome, run_case
 from benchmarks.peers.registry import ENTRANTS
 from benchmarks.peers.report import as_markdown, as_text, outcome_from_json, summary
+from runtime.bench.limits import Shape
+from runtime.bench.memory import peak_allocated_bytes, peak_resident_bytes
 from tests.ranks import run_ranks
 
 SMALL = Case(

@@ -70,7 +70,7 @@ def test_report_prints_where_it_wrote(
     ("arguments", "message"),
     [
         ([], "COMMAND"),
-        (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval', 'generate', 'report')"),
+        (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval', 'generate', 'report', 'bench')"),
         (["train", "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
         (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file or preset"),
         (["train", "--config"], "--config: expected one argument"),
@@ -125,7 +125,9 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
         main(["train", "--config", "tiny"])
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"]]
+)
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     written = capsys.readouterr().out
@@ -142,7 +144,18 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
 
 
 # The wall clock of a shared machine says little: what costs seconds is the import of torch and Ray.
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["eval", "--help"], ["generate", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["eval", "--help"],
+        ["generate", "nowhere"],
+        ["bench", "--help"],
+        ["bench", "dispatch", "--help"],
+        ["bench", "dispatch", "--rounds", "0"],
+    ],
+)
 def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> None:
     script = (
         "import sys; from runtime.cli import main; main(sys.argv[1:]); "

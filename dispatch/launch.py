@@ -1,0 +1,129 @@
+"""Ranks for a command: started here on loopback, or those of a launcher such as torchrun."""
+
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, spawn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+RankFunction = Callable[Concatenate[dist.ProcessGroup, torch.device, P], T]
+
+RESULT = "result"  # file by which a spawned rank 0 hands over what it returned
+
+
+class RankFailed(Exception):
+    """A rank that was started here ended without a result; the message has its number and its traceback."""
+
+
+def launched_world_size() -> int | None:
+    """The number of ranks under a launcher, None without one."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+
+
+def launched_ranks_per_node() -> int | None:
+    """The ranks of this node under a launcher that tells, None otherwise."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+
+
+def launch(
+    world_size: int, device: str, timeout: timedelta, fn: RankFunction[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Call `fn(group, device, ...)` on every rank; returns what rank 0 returned, under a launcher what this rank did.
+
+    Without a launcher the ranks are fresh processes of this machine, and `fn`, its arguments and its result are
+    pickled. None of them outlives this call, however it ends. timeout: of one collective.
+
+    Raises:
+        RankFailed: a rank started here failed; the others were ended.
+    """
+    if launched_world_size() is not None:
+        return _rank_of_launcher(device, timeout, fn, *args, **kwargs)
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        _run_gang(world_size, device, timeout, Path(folder), fn, args, kwargs)
+        result: T = pickle.loads((Path(folder) / RESULT).read_bytes())  # noqa: S301 - our own rank has just written it
+        return result
+
+
+def _rank_of_launcher(device: str, timeout: timedelta, fn: RankFunction[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank_device = _chosen(device, local_rank)
+    dist.init_process_group(_backend(device), timeout=timeout)
+    try:
+        return fn(_world(), rank_device, *args, **kwargs)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run_gang(world_size: int, *args: object) -> None:
+    gang = _start_gang(world_size, *args)
+    try:
+        while not gang.join():
+            pass
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        raise RankFailed(f"rank {error.error_index} failed: {error.msg}") from error
+    finally:
+        for process in gang.processes:
+            process.kill()
+            process.join()
+
+
+def _start_gang(world_size: int, *args: object) -> ProcessContext:
+    # Ranks inherit the block: a Ctrl-C in a terminal, which reaches them too, ends them only when they can end without
+    # a word, and us when all are known. As daemons they end even if it comes at the very moment after.
+    resource_tracker.ensure_running()  # its start would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return cast(
+            ProcessContext, spawn(_spawned_rank, (world_size, *args), nprocs=world_size, join=False, daemon=True)
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _spawned_rank(
+    rank: int,
+    world_size: int,
+    device: str,
+    timeout: timedelta,
+    folder: Path,
+    fn: RankFunction[P, T],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    rank_device = _chosen(device, rank)
+    dist.init_process_group(
+        _backend(device), init_method=(folder / "store").as_uri(), rank=rank, world_size=world_size, timeout=timeout
+    )
+    result = fn(_world(), rank_device, *args, **kwargs)  # type: ignore[arg-type]
+    dist.destroy_process_group()
+    if rank == 0:
+        # Not by exit codes: the first rank that leaves with one has the others killed.
+        (folder / RESULT).write_bytes(pickle.dumps(result))
+
+
+def _world() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.group.WORLD)
+
+
+def _backend(device: str) -> str:
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def _chosen(device: str, local_rank: int) -> torch.device:
+    if device == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,1 @@
+"""Measurements of Trimtab on the machine at hand: `trimtab bench`."""
