@@ -13,17 +13,25 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatch import looped_experts
 from dispatch.all_to_all import AllToAllDispatcher
-from dispatch.dispatcher import Dispatcher, LocalDispatcher
+from dispatch.dispatcher import LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.placement import ExpertPlacement
+from dispatch.recycler import Recycler
+from dispatch.schedule import ScheduleConfig
 from runtime.bench.limits import Shape, matmul_limit
+
+Candidate: TypeAlias = Callable[[Tensor], None]
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 SHAPES = {
     "tiny": Shape(256, 256, 256, 16, 2),
@@ -56,7 +64,7 @@ class ModuleLoop(nn.Module):
         return y_TH
 
 
-def step_of(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:
+def step_of(layer: nn.Module, dtype: torch.dtype) -> Candidate:
     """Forward and backward of a layer with parameters in `dtype`; the gate stays fp32."""
     layer.to(dtype)
 
@@ -68,7 +76,9 @@ def step_of(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:
     return run
 
 
-def measure(candidates: dict[str, Callable[[Tensor], None]], shape: Shape, rounds: int) -> dict[str, list[float]]:
+def measure(
+    candidates: dict[str, Candidate], shape: Shape, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_index in range(-1, rounds):  # one to warm up
@@ -76,33 +86,60 @@ def measure(candidates: dict[str, Callable[[Tensor], None]], shape: Shape, round
         for name in list(candidates)[:: 1 if round_index % 2 else -1]:
             if dist.is_initialized():
                 dist.barrier()
-            began = time.perf_counter()
+            began = clock()
             candidates[name](x)
             if round_index >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 
-def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int) -> dict[str, Callable[[Tensor], None]]:
-    """The limit first: ratios are to it."""
+class FreshMemory(Recycler):
+    """What the layer does without recycling: every tensor is new."""
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """See `Recycler.empty`."""
+        return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def with_constant(step: Candidate, name: str, value: int) -> Candidate:
+    """The same step while a constant of `dispatch.looped_experts` has another value."""
+
+    def run(x: Tensor) -> None:
+        kept = getattr(looped_experts, name)
+        setattr(looped_experts, name, value)
+        try:
+            step(x)
+        finally:
+            setattr(looped_experts, name, kept)
+
+    return run
+
+
+def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int, *, choices: bool) -> dict[str, Candidate]:
+    """The limit first: ratios are to it. choices: the layer also without each of its choices."""
     config = MoEConfig(
         num_experts=shape.num_experts, top_k=shape.top_k, ffn_hidden=shape.ffn_hidden, num_shared_experts=0
     )
     placement = ExpertPlacement(shape.num_experts, world_size)
     limit = matmul_limit(shape, placement.num_local_experts[0], world_size, dtype)
+
+    def step(schedule: ScheduleConfig | None = None, **how: Any) -> Candidate:
+        kind = AllToAllDispatcher if world_size > 1 else LocalDispatcher
+        group = (dist.group.WORLD,) if world_size > 1 else ()
+        return step_of(MoELayer(shape.hidden, config, kind(shape.num_experts, *group, **how), schedule), dtype)
+
+    found = {"matmul limit": limit, "trimtab": step()}
+    if choices:
+        found["fresh memory"] = step(recycler=FreshMemory())
+        found["3 chunks"] = step(ScheduleConfig(num_chunks=3))
+    if choices and dtype == torch.bfloat16:
+        found["rows not filled up"] = with_constant(step(), "BF16_ROWS", 1)
     if world_size > 1:
-        dispatchers: dict[str, Dispatcher] = {
-            "row per rank": AllToAllDispatcher(shape.num_experts, dist.group.WORLD),
-            "row per expert": AllToAllDispatcher(shape.num_experts, dist.group.WORLD, per_assignment=True),
-        }
-        layers = {name: MoELayer(shape.hidden, config, dispatcher) for name, dispatcher in dispatchers.items()}
-        return {"matmul limit": limit} | {name: step_of(layer, dtype) for name, layer in layers.items()}
-    layer = MoELayer(shape.hidden, config, LocalDispatcher(shape.num_experts))
-    return {
-        "matmul limit": limit,
-        "trimtab": step_of(layer, dtype),
-        "module loop": step_of(ModuleLoop(layer), dtype),
-    }
+        found["row per expert"] = step(per_assignment=True)
+    else:
+        layer = MoELayer(shape.hidden, config, LocalDispatcher(shape.num_experts))
+        found["module loop"] = step_of(ModuleLoop(layer), dtype)
+    return found
 
 
 def main() -> None:
@@ -112,6 +149,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, in all its threads")
+    parser.add_argument("--choices", action="store_true", help="the layer also without each of its choices")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -120,7 +159,8 @@ def main() -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for name in arguments.shapes:
         for dtype in (getattr(torch, each) for each in arguments.dtypes):
-            seconds = measure(candidates_of(SHAPES[name], dtype, world_size), SHAPES[name], arguments.rounds)
+            candidates = candidates_of(SHAPES[name], dtype, world_size, choices=arguments.choices)
+            seconds = measure(candidates, SHAPES[name], arguments.rounds, CLOCKS[arguments.clock])
             if not dist.is_initialized() or dist.get_rank() == 0:
                 show(f"{name} {str(dtype).removeprefix('torch.')}, EP {world_size}", seconds)
     if dist.is_initialized():
@@ -135,7 +175,7 @@ def show(title: str, seconds: dict[str, list[float]]) -> None:
         ratios = [value / base for value, base in zip(values, limit, strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(
-            f"  {name:14} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f} x limit "
+            f"  {name:18} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f} x limit "
             f"({spread})"
         )
 

@@ -53,7 +53,6 @@ def _plain(counts, sources, arrived, weights, gate_up, down):
 @pytest.mark.parametrize("counts", [(30, 0, 7, 1), (0, 0), (40, 33)])
 def test_outputs_and_all_gradients_equal_plain_autograd(counts, dtype, limit, monkeypatch):
     monkeypatch.setattr(looped_experts, "MAX_RUN", 32)  # the longest run is cut
-    monkeypatch.setattr(looped_experts, "BLOCK_ELEMENTS", 100)  # 8 rows: more than one block a run
     sources, leaves = _inputs(counts, 40, dtype)
     grads = WeightGrads(Recycler())
     arrived, weights, *matrices = leaves
