@@ -238,6 +238,19 @@ def as_option(value: Any) -> str:
             {"model__vocab_size": 200},
             r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",
         ),
+        (
+            {"parallel__exchange": "deep_ep", "cluster__device": "cpu"},
+            r"deep_ep .* cluster.device is cpu and run.dtype float32; set --device cuda --run.dtype bfloat16",
+        ),
+        (
+            {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16", "model__moe__top_k": 33}
+            | {"model__moe__num_experts": 33},
+            r"num_experts \(33\) must be a multiple of ep_size \(2\); top_k \(33\) must be at most 32",
+        ),
+        (
+            {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16"},
+            "exchange 'deep_ep' needs .*the package deep_ep .*github.com/deepseek-ai/DeepEP",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
@@ -261,6 +274,12 @@ def test_cuda_is_refused_on_a_machine_without_it_but_not_on_a_joined_cluster(mon
     with pytest.raises(ValueError, match="torch sees no CUDA device on this machine; use --device cpu"):
         cross_check(with_settings(cluster__device="cuda"))
     cross_check(TrainConfig(cluster=ClusterConfig(device="cuda", address="10.0.0.1:6379")))
+
+
+def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_cluster() -> None:
+    cross_check(with_settings(parallel__exchange="deep_ep", cluster__num_workers=1, cluster__device="cpu"))
+    joined = {"cluster__address": "10.0.0.1:6379", "cluster__device": "cuda", "run__dtype": "bfloat16"}
+    cross_check(with_settings(parallel__exchange="deep_ep", **joined))
 
 
 @pytest.mark.parametrize(
