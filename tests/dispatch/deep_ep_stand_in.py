@@ -21,7 +21,7 @@ class Event:
 
 
 class StandInBuffer:
-    """log: a letter for each call (s) and wait (w). num_host_waits: dispatches that had to learn sizes."""
+    """log: a letter for each layout (l), call (s) and wait (w). num_host_waits: dispatches that had to learn sizes."""
 
     def __init__(self, group):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
@@ -30,6 +30,7 @@ class StandInBuffer:
     def get_dispatch_layout(
         self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False
     ):
+        self.log.append("l")
         assert topk_idx.dtype == torch.int64
         assert topk_idx.is_contiguous()
         ranks = topk_idx // (num_experts // self.size)

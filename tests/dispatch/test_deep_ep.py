@@ -109,7 +109,7 @@ def test_deep_ep_itself_passes_the_same_checks():
 
 
 def _order_on_ranks(rank, world_size):
-    """Calls of DeepEP (s), waits (w), experts (e, E) of a layer in two chunks, and where the host had to wait."""
+    """Of a layer in two chunks: DeepEP's layouts (l), calls (s) and waits (w), its experts (e, E), and host waits."""
     buffer = StandInBuffer(dist.group.WORLD)
     config = MoEConfig(num_experts=NUM_EXPERTS, top_k=TOP_K, ffn_hidden=16)
     layer = MoELayer(HIDDEN, config, _dispatcher(dist.group.WORLD, buffer), ScheduleConfig(num_chunks=2)).bfloat16()
@@ -124,8 +124,20 @@ def _order_on_ranks(rank, world_size):
 
 def test_rows_travel_while_others_are_computed_and_the_host_waits_once_a_chunk():
     [(order, waits), (other_order, _)] = run_ranks(2, _order_on_ranks)
-    assert order == other_order == "ss" + "wes" * 2 + "ww" + "|" + "ss" + "wEs" * 2 + "ww"
+    assert order == other_order == "lsls" + "wes" * 2 + "ww" + "|" + "ss" + "wEs" * 2 + "ww"
     assert waits == [2, 2]  # two chunks; none in backward
+
+
+def _busiest_on_ranks(rank, world_size):
+    dispatcher = _dispatcher(dist.group.WORLD, StandInBuffer(dist.group.WORLD))
+    ids = torch.tensor([[0, 1, 2]] * 3 if rank == 0 else [[0, 1, 4]])
+    return [dispatcher.busiest(dispatcher.plan(ids, num_chunks)) for num_chunks in (1, 2)]
+
+
+def test_all_ranks_know_the_busiest_chunk():
+    # Rank 0 has experts 0 to 3. Its own 3 tokens bring 9 rows, the one of rank 1 two more; of two chunks the second has
+    # 2 tokens and that one.
+    assert run_ranks(2, _busiest_on_ranks) == [[(11, 3), (8, 2)]] * 2
 
 
 def _bytes_on_ranks(rank, world_size):
