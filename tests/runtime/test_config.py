@@ -2,6 +2,7 @@
 
 import dataclasses
 from datetime import datetime
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -12,7 +13,8 @@ from cluster.config import ClusterConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
-from runtime.run_dir import find_run, new_run_dir
+from runtime.job import _config_for
+from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
 
 PRESETS = ("tiny", "small", "paper-1b")
 
@@ -305,6 +307,14 @@ def test_micro_batches_of_a_rank_fill_its_share() -> None:
 
 
 # Run directories and resume
+
+
+def test_the_exchange_of_a_run_is_not_kept_on_other_ranks_or_devices(tmp_path: Path) -> None:
+    nodes = {"parallel__exchange": "node", "parallel__ranks_per_node": 2, "cluster__num_workers": 4}
+    (tmp_path / CONFIG_FILE).write_text(config_to_yaml(with_settings(**nodes)))
+    assert _config_for(tmp_path, None, None).parallel.exchange == "node"
+    on_one = _config_for(tmp_path, 1, "cpu")
+    assert (on_one.cluster.num_workers, on_one.parallel.exchange, on_one.parallel.ranks_per_node) == (1, "auto", 0)
 
 
 def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any) -> None:
