@@ -47,7 +47,8 @@ class ChunkPlan:
     """Where the tokens of one chunk go, sizes known on the host.
 
     tokens: the chunk's place in the batch of this rank. splits: for each hop, rows to and from each of its ranks.
-    tokens_per_local_expert_L: rows that each local expert will get from all ranks.
+    tokens_per_local_expert_L: rows that each local expert will get from all ranks; empty where an exchange learns them
+    only as rows leave. The handle of a finished dispatch always has them.
     """
 
     tokens: slice
@@ -82,7 +83,8 @@ class Dispatcher(Protocol):
         """Cut the batch into `num_chunks` runs of tokens and tell the ranks how many rows each will bring.
 
         topk_ids_TK: int64 in [0, num_experts), K different experts a token. Waits for the device once, whatever the
-        number of chunks, and nothing else of the layer does: the backend takes split sizes as host integers.
+        number of chunks, and nothing else of the layer does: the backend takes split sizes as host integers. (DeepEP
+        waits elsewhere: `dispatch.deep_ep`.)
         """
         ...
 

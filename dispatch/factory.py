@@ -6,6 +6,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from dispatch.all_to_all import AllToAllDispatcher
+from dispatch.deep_ep import DeepEPDispatcher
 from dispatch.dispatcher import Dispatcher, LocalDispatcher
 from dispatch.meter import Meter
 from dispatch.node_aware import NodeAwareDispatcher, NodeGroups
@@ -13,7 +14,7 @@ from dispatch.payload import Payload
 from dispatch.placement import ExpertPlacement
 from dispatch.recycler import Recycler
 
-Exchange = Literal["auto", "assignment", "rank", "node"]
+Exchange = Literal["auto", "assignment", "rank", "node", "deep_ep"]
 
 # Bandwidth inside a node over that between nodes: NVLink 160 GB/s, InfiniBand 50 GB/s (arXiv 2412.19437, 3.2.2).
 NODE_OVER_NETWORK = 3.2
@@ -35,21 +36,26 @@ def make_dispatcher(
 
     Args:
         exchange: a row for each (token, expert), (token, rank), or (token, node) and then rank; `auto` takes the one
-            that costs the wire least when a token's experts are a random choice.
+            that costs the wire least when a token's experts are a random choice. `deep_ep` leaves a row for each
+            (token, rank) to DeepEP's kernels, and is never chosen by `auto`.
         payload: `fp8` codes the rows on their way to the experts.
         nodes: needed by `node`, and by `auto` to consider it.
     Raises:
-        ValueError: `node` without nodes.
+        ValueError: `node` without nodes; `deep_ep` with a payload, or where it cannot work (`dispatch.deep_ep`).
     """
     meter, recycler = meter or Meter(), recycler or Recycler()
     ep_size = dist.get_world_size(ep_group)
     if exchange == "node" and nodes is None:
         raise ValueError("exchange 'node' needs the groups of its nodes; pass nodes=make_node_groups(...)")
+    if exchange == "deep_ep" and payload != "compute":
+        raise ValueError(f"payload {payload!r} is not for exchange 'deep_ep', which sends bf16 rows; take 'compute'")
     if ep_size == 1:
         return LocalDispatcher(num_experts, meter, recycler)
     if exchange == "auto":
         ranks_per_node = dist.get_world_size(nodes.local_group) if nodes else 1
         exchange = cheapest_exchange(ExpertPlacement(num_experts, ep_size), ranks_per_node, hidden=hidden, top_k=top_k)
+    if exchange == "deep_ep":
+        return DeepEPDispatcher(num_experts, ep_group, hidden, top_k, meter=meter, recycler=recycler)
     common = {"payload": payload, "meter": meter, "recycler": recycler}
     if exchange == "node":
         return NodeAwareDispatcher(num_experts, ep_group, nodes=nodes, **common)  # type: ignore[arg-type]

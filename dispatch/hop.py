@@ -5,7 +5,7 @@ row (K, or 1 where each assignment has a row), R rows of the local experts, P ra
 group knows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,19 @@ from dispatch.payload import Payload
 from dispatch.recycler import Recycler
 from dispatch.row_map import RowMap, inverse
 from dispatch.selection import count_by_expert
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What never changes of a group, on one device. All int64.
+
+    order_P: the other ranks, then this one. first_P: the first expert id of each. owner_E: the rank of each id, and one
+    more for blanks, whose owner is P.
+    """
+
+    order_P: Tensor
+    first_P: Tensor
+    owner_E: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Hop:
     recycler: Recycler
     link: Link = "network"
     per_assignment: bool = False
+    _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rank(self) -> int:
@@ -82,9 +96,8 @@ class Hop:
         route = Route(input_splits, output_splits, self.group, self.meter, self.recycler, self.link)
         if self.per_assignment:
             return self._trip_of_assignments(ids_TK, route, payload)
-        # Own rows last, as routes want them.
-        order = torch.tensor([p for p in range(len(self.num_experts_P)) if p != self.rank] + [self.rank])
-        needs_TP = self.needs(ids_TK)[:, order.to(ids_TK.device, non_blocking=True)]
+        order_P = self._tables_on(ids_TK.device).order_P
+        needs_TP = self.needs(ids_TK)[:, order_P]  # own rows last, as routes want them
         num_tokens, num_ranks = needs_TP.shape
         places_S = torch.nonzero_static(needs_TP.t().flatten(), size=route.num_leaving).squeeze(1)
         token_S = places_S % max(num_tokens, 1)
@@ -94,7 +107,7 @@ class Hop:
         row_S = row_of_PT[by_token_S % num_ranks * num_tokens + by_token_S // num_ranks]
         copies_T = needs_TP.sum(1)
         rows = RowMap(token_S, row_S, copies_T.cumsum(0) - copies_T)
-        rank_S = order.to(ids_TK.device, non_blocking=True)[places_S // max(num_tokens, 1)]
+        rank_S = order_P[places_S // max(num_tokens, 1)]
         return Trip(rows, rows, self._ids_for_receiver(ids_TK[token_S], rank_S), route, payload)
 
     def _trip_of_assignments(self, ids_TK: Tensor, route: Route, payload: Payload) -> Trip:
@@ -111,16 +124,23 @@ class Hop:
 
     def _ids_for_receiver(self, ids_SW: Tensor, rank_S: Tensor) -> Tensor:
         """Local ids of each leaving row, blank where the assignment is not the receiver's."""
-        first_P = torch.tensor(self.num_experts_P).cumsum(0) - torch.tensor(self.num_experts_P)
-        local_SW = ids_SW - first_P.to(ids_SW.device, non_blocking=True)[rank_S].unsqueeze(1)
+        local_SW = ids_SW - self._tables_on(ids_SW.device).first_P[rank_S].unsqueeze(1)
         is_receivers_SW = self._owners(ids_SW) == rank_S.unsqueeze(1)
         return local_SW.masked_fill(~is_receivers_SW, self.blank).to(torch.uint8 if self.blank < 256 else torch.int32)
 
     def _owners(self, ids: Tensor) -> Tensor:
         """The rank that looks after each id, P where it is blank."""
-        num_ranks, num_experts = len(self.num_experts_P), sum(self.num_experts_P)
-        owner_E = torch.arange(num_ranks + 1).repeat_interleave(torch.tensor([*self.num_experts_P, 1]))
-        return owner_E.to(ids.device, non_blocking=True)[ids.clamp(max=num_experts)]
+        return self._tables_on(ids.device).owner_E[ids.clamp(max=sum(self.num_experts_P))]
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        # Kept, since a copy from pageable memory can make the host wait for the device.
+        if device not in self._tables:
+            num_ranks, sizes_P = len(self.num_experts_P), torch.tensor(self.num_experts_P)
+            order_P = torch.tensor([p for p in range(num_ranks) if p != self.rank] + [self.rank])
+            owner_E = torch.arange(num_ranks + 1).repeat_interleave(torch.tensor([*self.num_experts_P, 1]))
+            tables = (order_P, sizes_P.cumsum(0) - sizes_P, owner_E)
+            self._tables[device] = _Tables(*(table.to(device) for table in tables))
+        return self._tables[device]
 
 
 def fan_out(ids_QW: Tensor, weights_QW: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

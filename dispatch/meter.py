@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 PHASES = ("dispatch", "experts", "combine")
 
@@ -57,7 +58,7 @@ class Meter:
 
     messages: list[Message] | None = None
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _counts: dict[str, int | Tensor] = field(default_factory=lambda: defaultdict(int))
     _busiest_rows: list[int] = field(default_factory=list)
     _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -82,10 +83,16 @@ class Meter:
                 self._counts[name] += number
 
     def note_message(self, message: Message, link: str) -> None:
-        """Add what is handed to other ranks over a kind of link, "node" or "network", whatever the pass."""
+        """Count the bytes of a message, and keep it where `messages` are wanted."""
         if self.messages is not None:
             self.messages.append(message)
-        sent_bytes = message.row_bytes * sum(message.input_splits)
+        self.count_bytes(message.row_bytes * sum(message.input_splits), link)
+
+    def count_bytes(self, sent_bytes: int | Tensor, link: str) -> None:
+        """Add bytes handed to other ranks over a kind of link, "node" or "network", whatever the pass.
+
+        sent_bytes: an int64 scalar on the device where the host does not know them; only `take` reads it.
+        """
         self._counts["sent_bytes"] += sent_bytes
         self._counts["network_bytes"] += sent_bytes if link == "network" else 0
 
@@ -104,7 +111,7 @@ class Meter:
         reading = Reading(
             seconds={phase: self._seconds[phase] for phase in PHASES},
             busiest_rows=tuple(self._busiest_rows),
-            **{name: self._counts[name] for name in names},
+            **{name: int(self._counts[name]) for name in names},
         )
         self._seconds.clear()
         self._counts.clear()

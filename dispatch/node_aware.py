@@ -68,6 +68,10 @@ class NodeAwareDispatcher(AllToAllDispatcher):
 
     nodes: NodeGroups
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ranks = Hop(self.placement.num_local_experts, self.ep_group, self.meter, self.recycler)
+
     def _make_hops(self) -> tuple[Hop, ...]:
         size = dist.get_world_size(self.nodes.local_group)
         experts_P = self.placement.num_local_experts
@@ -85,8 +89,7 @@ class NodeAwareDispatcher(AllToAllDispatcher):
         the sizes of both are known before any row leaves, and on the host after one synchronisation.
         """
         network, local = self.hops
-        ranks = Hop(self.placement.num_local_experts, self.ep_group, self.meter, self.recycler)
-        rows_CP, counts_CE = ranks.count(chunks)
+        rows_CP, counts_CE = self.ranks.count(chunks)
         rows_CN, _ = network.count(chunks)
         num_nodes, num_local = len(network.num_experts_P), len(local.num_experts_P)
         came_NCX = network.swap_sizes(

@@ -1,6 +1,6 @@
 """In which order a layer exchanges and computes the chunks of its batch, and how it keeps within memory.
 
-Shapes: T tokens of this rank (may be 0), H hidden, K top-k.
+Shapes: T tokens of this rank (may be 0), H hidden, K top-k, Q rows that arrive (may be 0).
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dispatch.dispatcher import ChunkPlan, Dispatcher
-from dispatch.experts import Experts, ExpertWeights
+from dispatch.dispatcher import ChunkPlan, Dispatcher, DispatchHandle
+from dispatch.experts import Experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +52,24 @@ def mix(
     Collective over the EP group, in backward too.
     """
     plans, in_rounds = _plan(topk_ids_TK, dispatcher, schedule)
-    counts = [plan.tokens_per_local_expert_L for plan in plans]
-    dispatcher.meter.note_rows(max(map(sum, zip(*counts, strict=True)), default=0))
     sizes = [plan.tokens.stop - plan.tokens.start for plan in plans]
-    weights = experts.weights(x_TH.dtype)
+    weights, counts = experts.weights(x_TH.dtype), list[list[int]]()
+
+    def compute(arrived_QH: Tensor, handle: DispatchHandle) -> Tensor:
+        counts.append(handle.tokens_per_local_expert_L)
+        sums_QH: Tensor = experts(arrived_QH, handle, weights)
+        return sums_QH
+
     chunks = list(zip(x_TH.split(sizes), topk_weights_TK.split(sizes), plans, strict=True))
     run = _in_rounds if in_rounds else _overlapped if schedule.overlap else _one_by_one
-    parts, other = run(chunks, dispatcher, experts, weights, meanwhile)
+    parts, other = run(chunks, dispatcher, compute, meanwhile)
+    dispatcher.meter.note_rows(max(map(sum, zip(*counts, strict=True))))
     y_TH = torch.cat(parts) if len(parts) > 1 else parts[0]
     return y_TH if other is None else y_TH + other
 
 
 _Chunk = tuple[Tensor, Tensor, ChunkPlan]
+_Compute = Callable[[Tensor, DispatchHandle], Tensor]
 _Run = tuple[list[Tensor], Tensor | None]
 
 
@@ -85,8 +91,7 @@ def _plan(topk_ids_TK: Tensor, dispatcher: Dispatcher, schedule: ScheduleConfig)
 def _overlapped(
     chunks: list[_Chunk],
     dispatcher: Dispatcher,
-    experts: Experts,
-    weights: ExpertWeights,
+    compute: _Compute,
     meanwhile: Callable[[], Tensor | None],
 ) -> _Run:
     # What starts here early and is awaited late does so in backward too, where autograd walks this order back.
@@ -95,30 +100,28 @@ def _overlapped(
     returning = []
     for under_way in going:
         arrived_QH, handle = dispatcher.finish_dispatch(under_way)
-        returning.append(dispatcher.start_combine(experts(arrived_QH, handle, weights), handle))
+        returning.append(dispatcher.start_combine(compute(arrived_QH, handle), handle))
     return [dispatcher.finish_combine(under_way) for under_way in returning], other
 
 
 def _one_by_one(
     chunks: list[_Chunk],
     dispatcher: Dispatcher,
-    experts: Experts,
-    weights: ExpertWeights,
+    compute: _Compute,
     meanwhile: Callable[[], Tensor | None],
 ) -> _Run:
-    return [_round(*chunk, dispatcher, experts, weights) for chunk in chunks], meanwhile()
+    return [_round(*chunk, dispatcher, compute) for chunk in chunks], meanwhile()
 
 
 def _in_rounds(
     chunks: list[_Chunk],
     dispatcher: Dispatcher,
-    experts: Experts,
-    weights: ExpertWeights,
+    compute: _Compute,
     meanwhile: Callable[[], Tensor | None],
 ) -> _Run:
     # Nothing of a round is kept but its tokens: its rows travel again in backward. No layer draws random numbers.
     parts = [
-        checkpoint(_round, *chunk, dispatcher, experts, weights, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_round, *chunk, dispatcher, compute, use_reentrant=False, preserve_rng_state=False)
         for chunk in chunks
     ]
     return parts, meanwhile()
@@ -129,8 +132,7 @@ def _round(
     topk_weights_TK: Tensor,
     plan: ChunkPlan,
     dispatcher: Dispatcher,
-    experts: Experts,
-    weights: ExpertWeights,
+    compute: _Compute,
 ) -> Tensor:
     arrived_QH, handle = dispatcher.finish_dispatch(dispatcher.start_dispatch(x_TH, topk_weights_TK, plan))
-    return dispatcher.combine(experts(arrived_QH, handle, weights), handle)
+    return dispatcher.combine(compute(arrived_QH, handle), handle)

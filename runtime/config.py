@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.config import ClusterConfig
+from dispatch.deep_ep import check_available, check_sizes
 from dispatch.laws import BalanceConfig
 from dispatch.placement import ExpertPlacement
 from workers.model import ModelConfig
@@ -70,6 +71,8 @@ def cross_check(config: TrainConfig) -> None:
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     _check_vocabulary(config)
     _check_device(config.cluster)
+    if config.parallel.exchange == "deep_ep" and ep_size > 1:
+        _check_deep_ep(config, ep_size)
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
@@ -109,6 +112,18 @@ def _check_vocabulary(config: TrainConfig) -> None:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
             f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"
         )
+
+
+def _check_deep_ep(config: TrainConfig, ep_size: int) -> None:
+    if config.cluster.device == "cpu" or config.run.dtype != "bfloat16":
+        raise ValueError(
+            f"parallel.exchange deep_ep sends bf16 rows between CUDA devices, but cluster.device is "
+            f"{config.cluster.device} and run.dtype {config.run.dtype}; set --device cuda --run.dtype bfloat16, or "
+            "--parallel.exchange auto"
+        )
+    check_sizes(config.model.moe.num_experts, ep_size, hidden=config.model.hidden, top_k=config.model.moe.top_k)
+    if config.cluster.address is None:  # else the workers' machines are others
+        check_available()
 
 
 def _check_device(cluster: ClusterConfig) -> None:

@@ -211,6 +211,8 @@ def _config_for(run_dir: Path, workers: int | None, device: str | None) -> Train
     if workers is not None:
         changes["num_workers"] = workers
         config = replace(config, parallel=replace(config.parallel, ep_size=0))
+    if changes:  # an exchange is chosen for the ranks and devices of the run
+        config = replace(config, parallel=replace(config.parallel, exchange="auto", ranks_per_node=0))
     config = replace(config, cluster=replace(config.cluster, **changes))
     cross_check(config)
     return config

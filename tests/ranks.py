@@ -197,6 +197,7 @@ def _rank_main(
                 world_size=world_size,
                 timeout=timedelta(seconds=collective_timeout_s),
             )
+            dist.barrier()  # else a rank that returns at once closes connections that another one is still making
             result = pickle.dumps(fn(rank, world_size, *args))
             dist.destroy_process_group()
             pipe.send(("returned", time.monotonic(), result))

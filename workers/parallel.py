@@ -23,7 +23,8 @@ class ParallelConfig:
     """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
     exchange: Exchange = "auto"
     """What travels: a row for each 'rank' that a token needs, for each 'assignment' of it, or for each 'node' and from
-    there to its ranks; 'auto' takes what costs the wire least."""
+    there to its ranks; 'auto' takes what costs the wire least of these. 'deep_ep' leaves it to DeepEP's kernels, on
+    NVIDIA GPUs with the package deep_ep, in run.dtype bfloat16."""
     payload: Payload = "compute"
     """How rows travel to their experts: as they are computed ('compute'), or coded in 8 bits ('fp8', inexact)."""
     ranks_per_node: int = 0
@@ -38,9 +39,12 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
             )
-
         if self.payload not in get_args(Payload):
             raise ValueError(f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}")
+        if self.exchange == "deep_ep" and self.payload != "compute":
+            raise ValueError(
+                f"parallel.payload ({self.payload}) must be compute for parallel.exchange deep_ep: it sends bf16"
+            )
         if self.ranks_per_node < 0 or (self.exchange == "node" and not self.ranks_per_node):
             raise ValueError(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 or a positive number of ranks, "

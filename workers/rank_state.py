@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dispatch.balance import layout_of, read_bias, routers_of, write_bias
-from dispatch.dispatcher import Dispatcher
 from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
@@ -102,24 +101,22 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
 
 
 def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
-    moe, recycler = spec.model.moe, Recycler()
-
-    def dispatcher() -> Dispatcher:
-        return make_dispatcher(
-            moe.num_experts,
-            groups.ep_group,
-            hidden=spec.model.hidden,
-            top_k=moe.top_k,
-            exchange=spec.parallel.exchange,
-            payload=spec.parallel.payload,
-            nodes=groups.nodes,
-            meter=meter,
-            recycler=recycler,
-        )
-
+    moe = spec.model.moe
+    # One for all layers: it holds nothing of a step, and what it keeps, such as DeepEP's buffer, is there once.
+    dispatcher = make_dispatcher(
+        moe.num_experts,
+        groups.ep_group,
+        hidden=spec.model.hidden,
+        top_k=moe.top_k,
+        exchange=spec.parallel.exchange,
+        payload=spec.parallel.payload,
+        nodes=groups.nodes,
+        meter=meter,
+        recycler=Recycler(),
+    )
     # On meta first: weights are drawn once, on the device where they stay.
     with torch.device("meta"):
-        model = Decoder(spec.model, dispatcher, spec.parallel.schedule)
+        model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule)
     model.to_empty(device=groups.device)
     init_weights(model, spec.run.seed)
     return model

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatch.dispatcher import Dispatcher
 from dispatch.experts import Experts, expert_parameters
 from dispatch.factory import Exchange, make_dispatcher
 from dispatch.layer import MoELayer
@@ -90,21 +91,27 @@ def adapter_of(name: str) -> Adapter:
             exchange=variant.exchange,
             nodes=nodes,
         )
-        layer = MoELayer(case.hidden, config, dispatcher, variant.schedule)
-        layer.to(weights["expert_gate"].device, weights["expert_gate"].dtype)
-        ids = layer.experts.expert_ids
-        for tensor_name, tensor in _read(layer, lambda parameter: parameter.data).items():
-            weight = weights[tensor_name]
-            tensor.copy_(weight[ids.start : ids.stop] if is_of_experts(tensor_name) else weight)
-        return LayerUnderTest(
-            module=layer,
-            read=lambda pick: _read(layer, pick),
-            expert_parameters=list(expert_parameters(layer).values()),
-            expert_bias_E=layer.router.expert_bias_E,
-            tokens_per_expert_E=layer.router.tokens_per_expert_E,
-        )
+        return layer_under_test(case, weights, dispatcher, variant.schedule)
 
     return build
+
+
+def layer_under_test(
+    case: Case, weights: Mapping[str, Tensor], dispatcher: Dispatcher, schedule: ScheduleConfig | None = None
+) -> LayerUnderTest:
+    """Our layer with any dispatcher, ready to be compared."""
+    layer = MoELayer(case.hidden, case.config, dispatcher, schedule)
+    layer.to(weights["expert_gate"].device, weights["expert_gate"].dtype)
+    ids = layer.experts.expert_ids
+    for name, tensor in _read(layer, lambda parameter: parameter.data).items():
+        tensor.copy_(weights[name][ids.start : ids.stop] if is_of_experts(name) else weights[name])
+    return LayerUnderTest(
+        module=layer,
+        read=lambda pick: _read(layer, pick),
+        expert_parameters=list(expert_parameters(layer).values()),
+        expert_bias_E=layer.router.expert_bias_E,
+        tokens_per_expert_E=layer.router.tokens_per_expert_E,
+    )
 
 
 def _read(layer: MoELayer, pick: Pick) -> dict[str, Tensor]:

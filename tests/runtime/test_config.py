@@ -2,6 +2,7 @@
 
 import dataclasses
 from datetime import datetime
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -12,7 +13,8 @@ from cluster.config import ClusterConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
-from runtime.run_dir import find_run, new_run_dir
+from runtime.job import _config_for
+from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
 
 PRESETS = ("tiny", "small", "paper-1b")
 
@@ -238,6 +240,19 @@ def as_option(value: Any) -> str:
             {"model__vocab_size": 200},
             r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",
         ),
+        (
+            {"parallel__exchange": "deep_ep", "cluster__device": "cpu"},
+            r"deep_ep .* cluster.device is cpu and run.dtype float32; set --device cuda --run.dtype bfloat16",
+        ),
+        (
+            {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16", "model__moe__top_k": 33}
+            | {"model__moe__num_experts": 33},
+            r"num_experts \(33\) must be a multiple of ep_size \(2\); top_k \(33\) must be at most 32",
+        ),
+        (
+            {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16"},
+            "exchange 'deep_ep' needs .*the package deep_ep .*github.com/deepseek-ai/DeepEP",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
@@ -263,6 +278,12 @@ def test_cuda_is_refused_on_a_machine_without_it_but_not_on_a_joined_cluster(mon
     cross_check(TrainConfig(cluster=ClusterConfig(device="cuda", address="10.0.0.1:6379")))
 
 
+def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_cluster() -> None:
+    cross_check(with_settings(parallel__exchange="deep_ep", cluster__num_workers=1, cluster__device="cpu"))
+    joined = {"cluster__address": "10.0.0.1:6379", "cluster__device": "cuda", "run__dtype": "bfloat16"}
+    cross_check(with_settings(parallel__exchange="deep_ep", **joined))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -286,6 +307,14 @@ def test_micro_batches_of_a_rank_fill_its_share() -> None:
 
 
 # Run directories and resume
+
+
+def test_the_exchange_of_a_run_is_not_kept_on_other_ranks_or_devices(tmp_path: Path) -> None:
+    nodes = {"parallel__exchange": "node", "parallel__ranks_per_node": 2, "cluster__num_workers": 4}
+    (tmp_path / CONFIG_FILE).write_text(config_to_yaml(with_settings(**nodes)))
+    assert _config_for(tmp_path, None, None).parallel.exchange == "node"
+    on_one = _config_for(tmp_path, 1, "cpu")
+    assert (on_one.cluster.num_workers, on_one.parallel.exchange, on_one.parallel.ranks_per_node) == (1, "auto", 0)
 
 
 def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any) -> None:

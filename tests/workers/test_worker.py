@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dispatch.laws import BalanceConfig
+from dispatch.schedule import ScheduleConfig
 from runtime.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
@@ -27,18 +28,32 @@ def _train(spec, rank, world_size, *, resume=False, float64=False, stop_after=No
     return worker, outcome
 
 
-LAYOUTS = {1: [(0, 0), (0, 3)], 2: [(0, 0), (0, 2), (1, 0)], 3: [(0, 0), (0, 2)], 4: [(0, 0), (2, 0)]}
+# By number of ranks: sequences of a micro-batch (0: all), and how the ranks divide, send and order the work.
+IN_CHUNKS, IN_ROUNDS = ScheduleConfig(num_chunks=2), ScheduleConfig(max_rows=20)  # of 96 rows on average
+LAYOUTS = {
+    1: [(0, {}), (3, {}), (0, {"schedule": IN_ROUNDS})],
+    2: [(0, {}), (2, {}), (0, {"ep_size": 1})],
+    3: [(0, {}), (2, {}), (0, {"schedule": IN_CHUNKS})],
+    4: [
+        (0, {}),
+        (0, {"ep_size": 2}),
+        (0, {"exchange": "node", "ranks_per_node": 2}),
+        (0, {"exchange": "node", "ranks_per_node": 2, "schedule": IN_CHUNKS}),
+        (0, {"exchange": "node", "ranks_per_node": 1, "ep_size": 2, "schedule": IN_ROUNDS}),
+        (0, {"exchange": "assignment", "schedule": IN_ROUNDS}),
+    ],
+}
 
 
 def _train_layouts(rank, world_size, spec):
     results = {}
-    for ep_size, micro_batch_size in LAYOUTS[world_size]:
-        name = f"w{world_size}-ep{ep_size}-micro{micro_batch_size}"
+    for index, (micro_batch_size, settings) in enumerate(LAYOUTS[world_size]):
         layout = replace(
-            _with_run(spec, name, micro_batch_size=micro_batch_size), parallel=ParallelConfig(ep_size=ep_size)
+            _with_run(spec, f"w{world_size}-{index}", micro_batch_size=micro_batch_size),
+            parallel=ParallelConfig(**settings),
         )
         worker, _ = _train(layout, rank, world_size, float64=True)
-        results[name] = (whole_state(worker), worker.progress(0))
+        results[world_size, index] = (whole_state(worker), worker.progress(0))
     return results if rank == 0 else None
 
 
@@ -47,8 +62,8 @@ def test_any_layout_of_ranks_trains_the_same_model(tmp_path):  # P1, P5, P11, B4
     runs = {}
     for world_size in LAYOUTS:
         runs |= run_ranks(world_size, _train_layouts, spec)[0]
-    one, one_lines = runs.pop("w1-ep0-micro0")
-    assert len(runs) == 8
+    one, one_lines = runs.pop((1, 0))
+    assert len(runs) == 14
     for name, (state, lines) in runs.items():
         assert state.keys() == one.keys()
         for key, expected in one.items():
