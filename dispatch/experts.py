@@ -108,8 +108,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def grouped_swiglu(arrived_QH: Tensor, handle: DispatchHandle, gate_up_LGH: Tensor, down_LHF: Tensor) -> Tensor:
     """The experts by torch's grouped matmul: one call a projection for all. bf16 or, on CPUs, fp32; Q, R may be 0."""
-    ends_L = torch.tensor(handle.tokens_per_local_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ends_L = ends_L.to(arrived_QH.device, non_blocking=True)
+    counts_L = torch.tensor(handle.tokens_per_local_expert_L, dtype=torch.int32, pin_memory=arrived_QH.is_cuda)
+    # From pinned memory, or the host could wait for the device.
+    ends_L = counts_L.to(arrived_QH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_RF, up_RF = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=ends_L).chunk(2, dim=1)
     inner_RF = (F.silu(gate_RF) * up_RF * handle.row_weights_R.unsqueeze(1)).to(rows_RH.dtype)

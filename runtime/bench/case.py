@@ -15,7 +15,7 @@ from dispatch.payload import Payload
 from dispatch.placement import ExpertPlacement
 from dispatch.workloads import Workload
 from runtime.bench.limits import Shape
-from runtime.bench.options import DTYPES
+from runtime.bench.options import DTYPES, EXCHANGES
 from runtime.config import TrainConfig
 from runtime.config_file import load_config
 
@@ -44,6 +44,11 @@ class Case:
 
     def __post_init__(self) -> None:
         ExpertPlacement(self.moe.num_experts, self.workers)  # raises where a rank would hold no expert
+        if self.exchange not in EXCHANGES:
+            raise ValueError(
+                f"exchange {self.exchange!r} of the configuration has messages of its own, which the bare all-to-all "
+                f"cannot repeat; choose --exchange {', '.join(EXCHANGES)}"
+            )
         if self.workers % self.ranks_per_node:
             raise ValueError(
                 f"--ranks-per-node ({self.ranks_per_node}) must divide the number of workers ({self.workers}); use one "

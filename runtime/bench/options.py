@@ -4,7 +4,7 @@ import argparse
 
 from runtime.option_types import number, whole
 
-EXCHANGES = ("auto", "assignment", "rank", "node")
+EXCHANGES = ("auto", "assignment", "rank", "node")  # those whose messages torch.distributed can repeat bare
 PAYLOADS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")
 OUT_DIR = "runs/bench-dispatch"

@@ -265,6 +265,12 @@ def test_a_configuration_gives_what_the_options_leave_out() -> None:
     assert case.dtypes == (config.run.dtype,)
 
 
+def test_an_exchange_that_cannot_be_repeated_bare_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("parallel:\n  exchange: deep_ep\n")
+    with pytest.raises(ValueError, match="exchange 'deep_ep' of the configuration has messages of its own"):
+        case_of(dispatch_parser().parse_args(["--config", str(tmp_path / "deep.yaml")]))
+
+
 def test_under_a_launcher_its_ranks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -275,7 +281,8 @@ def test_under_a_launcher_its_ranks_are_taken(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_choices_of_the_options_are_those_of_the_layer() -> None:
-    assert get_args(Exchange) == options.EXCHANGES
+    # DeepEP's messages are its own: no bare all-to-all can stand beside them.
+    assert get_args(Exchange) == (*options.EXCHANGES, "deep_ep")
     assert get_args(Payload) == options.PAYLOADS
 
 
