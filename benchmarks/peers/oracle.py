@@ -60,7 +60,9 @@ def errors_of(contestant: Contestant, problem: Problem, setting: Setting) -> dic
     x_TH = problem.x_TH.detach().requires_grad_()
     y_TH = contestant.step(x_TH, problem.cotangent_TH)
     grads = contestant.read_grads()
-    dist.all_reduce(router_EH := grads.router_EH.float(), group=setting.ep_group)
+    router_EH = grads.router_EH.float()
+    if setting.ep_size > 1:
+        dist.all_reduce(router_EH, group=setting.ep_group)
     found = {"y": y_TH, "dx": gradient(x_TH), **dict(grads.named()), "router": router_EH}
     wanted = {"y": problem.answer.y_TH, "dx": problem.answer.dx_TH, **dict(problem.answer.grads.named())}
     contestant.reset()
@@ -92,6 +94,11 @@ def _forward(weights: LayerWeights, x_TH: Tensor, top_k: int) -> Tensor:
 
 
 def _all_ranks(rows_TH: Tensor, setting: Setting) -> Tensor:
+    if setting.ep_size == 1:
+        # Not even a collective of one rank: once gloo's thread has a team of OpenMP threads of its own, there are more
+        # of them than cores, and libgomp puts idle ones to sleep at once: a step with two threads then takes 480 ms
+        # instead of 300.
+        return rows_TH
     parts = [torch.empty_like(rows_TH) for _ in range(setting.ep_size)]
     dist.all_gather(parts, rows_TH, group=setting.ep_group)
     return torch.cat(parts)
