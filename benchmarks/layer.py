@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from dispatch import looped_experts
 from dispatch.all_to_all import AllToAllDispatcher
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, in all its threads")
+    parser.add_argument("--profile", action="store_true", help="what torch's operators cost in one step, by themselves")
     parser.add_argument("--choices", action="store_true", help="the layer also without each of its choices")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -161,10 +163,20 @@ def main() -> None:
         for dtype in (getattr(torch, each) for each in arguments.dtypes):
             candidates = candidates_of(SHAPES[name], dtype, world_size, choices=arguments.choices)
             seconds = measure(candidates, SHAPES[name], arguments.rounds, CLOCKS[arguments.clock])
+            lines = profile_of(candidates["trimtab"], SHAPES[name]) if arguments.profile else []
             if not dist.is_initialized() or dist.get_rank() == 0:
                 show(f"{name} {str(dtype).removeprefix('torch.')}, EP {world_size}", seconds)
+                print("\n".join(lines))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def profile_of(step: Candidate, shape: Shape) -> list[str]:
+    """The 12 dearest operators of one step, forward and backward, each without those that it calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(torch.randn(shape.tokens, shape.hidden))
+    dearest = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+    return [f"  {e.key[:34]:34} {e.self_cpu_time_total / 1e3:9.1f} ms in {e.count:5} calls" for e in dearest]
 
 
 def show(title: str, seconds: dict[str, list[float]]) -> None:

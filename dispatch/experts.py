@@ -14,6 +14,7 @@ from dispatch.dispatcher import DispatchHandle
 from dispatch.looped_experts import LoopedSwiGLU
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
+from dispatch.swiglu import WeightedSwiGLU
 from dispatch.weight_grads import WeightGrads
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
@@ -112,6 +113,6 @@ def grouped_swiglu(arrived_QH: Tensor, handle: DispatchHandle, gate_up_LGH: Tens
     # From pinned memory, or the host could wait for the device.
     ends_L = counts_L.to(arrived_QH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     rows_RH = handle.expert_rows.copy(arrived_QH)
-    gate_RF, up_RF = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=ends_L).chunk(2, dim=1)
-    inner_RF = (F.silu(gate_RF) * up_RF * handle.row_weights_R.unsqueeze(1)).to(rows_RH.dtype)
+    gate_up_RG = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=ends_L)
+    inner_RF = WeightedSwiGLU.apply(gate_up_RG, handle.row_weights_R)
     return handle.expert_rows.sum(F.grouped_mm(inner_RF, down_LHF.transpose(1, 2), offs=ends_L))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
+from dispatch.swiglu import weighted_swiglu, weighted_swiglu_backward
 from dispatch.weight_grads import WeightGrads
 
 # oneDNN builds a kernel for each new shape in bf16, and rows per expert change every step: with a multiple of this
@@ -128,7 +129,7 @@ class LoopedSwiGLU(torch.autograd.Function):
             x, inner = x_nH[:size], inner_nF[:size]
             torch.index_select(arrived_QH, 0, sources, out=x)
             torch.mm(x, gate_up_LGH[expert].t(), out=gate_up_RG[run])
-            _activate(gate_up_RG[run], rows.weights_R[run, None], inner)
+            weighted_swiglu(gate_up_RG[run], rows.weights_R[run], out=inner)
             sums.add_product(run, inner, down_LHF[expert].t())
         ctx.save_for_backward(arrived_QH, rows.sources_R, rows.weights_R, gate_up_RG, gate_up_LGH, down_LHF)
         ctx.rows, ctx.grads, ctx.meter = (rows.places, rows.runs), grads, meter
@@ -172,9 +173,9 @@ def _backward(
         inner, grad_inner = inner_nF[:size], grad_inner_nF[:size]
         torch.index_select(grad_sums_QH, 0, sources, out=grad_out)
         torch.mm(grad_out, down_LHF[expert], out=grad_inner)
-        _activate_backward(
+        weighted_swiglu_backward(
             gate_up_RG[run],
-            rows.weights_R[run, None],
+            rows.weights_R[run],
             grad_inner,
             inner,
             grad_gate_up,
@@ -186,38 +187,3 @@ def _backward(
         grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
         sums.add_product(run, grad_gate_up, gate_up_LGH[expert])
     return sums.total()
-
-
-def _activate(gate_up_nG: Tensor, weight_n1: Tensor, inner_nF: Tensor) -> None:
-    """Write silu(gate) * up * weight into inner."""
-    gate_nF, up_nF = gate_up_nG.chunk(2, dim=1)
-    torch.ops.aten.silu.out(gate_nF, out=inner_nF)
-    inner_nF.mul_(up_nF).mul_(weight_n1)
-
-
-def _activate_backward(
-    gate_up_nG: Tensor,
-    weight_n1: Tensor,
-    grad_inner_nF: Tensor,
-    inner_nF: Tensor,
-    grad_gate_up_nG: Tensor,
-    grad_weight_n: Tensor,
-    scratch_2nF: Tensor,
-) -> None:
-    """From the gradient P of inner, which it overwrites, those of gate and up and of the weight; and inner once more.
-
-    With inner = silu(g) u w and s = sigmoid(g):  dL/dw = sum(P silu(g) u),  dL/du = P silu(g) w,
-    dL/dg = P u w silu'(g),  silu'(g) = s + silu(g) (1 - s).
-    """
-    (gate, up), (grad_gate, grad_up) = gate_up_nG.chunk(2, dim=1), grad_gate_up_nG.chunk(2, dim=1)
-    sigmoid, silu = scratch_2nF
-    torch.sigmoid(gate, out=sigmoid)
-    torch.mul(gate, sigmoid, out=silu)
-    weighted = torch.mul(up, weight_n1, out=grad_gate)
-    torch.mul(silu, weighted, out=inner_nF)
-    # P silu(g): times w it is dL/du, times u and summed dL/dw.
-    torch.lerp(sigmoid, sigmoid.new_ones(1, 1), silu, out=sigmoid)
-    grad_gate.mul_(sigmoid).mul_(grad_inner_nF)
-    grad_inner_nF.mul_(silu)
-    torch.mul(grad_inner_nF, weight_n1, out=grad_up)
-    torch.sum(grad_inner_nF.mul_(up), 1, out=grad_weight_n, dtype=grad_weight_n.dtype)

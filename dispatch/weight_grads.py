@@ -42,18 +42,18 @@ class WeightGrads:
 
     def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
         """The sums, and what autograd brought itself; zero for an expert without rows. The next pass starts anew."""
-        stacks = [*self._stacks] or [torch.empty_like(stack) for stack in weights]
+        if not self._stacks:
+            pairs = zip(weights, by_autograd, strict=True)
+            return [torch.zeros_like(stack) if grad is None else grad for stack, grad in pairs]
+        stacks, written = self._stacks, self._written
+        self._stacks, self._written = (), set()
         for which, (stack, grad) in enumerate(zip(stacks, by_autograd, strict=True)):
-            if grad is not None and not self._stacks:
-                stacks[which] = grad
-                continue
             for expert in range(len(stack)):
-                if (which, expert) not in self._written:
+                if (which, expert) not in written:
                     stack[expert].zero_()
             if grad is not None:
                 stack.add_(grad)
-        self._stacks, self._written = (), set()
-        return stacks
+        return list(stacks)
 
 
 class _Share(torch.autograd.Function):
