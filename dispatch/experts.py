@@ -73,7 +73,7 @@ class Experts(nn.Module):
         weights = weights or self.weights(arrived_QH.dtype)
         with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
             if _group(arrived_QH, len(handle.sources_R), self.down_proj.shape[2]):
-                return grouped_swiglu(arrived_QH, handle, weights.gate_up_LGH, weights.down_LHF)
+                return grouped_swiglu(arrived_QH, handle, weights.gate_up_LGH, weights.down_LHF, recycler=self.recycler)
             sums_QH: Tensor = LoopedSwiGLU.apply(
                 arrived_QH,
                 handle.row_weights_R,
@@ -107,12 +107,14 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def grouped_swiglu(arrived_QH: Tensor, handle: DispatchHandle, gate_up_LGH: Tensor, down_LHF: Tensor) -> Tensor:
+def grouped_swiglu(
+    arrived_QH: Tensor, handle: DispatchHandle, gate_up_LGH: Tensor, down_LHF: Tensor, *, recycler: Recycler
+) -> Tensor:
     """The experts by torch's grouped matmul: one call a projection for all. bf16 or, on CPUs, fp32; Q, R may be 0."""
     counts_L = torch.tensor(handle.tokens_per_local_expert_L, dtype=torch.int32, pin_memory=arrived_QH.is_cuda)
     # From pinned memory, or the host could wait for the device.
     ends_L = counts_L.to(arrived_QH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_up_RG = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=ends_L)
-    inner_RF = WeightedSwiGLU.apply(gate_up_RG, handle.row_weights_R)
+    inner_RF = WeightedSwiGLU.apply(gate_up_RG, handle.row_weights_R, recycler)
     return handle.expert_rows.sum(F.grouped_mm(inner_RF, down_LHF.transpose(1, 2), offs=ends_L))

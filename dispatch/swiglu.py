@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispatch.recycler import Recycler
+
 
 def weighted_swiglu(gate_up_nG: Tensor, weights_n: Tensor, *, out: Tensor) -> Tensor:
     """Write silu(gate) * up * weight into `out` (n, F). weights_n: in the dtype of the rows, else those are copied."""
@@ -48,17 +50,19 @@ class WeightedSwiGLU(torch.autograd.Function):
     """`weighted_swiglu` of all rows, (R, F), from gate_up_RG and weights_R. Keeps nothing but them for backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up_RG: Tensor, weights_R: Tensor, recycler: Recycler) -> Tensor:
         ctx.save_for_backward(gate_up_RG, weights_R)
-        inner_RF = gate_up_RG.new_empty(len(gate_up_RG), gate_up_RG.shape[1] // 2)
+        ctx.recycler = recycler
+        inner_RF = recycler.empty(len(gate_up_RG), gate_up_RG.shape[1] // 2, like=gate_up_RG)
         return weighted_swiglu(gate_up_RG, weights_R.to(gate_up_RG.dtype), out=inner_RF)
 
     @staticmethod
-    def backward(ctx: Any, grad_inner_RF: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_inner_RF: Tensor) -> tuple[Tensor, Tensor, None]:
         gate_up_RG, weights_R = ctx.saved_tensors
-        grad_gate_up_RG, grad_weights_R = torch.empty_like(gate_up_RG), torch.empty_like(weights_R)
+        grad_gate_up_RG = ctx.recycler.empty(*gate_up_RG.shape, like=gate_up_RG)
+        grad_weights_R = torch.empty_like(weights_R)
         # A gradient is autograd's to keep, so that it is copied before it is overwritten.
-        scratch = grad_inner_RF.new_empty(4, *grad_inner_RF.shape)
+        scratch = ctx.recycler.empty(4, *grad_inner_RF.shape, like=grad_inner_RF)
         weighted_swiglu_backward(
             gate_up_RG,
             weights_R.to(gate_up_RG.dtype),
@@ -68,4 +72,4 @@ class WeightedSwiGLU(torch.autograd.Function):
             grad_weights_R,
             scratch[2:],
         )
-        return grad_gate_up_RG, grad_weights_R
+        return grad_gate_up_RG, grad_weights_R, None

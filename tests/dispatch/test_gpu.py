@@ -53,7 +53,12 @@ def test_grouped_matmul_in_bf16_is_near_fp32_also_without_rows():
         x = torch.randn(num_tokens, 64, device="cuda")
         arrived, handle = layer.dispatcher.dispatch(x, *layer.router(x))
         parameters = [getattr(layer.experts, name) for name in EXPERT_WEIGHTS]
-        half = grouped_swiglu(arrived.bfloat16(), handle, *(parameter.bfloat16() for parameter in parameters))
+        half = grouped_swiglu(
+            arrived.bfloat16(),
+            handle,
+            *(parameter.bfloat16() for parameter in parameters),
+            recycler=layer.experts.recycler,
+        )
         full = layer.experts(arrived, handle)
         assert half.shape == (num_tokens, 64)
         assert (half.float() - full).norm() <= 2e-2 * full.norm()

@@ -14,6 +14,7 @@ from dispatch.parity.cases import CASES
 from dispatch.parity.check import check
 from dispatch.parity.command import report
 from dispatch.parity.layers import VARIANTS, adapter_of
+from dispatch.recycler import Recycler
 from tests.ranks import run_ranks
 
 HIDDEN = 6
@@ -51,7 +52,10 @@ def test_grouped_matmul_path_equals_the_loop():
     layer = MoELayer(16, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), dispatcher)
     ids = torch.tensor([[0, 2], [2, 0], [3, 2], [2, 0]])  # expert 1 has no row
     results = []
-    for path in (layer.experts, lambda x, handle: grouped_swiglu(x, handle, *layer.experts.parameters())):
+    for path in (
+        layer.experts,
+        lambda x, handle: grouped_swiglu(x, handle, *layer.experts.parameters(), recycler=Recycler()),
+    ):
         layer.zero_grad()
         torch.manual_seed(1)
         x, weights = torch.randn(4, 16, requires_grad=True), torch.rand(4, 2, requires_grad=True)
