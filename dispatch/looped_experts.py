@@ -150,7 +150,15 @@ class LoopedSwiGLU(torch.autograd.Function):
         grad_weights_R = torch.empty_like(weights_R, dtype=ctx.weight_dtype)
         with ctx.meter.span("experts", grad_sums_QH.device):
             grad_arrived_QH = _backward(
-                rows, arrived_QH, grad_sums_QH, gate_up_RG, gate_up_LGH, down_LHF, grad_weights_R, ctx.grads
+                rows,
+                arrived_QH,
+                grad_sums_QH,
+                gate_up_RG,
+                gate_up_LGH,
+                down_LHF,
+                grad_weights_R,
+                ctx.grads,
+                frozen=not ctx.needs_input_grad[2],
             )
         # None for the weights: their gradients are in ctx.grads, over all chunks of the layer.
         return grad_arrived_QH, rows.unfill(grad_weights_R), *[None] * 6
@@ -165,8 +173,10 @@ def _backward(
     down_LHF: Tensor,
     grad_weights_R: Tensor,
     grads: WeightGrads,
+    *,
+    frozen: bool,
 ) -> Tensor:
-    """The gradient of the arrived rows; those of row weights and expert weights go into the last two arguments."""
+    """The gradient of the arrived rows; those of row weights and, unless frozen, expert weights go into arguments."""
     recycler, (_, num_hidden, num_inner) = grads.recycler, down_LHF.shape
     x_nH, grad_out_nH, grad_gate_up_nG, inner_nF, grad_inner_nF = (
         recycler.empty(rows.longest, size, like=arrived_QH)
@@ -189,8 +199,9 @@ def _backward(
             grad_weights_R[run],
             scratch_2nF[:, :size],
         )
-        grads.add(1, expert, grad_out.t(), inner, (gate_up_LGH, down_LHF))
-        torch.index_select(arrived_QH, 0, sources, out=x)
-        grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
+        if not frozen:
+            grads.add(1, expert, grad_out.t(), inner, (gate_up_LGH, down_LHF))
+            torch.index_select(arrived_QH, 0, sources, out=x)
+            grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
         sums.add_product(run, grad_gate_up, gate_up_LGH[expert])
     return sums.total()

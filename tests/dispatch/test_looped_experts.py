@@ -72,6 +72,18 @@ def test_outputs_and_all_gradients_equal_plain_autograd(counts, dtype, limit, mo
         assert (got.double() - want).norm() <= limit * want.norm(), name
 
 
+@pytest.mark.parametrize("hidden", [16, 6])  # computed at once, looped
+def test_frozen_experts_cost_no_weight_gradients_and_pass_the_others_on(hidden, monkeypatch):
+    monkeypatch.setattr(WeightGrads, "add", lambda *_: pytest.fail("a weight gradient was computed"))
+    layer = MoELayer(hidden, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), LocalDispatcher(4))
+    layer.experts.requires_grad_(False)
+    x = torch.randn(9, hidden, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.any()
+    assert layer.router.weight.grad.any()
+    assert layer.experts.down_proj.grad is None
+
+
 def _peak_bytes(layer, x):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         layer(x).backward(torch.ones_like(x))
