@@ -142,7 +142,9 @@ class Trip:
     def _send(self, rows_TX: Tensor) -> Flight:
         """A copy of each token's row to each rank of the map; those that stay are gathered where they will lie."""
         route, source_S = self.route, self.rows.source_of_copy_A
-        num_sent, num_received = (total - route.num_staying for total in (route.num_leaving, route.back().num_leaving))
+        num_sent, num_received = (
+            sum(splits) - route.num_staying for splits in (route.input_splits, route.output_splits)
+        )
         leaving = route.recycler.empty(num_sent, rows_TX.shape[1], like=rows_TX)
         received = route.recycler.empty(num_received + route.num_staying, rows_TX.shape[1], like=rows_TX)
         torch.index_select(rows_TX, 0, source_S[num_sent:], out=received[num_received:])

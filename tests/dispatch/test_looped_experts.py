@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from dispatch import looped_experts
 from dispatch.dispatcher import LocalDispatcher
@@ -12,6 +11,7 @@ from dispatch.looped_experts import ExpertRows, LoopedSwiGLU
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
 from dispatch.weight_grads import WeightGrads
+from runtime.bench.memory import peak_allocated_bytes
 
 
 def test_runs_are_filled_up_with_weightless_copies_of_row_0_and_cut_when_long(monkeypatch):
@@ -84,16 +84,6 @@ def test_frozen_experts_cost_no_weight_gradients_and_pass_the_others_on(hidden, 
     assert layer.experts.down_proj.grad is None
 
 
-def _peak_bytes(layer, x):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        layer(x).backward(torch.ones_like(x))
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("hot", [False, True])
 def test_memory_of_a_step_is_what_the_documentation_says(hot):  # P17
     tokens, hidden, inner, experts, top_k = 4096, 128, 64, 16, 4
@@ -107,4 +97,5 @@ def test_memory_of_a_step_is_what_the_documentation_says(hot):  # P17
     # docs/performance.md, "Memory": kept activations, weight gradients, six tensors as wide as an arrived row, scratch.
     documented = 4 * (kept + weight_grads + 6 * tokens * hidden + run * (3 * hidden + 4 * inner))
     routing = 8 * tokens * (6 * experts + 10 * top_k)
-    assert 0.5 * documented < _peak_bytes(layer, x) < documented + routing
+    peak = peak_allocated_bytes(lambda: layer(x).backward(torch.ones_like(x)))
+    assert 0.5 * documented < peak < documented + routing
