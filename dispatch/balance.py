@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dispatch.laws import BalanceConfig, LawState, make_law
+from dispatch.laws import BalanceConfig, Law, LawState, make_law
+from dispatch.laws.registry import STATISTIC_SCALE
 from dispatch.layout import LoadLayout
 from dispatch.router import Router
 
@@ -33,22 +34,60 @@ def layout_of(routers: Mapping[str, Router]) -> LoadLayout:
     )
 
 
-def read_load(routers: Mapping[str, Router]) -> Tensor:
-    """The counts of this rank since the last reset: int64 (N,) on the CPU, a copy. Waits for the device once."""
-    counts = [router.tokens_per_expert_E for router in routers.values()]
-    return torch.cat(counts).cpu() if counts else torch.zeros(0, dtype=torch.int64)
+def attach_law(routers: Mapping[str, Router], law: Law) -> None:
+    """Let the routers count what the law asks for and use its bias as it means it. Before the first forward.
+
+    Raises:
+        ValueError: a router is limited to groups, and the law is not fit for that.
+    """
+    for name, router in routers.items():
+        check_groups(law.config, router.config.num_groups, name)
+        router.attach(law.statistic, multiplies_bias=law.entry.multiplies)
 
 
-def reset_load(routers: Mapping[str, Router]) -> None:
+def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
+    """Refuse a law that is not fit for routing that is limited to groups. Raises ValueError, which names `place`."""
+    if num_groups > 1 and not config.entry.group_limited:
+        raise ValueError(
+            f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
+            f"{num_groups}): its histogram does not see the limit; use balance.law newton, or num_groups 1"
+        )
+
+
+def read_counts(routers: Mapping[str, Router]) -> Tensor:
+    """What this rank counted since the last reset: int64 (M,) on the CPU, a copy. Waits for the device once.
+
+    M: the load of all layers, N, then what the law attached, layer by layer as (E, W).
+    """
+    loads = [router.tokens_per_expert_E for router in routers.values()]
+    statistics = [router.statistic_EW.flatten() for router in routers.values()]
+    return torch.cat([*loads, *statistics]).cpu() if loads else torch.zeros(0, dtype=torch.int64)
+
+
+def reset_counts(routers: Mapping[str, Router]) -> None:
     """Start a new step: zero every counter in place, also where balancing is off."""
     for router in routers.values():
         router.tokens_per_expert_E.zero_()
+        router.statistic_EW.zero_()
 
 
 def read_bias(routers: Mapping[str, Router]) -> Tensor:
     """The live biases: fp32 (N,) on the CPU, a copy. Waits for the device once."""
     biases = [router.expert_bias_E for router in routers.values()]
     return torch.cat(biases).cpu() if biases else torch.zeros(0, dtype=torch.float32)
+
+
+def write_state(routers: Mapping[str, Router], state: LawState) -> None:
+    """Set what the routers need of a law state, in place: every bias, and the scale of the law's statistic.
+
+    Raises:
+        ValueError: the bias is not fp32 of length N.
+    """
+    write_bias(routers, state.bias_N)
+    scales = state.extras.get(STATISTIC_SCALE)
+    if scales is not None:
+        for router, scale in zip(routers.values(), scales, strict=True):
+            router.statistic_scale.copy_(scale)
 
 
 def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:
@@ -75,7 +114,7 @@ class LossFreeBalancer:
     """Bias-based balancing for a training loop of one's own, without a coordinator.
 
     Call `step()` once after every optimizer step, on every rank of `group` together: it sums the counts of the step
-    over the group, applies the law and sets the biases, identically on all ranks. One all-reduce of N int64.
+    over the group, applies the law and sets the biases, identically on all ranks. One all-reduce of the law's counts.
     `group=None` means this process alone; pass `torch.distributed.group.WORLD` for all ranks. Source: arXiv 2408.15664,
     algorithm 1.
     """
@@ -89,18 +128,20 @@ class LossFreeBalancer:
         if not self.routers:
             raise ValueError("the model has no Router: build it with dispatch.layer.MoELayer before the balancer")
         self.law = make_law(self.config, layout_of(self.routers))
+        attach_law(self.routers, self.law)
         self.state: LawState = self.law.initial_state()
+        write_state(self.routers, self.state)
         self.num_steps = 0
 
     def step(self) -> Tensor:
         """Sum, update, reset. Returns the global load of the step, int64 (N,) on the CPU."""
         device = next(iter(self.routers.values())).tokens_per_expert_E.device
-        load_N = read_load(self.routers).to(device)
+        counts_M = read_counts(self.routers).to(device)
         if self.group is not None:
-            dist.all_reduce(load_N, group=self.group)
-        load_N = load_N.cpu()
-        self.state = self.law.update(load_N, self.state, self.num_steps)
+            dist.all_reduce(counts_M, group=self.group)
+        counts_M = counts_M.cpu()
         self.num_steps += 1
-        write_bias(self.routers, self.state.bias_N)
-        reset_load(self.routers)
-        return load_N
+        self.state = self.law.update(counts_M, self.state, self.num_steps)
+        write_state(self.routers, self.state)
+        reset_counts(self.routers)
+        return counts_M[: self.law.layout.total]

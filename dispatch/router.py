@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.meter import in_backward
-from dispatch.selection import choose_experts, count_by_expert
+from dispatch.selection import biased_scores, count_by_expert, ordered_topk
+from dispatch.statistics import Routing, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +68,16 @@ class Router(nn.Module):
     """Scores every expert for every token, chooses top-k by score + bias and weighs by score alone.
 
     The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
-    bf16 flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_bias` moves, once
-    per optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset.
+    bf16 flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_state` moves, once
+    per optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset, and
+    `statistic_EW` what the law asked for besides (`dispatch.balance.attach_law`).
     Source: arXiv 2412.19437, equations 12 to 16.
     """
 
     expert_bias_E: Tensor
     tokens_per_expert_E: Tensor
+    statistic_EW: Tensor
+    statistic_scale: Tensor
 
     def __init__(self, hidden: int, config: RouterConfig) -> None:
         super().__init__()
@@ -85,6 +89,11 @@ class Router(nn.Module):
         self.register_buffer(
             "tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
         )
+        self.register_buffer("statistic_EW", torch.zeros(config.num_experts, 0, dtype=torch.int64), persistent=False)
+        # A part of the law's state, which checkpoints hold.
+        self.register_buffer("statistic_scale", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.statistic: Statistic | None = None
+        self.multiplies_bias = False
         self._bias_version_of_forward = -1
         if not self.weight.is_meta:
             self.reset_parameters()
@@ -94,6 +103,13 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         self.expert_bias_E.zero_()
         self.tokens_per_expert_E.zero_()
+        self.statistic_EW.zero_()
+        self.statistic_scale.zero_()
+
+    def attach(self, statistic: Statistic | None, *, multiplies_bias: bool) -> None:
+        """Count `statistic` from now on, and let the bias enter the choice as the law means it."""
+        self.statistic, self.multiplies_bias = statistic, multiplies_bias
+        self.statistic_EW = self.tokens_per_expert_E.new_zeros(self.num_experts, statistic.width if statistic else 0)
 
     @property
     def steers_bias(self) -> bool:
@@ -114,22 +130,22 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
             with torch.no_grad():
                 scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
-            topk_ids_TK = self._choose(scores_TE)
+            biased_TE = biased_scores(scores_TE, self.expert_bias_E, **self._choice_settings())
+            topk_ids_TK = ordered_topk(biased_TE, self.config.top_k)
             topk_weights_TK = self._weigh(logits_TE, topk_ids_TK)
         if self.training:
-            topk_weights_TK = self._count(topk_ids_TK, topk_weights_TK, token_mask_T)
+            routing = Routing(scores_TE.float(), biased_TE, topk_ids_TK, self.expert_bias_E, self.statistic_scale)
+            topk_weights_TK = self._count(routing, topk_weights_TK, token_mask_T)
         return topk_ids_TK, topk_weights_TK
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def _choice_settings(self) -> dict[str, Any]:
         config = self.config
-        return choose_experts(
-            scores_TE,
-            self.expert_bias_E,
-            config.top_k,
-            num_groups=config.num_groups,
-            groups_kept=config.groups_kept,
-            scores_per_group=config.scores_per_group,
-        )
+        return {
+            "num_groups": config.num_groups,
+            "groups_kept": config.groups_kept,
+            "scores_per_group": config.scores_per_group,
+            "multiplies": self.multiplies_bias,
+        }
 
     def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
         softmax = self.config.score == "softmax"
@@ -141,7 +157,7 @@ class Router(nn.Module):
             weights_TK = (logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()).gather(1, topk_ids_TK)
         return weights_TK * self.config.route_scale
 
-    def _count(self, topk_ids_TK: Tensor, topk_weights_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    def _count(self, routing: Routing, topk_weights_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
         """Count each choice that trains exactly once, under either kind of activation recompute; return the weights.
 
         A forward with gradients counts at once. Non-reentrant recompute repeats it inside backward, without running the
@@ -158,21 +174,29 @@ class Router(nn.Module):
             )
         if not torch.is_grad_enabled():
             return topk_weights_TK
-        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(1).expand_as(topk_ids_TK)
-        counts_E = count_by_expert(topk_ids_TK, self.num_experts, mask_TK)
+        with torch.no_grad():
+            mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(1).expand_as(routing.topk_ids_TK)
+            counts = [(self.tokens_per_expert_E, count_by_expert(routing.topk_ids_TK, self.num_experts, mask_TK))]
+            if self.statistic is not None:
+                counts.append((self.statistic_EW, self.statistic.count(routing, token_mask_T)))
         if recompute:
-            topk_weights_TK = _CountInBackward.apply(topk_weights_TK, self.tokens_per_expert_E, counts_E)
+            topk_weights_TK = _CountInBackward.apply(topk_weights_TK, counts)
             return topk_weights_TK
-        self.tokens_per_expert_E += counts_E
+        for total, count in counts:
+            total.add_(count)
         return topk_weights_TK
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast like any module, but never store the gate below fp32 nor the bias as anything but fp32."""
-        kept = {"weight": self.weight.detach(), "expert_bias_E": self.expert_bias_E}
+        kept = {
+            "weight": self.weight.detach(),
+            "expert_bias_E": self.expert_bias_E,
+            "statistic_scale": self.statistic_scale,
+        }
         super()._apply(fn, recurse)
         for name, before in kept.items():
             now: Any = getattr(self, name)
-            wanted = torch.float32 if name == "expert_bias_E" else torch.promote_types(now.dtype, torch.float32)
+            wanted = torch.promote_types(now.dtype, torch.float32) if name == "weight" else torch.float32
             if now.dtype != wanted:
                 # From the value before the cast: bf16 and back would lose steps of 0.001 once the bias reaches 0.5.
                 now.data = before.to(now.device, wanted)
@@ -180,15 +204,16 @@ class Router(nn.Module):
 
 
 class _CountInBackward(torch.autograd.Function):
-    """Identity that adds `counts_E` to `total_E` when, and only when, its backward runs."""
+    """Identity that adds each count to its total when, and only when, its backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, total_E: Tensor, counts_E: Tensor) -> Tensor:
-        # Plain attributes: a saved tensor more than in the forward would make the recompute refuse itself.
-        ctx.total_E, ctx.counts_E = total_E, counts_E
+    def forward(ctx: Any, weights_TK: Tensor, counts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        # A plain attribute: a saved tensor more than in the forward would make the recompute refuse itself.
+        ctx.counts = counts
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None]:
-        ctx.total_E.add_(ctx.counts_E)
-        return grad_TK, None, None
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
+        for total, count in ctx.counts:
+            total.add_(count)
+        return grad_TK, None

@@ -15,23 +15,46 @@ def choose_experts(
     num_groups: int = 1,
     groups_kept: int = 1,
     scores_per_group: int = 2,
+    multiplies: bool = False,
 ) -> Tensor:
     """Choose `top_k` experts a token by biased score; ties go to the lowest expert id.
+
+    The arguments are those of `biased_scores`. Returns topk_ids_TK, int64, best first.
+    """
+    biased_TE = biased_scores(
+        scores_TE,
+        expert_bias_E,
+        num_groups=num_groups,
+        groups_kept=groups_kept,
+        scores_per_group=scores_per_group,
+        multiplies=multiplies,
+    )
+    return ordered_topk(biased_TE, top_k)
+
+
+def biased_scores(
+    scores_TE: Tensor,
+    expert_bias_E: Tensor,
+    *,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    scores_per_group: int = 2,
+    multiplies: bool = False,
+) -> Tensor:
+    """What experts are chosen by, fp32 (T, E): score + bias, and -inf outside the groups that a token may choose from.
 
     With num_groups > 1 the experts lie in equal contiguous groups; a group's score is the sum of its `scores_per_group`
     highest biased scores, and only experts of the `groups_kept` best groups can be chosen (arXiv 2412.19437, section
     2.1.2, where scores_per_group is top_k / groups_kept; DeepSeek's inference code fixes it at 2).
 
     Args:
-        scores_TE: any float dtype; compared in fp32.
+        scores_TE: any float dtype.
         expert_bias_E: fp32.
-    Returns:
-        topk_ids_TK, int64, best first.
+        multiplies: take score * (1 + bias) instead of the sum (arXiv 2408.15664, table 4).
     """
-    biased_TE = scores_TE.detach().float() + expert_bias_E
-    if num_groups > 1:
-        biased_TE = _mask_groups(biased_TE, num_groups, groups_kept, scores_per_group)
-    return ordered_topk(biased_TE, top_k)
+    scores_TE = scores_TE.detach().float()
+    biased_TE = scores_TE * (1 + expert_bias_E) if multiplies else scores_TE + expert_bias_E
+    return _mask_groups(biased_TE, num_groups, groups_kept, scores_per_group) if num_groups > 1 else biased_TE
 
 
 def ordered_topk(values_TE: Tensor, k: int) -> Tensor:

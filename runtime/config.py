@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.config import ClusterConfig
+from dispatch.balance import check_groups
 from dispatch.deep_ep import check_available, check_sizes
 from dispatch.laws import BalanceConfig
 from dispatch.placement import ExpertPlacement
@@ -69,6 +70,7 @@ def cross_check(config: TrainConfig) -> None:
             "balance; lower it, so that at least one layer is a mixture of experts"
         )
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
+    check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     _check_device(config.cluster)
     if config.parallel.exchange == "deep_ep" and ep_size > 1:

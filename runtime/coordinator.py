@@ -4,6 +4,7 @@ It holds nothing that rank 0 could not send it again, so its death costs no step
 (NeedState) and goes on. The policy is plain Python; the actor around it only carries bytes.
 """
 
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from dispatch.laws import Law, make_law
 from workers.wire import (
-    MAX_EXPERTS_TOTAL,
+    MAX_MESSAGE_BYTES,
     BiasUpdate,
     LoadReport,
     NeedState,
@@ -23,6 +24,7 @@ from workers.wire import (
     decode,
     encode,
     law_checksum,
+    max_message_bytes,
     same_form,
 )
 
@@ -45,7 +47,7 @@ class CoordinatorPolicy:
     def handle(self, raw: bytes) -> bytes:
         """Answer one LoadReport with a BiasUpdate, NeedState or Refusal. Bad input is refused and changes nothing."""
         try:
-            report = decode(raw, self._law.layout.total if self._law else MAX_EXPERTS_TOTAL)
+            report = decode(raw, max_message_bytes(self._law) if self._law else MAX_MESSAGE_BYTES)
             if not isinstance(report, LoadReport):
                 raise WireError(f"a {type(report).__name__} is not for the coordinator")
             return encode(self._answer(report))
@@ -67,7 +69,7 @@ class CoordinatorPolicy:
             base = self._adopt(report, report.seed)
         if base is None or self._law is None:
             return NeedState(step=report.step)
-        state = self._law.update(report.load_N, base.state, report.step)
+        state = self._law.update(report.counts_M, base.state, report.step)
         proposal = VersionedState(base.version + 1, state)
         self._held = (base, proposal)
         self._status["reports"] += 1
@@ -97,7 +99,9 @@ class CoordinatorPolicy:
 class CoordinatorActor:
     """The Ray shell around the policy. Ray restarts it when its process dies; it then starts empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, law_module: str | None = None) -> None:
+        if law_module:
+            importlib.import_module(law_module)  # here, since a message may not make this process import anything
         # Ray leaves all GPUs visible to an actor that asked for none: it must not open a context on one.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
@@ -128,7 +132,7 @@ class CoordinatorClient:
         return answer
 
 
-def start_coordinator() -> Any:
+def start_coordinator(law_module: str | None = None) -> Any:
     """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
 
     It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
@@ -138,4 +142,4 @@ def start_coordinator() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(CoordinatorActor)
-    return actor_class.options(scheduling_strategy=here).remote()
+    return actor_class.options(scheduling_strategy=here).remote(law_module)

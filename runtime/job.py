@@ -15,7 +15,7 @@ from cluster.session import check_answers
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
-from runtime.launch import LaunchedGang, make_spec, open_gang, open_ranks, rank_map
+from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks, rank_map
 from runtime.live import LiveView
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
@@ -229,7 +229,7 @@ def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelS
         f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
         f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
         f"layers\ntext   {sources}\n"
-        f"law    {config.balance.law}, rate {config.balance.rate:g}"
+        f"law    {config.balance.law}, rate {balance_of(config).rate_at(1):g}"
     )
 
 

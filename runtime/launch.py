@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import ClusterConfig
+from dispatch.laws import BalanceConfig
 from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
 from workers.rank_state import WorkerSpec
@@ -45,12 +46,18 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         tokenizer=config.data.tokenizer and str(Path(config.data.tokenizer).expanduser().absolute()),
         run=config.run,
         model=config.model,
-        balance=config.balance,
+        balance=balance_of(config),
         optim=config.optim,
         parallel=config.parallel,
         device=config.cluster.device,
         control_timeout_s=config.cluster.collective_timeout_s,
     )
+
+
+def balance_of(config: TrainConfig) -> BalanceConfig:
+    """The balancing of a run, with the run's length where its rate depends on it."""
+    balance = config.balance
+    return replace(balance, horizon=balance.horizon or config.run.steps) if balance.needs_horizon else balance
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = Tr
     from runtime.coordinator import CoordinatorClient, start_coordinator
 
     with RaySession.open(config) as session:
-        coordinator = start_coordinator() if coordinated else None
+        coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
         with Gang.launch(config, worker_maker(spec)) as gang:

@@ -3,7 +3,7 @@
 A thread of each rank makes one round (see workers.control_round) between the last forward of a step and the end of its
 optimizer step. The training thread only hands over its counts and takes the result.
 
-Shapes: N = experts of all MoE layers.
+Shapes: N = experts of all MoE layers, M = all counts of the law (see dispatch.laws.Law), the load first.
 """
 
 import queue
@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.balance import bias_checksum
-from dispatch.laws import BalanceConfig, LawState, make_law
-from dispatch.layout import LoadLayout
+from dispatch.laws import Law, LawState
 from workers.control_round import BiasDiverged, ControlError, ControlRound, ControlTimeout, RoundInput, RoundResult
 from workers.leader import Event, Leader
 from workers.wire import VersionedState, same_form
@@ -33,13 +32,13 @@ _GRACE_S = 1.0  # how much later than the thread, which knows the cause, the tra
 class StepControl:
     """What the control of a step brought: equal on all ranks but for the seconds and the events.
 
-    load_N, sums, floats, maxima: over all ranks. stop: some rank asked to stop. bias_N, bias_version, bias_checksum:
-    what routed this step. wait_s: finish_step waited. bias_update_s: the training thread prepared the round and wrote
-    the bias. events: of the coordinator, on rank 0 only.
+    counts_M, sums, floats, maxima: over all ranks. load_N: the first N of counts_M. stop: some rank asked to stop.
+    bias_N, bias_version, bias_checksum: what routed this step. wait_s: finish_step waited. bias_update_s: the training
+    thread prepared the round and wrote the bias. events: of the coordinator, on rank 0 only.
     """
 
     step: int
-    load_N: Tensor
+    counts_M: Tensor
     sums: Tensor
     floats: Tensor
     maxima: Tensor
@@ -51,6 +50,11 @@ class StepControl:
     bias_update_s: float
     events: tuple[Event, ...]
 
+    @property
+    def load_N(self) -> Tensor:  # noqa: N802 - the shape is part of the name
+        """Tokens per expert over all ranks, int64."""
+        return self.counts_M[: len(self.bias_N)]
+
 
 class ControlLoop:
     """Runs the control path. Between begin_step and finish_step its thread is the only user of `group`.
@@ -58,7 +62,7 @@ class ControlLoop:
     Args:
         group: gloo over all ranks; its rank 0 leads.
         read_bias: a copy of this rank's live bias, fp32 (N,) on the CPU.
-        write_bias: sets it in place.
+        write_state: sets what the routers need of a law state, in place.
         coordinator: for rank 0, see Leader; None applies the law there. Other ranks do not use it.
         timeout_s: for the round of one step, from begin_step on; more than twice the coordinator's own time-out.
 
@@ -69,19 +73,19 @@ class ControlLoop:
         self,
         *,
         group: dist.ProcessGroup,
-        config: BalanceConfig,
-        layout: LoadLayout,
+        law: Law,
         run_id: str,
         read_bias: Callable[[], Tensor],
-        write_bias: Callable[[Tensor], None],
+        write_state: Callable[[LawState], None],
         coordinator: Callable[[bytes], bytes] | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        self._read_bias, self._write_bias, self._timeout_s = read_bias, write_bias, timeout_s
-        self._form = make_law(config, layout).initial_state()
+        self._read_bias, self._write_state, self._timeout_s = read_bias, write_state, timeout_s
+        self._law, self._form = law, law.initial_state()
         self._base = VersionedState(0, LawState(read_bias(), self._form.extras))
         self._check_form(self._base.state)
-        leader = Leader(run_id=run_id, config=config, layout=layout, coordinator=coordinator)
+        write_state(self._base.state)
+        leader = Leader(run_id=run_id, law=law, coordinator=coordinator)
         self._round = ControlRound(group, leader, self._form)
         self._pending: RoundInput | None = None
         self._begin_s = 0.0
@@ -95,7 +99,7 @@ class ControlLoop:
     def begin_step(
         self,
         step: int,
-        load_N: Tensor,
+        counts_M: Tensor,
         sums: Tensor,
         floats: Tensor,
         maxima: Tensor,
@@ -105,7 +109,7 @@ class ControlLoop:
 
         Args:
             step: at least 0.
-            load_N: this rank's counts, int64 (N,) on the CPU.
+            counts_M: of this rank, int64 (M,) on the CPU.
             sums, floats, maxima: int64, float64, int64, on the CPU, of any length that is the same on all ranks; for
                 the sum, the sum and the largest over all ranks.
 
@@ -120,7 +124,7 @@ class ControlLoop:
             step=step,
             base=self._base,
             live_checksum=bias_checksum(self._read_bias()),
-            load_N=_copy("load_N", load_N, torch.int64, len(self._form.bias_N)),
+            counts_M=_copy("counts_M", counts_M, torch.int64, self._law.num_counts),
             sums=_copy("sums", sums, torch.int64),
             floats=_copy("floats", floats, torch.float64),
             maxima=_copy("maxima", maxima, torch.int64),
@@ -150,11 +154,11 @@ class ControlLoop:
         arrived = time.perf_counter()
         self._pending = None
         if apply:
-            self._write_bias(result.update.state.bias_N)
+            self._write_state(result.update.state)
             self._base = VersionedState(result.update.version, result.update.state)
         return StepControl(
             step=given.step,
-            load_N=result.load_N,
+            counts_M=result.counts_M,
             sums=result.sums,
             floats=result.floats,
             maxima=result.maxima,
@@ -185,6 +189,7 @@ class ControlLoop:
                 "load both from one checkpoint, the model first"
             )
         self._base = VersionedState(version, _copy_state(state))
+        self._write_state(self._base.state)
 
     def close(self, wait_s: float = 5.0) -> None:
         """End the thread; waits at most `wait_s`, also after an error. Repeating it is harmless."""

@@ -3,7 +3,7 @@
 Three small reductions in flight together, on rank 0 one question to the leader, one broadcast of fixed size. What goes
 wrong on rank 0 in between travels in the broadcast, so that all ranks end with the same error instead of waiting.
 
-Shapes: N = experts of all MoE layers, W = world_size.
+Shapes: N = experts of all MoE layers, M = all counts of the law, the load first, W = world_size.
 """
 
 import time
@@ -59,7 +59,7 @@ class RoundInput:
     step: int
     base: VersionedState
     live_checksum: int
-    load_N: Tensor
+    counts_M: Tensor
     sums: Tensor
     floats: Tensor
     maxima: Tensor
@@ -72,7 +72,7 @@ class RoundResult:
     """What all ranks hold after a round; events on rank 0 only."""
 
     update: BiasUpdate
-    load_N: Tensor
+    counts_M: Tensor
     sums: Tensor
     floats: Tensor
     maxima: Tensor
@@ -93,7 +93,6 @@ class ControlRound:
         self.phase = "idle"
         self._group, self._leader = group, leader
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._num_counts = len(form.bias_N)
         # Of fixed size, so that no rank has to learn a length first; room enough for the text of an error.
         largest = encode(BiasUpdate(step=(1 << 63) - 1, version=(1 << 63) - 1, state=form))
         self._mail = torch.zeros(8 + max(4096, len(largest)), dtype=torch.uint8)
@@ -111,14 +110,14 @@ class ControlRound:
             reductions = ((counts, sums), (given.floats, sums), (given.maxima, largest))
             # In flight together: a step pays one latency, not three.
             self._finish([self._start(dist.all_reduce, each, op) for each, op in reductions], given)
-        load_N, slots, totals, stop = torch.split(counts, sizes)
+        counts_M, slots, totals, stop = torch.split(counts, sizes)
         self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
-        events, cause = self._lead(given, load_N) if self._rank == 0 else ([], None)
+        events, cause = self._lead(given, counts_M) if self._rank == 0 else ([], None)
         with self._in_phase(given, "broadcast"):
             self._finish([self._start(dist.broadcast, self._mail, 0)], given)
         return RoundResult(
             update=self._open_mail(given, cause),
-            load_N=load_N,
+            counts_M=counts_M,
             sums=totals,
             floats=given.floats,
             maxima=given.maxima,
@@ -129,7 +128,7 @@ class ControlRound:
     def _pack(self, given: RoundInput) -> tuple[Tensor, list[int]]:
         slots = torch.zeros(self._world_size, _NUM_SLOTS, dtype=torch.int64)
         slots[self._rank] = torch.tensor([given.step, given.base.version, given.base.checksum, given.live_checksum])
-        parts = [given.load_N, slots.flatten(), given.sums, torch.tensor([int(given.stop_requested)])]
+        parts = [given.counts_M, slots.flatten(), given.sums, torch.tensor([int(given.stop_requested)])]
         return torch.cat(parts), [len(part) for part in parts]
 
     def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> None:
@@ -143,13 +142,13 @@ class ControlRound:
             detail = f"the live bias of ranks {list(odd)} is not {version}: something else wrote to it"
             raise BiasDiverged(given.step, "verify", detail, odd)
 
-    def _lead(self, given: RoundInput, load_N: Tensor) -> tuple[list[Event], Exception | None]:
+    def _lead(self, given: RoundInput, counts_M: Tensor) -> tuple[list[Event], Exception | None]:
         """Put the update, or the reason why there is none, into the mail."""
         self.phase = "coordinator"
         events: list[Event] = []
         cause: Exception | None = None
         try:
-            update, events = self._leader.next_update(given.step, given.base, load_N)
+            update, events = self._leader.next_update(given.step, given.base, counts_M)
             mail = encode(update)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
             cause = error
@@ -162,7 +161,7 @@ class ControlRound:
         self.phase = "verify"
         raw = self._mail.numpy().tobytes()
         try:
-            message = decode(raw[8 : 8 + int.from_bytes(raw[:8], "little")], self._num_counts)
+            message = decode(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         except WireError as error:
             raise ControlError(given.step, "verify", f"rank {self._rank} received a bad update: {error}") from error
         if isinstance(message, Refusal):

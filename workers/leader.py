@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dispatch.laws import BalanceConfig, make_law
-from dispatch.layout import LoadLayout
+from dispatch.laws import Law
 from workers.wire import (
     BiasUpdate,
     LoadReport,
@@ -22,6 +21,7 @@ from workers.wire import (
     decode,
     encode,
     law_checksum,
+    max_message_bytes,
     same_form,
 )
 
@@ -41,46 +41,45 @@ class Leader:
         self,
         *,
         run_id: str,
-        config: BalanceConfig,
-        layout: LoadLayout,
+        law: Law,
         coordinator: Callable[[bytes], bytes] | None,
     ) -> None:
-        self._run_id, self._config, self._layout = run_id, config, layout
-        self._law = make_law(config, layout)
-        self._form = self._law.initial_state()
-        self._law_checksum = law_checksum(config, layout)
+        self._run_id, self._law = run_id, law
+        self._form = law.initial_state()
+        self._law_checksum = law_checksum(law.config, law.layout)
+        self._max_bytes = max_message_bytes(law)
         self._coordinator = coordinator
         self._send_seed = True  # a coordinator starts empty; the first report also spares it the question
         self._lost_since: int | None = None
         self._pause = 0  # steps between the last failure and the next try
         self._steps_until_retry = 0
 
-    def next_update(self, step: int, base: VersionedState, load_N: Tensor) -> tuple[BiasUpdate, list[Event]]:
-        """The state after `base` under the global load of `step`, and what people should know about the coordinator.
+    def next_update(self, step: int, base: VersionedState, counts_M: Tensor) -> tuple[BiasUpdate, list[Event]]:
+        """The state after `base` under the global counts of `step`, and what people should know about the coordinator.
 
         Raises:
             ValueError: the law itself refuses load or state. Never because of the coordinator.
         """
         if self._coordinator is None:
-            return self._apply_law(step, base, load_N), []
+            return self._apply_law(step, base, counts_M), []
         if self._steps_until_retry:
             self._steps_until_retry -= 1
-            return self._apply_law(step, base, load_N), []
+            return self._apply_law(step, base, counts_M), []
         try:
-            update = self._ask(self._coordinator, step, base, load_N)
+            update = self._ask(self._coordinator, step, base, counts_M)
         except Exception as error:  # noqa: BLE001 - a process boundary: nothing that happens there may stop the training
-            return self._apply_law(step, base, load_N), self._note_lost(step, error)
+            return self._apply_law(step, base, counts_M), self._note_lost(step, error)
         return update, self._note_answer(step)
 
-    def _apply_law(self, step: int, base: VersionedState, load_N: Tensor) -> BiasUpdate:
-        return BiasUpdate(step=step, version=base.version + 1, state=self._law.update(load_N, base.state, step))
+    def _apply_law(self, step: int, base: VersionedState, counts_M: Tensor) -> BiasUpdate:
+        return BiasUpdate(step=step, version=base.version + 1, state=self._law.update(counts_M, base.state, step))
 
     def _ask(
-        self, coordinator: Callable[[bytes], bytes], step: int, base: VersionedState, load_N: Tensor
+        self, coordinator: Callable[[bytes], bytes], step: int, base: VersionedState, counts_M: Tensor
     ) -> BiasUpdate:
-        answer = self._call(coordinator, step, base, load_N, with_seed=self._send_seed)
+        answer = self._call(coordinator, step, base, counts_M, with_seed=self._send_seed)
         if isinstance(answer, NeedState):
-            answer = self._call(coordinator, step, base, load_N, with_seed=True)
+            answer = self._call(coordinator, step, base, counts_M, with_seed=True)
         if isinstance(answer, Refusal):
             raise WireError(f"the coordinator refused the report: {answer.reason}")
         if not isinstance(answer, BiasUpdate) or (answer.step, answer.version) != (step, base.version + 1):
@@ -90,7 +89,13 @@ class Leader:
         return answer
 
     def _call(
-        self, coordinator: Callable[[bytes], bytes], step: int, base: VersionedState, load_N: Tensor, *, with_seed: bool
+        self,
+        coordinator: Callable[[bytes], bytes],
+        step: int,
+        base: VersionedState,
+        counts_M: Tensor,
+        *,
+        with_seed: bool,
     ) -> Any:
         report = LoadReport(
             run_id=self._run_id,
@@ -98,10 +103,10 @@ class Leader:
             base_version=base.version,
             base_checksum=base.checksum,
             law_checksum=self._law_checksum,
-            load_N=load_N,
-            seed=Seed(config=self._config, layout=self._layout, state=base.state) if with_seed else None,
+            counts_M=counts_M,
+            seed=Seed(config=self._law.config, layout=self._law.layout, state=base.state) if with_seed else None,
         )
-        return decode(coordinator(encode(report)), self._layout.total)
+        return decode(coordinator(encode(report)), self._max_bytes)
 
     def _note_lost(self, step: int, error: Exception) -> list[Event]:
         self._send_seed = True

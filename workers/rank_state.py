@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dispatch.balance import layout_of, read_bias, routers_of, write_bias
+from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
 from dispatch.factory import make_dispatcher
-from dispatch.laws import BalanceConfig
+from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.layout import LoadLayout
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
@@ -59,17 +59,21 @@ class RankState:
     model: Decoder
     optimizer: torch.optim.AdamW
     routers: dict[str, Router]
-    layout: LoadLayout
+    law: Law
+
+    @property
+    def layout(self) -> LoadLayout:
+        """How the MoE layers lie in vectors of load and bias."""
+        return self.law.layout
 
     def open_control(self) -> ControlLoop:
         """The control path of this rank; all ranks open it together, close it when training ends."""
         return ControlLoop(
             group=self.groups.control_group,
-            config=self.spec.balance,
-            layout=self.layout,
+            law=self.law,
             run_id=self.spec.run_id,
             read_bias=self._read_bias,
-            write_bias=self._write_bias,
+            write_state=self._write_state,
             coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
             timeout_s=self.spec.control_timeout_s,
         )
@@ -77,8 +81,8 @@ class RankState:
     def _read_bias(self) -> Tensor:
         return read_bias(self.routers)
 
-    def _write_bias(self, bias_N: Tensor) -> None:
-        write_bias(self.routers, bias_N)
+    def _write_state(self, state: LawState) -> None:
+        write_state(self.routers, state)
 
 
 def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
@@ -87,6 +91,8 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     meter = Meter()
     model = _build_model(spec, groups, meter)
     routers = routers_of(model)
+    law = make_law(spec.balance, layout_of(routers))
+    attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
     return RankState(
         spec=spec,
         groups=groups,
@@ -96,7 +102,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         model=model,
         optimizer=build_optimizer(model, spec.optim),
         routers=routers,
-        layout=layout_of(routers),
+        law=law,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dispatch.balance import read_load, reset_load, routers_of
+from dispatch.balance import read_counts, reset_counts, routers_of
 from dispatch.meter import Meter, Reading
 from workers.control import ControlLoop, StepControl
 from workers.gradients import clip_gradients, global_grad_norm, reduce_gradients
@@ -91,7 +91,7 @@ class Trainer:
             # Divided by the tokens of all ranks and micro-batches: gradients are then summed and never rescaled.
             (nll_sum / self.num_step_tokens).backward()
         grad_norm, finite = self._update(lr)
-        reset_load(self.routers)
+        reset_counts(self.routers)
         # On a skipped step the bias stays too, or it would move without the weights that caused the load.
         control = self.control.finish_step(apply=finite)
         self._watch_divergence(step, finite, grad_norm)
@@ -121,7 +121,7 @@ class Trainer:
         forward = self.meter.take()
         self.control.begin_step(
             step,
-            read_load(self.routers),
+            read_counts(self.routers),
             sums=torch.tensor([forward.routed, forward.sent, forward.received, forward.returned]),
             floats=loss_sum.reshape(1).cpu(),
             maxima=torch.tensor(forward.busiest_rows, dtype=torch.int64),

@@ -3,9 +3,10 @@
 rank 0 → coordinator: LoadReport. Back: BiasUpdate, NeedState or Refusal. rank 0 → all ranks: BiasUpdate or Refusal.
 Every vector carries a crc32, so that a damaged message is refused and not applied.
 
-Shapes: N = experts of all MoE layers (see dispatch.layout).
+Shapes: N = experts of all MoE layers (see dispatch.layout), M = all counts of the law, the load first.
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispatch.laws import BalanceConfig, LawState
+from dispatch.laws import BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
 
-PROTOCOL_VERSION = 1
-# 16 times the routed experts of the largest published model; only this number bounds what a stranger can make us hold.
+PROTOCOL_VERSION = 2
+# 16 times the routed experts of the largest published model.
 MAX_EXPERTS_TOTAL = 1 << 20
+# Only this bounds what a stranger can make us hold: the histograms of a model of 61 x 256 experts take 119 MiB.
+MAX_MESSAGE_BYTES = 1 << 28
 _MAX_REASON_CHARS = 600
 
 
@@ -58,7 +61,7 @@ class Seed:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadReport:
-    """The global load of one step, and the state that its update must start from.
+    """The global counts of one step, and the state that its update must start from.
 
     base_version, base_checksum, law_checksum name that state and the law without sending them; `seed` sends them.
     """
@@ -68,7 +71,7 @@ class LoadReport:
     base_version: int
     base_checksum: int
     law_checksum: int
-    load_N: Tensor
+    counts_M: Tensor
     seed: Seed | None = None
 
 
@@ -103,9 +106,9 @@ def law_checksum(config: BalanceConfig, layout: LoadLayout) -> int:
     return zlib.crc32(msgpack.packb([asdict(config), asdict(layout)]))
 
 
-def max_message_bytes(num_counts: int) -> int:
-    """Bounds any message about `num_counts` experts: 64 B each for load, bias and extras, 1 MiB for the names."""
-    return (1 << 20) + 64 * num_counts
+def max_message_bytes(law: Law) -> int:
+    """Bounds any message about a law: 8 B a count, 64 B an expert for bias and extras, 1 MiB for the names."""
+    return (1 << 20) + 8 * law.num_counts + 64 * law.layout.total
 
 
 def same_form(state: LawState, template: LawState) -> bool:
@@ -123,16 +126,14 @@ def encode(message: Message) -> bytes:
     return bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)}))
 
 
-def decode(raw: bytes, num_counts: int = MAX_EXPERTS_TOTAL) -> Message:
-    """Read a message and check all of it. `num_counts` bounds its size.
+def decode(raw: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Read a message of at most `max_bytes` and check all of it.
 
     Raises:
         WireError: it is not exactly what `encode` writes, or a number in it is negative, too large or not finite.
     """
-    if len(raw) > max_message_bytes(num_counts):
-        raise WireError(
-            f"message of {len(raw)} bytes; at most {max_message_bytes(num_counts)} for {num_counts} experts"
-        )
+    if len(raw) > max_bytes:
+        raise WireError(f"message of {len(raw)} bytes; at most {max_bytes} for the layers of this law")
     try:
         fields = msgpack.unpackb(raw, strict_map_key=True, max_ext_len=0)
     except (ValueError, msgpack.UnpackException) as error:
@@ -150,32 +151,36 @@ def decode(raw: bytes, num_counts: int = MAX_EXPERTS_TOTAL) -> Message:
 
 
 def _write_report(report: LoadReport) -> dict[str, Any]:
-    load = report.load_N.numpy().astype("<i8").tobytes()
+    counts = report.counts_M.numpy().astype("<i8").tobytes()
     seed = report.seed and {
         "config": asdict(report.seed.config),
         "layout": asdict(report.seed.layout),
         "state": report.seed.state.to_wire(),
     }
     named = ("run_id", "step", "base_version", "base_checksum", "law_checksum")
-    return {name: getattr(report, name) for name in named} | {"load": load, "crc": zlib.crc32(load), "seed": seed}
+    return {name: getattr(report, name) for name in named} | {"counts": counts, "crc": zlib.crc32(counts), "seed": seed}
 
 
 def _read_report(fields: dict[str, Any]) -> LoadReport:
     kinds = dict.fromkeys(("step", "base_version", "base_checksum", "law_checksum", "crc"), int)
-    _check(fields, run_id=str, load=bytes, seed=(dict, type(None)), **kinds)
-    load, crc = fields.pop("load"), fields.pop("crc")
-    if len(load) % 8 or zlib.crc32(load) != crc:
-        raise WireError("the load does not match its checksum")
-    load_N = torch.from_numpy(np.frombuffer(load, dtype="<i8").astype(np.int64))
-    if bool((load_N < 0).any()):
-        raise WireError(f"a load is negative: {int(load_N.min())}")
-    return LoadReport(load_N=load_N, seed=_read_seed(fields.pop("seed")), **fields)
+    _check(fields, run_id=str, counts=bytes, seed=(dict, type(None)), **kinds)
+    counts, crc = fields.pop("counts"), fields.pop("crc")
+    if len(counts) % 8 or zlib.crc32(counts) != crc:
+        raise WireError("the counts do not match their checksum")
+    counts_M = torch.from_numpy(np.frombuffer(counts, dtype="<i8").astype(np.int64))
+    if bool((counts_M < 0).any()):
+        raise WireError(f"a count is negative: {int(counts_M.min())}")
+    return LoadReport(counts_M=counts_M, seed=_read_seed(fields.pop("seed")), **fields)
 
 
 def _read_seed(fields: dict[str, Any] | None) -> Seed | None:
     if fields is None:
         return None
     _check(fields, config=dict, layout=dict, state=dict)
+    module = fields["config"].get("module")
+    if module is not None and module not in sys.modules:
+        # Whoever started this process names the modules that it imports, not a message.
+        raise WireError(f"the law's module {module!r} is not loaded here")
     return Seed(
         config=BalanceConfig(**fields["config"]),
         layout=_read_layout(fields["layout"]),

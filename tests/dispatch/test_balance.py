@@ -7,8 +7,8 @@ from dispatch.balance import (
     bias_checksum,
     layout_of,
     read_bias,
-    read_load,
-    reset_load,
+    read_counts,
+    reset_counts,
     routers_of,
     write_bias,
 )
@@ -34,7 +34,7 @@ def test_layers_of_different_sizes_share_one_vector():  # B9
     layout = layout_of(routers_of(model))
     assert (layout.names, layout.num_experts, layout.total) == (("0.router", "1.router"), (4, 6), 10)
     _train(model, torch.randn(5, 8))
-    load = read_load(routers_of(model))
+    load = read_counts(routers_of(model))
     assert load.dtype == torch.int64
     assert [load[where].sum().item() for where in layout.slices] == [10, 10]
 
@@ -42,14 +42,14 @@ def test_layers_of_different_sizes_share_one_vector():  # B9
 def test_reading_and_reducing_leaves_the_counters_alone():  # B7
     model = _model()
     _train(model, torch.randn(5, 8))
-    load = read_load(routers_of(model))
+    load = read_counts(routers_of(model))
     load += 1_000
-    assert read_load(routers_of(model)).sum() == 20
+    assert read_counts(routers_of(model)).sum() == 20
 
 
 def test_a_model_without_moe_layers_has_an_empty_load():
     routers = routers_of(nn.Linear(2, 2))
-    assert read_load(routers).shape == read_bias(routers).shape == (0,)
+    assert read_counts(routers).shape == read_bias(routers).shape == (0,)
     write_bias(routers, torch.zeros(0))
 
 
@@ -97,7 +97,7 @@ def test_a_frozen_router_keeps_its_bias_and_others_move():  # B10, B35
         balancer.step()
     moved = [layer.router.expert_bias_E.abs().max().item() > 0 for layer in model]
     assert moved == [True, False, True]
-    assert read_load(balancer.routers).sum() == 0  # also the frozen layer's counter was reset
+    assert read_counts(balancer.routers).sum() == 0  # also the frozen layer's counter was reset
 
 
 def test_steps_without_balancing_do_not_pile_up():  # B11
@@ -119,7 +119,7 @@ def test_an_overloaded_expert_loses_load_on_the_next_step():  # B20
     first = balancer.step()
     _train(model, x)
     hot = int(first.argmax())
-    assert read_load(balancer.routers)[hot] < first[hot]
+    assert read_counts(balancer.routers)[hot] < first[hot]
     ids_train, _ = model[0].router(x)
     model.eval()
     assert torch.equal(model[0].router(x)[0], ids_train)  # training and inference choose alike
@@ -151,9 +151,9 @@ def _step_on_ranks(rank, world_size):
     local = []
     for _ in range(3):
         _train(model, torch.randn(4 + 3 * rank, 8))  # ranks differ in data and size
-        local.append(read_load(balancer.routers))
+        local.append(read_counts(balancer.routers))
         load = balancer.step()
-    reset_load(balancer.routers)
+    reset_counts(balancer.routers)
     return torch.stack(local), load, read_bias(balancer.routers), bias_checksum(read_bias(balancer.routers))
 
 

@@ -184,7 +184,9 @@ CHOSEN: dict[str, Any] = {
     "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
-    "balance.law": "none", "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
+    "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
+    "balance.zero_last": 0.5,
+    "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
 }  # fmt: skip
 

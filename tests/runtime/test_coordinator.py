@@ -38,7 +38,7 @@ def _report(step: int, base: VersionedState, load_N: torch.Tensor, *, seed: bool
         base_version=base.version,
         base_checksum=base.checksum,
         law_checksum=law_checksum(config, LAYOUT),
-        load_N=load_N,
+        counts_M=load_N,
         seed=Seed(config=config, layout=LAYOUT, state=base.state) if seed else None,
     )
 
@@ -152,7 +152,7 @@ def test_bad_input_is_refused_with_its_reason_and_changes_nothing() -> None:
                 base_version=9,
                 base_checksum=1,
                 law_checksum=2,
-                load_N=LOADS[1],
+                counts_M=LOADS[1],
                 seed=Seed(config=CONFIG, layout=LAYOUT, state=base.state),
             )
         ): "does not match the checksums",

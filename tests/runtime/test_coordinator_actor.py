@@ -29,7 +29,7 @@ def test_a_killed_coordinator_comes_back_and_the_bias_does_not_change_by_a_bit(r
     try:
         pid = ray.get(actor.status.remote(), timeout=60)["pid"]
         client = pickle.loads(pickle.dumps(CoordinatorClient(actor, timeout_s=5.0)))  # as it travels into a worker
-        leader = Leader(run_id="run", config=CONFIG, layout=LAYOUT, coordinator=client)
+        leader = Leader(run_id="run", law=make_law(CONFIG, LAYOUT), coordinator=client)
         law = make_law(CONFIG, LAYOUT)
         base, expected = VersionedState(0, law.initial_state()), law.initial_state()
         events, step = [], 0

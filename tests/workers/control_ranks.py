@@ -23,12 +23,13 @@ class LiveBias:
         self.bias_N = torch.zeros(layout.total)
 
     def loop(self, coordinator: Callable[[bytes], bytes] | None = None, **settings: Any) -> ControlLoop:
-        defaults = {"config": CONFIG, "layout": LAYOUT, "run_id": "run", "timeout_s": 20.0}
+        law = make_law(settings.pop("config", CONFIG), settings.pop("layout", LAYOUT))
+        defaults = {"law": law, "run_id": "run", "timeout_s": 20.0}
         assert dist.group.WORLD is not None
         return ControlLoop(
             group=dist.group.WORLD,
             read_bias=self.bias_N.clone,
-            write_bias=self.bias_N.copy_,
+            write_state=lambda state: self.bias_N.copy_(state.bias_N),
             coordinator=coordinator,
             **{**defaults, **settings},
         )

@@ -158,13 +158,13 @@ def _misuse(rank: int, world_size: int) -> None:
     loop = model.loop()
     with pytest.raises(RuntimeError, match="without begin_step"):
         loop.finish_step(apply=True)
-    for name, at in (("load_N", 0), ("sums", 1), ("floats", 2), ("maxima", 3)):
+    for name, at in (("counts_M", 0), ("sums", 1), ("floats", 2), ("maxima", 3)):
         vectors = [NO_LOAD, NO_SUMS, NO_FLOATS, NO_SUMS]
         for wrong in (vectors[at].float(), vectors[at].new_zeros(()), vectors[at].new_zeros(2, 2)):
             vectors[at] = wrong
             with pytest.raises(ValueError, match=name):
                 loop.begin_step(0, *vectors)
-    with pytest.raises(ValueError, match="load_N"):
+    with pytest.raises(ValueError, match="counts_M"):
         loop.begin_step(0, NO_LOAD[1:], NO_SUMS, NO_FLOATS, NO_SUMS)
     loop.begin_step(0, NO_LOAD, NO_SUMS, NO_FLOATS, NO_SUMS)
     with pytest.raises(RuntimeError, match="before finish_step"):

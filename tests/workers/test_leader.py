@@ -21,7 +21,7 @@ def _load(step: int) -> torch.Tensor:
 
 
 def _leader(coordinator: Callable[[bytes], bytes] | None) -> Leader:
-    return Leader(run_id="run", config=CONFIG, layout=LAYOUT, coordinator=coordinator)
+    return Leader(run_id="run", law=make_law(CONFIG, LAYOUT), coordinator=coordinator)
 
 
 def _train(coordinator: Callable[[bytes], bytes] | None, skipped: tuple[int, ...] = ()) -> tuple[int, list[Event]]:
@@ -134,7 +134,7 @@ def test_a_bad_answer_counts_as_lost_and_the_law_is_applied_here(answer: bytes, 
 
 def test_the_own_mistake_of_the_law_is_not_blamed_on_the_coordinator() -> None:
     base = VersionedState(0, make_law(CONFIG, LAYOUT).initial_state())
-    with pytest.raises(ValueError, match="load must be int64"):
+    with pytest.raises(ValueError, match="counts must be int64"):
         _leader(None).next_update(0, base, torch.zeros(3, dtype=torch.int64))
 
 
@@ -142,7 +142,7 @@ def test_sums_that_a_bf16_counter_gets_wrong_move_the_bias_the_right_way() -> No
     # Megatron-LM #7081: 64 ranks with 608 to 676 tokens each, 40,840 in all, just under the mean of 40,960. bf16 sums
     # were 41,216 or 40,704.
     layout, config = LoadLayout(("a",), (2,), (True,)), BalanceConfig(rate=0.001)
-    leader = Leader(run_id="r", config=config, layout=layout, coordinator=CoordinatorPolicy().handle)
+    leader = Leader(run_id="r", law=make_law(config, layout), coordinator=CoordinatorPolicy().handle)
     base = VersionedState(0, make_law(config, layout).initial_state())
     update, _ = leader.next_update(0, base, torch.tensor([40_840, 81_920 - 40_840]))
     assert update.state.bias_N.tolist() == pytest.approx([0.001, -0.001])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.balance import read_load, routers_of
+from dispatch.balance import read_counts, routers_of
 from dispatch.dispatcher import Dispatcher, LocalDispatcher
 from dispatch.experts import expert_parameters
 from dispatch.layer import MoEConfig
@@ -156,14 +156,14 @@ def test_trailing_padding_is_not_counted_and_changes_no_real_token() -> None:  #
     model = build().double()
     ids = tokens(2, 6)
     expected = model(ids)
-    load = read_load(routers_of(model))
+    load = read_counts(routers_of(model))
     for router in routers_of(model).values():
         router.tokens_per_expert_E.zero_()
     padded = F.pad(ids, (0, 3))
     mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (0, 3))
     actual = model(padded, token_mask=mask)[:, :6]
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-    assert torch.equal(read_load(routers_of(model)), load)
+    assert torch.equal(read_counts(routers_of(model)), load)
     assert load.sum() == 2 * (2 * 6) * 2  # MoE layers x tokens x top_k
 
 
@@ -302,7 +302,7 @@ def test_recompute_changes_neither_outputs_nor_gradients_nor_names_nor_counts() 
         logits = model(tokens())
         token_nll_sum(logits, tokens(seed=1)).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        results.append((logits, gradients, read_load(routers_of(model)), list(model.state_dict())))
+        results.append((logits, gradients, read_counts(routers_of(model)), list(model.state_dict())))
     (logits, gradients, load, names), (logits_2, gradients_2, load_2, names_2) = results
     assert torch.equal(logits, logits_2)
     assert gradients.keys() == gradients_2.keys()

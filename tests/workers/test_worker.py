@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dispatch.laws import BalanceConfig
+from dispatch.laws import BalanceConfig, make_law
 from dispatch.schedule import ScheduleConfig
 from runtime.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
@@ -240,7 +240,8 @@ def replace_layout(worker):
     """The worker with the layout read again, as when the routers are frozen before it is built."""
     from dispatch.balance import layout_of
 
-    worker._state = replace(worker._state, layout=layout_of(worker._state.routers))
+    state = worker._state
+    worker._state = replace(state, law=make_law(state.law.config, layout_of(state.routers)))
     return worker
 
 
