@@ -1,0 +1,1 @@
+"""Experiments with balancing: laws on recorded or simulated scores, and methods compared in training."""
