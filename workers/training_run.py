@@ -113,7 +113,8 @@ class TrainingRun:
         if self._log is not None:
             line = train_line(result, self._state.layout, self._state.spec.model.moe.top_k)
             self._log.train(line)
-            self._log.load(result.step, result.control.load_N, result.control.bias_N)
+            control = result.control
+            self._log.load(result.step, control.load_N, control.bias_N, control.statistic)
             self._publish(line)
 
     def _evaluate(self, step: int) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class Worker:
             done = run.load(resume_from) if resume_from else 0
             with self._open_log(done if resume_from else None) as log:
                 if log is not None:
-                    log.event("resumed" if resume_from else "started", step=done, **(start or {}))
+                    # With the law as it is now: resuming may change its rate, and a replay needs to know.
+                    law = asdict(self._spec.balance)
+                    log.event("resumed" if resume_from else "started", step=done, balance=law, **(start or {}))
                 return run.run(done, log)
 
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
@@ -108,7 +111,13 @@ class Worker:
             return nullcontext()
         if resume_step is not None:
             checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
-        return RunLog.create(self._spec.run_dir, self._state.layout, resume_step, on_warning=self._warn)
+        return RunLog.create(
+            self._spec.run_dir,
+            self._state.layout,
+            resume_step,
+            on_warning=self._warn,
+            has_statistic=self._state.law.statistic is not None,
+        )
 
     def _warn(self, text: str) -> None:
         self._lines.append({"event": "warning", "text": text})
