@@ -142,11 +142,11 @@ def test_counts_of_uneven_micro_batches_are_divided_by_the_tokens_that_were_coun
 def test_a_new_step_starts_from_zero_counts():  # B12
     router = _gate(2, 1)
     aux = AuxLosses(router, AuxLossConfig(loss="global_batch", alpha=1.0))
-    for _ in range(2):
+    for probs_TE, mask_T, expected in ((MANY, MANY_MASK, 4 / 3 * 1.8 + 2 / 3 * 1.2), (FEW, FEW_MASK, 1.6)):
         aux.begin_step()
-        router(FEW.double().log(), FEW_MASK)
-        assert float(aux.take().detach()) == pytest.approx(1.6)
-        assert aux.sums.tolist() == pytest.approx([1.6, 0.0])
+        router(probs_TE.double().log(), mask_T)
+        assert float(aux.take().detach()) == pytest.approx(expected)
+        assert aux.sums.tolist() == pytest.approx([expected, 0.0])
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
