@@ -29,8 +29,8 @@ class RouterSimulation:
     """
 
     seed: int
-    num_steps: int = 500
-    shift_step: int | None = 350
+    num_steps: int = 400
+    shift_step: int | None = 250
     num_experts: int = 64
     choice: Choice = Choice(top_k=6)  # noqa: RUF009 - frozen
     num_sequences: int = 128
