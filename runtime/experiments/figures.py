@@ -17,8 +17,8 @@ STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 class Figures:
     """Of one law on one trace.
 
-    balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if never;
-    recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady steps, the
+    balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if
+    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady steps, the
     last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best scores that the
     chosen ones lack. Means over layers.
     """
