@@ -135,7 +135,8 @@ def open_data(config: TrainConfig, console: Console) -> Dataset:
             config.data,
             lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB"),
         )
-    Sampler(dataset, config.model.max_seq_len, config.run.global_batch_size, config.run.seed)
+    run = config.run
+    Sampler(dataset, config.model.max_seq_len, run.global_batch_size, run.seed, config.data.mix_schedule)
     return dataset
 
 

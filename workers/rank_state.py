@@ -1,7 +1,7 @@
 """What one rank builds once it knows its place: data, model, optimizer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
 from workers.init import init_weights
+from workers.mix import MixSchedule
 from workers.model import Decoder, ModelConfig
 from workers.optimizer import OptimConfig, build_optimizer
 from workers.parallel import ParallelConfig, RankGroups
@@ -29,8 +30,9 @@ class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
-    control_timeout_s: bounds the control of one step. call_coordinator: takes a wire message to the coordinator and
-    returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
+    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. call_coordinator: takes a
+    wire message to the coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply
+    the law.
     """
 
     run_dir: Path
@@ -42,6 +44,7 @@ class WorkerSpec:
     balance: BalanceConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    mix: MixSchedule = field(default_factory=MixSchedule)
     device: str = "auto"
     control_timeout_s: float = 60.0
     call_coordinator: Callable[[bytes], bytes] | None = None
@@ -97,7 +100,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         spec=spec,
         groups=groups,
         dataset=dataset,
-        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed),
+        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix),
         meter=meter,
         model=model,
         optimizer=build_optimizer(model, spec.optim),
