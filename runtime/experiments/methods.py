@@ -61,20 +61,24 @@ def parse_methods(specs: Iterable[str]) -> tuple[Method, ...]:
     return tuple(methods.values())
 
 
-def with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """A configuration with other values, by dotted name. Each section is built once: its rules see all of them."""
+def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A configuration with other values, by dotted name. Each section is built once: its rules see all of them.
+
+    Raises:
+        ValueError: there is no such setting, or a rule is broken.
+    """
     known = {entry.name for entry in fields(config)}
     sections: dict[str, dict[str, Any]] = {}
     changes: dict[str, Any] = {}
     for key, value in values.items():
         name, dot, rest = key.partition(".")
         if name not in known:
-            raise ValueError(f"there is no setting {key}")
+            raise ValueError(f"there is no setting {prefix}{key}")
         if dot:
             sections.setdefault(name, {})[rest] = value
         else:
             changes[name] = value
-    changes |= {name: with_values(getattr(config, name), inner) for name, inner in sections.items()}
+    changes |= {name: with_values(getattr(config, name), inner, f"{prefix}{name}.") for name, inner in sections.items()}
     return replace(config, **changes)
 
 

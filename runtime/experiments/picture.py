@@ -67,7 +67,7 @@ def _band(method: MethodOutcome) -> tuple[NDArray[np.float64], ...]:
 
 
 def _draw_points(figure: FigureBase, outcome: Outcome, measure: str, title: str, *, named: bool) -> None:
-    """A point a seed and a mark at their mean, a line a method, the first on top."""
+    """A point a seed and a mark at their mean, which is written at the right; a line a method, the first on top."""
     axes = new_axes(figure, "", "")
     for number, method in enumerate(outcome.methods):
         color, _ = _look(number)
@@ -75,20 +75,14 @@ def _draw_points(figure: FigureBase, outcome: Outcome, measure: str, title: str,
         values = [value for value in spread.values if value is not None]
         axes.plot(values, [-number] * len(values), "o", color=color, ms=4, alpha=0.6, lw=0)
         axes.plot([np.mean(values)], [-number], "|", color=color, ms=13, mew=2)
-        axes.annotate(
-            f"{np.mean(values):.3f}",
-            (max(values), -number),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-        )
+        label = f"{np.mean(values):.3f}"
+        axes.annotate(label, (1.01, -number), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     specs = [method.spec for method in outcome.methods] if named else [""] * len(outcome.methods)
     axes.set_yticks([-number for number in range(len(outcome.methods))], specs)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-len(outcome.methods) + 0.4, 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.margins(x=0.16)
+    axes.margins(x=0.06)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=THEME["grid"], lw=0.8)
     set_title(axes, title)
