@@ -40,11 +40,11 @@ class WorkerSpec:
     data_dir: Path
     tokenizer: str | None
     run: RunConfig
+    mix: MixSchedule = field(default_factory=MixSchedule)
     model: ModelConfig
     balance: BalanceConfig
     optim: OptimConfig
     parallel: ParallelConfig
-    mix: MixSchedule = field(default_factory=MixSchedule)
     device: str = "auto"
     control_timeout_s: float = 60.0
     call_coordinator: Callable[[bytes], bytes] | None = None
