@@ -30,6 +30,9 @@ FIXED_SETTINGS = (
     "data.suffixes",
     "data.tokenizer",
     "data.val_fraction",
+    "data.mix",
+    "data.mix_after",
+    "data.shift_at",
     "balance.law",
 )
 # Inside a fixed section, yet without influence on any result.

@@ -45,6 +45,7 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         data_dir=dataset.path,
         tokenizer=config.data.tokenizer and str(Path(config.data.tokenizer).expanduser().absolute()),
         run=config.run,
+        mix=config.data.mix_schedule,
         model=config.model,
         balance=balance_of(config),
         optim=config.optim,

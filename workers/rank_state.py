@@ -17,6 +17,7 @@ from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
 from workers.init import init_weights
+from workers.mix import MixSchedule
 from workers.model import Decoder, ModelConfig
 from workers.optimizer import OptimConfig, build_optimizer
 from workers.parallel import ParallelConfig, RankGroups
@@ -30,8 +31,9 @@ class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
-    control_timeout_s: bounds the control of one step. call_coordinator: takes a wire message to the coordinator and
-    returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
+    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. call_coordinator: takes a
+    wire message to the coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply
+    the law.
     """
 
     run_dir: Path
@@ -39,6 +41,7 @@ class WorkerSpec:
     data_dir: Path
     tokenizer: str | None
     run: RunConfig
+    mix: MixSchedule = field(default_factory=MixSchedule)
     model: ModelConfig
     balance: BalanceConfig
     optim: OptimConfig
@@ -99,7 +102,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         spec=spec,
         groups=groups,
         dataset=dataset,
-        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed),
+        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix),
         meter=meter,
         model=model,
         optimizer=build_optimizer(model, spec.optim),

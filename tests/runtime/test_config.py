@@ -16,7 +16,7 @@ from runtime.config_file import config_from_yaml, config_to_yaml, load_config, p
 from runtime.job import _config_for
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
 
-PRESETS = ("tiny", "small", "paper-1b")
+PRESETS = ("tiny", "small", "compare", "paper-1b")
 
 
 def with_settings(**overrides: Any) -> TrainConfig:
@@ -37,7 +37,7 @@ def with_settings(**overrides: Any) -> TrainConfig:
 # Presets
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("name", ["tiny", "small", "compare"])
 def test_preset_passes_all_checks(name: str) -> None:
     cross_check(load_config(name))
 
@@ -142,7 +142,7 @@ def test_unreadable_file_is_refused(tmp_path: Any) -> None:
         load_config(str(binary))
     with pytest.raises(ValueError, match="--config tinny: there is no such file or preset; did you mean tiny"):
         load_config("tinny")
-    with pytest.raises(ValueError, match="give a YAML file or a preset: paper-1b, small, tiny"):
+    with pytest.raises(ValueError, match="give a YAML file or a preset: compare, paper-1b, small, tiny"):
         load_config(str(tmp_path))
 
 
@@ -188,6 +188,7 @@ CHOSEN: dict[str, Any] = {
     "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
+    "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
 }  # fmt: skip
 
 
@@ -332,7 +333,15 @@ def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any
 
 
 @pytest.mark.parametrize(
-    "changed", [{"run__seed": 1}, {"data__path": ("x",)}, {"balance__law": "none"}, {"model__moe__top_k": 2}]
+    "changed",
+    [
+        {"run__seed": 1},
+        {"data__path": ("x",)},
+        {"balance__law": "none"},
+        {"model__moe__top_k": 2},
+        {"data__mix": (1, 2)},
+        {"data__mix": (1, 2), "data__mix_after": (2, 1), "data__shift_at": 5},
+    ],  # fmt: skip
 )
 def test_resume_refuses_what_the_checkpoint_depends_on(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a resumed run must keep"):
