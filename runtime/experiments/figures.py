@@ -18,9 +18,9 @@ class Figures:
     """Of one law on one trace.
 
     balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if
-    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady steps, the
-    last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best scores that the
-    chosen ones lack. Means over layers.
+    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
+    steps, the last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best
+    scores that the chosen ones lack. Means over layers.
     """
 
     balanced_after: int | None
