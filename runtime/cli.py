@@ -120,6 +120,16 @@ def _bench(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    """Train under several ways of balancing from the same seeds, and compare them."""
+    from runtime.experiments.options import parse_options
+
+    options = parse_options(arguments)
+    from runtime.experiments.compare import compare
+
+    return compare(options)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _evaluate,
@@ -127,6 +137,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "replay": _replay,
     "bench": _bench,
+    "compare": _compare,
 }
 
 

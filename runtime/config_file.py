@@ -63,6 +63,15 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
     return TrainRequest(config, run_dir, step)
 
 
+def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """Settings with options of a command line over them; rules between sections are not checked yet.
+
+    Raises:
+        ValueError: wrong usage or configuration, with the way out.
+    """
+    return _parse_options([_lengthen(argument) for argument in arguments], config)
+
+
 def load_config(name: str) -> TrainConfig:
     """A preset by name or a YAML file by path. What it leaves out has the value of the preset `small`.
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
             launched = stack.enter_context(open_gang(config.cluster, make_spec(config, run_dir, dataset)))
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config_to_yaml(_as_recorded(config)))
+        (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
     report = write_report(run_dir)
     console.print(terminal_summary(run_dir))
@@ -135,7 +135,8 @@ def open_data(config: TrainConfig, console: Console) -> Dataset:
             config.data,
             lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB"),
         )
-    Sampler(dataset, config.model.max_seq_len, config.run.global_batch_size, config.run.seed)
+    run = config.run
+    Sampler(dataset, config.model.max_seq_len, run.global_batch_size, run.seed, config.data.mix_schedule)
     return dataset
 
 
@@ -196,7 +197,7 @@ def _show(view: LiveView, line: dict[str, Any]) -> None:
         view.update(line)
 
 
-def _as_recorded(config: TrainConfig) -> TrainConfig:
+def as_recorded(config: TrainConfig) -> TrainConfig:
     """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
     data = config.data
     paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)

@@ -1,13 +1,21 @@
-"""Loss on held-out text, summed over all ranks."""
+"""Loss and load on held-out text, summed over all ranks.
+
+Shapes: B sequences, T tokens of a batch, K top-k, N experts of all MoE layers.
+"""
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispatch.balance import routers_of
+from dispatch.router import Router
+from dispatch.selection import count_by_expert
 from workers.model import Decoder, token_nll
 from workers.parallel import RankGroups
 from workers.sampler import Sampler
@@ -16,12 +24,16 @@ from workers.shards import Dataset
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss in nats per token and in bits per byte of text, overall and by source; equal on all ranks."""
+    """Held-out loss in nats per token and in bits per byte of text, overall and by source; equal on all ranks.
+
+    load_N: int64 on the CPU, held-out tokens by the expert that the bias of now chose for them.
+    """
 
     val_loss: float
     val_bits_per_byte: float
     val_bits_per_byte_per_source: dict[str, float]
     num_tokens: int
+    load_N: Tensor
     eval_s: float
 
 
@@ -39,25 +51,60 @@ def evaluate(
     """Measure the model on the same sequences at any world size.
 
     Collective: every rank makes the same number of forwards, padded where its share is shorter, and one reduction.
-    Leaves the model in training mode; evaluation never counts as load.
+    Leaves the model in training mode; evaluation never counts as training load, whatever it counts for itself.
     """
     began = time.perf_counter()
     model.eval()
     num_sources = len(dataset.source_names)
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
-    for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
-        with autocast:
-            logits = model(batch.input_ids.to(groups.device))
-        nats_B = token_nll(logits, batch.targets.to(groups.device)).sum(1, dtype=torch.float64).cpu()
-        tokens_B = batch.is_real_B * float(batch.targets.shape[1])
-        # where, not a product: a NaN of a padding row must not reach the sum.
-        totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
-        totals[1].index_add_(0, batch.source_B, tokens_B.double())
+    with _HeldOutLoad(routers_of(model)) as load:
+        for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
+            load.is_real_B = batch.is_real_B.to(groups.device)
+            with autocast:
+                logits = model(batch.input_ids.to(groups.device))
+            nats_B = token_nll(logits, batch.targets.to(groups.device)).sum(1, dtype=torch.float64).cpu()
+            tokens_B = batch.is_real_B * float(batch.targets.shape[1])
+            # where, not a product: a NaN of a padding row must not reach the sum.
+            totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
+            totals[1].index_add_(0, batch.source_B, tokens_B.double())
     model.train()
-    totals = _sum_over_ranks(totals, groups)
+    totals, load_N = _sum_over_ranks(totals, groups), _sum_over_ranks(load.vector(), groups)
     nats, tokens = totals[0].tolist(), [int(count) for count in totals[1].tolist()]
     bits, bits_by_source = dataset.bits_per_byte(nats, tokens)
-    return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), load_N, seconds)
+
+
+class _HeldOutLoad:
+    """While it is entered, sums what the routers choose. Their own counters, which training reads, stay as they are."""
+
+    def __init__(self, routers: Mapping[str, Router]) -> None:
+        self._routers = routers
+        self._loads = {name: torch.zeros_like(router.tokens_per_expert_E) for name, router in routers.items()}
+        self._stack = ExitStack()
+        self.is_real_B = torch.zeros(0, dtype=torch.bool)  # of the batch under way: padding is not counted
+
+    def __enter__(self) -> Self:
+        for name, router in self._routers.items():
+            handle = router.register_forward_hook(self._counter(name))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def vector(self) -> Tensor:
+        """int64 (N,) on the CPU, in module order."""
+        return torch.cat(list(self._loads.values())).cpu() if self._loads else torch.zeros(0, dtype=torch.int64)
+
+    def _counter(self, name: str) -> Any:
+        def count(router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
+            topk_ids_TK = choice[0]
+            num_tokens = topk_ids_TK.shape[0] // max(1, len(self.is_real_B))  # of a sequence: T is B times that
+            mask_TK = self.is_real_B.repeat_interleave(num_tokens).unsqueeze(1).expand_as(topk_ids_TK)
+            self._loads[name] += count_by_expert(topk_ids_TK, router.num_experts, mask_TK)
+
+        return count
 
 
 def _sum_over_ranks(totals: Tensor, groups: RankGroups) -> Tensor:

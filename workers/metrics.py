@@ -22,6 +22,8 @@ def train_line(result: StepResult, layout: LoadLayout, top_k: int) -> dict[str, 
         "step": result.step,
         "time": time.time(),
         "loss": result.loss,
+        "aux_loss": result.aux_loss,
+        "z_loss": result.z_loss,
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "skipped": result.skipped,
@@ -47,6 +49,7 @@ def train_line(result: StepResult, layout: LoadLayout, top_k: int) -> dict[str, 
 def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layout: LoadLayout) -> dict[str, Any]:
     """The line of an evaluation after `step`. MaxVio_global is that of all training tokens since the last one."""
     per_layer = max_vio_per_layer(load_since_eval_N, layout)
+    held_out = max_vio_per_layer(evaluation.load_N, layout)
     return {
         "kind": "eval",
         "step": step,
@@ -57,6 +60,8 @@ def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layo
         # Nothing was trained before the first one, so there is no load to judge.
         "max_vio_global": _mean(per_layer) if load_since_eval_N.any() else None,
         "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
+        "max_vio_held_out": _mean(held_out),
+        "max_vio_held_out_per_layer": held_out,
         "eval_s": evaluation.eval_s,
     }
 

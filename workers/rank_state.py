@@ -1,12 +1,13 @@
 """What one rank builds once it knows its place: data, model, optimizer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
 from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
@@ -16,6 +17,7 @@ from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
 from workers.init import init_weights
+from workers.mix import MixSchedule
 from workers.model import Decoder, ModelConfig
 from workers.optimizer import OptimConfig, build_optimizer
 from workers.parallel import ParallelConfig, RankGroups
@@ -29,9 +31,9 @@ class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
-    control_timeout_s: bounds the control of one step. record_scores_every: steps from one record of the router scores
-    to the next, 0 for none. call_coordinator: takes a wire message to the coordinator and returns its answer, within a
-    bound; only rank 0 calls it. None lets rank 0 apply the law.
+    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. record_scores_every: steps
+    from one record of the router scores to the next, 0 for none. call_coordinator: takes a wire message to the
+    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
     """
 
     run_dir: Path
@@ -39,10 +41,12 @@ class WorkerSpec:
     data_dir: Path
     tokenizer: str | None
     run: RunConfig
+    mix: MixSchedule = field(default_factory=MixSchedule)
     model: ModelConfig
     balance: BalanceConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    aux: AuxLossConfig = field(default_factory=AuxLossConfig)
     device: str = "auto"
     control_timeout_s: float = 60.0
     record_scores_every: int = 0
@@ -99,7 +103,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         spec=spec,
         groups=groups,
         dataset=dataset,
-        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed),
+        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix),
         meter=meter,
         model=model,
         optimizer=build_optimizer(model, spec.optim),

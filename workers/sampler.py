@@ -8,9 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from workers.mix import MixCounts, MixSchedule
 from workers.shards import Dataset, TokenArray
 
 IndexArray = npt.NDArray[np.int64]
+
+_ALL_SOURCES = -1  # in the place of a source: the windows of the whole training stream
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,13 @@ class Sampler:
 
     The training stream is cut into windows whose targets do not overlap: each window's last target is the first
     input of the next. An epoch visits every window once, in an order that depends on the seed and the epoch alone.
+    With a mix every source has windows and epochs of its own, and each sequence comes from one source: a step holds as
+    many of each as `workers.mix` says, in an order that depends on the seed and the step.
     """
 
-    def __init__(self, dataset: Dataset, seq_len: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset, seq_len: int, global_batch_size: int, seed: int, mix: MixSchedule | None = None
+    ) -> None:
         if seq_len < 1 or global_batch_size < 1:
             raise ValueError(f"seq_len ({seq_len}) and global_batch_size ({global_batch_size}) must be at least 1")
         if not 0 <= seed < 1 << 63:
@@ -44,7 +51,9 @@ class Sampler:
             _count_windows(stream, seq_len, f"the held-out text of source {name!r}")
             for stream, name in zip(dataset.val, dataset.source_names, strict=True)
         ]
-        self._order = (-1, np.empty(0, dtype=np.int64))  # the epoch that was drawn from last, and its windows
+        self._mix, self._mixed_train = self._open_mix(dataset, mix or MixSchedule())
+        # By source: the epoch that was drawn from last, and its windows. Kept for speed, never needed.
+        self._orders: dict[int, tuple[int, IndexArray]] = {}
 
     def batch(self, step: int, rank: int, world_size: int, micro: int = 0, num_micro: int = 1) -> tuple[Tensor, Tensor]:
         """Draw the sequences of one micro-batch of one rank.
@@ -67,9 +76,14 @@ class Sampler:
             place = f"rank {rank} of {world_size}, micro-batch {micro} of {num_micro}"
             raise ValueError(f"there is no batch for step {step}, {place}; each counts from 0")
         size = self._global_batch_size // num_parts
-        first = step * self._global_batch_size + (rank * num_micro + micro) * size
-        windows = [self._window(sequence) for sequence in range(first, first + size)]
-        return _to_tensors(np.stack([self._read(self._train, window) for window in windows]))
+        first = (rank * num_micro + micro) * size
+        sequences = range(first, first + size)
+        if self._mix is None:
+            numbers = [step * self._global_batch_size + place for place in sequences]
+            tokens = [self._read(self._train, self._window(number, self.num_windows)) for number in numbers]
+        else:
+            tokens = self._read_mixed(self._mix, step, sequences)
+        return _to_tensors(np.stack(tokens))
 
     def val_batches(
         self, rank: int, world_size: int, batch_size: int, max_sequences: int | None = None
@@ -94,12 +108,39 @@ class Sampler:
             is_real_B = torch.arange(start, start + batch_size) < len(mine)
             yield ValBatch(input_ids, targets, torch.tensor([source for source, _ in part]), is_real_B)
 
-    def _window(self, sequence: int) -> int:
-        """The window that the run's `sequence`-th sequence reads."""
-        epoch, position = divmod(sequence, self.num_windows)
-        if self._order[0] != epoch:
-            self._order = (epoch, _permutation(self.num_windows, self._seed, epoch))
-        return int(self._order[1][position])
+    def _open_mix(self, dataset: Dataset, mix: MixSchedule) -> tuple[MixCounts | None, tuple[TokenArray, ...]]:
+        """What decides how many sequences of each source a batch holds, and each source's part of the training text."""
+        mix.check_sources(dataset.source_names)
+        if not mix.before:
+            return None, ()
+        for stream, name in zip(dataset.train_by_source, dataset.source_names, strict=True):
+            _count_windows(stream, self._seq_len, f"the training text of source {name!r}")
+        return MixCounts(mix, self._global_batch_size), dataset.train_by_source
+
+    def _read_mixed(self, mix: MixCounts, step: int, places: range) -> list[IndexArray]:
+        """The sequences at these places of the step's batch."""
+        counts, before = mix.of_step(step), mix.until(step)
+        sources = np.repeat(np.arange(len(counts)), counts)  # (B,), then which of its source's sequences each one is
+        numbers = np.concatenate([start + np.arange(count) for start, count in zip(before, counts, strict=True)])
+        # Shuffled, or a rank and a micro-batch would hold one source alone.
+        order = _permutation(self._global_batch_size, self._seed, step, stream=1)
+        tokens = []
+        for place in order[places.start : places.stop]:
+            source = int(sources[place])
+            stream = self._mixed_train[source]
+            window = self._window(int(numbers[place]), (len(stream) - 1) // self._seq_len, source)
+            tokens.append(self._read(stream, window))
+        return tokens
+
+    def _window(self, number: int, num_windows: int, source: int = _ALL_SOURCES) -> int:
+        """The window that the `number`-th sequence of a source reads."""
+        epoch, position = divmod(number, num_windows)
+        drawn_epoch, order = self._orders.get(source, (None, np.empty(0, dtype=np.int64)))
+        if drawn_epoch != epoch:
+            # Stream 0 orders the whole text and stream 1 the batches; a source's own begin at 2.
+            order = _permutation(num_windows, self._seed, epoch, stream=0 if source == _ALL_SOURCES else 2 + source)
+            self._orders[source] = (epoch, order)
+        return int(order[position])
 
     def _choose_val(self, max_sequences: int | None) -> list[tuple[int, int]]:
         """(source, window) of the held-out sequences to read."""
@@ -117,10 +158,12 @@ class Sampler:
         return stream[start : start + self._seq_len + 1].astype(np.int64)
 
 
-def _permutation(size: int, seed: int, epoch: int) -> IndexArray:
+def _permutation(size: int, seed: int, epoch: int, *, stream: int) -> IndexArray:
+    """An order of `size` things; `stream` keeps apart what would otherwise have the same seed and epoch."""
     # By sorting raw Philox numbers, a stream that numpy promises to keep: what Generator.permutation gives may change
     # with numpy's version, and with it the data of a resumed run.
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
+    key = np.array([seed, epoch + (stream << 48)], dtype=np.uint64)
+    keys = np.random.Philox(key=key).random_raw(size)
     return np.argsort(keys, kind="stable")
 
 

@@ -123,6 +123,12 @@ class Dataset:
         return tuple(source.name for source in self.meta.sources)
 
     @property
+    def train_by_source(self) -> tuple[TokenArray, ...]:
+        """The part of `train` that each source brought, in the order of `source_names`."""
+        bounds = np.cumsum([source.train.num_tokens for source in self.meta.sources])[:-1]
+        return tuple(np.split(self.train, bounds))
+
+    @property
     def tokenizer_name(self) -> str:
         """Name of the tokenizer that made the tokens; compare it with `load_tokenizer(...).name`."""
         return self.meta.tokenizer

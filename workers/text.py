@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workers.mix import MixSchedule
+
 # Beside tests and installed packages: two folders of generated tables, which are not text that anyone wrote.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "site-packages", "idlelib", "encodings", "pydoc_data"})
 PIECE_BYTES = 1 << 24  # a file of any size is read with this much memory
@@ -31,6 +33,12 @@ class DataConfig:
     """A tokenizer file of Hugging Face's `tokenizers` (tokenizer.json); none: every byte is a token."""
     val_fraction: float = 0.05
     """Share of each source's bytes, by whole documents, that is held out for validation."""
+    mix: tuple[float, ...] = ()
+    """Weights of the sources in every training batch, one a source; empty: all windows in proportion to the text."""
+    mix_after: tuple[float, ...] = ()
+    """Weights from the step data.shift_at on: a shift of the mix in the middle of the run."""
+    shift_at: int = 0
+    """First step that data.mix_after draws, counted from 1; 0: the mix stays."""
     cache_dir: str = "~/.cache/trimtab"
     """Where prepared tokens are kept; on a cluster, a folder that every node sees."""
     rebuild: bool = False
@@ -43,6 +51,12 @@ class DataConfig:
             raise ValueError(f"data.path {self.path!r} holds an empty name; give a file or folder, or leave it out")
         if not 0 < self.val_fraction <= 0.5:
             raise ValueError(f"data.val_fraction ({self.val_fraction}) must be above 0 and at most 0.5; 0.05 is usual")
+        _ = self.mix_schedule  # which checks itself
+
+    @property
+    def mix_schedule(self) -> MixSchedule:
+        """The weights of the sources over the run."""
+        return MixSchedule(tuple(self.mix), tuple(self.mix_after), self.shift_at)
 
 
 @dataclass(frozen=True)

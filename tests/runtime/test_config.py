@@ -19,7 +19,7 @@ from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
 from runtime.size import recorded_scores_bytes
 
-PRESETS = ("tiny", "small", "paper-1b")
+PRESETS = ("tiny", "small", "compare", "paper-1b")
 
 
 def with_settings(**overrides: Any) -> TrainConfig:
@@ -40,7 +40,7 @@ def with_settings(**overrides: Any) -> TrainConfig:
 # Presets
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("name", ["tiny", "small", "compare"])
 def test_preset_passes_all_checks(name: str) -> None:
     cross_check(load_config(name))
 
@@ -145,7 +145,7 @@ def test_unreadable_file_is_refused(tmp_path: Any) -> None:
         load_config(str(binary))
     with pytest.raises(ValueError, match="--config tinny: there is no such file or preset; did you mean tiny"):
         load_config("tinny")
-    with pytest.raises(ValueError, match="give a YAML file or a preset: paper-1b, small, tiny"):
+    with pytest.raises(ValueError, match="give a YAML file or a preset: compare, paper-1b, small, tiny"):
         load_config(str(tmp_path))
 
 
@@ -188,9 +188,10 @@ CHOSEN: dict[str, Any] = {
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
     "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
-    "balance.zero_last": 0.5,
+    "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
+    "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
 }  # fmt: skip
 
 
@@ -335,7 +336,15 @@ def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any
 
 
 @pytest.mark.parametrize(
-    "changed", [{"run__seed": 1}, {"data__path": ("x",)}, {"balance__law": "none"}, {"model__moe__top_k": 2}]
+    "changed",
+    [
+        {"run__seed": 1},
+        {"data__path": ("x",)},
+        {"balance__law": "none"},
+        {"model__moe__top_k": 2},
+        {"data__mix": (1, 2)},
+        {"data__mix": (1, 2), "data__mix_after": (2, 1), "data__shift_at": 5},
+    ],
 )
 def test_resume_refuses_what_the_checkpoint_depends_on(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a resumed run must keep"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from workers.mix import MixCounts, MixSchedule
 from workers.sampler import Sampler
 from workers.shards import Dataset, DatasetMeta, SourceMeta, SplitSize
 
@@ -127,3 +128,118 @@ def test_shortened_validation_is_spread_over_sources_and_the_same_on_any_ranks()
     assert val_sequences(make_sampler(), 1, 2, 5) == [(0, 1000), (0, 1004), (0, 1012), (1, 2000)]
     assert val_sequences(make_sampler(), 3, 2, 5) == val_sequences(make_sampler(), 1, 1, 5)
     assert val_sequences(make_sampler(), 1, 1, 1) == [(0, 1000), (1, 2000)]  # each source takes part
+
+
+# Mixes
+
+
+def make_mixed(*weights: float, after: tuple[float, ...] = (), shift_at: int = 0, **sampler: int) -> Sampler:
+    """Sources of 10, 5 and 3 windows; tokens of source i are i * 100, i * 100 + 1, …"""
+    sizes = (41, 21, 13)
+    train = np.concatenate([np.arange(100 * i, 100 * i + n, dtype=np.uint16) for i, n in enumerate(sizes)])
+    val = tuple(np.arange(9, dtype=np.uint16) for _ in sizes)
+    sources = tuple(
+        SourceMeta(f"source {i}", "", SplitSize(n, n), SplitSize(9, 9), files=()) for i, n in enumerate(sizes)
+    )
+    dataset = Dataset(Path(), DatasetMeta("bytes", 257, sources, ()), train, val)
+    settings = {"global_batch_size": 10, "seed": 0} | sampler
+    return Sampler(dataset, SEQ_LEN, **settings, mix=MixSchedule(weights, after, shift_at))
+
+
+def sources_of(sampler: Sampler, step: int) -> list[int]:
+    """Sequences of each source in a step; checks that none reaches from one source into another."""
+    input_ids, targets = sampler.batch(step, 0, 1)
+    assert torch.equal(targets, input_ids + 1)
+    return (input_ids[:, 0] // 100).bincount(minlength=3).tolist()
+
+
+def test_no_weights_mean_all_windows_in_one_order_as_without_a_mix() -> None:
+    plain, mixed = make_sampler(), Sampler(make_dataset(), SEQ_LEN, 6, 0, MixSchedule())
+    assert all(torch.equal(plain.batch(step, 0, 1)[0], mixed.batch(step, 0, 1)[0]) for step in range(4))
+
+
+def test_shares_that_divide_the_batch_are_exact_in_every_batch() -> None:
+    sampler = make_mixed(0.7, 0.2, 0.1)
+    assert {tuple(sources_of(sampler, step)) for step in range(20)} == {(7, 2, 1)}
+    assert sources_of(make_mixed(7, 2, 1), 0) == [7, 2, 1]  # in any unit
+
+
+def test_other_shares_are_exact_within_one_sequence_and_over_the_period() -> None:
+    counts = MixCounts(MixSchedule((0.55, 0.33, 0.12)), 7)
+    exact = np.array([0.55, 0.33, 0.12]) * 7
+    steps = np.array([counts.of_step(step) for step in range(1000)])
+    assert (steps.sum(1) == 7).all()
+    assert (steps >= np.floor(exact)).all() and (steps <= np.ceil(exact)).all()
+    assert (steps.sum(0) == [3850, 2310, 840]).all()
+    assert np.abs(np.cumsum(steps, 0) - exact * np.arange(1, 1001)[:, None]).max() < 3.5  # nor far off in between
+
+
+def test_counts_before_a_step_are_the_sum_of_all_steps_before() -> None:
+    counts = MixCounts(MixSchedule((0.55, 0.33, 0.12), (0.1, 0.2, 0.7), shift_at=1205), 7)
+    total = np.zeros(3, dtype=np.int64)
+    for step in range(2600):  # over the shift and two periods
+        assert (counts.until(step) == total).all(), step
+        total += counts.of_step(step)
+
+
+def test_each_source_has_epochs_of_its_own_and_loses_no_window() -> None:
+    sampler = make_mixed(0.5, 0.25, 0.25, global_batch_size=4)
+    firsts = torch.cat([sampler.batch(step, 0, 1)[0][:, 0] for step in range(15)])  # 30, 15, 15 sequences
+    seen = np.bincount(firsts.numpy(), minlength=213)
+    assert [seen[100 * i : 100 * i + 100].tolist()[: 4 * n : 4] for i, n in enumerate((10, 5, 3))] == [
+        [3] * 10,
+        [3] * 5,
+        [5] * 3,
+    ]
+
+
+def test_the_mix_shifts_at_its_step_and_a_resumed_run_reads_the_same() -> None:
+    going = make_mixed(0.8, 0.1, 0.1, after=(0.1, 0.1, 0.8), shift_at=4)  # the 4th step is step 3 from 0
+    assert [sources_of(going, step) for step in range(6)] == [[8, 1, 1]] * 3 + [[1, 1, 8]] * 3
+    batches = [going.batch(step, 0, 1)[0] for step in range(12)]
+    for step in (9, 2, 4, 3, 11):  # each by a sampler that has drawn nothing before
+        resumed = make_mixed(0.8, 0.1, 0.1, after=(0.1, 0.1, 0.8), shift_at=4)
+        assert torch.equal(resumed.batch(step, 0, 1)[0], batches[step])
+
+
+@pytest.mark.parametrize(("world_size", "num_micro"), [(2, 1), (6, 1), (1, 3), (2, 3)])
+def test_mixed_batch_is_the_same_for_any_ranks_and_micro_batches(world_size: int, num_micro: int) -> None:
+    def sampler() -> Sampler:
+        return make_mixed(0.6, 0.3, 0.1, after=(1, 0, 1), shift_at=3, global_batch_size=12)
+
+    for step in (0, 2, 7):
+        assert torch.equal(global_batch(sampler(), step, world_size, num_micro), sampler().batch(step, 0, 1)[0])
+
+
+def test_places_of_the_sources_in_a_batch_are_shuffled_by_seed_and_step() -> None:
+    def places(seed: int, step: int) -> list[int]:
+        return (make_mixed(0.5, 0.3, 0.2, seed=seed).batch(step, 0, 1)[0][:, 0] // 100).tolist()
+
+    assert len({tuple(places(*which)) for which in [(0, 0), (0, 1), (1, 0), (1, 1)]}) == 4
+    # Written out for the same reason as above.
+    assert places(0, 0) == [0, 2, 1, 2, 1, 0, 0, 0, 1, 0]
+    assert make_mixed(0.5, 0.3, 0.2).batch(1, 0, 1)[0][:, 0].tolist() == [8, 204, 108, 24, 20, 104, 100, 28, 12, 200]
+
+
+def test_a_source_of_weight_0_is_not_read() -> None:
+    sampler = make_mixed(0.5, 0, 0.5, global_batch_size=7)
+    assert all(sources_of(sampler, step)[1] == 0 for step in range(8))
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({"before": (0.5, 0.5)}, r"data.mix has 2 weights, but there are 3 sources \(source 0, source 1, source 2\)"),
+        ({"before": (1, 1, 1), "after": (1,), "shift_at": 5}, r"data.mix_after has 1 weights.*--data.mix_after \[\]"),
+        ({"before": (1, -1, 1)}, r"data.mix \[1, -1, 1\] must hold numbers of at least 0"),
+        ({"before": (0, 0, 0)}, "every source the weight 0"),
+        ({"before": (1, 1, 1), "after": (1, 1, 1)}, r"data.shift_at \(0\) belong together"),
+        ({"before": (1, 1, 1), "shift_at": 5}, r"data.mix_after \[\].*belong together"),
+        ({"before": (1, 1, 1), "after": (1, 1, 1), "shift_at": 1}, r"data.shift_at \(1\) must be 0 or a step above 1"),
+        ({"after": (1, 1, 1), "shift_at": 5}, "needs data.mix"),
+    ],
+)
+def test_wrong_mix_is_refused(mix: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule = MixSchedule(**mix)
+        make_mixed(*schedule.before, after=schedule.after, shift_at=schedule.shift_at)

@@ -108,10 +108,10 @@ def _resume_elsewhere(rank, world_size, spec):
 
 
 def _evaluate_one_by_one(worker):
-    """The loss without padding, where this process is alone."""
+    """Loss and load without padding, where this process is alone."""
     state = worker._state
     one_by_one = {"batch_size": 1, "num_sequences": None, "autocast": contextlib.nullcontext()}
-    return evaluate(state.model, state.dataset, state.sampler, state.groups, **one_by_one).val_loss
+    return evaluate(state.model, state.dataset, state.sampler, state.groups, **one_by_one)
 
 
 def _texts(worker, path):
@@ -132,7 +132,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
     for kind, exact in (
         (0, ("step", "loss", "grad_norm", "lr", "max_vio_batch", "bias_checksum")),
-        (1, ("step", "val_loss", "max_vio_global")),
+        (1, ("step", "val_loss", "max_vio_global", "max_vio_held_out")),
     ):
         whole, cut = ([{key: line[key] for key in exact} for line in lines[name][kind]] for name in ("whole", "cut"))
         assert whole == cut
@@ -155,7 +155,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
         assert saved[world_size][2] == saved[2][2]
         assert saved[world_size][3].val_loss == pytest.approx(saved[2][3].val_loss, rel=1e-5)
         assert saved[world_size][3].num_tokens == saved[2][3].num_tokens
-    assert saved[1][3].val_loss == pytest.approx(saved[1][4], rel=1e-6)  # padded batches count real sequences only
+        # Held-out choices of two layers, top-2, and none of padding: 2 and 3 ranks pad here.
+        load_N = saved[world_size][3].load_N
+        assert load_N.sum() == saved[2][3].load_N.sum() == saved[2][3].num_tokens * 2 * 2
+        assert (load_N - saved[2][3].load_N).abs().sum() <= 4  # rounding may turn a choice
+    assert saved[1][3].val_loss == pytest.approx(saved[1][4].val_loss, rel=1e-6)  # padded batches count real sequences
+    assert (saved[1][3].load_N - saved[1][4].load_N).abs().sum() <= 4
     assert len(saved[2][2]) == 6
     assert any(saved[2][2].values())
     assert [line["loss"] for line in lines["cut"][0][37:40]] == saved[2][1]

@@ -1,0 +1,128 @@
+"""`trimtab compare`: train under each method and seed, then print, draw and record what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from cluster.preflight import check_resources
+from runtime import job
+from runtime.config_file import load_config, override
+from runtime.experiments.compare_view import CompareView
+from runtime.experiments.methods import parse_methods
+from runtime.experiments.options import DEFAULT_PRESET, DEFAULT_SEEDS, CompareOptions
+from runtime.experiments.outcome import read_outcome
+from runtime.experiments.plan import PLAN_FILE, ComparePlan, RunKey, grown
+from runtime.experiments.run_pool import EndedRun, RunPool
+from runtime.experiments.tables import print_tables, write_results
+from runtime.interrupt import StopSignal
+from runtime.size import model_size
+from workers.actor import usable_cores
+
+
+def compare(options: CompareOptions) -> int:
+    """Train what is missing and show what there is. Returns the exit code: 1 where a run failed."""
+    console = Console(highlight=False)
+    plan = plan_of(options)
+    jobs = _num_jobs(plan, options.jobs)
+    unfinished = [key for key in plan.runs if not plan.is_finished(key)]
+    _check(plan, unfinished, jobs, console)
+    plan.write()
+    failed, stopped = _train(plan, unfinished, jobs, console) if unfinished else ([], False)
+    _show_results(plan, options.threshold, console)
+    for run in failed:
+        _say(console, f"failed: {run.key}: {run.reason} (all of it: {plan.log_file(run.key)})")
+    if stopped or failed:
+        _say(console, f"go on with: trimtab compare --resume --out {plan.out}")
+    return 1 if failed else 0
+
+
+def plan_of(options: CompareOptions) -> ComparePlan:
+    """What the command line asks for, checked method by method.
+
+    Raises:
+        ValueError: a method or setting is wrong, changed since the comparison began, or the folder is taken.
+    """
+    out = options.out.expanduser().absolute()
+    methods = parse_methods(options.laws or ())
+    if options.resume:
+        saved = ComparePlan.read(out)
+        base = job.as_recorded(override(saved.base, options.settings))
+        plan = grown(saved, ComparePlan(out, methods, options.seeds or saved.num_seeds, base))
+    else:
+        if (out / PLAN_FILE).exists():
+            raise ValueError(f"there is a comparison in {out} already; go on with --resume, or give another --out")
+        base = job.as_recorded(override(load_config(options.config or DEFAULT_PRESET), options.settings))
+        plan = ComparePlan(out, methods, options.seeds or DEFAULT_SEEDS, base)
+    for method in plan.methods:
+        try:
+            plan.config_of(RunKey(method, base.run.seed))
+        except ValueError as error:
+            raise ValueError(f"{method.spec}: {error}") from error
+    return plan
+
+
+def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> None:
+    """Refuse what would fail later; prepare the text once for all runs."""
+    base = plan.base
+    size = model_size(base.model, base.parallel.resolve(base.cluster.num_workers))
+    check_resources(
+        replace(base.cluster, num_workers=jobs * base.cluster.num_workers),
+        plan.out,
+        run_disk_bytes=size.checkpoint_bytes * (base.run.keep_checkpoints + 1) * len(unfinished),
+        model_bytes_per_worker=size.training_bytes_per_rank,
+    )
+    job.open_data(base, console)
+    law = f"{len(plan.methods)} methods x {plan.num_seeds} seeds, {base.run.steps} steps each; {jobs} at a time"
+    _say(console, f"comparison {plan.out}\n{law}; {len(unfinished)} runs to do")
+
+
+def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], bool]:
+    """Train what is not finished. Returns the runs that failed, and whether a stop was requested."""
+    failed: list[EndedRun] = []
+    threads = max(1, usable_cores() // (jobs * plan.base.cluster.num_workers))
+    with (
+        StopSignal() as signal,
+        CompareView(plan, unfinished, console) as view,
+        RunPool(plan, jobs, threads) as pool,
+    ):
+        told = False
+
+        def show() -> None:
+            nonlocal told
+            if signal.stop_requested and not told:
+                told = True
+                view.say("stopping: the runs save a checkpoint after this step; Ctrl-C again stops at once")
+            view.show(pool.active)
+
+        def end(run: EndedRun) -> None:
+            if run.reason is not None:
+                failed.append(run)
+            view.ended(run)
+
+        pool.run(unfinished, stop_requested=lambda: signal.stop_requested, on_poll=show, on_end=end)
+        return failed, signal.stop_requested
+
+
+def _show_results(plan: ComparePlan, threshold: float | None, console: Console) -> None:
+    outcome = read_outcome(plan, threshold)
+    if outcome is None:
+        _say(console, "no run is finished yet: there is nothing to compare")
+        return
+    print_tables(outcome, console)
+    for path in write_results(outcome, plan.out):
+        _say(console, str(path))
+
+
+def _num_jobs(plan: ComparePlan, wanted: int | None) -> int:
+    cluster = plan.base.cluster
+    if cluster.num_workers == 1 and cluster.address is None:
+        return wanted or usable_cores()
+    # Several gangs on one machine or one cluster would only wait for each other.
+    if (wanted or 1) > 1:
+        raise ValueError(f"--jobs {wanted} runs side by side need one worker each; set --workers 1, or --jobs 1")
+    return 1
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False)

@@ -1,0 +1,78 @@
+"""One run of a comparison, in a process of its own: `python -m runtime.experiments.one_run OUT SLUG SEED`.
+
+It stops, saved, when its standard input ends: when whoever started it says so by closing it, or is gone.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime import job
+from runtime.config import TrainConfig
+from runtime.config_file import config_to_yaml
+from runtime.experiments.plan import ComparePlan, RunKey
+from runtime.launch import make_spec, open_ranks
+from runtime.run_dir import CONFIG_FILE
+from workers.prepare import prepare_dataset
+from workers.run_log import append_event
+from workers.training_run import TrainOutcome
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train one run to its end, or go on with it, or stop early when told. Returns 0 where it saved."""
+    out, slug, seed = arguments
+    plan = ComparePlan.read(Path(out))
+    key = next(key for key in plan.runs if (key.method.slug, key.seed) == (slug, int(seed)))
+    config, run_dir = plan.config_of(key), plan.run_dir(key)
+    resume_from = _start_of(plan, key)
+    if config.cluster.num_workers > 1 or config.cluster.address is not None:
+        # The way a user stops it: job.train saves on the first SIGINT.
+        _on_end_of_input(lambda: os.kill(os.getpid(), signal.SIGINT))
+        return job.train(config, resume=run_dir if resume_from else None, step=None)
+    train_alone(config, run_dir, resume_from)
+    return 0
+
+
+def train_alone(config: TrainConfig, run_dir: Path, resume_from: Path | None) -> TrainOutcome:
+    """Train with one worker in this process: without Ray and coordinator, the same bits.
+
+    Leaves the run directory of `trimtab train`, but for the report.
+    """
+    dataset = prepare_dataset(config.data)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / CONFIG_FILE).write_text(config_to_yaml(config))
+    try:
+        with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
+            _on_end_of_input(lambda: ranks.run("request_stop"))
+            outcomes: list[TrainOutcome] = ranks.run("train", resume_from and resume_from.absolute(), None)
+    except BaseException as error:
+        append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    return outcomes[0]
+
+
+def _start_of(plan: ComparePlan, key: RunKey) -> Path | None:
+    """The checkpoint to go on from. A run that has none begins again: what it left would be repeated to the bit."""
+    run_dir = plan.run_dir(key)
+    if plan.newest_checkpoint(key) is None:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return None
+    return job.find_checkpoint(run_dir, None)
+
+
+def _on_end_of_input(stop: Callable[[], object]) -> None:
+    def watch() -> None:
+        # Not by sys.stdin, whose lock this thread would hold when the interpreter ends.
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        stop()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

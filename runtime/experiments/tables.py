@@ -1,0 +1,138 @@
+"""A comparison as text: tables for the terminal and in Markdown, all numbers as JSON."""
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from runtime.experiments.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, Spread
+from runtime.experiments.picture import write_picture
+from runtime.quantities import milliseconds
+
+MIN_WIDTH = 150  # of a terminal that is none: a table in a file need not be narrow
+Cell = Callable[[Spread, int], str]
+Rows = list[list[str]]
+
+
+def print_tables(outcome: Outcome, console: Console) -> None:
+    """The tables and what their columns mean."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=MIN_WIDTH, highlight=False)
+    for heads, rows in _tables(outcome):
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for number, head in enumerate(heads):
+            table.add_column(head, justify="right" if number else "left", no_wrap=not number)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    console.print(explanation(outcome), markup=False)
+
+
+def write_results(outcome: Outcome, out: Path) -> list[Path]:
+    """Write compare.md, compare.json and compare.png. Returns their paths."""
+    paths = [out / f"compare.{suffix}" for suffix in ("md", "json", "png")]
+    markdown = "\n".join(_markdown(heads, rows) for heads, rows in _tables(outcome))
+    paths[0].write_text(f"{markdown}\n{explanation(outcome)}\n", encoding="utf-8")
+    paths[1].write_text(json.dumps(outcome.to_json()) + "\n", encoding="utf-8")
+    write_picture(outcome, paths[2])
+    return paths
+
+
+def explanation(outcome: Outcome) -> str:
+    """What the columns mean, with the numbers of this comparison."""
+    most = max(len(method.seeds) for method in outcome.methods)
+    origin = f"{FLOOR_FACTOR} times the lowest that any method held, {outcome.floor:.3f}"
+    sentences = f"""
+        Mean ± standard deviation over {most} seed{"s" * (most > 1)}. Perplexity of a token and bits per byte: held-out
+        text of all sources after the last step. MaxVio_global: load on that text with the bias of then, as in arXiv
+        2408.15664. MaxVio_batch: mean of the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one
+        expert-parallel group computes at once. Steps to balance: until the mean MaxVio_batch of {AVERAGED_STEPS} steps
+        is below {outcome.threshold:.3f} ({"as given" if outcome.threshold_given else origin}); {AVERAGED_STEPS} is the
+        least."""
+    if outcome.shift_at:
+        sentences += (
+            f" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}; to recover: from there."
+        )
+    return textwrap.fill(" ".join(sentences.split()), 120)
+
+
+def _tables(outcome: Outcome) -> list[tuple[list[str], Rows]]:
+    columns = [column for column in COLUMNS if outcome.shift_at or column not in SHIFT_COLUMNS]
+    main = [
+        [method.spec, *(COLUMNS[name](method.measures[name], len(method.seeds)) for name in columns)]
+        for method in outcome.methods
+    ]
+    sources = list(outcome.methods[0].per_source)
+    first = outcome.methods[0].spec
+    texts = [
+        [
+            method.spec,
+            *(_decimals(4)(method.per_source[name], 0) for name in sources),
+            "" if method is outcome.methods[0] else _signed(method),
+        ]
+        for method in outcome.methods
+    ]
+    heads = ["bits per byte", *sources, f"all, against {first}, same seeds"]
+    return [(["method", *(HEADS[name] for name in columns)], main), (heads, texts)]
+
+
+def _markdown(heads: list[str], rows: Rows) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _decimals(num_decimals: int) -> Cell:
+    def cell(spread: Spread, _num_seeds: int) -> str:
+        if spread.mean is None:
+            return "n/a"
+        text = f"{spread.mean:.{num_decimals}f}"
+        return text if spread.std is None else f"{text} ± {spread.std:.{num_decimals}f}"
+
+    return cell
+
+
+def _steps(spread: Spread, num_seeds: int) -> str:
+    if spread.mean is None:
+        return "never"
+    text = _decimals(0)(spread, num_seeds)
+    return text if spread.num_known == num_seeds else f"{text} ({spread.num_known} of {num_seeds})"
+
+
+def _time(spread: Spread, _num_seeds: int) -> str:
+    return "n/a" if spread.mean is None else milliseconds(spread.mean)
+
+
+def _signed(method: MethodOutcome) -> str:
+    spread = method.against_first
+    if spread.mean is None:
+        return "n/a"
+    return f"{spread.mean:+.4f}" + ("" if spread.std is None else f" ± {spread.std:.4f}")
+
+
+COLUMNS: dict[str, Cell] = {
+    "val_perplexity": _decimals(3),
+    "val_bits_per_byte": _decimals(4),
+    "max_vio_global": _decimals(3),
+    "max_vio_batch_before_shift": _decimals(3),
+    "max_vio_batch": _decimals(3),
+    "max_vio_computation_batch": _decimals(3),
+    "steps_to_balance": _steps,
+    "steps_to_recover": _steps,
+    "step_s": _time,
+}
+SHIFT_COLUMNS = ("max_vio_batch_before_shift", "steps_to_recover")
+HEADS = {
+    "val_perplexity": "perplexity",
+    "val_bits_per_byte": "bits per byte",
+    "max_vio_global": "MaxVio_global",
+    "max_vio_batch_before_shift": "MaxVio_batch before the shift",
+    "max_vio_batch": "MaxVio_batch",
+    "max_vio_computation_batch": "computation batch",
+    "steps_to_balance": "steps to balance",
+    "steps_to_recover": "to recover",
+    "step_s": "step",
+}
