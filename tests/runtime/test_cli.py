@@ -126,7 +126,7 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"]]
+    "command", [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], ["bench", "dispatch"]]
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -151,6 +151,8 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
         ["--version"],
         ["eval", "--help"],
         ["generate", "nowhere"],
+        ["replay", "--help"],
+        ["replay", "nowhere"],
         ["bench", "--help"],
         ["bench", "dispatch", "--help"],
         ["bench", "dispatch", "--rounds", "0"],
