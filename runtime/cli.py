@@ -92,6 +92,27 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _replay(arguments: Sequence[str]) -> int:
+    """Compute a run's bias again, and try other laws on the router scores that it recorded."""
+    parser = _run_parser("replay", _replay)
+    parser.add_argument(
+        "--law",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and newton)",
+    )
+    parser.add_argument(
+        "--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)"
+    )
+    parser.add_argument("--shift", type=whole(1), metavar="STEP", help="training step from which the text was another")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
+    run, options = _parse(parser, arguments)
+    from runtime.experiments.replay import replay
+
+    return replay(run, laws=options.pop("law"), **options)
+
+
 def _bench(arguments: Sequence[str]) -> int:
     """Measure a part of Trimtab on this machine."""
     from runtime.bench.command import bench
@@ -114,6 +135,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "eval": _evaluate,
     "generate": _generate,
     "report": _report,
+    "replay": _replay,
     "bench": _bench,
     "compare": _compare,
 }

@@ -40,6 +40,26 @@ FREE_SETTINGS = ("model.recompute",)
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunBalanceConfig(BalanceConfig):
+    """How the selection bias of a run follows the load, and what is recorded for trying other laws on it."""
+
+    record: int = 0
+    """Record the router scores of every so many steps, for `trimtab replay`; without a number, of every step; 0 off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.record) is not int or self.record < 0:
+            raise ValueError(
+                f"balance.record ({self.record}) must be a whole number: 1 records every step, 10 each tenth, 0 none"
+            )
+
+    @property
+    def of_law(self) -> BalanceConfig:
+        """The part that the law knows and ranks agree on."""
+        return BalanceConfig(**{each.name: getattr(self, each.name) for each in fields(BalanceConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a run."""
 
@@ -47,7 +67,7 @@ class TrainConfig:
     """Run: length, batch, rhythm, name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model: size and shape of the decoder."""
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    balance: RunBalanceConfig = field(default_factory=RunBalanceConfig)
     """Balance: how the selection bias follows the load."""
     aux: AuxLossConfig = field(default_factory=AuxLossConfig)
     """Auxiliary losses: other ways to balance, to compare with; off."""

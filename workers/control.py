@@ -55,6 +55,11 @@ class StepControl:
         """Tokens per expert over all ranks, int64."""
         return self.counts_M[: len(self.bias_N)]
 
+    @property
+    def statistic(self) -> Tensor:
+        """What the law counted beside the load, over all ranks, int64 (M - N,)."""
+        return self.counts_M[len(self.bias_N) :]
+
 
 class ControlLoop:
     """Runs the control path. Between begin_step and finish_step its thread is the only user of `group`.
