@@ -1,4 +1,4 @@
-"""Strategies of bytes for whoever reads the wire: noise, damaged messages, and well-formed ones with hostile content."""
+"""Strategies of bytes for whoever reads the wire: noise, damaged messages, well-formed ones with hostile content."""
 
 import pickle
 from typing import Any
@@ -15,9 +15,10 @@ LAYOUT = LoadLayout(names=("a", "b", "c"), num_experts=(4, 2, 3), balanced=(True
 ONE_EXPERT, NOTHING = LoadLayout(("a",), (1,), (True,)), LoadLayout((), (), ())
 MANY = LoadLayout(tuple("abcdefgh"), (MAX_EXPERTS_TOTAL,) * 8, (True,) * 8)  # each layer is allowed, all together not
 NUMBERS = st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.sampled_from([0, 1, -1, 1 << 62, (1 << 63) - 1])
+NAMES = st.text(max_size=3) | st.binary(max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=4) | st.binary(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.binary(max_size=3), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=5,
 )  # fmt: skip
 
@@ -47,13 +48,18 @@ def report_of(law: Law, step: int, base: VersionedState, **changes: Any) -> Load
     return LoadReport(**{**fields, **changes})
 
 
+def any_of(*strategies: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Each as likely as the others, however many branches it has; `|` would count the branches."""
+    return st.sampled_from(range(len(strategies))).flatmap(lambda number: strategies[number])
+
+
 def damaged(messages: list[bytes]) -> st.SearchStrategy[bytes]:
     """What a broken sender, network or stranger could make of these messages, and what has nothing to do with them."""
     one = st.sampled_from(messages)
     return st.one_of(
         one,  # repeated, or out of its order
         st.binary(max_size=200),
-        st.builds(_mutated, one, st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=4)), min_size=1, max_size=4)),
+        st.builds(_mutated, one, st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=4)), min_size=1)),
         st.builds(lambda raw, share: raw[: int(len(raw) * share)], one, st.floats(0, 1, exclude_max=True)),
         st.builds(lambda first, second: first + second, one, one),
         st.builds(_bent, one, st.lists(st.integers(0, 50), min_size=1, max_size=5), VALUES),
