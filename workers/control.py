@@ -9,7 +9,7 @@ Shapes: N = experts of all MoE layers, M = all counts of the law (see dispatch.l
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -42,7 +42,8 @@ class StepControl:
 
     counts_M, sums, floats, maxima: over all ranks. load_N: the first N of counts_M. stop: some rank asked to stop.
     bias_N, bias_version, bias_checksum: what routed this step. wait_s: finish_step waited. bias_update_s: the training
-    thread prepared the round and wrote the bias. events: of the coordinator, on rank 0 only.
+    thread prepared the round and wrote the bias. round_s: what the control thread did, by phase. events: of the
+    coordinator, on rank 0 only.
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepControl:
     bias_checksum: int
     wait_s: float
     bias_update_s: float
+    round_s: Mapping[str, float]
     events: tuple[Event, ...]
 
     @property
@@ -183,6 +185,7 @@ class ControlLoop:
             bias_checksum=given.live_checksum,
             wait_s=arrived - began,
             bias_update_s=self._begin_s + time.perf_counter() - arrived,
+            round_s=result.seconds,
             events=(*result.events, *self._repair_event(given.step, result.odd_ranks)),
         )
 

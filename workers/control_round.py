@@ -72,7 +72,10 @@ class RoundInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoundResult:
-    """What all ranks hold after a round; events on rank 0 only. odd_ranks: their live bias is not that of the base."""
+    """What all ranks hold after a round; events on rank 0 only. odd_ranks: their live bias is not that of the base.
+
+    seconds: of this rank, by phase; "coordinator" on rank 0 only, for which the others wait in "broadcast".
+    """
 
     update: BiasUpdate
     odd_ranks: tuple[int, ...]
@@ -82,6 +85,7 @@ class RoundResult:
     maxima: Tensor
     stop: bool
     events: list[Event]
+    seconds: dict[str, float]
 
 
 class ControlRound:
@@ -98,6 +102,7 @@ class ControlRound:
         self, group: dist.ProcessGroup, leader: Leader, form: LawState, on_bias_mismatch: OnBiasMismatch = "stop"
     ) -> None:
         self.phase = "idle"
+        self._seconds: dict[str, float] = {}
         self._on_bias_mismatch = on_bias_mismatch
         self._group, self._leader = group, leader
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -112,6 +117,7 @@ class ControlRound:
             ControlTimeout: a rank did not come by the deadline. ControlError: a rank is gone, or rank 0 has no update.
             BiasDiverged: on all ranks together.
         """
+        self._seconds = {}
         counts, sizes = self._pack(given)
         with self._in_phase(given, "reduce"):
             sums, largest = dist.ReduceOp.SUM, dist.ReduceOp.MAX
@@ -132,6 +138,7 @@ class ControlRound:
             maxima=given.maxima,
             stop=bool(stop),
             events=events,
+            seconds=self._seconds,
         )
 
     def _pack(self, given: RoundInput) -> tuple[Tensor, list[int]]:
@@ -156,15 +163,15 @@ class ControlRound:
 
     def _lead(self, given: RoundInput, counts_M: Tensor) -> tuple[list[Event], Exception | None]:
         """Put the update, or the reason why there is none, into the mail."""
-        self.phase = "coordinator"
         events: list[Event] = []
         cause: Exception | None = None
-        try:
-            update, events = self._leader.next_update(given.step, given.base, counts_M)
-            mail = encode(update)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
-            cause = error
-            mail = encode(Refusal(reason=f"{type(error).__name__}: {error}"))
+        with self._in_phase(given, "coordinator"):
+            try:
+                update, events = self._leader.next_update(given.step, given.base, counts_M)
+                mail = encode(update)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
+                cause = error
+                mail = encode(Refusal(reason=f"{type(error).__name__}: {error}"))
         packed = len(mail).to_bytes(8, "little") + mail
         self._mail[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         return events, cause
@@ -194,9 +201,10 @@ class ControlRound:
 
     @contextmanager
     def _in_phase(self, given: RoundInput, phase: str) -> Iterator[None]:
-        self.phase = phase
+        self.phase, began = phase, time.perf_counter()
         try:
             yield
+            self._seconds[phase] = time.perf_counter() - began
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             if "timed out" in first_line.lower():
