@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.bench.balance.options import balance_parser
 from runtime.bench.coordinator.options import coordinator_parser
 from runtime.bench.options import dispatch_parser
 from runtime.bench.out import new_name, out_dir
@@ -51,7 +52,15 @@ def bench_coordinator(arguments: Sequence[str]) -> int:
     return run(case, out)
 
 
-TARGETS: Choices = {"dispatch": bench_dispatch, "coordinator": bench_coordinator}
+def bench_balance(arguments: Sequence[str]) -> int:
+    """The balancing laws on simulated routers and recorded runs, beside the published law, tuned."""
+    given = balance_parser().parse_args(arguments)
+    from runtime.bench.balance.command import run
+
+    return run(given.seeds, given.run, given.law, out_dir(given.out))
+
+
+TARGETS: Choices = {"dispatch": bench_dispatch, "coordinator": bench_coordinator, "balance": bench_balance}
 
 
 def _show(case: "Case", measured: "Measurement", out: Path) -> None:
