@@ -106,7 +106,12 @@ def _replay(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)"
     )
-    parser.add_argument("--shift", type=whole(1), metavar="STEP", help="training step from which the text was another")
+    parser.add_argument(
+        "--shift",
+        type=whole(1),
+        metavar="STEP",
+        help="training step from which the text is another (as in data.shift_at)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
     run, options = _parse(parser, arguments)
     from runtime.experiments.replay import replay

@@ -19,9 +19,10 @@ from runtime.chart_style import (
     set_log_scale,
     step_label,
 )
-from runtime.experiments.law_figures import Comparison
+from runtime.experiments.comparison import Comparison
 
 COLORS = (*SERIES, "ink", "muted")
+FLOOR_STYLES = {"practical floor": "--", "chance floor": ":"}
 
 
 def write_chart(comparison: Comparison, target: Path) -> None:
@@ -40,7 +41,7 @@ def draw_comparison(figure: FigureBase, comparison: Comparison) -> None:
     for (label, curve), color in zip(curves.items(), _colors(len(curves)), strict=True):
         handles += axes.plot(*curve, color=color, lw=1.6, label=label)
     floors = _draw_floors(axes, comparison)
-    set_log_scale(axes, np.concatenate([*(values for _, values in curves.values()), _floors(comparison)]))
+    set_log_scale(axes, np.concatenate([*(values for _, values in curves.values()), [*comparison.floors.values()]]))
     if comparison.shift_step is not None:
         axes.axvline(comparison.shift_step, color=THEME["muted"], lw=1.0, ls=":")
         place = axes.get_xaxis_transform()
@@ -49,16 +50,10 @@ def draw_comparison(figure: FigureBase, comparison: Comparison) -> None:
 
 
 def _draw_floors(axes: Axes, comparison: Comparison) -> list[Artist]:
-    named = (("practical floor", comparison.practical_floor, "--"), ("chance floor", comparison.chance_floor, ":"))
     return [
-        axes.axhline(floor, color=THEME["red"], lw=1.3, ls=style, label=label)
-        for label, floor, style in named
-        if np.isfinite(floor)
+        axes.axhline(floor, color=THEME["red"], lw=1.3, ls=FLOOR_STYLES[name], label=name)
+        for name, floor in comparison.floors.items()
     ]
-
-
-def _floors(comparison: Comparison) -> list[float]:
-    return [comparison.practical_floor, comparison.chance_floor]
 
 
 def _colors(number: int) -> list[object]:

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from dispatch.laws import BalanceConfig
 from runtime.experiments.chart import write_chart
+from runtime.experiments.comparison import Comparison, compare
 from runtime.experiments.history import Reproduction, reproduce_bias
 from runtime.experiments.law_figures import Comparison, compare
 from runtime.experiments.play import Played, play
@@ -42,7 +45,8 @@ def replay(run: Path, *, laws: Sequence[str], threshold: float | None, shift: in
             raise
         _say(console, str(error))
         return _exit_code(reproduction)
-    comparison = compare(trace, _play(trace, _with_own(run, chosen)), threshold)
+    with one_thread():
+        comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out or run, comparison, reproduction, trace):
         _say(console, str(path))
@@ -66,7 +70,8 @@ def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
     )
 
 
-def _play(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+    """`play` with a bar on the terminal."""
     num_steps = len(trace.steps)
     # A rate that falls over the run falls over the trace.
     laws = {
@@ -76,6 +81,17 @@ def _play(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"playing {len(laws)} laws", total=num_steps)
         return play(trace, laws, lambda step: progress.update(task, completed=step))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: several threads would gain little, and on a busy machine cost ten times the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> Iterator[Path]:

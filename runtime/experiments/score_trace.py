@@ -69,12 +69,15 @@ def read_scores(run: Path) -> RecordedScores:
 class RecordedTrace:
     """A run's recorded scores as a trace (runtime.experiments.trace): its steps number what was recorded, from 1.
 
+    shift: first training step with another mix of text; None: that of the run's settings, if it has one.
+
     Raises:
         NoScoresError: the run has none. ValueError: the training step `shift` is outside of them.
     """
 
     def __init__(self, run: Path, shift: int | None = None) -> None:
-        moe = config_from_yaml_file(run / CONFIG_FILE).model.moe
+        config = config_from_yaml_file(run / CONFIG_FILE)
+        moe = config.model.moe
         self._found = read_scores(run)
         self._name = run.resolve().name
         self._layout = read_load_history(run).layout
@@ -84,7 +87,7 @@ class RecordedTrace:
             groups_kept=moe.groups_kept,
             scores_per_group=moe.scores_per_group,
         )
-        self._shift_step = None if shift is None else self._number_of(shift)
+        self._shift_step = self._own_shift(config.data.shift_at) if shift is None else self._number_of(shift)
 
     @property
     def name(self) -> str:
@@ -119,6 +122,10 @@ class RecordedTrace:
     def scores(self, step: int) -> list[Tensor]:
         """Of the whole global batch, to 16 bits."""
         return self._found.read(self._found.steps[step - 1])
+
+    def _own_shift(self, training_step: int) -> int | None:
+        inside = self._found.steps[0] < training_step <= self._found.steps[-1]
+        return self._number_of(training_step) if inside else None
 
     def _number_of(self, training_step: int) -> int:
         number = bisect_left(self._found.steps, training_step) + 1

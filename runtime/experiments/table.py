@@ -4,7 +4,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from runtime.experiments.law_figures import SMOOTH_STEPS, Comparison, LawFigures
+from runtime.experiments.comparison import Comparison
+from runtime.experiments.figures import MEAN_OVER, Figures
 from runtime.quantities import percent, three_digits
 
 
@@ -17,34 +18,31 @@ def as_table(comparison: Comparison) -> RenderableType:
         table.add_column(column, justify="right")
     table.add_column("score\nregret", justify="right")
     for label, law in comparison.laws.items():
-        table.add_row(label, *_cells(law, has_shift=has_shift))
-    for label, floor in (("practical floor", comparison.practical_floor), ("chance floor", comparison.chance_floor)):
+        table.add_row(label, *_cells(law.figures, has_shift=has_shift))
+    for label, floor in comparison.floors.items():
         table.add_row(Text(label, "dim"), Text(three_digits(floor), "dim"))
     first, last = comparison.steps
     return Group(Text(f"{comparison.name}, steps {first} to {last}", "bold"), table, Text(_notes(comparison), "dim"))
 
 
-def _cells(law: LawFigures, *, has_shift: bool) -> list[str]:
-    steps = [law.num_steps_to_balance, *[law.num_steps_to_recover] * has_shift]
+def _cells(figures: Figures, *, has_shift: bool) -> list[str]:
+    updates = [figures.balanced_after, *[figures.recovered_after] * has_shift]
     return [
-        three_digits(law.max_vio_batch),
-        three_digits(law.max_vio_global),
-        *("never" if number is None else str(number) for number in steps),
-        percent(law.regret),
+        three_digits(figures.max_vio_batch),
+        three_digits(figures.max_vio_global),
+        *("never" if number is None else str(number) for number in updates),
+        percent(figures.regret),
     ]
 
 
 def _notes(comparison: Comparison) -> str:
     first, last = comparison.steady
-    shift = (
-        ""
-        if comparison.shift_step is None
-        else f"; recover: the same, counted from the shift at step {comparison.shift_step}"
-    )
+    shift = comparison.shift_step
+    recover = "" if shift is None else f"; to recover: the same, counted from the shift at step {shift}"
     threshold = three_digits(comparison.threshold)
     return (
-        f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Balance: the "
-        f"mean of {SMOOTH_STEPS} steps below {threshold}{shift}. Regret: score that the choice gave away against top-k "
-        "without a bias. Floors: what the best constant bias would leave, which does not know the batch; what "
-        "independent tokens would by chance."
+        f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Steps to "
+        f"balance: before the first {MEAN_OVER} whose mean is at most {threshold}{recover}. Regret: score that the "
+        "choice gives away against top-k without a bias. Floors: what the best constant bias would leave, which does "
+        "not know the batch; what independent tokens would leave by chance."
     )

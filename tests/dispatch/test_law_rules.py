@@ -135,7 +135,7 @@ def test_adaptive_takes_a_whole_step_first_shrinks_it_in_noise_and_starts_anew_a
 
 def test_warm_jumps_then_steps_and_jumps_again_after_a_shift():
     trace = RouterSimulation(seed=0, num_steps=24, shift_step=15, num_experts=16, choice=Choice(top_k=2))
-    player = Player(BalanceConfig(law="warm", rate=1e-4), trace)
+    player = Player(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.choice)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     moved = np.abs(np.diff(player.played().bias, axis=0)).max(1)
@@ -182,7 +182,7 @@ def test_in_closed_loop_every_law_balances_and_holds_without_swinging(name):  # 
     trace = RouterSimulation(
         seed=3, num_steps=60, shift_step=None, num_experts=16, choice=Choice(top_k=2), num_sequences=64
     )
-    player = Player(BalanceConfig(law=name, rate=rates.get(name)), trace)
+    player = Player(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.choice)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     played = player.played()
@@ -201,7 +201,7 @@ def test_adaptive_finds_the_scale_of_the_scores_by_itself(softmax):
     trace = RouterSimulation(
         seed=4, num_steps=40, shift_step=None, num_experts=32, choice=Choice(top_k=4), num_sequences=64, softmax=softmax
     )
-    player = Player(BalanceConfig(law="adaptive"), trace)
+    player = Player(BalanceConfig(law="adaptive"), trace.layout, trace.choice)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     assert max_vio_by_step(player.played().counts, trace.layout.slices)[15:].mean() < 0.5
@@ -210,7 +210,9 @@ def test_adaptive_finds_the_scale_of_the_scores_by_itself(softmax):
 def test_group_limited_routing_is_balanced_too():
     choice = Choice(top_k=4, num_groups=4, groups_kept=2, scores_per_group=2)
     trace = RouterSimulation(seed=5, num_steps=40, shift_step=None, num_experts=32, choice=choice, num_sequences=64)
-    players = {name: Player(BalanceConfig(law=name), trace) for name in ("none", "newton", "adaptive")}
+    players = {
+        name: Player(BalanceConfig(law=name), trace.layout, trace.choice) for name in ("none", "newton", "adaptive")
+    }
     for step in trace.steps:
         scores = trace.scores(step)
         for player in players.values():

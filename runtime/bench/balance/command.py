@@ -13,7 +13,7 @@ from dispatch.laws import LAWS
 from runtime.bench.balance.verdict import TUNED, Verdict, verdicts
 from runtime.experiments.chart import write_chart
 from runtime.experiments.comparison import Comparison, compare
-from runtime.experiments.replay import play_on_one_thread
+from runtime.experiments.replay import one_thread, play_with_progress
 from runtime.experiments.score_trace import RecordedTrace
 from runtime.experiments.simulation import RouterSimulation
 from runtime.experiments.specs import parse_law
@@ -40,7 +40,8 @@ def run(num_seeds: int, runs: Sequence[str], laws: Sequence[str], out: Path) -> 
     comparisons = []
     for trace in traces:
         fit = {spec: law for spec, law in chosen.items() if trace.choice.num_groups == 1 or LAWS[law.law].group_limited}
-        comparison = compare(trace, play_on_one_thread(trace, fit))
+        with one_thread():
+            comparison = compare(trace, play_with_progress(trace, fit))
         comparisons.append(comparison)
         console.print(as_table(comparison))
         console.print()
