@@ -8,10 +8,11 @@ import argparse
 import importlib.metadata
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.choices import Choices, choice_parser
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
 
@@ -135,7 +136,7 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(options)
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
     "generate": _generate,
@@ -147,17 +148,9 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
 
 
 def _command_parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="trimtab",
-        usage="trimtab COMMAND [options]",
-        description="Train mixture-of-experts language models with expert parallelism and bias-based load balancing.",
-        epilog=f"commands:\n{listing}\n\n`trimtab COMMAND --help` explains the options of a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    what = "Train mixture-of-experts language models with expert parallelism and bias-based load balancing."
+    parser = choice_parser("trimtab", "COMMAND", COMMANDS, what)
     parser.add_argument("--version", action="version", version=f"trimtab {importlib.metadata.version('trimtab')}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="What to do, see below.")
     return parser
 
 

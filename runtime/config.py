@@ -99,6 +99,7 @@ def cross_check(config: TrainConfig) -> None:
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     _check_device(config.cluster)
+    _check_time_limits(config.cluster)
     if config.parallel.exchange == "deep_ep" and ep_size > 1:
         _check_deep_ep(config, ep_size)
 
@@ -152,6 +153,17 @@ def _check_deep_ep(config: TrainConfig, ep_size: int) -> None:
     check_sizes(config.model.moe.num_experts, ep_size, hidden=config.model.hidden, top_k=config.model.moe.top_k)
     if config.cluster.address is None:  # else the workers' machines are others
         check_available()
+
+
+def _check_time_limits(cluster: ClusterConfig) -> None:
+    # A step asks the coordinator twice at most, and the other ranks meanwhile wait in a collective.
+    if cluster.collective_timeout_s <= 2 * cluster.coordinator_timeout_s:
+        raise ValueError(
+            f"cluster.collective_timeout_s ({cluster.collective_timeout_s:g}) must be more than twice "
+            f"cluster.coordinator_timeout_s ({cluster.coordinator_timeout_s:g}), or a slow coordinator would end the "
+            f"run; lower --cluster.coordinator_timeout_s, or set --cluster.collective_timeout_s "
+            f"{3 * cluster.coordinator_timeout_s:g}"
+        )
 
 
 def _check_device(cluster: ClusterConfig) -> None:

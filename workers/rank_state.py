@@ -82,6 +82,7 @@ class RankState:
             write_state=self._write_state,
             coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
             timeout_s=self.spec.control_timeout_s,
+            on_bias_mismatch=self.spec.run.on_bias_mismatch,
         )
 
     def _read_bias(self) -> Tensor:

@@ -44,8 +44,8 @@ def replay(run: Path, *, laws: Sequence[str], threshold: float | None, shift: in
             raise
         _say(console, str(error))
         return _exit_code(reproduction)
-    with _one_thread():
-        comparison = compare(trace, _play(trace, _with_own(run, chosen)), threshold)
+    with one_thread():
+        comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out or run, comparison, reproduction, trace):
         _say(console, str(path))
@@ -69,7 +69,8 @@ def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
     )
 
 
-def _play(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+    """`play` with a bar on the terminal."""
     num_steps = len(trace.steps)
     # A rate that falls over the run falls over the trace.
     laws = {
@@ -82,7 +83,7 @@ def _play(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Tensors are small here: several threads would gain little, and on a busy machine cost ten times the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -259,6 +259,10 @@ def as_option(value: Any) -> str:
             {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16"},
             "exchange 'deep_ep' needs .*the package deep_ep .*github.com/deepseek-ai/DeepEP",
         ),
+        (
+            {"cluster__collective_timeout_s": 6.0, "cluster__coordinator_timeout_s": 3.0},
+            r"collective_timeout_s \(6\) must be more than twice .*\(3\).*--cluster.collective_timeout_s 9",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
@@ -299,6 +303,7 @@ def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_clu
         ({"name": "a/b"}, "run.name 'a/b' must be a plain directory name"),
         ({"name": ".."}, "run.name '..' must be a plain directory name"),
         ({"name": ""}, "run.name '' must be a plain directory name"),
+        ({"on_bias_mismatch": "ignore"}, r"run.on_bias_mismatch is 'ignore'; it must be stop or repair"),
     ],
 )
 def test_run_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
