@@ -14,7 +14,6 @@ from dispatch.laws import BalanceConfig
 from runtime.experiments.chart import write_chart
 from runtime.experiments.comparison import Comparison, compare
 from runtime.experiments.history import Reproduction, reproduce_bias
-from runtime.experiments.law_figures import Comparison, compare
 from runtime.experiments.play import Played, play
 from runtime.experiments.score_trace import NoScoresError, RecordedTrace
 from runtime.experiments.specs import parse_law
