@@ -15,6 +15,8 @@ from runtime.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 
+BENCHES = [["bench", "dispatch"], ["bench", "coordinator"]]
+
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -70,7 +72,10 @@ def test_report_prints_where_it_wrote(
     ("arguments", "message"),
     [
         ([], "COMMAND"),
-        (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval', 'generate', 'report', 'bench', 'compare')"),
+        (
+            ["trian"],
+            "invalid choice: 'trian' (choose from 'train', 'eval', 'generate', 'report', 'replay', 'bench', 'compare')",
+        ),
         (["train", "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
         (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file or preset"),
         (["train", "--config"], "--config: expected one argument"),
@@ -127,7 +132,7 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"], ["bench", "coordinator"]],
+    [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], *BENCHES],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -152,6 +157,8 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
         ["--version"],
         ["eval", "--help"],
         ["generate", "nowhere"],
+        ["replay", "--help"],
+        ["replay", "nowhere"],
         ["bench", "--help"],
         ["bench", "dispatch", "--help"],
         ["bench", "dispatch", "--rounds", "0"],
