@@ -104,8 +104,7 @@ class _Shares:
 def _in_parts(weights: tuple[float, ...]) -> IndexArray:
     """Weights as whole numbers that add up to PARTS: rounded down, the rest to the largest remainders."""
     exact = np.array(weights, dtype=np.float64) * (PARTS / math.fsum(weights))
-    # A share such as 0.7 must not become 699 because 0.7 * 1000 is a bit below 700.
-    parts = np.floor(exact + 1e-9).astype(np.int64)
+    parts = np.floor(exact).astype(np.int64)
     for source in np.argsort(parts - exact, kind="stable")[: PARTS - int(parts.sum())]:
         parts[source] += 1
     return parts

@@ -341,7 +341,7 @@ def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any
         {"model__moe__top_k": 2},
         {"data__mix": (1, 2)},
         {"data__mix": (1, 2), "data__mix_after": (2, 1), "data__shift_at": 5},
-    ],  # fmt: skip
+    ],
 )
 def test_resume_refuses_what_the_checkpoint_depends_on(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a resumed run must keep"):
