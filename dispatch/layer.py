@@ -82,7 +82,8 @@ class MoELayer(nn.Module):
         """Mix the experts' outputs for every token.
 
         Args:
-            x: (..., hidden), float. Under autocast rows travel and experts compute in the autocast dtype.
+            x: (..., hidden), float; (B, S, hidden) are B sequences, (T, hidden) one. Under autocast rows travel and
+                experts compute in the autocast dtype.
             token_mask: (...) bool, False for padding; padding is computed but not counted in the load.
         Returns:
             (..., hidden) in the compute dtype.
@@ -91,7 +92,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
-        topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T)
+        topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T, x.shape[:-2].numel())
         y_TH = mix(
             _to_compute_dtype(x_TH),
             topk_ids_TK,

@@ -15,6 +15,9 @@ from dispatch.meter import in_backward
 from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing, Statistic
 
+# Given logits_TE, topk_ids_TK, token_mask_T and the number of sequences of each training forward with gradients.
+Observer = Callable[[Tensor, Tensor, Tensor | None, int], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -93,6 +96,7 @@ class Router(nn.Module):
         # A part of the law's state, which checkpoints hold.
         self.register_buffer("statistic_scale", torch.zeros((), dtype=torch.float32), persistent=False)
         self.statistic: Statistic | None = None
+        self.observer: Observer | None = None  # of dispatch.aux_losses; off costs nothing
         self.multiplies_bias = False
         self._bias_version_of_forward = -1
         if not self.weight.is_meta:
@@ -116,12 +120,15 @@ class Router(nn.Module):
         """Whether a law may move the bias: not in a frozen router (Megatron-LM #4785)."""
         return self.weight.requires_grad
 
-    def forward(self, x_TH: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_TH: Tensor, token_mask_T: Tensor | None = None, num_sequences: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Route each token.
 
         Args:
             x_TH: any float dtype.
             token_mask_T: bool, False for padding, which is routed but not counted.
+            num_sequences: equally long runs that the tokens are; only an auxiliary loss asks.
         Returns:
             topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype (fp32, or float64 in a float64
             model).
@@ -133,6 +140,8 @@ class Router(nn.Module):
             biased_TE = biased_scores(scores_TE, self.expert_bias_E, **self._choice_settings())
             topk_ids_TK = ordered_topk(biased_TE, self.config.top_k)
             topk_weights_TK = self._weigh(logits_TE, topk_ids_TK)
+            if self.observer is not None and self.training and torch.is_grad_enabled():
+                self.observer(logits_TE, topk_ids_TK, token_mask_T, num_sequences)
         if self.training:
             routing = Routing(scores_TE.float(), biased_TE, topk_ids_TK, self.expert_bias_E, self.statistic_scale)
             topk_weights_TK = self._count(routing, topk_weights_TK, token_mask_T)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.config import ClusterConfig
+from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import check_groups
 from dispatch.deep_ep import check_available, check_sizes
 from dispatch.laws import BalanceConfig
@@ -48,6 +49,8 @@ class TrainConfig:
     """Model: size and shape of the decoder."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Balance: how the selection bias follows the load."""
+    aux: AuxLossConfig = field(default_factory=AuxLossConfig)
+    """Auxiliary losses: other ways to balance, to compare with; off."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data: the text, and how it becomes tokens."""
     optim: OptimConfig = field(default_factory=OptimConfig)

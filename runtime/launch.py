@@ -50,6 +50,7 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         balance=balance_of(config),
         optim=config.optim,
         parallel=config.parallel,
+        aux=config.aux,
         device=config.cluster.device,
         control_timeout_s=config.cluster.collective_timeout_s,
     )

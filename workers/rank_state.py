@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
 from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
@@ -45,6 +46,7 @@ class WorkerSpec:
     balance: BalanceConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    aux: AuxLossConfig = field(default_factory=AuxLossConfig)
     device: str = "auto"
     control_timeout_s: float = 60.0
     call_coordinator: Callable[[bytes], bytes] | None = None

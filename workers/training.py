@@ -5,10 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dispatch.aux_losses import AuxLossConfig, AuxLosses
 from dispatch.balance import read_counts, reset_counts, routers_of
 from dispatch.meter import Meter, Reading
 from workers.control import ControlLoop, StepControl
@@ -30,10 +32,15 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. loss, counts and control are of all ranks, seconds and bytes of this one."""
+    """What one step did. Losses, counts and control are of all ranks, seconds and bytes of this one.
+
+    aux_loss, z_loss: unweighted, mean over layers; None where that loss is off.
+    """
 
     step: int
-    loss: float  # nats per token over the global batch
+    loss: float  # nats per token over the global batch, of the language model alone
+    aux_loss: float | None
+    z_loss: float | None
     lr: float
     grad_norm: float
     skipped: bool
@@ -58,12 +65,14 @@ class Trainer:
     meter: Meter
     run: RunConfig
     optim: OptimConfig
+    aux: AuxLossConfig
 
     def __post_init__(self) -> None:
         self.routers = routers_of(self.model)
         self.num_micro = self.run.num_micro_batches(self.groups.world_size)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
+        self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 compute where the run asks for it; parameters, gate and optimizer stay fp32."""
@@ -81,15 +90,19 @@ class Trainer:
         began = time.perf_counter()
         lr = learning_rate(step - 1, self.run.steps, self.optim)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        if self.aux_losses is not None:
+            self.aux_losses.begin_step()
         for micro, (input_ids, targets) in enumerate(self._micro_batches(step)):
             with self.autocast():
                 nll_sum = token_nll_sum(self.model(input_ids), targets)
             loss_sum += nll_sum.detach()
+            # Without auxiliary losses the graph is that of the language model, with nothing added.
+            total = nll_sum if self.aux_losses is None else nll_sum + self.aux_losses.take()
             if micro == self.num_micro - 1:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)
             # Divided by the tokens of all ranks and micro-batches: gradients are then summed and never rescaled.
-            (nll_sum / self.num_step_tokens).backward()
+            (total / self.num_step_tokens).backward()
         grad_norm, finite = self._update(lr)
         reset_counts(self.routers)
         # On a skipped step the bias stays too, or it would move without the weights that caused the load.
@@ -98,7 +111,7 @@ class Trainer:
         backward = self.meter.take()
         return StepResult(
             step=step,
-            loss=float(control.floats[0]) / self.num_step_tokens,
+            **self._losses(control.floats),
             lr=lr,
             grad_norm=grad_norm,
             skipped=not finite,
@@ -123,11 +136,25 @@ class Trainer:
             step,
             read_counts(self.routers),
             sums=torch.tensor([forward.routed, forward.sent, forward.received, forward.returned]),
-            floats=loss_sum.reshape(1).cpu(),
+            floats=self._loss_sums(loss_sum),
             maxima=torch.tensor(forward.busiest_rows, dtype=torch.int64),
             stop_requested=stop_requested,
         )
         return forward
+
+    def _loss_sums(self, loss_sum: Tensor) -> Tensor:
+        sums = [loss_sum.reshape(1)] if self.aux_losses is None else [loss_sum.reshape(1), self.aux_losses.sums]
+        return torch.cat(sums).cpu()
+
+    def _losses(self, sums: Tensor) -> dict[str, Any]:
+        """From `_loss_sums` over all ranks to the losses of the global batch."""
+        loss, *others = (sums / self.num_step_tokens).tolist()
+        balance, z = others or (None, None)
+        return {
+            "loss": loss,
+            "aux_loss": balance if self.aux.balances else None,
+            "z_loss": z if self.aux.z_alpha > 0 else None,
+        }
 
     def _update(self, lr: float) -> tuple[float, bool]:
         reduce_gradients(self.model, self.groups)

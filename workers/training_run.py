@@ -61,6 +61,7 @@ class TrainingRun:
             meter=state.meter,
             run=state.spec.run,
             optim=state.spec.optim,
+            aux=state.spec.aux,
         )
 
     def load(self, path: Path) -> int:

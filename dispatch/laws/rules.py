@@ -59,24 +59,87 @@ def smebu(load: LayerLoad, state: LayerState, rate: float, *, kappa: float = 2.0
     return state.moved_by(momentum_E, momentum=momentum_E)
 
 
-def _direction(load: LayerLoad) -> Tensor:
-    # In integers, as sign(total - E * c): a mean in floating point has flipped it (Megatron-LM #7081).
-    return torch.sign(load.tokens_E.sum() - load.tokens_E.numel() * load.tokens_E).double()
-
-
-def _relative_lack(load: LayerLoad) -> Tensor:
-    """v, float64 (E,). The difference is taken in integers."""
-    total = load.tokens_E.sum()
-    return (total - load.tokens_E.numel() * load.tokens_E).double() / total.double()
-
-
 @register_law("quantile", rate=1.0, statistic="cutoff_histogram", group_limited=False)
 def quantile(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
-    """The bias with which each expert would have got the mean load, the cutoffs of the step as they were.
+    """The bias with which each expert would have had the mean load, the cutoffs of the step as they were.
 
     Kimi K3's form of quantile balancing (kexue.fm 11619; Megatron-LM #6637): a quantile of one histogram over the whole
     global batch, never an average of quantiles. Moves by `rate` of the way, 1 for all of it.
     """
+    return state.moved_by(rate * (_quantile_bias(load, state) - state.bias_E))
+
+
+@register_law("newton", rate=0.5, statistic="near_cutoff", per_layer={STATISTIC_SCALE: 0.02})
+def newton(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
+    """A part of the Newton step: the lack of load over the slope of the load by the bias (ours, docs/laws.md)."""
+    scale, next_scale = _scales(load, state)
+    step_E = rate * _relative_lack(load) / _usable(_slope(load, scale), scale)
+    return state.moved_by(_trusted(step_E, next_scale), **{STATISTIC_SCALE: _scalar(next_scale)})
+
+
+@register_law(
+    "adaptive",
+    rate=1.0,
+    statistic="near_cutoff",
+    per_expert={"lack": 0.0, "slope": 0.0},
+    per_layer={STATISTIC_SCALE: 0.02, "gain": 1.0, "noise": 0.0},
+)
+def adaptive(
+    load: LayerLoad, state: LayerState, rate: float, *, least_gain: float = 0.1, shift_ratio: float = 10.0
+) -> LayerState:
+    """Newton steps of a length that follows how predictable the load is (ours, docs/laws.md).
+
+    What a step lacks is the error of the bias plus the chance of one batch: an innovation in the sense of Kalman. With
+    the best gain innovations are white (Mehra 1970), so the gain grows where two in a row point the same way and
+    shrinks where they do not. One far above the usual size is a shift, and starts anew with a whole step.
+    """
+    gain, noise = float(state.extras["gain"]), float(state.extras["noise"])
+    lack_E, before_E = _relative_lack(load), state.extras["lack"]
+    size = _mean_product(lack_E, lack_E)
+    starts = noise == 0 or size > shift_ratio * noise
+    if starts:
+        gain, noise = 1.0, size
+    else:
+        noise += 0.2 * (size - noise)
+        known = math.sqrt(size * _mean_product(before_E, before_E))
+        correlation = _mean_product(lack_E, before_E) / known if known else 0.0
+        # The divisor is that of averaging: with no correlation to see, gains fall as 1, 2/3, 1/2, 2/5, ...
+        gain = min(max(gain * (1 + correlation) / (1 + gain / 2), least_gain), 1.0)
+    scale, next_scale = _scales(load, state)
+    slope_E, known_E = _slope(load, scale), state.extras["slope"]
+    # Chance that loads an expert also brings tokens near its cutoff: a slope of one step would move with the lack.
+    slope_E = slope_E if starts else known_E + 0.2 * (slope_E - known_E)
+    step_E = _trusted(rate * gain * lack_E / _usable(slope_E, scale), next_scale)
+    scalars = {STATISTIC_SCALE: _scalar(next_scale), "gain": _scalar(gain), "noise": _scalar(noise)}
+    return state.moved_by(step_E, lack=lack_E, slope=slope_E, **scalars)
+
+
+@register_law(
+    "warm",
+    rate=1e-3,
+    statistic="cutoff_histogram",
+    per_layer={"num_calm_steps": 0.0, "noise": 0.0},
+    group_limited=False,
+)
+def warm(
+    load: LayerLoad, state: LayerState, rate: float, *, warm_steps: float = 3.0, shift_ratio: float = 10.0
+) -> LayerState:
+    """`quantile` for the first steps and after a shift of the load, `sign` otherwise (docs/laws.md)."""
+    num_calm_steps, noise = float(state.extras["num_calm_steps"]), float(state.extras["noise"])
+    lack_E = _relative_lack(load)
+    size = _mean_product(lack_E, lack_E)
+    if noise > 0 and size > shift_ratio * noise:
+        num_calm_steps, noise = 0.0, 0.0
+    if num_calm_steps < warm_steps:
+        step_E = _quantile_bias(load, state) - state.bias_E
+    else:
+        noise = noise + 0.2 * (size - noise) if noise else size
+        step_E = rate * _direction(load)
+    return state.moved_by(step_E, num_calm_steps=_scalar(num_calm_steps + 1), noise=_scalar(noise))
+
+
+def _quantile_bias(load: LayerLoad, state: LayerState) -> Tensor:
+    """Float64 (E,), centred: only then is a part of the way to it no move in common."""
     low, high = histogram_range(state.bias_E.float())
     below_EW = load.statistic_EW.cumsum(1)
     # Exact: the mean load of the layer is total / E, and the histogram of an expert holds every token once.
@@ -86,24 +149,46 @@ def quantile(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
     before_E1 = below_EW.gather(1, bin_E1) - inside_E1
     part_E1 = (total.double() / num_experts - before_E1) / inside_E1.clamp_min(1)
     wanted_E = float(low) + (bin_E1 + part_E1).squeeze(1) * (float(high - low) / below_EW.shape[1])
-    # Centred first: only then is a part of the way no move in common.
-    wanted_E = wanted_E - math.fsum(wanted_E.tolist()) / num_experts
-    return state.moved_by(rate * (wanted_E - state.bias_E))
+    return wanted_E - math.fsum(wanted_E.tolist()) / num_experts
 
 
-@register_law("newton", rate=0.5, statistic="near_cutoff", per_layer={STATISTIC_SCALE: 0.02})
-def newton(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
-    """A part of the Newton step: the lack of load over the slope of the load by the bias (ours, docs/laws.md)."""
+def _scales(load: LayerLoad, state: LayerState) -> tuple[float, float]:
+    """Width of the statistic now, and the next one: so wide that 0.8 of a load is within it of the cutoff, about."""
     scale = float(state.extras[STATISTIC_SCALE])
+    wanted = math.sqrt(0.8 * float(load.tokens_E.sum()) / max(float(load.statistic_EW.sum()), 1.0))
+    return scale, min(max(scale * min(max(wanted, 0.25), 4.0), 1e-6), 0.25)
+
+
+def _slope(load: LayerLoad, scale: float) -> Tensor:
+    """Relative load that a unit of bias brings to each expert, float64 (E,)."""
     mean = float(load.tokens_E.sum()) / load.tokens_E.numel()
-    near_E = load.statistic_EW[:, 0].double()
-    slope_E = near_E.clamp_min(0.02 * mean) / (2 * scale)
-    step_E = (mean - load.tokens_E.double()) / slope_E
-    step_E = (rate * step_E).clamp(-2.5 * scale, 2.5 * scale)
-    return state.moved_by(step_E, **{STATISTIC_SCALE: _next_scale(scale, near_E, mean)})
+    return load.statistic_EW[:, 0].double() / (2 * scale * mean)
 
 
-def _next_scale(scale: float, near_E: Tensor, mean: float) -> Tensor:
-    """Wide enough that about a third of an expert's load is near the cutoff: a slope from few tokens is noise."""
-    wanted = math.sqrt(0.4 * mean * near_E.numel() / max(float(near_E.sum()), 1.0))
-    return torch.tensor([min(max(scale * min(max(wanted, 0.5), 2.0), 1e-6), 0.25)], dtype=torch.float64)
+def _usable(slope_E: Tensor, scale: float) -> Tensor:
+    """Without zeros: an expert that nobody nearly chose moves as if a fiftieth of a mean load were near."""
+    return slope_E.clamp_min(0.02 / (2 * scale))
+
+
+def _trusted(step_E: Tensor, next_scale: float) -> Tensor:
+    """At most 2.5 widths of the statistic: farther away, the slope is not known."""
+    return step_E.clamp(-2.5 * next_scale, 2.5 * next_scale)
+
+
+def _mean_product(a_E: Tensor, b_E: Tensor) -> float:
+    return math.fsum((a_E * b_E).tolist()) / a_E.numel()
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def _direction(load: LayerLoad) -> Tensor:
+    # In integers, as sign(total - E * c): a mean in floating point has flipped it (Megatron-LM #7081).
+    return torch.sign(load.tokens_E.sum() - load.tokens_E.numel() * load.tokens_E).double()
+
+
+def _relative_lack(load: LayerLoad) -> Tensor:
+    """v, float64 (E,). The difference is taken in integers."""
+    total = load.tokens_E.sum()
+    return (total - load.tokens_E.numel() * load.tokens_E).double() / total.double()

@@ -185,7 +185,7 @@ CHOSEN: dict[str, Any] = {
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
     "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
-    "balance.zero_last": 0.5,
+    "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
     "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,

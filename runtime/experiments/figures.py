@@ -1,0 +1,55 @@
+"""What a law achieved on a trace, in the figures that a user compares laws by."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.experiments.play import Played, max_vio_by_step
+from runtime.experiments.trace import Trace
+
+BALANCED_AT = 1.5  # times the practical floor
+MEAN_OVER = 5  # steps that must be below the threshold on average
+STEADY_SHARE = 0.25  # of the steps before the shift, at their end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of one law on one trace.
+
+    balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if
+    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady steps, the
+    last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best scores that the
+    chosen ones lack. Means over layers.
+    """
+
+    balanced_after: int | None
+    recovered_after: int | None
+    max_vio_batch: float
+    max_vio_global: float
+    regret: float
+
+
+def figures_of(played: Played, trace: Trace, threshold: float) -> Figures:
+    """The figures of what `play` returned. threshold: MaxVio_batch that counts as balanced."""
+    slices = trace.layout.slices
+    vio_S = max_vio_by_step(played.counts, slices)
+    shift = len(vio_S) if trace.shift_step is None else trace.shift_step - trace.steps[0]
+    steady = slice(shift - max(1, round(STEADY_SHARE * shift)), shift)
+    load_1N = played.counts[steady].sum(0, keepdims=True)
+    return Figures(
+        balanced_after=first_balanced(vio_S[:shift], threshold),
+        recovered_after=first_balanced(vio_S[shift:], threshold) if shift < len(vio_S) else None,
+        max_vio_batch=float(vio_S[steady].mean()),
+        max_vio_global=float(max_vio_by_step(load_1N, slices)[0]),
+        regret=float(played.regret[steady].mean()),
+    )
+
+
+def first_balanced(vio_S: NDArray[np.float64], threshold: float) -> int | None:
+    """Index of the first step from which MEAN_OVER steps are at most `threshold` on average; None if there is none."""
+    if len(vio_S) < MEAN_OVER:
+        return None
+    means = np.convolve(vio_S, np.full(MEAN_OVER, 1 / MEAN_OVER), "valid")
+    below = np.flatnonzero(means <= threshold)
+    return int(below[0]) if below.size else None

@@ -1,0 +1,138 @@
+"""Laws in closed loop on a trace: each chooses the experts of every step by its own bias, and learns from what it did.
+
+Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dispatch.laws import BalanceConfig, Law, LawState, make_law
+from dispatch.laws.registry import STATISTIC_SCALE
+from dispatch.load_metrics import max_vio_floor
+from dispatch.selection import biased_scores, count_by_expert, ordered_topk
+from dispatch.statistics import Routing
+from runtime.experiments.trace import Trace
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one law did on a trace."""
+
+    config: BalanceConfig
+    counts: NDArray[np.int64]  # (S, N)
+    bias: NDArray[np.float32]  # (S, N), what chose at each step
+    regret: NDArray[np.float64]  # (S,), 1 - scores of the chosen / scores of the best, over all layers
+
+
+class Player:
+    """One law on its way through a trace; `step` once for each step, in order."""
+
+    def __init__(self, config: BalanceConfig, trace: Trace) -> None:
+        self.law: Law = make_law(config, trace.layout)
+        self.state: LawState = self.law.initial_state()
+        self._trace = trace
+        self._rows: list[tuple[Tensor, Tensor, float]] = []
+
+    def step(self, step: int, scores: list[Tensor]) -> None:
+        """Choose by the law's bias and update it, as a training step would."""
+        loads, statistics, chosen, best = [], [], 0.0, 0.0
+        for layer, (where, scores_TE) in enumerate(zip(self._trace.layout.slices, scores, strict=True)):
+            routing = self._route(layer, scores_TE, self.state.bias_N[where])
+            loads.append(count_by_expert(routing.topk_ids_TK, scores_TE.shape[1]))
+            if self.law.statistic is not None:
+                statistics.append(self.law.statistic.count(routing, None).flatten())
+            chosen += float(scores_TE.gather(1, routing.topk_ids_TK).sum(dtype=torch.float64))
+            best += float(scores_TE.topk(self._trace.choice.top_k, dim=1).values.sum(dtype=torch.float64))
+        load_N = torch.cat(loads)
+        self._rows.append((load_N, self.state.bias_N, 1 - chosen / best if best else 0.0))
+        self.state = self.law.update(torch.cat([load_N, *statistics]), self.state, step)
+
+    def _route(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> Routing:
+        choice = self._trace.choice
+        biased_TE = biased_scores(scores_TE, bias_E, multiplies=self.law.entry.multiplies, **choice.groups)
+        scales = self.state.extras.get(STATISTIC_SCALE)
+        scale = torch.zeros(()) if scales is None else scales[layer]
+        return Routing(scores_TE, biased_TE, ordered_topk(biased_TE, choice.top_k), bias_E, scale)
+
+    def played(self) -> Played:
+        """Everything so far."""
+        loads, biases, regrets = zip(*self._rows, strict=True)
+        return Played(
+            self.law.config, torch.stack(loads).numpy(), torch.stack(biases).numpy(), np.array(regrets, np.float64)
+        )
+
+
+def play(
+    trace: Trace, laws: Mapping[str, BalanceConfig], on_step: Callable[[int], None] = lambda _: None
+) -> dict[str, Played]:
+    """Play all laws side by side: the scores of a step are read once. `on_step` hears of each step that is done.
+
+    Raises:
+        ValueError: a law is not fit for the trace's groups.
+    """
+    for config in laws.values():
+        if trace.choice.num_groups > 1 and not config.entry.group_limited:
+            raise ValueError(
+                f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
+            )
+    players = {label: Player(config, trace) for label, config in laws.items()}
+    for step in trace.steps:
+        scores = trace.scores(step)
+        for player in players.values():
+            player.step(step, scores)
+        on_step(step)
+    return {label: player.played() for label, player in players.items()}
+
+
+def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDArray[np.float64]:
+    """MaxVio of every step, mean over the layers: (S,)."""
+    layers = [counts[:, where].max(1) / np.maximum(counts[:, where].mean(1), 1e-300) - 1 for where in slices]
+    return np.asarray(np.mean(layers, axis=0), np.float64)
+
+
+def practical_floor(trace: Trace, num_samples: int = 32, num_neighbours: int = 6, num_rounds: int = 8) -> float:
+    """MaxVio_batch that the best constant bias for a step would leave when it may not see the step itself.
+
+    For some steps, the bias that balances the steps before and after together is tried on the step between. What is
+    left is chance, of which tokens that come in sequences have more than independent ones (`dispatch.load_metrics`).
+    """
+    values = []
+    stride = 4  # tokens of one sequence resemble each other: the others say little more
+    for step in _sampled_steps(trace, num_samples, num_neighbours):
+        around = [trace.scores(step + offset) for offset in range(-num_neighbours, num_neighbours + 1) if offset]
+        scores = trace.scores(step)
+        for layer, scores_TE in enumerate(scores):
+            bias_E = _balancing_bias(torch.cat([each[layer][::stride] for each in around]), trace, num_rounds)
+            biased_TE = biased_scores(scores_TE, bias_E, **trace.choice.groups)
+            load_E = count_by_expert(ordered_topk(biased_TE, trace.choice.top_k), scores_TE.shape[1])
+            values.append(int(load_E.max()) * load_E.numel() / int(load_E.sum()) - 1)
+    return float(np.mean(values))
+
+
+def chance_floor(trace: Trace) -> float:
+    """`max_vio_floor` of the last step, mean over layers: what independent tokens would leave."""
+    scores = trace.scores(trace.steps[-1])
+    return float(np.mean([max_vio_floor(len(each), each.shape[1], trace.choice.top_k) for each in scores]))
+
+
+def _sampled_steps(trace: Trace, num_samples: int, num_neighbours: int) -> list[int]:
+    steps = trace.steps[num_neighbours : len(trace.steps) - num_neighbours]
+    if trace.shift_step is not None:
+        # Neighbours on both sides of a shift say nothing about either.
+        steps = [step for step in steps if not -num_neighbours <= trace.shift_step - step <= num_neighbours]  # type: ignore[assignment]
+    return [steps[index] for index in np.linspace(0, len(steps) - 1, min(num_samples, len(steps))).astype(int)]
+
+
+def _balancing_bias(scores_TE: Tensor, trace: Trace, num_rounds: int) -> Tensor:
+    """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate."""
+    config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(num_rounds)]
+    player = Player(config[0], trace)
+    for round_, each in enumerate(config, 1):
+        player.law = make_law(each, trace.layout)
+        player.step(round_, [scores_TE])
+    return player.state.bias_N
