@@ -40,6 +40,12 @@ def test_a_law_is_a_balance_section_of_its_own() -> None:
     assert parse_method("newton").applied_to(load_config("small")).balance.rate is None
 
 
+def test_a_loss_leaves_the_bias_alone_and_a_law_has_no_loss() -> None:
+    with_loss = parse_method("aux:alpha=0.01").applied_to(load_config("small"))
+    assert (with_loss.aux.loss, with_loss.aux.alpha, with_loss.balance.law) == ("switch", 0.01, "none")
+    assert parse_method("newton").applied_to(with_loss).aux.loss == "none"
+
+
 @pytest.mark.parametrize(
     ("spec", "values"),
     [
