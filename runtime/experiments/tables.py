@@ -54,9 +54,8 @@ def explanation(outcome: Outcome) -> str:
         is below {outcome.threshold:.3f} ({"as given" if outcome.threshold_given else origin}); {AVERAGED_STEPS} is the
         least."""
     if outcome.shift_at:
-        sentences += (
-            f" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}; to recover: from there."
-        )
+        sentences += f""" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}. To recover: steps from
+        there; peak: the highest mean of {AVERAGED_STEPS} steps from there on."""
     return textwrap.fill(" ".join(sentences.split()), 120)
 
 
@@ -71,12 +70,13 @@ def _tables(outcome: Outcome) -> list[tuple[list[str], Rows]]:
     texts = [
         [
             method.spec,
+            _decimals(4)(method.measures["val_bits_per_byte"], 0),
             *(_decimals(4)(method.per_source[name], 0) for name in sources),
             "" if method is outcome.methods[0] else _signed(method),
         ]
         for method in outcome.methods
     ]
-    heads = ["bits per byte", *sources, f"all, against {first}, same seeds"]
+    heads = ["bits per byte", "all text", *sources, f"all text, against {first}, same seeds"]
     return [(["method", *(HEADS[name] for name in columns)], main), (heads, texts)]
 
 
@@ -115,21 +115,21 @@ def _signed(method: MethodOutcome) -> str:
 
 COLUMNS: dict[str, Cell] = {
     "val_perplexity": _decimals(3),
-    "val_bits_per_byte": _decimals(4),
     "max_vio_global": _decimals(3),
     "max_vio_batch_before_shift": _decimals(3),
+    "max_vio_batch_peak_after_shift": _decimals(3),
     "max_vio_batch": _decimals(3),
     "max_vio_computation_batch": _decimals(3),
     "steps_to_balance": _steps,
     "steps_to_recover": _steps,
     "step_s": _time,
 }
-SHIFT_COLUMNS = ("max_vio_batch_before_shift", "steps_to_recover")
+SHIFT_COLUMNS = ("max_vio_batch_before_shift", "max_vio_batch_peak_after_shift", "steps_to_recover")
 HEADS = {
     "val_perplexity": "perplexity",
-    "val_bits_per_byte": "bits per byte",
     "max_vio_global": "MaxVio_global",
     "max_vio_batch_before_shift": "MaxVio_batch before the shift",
+    "max_vio_batch_peak_after_shift": "peak after the shift",
     "max_vio_batch": "MaxVio_batch",
     "max_vio_computation_batch": "computation batch",
     "steps_to_balance": "steps to balance",

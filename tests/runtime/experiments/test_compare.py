@@ -203,6 +203,7 @@ def test_numbers_are_those_of_the_records(compared: ComparePlan) -> None:
     assert values["val_bits_per_byte"] == [2.0, 4.0]
     assert values["max_vio_global"] == [0.1, 0.2]  # held out, not that of the training load
     assert values["max_vio_batch_before_shift"] == pytest.approx([0.2] * 2)
+    assert values["max_vio_batch_peak_after_shift"] == pytest.approx([0.32] * 2)  # steps 11 to 15
     assert values["max_vio_batch"] == pytest.approx([0.15] * 2)  # steps 19 and 20
     assert values["max_vio_computation_batch"] == pytest.approx([0.3] * 2)
     assert values["step_s"] == [10.5, 10.5]
@@ -228,13 +229,13 @@ def test_tables_say_what_was_measured_and_how_often(compared: ComparePlan, tmp_p
         assert path.stat().st_size > 500
     text = (tmp_path / "compare.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert rows[0][:3] == ["method", "perplexity", "bits per byte"]
+    assert rows[0][:3] == ["method", "perplexity", "MaxVio_global"]
     assert rows[2] == [
-        "newton", "5.054 ± 3.303", "3.0000 ± 1.4142", "0.150 ± 0.071", "0.200 ± 0.000", "0.150 ± 0.000",
+        "newton", "5.054 ± 3.303", "0.150 ± 0.071", "0.200 ± 0.000", "0.320 ± 0.000", "0.150 ± 0.000",
         "0.300 ± 0.000", "7 ± 0", "6 ± 0", "10.5 s",
     ]  # fmt: skip
     assert rows[3][7] == "7 (1 of 2)"
-    assert rows[-1] == ["sign", "1.8000 ± 0.4243", "5.4000 ± 1.2728", "+0.6000 ± 0.5657"]
+    assert rows[-1] == ["sign", "3.6000 ± 0.8485", "1.8000 ± 0.4243", "5.4000 ± 1.2728", "+0.6000 ± 0.5657"]
     assert "below 0.300 (1.5 times the lowest that any method held, 0.200)" in " ".join(text.split())
     assert "shifts at step 11 of 20" in " ".join(text.split())
     numbers = json.loads((tmp_path / "compare.json").read_text())
@@ -254,7 +255,7 @@ def test_without_a_shift_there_is_nothing_to_recover_from(tmp_path: Path) -> Non
     write_results(outcome, tmp_path)
     text = (tmp_path / "compare.md").read_text()
     assert "recover" not in text and "shift" not in text
-    assert "| newton | 2.718 | 2.0000 | 0.100 | 0.150 | 0.300 | 7 | 10.5 s |" in text
+    assert "| newton | 2.718 | 0.100 | 0.150 | 0.300 | 7 | 10.5 s |" in text
 
 
 def test_nothing_finished_is_nothing_to_compare(tmp_path: Path) -> None:
