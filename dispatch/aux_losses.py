@@ -172,9 +172,8 @@ class AuxLosses:
     def __init__(self, model: nn.Module, config: AuxLossConfig, group: dist.ProcessGroup | None = None) -> None:
         self.config, self.group = config, group
         routers: Mapping[str, Router] = routers_of(model)
-        self._observers = {
-            name: RouterObserver(config, router) for name, router in routers.items() if router.steers_bias
-        }
+        learning = [name for name, router in routers.items() if router.steers_bias and config.active]
+        self._observers = {name: RouterObserver(config, routers[name]) for name in learning}
         for name, observer in self._observers.items():
             routers[name].observer = observer
         self.begin_step()
@@ -198,7 +197,7 @@ class AuxLosses:
         """
         layers = [_one_terms(name, observer) for name, observer in self._observers.items()]
         if not layers:
-            return self._sums.new_zeros(())
+            return torch.zeros(())
         counts = [layer.counts_UE for layer in layers]
         if self.config.loss == "global_batch":
             counts = self._counts_of_step(counts)

@@ -73,7 +73,8 @@ class Router(nn.Module):
     The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
     bf16 flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_state` moves, once
     per optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset, and
-    `statistic_EW` what the law asked for besides (`dispatch.balance.attach_law`).
+    `statistic_EW` what the law asked for besides (`dispatch.balance.attach_law`). `on_scores` is called with the fp32
+    scores (T, E) of every training forward, recomputes left out.
     Source: arXiv 2412.19437, equations 12 to 16.
     """
 
@@ -98,6 +99,7 @@ class Router(nn.Module):
         self.statistic: Statistic | None = None
         self.observer: Observer | None = None  # of dispatch.aux_losses; off costs nothing
         self.multiplies_bias = False
+        self.on_scores: Callable[[Tensor], None] | None = None
         self._bias_version_of_forward = -1
         if not self.weight.is_meta:
             self.reset_parameters()
@@ -144,6 +146,8 @@ class Router(nn.Module):
                 self.observer(logits_TE, topk_ids_TK, token_mask_T, num_sequences)
         if self.training:
             routing = Routing(scores_TE.float(), biased_TE, topk_ids_TK, self.expert_bias_E, self.statistic_scale)
+            if self.on_scores is not None and not in_backward():
+                self.on_scores(routing.scores_TE)
             topk_weights_TK = self._count(routing, topk_weights_TK, token_mask_T)
         return topk_ids_TK, topk_weights_TK
 

@@ -8,10 +8,11 @@ import argparse
 import importlib.metadata
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.choices import Choices, choice_parser
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
 
@@ -92,6 +93,32 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _replay(arguments: Sequence[str]) -> int:
+    """Compute a run's bias again, and try other laws on the router scores that it recorded."""
+    parser = _run_parser("replay", _replay)
+    parser.add_argument(
+        "--law",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and newton)",
+    )
+    parser.add_argument(
+        "--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)"
+    )
+    parser.add_argument(
+        "--shift",
+        type=whole(1),
+        metavar="STEP",
+        help="training step from which the text is another (as in data.shift_at)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
+    run, options = _parse(parser, arguments)
+    from runtime.experiments.replay import replay
+
+    return replay(run, laws=options.pop("law"), **options)
+
+
 def _bench(arguments: Sequence[str]) -> int:
     """Measure a part of Trimtab on this machine."""
     from runtime.bench.command import bench
@@ -109,28 +136,21 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(options)
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
     "generate": _generate,
     "report": _report,
+    "replay": _replay,
     "bench": _bench,
     "compare": _compare,
 }
 
 
 def _command_parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="trimtab",
-        usage="trimtab COMMAND [options]",
-        description="Train mixture-of-experts language models with expert parallelism and bias-based load balancing.",
-        epilog=f"commands:\n{listing}\n\n`trimtab COMMAND --help` explains the options of a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    what = "Train mixture-of-experts language models with expert parallelism and bias-based load balancing."
+    parser = choice_parser("trimtab", "COMMAND", COMMANDS, what)
     parser.add_argument("--version", action="version", version=f"trimtab {importlib.metadata.version('trimtab')}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="What to do, see below.")
     return parser
 
 

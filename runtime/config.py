@@ -40,6 +40,26 @@ FREE_SETTINGS = ("model.recompute",)
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunBalanceConfig(BalanceConfig):
+    """How the selection bias of a run follows the load, and what is recorded for trying other laws on it."""
+
+    record: int = 0
+    """Record the router scores of every so many steps, for `trimtab replay`; without a number, of every step; 0 off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.record) is not int or self.record < 0:
+            raise ValueError(
+                f"balance.record ({self.record}) must be a whole number: 1 records every step, 10 each tenth, 0 none"
+            )
+
+    @property
+    def of_law(self) -> BalanceConfig:
+        """The part that the law knows and ranks agree on."""
+        return BalanceConfig(**{each.name: getattr(self, each.name) for each in fields(BalanceConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a run."""
 
@@ -47,7 +67,7 @@ class TrainConfig:
     """Run: length, batch, rhythm, name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model: size and shape of the decoder."""
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    balance: RunBalanceConfig = field(default_factory=RunBalanceConfig)
     """Balance: how the selection bias follows the load."""
     aux: AuxLossConfig = field(default_factory=AuxLossConfig)
     """Auxiliary losses: other ways to balance, to compare with; off."""
@@ -79,6 +99,7 @@ def cross_check(config: TrainConfig) -> None:
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     _check_device(config.cluster)
+    _check_time_limits(config.cluster)
     if config.parallel.exchange == "deep_ep" and ep_size > 1:
         _check_deep_ep(config, ep_size)
 
@@ -132,6 +153,17 @@ def _check_deep_ep(config: TrainConfig, ep_size: int) -> None:
     check_sizes(config.model.moe.num_experts, ep_size, hidden=config.model.hidden, top_k=config.model.moe.top_k)
     if config.cluster.address is None:  # else the workers' machines are others
         check_available()
+
+
+def _check_time_limits(cluster: ClusterConfig) -> None:
+    # A step asks the coordinator twice at most, and the other ranks meanwhile wait in a collective.
+    if cluster.collective_timeout_s <= 2 * cluster.coordinator_timeout_s:
+        raise ValueError(
+            f"cluster.collective_timeout_s ({cluster.collective_timeout_s:g}) must be more than twice "
+            f"cluster.coordinator_timeout_s ({cluster.coordinator_timeout_s:g}), or a slow coordinator would end the "
+            f"run; lower --cluster.coordinator_timeout_s, or set --cluster.collective_timeout_s "
+            f"{3 * cluster.coordinator_timeout_s:g}"
+        )
 
 
 def _check_device(cluster: ClusterConfig) -> None:

@@ -21,6 +21,7 @@ SHORT_OPTIONS = {
     "--workers": "--cluster.num_workers",
     "--device": "--cluster.device",
 }
+VALUES_IF_BARE = {"--balance.record": "1"}
 USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | --resume RUN [--step N] [...]"
 
 
@@ -43,7 +44,7 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
         ValueError, argparse.ArgumentError: wrong usage or configuration, with the way out.
         SystemExit: --help was asked for and answered.
     """
-    arguments = [_lengthen(argument) for argument in arguments]
+    arguments = _fill_in([_lengthen(argument) for argument in arguments])
     source = vars(_source_parser().parse_known_args(arguments)[0])
     config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
     if resume_name is None:
@@ -126,6 +127,15 @@ def config_to_yaml(config: TrainConfig) -> str:
 def _lengthen(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return SHORT_OPTIONS.get(option, option) + equals + value
+
+
+def _fill_in(arguments: Sequence[str]) -> list[str]:
+    """The options of VALUES_IF_BARE that stand without a value, with it: the parser wants one for each."""
+    filled = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        bare = argument in VALUES_IF_BARE and following.startswith("--")
+        filled.append(f"{argument}={VALUES_IF_BARE[argument]}" if bare else argument)
+    return filled
 
 
 def _source_parser() -> argparse.ArgumentParser:

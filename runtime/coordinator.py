@@ -41,17 +41,18 @@ class CoordinatorPolicy:
         self._run_id: str | None = None
         self._law: Law | None = None
         self._law_checksum = -1
+        self._max_bytes = MAX_MESSAGE_BYTES
         self._held: tuple[VersionedState, ...] = ()  # the base and the update computed from it
         self._status: dict[str, int] = {"reports": 0, "refused": 0, "reseeds": 0, "last_step": -1, "version": -1}
 
     def handle(self, raw: bytes) -> bytes:
         """Answer one LoadReport with a BiasUpdate, NeedState or Refusal. Bad input is refused and changes nothing."""
         try:
-            report = decode(raw, max_message_bytes(self._law) if self._law else MAX_MESSAGE_BYTES)
+            report = decode(raw, self._max_bytes)
             if not isinstance(report, LoadReport):
                 raise WireError(f"a {type(report).__name__} is not for the coordinator")
             return encode(self._answer(report))
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:  # the second from a law, of numbers beyond all measure
             self._status["refused"] += 1
             return encode(Refusal(reason=str(error)))
 
@@ -64,18 +65,17 @@ class CoordinatorPolicy:
             raise ValueError(
                 f"this coordinator serves run {self._run_id!r}, not {report.run_id!r}; start one for each run"
             )
-        base = self._find_base(report)
+        law, base = self._law, self._find_base(report)
         if base is None and report.seed is not None:
-            base = self._adopt(report, report.seed)
-        if base is None or self._law is None:
+            law, base = _sown(report, report.seed)
+        if base is None or law is None:
             return NeedState(step=report.step)
-        state = self._law.update(report.counts_M, base.state, report.step)
-        proposal = VersionedState(base.version + 1, state)
-        self._held = (base, proposal)
-        self._status["reports"] += 1
-        self._status["last_step"] = report.step
-        self._status["version"] = proposal.version
-        return BiasUpdate(step=report.step, version=proposal.version, state=state)
+        state = law.update(report.counts_M, base.state, report.step)
+        if not all(bool(value.isfinite().all()) for value in (state.bias_N, *state.extras.values())):
+            raise ValueError(f"law {law.config.law!r} answers these counts with a state that is not finite")
+        # Nothing of a report that was refused is kept: only here does the coordinator change.
+        self._keep(report, law, base, VersionedState(base.version + 1, state))
+        return BiasUpdate(step=report.step, version=base.version + 1, state=state)
 
     def _find_base(self, report: LoadReport) -> VersionedState | None:
         # The checksum decides, not the number: a run that went back to a checkpoint reaches the same numbers again.
@@ -84,16 +84,27 @@ class CoordinatorPolicy:
         wanted = (report.base_version, report.base_checksum)
         return next((held for held in self._held if (held.version, held.checksum) == wanted), None)
 
-    def _adopt(self, report: LoadReport, seed: Seed) -> VersionedState:
-        law = make_law(seed.config, seed.layout)
-        base = VersionedState(report.base_version, seed.state)
-        if not same_form(seed.state, law.initial_state()):
-            raise ValueError(f"the seed's state is not one of law {seed.config.law!r} for {seed.layout.total} experts")
-        if (base.checksum, law_checksum(seed.config, seed.layout)) != (report.base_checksum, report.law_checksum):
-            raise ValueError("the seed does not match the checksums of its report")
-        self._status["reseeds"] += self._law is not None
-        self._run_id, self._law, self._law_checksum, self._held = report.run_id, law, report.law_checksum, (base,)
-        return base
+    def _keep(self, report: LoadReport, law: Law, base: VersionedState, proposal: VersionedState) -> None:
+        if law is not self._law:
+            self._status["reseeds"] += self._law is not None
+            # Never less than before, or a small law by mistake would shut out the reports of the true one.
+            bound = max_message_bytes(law)
+            self._max_bytes = bound if self._law is None else max(self._max_bytes, bound)
+        self._run_id, self._law, self._law_checksum = report.run_id, law, report.law_checksum
+        self._held = (base, proposal)
+        self._status["reports"] += 1
+        self._status["last_step"], self._status["version"] = report.step, proposal.version
+
+
+def _sown(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
+    """The law and the base that a report brings along."""
+    law = make_law(seed.config, seed.layout)
+    base = VersionedState(report.base_version, seed.state)
+    if not same_form(seed.state, law.initial_state()):
+        raise ValueError(f"the seed's state is not one of law {seed.config.law!r} for {seed.layout.total} experts")
+    if (base.checksum, law_checksum(seed.config, seed.layout)) != (report.base_checksum, report.law_checksum):
+        raise ValueError("the seed does not match the checksums of its report")
+    return law, base
 
 
 class CoordinatorActor:
@@ -132,7 +143,7 @@ class CoordinatorClient:
         return answer
 
 
-def start_coordinator(law_module: str | None = None) -> Any:
+def start_coordinator(law_module: str | None = None, *, actor_class: type[CoordinatorActor] = CoordinatorActor) -> Any:
     """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
 
     It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
@@ -141,5 +152,5 @@ def start_coordinator(law_module: str | None = None) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(CoordinatorActor)
-    return actor_class.options(scheduling_strategy=here).remote(law_module)
+    remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(actor_class)
+    return remote_class.options(scheduling_strategy=here).remote(law_module)

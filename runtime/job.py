@@ -19,7 +19,7 @@ from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_
 from runtime.live import LiveView
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
-from runtime.size import ModelSize, model_size
+from runtime.size import ModelSize, model_size, recorded_scores_bytes
 from workers import checkpoint
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig
@@ -50,7 +50,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     check_resources(
         config.cluster,
         run_dir,
-        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1),
+        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1) + recorded_scores_bytes(config),
         model_bytes_per_worker=size.training_bytes_per_rank,
     )
     dataset = open_data(config, console)
@@ -231,6 +231,7 @@ def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelS
         f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
         f"layers\ntext   {sources}\n"
         f"law    {config.balance.law}, rate {balance_of(config).rate_at(1):g}"
+        + (f"\nscores {recorded_scores_bytes(config) / 1e6:,.1f} MB to come" if config.balance.record else "")
     )
 
 

@@ -53,12 +53,13 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         aux=config.aux,
         device=config.cluster.device,
         control_timeout_s=config.cluster.collective_timeout_s,
+        record_scores_every=config.balance.record,
     )
 
 
 def balance_of(config: TrainConfig) -> BalanceConfig:
     """The balancing of a run, with the run's length where its rate depends on it."""
-    balance = config.balance
+    balance = config.balance.of_law
     return replace(balance, horizon=balance.horizon or config.run.steps) if balance.needs_horizon else balance
 
 

@@ -87,6 +87,11 @@ class RunRecord:
         """Steps whose gradient was not finite."""
         return [line["step"] for line in self.train if line.get("skipped")]
 
+    @property
+    def repaired_steps(self) -> set[int]:
+        """Steps that some rank routed by a bias that was then repaired."""
+        return {event["step"] for event in self.events if event["event"] == "bias_repaired"}
+
     def max_vio_per_layer(self) -> NDArray[np.float64]:
         """MaxVio_batch: (training lines, layers)."""
         num_layers = len(self.history.layout.names)
@@ -161,11 +166,15 @@ def _checksums(record: RunRecord) -> Headline:
     wrong = [
         line["step"]
         for line in lines
-        if (bias := recorded.get(line["step"])) is None or line.get("bias_checksum") != f"{zlib.crc32(bias):08x}"
+        if (bias := recorded.get(line["step"])) is None
+        or line.get("bias_checksum") != f"{zlib.crc32(bias):08x}"
+        or line["step"] in record.repaired_steps
     ]
     value = f"{len(lines) - len(wrong)} of {len(lines)} steps"
     if wrong:
-        note = f"the checksum is not that of the recorded bias, first at step {wrong[0]}"
+        repaired = wrong[0] in record.repaired_steps
+        cause = "a rank routed by another bias" if repaired else "the checksum is not that of the recorded bias"
+        note = f"{cause}, first at step {wrong[0]}"
         return Headline("Bias checksums equal", value, note, verdict=False)
     return Headline("Bias checksums equal", value, "on all ranks, and crc32 of the recorded bias", bool(lines))
 

@@ -7,7 +7,9 @@ import torch
 from dispatch.dispatcher import LocalDispatcher
 from dispatch.experts import expert_parameters
 from dispatch.placement import ExpertPlacement
+from runtime.config import TrainConfig
 from workers.model import Decoder, ModelConfig
+from workers.score_log import SCORE_BYTES
 
 # fp32 parameter, gradient and two AdamW moments; a checkpoint holds all but the gradient.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -41,3 +43,13 @@ def model_size(config: ModelConfig, ep_size: int) -> ModelSize:
         training_bytes_per_rank=TRAINING_BYTES_PER_PARAMETER * (total - experts + largest_shard),
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAMETER * total,
     )
+
+
+def recorded_scores_bytes(config: TrainConfig) -> int:
+    """What balance.record writes in a run from its first step to its last."""
+    if not config.balance.record:
+        return 0
+    num_steps = -(-config.run.steps // config.balance.record)
+    num_tokens = config.run.global_batch_size * config.model.max_seq_len
+    num_moe_layers = config.model.num_layers - config.model.num_dense_layers
+    return num_steps * num_tokens * num_moe_layers * config.model.moe.num_experts * SCORE_BYTES

@@ -9,7 +9,7 @@ Shapes: N = experts of all MoE layers, M = all counts of the law (see dispatch.l
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from dispatch.balance import bias_checksum
 from dispatch.laws import Law, LawState
-from workers.control_round import BiasDiverged, ControlError, ControlRound, ControlTimeout, RoundInput, RoundResult
+from workers.control_round import (
+    BiasDiverged,
+    ControlError,
+    ControlRound,
+    ControlTimeout,
+    OnBiasMismatch,
+    RoundInput,
+    RoundResult,
+)
 from workers.leader import Event, Leader
 from workers.wire import VersionedState, same_form
 
@@ -34,7 +42,8 @@ class StepControl:
 
     counts_M, sums, floats, maxima: over all ranks. load_N: the first N of counts_M. stop: some rank asked to stop.
     bias_N, bias_version, bias_checksum: what routed this step. wait_s: finish_step waited. bias_update_s: the training
-    thread prepared the round and wrote the bias. events: of the coordinator, on rank 0 only.
+    thread prepared the round and wrote the bias. round_s: what the control thread did, by phase. events: of the
+    coordinator, on rank 0 only.
     """
 
     step: int
@@ -48,12 +57,18 @@ class StepControl:
     bias_checksum: int
     wait_s: float
     bias_update_s: float
+    round_s: Mapping[str, float]
     events: tuple[Event, ...]
 
     @property
     def load_N(self) -> Tensor:  # noqa: N802 - the shape is part of the name
         """Tokens per expert over all ranks, int64."""
         return self.counts_M[: len(self.bias_N)]
+
+    @property
+    def statistic(self) -> Tensor:
+        """What the law counted beside the load, over all ranks, int64 (M - N,)."""
+        return self.counts_M[len(self.bias_N) :]
 
 
 class ControlLoop:
@@ -65,6 +80,8 @@ class ControlLoop:
         write_state: sets what the routers need of a law state, in place.
         coordinator: for rank 0, see Leader; None applies the law there. Other ranks do not use it.
         timeout_s: for the round of one step, from begin_step on; more than twice the coordinator's own time-out.
+        on_bias_mismatch: where a rank's live bias is not that of the law state it routed a step: "stop" raises on all
+            ranks; "repair" sets it again. Ranks whose law states differ stop in either case.
 
     The first law state is the initial one, with the bias that the model has now: zero in a fresh model.
     """
@@ -79,6 +96,7 @@ class ControlLoop:
         write_state: Callable[[LawState], None],
         coordinator: Callable[[bytes], bytes] | None = None,
         timeout_s: float = 30.0,
+        on_bias_mismatch: OnBiasMismatch = "stop",
     ) -> None:
         self._read_bias, self._write_state, self._timeout_s = read_bias, write_state, timeout_s
         self._law, self._form = law, law.initial_state()
@@ -86,7 +104,8 @@ class ControlLoop:
         self._check_form(self._base.state)
         write_state(self._base.state)
         leader = Leader(run_id=run_id, law=law, coordinator=coordinator)
-        self._round = ControlRound(group, leader, self._form)
+        self._round = ControlRound(group, leader, self._form, on_bias_mismatch)
+        self._leads = dist.get_rank(group) == 0
         self._pending: RoundInput | None = None
         self._begin_s = 0.0
         self._error: Exception | None = None
@@ -137,7 +156,8 @@ class ControlLoop:
     def finish_step(self, apply: bool) -> StepControl:
         """Wait for the control of the step; after the optimizer step, before the next forward.
 
-        apply: set the new bias. False where the optimizer skipped the step: then its load moves nothing (B37).
+        apply: set the new bias. False where the optimizer skipped the step: then its load moves nothing (B37). Nor does
+            the load of a step that a rank routed by another bias: the bias of the step before is set again.
 
         Raises:
             ControlTimeout, BiasDiverged, ControlError: on every rank that still takes part, within `timeout_s` of
@@ -153,7 +173,9 @@ class ControlLoop:
         result = self._wait_for(given)
         arrived = time.perf_counter()
         self._pending = None
-        if apply:
+        if result.odd_ranks:
+            self._write_state(used.state)  # on all ranks: on the others it changes nothing
+        elif apply:
             self._write_state(result.update.state)
             self._base = VersionedState(result.update.version, result.update.state)
         return StepControl(
@@ -168,7 +190,8 @@ class ControlLoop:
             bias_checksum=given.live_checksum,
             wait_s=arrived - began,
             bias_update_s=self._begin_s + time.perf_counter() - arrived,
-            events=tuple(result.events),
+            round_s=result.seconds,
+            events=(*result.events, *self._repair_event(given.step, result.odd_ranks)),
         )
 
     def state(self) -> tuple[int, LawState]:
@@ -219,6 +242,11 @@ class ControlLoop:
             return outcome
         self._error = outcome
         raise outcome
+
+    def _repair_event(self, step: int, odd_ranks: tuple[int, ...]) -> list[Event]:
+        if not odd_ranks or not self._leads:
+            return []
+        return [{"event": "bias_repaired", "step": step, "ranks": list(odd_ranks)}]
 
     def _check_usable(self) -> None:
         if self._error is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from workers.leader import Event, Leader
 from workers.wire import BiasUpdate, Refusal, VersionedState, WireError, decode, encode
 
 _NUM_SLOTS = 4  # what each rank tells of itself: step, version, checksum of the law state, checksum of the live bias
+
+
+OnBiasMismatch = Literal["stop", "repair"]
 
 
 class ControlError(RuntimeError):
@@ -69,15 +72,20 @@ class RoundInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoundResult:
-    """What all ranks hold after a round; events on rank 0 only."""
+    """What all ranks hold after a round; events on rank 0 only. odd_ranks: their live bias is not that of the base.
+
+    seconds: of this rank, by phase; "coordinator" on rank 0 only, for which the others wait in "broadcast".
+    """
 
     update: BiasUpdate
+    odd_ranks: tuple[int, ...]
     counts_M: Tensor
     sums: Tensor
     floats: Tensor
     maxima: Tensor
     stop: bool
     events: list[Event]
+    seconds: dict[str, float]
 
 
 class ControlRound:
@@ -87,10 +95,15 @@ class ControlRound:
         group: gloo over all ranks; its rank 0 leads. Nobody else may use it during `run`.
         leader: asked on rank 0 only.
         form: a law state with the vectors of this run's law. Their lengths never change.
+        on_bias_mismatch: raise where a live bias is not that of the law state, or leave it to the caller to repair.
     """
 
-    def __init__(self, group: dist.ProcessGroup, leader: Leader, form: LawState) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, leader: Leader, form: LawState, on_bias_mismatch: OnBiasMismatch = "stop"
+    ) -> None:
         self.phase = "idle"
+        self._seconds: dict[str, float] = {}
+        self._on_bias_mismatch = on_bias_mismatch
         self._group, self._leader = group, leader
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         # Of fixed size, so that no rank has to learn a length first; room enough for the text of an error.
@@ -104,6 +117,7 @@ class ControlRound:
             ControlTimeout: a rank did not come by the deadline. ControlError: a rank is gone, or rank 0 has no update.
             BiasDiverged: on all ranks together.
         """
+        self._seconds = {}
         counts, sizes = self._pack(given)
         with self._in_phase(given, "reduce"):
             sums, largest = dist.ReduceOp.SUM, dist.ReduceOp.MAX
@@ -111,18 +125,20 @@ class ControlRound:
             # In flight together: a step pays one latency, not three.
             self._finish([self._start(dist.all_reduce, each, op) for each, op in reductions], given)
         counts_M, slots, totals, stop = torch.split(counts, sizes)
-        self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
+        odd_ranks = self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
         events, cause = self._lead(given, counts_M) if self._rank == 0 else ([], None)
         with self._in_phase(given, "broadcast"):
             self._finish([self._start(dist.broadcast, self._mail, 0)], given)
         return RoundResult(
             update=self._open_mail(given, cause),
+            odd_ranks=odd_ranks,
             counts_M=counts_M,
             sums=totals,
             floats=given.floats,
             maxima=given.maxima,
             stop=bool(stop),
             events=events,
+            seconds=self._seconds,
         )
 
     def _pack(self, given: RoundInput) -> tuple[Tensor, list[int]]:
@@ -131,28 +147,31 @@ class ControlRound:
         parts = [given.counts_M, slots.flatten(), given.sums, torch.tensor([int(given.stop_requested)])]
         return torch.cat(parts), [len(part) for part in parts]
 
-    def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> None:
-        # Every rank sees the same rows, so all raise or none does.
+    def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> tuple[int, ...]:
+        """The ranks whose live bias is to be repaired; raises where that is not wanted, or not possible."""
+        # Every rank sees the same rows, so all raise or none does, and all name the same ranks.
         if odd := tuple(rank for rank, row in enumerate(rows) if row[:3] != rows[0][:3]):
             shown = [f"rank {r} step {rows[r][0]} version {rows[r][1]} state {rows[r][2]:08x}" for r in (0, *odd[:8])]
             raise BiasDiverged(given.step, "verify", f"ranks hold different law states: {', '.join(shown)}", odd)
         expected = bias_checksum(given.base.state.bias_N)
-        if odd := tuple(rank for rank, row in enumerate(rows) if row[3] != expected):
+        odd = tuple(rank for rank, row in enumerate(rows) if row[3] != expected)
+        if odd and self._on_bias_mismatch == "stop":
             version = f"version {given.base.version} (checksum {expected:08x})"
             detail = f"the live bias of ranks {list(odd)} is not {version}: something else wrote to it"
             raise BiasDiverged(given.step, "verify", detail, odd)
+        return odd
 
     def _lead(self, given: RoundInput, counts_M: Tensor) -> tuple[list[Event], Exception | None]:
         """Put the update, or the reason why there is none, into the mail."""
-        self.phase = "coordinator"
         events: list[Event] = []
         cause: Exception | None = None
-        try:
-            update, events = self._leader.next_update(given.step, given.base, counts_M)
-            mail = encode(update)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
-            cause = error
-            mail = encode(Refusal(reason=f"{type(error).__name__}: {error}"))
+        with self._in_phase(given, "coordinator"):
+            try:
+                update, events = self._leader.next_update(given.step, given.base, counts_M)
+                mail = encode(update)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
+                cause = error
+                mail = encode(Refusal(reason=f"{type(error).__name__}: {error}"))
         packed = len(mail).to_bytes(8, "little") + mail
         self._mail[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         return events, cause
@@ -182,9 +201,10 @@ class ControlRound:
 
     @contextmanager
     def _in_phase(self, given: RoundInput, phase: str) -> Iterator[None]:
-        self.phase = phase
+        self.phase, began = phase, time.perf_counter()
         try:
             yield
+            self._seconds[phase] = time.perf_counter() - began
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             if "timed out" in first_line.lower():

@@ -31,9 +31,9 @@ class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
-    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. call_coordinator: takes a
-    wire message to the coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply
-    the law.
+    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. record_scores_every:
+    steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a wire message to the
+    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
     """
 
     run_dir: Path
@@ -49,6 +49,7 @@ class WorkerSpec:
     aux: AuxLossConfig = field(default_factory=AuxLossConfig)
     device: str = "auto"
     control_timeout_s: float = 60.0
+    record_scores_every: int = 0
     call_coordinator: Callable[[bytes], bytes] | None = None
 
 
@@ -81,6 +82,7 @@ class RankState:
             write_state=self._write_state,
             coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
             timeout_s=self.spec.control_timeout_s,
+            on_bias_mismatch=self.spec.run.on_bias_mismatch,
         )
 
     def _read_bias(self) -> Tensor:

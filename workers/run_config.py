@@ -30,6 +30,8 @@ class RunConfig:
     """Newest checkpoints that are kept; older ones are removed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the computation; weights, router and optimizer are float32 with either."""
+    on_bias_mismatch: Literal["stop", "repair"] = "stop"
+    """When the bias of a rank was changed by something else: stop, or repair it from the law's state and go on."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
@@ -40,6 +42,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.on_bias_mismatch not in ("stop", "repair"):
+            raise ValueError(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise ValueError(
                 f"run.name {self.name!r} must be a plain directory name, without a slash or a leading dot; "

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from dispatch.layout import LoadLayout
 from workers.append_file import AppendFile, move_tail
 from workers.scalars import ScalarFile
+from workers.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -46,7 +47,14 @@ class RunLog:
     """
 
     def __init__(
-        self, path: Path, layout: LoadLayout, *, first_step: int, on_warning: Callable[[str], None], tensorboard: bool
+        self,
+        path: Path,
+        layout: LoadLayout,
+        *,
+        first_step: int,
+        on_warning: Callable[[str], None],
+        tensorboard: bool,
+        has_statistic: bool,
     ) -> None:
         """Open the files for appending; use `create`."""
         self._layout = layout
@@ -56,6 +64,10 @@ class RunLog:
         self._metrics, self._events = AppendFile(path / METRICS), AppendFile(path / EVENTS)
         self._history = AppendFile(path / HISTORY)
         self._files = [self._metrics, self._events, self._history]
+        self._statistics: AppendFile | None = None
+        if has_statistic:
+            self._statistics = AppendFile(path / STATISTICS)
+            self._files.append(self._statistics)
         self._scalars: ScalarFile | None = None
         if tensorboard:
             self._scalars = ScalarFile(path / "tensorboard", first_step=first_step)
@@ -70,8 +82,11 @@ class RunLog:
         *,
         on_warning: Callable[[str], None] = _logger.warning,
         tensorboard: bool = True,
+        has_statistic: bool = False,
     ) -> Self:
         """Start the records of a run, or go on with them after `resume_step` optimizer steps.
+
+        has_statistic: the law counts more than the load, and `load` will be given that too.
 
         Resuming moves every later line and record to *.superseded files, so that steps stay unique.
 
@@ -87,7 +102,14 @@ class RunLog:
         else:
             _cut_back(path, layout, resume_step)
         first_step = 0 if resume_step is None else resume_step + 1
-        return cls(path, layout, first_step=first_step, on_warning=on_warning, tensorboard=tensorboard)
+        return cls(
+            path,
+            layout,
+            first_step=first_step,
+            on_warning=on_warning,
+            tensorboard=tensorboard,
+            has_statistic=has_statistic,
+        )
 
     def train(self, line: Mapping[str, Any]) -> None:
         """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing."""
@@ -101,11 +123,13 @@ class RunLog:
         """Record that something happened to the run."""
         self._write(self._events, _as_line({"time": time.time(), "event": name, **details}))
 
-    def load(self, step: int, counts_N: ArrayLike, bias_N: ArrayLike) -> None:
-        """Record the global load of a step and the bias that routed it. Arrays or CPU tensors."""
+    def load(self, step: int, counts_N: ArrayLike, bias_N: ArrayLike, statistic: ArrayLike | None = None) -> None:
+        """Record the global load of a step, the bias that routed it and the law's statistic. Arrays or CPU tensors."""
         record = np.zeros((), self._record)
         record["step"], record["counts"], record["bias"] = step, np.asarray(counts_N), np.asarray(bias_N)
         self._write(self._history, record.tobytes())
+        if self._statistics is not None and statistic is not None:
+            self._write(self._statistics, pack_statistic(step, statistic))
 
     def sync(self) -> None:
         """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records."""
@@ -232,6 +256,7 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
     lost = (path / HISTORY).stat().st_size % dtype.itemsize
     aside = path / "load" / "history.superseded.bin"
     move_tail(path / HISTORY, aside, num_kept * dtype.itemsize, num_lost_bytes=lost)
+    cut_back_statistics(path, step)
 
 
 def _move_lines(path: Path, keep: Callable[[Line], bool]) -> None:

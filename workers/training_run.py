@@ -15,6 +15,7 @@ from workers.evaluation import evaluate
 from workers.metrics import eval_line, train_line
 from workers.rank_state import RankState
 from workers.run_log import RunLog
+from workers.score_log import ScoreLog
 from workers.state import canonical_state, law_state, law_tensors, random_state, set_random_state
 from workers.training import StepResult, Trainer, autocast
 
@@ -83,10 +84,10 @@ class TrainingRun:
         self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
         return int(extra["step"])
 
-    def run(self, done: int, log: RunLog | None) -> TrainOutcome:
+    def run(self, done: int, log: RunLog | None, scores: ScoreLog | None = None) -> TrainOutcome:
         """Train from step `done` + 1 on, to the last step or until a rank wishes to stop; then save.
 
-        log: rank 0's record of the run; None on the others.
+        log: rank 0's record of the run; None on the others. scores: this rank's record of what its routers score.
         """
         self._log = log
         config = self._state.spec.run
@@ -95,6 +96,8 @@ class TrainingRun:
             self._evaluate(step)  # what training starts from
         while step < config.steps and not stop:
             step += 1
+            if scores is not None:
+                scores.begin_step(step)
             result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
             stop = result.control.stop
             self._record(result)
@@ -114,7 +117,8 @@ class TrainingRun:
         if self._log is not None:
             line = train_line(result, self._state.layout, self._state.spec.model.moe.top_k)
             self._log.train(line)
-            self._log.load(result.step, result.control.load_N, result.control.bias_N)
+            control = result.control
+            self._log.load(result.step, control.load_N, control.bias_N, control.statistic)
             self._publish(line)
 
     def _evaluate(self, step: int) -> None:

@@ -27,6 +27,7 @@ MAX_EXPERTS_TOTAL = 1 << 20
 # Only this bounds what a stranger can make us hold: the histograms of a model of 61 x 256 experts take 119 MiB.
 MAX_MESSAGE_BYTES = 1 << 28
 _MAX_REASON_CHARS = 600
+_MAX_INT = (1 << 63) - 1
 
 
 class WireError(ValueError):
@@ -114,8 +115,10 @@ def max_message_bytes(law: Law) -> int:
 def same_form(state: LawState, template: LawState) -> bool:
     """Whether two law states have the same vectors by name, dtype and length: whether they belong to one law."""
 
-    def form(of: LawState) -> dict[str, Any]:
-        return {name: (value.dtype, value.shape) for name, value in {"": of.bias_N, **of.extras}.items()}
+    # The bias apart from the extras, none of which may stand in for it, whatever its name.
+    def form(of: LawState) -> tuple[Any, dict[str, Any]]:
+        extras = {name: (value.dtype, value.shape) for name, value in of.extras.items()}
+        return (of.bias_N.dtype, of.bias_N.shape), extras
 
     return form(state) == form(template)
 
@@ -170,6 +173,8 @@ def _read_report(fields: dict[str, Any]) -> LoadReport:
     counts_M = torch.from_numpy(np.frombuffer(counts, dtype="<i8").astype(np.int64))
     if bool((counts_M < 0).any()):
         raise WireError(f"a count is negative: {int(counts_M.min())}")
+    if fields["base_version"] == _MAX_INT:
+        raise WireError(f"base_version ({_MAX_INT}) has no successor")
     return LoadReport(counts_M=counts_M, seed=_read_seed(fields.pop("seed")), **fields)
 
 
@@ -193,8 +198,8 @@ def _read_layout(fields: dict[str, Any]) -> LoadLayout:
     for name, kind in (("names", str), ("num_experts", int), ("balanced", bool)):
         if not all(type(value) is kind for value in fields[name]):
             raise WireError(f"{name} must hold {kind.__name__} only")
-    if not all(1 <= number <= MAX_EXPERTS_TOTAL for number in fields["num_experts"]):
-        raise WireError(f"num_experts must be between 1 and {MAX_EXPERTS_TOTAL}")
+    if not all(number >= 1 for number in fields["num_experts"]) or sum(fields["num_experts"]) > MAX_EXPERTS_TOTAL:
+        raise WireError(f"num_experts must be at least 1 in each layer, and {MAX_EXPERTS_TOTAL} together at most")
     return LoadLayout(**{name: tuple(values) for name, values in fields.items()})
 
 
@@ -238,7 +243,7 @@ def _check(fields: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
         value = fields[name]
         if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise WireError(f"{name} is of type {type(value).__name__}")
-        if isinstance(value, int) and not 0 <= value < 1 << 63:
+        if isinstance(value, int) and not 0 <= value <= _MAX_INT:
             raise WireError(f"{name} ({value}) is out of range")
 
 

@@ -1,8 +1,10 @@
 """One rank of a gang, without Ray: join, then train, evaluate or generate."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from workers.generation import SamplingConfig, generate
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
 from workers.run_log import RunLog
+from workers.score_log import ScoreLog, ScoreShape, set_aside_later_scores
 from workers.state import canonical_state
 from workers.tokenizer import load_tokenizer
 from workers.training import autocast
 from workers.training_run import CHECKPOINTS, TrainingRun, TrainOutcome
+
+_logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -57,10 +62,12 @@ class Worker:
         with state.open_control() as control:
             run = TrainingRun(state, control, publish=self._lines.append, stop_requested=self._stop_requested)
             done = run.load(resume_from) if resume_from else 0
-            with self._open_log(done if resume_from else None) as log:
+            with self._open_log(done if resume_from else None) as log, self._open_scores(done) as scores:
                 if log is not None:
-                    log.event("resumed" if resume_from else "started", step=done, **(start or {}))
-                return run.run(done, log)
+                    # With the law as it is now: resuming may change its rate, and a replay needs to know.
+                    law = asdict(self._spec.balance)
+                    log.event("resumed" if resume_from else "started", step=done, balance=law, **(start or {}))
+                return run.run(done, log, scores)
 
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
@@ -108,7 +115,31 @@ class Worker:
             return nullcontext()
         if resume_step is not None:
             checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
-        return RunLog.create(self._spec.run_dir, self._state.layout, resume_step, on_warning=self._warn)
+            set_aside_later_scores(self._spec.run_dir, resume_step)
+        return RunLog.create(
+            self._spec.run_dir,
+            self._state.layout,
+            resume_step,
+            on_warning=self._warn,
+            has_statistic=self._state.law.statistic is not None,
+        )
+
+    def _open_scores(self, done: int) -> AbstractContextManager[ScoreLog | None]:
+        spec, groups = self._spec, self._state.groups
+        if not spec.record_scores_every:
+            return nullcontext()
+        dist.barrier(groups.control_group)  # rank 0 has renamed the folders that this start supersedes
+        shape = ScoreShape(
+            names=self._state.layout.names,
+            num_experts=self._state.layout.num_experts,
+            world_size=groups.world_size,
+            num_micro_batches=spec.run.num_micro_batches(groups.world_size),
+        )
+        # Only rank 0 is listened to; the others have the log of their process.
+        warn = self._warn if groups.rank == 0 else _logger.warning
+        log = ScoreLog(spec.run_dir, done + 1, groups.rank, shape, every=spec.record_scores_every, on_warning=warn)
+        log.attach(self._state.routers)
+        return log
 
     def _warn(self, text: str) -> None:
         self._lines.append({"event": "warning", "text": text})

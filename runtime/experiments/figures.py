@@ -18,9 +18,9 @@ class Figures:
     """Of one law on one trace.
 
     balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if
-    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady steps, the
-    last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best scores that the
-    chosen ones lack. Means over layers.
+    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
+    steps, the last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best
+    scores that the chosen ones lack. Means over layers.
     """
 
     balanced_after: int | None
@@ -32,10 +32,10 @@ class Figures:
 
 def figures_of(played: Played, trace: Trace, threshold: float) -> Figures:
     """The figures of what `play` returned. threshold: MaxVio_batch that counts as balanced."""
-    slices = trace.layout.slices
+    slices, steps = trace.layout.slices, steady_steps(trace)
     vio_S = max_vio_by_step(played.counts, slices)
-    shift = len(vio_S) if trace.shift_step is None else trace.shift_step - trace.steps[0]
-    steady = slice(shift - max(1, round(STEADY_SHARE * shift)), shift)
+    steady = slice(steps[0] - trace.steps[0], steps[-1] + 1 - trace.steps[0])
+    shift = steady.stop
     load_1N = played.counts[steady].sum(0, keepdims=True)
     return Figures(
         balanced_after=first_balanced(vio_S[:shift], threshold),
@@ -44,6 +44,12 @@ def figures_of(played: Played, trace: Trace, threshold: float) -> Figures:
         max_vio_global=float(max_vio_by_step(load_1N, slices)[0]),
         regret=float(played.regret[steady].mean()),
     )
+
+
+def steady_steps(trace: Trace) -> range:
+    """The steps that the steady figures are of: the last quarter of the trace, before the shift if it has one."""
+    num_steps = len(trace.steps) if trace.shift_step is None else trace.shift_step - trace.steps[0]
+    return trace.steps[num_steps - max(1, round(STEADY_SHARE * num_steps)) : num_steps]
 
 
 def first_balanced(vio_S: NDArray[np.float64], threshold: float) -> int | None:

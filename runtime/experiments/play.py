@@ -3,6 +3,7 @@
 Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.laws.registry import STATISTIC_SCALE
+from dispatch.layout import LoadLayout
 from dispatch.load_metrics import max_vio_floor
 from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing
-from runtime.experiments.trace import Trace
+from runtime.experiments.trace import Choice, Trace
 
 
 @dataclass(frozen=True)
@@ -32,28 +34,28 @@ class Played:
 class Player:
     """One law on its way through a trace; `step` once for each step, in order."""
 
-    def __init__(self, config: BalanceConfig, trace: Trace) -> None:
-        self.law: Law = make_law(config, trace.layout)
+    def __init__(self, config: BalanceConfig, layout: LoadLayout, choice: Choice) -> None:
+        self.law: Law = make_law(config, layout)
         self.state: LawState = self.law.initial_state()
-        self._trace = trace
+        self._layout, self._choice = layout, choice
         self._rows: list[tuple[Tensor, Tensor, float]] = []
 
     def step(self, step: int, scores: list[Tensor]) -> None:
         """Choose by the law's bias and update it, as a training step would."""
         loads, statistics, chosen, best = [], [], 0.0, 0.0
-        for layer, (where, scores_TE) in enumerate(zip(self._trace.layout.slices, scores, strict=True)):
+        for layer, (where, scores_TE) in enumerate(zip(self._layout.slices, scores, strict=True)):
             routing = self._route(layer, scores_TE, self.state.bias_N[where])
             loads.append(count_by_expert(routing.topk_ids_TK, scores_TE.shape[1]))
             if self.law.statistic is not None:
                 statistics.append(self.law.statistic.count(routing, None).flatten())
             chosen += float(scores_TE.gather(1, routing.topk_ids_TK).sum(dtype=torch.float64))
-            best += float(scores_TE.topk(self._trace.choice.top_k, dim=1).values.sum(dtype=torch.float64))
+            best += float(scores_TE.topk(self._choice.top_k, dim=1).values.sum(dtype=torch.float64))
         load_N = torch.cat(loads)
         self._rows.append((load_N, self.state.bias_N, 1 - chosen / best if best else 0.0))
         self.state = self.law.update(torch.cat([load_N, *statistics]), self.state, step)
 
     def _route(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> Routing:
-        choice = self._trace.choice
+        choice = self._choice
         biased_TE = biased_scores(scores_TE, bias_E, multiplies=self.law.entry.multiplies, **choice.groups)
         scales = self.state.extras.get(STATISTIC_SCALE)
         scale = torch.zeros(()) if scales is None else scales[layer]
@@ -80,7 +82,7 @@ def play(
             raise ValueError(
                 f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
             )
-    players = {label: Player(config, trace) for label, config in laws.items()}
+    players = {label: Player(config, trace.layout, trace.choice) for label, config in laws.items()}
     for step in trace.steps:
         scores = trace.scores(step)
         for player in players.values():
@@ -95,23 +97,28 @@ def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDA
     return np.asarray(np.mean(layers, axis=0), np.float64)
 
 
-def practical_floor(trace: Trace, num_samples: int = 32, num_neighbours: int = 6, num_rounds: int = 8) -> float:
+def practical_floor(
+    trace: Trace, num_samples: int = 32, num_neighbours: int = 6, num_rounds: int = 8, among: range | None = None
+) -> float:
     """MaxVio_batch that the best constant bias for a step would leave when it may not see the step itself.
 
     For some steps, the bias that balances the steps before and after together is tried on the step between. What is
     left is chance, of which tokens that come in sequences have more than independent ones (`dispatch.load_metrics`).
+
+    among: steps to try; None for all. Where a young router moves fast, neighbours say little. NaN where no step has
+    enough neighbours.
     """
     values = []
     stride = 4  # tokens of one sequence resemble each other: the others say little more
-    for step in _sampled_steps(trace, num_samples, num_neighbours):
+    for step in _sampled_steps(trace, num_samples, num_neighbours, among):
         around = [trace.scores(step + offset) for offset in range(-num_neighbours, num_neighbours + 1) if offset]
         scores = trace.scores(step)
         for layer, scores_TE in enumerate(scores):
-            bias_E = _balancing_bias(torch.cat([each[layer][::stride] for each in around]), trace, num_rounds)
+            bias_E = _balancing_bias(torch.cat([each[layer][::stride] for each in around]), trace.choice, num_rounds)
             biased_TE = biased_scores(scores_TE, bias_E, **trace.choice.groups)
             load_E = count_by_expert(ordered_topk(biased_TE, trace.choice.top_k), scores_TE.shape[1])
             values.append(int(load_E.max()) * load_E.numel() / int(load_E.sum()) - 1)
-    return float(np.mean(values))
+    return float(np.mean(values)) if values else math.nan
 
 
 def chance_floor(trace: Trace) -> float:
@@ -120,19 +127,21 @@ def chance_floor(trace: Trace) -> float:
     return float(np.mean([max_vio_floor(len(each), each.shape[1], trace.choice.top_k) for each in scores]))
 
 
-def _sampled_steps(trace: Trace, num_samples: int, num_neighbours: int) -> list[int]:
-    steps = trace.steps[num_neighbours : len(trace.steps) - num_neighbours]
+def _sampled_steps(trace: Trace, num_samples: int, num_neighbours: int, among: range | None) -> list[int]:
+    inner = trace.steps[num_neighbours : len(trace.steps) - num_neighbours]
+    steps = [step for step in inner if among is None or step in among]
     if trace.shift_step is not None:
         # Neighbours on both sides of a shift say nothing about either.
-        steps = [step for step in steps if not -num_neighbours <= trace.shift_step - step <= num_neighbours]  # type: ignore[assignment]
+        steps = [step for step in steps if not -num_neighbours <= trace.shift_step - step <= num_neighbours]
     return [steps[index] for index in np.linspace(0, len(steps) - 1, min(num_samples, len(steps))).astype(int)]
 
 
-def _balancing_bias(scores_TE: Tensor, trace: Trace, num_rounds: int) -> Tensor:
+def _balancing_bias(scores_TE: Tensor, choice: Choice, num_rounds: int) -> Tensor:
     """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate."""
     config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(num_rounds)]
-    player = Player(config[0], trace)
+    layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
+    player = Player(config[0], layout, choice)
     for round_, each in enumerate(config, 1):
-        player.law = make_law(each, trace.layout)
+        player.law = make_law(each, layout)
         player.step(round_, [scores_TE])
     return player.state.bias_N

@@ -237,7 +237,10 @@ def test_forwards_that_do_not_train_and_frozen_routers_take_no_part():
     layers.train()
     layers[1](x)
     assert float(aux.take().detach()) > 0
-    assert not AuxLosses(layers[0], AuxLossConfig(loss="switch")).take().any()
+    for config, learning in ((AuxLossConfig(loss="switch"), layers[0]), (AuxLossConfig(), _layer())):
+        nothing = AuxLosses(learning, config)
+        assert learning.router.observer is None
+        assert not nothing.take().any()
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,19 @@ def test_recompute_counts_once_and_chooses_the_same(reentrant):  # B2, B38, P6
     )  # the recompute adds no new choice
 
 
+@pytest.mark.parametrize("reentrant", [(None,) * 3, (False,) * 3, (True,) * 3, (None, True, False)])
+def test_scores_are_heard_once_of_every_training_forward(reentrant):
+    model, heard = _Stack(reentrant), []
+    for layer in model.layers:
+        layer.router.on_scores = lambda scores_TE: heard.append(scores_TE.shape)
+    for num_tokens in (7, 4):
+        model(torch.randn(num_tokens, 8).requires_grad_()).square().sum().backward()
+    assert heard == [(7, 8)] * 3 + [(4, 8)] * 3
+    model.eval()
+    model(torch.randn(5, 8).requires_grad_())
+    assert len(heard) == 6
+
+
 def test_moving_the_bias_between_forward_and_recompute_is_refused():  # B38
     model = _Stack((False,) * 3)
     loss = model(torch.randn(7, 8, requires_grad=True)).square().sum()

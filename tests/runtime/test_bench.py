@@ -26,9 +26,10 @@ from dispatch.payload import Payload
 from dispatch.placement import ExpertPlacement
 from runtime.bench import options
 from runtime.bench.case import case_of
-from runtime.bench.command import COLLECTIVE_LIMIT, _new_name
+from runtime.bench.command import COLLECTIVE_LIMIT
 from runtime.bench.figures import figures_of
 from runtime.bench.options import dispatch_parser
+from runtime.bench.out import new_name
 from runtime.bench.routes import Nodes, bytes_of_four_passes
 from runtime.bench.table import as_text, closing_sentence
 from runtime.bench.turns import DtypeSamples, Measurement, measure
@@ -220,7 +221,7 @@ def test_a_result_never_replaces_another(tmp_path: Path) -> None:
     now = datetime(2026, 1, 2, 3, 4, 5)
     names = []
     for _ in range(3):
-        names.append(_new_name(tmp_path, now))
+        names.append(new_name(tmp_path, now))
         names[-1].touch()
     assert [path.name for path in names] == ["20260102-030405.json", "20260102-030405-2.json", "20260102-030405-3.json"]
 
@@ -229,7 +230,11 @@ def test_a_result_never_replaces_another(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([], "TARGET"),
-        (["dispach"], "invalid choice: 'dispach' (choose from 'dispatch')"),
+        (["dispach"], "invalid choice: 'dispach' (choose from 'dispatch'"),
+        (["coordinator", "--rounds", "0"], "--rounds: '0' must be a whole number of at least 1"),
+        (["coordinator", "--law", "sine"], "balance.law is 'sine'; it must be one of multiplicative, newton"),
+        (["coordinator", "--experts", "20000"], "--layers (61) x --experts (20000) must be at most 1048576 together"),
+        (["coordinator", "--out", __file__], "cannot be made: File exists"),
         (["dispatch", "--workers", "0"], "--workers: '0' must be a whole number of at least 1"),
         (["dispatch", "--workers", "5", *TINY], "ep_size (5) must be between 1 and num_experts (4)"),
         (["dispatch", "--top-k", "65"], "top_k (65) must be between 1 and num_experts (64)"),

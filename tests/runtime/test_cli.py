@@ -126,7 +126,8 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"]]
+    "command",
+    [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"], ["bench", "coordinator"]],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -154,6 +155,7 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
         ["bench", "--help"],
         ["bench", "dispatch", "--help"],
         ["bench", "dispatch", "--rounds", "0"],
+        ["bench", "coordinator", "--help"],
     ],
 )
 def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> None:

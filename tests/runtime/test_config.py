@@ -10,11 +10,14 @@ import torch
 import yaml
 
 from cluster.config import ClusterConfig
+from dispatch.laws import BalanceConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
 from runtime.job import _config_for
+from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
+from runtime.size import recorded_scores_bytes
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")
 
@@ -256,6 +259,10 @@ def as_option(value: Any) -> str:
             {"parallel__exchange": "deep_ep", "run__dtype": "bfloat16"},
             "exchange 'deep_ep' needs .*the package deep_ep .*github.com/deepseek-ai/DeepEP",
         ),
+        (
+            {"cluster__collective_timeout_s": 6.0, "cluster__coordinator_timeout_s": 3.0},
+            r"collective_timeout_s \(6\) must be more than twice .*\(3\).*--cluster.collective_timeout_s 9",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
@@ -296,6 +303,7 @@ def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_clu
         ({"name": "a/b"}, "run.name 'a/b' must be a plain directory name"),
         ({"name": ".."}, "run.name '..' must be a plain directory name"),
         ({"name": ""}, "run.name '' must be a plain directory name"),
+        ({"on_bias_mismatch": "ignore"}, r"run.on_bias_mismatch is 'ignore'; it must be stop or repair"),
     ],
 )
 def test_run_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
@@ -371,3 +379,36 @@ def test_new_run_refuses_a_directory_that_exists(tmp_path: Any) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match=r"exists already; choose another --name, remove it, or go on with --resume"):
         new_run_dir(str(tmp_path), "mine", now)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "every"),
+    [
+        ([], 0),
+        (["--balance.record"], 1),
+        (["--balance.record", "--run.steps", "3"], 1),
+        (["--balance.record", "10"], 10),
+        (["--balance.record=10", "--balance.record"], 1),
+        (["--balance.record", "0"], 0),
+    ],
+)
+def test_scores_are_recorded_of_every_step_or_of_each_nth(arguments: list[str], every: int) -> None:
+    assert parse_train(["--config", "tiny", *arguments]).config.balance.record == every
+
+
+@pytest.mark.parametrize("value", ["-1", "0.5", "often"])
+def test_a_wrong_rhythm_of_recording_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"balance\.record.*whole number"):
+        parse_train(["--config", "tiny", "--balance.record", value])
+
+
+def test_what_is_recorded_is_not_part_of_the_law() -> None:
+    config = parse_train(["--config", "tiny", "--balance.record", "10", "--balance.schedule", "linear"]).config
+    assert balance_of(config) == BalanceConfig(law="sign", rate=0.01, schedule="linear", horizon=config.run.steps)
+
+
+def test_the_size_of_recorded_scores_is_known_before() -> None:
+    config = parse_train(["--config", "tiny", "--balance.record", "3"]).config
+    # Steps 1, 4, ... 19 of 20; 4 sequences of 64 tokens; 2 MoE layers of 8 experts; 2 bytes.
+    assert recorded_scores_bytes(config) == 7 * 4 * 64 * 2 * 8 * 2
+    assert recorded_scores_bytes(parse_train(["--config", "tiny"]).config) == 0

@@ -25,6 +25,7 @@ from workers.prepare import prepare_dataset
 from workers.run_log import read_events, read_load_history, read_metrics
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = ("--name=done", "--balance.rate=0.02", "--aux.loss=sequence", "--aux.alpha=0")  # 0: measured, no more
 
 
 def _arguments(folder: Path, *more: str) -> list[str]:
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_dir(folder, ray_session):
     """A finished run of 20 steps on two workers."""
-    assert job.train(_config(folder, "--name=done", "--balance.rate=0.02"), resume=None, step=None) == 0
+    assert job.train(_config(folder, *SETTINGS), resume=None, step=None) == 0
     return folder / "runs" / "done"
 
 
@@ -91,14 +92,17 @@ def test_no_token_is_lost_and_the_bias_moves(run_dir):  # B33, P9, P17
 
 
 def test_settings_arrive_where_they_act(run_dir, folder):  # B34
-    wanted = flatten(_config(folder, "--name=done", "--balance.rate=0.02"))
+    wanted = flatten(_config(folder, *SETTINGS))
     recorded = flatten(config_from_yaml_file(run_dir / "config.yaml"))
     assert {name: value for name, value in recorded.items() if value != wanted[name]} == {}
     # The rate of the command line, not a default, is what moved the bias: after one step it is 0.02 up or down,
     # centred.
     first = read_load_history(run_dir).bias[1][:8]
     assert {round(float(value - first.min()), 6) for value in first} <= {0.0, 0.02, 0.04}
-    assert read_metrics(run_dir)[0][5]["lr"] == pytest.approx(2e-3, rel=0.1)
+    line = read_metrics(run_dir)[0][5]
+    assert line["lr"] == pytest.approx(2e-3, rel=0.1)
+    assert 0.9 < line["aux_loss"] < 2
+    assert line["z_loss"] is None
 
 
 def test_the_rank_map_says_who_holds_which_experts(run_dir):

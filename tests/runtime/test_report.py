@@ -15,6 +15,7 @@ from runtime.quantities import duration, milliseconds, percent, short, three_dig
 from runtime.report import terminal_summary, write_picture, write_report
 from runtime.run_record import Headline, RunRecord, headlines
 from tests.synthetic_run import SyntheticRun, make_run
+from workers.run_log import append_event
 
 
 class Page(HTMLParser):
@@ -149,6 +150,14 @@ def test_a_bias_other_than_the_logged_checksum_is_shown(tmp_path: Path) -> None:
     edit_line(run, 4, bias_checksum="00000000")
     wrong = figures(run)["Bias checksums equal"]
     assert wrong.value == "9 of 10 steps" and wrong.verdict is False and "first at step 5" in wrong.note
+
+
+def test_a_repaired_bias_is_shown_though_rank_0_held_the_right_one(tmp_path: Path) -> None:  # P13
+    run = make_run(tmp_path / "plays", SyntheticRun(steps=10))
+    append_event(run, "bias_repaired", step=7, ranks=[1])
+    wrong = figures(run)["Bias checksums equal"]
+    assert wrong.value == "9 of 10 steps" and wrong.verdict is False
+    assert "a rank routed by another bias, first at step 7" in wrong.note
 
 
 def test_a_last_line_whose_bias_was_not_recorded_is_no_wrong_checksum(tmp_path: Path) -> None:

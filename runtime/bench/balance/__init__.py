@@ -1,0 +1,1 @@
+"""`trimtab bench balance`: the laws on simulated routers and on recorded runs, against the published one, tuned."""

@@ -1,0 +1,81 @@
+"""Plays, prints, writes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dispatch.laws import LAWS
+from runtime.bench.balance.verdict import TUNED, Verdict, verdicts
+from runtime.experiments.chart import write_chart
+from runtime.experiments.comparison import Comparison, compare
+from runtime.experiments.replay import one_thread, play_with_progress
+from runtime.experiments.score_trace import RecordedTrace
+from runtime.experiments.simulation import RouterSimulation
+from runtime.experiments.specs import parse_law
+from runtime.experiments.table import as_table
+from runtime.experiments.trace import Trace
+from runtime.quantities import three_digits
+from runtime.run_dir import find_run
+
+BEST = "adaptive"
+# Rates at which each does well on the simulation, of the three next to its default (docs/results/balance.md).
+OTHERS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
+
+
+def run(num_seeds: int, runs: Sequence[str], laws: Sequence[str], out: Path) -> int:
+    """Play on every trace and show what came of it. Returns the exit code: 0, also where a goal is missed.
+
+    Raises:
+        ValueError: a law or a run is wrong.
+    """
+    chosen = {spec: parse_law(spec) for spec in (*OTHERS, *laws)}
+    traces: list[Trace] = [RecordedTrace(find_run(name)) for name in runs]
+    traces += [RouterSimulation(seed=seed) for seed in range(num_seeds)]
+    console = Console(highlight=False)
+    comparisons = []
+    for trace in traces:
+        fit = {spec: law for spec, law in chosen.items() if trace.choice.num_groups == 1 or LAWS[law.law].group_limited}
+        with one_thread():
+            comparison = compare(trace, play_with_progress(trace, fit))
+        comparisons.append(comparison)
+        console.print(as_table(comparison))
+        console.print()
+        write_chart(comparison, out / f"{_slug(trace.name)}.png")
+    found = [verdict for comparison in comparisons for verdict in verdicts(comparison, BEST)]
+    console.print(_as_table(found))
+    _write(out / "balance.json", comparisons, found)
+    return 0
+
+
+def _as_table(found: Sequence[Verdict]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=f"law {BEST}", title_justify="left")
+    for name in ("claim", "trace"):
+        table.add_column(name)
+    for name in (BEST, "sign", "times", ""):
+        table.add_column(name, justify="right")
+    for verdict in sorted(found, key=lambda each: each.claim):
+        times = f"{'> ' if verdict.at_least else ''}{three_digits(verdict.times)}"
+        mark = "[green]reached[/]" if verdict.reached else "[red]missed[/]"
+        table.add_row(verdict.claim, verdict.trace, _shown(verdict.ours), _shown(verdict.theirs), times, mark)
+    return table
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "never"
+    return str(value) if isinstance(value, int) else three_digits(value)
+
+
+def _write(record: Path, comparisons: Sequence[Comparison], found: Sequence[Verdict]) -> None:
+    values = {"traces": [each.to_json() for each in comparisons], "verdicts": [asdict(each) for each in found]}
+    record.write_text(json.dumps(values) + "\n")
+    sys.stdout.write(f"\n{record}\n{record.parent}/*.png\n")
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-").replace("--", "-")

@@ -1,0 +1,28 @@
+"""The options of `trimtab bench balance`. Imports no torch: help and mistakes are answered at once."""
+
+import argparse
+
+from runtime.option_types import whole
+
+OUT_DIR = "runs/bench-balance"
+
+DESCRIPTION = """\
+Play the balancing laws on routers without a model, with fixed seeds, and on the scores that runs recorded
+(trimtab train --balance.record): how soon each balances, how soon it recovers when the mix of the text shifts, and what
+imbalance is left, beside the sign law of arXiv 2408.15664 at its published rate and tuned for each figure."""
+
+
+def balance_parser() -> argparse.ArgumentParser:
+    """The parser; its result has every option."""
+    parser = argparse.ArgumentParser(
+        prog="trimtab bench balance",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--seeds", type=whole(0), default=3, metavar="N", help="simulated routers, seeds 0 to N - 1 (%(default)s)")
+    add("--run", action="append", default=[], metavar="RUN", help="a run with recorded scores; may be repeated")
+    add("--law", action="append", default=[], metavar="SPEC", help="one more law, as smebu:rate=0.02; may be repeated")
+    add("--out", default=OUT_DIR, metavar="DIR", help="folder of pictures and figures (%(default)s)")
+    return parser

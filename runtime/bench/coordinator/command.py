@@ -1,0 +1,122 @@
+"""Measure, model, show and write: the run of `trimtab bench coordinator`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.gang import Gang
+from cluster.session import RaySession
+from runtime.bench.coordinator.case import MODELLED, Case, summed_bytes, update_bytes
+from runtime.bench.coordinator.load import LoadFigures, measure_load, percentile
+from runtime.bench.coordinator.model import Hop, Modelled, model
+from runtime.bench.coordinator.ranks import LIMIT_S, BenchRank, RankFigures
+from runtime.bench.out import new_name
+from runtime.bench.progress import Progress
+from runtime.coordinator import CoordinatorClient, CoordinatorPolicy, start_coordinator
+
+FUNCTION, ACTOR = "function", "actor"  # where the coordinator runs: in the process of the leader, or in its own
+LOAD_LAWS = ("sign", "newton", "quantile")  # no statistic, one number an expert, a histogram an expert
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that was measured, and the model of it. hop: None where one rank has no other."""
+
+    case: Case
+    loads: dict[str, LoadFigures]
+    ranks: RankFigures
+    hop: Hop | None
+    modelled: list[Modelled]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures and samples."""
+        return asdict(self)
+
+
+def run(case: Case, out: Path) -> int:
+    """Measure, print the tables, write samples and picture. Returns the exit code."""
+    measured = measure(case, Progress())
+    from runtime.bench.coordinator.chart import write_chart
+    from runtime.bench.coordinator.table import show
+
+    show(measured)
+    record = new_name(out, datetime.now())
+    record.write_text(json.dumps(measured.to_json()) + "\n")
+    write_chart(measured, record.with_suffix(".png"))
+    sys.stdout.write(f"\n{record}\n{record.with_suffix('.png')}\n")
+    return 0
+
+
+def measure(case: Case, progress: Progress) -> Measurement:
+    """Start a Ray, measure the coordinator under load, then the ranks, and end all that was started."""
+    torch.set_num_threads(1)  # as the actor and the ranks have
+    config = ClusterConfig(
+        num_workers=case.workers,
+        device="cpu",
+        threads_per_worker=1,
+        collective_timeout_s=LIMIT_S,
+        start_timeout_s=300.0,
+    )
+    progress.say("starting Ray")
+    with RaySession.open(config), _coordinator() as client:
+        loads = _measure_loads(case, client, progress)
+        progress.say(f"starting {case.workers} ranks")
+        with Gang.launch(config, BenchRank) as gang:
+            ranks = _measure_ranks(gang, case, client, progress)
+    progress.end()
+    hop = Hop.fit(ranks.hop_s) if ranks.hop_s else None
+    coordinator_s = percentile(loads[case.law].step_s[ACTOR], 50)
+    return Measurement(case, loads, ranks, hop, _model(case, hop, coordinator_s) if hop else [])
+
+
+@contextmanager
+def _coordinator() -> Iterator[CoordinatorClient]:
+    import ray
+
+    actor = start_coordinator()
+    try:
+        ray.get(actor.status.remote(), timeout=LIMIT_S)
+        yield CoordinatorClient(actor, LIMIT_S / 3)
+    finally:
+        ray.kill(actor)
+
+
+def _measure_loads(case: Case, client: CoordinatorClient, progress: Progress) -> dict[str, LoadFigures]:
+    names = list(dict.fromkeys((*LOAD_LAWS, case.law)))
+    figures = {}
+    # The largest reports first: a coordinator refuses what is too large for the laws that it has seen.
+    for name in sorted(names, key=lambda name: -case.with_law(name).make_law().num_counts):
+        small = case.with_law(name)
+        progress.say(f"reports of law {name}, {small.layers} x {small.experts} experts")
+        figures[name] = measure_load(small, {FUNCTION: CoordinatorPolicy().handle, ACTOR: client})
+    return {name: figures[name] for name in names}
+
+
+def _measure_ranks(gang: Gang, case: Case, client: CoordinatorClient, progress: Progress) -> RankFigures:
+    said = ""
+
+    def tell() -> None:
+        nonlocal said
+        if (doing := gang.control(0, "progress", timeout_s=30.0)) != said:
+            said = doing
+            progress.say(doing)
+
+    figures, *_ = gang.run("measure", case, client, on_poll=tell)
+    result: RankFigures = figures
+    return result
+
+
+def _model(case: Case, hop: Hop, coordinator_s: float) -> list[Modelled]:
+    law = case.make_law()
+    return [
+        model(size, hop, coordinator_s, summed_bytes(law, size), update_bytes(law))
+        for size in sorted({*MODELLED, *case.world_sizes} - {1})
+    ]

@@ -1,0 +1,92 @@
+"""The tables of `trimtab bench coordinator` for the terminal."""
+
+import os
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bench.coordinator.command import ACTOR, FUNCTION, Measurement
+from runtime.bench.coordinator.load import percentile
+from runtime.bench.coordinator.model import Modelled
+from runtime.bench.coordinator.ranks import PHASES, RoundSamples
+from runtime.quantities import three_digits
+
+WIDTH = 100  # of the output where that is no terminal
+
+MODEL_NOTE = """\
+Modelled: hops as measured here on loopback, {alpha} us + {beta} us a MiB, times their number, and
+{coordinator} ms for the coordinator, which gets one report whatever the number of ranks. Tree: sums
+over ceil(log2 ranks) hops, as designed. Ring: gloo's all-reduce, which runs now, over 2 (ranks - 1)
+hops. Both then broadcast over ceil(log2 ranks) hops. The measured ranks share {cores} cores: beyond
+that many they wait for each other, which the model does not know."""
+
+
+MODEL_COLUMNS = ("tree\nms", "ring\nms", "tree\nKiB", "ring\nKiB")
+
+
+def show(measured: Measurement) -> None:
+    """Print what the coordinator costs, what a round costs, and the model."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    case = measured.case
+    console.print(f"Control path, law {case.law}, {case.layers} x {case.experts} experts, {case.rounds} rounds\n")
+    console.print(_load_table(measured))
+    console.print(_round_table(measured))
+    if measured.hop is not None:
+        console.print(_note(measured))
+
+
+def _load_table(measured: Measurement) -> Table:
+    columns = ("law", "experts", "report\nKiB", "answer\nKiB", "law\nms", "function\nms", "actor\nms", "actor\np99 ms")
+    table = _table("The coordinator: from the counts on rank 0 to the checked answer", columns)
+    for law, load in measured.loads.items():
+        figures = [load.report_bytes / 1024, load.answer_bytes / 1024, 1e3 * percentile(load.law_s, 50)]
+        figures += [1e3 * percentile(load.step_s[place], 50) for place in (FUNCTION, ACTOR)]
+        figures.append(1e3 * percentile(load.step_s[ACTOR], 99))
+        table.add_row(law, f"{load.case.layers} x {load.case.experts}", *map(three_digits, figures))
+    return table
+
+
+def _round_table(measured: Measurement) -> Table:
+    columns = ("ranks", "step\nms", "step\np99 ms", *(f"{phase}\nms" for phase in PHASES), *MODEL_COLUMNS)
+    table = _table(
+        "A step, from the counts to the bias on all ranks: measured, and modelled as tree and as ring", columns
+    )
+    modelled = {row.world_size: row for row in measured.modelled}
+    rounds = {row.world_size: row for row in measured.ranks.rounds}
+    for size in sorted({*modelled, *rounds}):
+        cells = _measured_cells(rounds[size]) if size in rounds else ["modelled", *[""] * (1 + len(PHASES))]
+        table.add_row(str(size), *cells, *_modelled_cells(modelled.get(size)))
+    return table
+
+
+def _measured_cells(samples: RoundSamples) -> list[str]:
+    figures = [percentile(samples.seconds, share) for share in (50, 99)]
+    figures += [percentile(samples.phases[phase], 50) for phase in PHASES]
+    return [three_digits(1e3 * seconds) for seconds in figures]
+
+
+def _modelled_cells(row: Modelled | None) -> list[str]:
+    if row is None:  # one rank: nobody to sum with
+        return [""] * 4
+    figures = (1e3 * row.tree_s, 1e3 * row.ring_s, row.tree_bytes / 1024, row.ring_bytes / 1024)
+    return [three_digits(figure) for figure in figures]
+
+
+def _note(measured: Measurement) -> str:
+    assert measured.hop is not None  # noqa: S101 - the caller looked
+    return MODEL_NOTE.format(
+        alpha=three_digits(1e6 * measured.hop.alpha_s),
+        beta=three_digits(1e6 * 2**20 * measured.hop.beta_s),
+        coordinator=three_digits(1e3 * percentile(measured.loads[measured.case.law].step_s[ACTOR], 50)),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table

@@ -1,0 +1,62 @@
+"""Laws side by side as a picture: MaxVio of a batch over the steps of the trace."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
+
+from runtime.chart_style import (
+    SERIES,
+    THEME,
+    average,
+    new_axes,
+    new_figure,
+    save_png,
+    set_head,
+    set_log_scale,
+    step_label,
+)
+from runtime.experiments.comparison import Comparison
+
+COLORS = (*SERIES, "ink", "muted")
+FLOOR_STYLES = {"practical floor": "--", "chance floor": ":"}
+
+
+def write_chart(comparison: Comparison, target: Path) -> None:
+    """Write the PNG."""
+    figure = new_figure(lambda figure: draw_comparison(figure, comparison), (9.2, 4.4), facecolor="#ffffff")
+    save_png(figure, target, dpi=130)
+
+
+def draw_comparison(figure: FigureBase, comparison: Comparison) -> None:
+    """A curve for each law, the floors, and the shift where there is one."""
+    first, last = comparison.steps
+    steps = np.arange(first, last + 1)
+    axes = new_axes(figure, step_label(len(steps)), "MaxVio_batch (log scale)")
+    curves = {label: average(steps, law.max_vio_S) for label, law in comparison.laws.items()}
+    handles: list[Artist] = []
+    for (label, curve), color in zip(curves.items(), _colors(len(curves)), strict=True):
+        handles += axes.plot(*curve, color=color, lw=1.6, label=label)
+    floors = _draw_floors(axes, comparison)
+    set_log_scale(axes, np.concatenate([*(values for _, values in curves.values()), [*comparison.floors.values()]]))
+    if comparison.shift_step is not None:
+        axes.axvline(comparison.shift_step, color=THEME["muted"], lw=1.0, ls=":")
+        place = axes.get_xaxis_transform()
+        axes.text(comparison.shift_step, 0.98, " the text changes", color=THEME["muted"], va="top", transform=place)
+    set_head(axes, f"Load imbalance by law: {comparison.name}", handles + floors)
+
+
+def _draw_floors(axes: Axes, comparison: Comparison) -> list[Artist]:
+    return [
+        axes.axhline(floor, color=THEME["red"], lw=1.3, ls=FLOOR_STYLES[name], label=name)
+        for name, floor in comparison.floors.items()
+    ]
+
+
+def _colors(number: int) -> list[object]:
+    if number <= len(COLORS):
+        return [THEME[name] for name in COLORS[:number]]
+    return list(colormaps["viridis"](np.linspace(0.05, 0.9, number)))

@@ -1,0 +1,41 @@
+"""Which settings of the balancing were in force at a step: they may change where a run is resumed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatch.laws import BalanceConfig
+from runtime.config_file import config_from_yaml_file
+from runtime.launch import balance_of
+from runtime.run_dir import CONFIG_FILE
+from workers.run_log import Line, read_events
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start or a resumption of a run. first_step: the first that it trained. balance: with its horizon."""
+
+    first_step: int
+    balance: BalanceConfig
+
+
+def read_starts(run: Path) -> list[Start]:
+    """Every start of a run, oldest first; one that went back further supersedes those before it.
+
+    A run whose events do not tell its law is taken to have kept that of its configuration.
+    """
+    starts = [event for event in read_events(run) if event["event"] in ("started", "resumed")]
+    return [Start(event.get("step", 0) + 1, _balance_of(event, run)) for event in starts]
+
+
+def balance_at(starts: list[Start], step: int) -> BalanceConfig:
+    """What was in force at a step: the newest start that trained it. Raises ValueError where none did."""
+    for start in reversed(starts):
+        if start.first_step <= step:
+            return start.balance
+    raise ValueError(f"the events of the run do not tell of the start that trained step {step}")
+
+
+def _balance_of(event: Line, run: Path) -> BalanceConfig:
+    if "balance" in event:
+        return BalanceConfig(**event["balance"])
+    return balance_of(config_from_yaml_file(run / CONFIG_FILE))

@@ -1,0 +1,48 @@
+"""Laws side by side as a table for the terminal."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from runtime.experiments.comparison import Comparison
+from runtime.experiments.figures import MEAN_OVER, Figures
+from runtime.quantities import percent, three_digits
+
+
+def as_table(comparison: Comparison) -> RenderableType:
+    """Heading, one row a law, the floors below, and what the columns mean."""
+    has_shift = comparison.shift_step is not None
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("law")
+    for column in ("MaxVio\nbatch", "MaxVio\nglobal", "steps to\nbalance", *["steps to\nrecover"] * has_shift):
+        table.add_column(column, justify="right")
+    table.add_column("score\nregret", justify="right")
+    for label, law in comparison.laws.items():
+        table.add_row(label, *_cells(law.figures, has_shift=has_shift))
+    for label, floor in comparison.floors.items():
+        table.add_row(Text(label, "dim"), Text(three_digits(floor), "dim"))
+    first, last = comparison.steps
+    return Group(Text(f"{comparison.name}, steps {first} to {last}", "bold"), table, Text(_notes(comparison), "dim"))
+
+
+def _cells(figures: Figures, *, has_shift: bool) -> list[str]:
+    updates = [figures.balanced_after, *[figures.recovered_after] * has_shift]
+    return [
+        three_digits(figures.max_vio_batch),
+        three_digits(figures.max_vio_global),
+        *("never" if number is None else str(number) for number in updates),
+        percent(figures.regret),
+    ]
+
+
+def _notes(comparison: Comparison) -> str:
+    first, last = comparison.steady
+    shift = comparison.shift_step
+    recover = "" if shift is None else f"; to recover: the same, counted from the shift at step {shift}"
+    threshold = three_digits(comparison.threshold)
+    return (
+        f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Steps to "
+        f"balance: before the first {MEAN_OVER} whose mean is at most {threshold}{recover}. Regret: score that the "
+        "choice gives away against top-k without a bias. Floors: what the best constant bias would leave, which does "
+        "not know the batch; what independent tokens would leave by chance."
+    )

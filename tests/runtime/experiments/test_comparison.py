@@ -1,0 +1,110 @@
+"""Figures, table and picture of laws, on loads that are written out."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from dispatch.laws import BalanceConfig
+from dispatch.layout import LoadLayout
+from runtime.experiments.chart import write_chart
+from runtime.experiments.comparison import Comparison, compare
+from runtime.experiments.play import Played
+from runtime.experiments.table import as_table
+from runtime.experiments.trace import Choice
+
+
+class FlatTrace:
+    """16 steps of two layers of 2 experts; 4 tokens of equal scores; another text from step 11 on, if `shifts`."""
+
+    name = "flat"
+    layout = LoadLayout(("a", "b"), (2, 2), (True, True))
+    choice = Choice(top_k=1)
+    steps = range(1, 17)
+
+    def __init__(self, shift_step: int | None) -> None:
+        self.shift_step = shift_step
+
+    def scores(self, _step: int) -> list[torch.Tensor]:
+        return [torch.full((4, 2), 0.5)] * 2
+
+
+def played(*vio: float) -> Played:
+    """A load with this MaxVio in each step, the first expert ahead in odd steps and the second in even ones."""
+    ahead = [(round(100 * (1 + each)), round(100 * (1 - each))) for each in vio]
+    counts = [(pair if step % 2 else pair[::-1]) * 2 for step, pair in enumerate(ahead)]
+    num_steps = len(vio)
+    return Played(
+        BalanceConfig(law="sign"), np.array(counts), np.zeros((num_steps, 4), np.float32), np.full(num_steps, 0.02)
+    )
+
+
+# Five steps are below 0.2 on average from the third step on, and after the shift from the second on.
+CURVE = (0.9, 0.8, *[0.1] * 8, 0.9, *[0.1] * 5)
+
+
+def compared(shift_step: int | None = 11) -> Comparison:
+    laws = {"quick": played(*CURVE), "never": played(*[0.9] * 16)}
+    return compare(FlatTrace(shift_step), laws, threshold=0.2)
+
+
+def test_figures_say_how_near_and_how_soon() -> None:
+    found = compared()
+    quick, never = (found.laws[label].figures for label in ("quick", "never"))
+    assert (quick.balanced_after, quick.recovered_after) == (2, 1)
+    assert (never.balanced_after, never.recovered_after) == (None, None)
+    assert found.steady == (9, 10) and found.steps == (1, 16)
+    assert quick.max_vio_batch == pytest.approx(0.1) and quick.max_vio_global == pytest.approx(0)
+    assert never.max_vio_batch == pytest.approx(0.9) and quick.regret == pytest.approx(0.02)
+    assert found.laws["quick"].max_vio_S == pytest.approx(CURVE)
+
+
+def test_without_a_shift_the_end_is_the_steady_part() -> None:
+    found = compared(None)
+    assert found.steady == (13, 16) and found.laws["quick"].figures.recovered_after is None
+
+
+def test_a_trace_too_short_for_the_practical_floor_says_so() -> None:
+    found = compared(None)
+    assert math.isnan(found.practical_floor) and found.to_json()["practical_floor"] is None
+    assert list(found.floors) == ["chance floor"]
+
+
+def text_of(comparison: Comparison) -> str:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(as_table(comparison))
+    return captured.get()
+
+
+def test_the_table_has_a_row_for_each_law_and_floor() -> None:
+    rows = {line.split("  ")[0]: line.split()[1:] for line in text_of(compared()).splitlines()}
+    assert rows["quick"] == ["0.100", "0", "2", "1", "2.0", "%"]
+    assert rows["never"] == ["0.900", "0", "never", "never", "2.0", "%"]
+    assert "recover" in text_of(compared()) and "recover" not in text_of(compared(None))
+    assert "practical floor" not in text_of(compared(None)) and "chance floor" in text_of(compared(None))
+
+
+def test_the_picture_shows_every_law_floor_and_the_shift(tmp_path: Path) -> None:
+    from runtime.chart_style import new_figure
+    from runtime.experiments.chart import draw_comparison
+
+    found = compared()
+    figure = new_figure(lambda figure: draw_comparison(figure, found), (9, 4))
+    [axes] = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["quick", "never", *found.floors]
+    assert [text.get_text().strip() for text in axes.texts] == ["the text changes"]
+    assert np.allclose(axes.lines[0].get_ydata(), CURVE)
+    write_chart(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_many_laws_have_colours_of_their_own(tmp_path: Path) -> None:
+    from runtime.experiments.chart import _colors
+
+    for number in (1, 6, 12):
+        assert len({str(color) for color in _colors(number)}) == number

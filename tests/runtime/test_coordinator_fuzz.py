@@ -1,0 +1,73 @@
+"""The coordinator's policy under bytes that nobody should send: it answers all, and the next good report as ever."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dispatch.laws import LAWS, BalanceConfig, Law, make_law
+from runtime.coordinator import CoordinatorPolicy
+from tests.workers.wire_fuzz import LAYOUT, any_of, counts_of, damaged, hostile_reports, law_of, report_of
+from workers.leader import Leader
+from workers.wire import BiasUpdate, NeedState, Refusal, VersionedState, decode, encode
+
+ANSWERS = (BiasUpdate, NeedState, Refusal)
+
+
+def _next(law: Law, step: int, base: VersionedState) -> VersionedState:
+    """The oracle."""
+    return VersionedState(base.version + 1, law.update(counts_of(law, step), base.state, step))
+
+
+def _bits(state: VersionedState) -> tuple[int, int, bytes]:
+    return state.version, state.checksum, state.state.bias_N.numpy().tobytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(LAWS)))
+def test_no_bytes_crash_the_coordinator_or_move_the_next_bias(data: st.DataObject, name: str) -> None:  # P16
+    law = law_of(name)
+    policy = CoordinatorPolicy()
+    leader = Leader(run_id="run", law=law, coordinator=policy.handle)
+    base, messages = VersionedState(0, law.initial_state()), []
+    for step in range(3):
+        messages += [encode(report_of(law, step, base)), encode(report_of(law, step, base, seed=None))]
+        expected = _next(law, step, base)
+        update, events = leader.next_update(step, base, counts_of(law, step))
+        # No event: it was the coordinator that answered, and not the leader's own law in its place.
+        assert _bits(VersionedState(update.version, update.state)) == _bits(expected) and not events
+        base = expected
+        for raw in data.draw(st.lists(any_of(damaged(messages), hostile_reports()), max_size=4)):
+            assert isinstance(decode(policy.handle(raw)), ANSWERS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(sorted(LAWS)))
+def test_a_coordinator_that_heard_nonsense_first_costs_no_bit(data: st.DataObject, name: str) -> None:  # P16
+    law = law_of(name)
+    policy = CoordinatorPolicy()
+    base = VersionedState(0, law.initial_state())
+    messages = [encode(report_of(law, 0, base))]
+    for raw in data.draw(st.lists(any_of(damaged(messages), hostile_reports()), min_size=1, max_size=4)):
+        assert isinstance(decode(policy.handle(raw)), ANSWERS)
+    leader = Leader(run_id="run", law=law, coordinator=policy.handle)
+    update, _ = leader.next_update(1, base, counts_of(law, 1))
+    assert _bits(VersionedState(update.version, update.state)) == _bits(_next(law, 1, base))
+
+
+def test_a_refused_first_report_binds_the_coordinator_to_nothing() -> None:
+    law = law_of("sign")
+    base = VersionedState(0, law.initial_state())
+    policy = CoordinatorPolicy()
+    bad = report_of(law, 0, base, run_id="other", counts_M=torch.zeros(3, dtype=torch.int64))
+    assert isinstance(decode(policy.handle(encode(bad))), Refusal)
+    assert policy.status()["run_id"] is None
+    assert isinstance(decode(policy.handle(encode(report_of(law, 0, base)))), BiasUpdate)
+
+
+def test_numbers_that_overflow_the_law_are_refused() -> None:
+    law = make_law(BalanceConfig(rate=1.7e308), LAYOUT)  # two steps up: their sum is no float64
+    report = report_of(
+        law, 0, VersionedState(0, law.initial_state()), counts_M=torch.tensor([0, 0, 9, 9, 1, 1, 0, 0, 0])
+    )
+    answer = decode(CoordinatorPolicy().handle(encode(report)))
+    assert isinstance(answer, Refusal) and "overflow" in answer.reason

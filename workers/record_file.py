@@ -1,0 +1,57 @@
+"""Files of records that say how long they are, so that one torn by a crash is seen. Format: docs/run-directory.md.
+
+Needs no torch.
+"""
+
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+HEADER = struct.Struct("<qIII")  # step, tag, bytes that follow, crc32 of them
+
+
+class RecordPlace(NamedTuple):
+    """Where a record lies in its file. offset: of what follows the header. tag: what the file means by it."""
+
+    step: int
+    tag: int
+    num_bytes: int
+    crc: int
+    offset: int
+
+    @property
+    def start(self) -> int:
+        """Of the header."""
+        return self.offset - HEADER.size
+
+
+def pack_record(step: int, tag: int, content: bytes) -> bytes:
+    """A record as it lies in a file."""
+    return HEADER.pack(step, tag, len(content), zlib.crc32(content)) + content
+
+
+def list_records(path: Path) -> tuple[list[RecordPlace], int]:
+    """The complete records in their order, and the offset where the last one ends. Reads the headers alone."""
+    places: list[RecordPlace] = []
+    size, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while end + HEADER.size <= size:
+            file.seek(end)
+            step, tag, num_bytes, crc = HEADER.unpack(file.read(HEADER.size))
+            place = RecordPlace(step, tag, num_bytes, crc, end + HEADER.size)
+            if place.offset + place.num_bytes > size:
+                break
+            places.append(place)
+            end = place.offset + place.num_bytes
+    return places, end
+
+
+def read_record(path: Path, place: RecordPlace) -> bytes:
+    """What follows the header. Raises ValueError where it is not what was written."""
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        content = file.read(place.num_bytes)
+    if zlib.crc32(content) != place.crc:
+        raise ValueError(f"{path} is damaged at byte {place.offset}, in the record of step {place.step}")
+    return content
