@@ -48,6 +48,10 @@ class MixSchedule:
         if self.after and not self.before:
             raise ValueError(f"data.mix_after {list(self.after)} needs data.mix, the weights before the shift")
 
+    def weights_at(self, step: int) -> tuple[float, ...]:
+        """The weights that draw a step, counted from 1; empty without a mix."""
+        return self.after if self.shift_at and step >= self.shift_at else self.before
+
     def check_sources(self, names: Sequence[str]) -> None:
         """Refuse weights that are not one a source. Raises ValueError."""
         for setting, weights in (("data.mix", self.before), ("data.mix_after", self.after)):

@@ -166,6 +166,7 @@ def _measure(run: RunCurves, shift_at: int, threshold: float) -> dict[str, float
         "val_perplexity": math.exp(run.evaluation["val_loss"]),
         "val_bits_per_byte": run.evaluation["val_bits_per_byte"],
         "max_vio_global": run.evaluation["max_vio_held_out"],
+        "max_vio_global_in_mix": run.evaluation.get("max_vio_held_out_in_mix"),
         "max_vio_batch_before_shift": _settled(vio, shift_at) if shift_at else None,
         "max_vio_batch": _settled(vio, 0),
         "max_vio_computation_batch": _settled(run.max_vio_computation_batch, 0),

@@ -49,18 +49,22 @@ def explanation(outcome: Outcome) -> str:
     sentences = f"""
         Mean ± standard deviation over {most} seed{"s" * (most > 1)}. Perplexity of a token and bits per byte: held-out
         text of all sources after the last step. MaxVio_global: load on that text with the bias of then, as in arXiv
-        2408.15664. MaxVio_batch: mean of the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one
+        2408.15664; in the last mix: had its sources the shares that they had in training then. MaxVio_batch: mean of
+        the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one
         expert-parallel group computes at once. Steps to balance: until the mean MaxVio_batch of {AVERAGED_STEPS} steps
         is below {outcome.threshold:.3f} ({"as given" if outcome.threshold_given else origin}); {AVERAGED_STEPS} is the
         least."""
     if outcome.shift_at:
-        sentences += f""" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}. To recover: steps from
-        there; peak: the highest mean of {AVERAGED_STEPS} steps from there on."""
+        sentences += f""" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}. To recover: steps
+        from there; peak: the highest mean of {AVERAGED_STEPS} steps from there on."""
     return textwrap.fill(" ".join(sentences.split()), 120)
 
 
 def _tables(outcome: Outcome) -> list[tuple[list[str], Rows]]:
-    columns = [column for column in COLUMNS if outcome.shift_at or column not in SHIFT_COLUMNS]
+    left_out = set() if outcome.shift_at else set(SHIFT_COLUMNS)
+    if not any(method.measures["max_vio_global_in_mix"].num_known for method in outcome.methods):
+        left_out.add("max_vio_global_in_mix")
+    columns = [name for name in COLUMNS if name not in left_out]
     main = [
         [method.spec, *(COLUMNS[name](method.measures[name], len(method.seeds)) for name in columns)]
         for method in outcome.methods
@@ -116,6 +120,7 @@ def _signed(method: MethodOutcome) -> str:
 COLUMNS: dict[str, Cell] = {
     "val_perplexity": _decimals(3),
     "max_vio_global": _decimals(3),
+    "max_vio_global_in_mix": _decimals(3),
     "max_vio_batch_before_shift": _decimals(3),
     "max_vio_batch_peak_after_shift": _decimals(3),
     "max_vio_batch": _decimals(3),
@@ -128,6 +133,7 @@ SHIFT_COLUMNS = ("max_vio_batch_before_shift", "max_vio_batch_peak_after_shift",
 HEADS = {
     "val_perplexity": "perplexity",
     "max_vio_global": "MaxVio_global",
+    "max_vio_global_in_mix": "in the last mix",
     "max_vio_batch_before_shift": "MaxVio_batch before the shift",
     "max_vio_batch_peak_after_shift": "peak after the shift",
     "max_vio_batch": "MaxVio_batch",

@@ -162,10 +162,12 @@ def write_run(plan: ComparePlan, key: RunKey, max_vio: list[float], val_loss: fl
         for step, vio in enumerate(max_vio, 1)
     ]
     bits = {"plays": val_loss, "python": 3 * val_loss}
+    in_mix = val_loss / 20 if plan.base.data.mix else None
     lines.append(
         {
             "kind": "eval", "step": len(max_vio), "val_loss": val_loss, "val_bits_per_byte": 2 * val_loss,
-            "val_bits_per_byte_per_source": bits, "max_vio_held_out": val_loss / 10, "max_vio_global": 99.0,
+            "val_bits_per_byte_per_source": bits, "max_vio_held_out": val_loss / 10, "max_vio_held_out_in_mix": in_mix,
+            "max_vio_global": 99.0,
         }
     )  # fmt: skip
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -201,6 +203,7 @@ def test_numbers_are_those_of_the_records(compared: ComparePlan) -> None:
     values = {name: list(spread.values) for name, spread in newton.measures.items()}
     assert values["val_perplexity"] == [math.exp(1.0), math.exp(2.0)]
     assert values["val_bits_per_byte"] == [2.0, 4.0]
+    assert values["max_vio_global_in_mix"] == [0.05, 0.1]
     assert values["max_vio_global"] == [0.1, 0.2]  # held out, not that of the training load
     assert values["max_vio_batch_before_shift"] == pytest.approx([0.2] * 2)
     assert values["max_vio_batch_peak_after_shift"] == pytest.approx([0.32] * 2)  # steps 11 to 15
@@ -231,10 +234,10 @@ def test_tables_say_what_was_measured_and_how_often(compared: ComparePlan, tmp_p
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0][:3] == ["method", "perplexity", "MaxVio_global"]
     assert rows[2] == [
-        "newton", "5.054 ± 3.303", "0.150 ± 0.071", "0.200 ± 0.000", "0.320 ± 0.000", "0.150 ± 0.000",
-        "0.300 ± 0.000", "7 ± 0", "6 ± 0", "10.5 s",
+        "newton", "5.054 ± 3.303", "0.150 ± 0.071", "0.075 ± 0.035", "0.200 ± 0.000", "0.320 ± 0.000",
+        "0.150 ± 0.000", "0.300 ± 0.000", "7 ± 0", "6 ± 0", "10.5 s",
     ]  # fmt: skip
-    assert rows[3][7] == "7 (1 of 2)"
+    assert rows[3][8] == "7 (1 of 2)"
     assert rows[-1] == ["sign", "3.6000 ± 0.8485", "1.8000 ± 0.4243", "5.4000 ± 1.2728", "+0.6000 ± 0.5657"]
     assert "below 0.300 (1.5 times the lowest that any method held, 0.200)" in " ".join(text.split())
     assert "shifts at step 11 of 20" in " ".join(text.split())
