@@ -1,6 +1,6 @@
 """Loss and load on held-out text, summed over all ranks.
 
-Shapes: B sequences, T tokens of a batch, K top-k, N experts of all MoE layers.
+Shapes: S sources of text, B sequences, T tokens of a batch, K top-k, E experts of a layer, N of all MoE layers.
 """
 
 import time
@@ -26,15 +26,21 @@ from workers.shards import Dataset
 class Evaluation:
     """Held-out loss in nats per token and in bits per byte of text, overall and by source; equal on all ranks.
 
-    load_N: int64 on the CPU, held-out tokens by the expert that the bias of now chose for them.
+    load_SN: int64 on the CPU, held-out tokens by source and by the expert that the bias of now chose for them.
     """
 
     val_loss: float
     val_bits_per_byte: float
     val_bits_per_byte_per_source: dict[str, float]
     num_tokens: int
-    load_N: Tensor
+    load_SN: Tensor
     eval_s: float
+
+    @property
+    def total_load(self) -> Tensor:
+        """int64 (N,), of all sources."""
+        load_N: Tensor = self.load_SN.sum(0)
+        return load_N
 
 
 @torch.no_grad()
@@ -57,9 +63,9 @@ def evaluate(
     model.eval()
     num_sources = len(dataset.source_names)
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
-    with _HeldOutLoad(routers_of(model)) as load:
+    with _HeldOutLoad(routers_of(model), num_sources) as load:
         for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
-            load.is_real_B = batch.is_real_B.to(groups.device)
+            load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
             with autocast:
                 logits = model(batch.input_ids.to(groups.device))
             nats_B = token_nll(logits, batch.targets.to(groups.device)).sum(1, dtype=torch.float64).cpu()
@@ -68,21 +74,26 @@ def evaluate(
             totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
             totals[1].index_add_(0, batch.source_B, tokens_B.double())
     model.train()
-    totals, load_N = _sum_over_ranks(totals, groups), _sum_over_ranks(load.vector(), groups)
+    totals, load_SN = _sum_over_ranks(totals, groups), _sum_over_ranks(load.by_source(), groups)
     nats, tokens = totals[0].tolist(), [int(count) for count in totals[1].tolist()]
     bits, bits_by_source = dataset.bits_per_byte(nats, tokens)
     seconds = time.perf_counter() - began
-    return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), load_N, seconds)
+    return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), load_SN, seconds)
 
 
 class _HeldOutLoad:
     """While it is entered, sums what the routers choose. Their own counters, which training reads, stay as they are."""
 
-    def __init__(self, routers: Mapping[str, Router]) -> None:
-        self._routers = routers
-        self._loads = {name: torch.zeros_like(router.tokens_per_expert_E) for name, router in routers.items()}
+    def __init__(self, routers: Mapping[str, Router], num_sources: int) -> None:
+        self._routers, self._num_sources = routers, num_sources
+        self._loads_SE = {
+            name: router.tokens_per_expert_E.new_zeros(num_sources, router.num_experts)
+            for name, router in routers.items()
+        }
         self._stack = ExitStack()
-        self.is_real_B = torch.zeros(0, dtype=torch.bool)  # of the batch under way: padding is not counted
+        # Of the batch under way. Padding is not counted.
+        self.source_B = torch.zeros(0, dtype=torch.int64)
+        self.is_real_B = torch.zeros(0, dtype=torch.bool)
 
     def __enter__(self) -> Self:
         for name, router in self._routers.items():
@@ -93,16 +104,18 @@ class _HeldOutLoad:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def vector(self) -> Tensor:
-        """int64 (N,) on the CPU, in module order."""
-        return torch.cat(list(self._loads.values())).cpu() if self._loads else torch.zeros(0, dtype=torch.int64)
+    def by_source(self) -> Tensor:
+        """int64 (S, N) on the CPU, experts in module order."""
+        empty_S0 = torch.zeros(self._num_sources, 0, dtype=torch.int64)
+        return torch.cat([empty_S0, *(load_SE.cpu() for load_SE in self._loads_SE.values())], dim=1)
 
     def _counter(self, name: str) -> Any:
         def count(router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
-            topk_ids_TK = choice[0]
+            topk_ids_TK, load_SE = choice[0], self._loads_SE[name]
             num_tokens = topk_ids_TK.shape[0] // max(1, len(self.is_real_B))  # of a sequence: T is B times that
             mask_TK = self.is_real_B.repeat_interleave(num_tokens).unsqueeze(1).expand_as(topk_ids_TK)
-            self._loads[name] += count_by_expert(topk_ids_TK, router.num_experts, mask_TK)
+            cells_TK = topk_ids_TK + router.num_experts * self.source_B.repeat_interleave(num_tokens).unsqueeze(1)
+            load_SE += count_by_expert(cells_TK, load_SE.numel(), mask_TK).view_as(load_SE)
 
         return count
 

@@ -4,6 +4,7 @@ import time
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dispatch.layout import LoadLayout
@@ -46,10 +47,15 @@ def train_line(result: StepResult, layout: LoadLayout, top_k: int) -> dict[str, 
     }
 
 
-def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layout: LoadLayout) -> dict[str, Any]:
-    """The line of an evaluation after `step`. MaxVio_global is that of all training tokens since the last one."""
+def eval_line(
+    step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layout: LoadLayout, mix: tuple[float, ...]
+) -> dict[str, Any]:
+    """The line of an evaluation after `step`. MaxVio_global is that of all training tokens since the last one.
+
+    mix: weights of the sources in the batch of that step; empty without.
+    """
     per_layer = max_vio_per_layer(load_since_eval_N, layout)
-    held_out = max_vio_per_layer(evaluation.load_N, layout)
+    held_out = max_vio_per_layer(evaluation.total_load, layout)
     return {
         "kind": "eval",
         "step": step,
@@ -62,8 +68,16 @@ def eval_line(step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layo
         "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
         "max_vio_held_out": _mean(held_out),
         "max_vio_held_out_per_layer": held_out,
+        "max_vio_held_out_in_mix": _mean(_max_vio_in_mix(evaluation.load_SN, mix, layout)) if mix else None,
         "eval_s": evaluation.eval_s,
     }
+
+
+def _max_vio_in_mix(load_SN: Tensor, mix: tuple[float, ...], layout: LoadLayout) -> list[float]:
+    """MaxVio of each layer, had the sources (S) had these shares of the tokens. A source that was not read has none."""
+    shares_SN = load_SN.double() / load_SN.sum(1, keepdim=True).clamp_min(1)
+    load_N = (torch.tensor(mix, dtype=torch.float64).unsqueeze(1) * shares_SN).sum(0)
+    return [float(load_N[where].max() / load_N[where].mean()) - 1 for where in layout.slices]
 
 
 def _mean(values: list[float]) -> float:

@@ -48,6 +48,10 @@ class MixSchedule:
         if self.after and not self.before:
             raise ValueError(f"data.mix_after {list(self.after)} needs data.mix, the weights before the shift")
 
+    def weights_at(self, step: int) -> tuple[float, ...]:
+        """The weights that draw a step, counted from 1; empty without a mix."""
+        return self.after if self.shift_at and step >= self.shift_at else self.before
+
     def check_sources(self, names: Sequence[str]) -> None:
         """Refuse weights that are not one a source. Raises ValueError."""
         for setting, weights in (("data.mix", self.before), ("data.mix_after", self.after)):
@@ -104,8 +108,7 @@ class _Shares:
 def _in_parts(weights: tuple[float, ...]) -> IndexArray:
     """Weights as whole numbers that add up to PARTS: rounded down, the rest to the largest remainders."""
     exact = np.array(weights, dtype=np.float64) * (PARTS / math.fsum(weights))
-    # A share such as 0.7 must not become 699 because 0.7 * 1000 is a bit below 700.
-    parts = np.floor(exact + 1e-9).astype(np.int64)
+    parts = np.floor(exact).astype(np.int64)
     for source in np.argsort(parts - exact, kind="stable")[: PARTS - int(parts.sum())]:
         parts[source] += 1
     return parts

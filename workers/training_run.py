@@ -134,7 +134,7 @@ class TrainingRun:
         )
         state.meter.take()  # what evaluation moved is not the next step's
         if self._log is not None:
-            line = eval_line(step, evaluation, self._load_since_eval_N, state.layout)
+            line = eval_line(step, evaluation, self._load_since_eval_N, state.layout, state.spec.mix.weights_at(step))
             self._log.eval(line)
             self._publish(line)
         self._load_since_eval_N.zero_()

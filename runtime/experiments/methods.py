@@ -26,8 +26,7 @@ class Method:
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """The settings of a run with this method. Raises ValueError where one does not exist."""
-        values = self.values if hasattr(config, "aux") else _without_no_loss(self.values)
-        method_config: TrainConfig = with_values(config, values)
+        method_config: TrainConfig = with_values(config, self.values)
         return method_config
 
 
@@ -102,7 +101,3 @@ def _loss_values(part: str, name: str, rest: str) -> dict[str, Any]:
     if "aux.alpha" not in values:
         raise ValueError(f"--laws {part}: say how strong the loss is, as in {name}:alpha=0.001")
     return values
-
-
-def _without_no_loss(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if (key, value) != ("aux.loss", "none")}

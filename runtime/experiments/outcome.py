@@ -119,11 +119,15 @@ def practical_floor(methods: Sequence[Sequence[RunCurves]], shift_at: int) -> fl
 
 def steps_until_below(curve: Curve, threshold: float) -> int | None:
     """Steps until the mean of the last AVERAGED_STEPS is below the threshold: at least so many. None: never."""
-    if len(curve) < AVERAGED_STEPS:
-        return None
-    means = np.convolve(curve, np.full(AVERAGED_STEPS, 1 / AVERAGED_STEPS), mode="valid")
-    below = np.flatnonzero(means < threshold)
+    below = np.flatnonzero(_running_mean(curve) < threshold)
     return int(below[0]) + AVERAGED_STEPS if below.size else None
+
+
+def _running_mean(curve: Curve) -> Curve:
+    """Means of AVERAGED_STEPS steps in a row; empty for a shorter curve."""
+    if len(curve) < AVERAGED_STEPS:
+        return np.zeros(0)
+    return np.convolve(curve, np.full(AVERAGED_STEPS, 1 / AVERAGED_STEPS), mode="valid")
 
 
 def _read_run(run_dir: Path, seed: int) -> RunCurves:
@@ -157,14 +161,18 @@ def _method_outcome(
 def _measure(run: RunCurves, shift_at: int, threshold: float) -> dict[str, float | None]:
     """The measures of one run by name. Those of the shift are None where there is none (shift_at 0)."""
     vio = run.max_vio_batch
+    after = vio[shift_at - 1 :] if shift_at else vio[:0]
     return {
         "val_perplexity": math.exp(run.evaluation["val_loss"]),
         "val_bits_per_byte": run.evaluation["val_bits_per_byte"],
         "max_vio_global": run.evaluation["max_vio_held_out"],
+        "max_vio_global_in_mix": run.evaluation.get("max_vio_held_out_in_mix"),
         "max_vio_batch_before_shift": _settled(vio, shift_at) if shift_at else None,
         "max_vio_batch": _settled(vio, 0),
         "max_vio_computation_batch": _settled(run.max_vio_computation_batch, 0),
         "steps_to_balance": steps_until_below(vio[: shift_at - 1] if shift_at else vio, threshold),
-        "steps_to_recover": steps_until_below(vio[shift_at - 1 :], threshold) if shift_at else None,
+        # The imbalance may grow some steps after the shift only: to recover says how soon, the peak how bad it was.
+        "max_vio_batch_peak_after_shift": float(_running_mean(after).max(initial=0)) if shift_at else None,
+        "steps_to_recover": steps_until_below(after, threshold),
         "step_s": float(np.median(run.step_s)),
     }

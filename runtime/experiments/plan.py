@@ -90,7 +90,7 @@ class ComparePlan:
     def is_finished(self, key: RunKey) -> bool:
         """Whether the run has made its last step and saved."""
         events = read_events(self.run_dir(key)) if (self.run_dir(key) / EVENTS).exists() else []
-        return any(event["event"] == "finished" and event["step"] == self.base.run.steps for event in events)
+        return any(event["event"] == "finished" for event in events)
 
     def newest_checkpoint(self, key: RunKey) -> Path | None:
         """Where an unfinished run goes on; None where it begins again."""

@@ -49,35 +49,49 @@ def explanation(outcome: Outcome) -> str:
     sentences = f"""
         Mean ± standard deviation over {most} seed{"s" * (most > 1)}. Perplexity of a token and bits per byte: held-out
         text of all sources after the last step. MaxVio_global: load on that text with the bias of then, as in arXiv
-        2408.15664. MaxVio_batch: mean of the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one
+        2408.15664; in the last mix: had its sources the shares that they had in training then. MaxVio_batch: mean of
+        the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one
         expert-parallel group computes at once. Steps to balance: until the mean MaxVio_batch of {AVERAGED_STEPS} steps
         is below {outcome.threshold:.3f} ({"as given" if outcome.threshold_given else origin}); {AVERAGED_STEPS} is the
-        least."""
+        least. Against the first method: seed by seed."""
     if outcome.shift_at:
-        sentences += (
-            f" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}; to recover: from there."
-        )
+        sentences += f""" The mix of the text shifts at step {outcome.shift_at} of {outcome.steps}. To recover: steps
+        from there; peak: the highest mean of {AVERAGED_STEPS} steps from there on."""
     return textwrap.fill(" ".join(sentences.split()), 120)
 
 
 def _tables(outcome: Outcome) -> list[tuple[list[str], Rows]]:
-    columns = [column for column in COLUMNS if outcome.shift_at or column not in SHIFT_COLUMNS]
-    main = [
-        [method.spec, *(COLUMNS[name](method.measures[name], len(method.seeds)) for name in columns)]
+    left_out = set() if outcome.shift_at else set(SHIFT_COLUMNS)
+    if not any(method.measures["max_vio_global_in_mix"].num_known for method in outcome.methods):
+        left_out.add("max_vio_global_in_mix")
+    return [
+        _table(outcome, "method", [name for name in RESULT_COLUMNS if name not in left_out]),
+        _table(outcome, "MaxVio_batch over the run", [name for name in COURSE_COLUMNS if name not in left_out]),
+        _text_table(outcome),
+    ]
+
+
+def _table(outcome: Outcome, corner: str, columns: list[str]) -> tuple[list[str], Rows]:
+    rows = [
+        [method.spec, *(CELLS[name](method.measures[name], len(method.seeds)) for name in columns)]
         for method in outcome.methods
     ]
+    return [corner, *(HEADS[name] for name in columns)], rows
+
+
+def _text_table(outcome: Outcome) -> tuple[list[str], Rows]:
+    """Bits per byte by source, and against the first method."""
     sources = list(outcome.methods[0].per_source)
-    first = outcome.methods[0].spec
-    texts = [
+    rows = [
         [
             method.spec,
+            _decimals(4)(method.measures["val_bits_per_byte"], 0),
             *(_decimals(4)(method.per_source[name], 0) for name in sources),
             "" if method is outcome.methods[0] else _signed(method),
         ]
         for method in outcome.methods
     ]
-    heads = ["bits per byte", *sources, f"all, against {first}, same seeds"]
-    return [(["method", *(HEADS[name] for name in columns)], main), (heads, texts)]
+    return ["bits per byte", "all text", *sources, f"all, against {outcome.methods[0].spec}"], rows
 
 
 def _markdown(heads: list[str], rows: Rows) -> str:
@@ -113,26 +127,35 @@ def _signed(method: MethodOutcome) -> str:
     return f"{spread.mean:+.4f}" + ("" if spread.std is None else f" ± {spread.std:.4f}")
 
 
-COLUMNS: dict[str, Cell] = {
-    "val_perplexity": _decimals(3),
-    "val_bits_per_byte": _decimals(4),
-    "max_vio_global": _decimals(3),
-    "max_vio_batch_before_shift": _decimals(3),
-    "max_vio_batch": _decimals(3),
-    "max_vio_computation_batch": _decimals(3),
-    "steps_to_balance": _steps,
-    "steps_to_recover": _steps,
+RESULT_COLUMNS = (
+    "val_perplexity",
+    "max_vio_global",
+    "max_vio_global_in_mix",
+    "max_vio_batch",
+    "max_vio_computation_batch",
+    "step_s",
+)
+COURSE_COLUMNS = (
+    "steps_to_balance",
+    "max_vio_batch_before_shift",
+    "max_vio_batch_peak_after_shift",
+    "steps_to_recover",
+)
+SHIFT_COLUMNS = COURSE_COLUMNS[1:]
+CELLS: dict[str, Cell] = {
+    **dict.fromkeys((*RESULT_COLUMNS, *COURSE_COLUMNS), _decimals(3)),
+    **dict.fromkeys(("steps_to_balance", "steps_to_recover"), _steps),
     "step_s": _time,
 }
-SHIFT_COLUMNS = ("max_vio_batch_before_shift", "steps_to_recover")
 HEADS = {
     "val_perplexity": "perplexity",
-    "val_bits_per_byte": "bits per byte",
     "max_vio_global": "MaxVio_global",
-    "max_vio_batch_before_shift": "MaxVio_batch before the shift",
+    "max_vio_global_in_mix": "in the last mix",
     "max_vio_batch": "MaxVio_batch",
     "max_vio_computation_batch": "computation batch",
-    "steps_to_balance": "steps to balance",
-    "steps_to_recover": "to recover",
     "step_s": "step",
+    "steps_to_balance": "steps to balance",
+    "max_vio_batch_before_shift": "before the shift",
+    "max_vio_batch_peak_after_shift": "peak after it",
+    "steps_to_recover": "steps to recover",
 }

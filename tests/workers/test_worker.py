@@ -156,11 +156,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
         assert saved[world_size][3].val_loss == pytest.approx(saved[2][3].val_loss, rel=1e-5)
         assert saved[world_size][3].num_tokens == saved[2][3].num_tokens
         # Held-out choices of two layers, top-2, and none of padding: 2 and 3 ranks pad here.
-        load_N = saved[world_size][3].load_N
-        assert load_N.sum() == saved[2][3].load_N.sum() == saved[2][3].num_tokens * 2 * 2
-        assert (load_N - saved[2][3].load_N).abs().sum() <= 4  # rounding may turn a choice
+        load_SN = saved[world_size][3].load_SN
+        assert load_SN.sum() == saved[2][3].num_tokens * 2 * 2
+        assert (load_SN - saved[2][3].load_SN).abs().sum() <= 4  # rounding may turn a choice
     assert saved[1][3].val_loss == pytest.approx(saved[1][4].val_loss, rel=1e-6)  # padded batches count real sequences
-    assert (saved[1][3].load_N - saved[1][4].load_N).abs().sum() <= 4
+    assert (saved[1][3].load_SN - saved[1][4].load_SN).abs().sum() <= 4
     assert len(saved[2][2]) == 6
     assert any(saved[2][2].values())
     assert [line["loss"] for line in lines["cut"][0][37:40]] == saved[2][1]

@@ -40,6 +40,12 @@ def test_a_law_is_a_balance_section_of_its_own() -> None:
     assert parse_method("newton").applied_to(load_config("small")).balance.rate is None
 
 
+def test_a_loss_leaves_the_bias_alone_and_a_law_has_no_loss() -> None:
+    with_loss = parse_method("aux:alpha=0.01").applied_to(load_config("small"))
+    assert (with_loss.aux.loss, with_loss.aux.alpha, with_loss.balance.law) == ("switch", 0.01, "none")
+    assert parse_method("newton").applied_to(with_loss).aux.loss == "none"
+
+
 @pytest.mark.parametrize(
     ("spec", "values"),
     [
@@ -156,10 +162,12 @@ def write_run(plan: ComparePlan, key: RunKey, max_vio: list[float], val_loss: fl
         for step, vio in enumerate(max_vio, 1)
     ]
     bits = {"plays": val_loss, "python": 3 * val_loss}
+    in_mix = val_loss / 20 if plan.base.data.mix else None
     lines.append(
         {
             "kind": "eval", "step": len(max_vio), "val_loss": val_loss, "val_bits_per_byte": 2 * val_loss,
-            "val_bits_per_byte_per_source": bits, "max_vio_held_out": val_loss / 10, "max_vio_global": 99.0,
+            "val_bits_per_byte_per_source": bits, "max_vio_held_out": val_loss / 10, "max_vio_held_out_in_mix": in_mix,
+            "max_vio_global": 99.0,
         }
     )  # fmt: skip
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -170,7 +178,7 @@ def write_run(plan: ComparePlan, key: RunKey, max_vio: list[float], val_loss: fl
 # 20 steps, the mix shifts at step 11. Balanced means below 0.3.
 SHIFTED = {"run__steps": 20, "data__mix": (0.9, 0.1), "data__mix_after": (0.1, 0.9), "data__shift_at": 11}
 QUICK = [0.9, 0.9, *[0.2] * 8, 0.8, *[0.2] * 8, 0.1]
-SLOW = [1.0] * 20
+SLOW = [1.0] * 10 + [0.2] * 10
 
 
 @pytest.fixture
@@ -195,14 +203,17 @@ def test_numbers_are_those_of_the_records(compared: ComparePlan) -> None:
     values = {name: list(spread.values) for name, spread in newton.measures.items()}
     assert values["val_perplexity"] == [math.exp(1.0), math.exp(2.0)]
     assert values["val_bits_per_byte"] == [2.0, 4.0]
+    assert values["max_vio_global_in_mix"] == [0.05, 0.1]
     assert values["max_vio_global"] == [0.1, 0.2]  # held out, not that of the training load
     assert values["max_vio_batch_before_shift"] == pytest.approx([0.2] * 2)
+    assert values["max_vio_batch_peak_after_shift"] == pytest.approx([0.32] * 2)  # steps 11 to 15
     assert values["max_vio_batch"] == pytest.approx([0.15] * 2)  # steps 19 and 20
     assert values["max_vio_computation_batch"] == pytest.approx([0.3] * 2)
     assert values["step_s"] == [10.5, 10.5]
     # Steps 3 to 7 are the first five below; after the shift steps 12 to 16, the 6th from there.
     assert (values["steps_to_balance"], values["steps_to_recover"]) == ([7, 7], [6, 6])
-    assert sign.measures["steps_to_balance"].values == (None, 7)
+    assert sign.measures["steps_to_balance"].values == (None, 7)  # balanced after the shift alone is never
+    assert sign.measures["steps_to_recover"].values == (5, 6)
     assert sign.against_first.values == (1.0, pytest.approx(0.2))  # bits per byte, seed by seed
     assert newton.measures["val_bits_per_byte"] == Spread((2.0, 4.0), 3.0, pytest.approx(math.sqrt(2)))
 
@@ -221,13 +232,13 @@ def test_tables_say_what_was_measured_and_how_often(compared: ComparePlan, tmp_p
         assert path.stat().st_size > 500
     text = (tmp_path / "compare.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert rows[0][:3] == ["method", "perplexity", "bits per byte"]
+    assert rows[0][:3] == ["method", "perplexity", "MaxVio_global"]
     assert rows[2] == [
-        "newton", "5.054 ± 3.303", "3.0000 ± 1.4142", "0.150 ± 0.071", "0.200 ± 0.000", "0.150 ± 0.000",
-        "0.300 ± 0.000", "7 ± 0", "6 ± 0", "10.5 s",
+        "newton", "5.054 ± 3.303", "0.150 ± 0.071", "0.075 ± 0.035", "0.150 ± 0.000", "0.300 ± 0.000", "10.5 s"
     ]  # fmt: skip
-    assert rows[3][7] == "7 (1 of 2)"
-    assert rows[-1] == ["sign", "1.8000 ± 0.4243", "5.4000 ± 1.2728", "+0.6000 ± 0.5657"]
+    assert rows[6] == ["newton", "7 ± 0", "0.200 ± 0.000", "0.320 ± 0.000", "6 ± 0"]
+    assert rows[7][1] == "7 (1 of 2)"
+    assert rows[-1] == ["sign", "3.6000 ± 0.8485", "1.8000 ± 0.4243", "5.4000 ± 1.2728", "+0.6000 ± 0.5657"]
     assert "below 0.300 (1.5 times the lowest that any method held, 0.200)" in " ".join(text.split())
     assert "shifts at step 11 of 20" in " ".join(text.split())
     numbers = json.loads((tmp_path / "compare.json").read_text())
@@ -247,7 +258,8 @@ def test_without_a_shift_there_is_nothing_to_recover_from(tmp_path: Path) -> Non
     write_results(outcome, tmp_path)
     text = (tmp_path / "compare.md").read_text()
     assert "recover" not in text and "shift" not in text
-    assert "| newton | 2.718 | 2.0000 | 0.100 | 0.150 | 0.300 | 7 | 10.5 s |" in text
+    assert "| newton | 2.718 | 0.100 | 0.150 | 0.300 | 10.5 s |" in text
+    assert "| newton | 7 |" in text
 
 
 def test_nothing_finished_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from runtime import job
 from runtime.config_file import parse_train
 from runtime.experiments.plan import ComparePlan
+from runtime.launch import make_spec, open_ranks
 from workers.checkpoint import list_checkpoints
+from workers.prepare import prepare_dataset
 from workers.run_log import read_events, read_load_history, read_metrics
+from workers.sampler import Sampler
 
 ROOT = Path(__file__).parents[3]
 STEPS, SHIFT = 60, 31
@@ -104,6 +108,19 @@ def test_a_run_of_a_comparison_is_a_run_of_train_to_the_bit(folder: Path, traine
     }
     # Nothing is left to do: the results alone are made again.
     assert "done in" not in finish("--resume", f"--out={out}")
+
+
+def test_the_mix_reaches_the_batches_of_a_rank(folder: Path) -> None:
+    config = parse_train(settings(folder)).config
+    dataset = prepare_dataset(config.data)
+    sizes = (config.model.max_seq_len, config.run.global_batch_size, config.run.seed)
+    mixed, plain = Sampler(dataset, *sizes, config.data.mix_schedule), Sampler(dataset, *sizes)
+    with open_ranks(config.cluster, make_spec(config, folder / "none", dataset)) as ranks:
+        sampler = ranks.worker._state.sampler
+        for step in (0, SHIFT):
+            drawn = sampler.batch(step, 0, 1)[0]
+            assert torch.equal(drawn, mixed.batch(step, 0, 1)[0])
+            assert not torch.equal(drawn, plain.batch(step, 0, 1)[0])
 
 
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(folder: Path, trained: Path) -> None:
