@@ -59,7 +59,7 @@ def _exit_code(reproduction: Reproduction) -> int:
 def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, BalanceConfig]:
     """The law that the run ended with, then the others; it is not played twice."""
     own = read_starts(run)[-1].balance
-    label = f"{own.law}:u={own.rate_at(1):g}, the run's own"
+    label = f"{own.law}:{'u' if own.law == 'sign' else 'rate'}={own.rate_at(1):g}, the run's own"
     return {label: own, **{spec: config for spec, config in chosen.items() if not _same(config, own)}}
 
 
