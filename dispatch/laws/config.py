@@ -13,7 +13,7 @@ from dispatch.laws.registry import LAWS, LawEntry
 class BalanceConfig:
     """How the selection bias follows the load."""
 
-    law: str = "sign"
+    law: str = "adaptive"
     """Rule that turns the load of a step into the next bias; docs/laws.md describes them."""
     rate: float | None = None
     """Step of the bias, in the law's own unit; empty: the law's default."""

@@ -91,8 +91,9 @@ class RecordedTrace:
 
     @property
     def name(self) -> str:
-        """Of the run."""
-        return self._name
+        """Of the run, and how much of it was recorded."""
+        num_steps, last = len(self._found.steps), self._found.steps[-1]
+        return self._name if num_steps == last else f"{self._name}, {num_steps} recorded of {last} steps"
 
     @property
     def layout(self) -> LoadLayout:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dispatch.balance import (
     LossFreeBalancer,
@@ -13,8 +14,9 @@ from dispatch.balance import (
     write_bias,
 )
 from dispatch.dispatcher import LocalDispatcher
-from dispatch.laws import BalanceConfig
+from dispatch.laws import LAWS, BalanceConfig
 from dispatch.layer import MoEConfig, MoELayer
+from dispatch.router import Router, RouterConfig
 from tests.ranks import run_ranks
 
 
@@ -58,7 +60,7 @@ def test_micro_batches_make_one_update():  # B4, P11
     biases = []
     for num_micro in (1, 2, 4):
         model = _model()
-        balancer = LossFreeBalancer(model, BalanceConfig(rate=0.01))
+        balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.01))
         for micro in x.chunk(num_micro):
             _train(model, micro)
             assert read_bias(balancer.routers).abs().max() == 0  # not inside the step
@@ -74,7 +76,7 @@ def test_evaluation_between_steps_changes_nothing():  # B3
     biases = []
     for evaluate in (False, True):
         model = _model()
-        balancer = LossFreeBalancer(model, BalanceConfig(rate=0.01))
+        balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.01))
         for batch in (x, y):
             _train(model, batch)
             balancer.step()
@@ -91,7 +93,7 @@ def test_evaluation_between_steps_changes_nothing():  # B3
 def test_a_frozen_router_keeps_its_bias_and_others_move():  # B10, B35
     model = _model((4, 4, 4))
     model[1].router.weight.requires_grad_(False)
-    balancer = LossFreeBalancer(model, BalanceConfig(rate=0.01))
+    balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.01))
     for _ in range(3):
         _train(model, torch.randn(16, 8))
         balancer.step()
@@ -106,7 +108,7 @@ def test_steps_without_balancing_do_not_pile_up():  # B11
     for _ in range(5):
         _train(model, torch.randn(16, 8))
         off.step()
-    on = LossFreeBalancer(model, BalanceConfig(rate=0.01))
+    on = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.01))
     _train(model, torch.randn(16, 8))
     assert on.step().sum() == 32
 
@@ -114,7 +116,7 @@ def test_steps_without_balancing_do_not_pile_up():  # B11
 def test_an_overloaded_expert_loses_load_on_the_next_step():  # B20
     model = _model((8,))
     x = torch.randn(400, 8)
-    balancer = LossFreeBalancer(model, BalanceConfig(rate=0.05))
+    balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.05))
     _train(model, x)
     first = balancer.step()
     _train(model, x)
@@ -127,7 +129,7 @@ def test_an_overloaded_expert_loses_load_on_the_next_step():  # B20
 
 def test_a_long_run_becomes_balanced():  # P15
     model = _model((16,))
-    balancer = LossFreeBalancer(model, BalanceConfig(rate=0.005))
+    balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.005))
     x = torch.randn(2000, 8)
     with torch.no_grad():
         model[0].router.weight[0] += 1.0  # a known skew
@@ -146,7 +148,7 @@ def test_a_model_without_routers_is_refused():  # B33
 
 def _step_on_ranks(rank, world_size):
     model = _model((4, 6))
-    balancer = LossFreeBalancer(model, BalanceConfig(rate=0.01), torch.distributed.group.WORLD)
+    balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.01), torch.distributed.group.WORLD)
     torch.manual_seed(10 + rank)
     local = []
     for _ in range(3):
@@ -167,3 +169,45 @@ def test_ranks_sum_their_loads_and_agree_on_the_bias():  # B7, P9, P13
     assert len(set(checksums)) == 1
     assert biases[0].abs().max() > 0
     assert bias_checksum(biases[0].clone().index_fill_(0, torch.tensor([3]), 1e-9)) != checksums[0]
+
+
+def _route_on_ranks(rank, world_size, num_micro):
+    """Four steps of every law on this rank's share of one global batch, in micro-batches: states by law."""
+    states = {}
+    for name in sorted(LAWS):
+        torch.manual_seed(0)
+        model = nn.ModuleList([Router(8, RouterConfig(num_experts=e, top_k=2)) for e in (4, 6)])
+        group = torch.distributed.group.WORLD if world_size > 1 else None
+        balancer = LossFreeBalancer(model, BalanceConfig(law=name), group)
+        for step in range(4):
+            x_TH = torch.randn(24, 8, generator=torch.Generator().manual_seed(step)) + 1
+            for share_TH in x_TH.chunk(world_size)[rank].chunk(num_micro):
+                for router in model:
+                    router(share_TH)
+            balancer.step()
+        states[name] = balancer.state
+    return states
+
+
+def test_every_law_moves_alike_in_any_layout_of_ranks_and_micro_batches():  # B4, P9, P16
+    (alone,) = run_ranks(1, _route_on_ranks, 1)
+    for world_size, num_micro in ((1, 3), (2, 1), (3, 2)):
+        for states in run_ranks(world_size, _route_on_ranks, num_micro):
+            for name, state in states.items():
+                assert state.bias_N.equal(alone[name].bias_N), name
+                assert all(value.equal(alone[name].extras[key]) for key, value in state.extras.items()), name
+                assert name == "none" or state.bias_N.any()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("law", ["newton", "quantile"])
+def test_recompute_counts_a_statistic_once(law, use_reentrant):  # B2
+    counts = []
+    for recompute in (False, True):
+        model = _model((6,))
+        balancer = LossFreeBalancer(model, BalanceConfig(law=law))
+        x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if recompute else model(x)
+        y.square().sum().backward()
+        counts.append(read_counts(balancer.routers))
+    assert counts[0].equal(counts[1]) and counts[0][6:].any()

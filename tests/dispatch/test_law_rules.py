@@ -235,7 +235,7 @@ def test_group_limited_routing_is_balanced_too():
     ],
 )
 def test_the_rate_follows_its_schedule(settings, rates):
-    config = BalanceConfig(rate=0.1, **settings)
+    config = BalanceConfig(law="sign", rate=0.1, **settings)
     assert [config.rate_at(step) for step in (1, 50, 100)] == pytest.approx(rates)
 
 

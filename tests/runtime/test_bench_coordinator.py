@@ -22,12 +22,12 @@ SMALL = Case(layers=3, experts=8, law="newton", workers=3, rounds=4)
 
 def test_the_model_of_four_and_five_ranks_is_the_one_worked_by_hand() -> None:
     hop = Hop(alpha_s=1e-3, beta_s=1e-6)
-    four = model(4, hop, coordinator_s=0.01, summed_bytes=1000, update_bytes=500)
-    # tree: 2 hops of 1000 bytes up, 2 ms each; ring: 6 hops of 250, 1.25 ms each; then 10 ms, and 2 hops of 500 down.
+    four = model(4, hop, alone_s=0.01, summed_bytes=1000, update_bytes=500)
+    # tree: 2 hops of 1000 bytes up, 2 ms each; ring: 6 hops of 250, 1.25 ms each. Then 10 ms, and 2 hops of 500 down.
     assert four.tree_s == pytest.approx(0.004 + 0.010 + 0.003)
     assert four.ring_s == pytest.approx(0.0075 + 0.010 + 0.003)
     assert (four.tree_bytes, four.ring_bytes) == (0.75 * 1500, 0.75 * 2500)
-    five = model(5, hop, coordinator_s=0.01, summed_bytes=1000, update_bytes=500)
+    five = model(5, hop, alone_s=0.01, summed_bytes=1000, update_bytes=500)
     assert five.tree_s == pytest.approx(3 * 0.002 + 0.010 + 3 * 0.0015)
 
 
@@ -123,6 +123,13 @@ def test_the_command_measures_prints_and_leaves_samples_and_a_picture(
     # 32 bytes for each rank travel with the counts; one rank that was measured has nothing to model.
     rows = [line.split() for line in written.out.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]
     assert [row[1] == "modelled" for row in rows] == [False, False] + [True] * 10
-    for words in ("law newton, 2 x 4 experts", "actor ms", "reduce", "coordinator", "broadcast", "Modelled: hops"):
+    for words in (
+        "law newton, 2 x 4 experts",
+        "function   actor",
+        "reduce",
+        "coordinator",
+        "broadcast",
+        "Modelled: hops",
+    ):
         assert words in written.out
     assert written.err.splitlines()[0] == "starting Ray"

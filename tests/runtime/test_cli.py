@@ -15,6 +15,8 @@ from runtime.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 
+BENCHES = [["bench", "dispatch"], ["bench", "coordinator"]]
+
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -127,7 +129,7 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["eval"], ["generate"], ["report"], ["bench"], ["bench", "dispatch"], ["bench", "coordinator"]],
+    [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], *BENCHES],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -152,6 +154,8 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
         ["--version"],
         ["eval", "--help"],
         ["generate", "nowhere"],
+        ["replay", "--help"],
+        ["replay", "nowhere"],
         ["bench", "--help"],
         ["bench", "dispatch", "--help"],
         ["bench", "dispatch", "--rounds", "0"],

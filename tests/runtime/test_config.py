@@ -188,7 +188,7 @@ CHOSEN: dict[str, Any] = {
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
     "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
-    "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
+    "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
     "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
@@ -404,7 +404,7 @@ def test_a_wrong_rhythm_of_recording_is_refused(value: str) -> None:
 
 def test_what_is_recorded_is_not_part_of_the_law() -> None:
     config = parse_train(["--config", "tiny", "--balance.record", "10", "--balance.schedule", "linear"]).config
-    assert balance_of(config) == BalanceConfig(law="sign", rate=0.01, schedule="linear", horizon=config.run.steps)
+    assert balance_of(config) == BalanceConfig(schedule="linear", horizon=config.run.steps)
 
 
 def test_the_size_of_recorded_scores_is_known_before() -> None:

@@ -65,7 +65,7 @@ def test_a_refused_first_report_binds_the_coordinator_to_nothing() -> None:
 
 
 def test_numbers_that_overflow_the_law_are_refused() -> None:
-    law = make_law(BalanceConfig(rate=1.7e308), LAYOUT)  # two steps up: their sum is no float64
+    law = make_law(BalanceConfig(law="sign", rate=1.7e308), LAYOUT)  # two steps up: their sum is no float64
     report = report_of(
         law, 0, VersionedState(0, law.initial_state()), counts_M=torch.tensor([0, 0, 9, 9, 1, 1, 0, 0, 0])
     )

@@ -25,7 +25,13 @@ from workers.prepare import prepare_dataset
 from workers.run_log import read_events, read_load_history, read_metrics
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("--name=done", "--balance.rate=0.02", "--aux.loss=sequence", "--aux.alpha=0")  # 0: measured, no more
+SETTINGS = (
+    "--name=done",
+    "--balance.law=sign",
+    "--balance.rate=0.02",
+    "--aux.loss=sequence",
+    "--aux.alpha=0",  # measured, no more
+)
 
 
 def _arguments(folder: Path, *more: str) -> list[str]:

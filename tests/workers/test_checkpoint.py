@@ -217,7 +217,7 @@ def test_one_name_for_two_tensors_is_refused(tmp_path):
 
 def _train(model, optimizer, group, steps):
     """A training loop of `steps` with the bias moving; returns its losses."""
-    balancer = LossFreeBalancer(model, BalanceConfig(rate=0.1), group)
+    balancer = LossFreeBalancer(model, BalanceConfig(law="sign", rate=0.1), group)
     balancer.state = LawState(read_bias(routers_of(model)))
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     of_experts = {id(parameter) for parameter in expert_parameters(model).values()}

@@ -141,7 +141,7 @@ def test_the_own_mistake_of_the_law_is_not_blamed_on_the_coordinator() -> None:
 def test_sums_that_a_bf16_counter_gets_wrong_move_the_bias_the_right_way() -> None:  # B1, P9
     # Megatron-LM #7081: 64 ranks with 608 to 676 tokens each, 40,840 in all, just under the mean of 40,960. bf16 sums
     # were 41,216 or 40,704.
-    layout, config = LoadLayout(("a",), (2,), (True,)), BalanceConfig(rate=0.001)
+    layout, config = LoadLayout(("a",), (2,), (True,)), BalanceConfig(law="sign", rate=0.001)
     leader = Leader(run_id="r", law=make_law(config, layout), coordinator=CoordinatorPolicy().handle)
     base = VersionedState(0, make_law(config, layout).initial_state())
     update, _ = leader.next_update(0, base, torch.tensor([40_840, 81_920 - 40_840]))

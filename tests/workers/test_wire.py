@@ -36,7 +36,7 @@ STATE = LawState(
 
 
 def _report(**changes: Any) -> LoadReport:
-    seed = Seed(config=BalanceConfig(rate=0.1), layout=LAYOUT, state=STATE)
+    seed = Seed(config=BalanceConfig(law="sign", rate=0.1), layout=LAYOUT, state=STATE)
     fields = {"run_id": "r", "step": 3, "base_version": 2, "base_checksum": 11, "law_checksum": 12, "seed": seed}
     return LoadReport(**{"counts_M": torch.tensor([1, 2, 3, 4, 2**40]), **fields, **changes})
 
@@ -52,7 +52,7 @@ def test_a_report_comes_back_bit_for_bit() -> None:
     assert isinstance(read, LoadReport) and read.seed is not None
     assert read.counts_M.dtype == torch.int64 and read.counts_M.tolist() == [1, 2, 3, 4, 2**40]
     assert (read.run_id, read.step, read.base_version, read.base_checksum, read.law_checksum) == ("r", 3, 2, 11, 12)
-    assert read.seed.config == BalanceConfig(rate=0.1) and read.seed.layout == LAYOUT
+    assert read.seed.config == BalanceConfig(law="sign", rate=0.1) and read.seed.layout == LAYOUT
     assert read.seed.state.bias_N.equal(STATE.bias_N) and same_form(read.seed.state, STATE)
     assert encode(read) == encode(_report())
     assert decode(encode(_report(seed=None))).seed is None  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ def test_a_damaged_report_is_refused_or_changes_neither_load_nor_state(at: int, 
 def test_a_message_larger_than_its_experts_allow_is_refused_unread() -> None:
     with pytest.raises(WireError, match="at most"):
         decode(b"\x00" * 1001, max_bytes=1000)
-    assert len(encode(_report())) < max_message_bytes(make_law(BalanceConfig(rate=0.1), LAYOUT))
+    assert len(encode(_report())) < max_message_bytes(make_law(BalanceConfig(law="sign", rate=0.1), LAYOUT))
 
 
 def test_the_checksum_of_a_state_covers_bias_and_extras_and_is_the_bias_checksum_without_them() -> None:
@@ -159,7 +159,7 @@ def test_the_checksum_of_a_state_covers_bias_and_extras_and_is_the_bias_checksum
 
 
 def test_the_checksum_of_a_law_tells_its_rate_and_its_layers() -> None:
-    base = law_checksum(BalanceConfig(rate=0.1), LAYOUT)
-    assert law_checksum(BalanceConfig(rate=0.1), LAYOUT) == base
-    assert law_checksum(BalanceConfig(rate=0.2), LAYOUT) != base
-    assert law_checksum(BalanceConfig(rate=0.1), LoadLayout(LAYOUT.names, (3, 2), LAYOUT.balanced)) != base
+    base = law_checksum(BalanceConfig(law="sign", rate=0.1), LAYOUT)
+    assert law_checksum(BalanceConfig(law="sign", rate=0.1), LAYOUT) == base
+    assert law_checksum(BalanceConfig(law="sign", rate=0.2), LAYOUT) != base
+    assert law_checksum(BalanceConfig(law="sign", rate=0.1), LoadLayout(LAYOUT.names, (3, 2), LAYOUT.balanced)) != base

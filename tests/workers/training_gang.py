@@ -48,7 +48,7 @@ def make_spec(folder: Path, **run) -> WorkerSpec:
         tokenizer=None,
         run=RunConfig(**settings),
         model=model,
-        balance=BalanceConfig(rate=0.01),
+        balance=BalanceConfig(law="sign", rate=0.01),
         optim=OptimConfig(lr=3e-3, warmup_steps=2),
         parallel=ParallelConfig(),
         device="cpu",

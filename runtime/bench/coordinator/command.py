@@ -73,8 +73,8 @@ def measure(case: Case, progress: Progress) -> Measurement:
             ranks = _measure_ranks(gang, case, client, progress)
     progress.end()
     hop = Hop.fit(ranks.hop_s) if ranks.hop_s else None
-    coordinator_s = percentile(loads[case.law].step_s[ACTOR], 50)
-    return Measurement(case, loads, ranks, hop, _model(case, hop, coordinator_s) if hop else [])
+    alone_s = percentile(ranks.rounds[0].seconds, 50)
+    return Measurement(case, loads, ranks, hop, _model(case, hop, alone_s) if hop else [])
 
 
 @contextmanager
@@ -114,9 +114,9 @@ def _measure_ranks(gang: Gang, case: Case, client: CoordinatorClient, progress: 
     return result
 
 
-def _model(case: Case, hop: Hop, coordinator_s: float) -> list[Modelled]:
+def _model(case: Case, hop: Hop, alone_s: float) -> list[Modelled]:
     law = case.make_law()
     return [
-        model(size, hop, coordinator_s, summed_bytes(law, size), update_bytes(law))
+        model(size, hop, alone_s, summed_bytes(law, size), update_bytes(law))
         for size in sorted({*MODELLED, *case.world_sizes} - {1})
     ]

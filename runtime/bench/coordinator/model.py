@@ -1,7 +1,7 @@
 """A model of the control path for more ranks than fit: measured hops times their number. Pure; knows no torch.
 
-Two ways to sum over W ranks are modelled, each followed by one question to the coordinator, measured, and a broadcast
-over a binomial tree of ceil(log2 W) hops:
+A step is what one rank alone takes for it, the coordinator's answer included, as measured, and hops: to sum over W
+ranks in one of two ways, and then to broadcast over a binomial tree of ceil(log2 W) hops:
 
 - tree: counts go up a binomial tree, ceil(log2 W) hops with all bytes each. The path of the design.
 - ring: gloo's all-reduce, which runs now: 2 (W - 1) hops with one W-th of the bytes each.
@@ -49,10 +49,10 @@ class Modelled:
     ring_bytes: float
 
 
-def model(world_size: int, hop: Hop, coordinator_s: float, summed_bytes: int, update_bytes: int) -> Modelled:
-    """One world size. summed_bytes: of the reduced vector at this world size. coordinator_s: measured."""
+def model(world_size: int, hop: Hop, alone_s: float, summed_bytes: int, update_bytes: int) -> Modelled:
+    """One world size. alone_s: a step of one rank. summed_bytes: of the reduced vector at this world size."""
     depth, others = math.ceil(math.log2(world_size)), (world_size - 1) / world_size
-    after_s = coordinator_s + depth * hop.seconds(update_bytes)
+    after_s = alone_s + depth * hop.seconds(update_bytes)
     return Modelled(
         world_size=world_size,
         tree_s=depth * hop.seconds(summed_bytes) + after_s,

@@ -15,11 +15,11 @@ from runtime.quantities import three_digits
 WIDTH = 100  # of the output where that is no terminal
 
 MODEL_NOTE = """\
-Modelled: hops as measured here on loopback, {alpha} us + {beta} us a MiB, times their number, and
-{coordinator} ms for the coordinator, which gets one report whatever the number of ranks. Tree: sums
-over ceil(log2 ranks) hops, as designed. Ring: gloo's all-reduce, which runs now, over 2 (ranks - 1)
-hops. Both then broadcast over ceil(log2 ranks) hops. The measured ranks share {cores} cores: beyond
-that many they wait for each other, which the model does not know."""
+Modelled: the step of one rank, with the coordinator, which gets one report whatever the number of
+ranks; and hops as measured here on loopback, {alpha} us + {beta} us a MiB, times their number. Tree:
+sums over ceil(log2 ranks) hops, as designed. Ring: gloo's all-reduce, which runs now, over
+2 (ranks - 1) hops. Both then broadcast over ceil(log2 ranks) hops. The measured ranks share {cores}
+cores: beyond that many they wait for each other, which the model does not know."""
 
 
 MODEL_COLUMNS = ("tree\nms", "ring\nms", "tree\nKiB", "ring\nKiB")
@@ -51,9 +51,7 @@ def _load_table(measured: Measurement) -> Table:
 
 def _round_table(measured: Measurement) -> Table:
     columns = ("ranks", "step\nms", "step\np99 ms", *(f"{phase}\nms" for phase in PHASES), *MODEL_COLUMNS)
-    table = _table(
-        "A step, from the counts to the bias on all ranks: measured, and modelled as tree and as ring", columns
-    )
+    table = _table("A step, from the counts to the bias on all ranks; modelled as tree and as ring", columns)
     modelled = {row.world_size: row for row in measured.modelled}
     rounds = {row.world_size: row for row in measured.ranks.rounds}
     for size in sorted({*modelled, *rounds}):
@@ -80,7 +78,6 @@ def _note(measured: Measurement) -> str:
     return MODEL_NOTE.format(
         alpha=three_digits(1e6 * measured.hop.alpha_s),
         beta=three_digits(1e6 * 2**20 * measured.hop.beta_s),
-        coordinator=three_digits(1e3 * percentile(measured.loads[measured.case.law].step_s[ACTOR], 50)),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
 

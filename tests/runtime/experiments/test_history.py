@@ -24,6 +24,8 @@ LAWS = {
         BalanceConfig(law="smebu", rate=0.01, schedule="cosine", horizon=12),
         BalanceConfig(law="smebu", rate=0.01, schedule="cosine", horizon=20),
     ),
+    "adaptive": (BalanceConfig(law="adaptive"), BalanceConfig(law="adaptive", options={"least_gain": 0.2})),
+    "warm": (BalanceConfig(law="warm", rate=0.01),) * 2,
     "multiplicative": (BalanceConfig(law="multiplicative", rate=0.01),) * 2,
 }
 SKIPPED_STEP, RESUMED_AFTER, LAST_STEP = 3, 6, 12

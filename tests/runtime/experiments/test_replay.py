@@ -17,10 +17,11 @@ from runtime.experiments.replay import replay
 from runtime.experiments.score_trace import RecordedTrace
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
+from workers.record_file import list_records
 from workers.run_log import HISTORY, read_load_history
 from workers.text import DataConfig
 
-STEPS = 20
+STEPS = 32  # fewer leave no room for the practical floor
 
 
 def _train(rank, world_size, spec):
@@ -46,7 +47,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 def test_laws_are_shown_beside_the_runs_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run), "--law", "newton", "--law", "sign:u=0.003", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "the run's own bias: 20 of 20 steps reproduced bit for bit"
+    assert lines[0] == "the run's own bias: 32 of 32 steps reproduced bit for bit"
     labels = ("sign:u=0.02, the run's own", "newton", "sign:u=0.003")
     rows = {label: line for line in lines for label in labels if line.startswith(f"{label}  ")}
     assert list(rows) == list(labels)
@@ -82,6 +83,20 @@ def test_the_runs_own_law_does_on_its_scores_what_it_did_in_the_run(run: Path) -
     assert abs(played.bias - history.bias).mean() < 0.01
 
 
+def test_a_sampled_trace_numbers_what_was_recorded(copy: Path) -> None:
+    whole = RecordedTrace(copy)
+    assert whole.name == "copied"
+    fourth = whole.scores(4)
+    path = copy / "scores/from_00000001/rank_0.bin"
+    kept = [place for place in list_records(path)[0] if place.step % 3 == 1]  # 1, 4, ... 31
+    raw = path.read_bytes()
+    path.write_bytes(b"".join(raw[place.start : place.offset + place.num_bytes] for place in kept))
+    sampled = RecordedTrace(copy, shift=5)
+    assert (sampled.name, sampled.steps, sampled.shift_step) == ("copied, 11 recorded of 31 steps", range(1, 12), 3)
+    assert sampled.training_steps == list(range(1, 32, 3))
+    assert all(torch.equal(a, b) for a, b in zip(sampled.scores(2), fourth, strict=True))
+
+
 def test_the_own_law_is_not_played_twice(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run), "--law", "sign:u=0.02", "--out", str(tmp_path)]) == 0
     assert list(json.loads((tmp_path / "replay.json").read_text())["laws"]) == ["sign:u=0.02, the run's own"]
@@ -93,7 +108,7 @@ def test_without_scores_the_history_is_checked_and_recording_explained(
     shutil.rmtree(copy / "scores")
     assert main(["replay", str(copy)]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "the run's own bias: 20 of 20 steps reproduced bit for bit"
+    assert first == "the run's own bias: 32 of 32 steps reproduced bit for bit"
     assert "trimtab train --balance.record" in " ".join(rest)
     assert not (copy / "replay.json").exists()
     assert main(["replay", str(copy), "--law", "newton"]) == 2  # what was asked for cannot be done
@@ -105,7 +120,7 @@ def test_a_bias_that_does_not_follow_fails_after_all_is_said(copy: Path, capsys:
     raw[-1] ^= 1  # of the last bias
     (copy / HISTORY).write_bytes(raw)
     assert main(["replay", str(copy)]) == 1
-    assert "19 of 20 steps reproduced bit for bit; step 20 was routed by another bias" in capsys.readouterr().out
+    assert "31 of 32 steps reproduced bit for bit; step 32 was routed by another bias" in capsys.readouterr().out
     assert (copy / "replay.png").exists()
 
 
@@ -114,8 +129,8 @@ def test_a_bias_that_does_not_follow_fails_after_all_is_said(copy: Path, capsys:
     [
         (["--law", "nwton"], "--law nwton"),
         (["--law", "sign:u=fast"], "rate is 'fast'"),
-        (["--shift", "21"], "--shift 21 must lie inside the recorded steps, 2 to 20"),
-        (["--shift", "1"], "--shift 1 must lie inside the recorded steps, 2 to 20"),
+        (["--shift", "33"], "--shift 33 must lie inside the recorded steps, 2 to 32"),
+        (["--shift", "1"], "--shift 1 must lie inside the recorded steps, 2 to 32"),
     ],
 )
 def test_wrong_usage_is_named(run: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
