@@ -36,11 +36,11 @@ def make_plan(out: Path, *specs: str, num_seeds: int = 2, **values: Any) -> Comp
 
 
 def test_a_law_is_a_balance_section_of_its_own() -> None:
-    config = parse_method("sign:u=0.003").applied_to(load_config("small"))
+    base = with_values(load_config("small"), {"balance.law": "rms", "balance.rate": 6e-3})
+    config = parse_method("sign:u=0.003").applied_to(base)
     assert (config.balance.law, config.balance.rate) == ("sign", 0.003)
-    # The rate of the preset is for its law, not for this one.
-    assert load_config("small").balance.rate == 6e-3
-    assert parse_method("newton").applied_to(load_config("small")).balance.rate is None
+    # The rate of the base is for its law, not for this one.
+    assert parse_method("newton").applied_to(base).balance.rate is None
 
 
 def test_a_loss_leaves_the_bias_alone_and_a_law_has_no_loss() -> None:
