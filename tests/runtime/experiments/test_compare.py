@@ -1,9 +1,11 @@
 """`trimtab compare` without training: methods, plan, options, and the numbers from records that are written here."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from rich.console import Console
 
 from runtime.config_file import load_config
 from runtime.experiments.compare import plan_of
+from runtime.experiments.compare_tables import print_tables, write_results
+from runtime.experiments.compare_view import CompareView
 from runtime.experiments.methods import parse_method, parse_methods, with_values
 from runtime.experiments.options import parse_options
 from runtime.experiments.outcome import Spread, read_outcome, steps_until_below
 from runtime.experiments.plan import ComparePlan, RunKey, grown
-from runtime.experiments.run_pool import last_step
-from runtime.experiments.tables import print_tables, write_results
+from runtime.experiments.run_pool import EndedRun, last_step
 
 LAWS = ["--laws", "sign:u=0.003", "newton"]
 
@@ -33,11 +36,11 @@ def make_plan(out: Path, *specs: str, num_seeds: int = 2, **values: Any) -> Comp
 
 
 def test_a_law_is_a_balance_section_of_its_own() -> None:
-    config = parse_method("sign:u=0.003").applied_to(load_config("small"))
+    base = with_values(load_config("small"), {"balance.law": "rms", "balance.rate": 6e-3})
+    config = parse_method("sign:u=0.003").applied_to(base)
     assert (config.balance.law, config.balance.rate) == ("sign", 0.003)
-    # The rate of the preset is for its law, not for this one.
-    assert load_config("small").balance.rate == 6e-3
-    assert parse_method("newton").applied_to(load_config("small")).balance.rate is None
+    # The rate of the base is for its law, not for this one.
+    assert parse_method("newton").applied_to(base).balance.rate is None
 
 
 def test_a_loss_leaves_the_bias_alone_and_a_law_has_no_loss() -> None:
@@ -283,3 +286,57 @@ def test_last_step_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
     assert last_step(path) == 2
     path.write_text("".join(json.dumps({"step": step, "filler": "x" * 3000}) + "\n" for step in range(40)))
     assert last_step(path) == 39
+
+
+# The view
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def active_run(plan: ComparePlan, key: RunKey, step: int) -> Any:
+    return SimpleNamespace(key=key, step=step)
+
+
+def test_plain_view_says_what_runs_what_is_done_and_what_is_left(tmp_path: Path) -> None:
+    plan, clock = make_plan(tmp_path, "newton", "none", run__steps=20), Clock()
+    first, second, *_ = keys = list(plan.runs)
+    write_run(plan, keys[3], SLOW, 1.0)  # done before
+    stream = io.StringIO()
+    with CompareView(plan, keys[:3], Console(file=stream, width=200), clock=clock) as view:
+        clock.now += 31
+        view.show([active_run(plan, first, 10), active_run(plan, second, 5)])
+        clock.now += 1
+        view.show([active_run(plan, first, 11), active_run(plan, second, 6)])  # too soon for another line
+        write_run(plan, first, SLOW, 1.0)
+        clock.now += 8
+        view.ended(EndedRun(first, 40.0, None))
+        view.ended(EndedRun(second, 40.0, "exit code 1: broken"))
+        view.ended(EndedRun(keys[2], 1.0, None))
+    assert stream.getvalue().splitlines() == [
+        # 15 of 60 steps in 31 s.
+        "1/4 runs, 0:31, left 1:33; newton seed 0 at step 10, none seed 0 at step 5",
+        # 26 of 60 in 40 s, 34 are left.
+        "newton seed 0 done in 0:40; 2/4 runs, 0:40, left 0:52",
+        "none seed 0 failed after 0:40: exit code 1: broken",
+        "newton seed 1 stopped, saved",
+    ]
+
+
+def test_a_terminal_sees_a_bar_for_each_active_run(tmp_path: Path) -> None:
+    plan, clock = make_plan(tmp_path, "newton", "none", run__steps=20), Clock()
+    view = CompareView(plan, list(plan.runs), Console(file=io.StringIO()), clock=clock)
+    clock.now += 10
+    view.show([active_run(plan, next(plan.runs), 8)])
+    console = Console(file=io.StringIO(), width=60)
+    console.print(view._frame())
+    bar, summary = console.file.getvalue().splitlines()
+    assert bar.startswith("newton seed 0") and bar.endswith("8/20")
+    assert summary.rstrip() == "0/4 runs, 0:10, left 1:30"

@@ -89,7 +89,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path, ray_session: None) -> Path:
     """What `trimtab train` with Ray and a coordinator makes of the same settings."""
-    config = parse_train([*settings(folder), "--name=whole", f"--run.dir={folder}", "--balance.rate=0.02"]).config
+    config = parse_train(
+        [*settings(folder), "--name=whole", f"--run.dir={folder}", "--balance.law=sign", "--balance.rate=0.02"]
+    ).config
     assert job.train(config, resume=None, step=None) == 0
     return folder / "whole"
 
