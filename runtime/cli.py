@@ -114,7 +114,7 @@ def _replay(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
     run, options = _parse(parser, arguments)
-    from runtime.experiments.replay import replay
+    from runtime.replay.command import replay
 
     return replay(run, laws=options.pop("law"), **options)
 
@@ -128,10 +128,10 @@ def _bench(arguments: Sequence[str]) -> int:
 
 def _compare(arguments: Sequence[str]) -> int:
     """Train under several ways of balancing from the same seeds, and compare them."""
-    from runtime.experiments.options import parse_options
+    from runtime.compare.options import parse_options
 
     options = parse_options(arguments)
-    from runtime.experiments.compare import compare
+    from runtime.compare.command import compare
 
     return compare(options)
 

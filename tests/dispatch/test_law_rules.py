@@ -11,9 +11,9 @@ from dispatch.laws import LAWS, BalanceConfig, LawState, make_law, register_law
 from dispatch.layout import LoadLayout
 from dispatch.selection import ordered_topk
 from dispatch.statistics import HISTOGRAM_BINS, CutoffHistogram, Routing
-from runtime.experiments.play import Player, max_vio_by_step
-from runtime.experiments.simulation import RouterSimulation
-from runtime.experiments.trace import Choice
+from runtime.replay.play import Player, max_vio_by_step
+from runtime.replay.simulation import RouterSimulation
+from runtime.replay.trace import Choice
 
 OURS = [
     "adaptive", "multiplicative", "newton", "none", "proportional", "quantile", "rms", "sign", "smebu", "warm",

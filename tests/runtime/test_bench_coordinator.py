@@ -121,15 +121,10 @@ def test_the_command_measures_prints_and_leaves_samples_and_a_picture(
     assert [row["world_size"] for row in values["ranks"]["rounds"]] == [1, 2]
     assert [row["world_size"] for row in values["modelled"]] == [2**power for power in range(1, 12)]
     # 32 bytes for each rank travel with the counts; one rank that was measured has nothing to model.
-    rows = [line.split() for line in written.out.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]
+    lines = [line.split() for line in written.out.partition("Modelled: ")[0].splitlines()]
+    rows = [words for words in lines if words and words[0].isdecimal()]
     assert [row[1] == "modelled" for row in rows] == [False, False] + [True] * 10
-    for words in (
-        "law newton, 2 x 4 experts",
-        "function   actor",
-        "reduce",
-        "coordinator",
-        "broadcast",
-        "Modelled: hops",
-    ):
-        assert words in written.out
+    said = " ".join(written.out.split())
+    for words in ("law newton, 2 x 4 experts", "law function actor", "reduce coordinator broadcast", "Modelled: the"):
+        assert words in said
     assert written.err.splitlines()[0] == "starting Ray"

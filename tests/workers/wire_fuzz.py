@@ -128,11 +128,11 @@ def hostile_reports(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def _states(draw: st.DrawFn, law: Law) -> LawState:
-    """Of the law's form or nearly, with any finite values."""
-    scale = draw(st.sampled_from([0.0, 1e-45, 1.0, 3e38]))
+    """Of the law's form or nearly, with any values."""
+    scale = draw(st.sampled_from([0.0, 1e-45, 1.0, 3e38, float("nan")]))
     length = draw(st.sampled_from([law.layout.total] * 4 + [5]))
     sign = torch.randint(-1, 2, (length,), generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
-    value = draw(st.sampled_from([0.0, -1.0, 3e38]))
+    value = draw(st.sampled_from([0.0, -1.0, 3e38, float("nan")]))
     extras = {name: torch.full_like(initial, value) for name, initial in law.initial_state().extras.items()}
     odd = draw(st.sampled_from([None] * 5 + ["", "momentum", "x" * 300]))
     if odd is not None:

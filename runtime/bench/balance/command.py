@@ -11,15 +11,15 @@ from rich.table import Table
 
 from dispatch.laws import LAWS
 from runtime.bench.balance.verdict import TUNED, Verdict, verdicts
-from runtime.experiments.chart import write_chart
-from runtime.experiments.comparison import Comparison, compare
-from runtime.experiments.replay import one_thread, play_with_progress
-from runtime.experiments.score_trace import RecordedTrace
-from runtime.experiments.simulation import RouterSimulation
-from runtime.experiments.specs import parse_law
-from runtime.experiments.table import as_table
-from runtime.experiments.trace import Trace
 from runtime.quantities import three_digits
+from runtime.replay.chart import write_chart
+from runtime.replay.command import one_thread, play_with_progress
+from runtime.replay.comparison import Comparison, compare
+from runtime.replay.score_trace import RecordedTrace
+from runtime.replay.simulation import RouterSimulation
+from runtime.replay.specs import parse_law
+from runtime.replay.table import as_table
+from runtime.replay.trace import Trace
 from runtime.run_dir import find_run
 
 BEST = "adaptive"

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtime.experiments.comparison import Comparison
-from runtime.experiments.figures import Figures
+from runtime.replay.comparison import Comparison
+from runtime.replay.figures import Figures
 
 PUBLISHED = "sign:u=0.001"
 TUNED = (PUBLISHED, "sign:u=0.003", "sign:u=0.01")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import runtime
-from runtime.experiments.plan import ComparePlan, RunKey
+from runtime.compare.plan import ComparePlan, RunKey
 
 POLL_S = 0.2
 KILL_WAIT_S = 5.0
@@ -35,7 +35,7 @@ class ActiveRun:
         return max(self.first_step, last_step(self.metrics))
 
     def stop(self) -> None:
-        """Let it save and stop after the step under way; see runtime.experiments.one_run."""
+        """Let it save and stop after the step under way; see runtime.compare.one_run."""
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -102,7 +102,7 @@ class RunPool:
             # This tree, whatever lies in the working directory (-P) or is installed under the same names.
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }
-        module = "runtime.experiments.one_run"
+        module = "runtime.compare.one_run"
         command = [sys.executable, "-P", "-m", module, str(self._plan.out), key.method.slug, str(key.seed)]
         checkpoint = self._plan.newest_checkpoint(key)
         with log.open("ab") as output:

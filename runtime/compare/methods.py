@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from runtime.config import TrainConfig
-from runtime.experiments.specs import parse_law
+from runtime.replay.specs import parse_law
 
 # The names of the losses in a spec, and as aux.loss knows them.
 LOSSES = {"aux": "switch", "global_batch": "global_batch", "sequence": "sequence"}

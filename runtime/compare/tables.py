@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from runtime.experiments.compare_picture import write_picture
-from runtime.experiments.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, Spread
+from runtime.compare.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, Spread
+from runtime.compare.picture import write_picture
 from runtime.quantities import milliseconds
 
 MIN_WIDTH = 150  # of a terminal that is none: a table in a file need not be narrow

@@ -4,9 +4,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from runtime.experiments.comparison import Comparison
-from runtime.experiments.figures import MEAN_OVER, Figures
 from runtime.quantities import percent, three_digits
+from runtime.replay.comparison import Comparison
+from runtime.replay.figures import MEAN_OVER, Figures
 
 
 def as_table(comparison: Comparison) -> RenderableType:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.experiments.play import Played, max_vio_by_step
-from runtime.experiments.trace import Trace
+from runtime.replay.play import Played, max_vio_by_step
+from runtime.replay.trace import Trace
 
 BALANCED_AT = 1.5  # times the practical floor
 MEAN_OVER = 5  # steps that must be below the threshold on average

@@ -19,7 +19,7 @@ from runtime.chart_style import (
     set_log_scale,
     step_label,
 )
-from runtime.experiments.comparison import Comparison
+from runtime.replay.comparison import Comparison
 
 COLORS = (*SERIES, "ink", "muted")
 FLOOR_STYLES = {"practical floor": "--", "chance floor": ":"}

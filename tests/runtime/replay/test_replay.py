@@ -12,9 +12,9 @@ from dispatch.laws import BalanceConfig
 from runtime.cli import main
 from runtime.config import RunBalanceConfig, TrainConfig
 from runtime.config_file import config_to_yaml
-from runtime.experiments.play import play
-from runtime.experiments.replay import replay
-from runtime.experiments.score_trace import RecordedTrace
+from runtime.replay.command import replay
+from runtime.replay.play import play
+from runtime.replay.score_trace import RecordedTrace
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.record_file import list_records

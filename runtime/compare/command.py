@@ -7,14 +7,14 @@ from rich.console import Console
 
 from cluster.preflight import check_resources
 from runtime import job
+from runtime.compare.methods import parse_methods
+from runtime.compare.options import DEFAULT_PRESET, DEFAULT_SEEDS, CompareOptions
+from runtime.compare.outcome import read_outcome
+from runtime.compare.plan import PLAN_FILE, ComparePlan, RunKey, grown
+from runtime.compare.run_pool import EndedRun, RunPool
+from runtime.compare.tables import print_tables, write_results
+from runtime.compare.view import CompareView
 from runtime.config_file import load_config, override
-from runtime.experiments.compare_tables import print_tables, write_results
-from runtime.experiments.compare_view import CompareView
-from runtime.experiments.methods import parse_methods
-from runtime.experiments.options import DEFAULT_PRESET, DEFAULT_SEEDS, CompareOptions
-from runtime.experiments.outcome import read_outcome
-from runtime.experiments.plan import PLAN_FILE, ComparePlan, RunKey, grown
-from runtime.experiments.run_pool import EndedRun, RunPool
 from runtime.interrupt import StopSignal
 from runtime.size import model_size
 from workers.actor import usable_cores

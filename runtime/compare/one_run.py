@@ -1,4 +1,4 @@
-"""One run of a comparison, in a process of its own: `python -m runtime.experiments.one_run OUT SLUG SEED`.
+"""One run of a comparison, in a process of its own: `python -m runtime.compare.one_run OUT SLUG SEED`.
 
 It stops, saved, when its standard input ends: when whoever started it says so by closing it, or is gone.
 """
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtime import job
+from runtime.compare.plan import ComparePlan, RunKey
 from runtime.config import TrainConfig
 from runtime.config_file import config_to_yaml
-from runtime.experiments.plan import ComparePlan, RunKey
 from runtime.launch import make_spec, open_ranks
 from runtime.run_dir import CONFIG_FILE
 from workers.prepare import prepare_dataset

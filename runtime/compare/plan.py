@@ -7,9 +7,9 @@ from typing import Self
 
 import yaml
 
+from runtime.compare.methods import Method, parse_methods, with_values
 from runtime.config import TrainConfig, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml
-from runtime.experiments.methods import Method, parse_methods, with_values
 from workers.checkpoint import list_checkpoints
 from workers.run_log import EVENTS, read_events
 from workers.training_run import CHECKPOINTS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dispatch.laws import BalanceConfig
-from runtime.experiments.history import reproduce_bias
+from runtime.replay.history import reproduce_bias
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.checkpoint import latest

@@ -8,7 +8,7 @@ import torch
 
 from dispatch.laws import Law, LawState, make_law
 from dispatch.layout import LoadLayout
-from runtime.experiments.starts import Start, balance_at, read_starts
+from runtime.replay.starts import Start, balance_at, read_starts
 from workers.run_log import read_load_history, read_metrics
 from workers.statistic_log import STATISTICS, StatisticHistory
 

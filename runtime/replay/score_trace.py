@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dispatch.layout import LoadLayout
 from runtime.config_file import config_from_yaml_file
-from runtime.experiments.starts import read_starts
-from runtime.experiments.trace import Choice
+from runtime.replay.starts import read_starts
+from runtime.replay.trace import Choice
 from runtime.run_dir import CONFIG_FILE
 from workers.record_file import RecordPlace, list_records, read_record
 from workers.run_log import read_load_history
@@ -67,7 +67,7 @@ def read_scores(run: Path) -> RecordedScores:
 
 
 class RecordedTrace:
-    """A run's recorded scores as a trace (runtime.experiments.trace): its steps number what was recorded, from 1.
+    """A run's recorded scores as a trace (runtime.replay.trace): its steps number what was recorded, from 1.
 
     shift: first training step with another mix of text; None: that of the run's settings, if it has one.
 

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
-from runtime.experiments.chart import write_chart
-from runtime.experiments.comparison import Comparison, compare
-from runtime.experiments.play import Played
-from runtime.experiments.table import as_table
-from runtime.experiments.trace import Choice
+from runtime.replay.chart import write_chart
+from runtime.replay.comparison import Comparison, compare
+from runtime.replay.play import Played
+from runtime.replay.table import as_table
+from runtime.replay.trace import Choice
 
 
 class FlatTrace:
@@ -90,7 +90,7 @@ def test_the_table_has_a_row_for_each_law_and_floor() -> None:
 
 def test_the_picture_shows_every_law_floor_and_the_shift(tmp_path: Path) -> None:
     from runtime.chart_style import new_figure
-    from runtime.experiments.chart import draw_comparison
+    from runtime.replay.chart import draw_comparison
 
     found = compared()
     figure = new_figure(lambda figure: draw_comparison(figure, found), (9, 4))
@@ -104,7 +104,7 @@ def test_the_picture_shows_every_law_floor_and_the_shift(tmp_path: Path) -> None
 
 
 def test_many_laws_have_colours_of_their_own(tmp_path: Path) -> None:
-    from runtime.experiments.chart import _colors
+    from runtime.replay.chart import _colors
 
     for number in (1, 6, 12):
         assert len({str(color) for color in _colors(number)}) == number

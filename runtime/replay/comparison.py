@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dispatch.laws import BalanceConfig
-from runtime.experiments.figures import BALANCED_AT, Figures, figures_of, steady_steps
-from runtime.experiments.play import Played, chance_floor, max_vio_by_step, practical_floor
-from runtime.experiments.trace import Trace
+from runtime.replay.figures import BALANCED_AT, Figures, figures_of, steady_steps
+from runtime.replay.play import Played, chance_floor, max_vio_by_step, practical_floor
+from runtime.replay.trace import Trace
 
 CHANCE_FACTOR = 2.0  # in place of the practical floor, which has been 1.5 to 4 times that of chance on text
 

@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from runtime.experiments.plan import ComparePlan, RunKey
-from runtime.experiments.run_pool import ActiveRun, EndedRun
+from runtime.compare.plan import ComparePlan, RunKey
+from runtime.compare.run_pool import ActiveRun, EndedRun
 from runtime.quantities import duration
 from workers.checkpoint import step_of
 

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dispatch.laws import BalanceConfig
-from runtime.experiments.chart import write_chart
-from runtime.experiments.comparison import Comparison, compare
-from runtime.experiments.history import Reproduction, reproduce_bias
-from runtime.experiments.play import Played, play
-from runtime.experiments.score_trace import NoScoresError, RecordedTrace
-from runtime.experiments.specs import parse_law
-from runtime.experiments.starts import read_starts
-from runtime.experiments.table import as_table
-from runtime.experiments.trace import Trace
+from runtime.replay.chart import write_chart
+from runtime.replay.comparison import Comparison, compare
+from runtime.replay.history import Reproduction, reproduce_bias
+from runtime.replay.play import Played, play
+from runtime.replay.score_trace import NoScoresError, RecordedTrace
+from runtime.replay.specs import parse_law
+from runtime.replay.starts import read_starts
+from runtime.replay.table import as_table
+from runtime.replay.trace import Trace
 
 DEFAULT_LAWS = ("sign:u=0.001", "newton")  # the published rule as published, and ours
 NAME = "replay"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.experiments.plan import ComparePlan
+from runtime.compare.plan import ComparePlan
 from runtime.run_record import floats
 from workers.run_log import read_metrics
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from runtime import job
+from runtime.compare.plan import ComparePlan
 from runtime.config_file import parse_train
-from runtime.experiments.plan import ComparePlan
 from runtime.launch import make_spec, open_ranks
 from workers.checkpoint import list_checkpoints
 from workers.prepare import prepare_dataset

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dispatch.selection import choose_experts, count_by_expert
-from runtime.experiments.score_trace import read_scores
+from runtime.replay.score_trace import read_scores
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.run_log import read_load_history, read_metrics

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from runtime.compare.command import plan_of
+from runtime.compare.methods import parse_method, parse_methods, with_values
+from runtime.compare.options import parse_options
+from runtime.compare.outcome import Spread, read_outcome, steps_until_below
+from runtime.compare.plan import ComparePlan, RunKey, grown
+from runtime.compare.run_pool import EndedRun, last_step
+from runtime.compare.tables import print_tables, write_results
+from runtime.compare.view import CompareView
 from runtime.config_file import load_config
-from runtime.experiments.compare import plan_of
-from runtime.experiments.compare_tables import print_tables, write_results
-from runtime.experiments.compare_view import CompareView
-from runtime.experiments.methods import parse_method, parse_methods, with_values
-from runtime.experiments.options import parse_options
-from runtime.experiments.outcome import Spread, read_outcome, steps_until_below
-from runtime.experiments.plan import ComparePlan, RunKey, grown
-from runtime.experiments.run_pool import EndedRun, last_step
 
 LAWS = ["--laws", "sign:u=0.003", "newton"]
 

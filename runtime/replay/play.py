@@ -18,7 +18,7 @@ from dispatch.layout import LoadLayout
 from dispatch.load_metrics import max_vio_floor
 from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing
-from runtime.experiments.trace import Choice, Trace
+from runtime.replay.trace import Choice, Trace
 
 
 @dataclass(frozen=True)

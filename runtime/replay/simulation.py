@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dispatch.layout import LoadLayout
-from runtime.experiments.trace import Choice
+from runtime.replay.trace import Choice
 
 # The part of a token's direction that its kind of text, its sequence and the token itself decide.
 _KIND, _TOPIC, _TOKEN = 0.7, 0.35, 0.62
@@ -22,7 +22,7 @@ _KIND, _TOPIC, _TOKEN = 0.7, 0.35, 0.62
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSimulation:
-    """A trace (runtime.experiments.trace) of one MoE layer.
+    """A trace (runtime.replay.trace) of one MoE layer.
 
     drift: relative random step of the router's weights, a step. mix, mix_after: shares of the kinds of text before and
     from `shift_step` on.

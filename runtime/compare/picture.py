@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from runtime.chart_style import THEME, average, new_axes, new_figure, save_png, set_head, set_log_scale, set_title
-from runtime.experiments.outcome import MethodOutcome, Outcome
+from runtime.compare.outcome import MethodOutcome, Outcome
 
 # Colours by line style: after six methods the same colours come again, dashed, then dotted.
 COLORS = ("blue", "orange", "green", "red", "pink", "ink")

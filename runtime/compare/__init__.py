@@ -1,0 +1,1 @@
+"""`trimtab compare`: ways of balancing, compared in training."""

@@ -1,0 +1,1 @@
+"""`trimtab replay`: laws on recorded or simulated scores, without training."""
