@@ -64,6 +64,8 @@ class BalanceConfig:
     @property
     def entry(self) -> LawEntry:
         """The registered law."""
+        if self.law not in LAWS and self.module:
+            _import(self.module)  # unpickled in a worker, which did not call __post_init__
         return LAWS[self.law]
 
     @property

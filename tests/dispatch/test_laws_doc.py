@@ -1,6 +1,7 @@
 """The example of docs/laws.md, as a reader would use it."""
 
 import importlib
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,13 @@ def test_the_law_of_the_example_balances_a_router(module):
         loads.append(balancer.step())
     assert loads[0].max() > 1000 > 600 > loads[-1].max()
     assert balancer.state.extras["last"].shape == (8,)
+
+
+def test_a_process_that_got_the_settings_by_pickle_imports_the_module(module):
+    pickled = pickle.dumps(BalanceConfig(law="damped", module=module))
+    del sys.modules[module]
+    del LAWS["damped"]  # as in a fresh worker
+    assert pickle.loads(pickled).entry.options == {"damping": 0.5}
 
 
 def test_every_law_is_in_the_table_with_its_rate_and_options():
