@@ -101,7 +101,7 @@ def _replay(arguments: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="SPEC",
-        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and newton)",
+        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
     )
     parser.add_argument(
         "--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)"

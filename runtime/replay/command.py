@@ -21,7 +21,7 @@ from runtime.replay.starts import read_starts
 from runtime.replay.table import as_table
 from runtime.replay.trace import Trace
 
-DEFAULT_LAWS = ("sign:u=0.001", "newton")  # the published rule as published, and ours
+DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, and ours
 NAME = "replay"
 
 

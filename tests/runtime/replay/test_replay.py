@@ -64,7 +64,7 @@ def test_the_record_holds_every_number(copy: Path, capsys: pytest.CaptureFixture
     assert values["own_bias"] == {"num_steps": STEPS, "num_equal": STEPS, "problem": None}
     assert (values["steps"], values["shift_step"], values["threshold"]) == ([1, STEPS], 13, 0.7)
     assert values["training_steps"] == list(range(1, STEPS + 1))
-    assert list(values["laws"]) == ["sign:u=0.02, the run's own", "sign:u=0.001", "newton"]
+    assert list(values["laws"]) == ["sign:u=0.02, the run's own", "sign:u=0.001", "adaptive"]
     for law in values["laws"].values():
         assert len(law["max_vio_batch_by_step"]) == STEPS
         assert {"balanced_after", "recovered_after", "max_vio_batch", "max_vio_global", "regret"} < set(law)
