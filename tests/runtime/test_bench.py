@@ -232,7 +232,7 @@ def test_a_result_never_replaces_another(tmp_path: Path) -> None:
         ([], "TARGET"),
         (["dispach"], "invalid choice: 'dispach' (choose from 'dispatch'"),
         (["coordinator", "--rounds", "0"], "--rounds: '0' must be a whole number of at least 1"),
-        (["coordinator", "--law", "sine"], "balance.law is 'sine'; it must be one of multiplicative, newton"),
+        (["coordinator", "--law", "sine"], "balance.law is 'sine'; it must be one of adaptive, multiplicative"),
         (["coordinator", "--experts", "20000"], "--layers (61) x --experts (20000) must be at most 1048576 together"),
         (["coordinator", "--out", __file__], "cannot be made: File exists"),
         (["dispatch", "--workers", "0"], "--workers: '0' must be a whole number of at least 1"),
