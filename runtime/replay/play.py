@@ -15,8 +15,8 @@ from torch import Tensor
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.laws.registry import STATISTIC_SCALE
 from dispatch.layout import LoadLayout
-from dispatch.load_metrics import max_vio_floor
-from dispatch.selection import biased_scores, count_by_expert, ordered_topk
+from dispatch.load_metrics import max_vio, max_vio_floor
+from dispatch.selection import biased_scores, choose_experts, count_by_expert, ordered_topk
 from dispatch.statistics import Routing
 from runtime.replay.trace import Choice, Trace
 
@@ -115,9 +115,9 @@ def practical_floor(
         scores = trace.scores(step)
         for layer, scores_TE in enumerate(scores):
             bias_E = _balancing_bias(torch.cat([each[layer][::stride] for each in around]), trace.choice, num_rounds)
-            biased_TE = biased_scores(scores_TE, bias_E, **trace.choice.groups)
-            load_E = count_by_expert(ordered_topk(biased_TE, trace.choice.top_k), scores_TE.shape[1])
-            values.append(int(load_E.max()) * load_E.numel() / int(load_E.sum()) - 1)
+            topk_ids_TK = choose_experts(scores_TE, bias_E, trace.choice.top_k, **trace.choice.groups)
+            load_E = count_by_expert(topk_ids_TK, scores_TE.shape[1])
+            values.append(max_vio(load_E))
     return float(np.mean(values)) if values else math.nan
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dispatch.laws import LAWS
 from runtime.bench.balance.verdict import TUNED, Verdict, verdicts
 from runtime.quantities import three_digits
 from runtime.replay.chart import write_chart
@@ -42,7 +41,7 @@ def run(num_seeds: int, num_steps: int, runs: Sequence[str], laws: Sequence[str]
     console = Console(highlight=False)
     comparisons = []
     for trace in traces:
-        fit = {spec: law for spec, law in chosen.items() if trace.choice.num_groups == 1 or LAWS[law.law].group_limited}
+        fit = {spec: law for spec, law in chosen.items() if trace.choice.num_groups == 1 or law.entry.group_limited}
         with one_thread():
             comparison = compare(trace, play_with_progress(trace, fit))
         comparisons.append(comparison)

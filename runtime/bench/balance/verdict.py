@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from runtime.replay.comparison import Comparison
 from runtime.replay.figures import Figures
@@ -28,13 +29,14 @@ def verdicts(comparison: Comparison, best: str) -> list[Verdict]:
     """What `best` must reach on this trace, and whether it does."""
     first, last = comparison.steps
     shift = comparison.shift_step or last + 1
+    balanced, recovered = attrgetter("balanced_after"), attrgetter("recovered_after")
     found = [
-        _sooner("balanced sooner than sign at u = 0.001", comparison, best, [PUBLISHED], _balanced, 20, shift - first),
-        _sooner("balanced sooner than sign tuned for it", comparison, best, TUNED, _balanced, 4, shift - first),
+        _sooner("balanced sooner than sign at u = 0.001", comparison, best, [PUBLISHED], balanced, 20, shift - first),
+        _sooner("balanced sooner than sign tuned for it", comparison, best, TUNED, balanced, 4, shift - first),
     ]
     if comparison.shift_step is not None:
         claim = "recovers from the shift sooner than sign tuned for it"
-        found.append(_sooner(claim, comparison, best, TUNED, _recovered, 4, last + 1 - shift))
+        found.append(_sooner(claim, comparison, best, TUNED, recovered, 4, last + 1 - shift))
     return [
         *found,
         _no_more("steady MaxVio_batch against sign tuned for it", comparison, best, lambda f: f.max_vio_batch),
@@ -80,11 +82,3 @@ def _no_more(claim: str, comparison: Comparison, best: str, figure: Callable[[Fi
         at_least=False,
         reached=times >= 1,
     )
-
-
-def _balanced(figures: Figures) -> int | None:
-    return figures.balanced_after
-
-
-def _recovered(figures: Figures) -> int | None:
-    return figures.recovered_after
