@@ -14,6 +14,7 @@ from dispatch.layer import MoEConfig, MoELayer, SwiGLU
 from dispatch.schedule import ScheduleConfig
 from workers.attention import (
     GroupedQueryAttention,
+    KeyValueCache,
     LatentAttention,
     LatentConfig,
     YarnConfig,
@@ -135,9 +136,16 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.hidden, config.dense_ffn_hidden)
 
-    def forward(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        token_mask: Tensor | None,
+        seen: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
-        x = x + self.attention(self.attention_norm(x), rotary, seen)
+        x = x + self.attention(self.attention_norm(x), rotary, seen, cache)
         normed = self.ffn_norm(x)
         y: Tensor = self.moe(normed, token_mask) if self.has_moe else self.ffn(normed)
         return x + y
@@ -170,9 +178,15 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
     def forward(
-        self, token_ids: Tensor, *, token_mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, S, vocab_size), at least fp32, also under autocast.
+        """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
@@ -181,21 +195,28 @@ class Decoder(nn.Module):
             positions: int64 (B, S), of each token in its sequence, as by `workers.attention.positions_of`. Padding may
                 then stand anywhere: a token sees the real tokens at or before its own position. Without them they
                 count from 0.
+            cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
+                with positions, their places in the cache, padding comes last in its sequence.
+            logits_at: int64 (B,), the only place in each row whose logits are wanted.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
         x = self.token_embedding(token_ids)
-        rotary, seen = self._places(x, token_mask, positions)
+        rotary, seen = self._places(x, token_mask, positions, cache)
         for block in self.layers:
             if self.config.recompute:
                 # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws
                 # random numbers, so their state need not be kept.
-                x = checkpoint(block, x, rotary, token_mask, seen, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rotary, token_mask, seen, cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotary, token_mask, seen)
+                x = block(x, rotary, token_mask, seen, cache)
+        if logits_at is not None:
+            x = x[torch.arange(len(x), device=x.device), logits_at]
         return self._logits(self.norm(x))
 
-    def _places(self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _places(
+        self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
         seq_len, config = x.shape[1], self.config
         if seq_len > config.max_seq_len:
@@ -209,7 +230,11 @@ class Decoder(nn.Module):
             yarn=config.yarn,
         )
         if positions is None:
-            return rotary, None
+            if cache is not None:
+                cache.begin(torch.arange(seq_len, device=x.device).expand(len(x), -1))
+            return rotary, None  # causal order alone, which has the faster kernels
+        if cache is not None:
+            return rotary, cache.begin(positions)
         mask = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
         return rotary, visible(positions, positions, mask)
 
