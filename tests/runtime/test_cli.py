@@ -51,11 +51,15 @@ def test_train_hands_the_checked_configuration_over(job: SimpleNamespace) -> Non
 
 def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Path) -> None:
     assert main(["eval", str(run), "--step", "7", "--workers", "4"]) == 0
-    assert main(["generate", str(run), "--prompt", "To be", "--temperature", "0", "--seed", "3"]) == 0
+    prompts = run / "prompts"
+    prompts.write_text("second\n\nthird\n")
+    texts = ["--prompt", "To be", "--prompts-file", str(prompts)]
+    assert main(["generate", str(run), *texts, "--temperature", "0", "--seed", "3"]) == 0
     common = {"step": None, "workers": None, "device": None}
     assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None})
-    sampling = {"prompt": "To be", "max_new_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 3}
-    assert job.calls[1] == ((run,), {**common, **sampling})
+    sampling = SamplingConfig(max_new_tokens=200, temperature=0.0, top_p=0.95, seed=3, batch_size=32)
+    wanted = {**common, "prompts": ["To be", "second", "third"], "sampling": sampling}
+    assert job.calls[1] == ((run,), wanted)
 
 
 def test_report_prints_where_it_wrote(

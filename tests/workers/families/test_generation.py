@@ -14,9 +14,9 @@ from tests.workers.families.test_parity import CPU, build
 from workers.generation import SamplingConfig, generate
 from workers.parallel import ParallelConfig, join_groups
 
-EOD_ID, NEW_TOKENS = 1, 12
-# Of different lengths, one of a single token, and more than ranks, so that a rank has several or none at all.
-LENGTHS = (5, 1, 9, 3, 7)
+EOD_ID, NEW_TOKENS = 1, 8
+# Of different lengths, one of a single token; a rank has three of them, two, one or none at all.
+LENGTHS = (5, 1, 9)
 
 
 def _prompts() -> list[list[int]]:
@@ -51,7 +51,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _compare(rank: int, world_size: int, folder: Path) -> list[str]:
+def _compare(rank: int, world_size: int, folder: Path) -> dict[str, dict[int, list[int]]]:
     dist.barrier()  # else a rank closes connections that another one is still making
     dist.destroy_process_group()
     store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
@@ -84,7 +84,7 @@ def sampled_by_one(references: Path) -> dict[str, dict[int, list[int]]]:
     return run_ranks(1, _compare, references)[0]
 
 
-@pytest.mark.parametrize("ep_size", [2, 4, 8])
+@pytest.mark.parametrize("ep_size", [2, 4])
 def test_generation_equals_that_of_transformers_and_does_not_depend_on_the_ranks(
     ep_size: int, references: Path, sampled_by_one: dict[str, dict[int, list[int]]]
 ) -> None:
