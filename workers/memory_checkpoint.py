@@ -80,6 +80,7 @@ class MemoryCheckpoints:
         self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
         self._staging: Staging
         self._background: Background[None] = Background("memory checkpoint")
+        self._idle = True  # no thread of a gang that failed may still use the blocks
         self._layout: tuple[Any, ...] = ()
         self._rank = self._world_size = 0
         self._shift = 1
@@ -99,10 +100,10 @@ class MemoryCheckpoints:
         self._travels = (num_sent, num_received)
         layout = (tuple(own.items()), tuple(partners.items()), device)
         # The thread of a gang that failed may still wait in its last exchange: it keeps its blocks.
-        if layout != self._layout or self._background.running:
+        if layout != self._layout or not self._idle:
             self._kept = [_Kept(Block(own, device), Block(partners, device)) for _ in range(2)]
-            self._layout = layout
-        self._staging, self._background = staging, Background("memory checkpoint")
+            self._layout, self._idle = layout, True
+        self._staging = staging
         self.clear()
 
     def clear(self) -> None:
@@ -143,7 +144,7 @@ class MemoryCheckpoints:
 
     def abandon(self, wait_s: float) -> None:
         """The gang has failed: give an exchange that is under way a moment to fail as well."""
-        self._background.abandon(wait_s)
+        self._idle = self._background.abandon(wait_s) and self._idle
 
     def held(self) -> list[HeldShard]:
         """The shares that this process has whole. Quick."""
