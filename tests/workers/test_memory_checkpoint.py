@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tests.ranks import run_ranks, start_process
+from tests.workers.checkpoint_contents import differing, tensors_of
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers import memory_checkpoint
-from workers.checkpoint import CheckpointError, _CheckedReader, read_manifest
-from workers.checkpoint_files import read_index
+from workers.checkpoint import CheckpointError
 from workers.memory_checkpoint import HeldShard, newest_recoverable, partner_shift
 from workers.parallel import ParallelConfig
 from workers.run_log import read_events
@@ -64,27 +62,6 @@ def test_partners_are_on_other_nodes_and_have_the_same_experts_where_they_can(no
 # --- a node is lost
 
 
-def _tensors_of(path):
-    index = read_index(path, read_manifest(path).files)
-    tensors = {
-        name: torch.zeros(tuple(entry.size), dtype=entry.properties.dtype)
-        for name, entry in index.state_dict_metadata.items()
-    }
-    # Not checkpoint.load: it leaves random states to as many ranks as saved them.
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp_load(tensors, storage_reader=_CheckedReader(path, index), planner=planner, no_dist=True)
-    return tensors
-
-
-def _differing(path, expected_path):
-    tensors, expected = _tensors_of(path), _tensors_of(expected_path)
-    manifest, expected_manifest = read_manifest(path), read_manifest(expected_path)
-    assert tensors.keys() == expected.keys()
-    assert any(name.startswith("random.") and tensor.any() for name, tensor in tensors.items())
-    assert (manifest.extra, manifest.world_size) == (expected_manifest.extra, expected_manifest.world_size)
-    return [name for name in tensors if not torch.equal(tensors[name], expected[name])]
-
-
 def _elsewhere(worker, name):
     """The worker with another run directory: what it writes lies beside what the disk has."""
     worker._spec = replace(worker._spec, run_dir=worker._spec.run_dir.parent / name)
@@ -132,7 +109,9 @@ def test_the_other_node_has_the_whole_step(tmp_path, ep_size):
         assert changed == []
     assert newest_recoverable([results[0][0], results[1][0]]) == 4
     assert newest_recoverable([results[0][0], results[2][0]]) is None
-    assert _differing(results[0][1], tmp_path / "run" / CHECKPOINTS / "step_00000004") == []
+    assert differing(results[0][1], tmp_path / "run" / CHECKPOINTS / "step_00000004") == []
+    random_states = [name for name in tensors_of(results[0][1]) if name.startswith("random.")]
+    assert len(random_states) == 4
     opened = next(event for event in read_events(tmp_path / "run") if event["event"] == "memory_checkpoints")
     # Where replicas of the experts lie on the other node, only the random state travels.
     assert (opened["sent_bytes"] < 10_000) == (ep_size == 2)
@@ -184,7 +163,7 @@ def test_a_death_in_the_middle_of_an_exchange_leaves_the_step_before(tmp_path):
     assert completed
     # Whose partner lived may have step 4 as well; rank 3's own share of it is nowhere.
     assert all(shard.owner != 3 for holdings in held for shard in holdings if shard.step == 4)
-    assert _differing(path, tmp_path / "run" / CHECKPOINTS / "step_00000002") == []
+    assert differing(path, tmp_path / "run" / CHECKPOINTS / "step_00000002") == []
 
 
 # --- what arrives is what was sent
@@ -234,4 +213,4 @@ def test_a_torn_transfer_is_told_on_all_ranks_and_never_written(tmp_path):
     assert [event["reason"] for event in failed] == [
         "what a rank received of step 4 is not what was sent (crc32 differs)"
     ]
-    assert _differing(results[0][1], tmp_path / "run" / CHECKPOINTS / "step_00000040") == []
+    assert differing(results[0][1], tmp_path / "run" / CHECKPOINTS / "step_00000040") == []
