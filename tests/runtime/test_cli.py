@@ -12,6 +12,7 @@ import pytest
 import runtime
 from runtime.cli import main
 from runtime.config_file import load_config
+from workers.generation import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,6 +21,7 @@ from runtime.config import TrainConfig, flatten
 from runtime.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.launch import make_spec, open_gang
 from workers.checkpoint import CheckpointCorrupt, list_checkpoints
+from workers.generation import SamplingConfig
 from workers.prepare import prepare_dataset
 from workers.run_log import read_events, read_load_history, read_metrics
 

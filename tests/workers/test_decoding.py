@@ -1,7 +1,5 @@
 """What a batch of sequences reads in each step, against reading every sequence again whole."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,9 +25,7 @@ def _best(logits: Tensor) -> list[int]:
 def _batched(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], list[int]]:
     """New tokens of each prompt, and the tokens that each forward read."""
     sequences = [_sequence(index, ids) for index, ids in enumerate(prompts)]
-    batch = DecodingBatch(
-        sequences, max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, eod_id=EOD
-    )
+    batch = DecodingBatch(sequences, max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, eod_id=EOD)
     num_read = []
     while batch.running:
         inputs = batch.inputs(CPU)
@@ -64,10 +60,10 @@ def test_a_batch_continues_each_prompt_as_if_it_were_alone_and_beyond_max_seq_le
 def test_each_step_reads_one_token_of_every_unfinished_sequence() -> None:
     model = build().eval()
     found, num_read = _batched(model, PROMPTS[:3], 5)
-    running = [sum(len(ids) > step for ids in found) for step in itertools.takewhile(lambda s: s < 5, range(5))]
+    assert min(map(len, found)) >= 5 - 1 or any(len(ids) < 5 for ids in found)
     assert num_read[0] == 3 + 1 + 10
-    assert all(read <= 3 for read in num_read[1:])
-    assert running[0] >= 1
+    # A text of n tokens that did not end by itself was read n - 1 times after the prompt.
+    assert num_read[1:] == [sum(len(ids) > step for ids in found) for step in range(len(num_read) - 1)]
 
 
 def test_an_empty_batch_reads_nothing() -> None:

@@ -119,7 +119,7 @@ def _texts(worker, path):
     greedy, sampled = SamplingConfig(max_new_tokens=12), SamplingConfig(max_new_tokens=12, temperature=0.8, top_p=0.9)
     texts = {}
     for sampling in (greedy, sampled):
-        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling)
+        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling).texts
         parts = [None] * worker._state.groups.world_size
         torch.distributed.all_gather_object(parts, mine, group=worker._state.groups.control_group)
         texts |= {(sampling.temperature, index): text for part in parts for index, text in part.items()}
@@ -145,7 +145,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
         assert left.tolist() == right.tolist()
     assert histories[0].bias[-1].any()
     assert [event["event"] for event in read_events(tmp_path / "cut")] == [
-        "started", "checkpoint", "checkpoint", "interrupted", "resumed", "checkpoint", "checkpoint", "finished"
+        "started", "memory_checkpoints", "checkpoint", "checkpoint", "interrupted",
+        "resumed", "memory_checkpoints", "checkpoint", "checkpoint", "finished",
     ]  # fmt: skip
     # At other EP sizes: the same parameters at load, and the same losses up to rounding.
     saved = {world_size: run_ranks(world_size, _resume_elsewhere, spec)[0] for world_size in (1, 2, 3)}

@@ -101,8 +101,9 @@ class LatentAttention(nn.Module):
     def _attend_to_latents(self, queries: Tensor, kept: Tensor, masking: dict[str, Any]) -> Tensor:
         """The same for S = 1, without keys and values of the heads (arXiv 2405.04434, section 2.1.2).
 
-        kept (B, K, kv_rank + rope_dim): the latent and the rotated key of each token. The projection to keys is absorbed by the queries, that to values by the outputs. All heads then share the
-        kept vectors as their keys and values: they take the place of the query's positions.
+        kept (B, K, kv_rank + rope_dim): the latent and the rotated key of each token. The projection to keys is
+        absorbed by the queries, that to values by the outputs. All heads then share the kept vectors as their keys
+        and values: they take the place of the query's positions.
         """
         config = self.config
         heads = self.kv_proj.weight.unflatten(0, (self.num_heads, -1))

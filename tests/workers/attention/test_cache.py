@@ -63,7 +63,9 @@ def test_padding_is_overwritten_and_rows_can_leave() -> None:
     with torch.no_grad():
         model(token_ids[:, :4], token_mask=mask, cache=cache)
         cache.keep([0, 2])
-        actual = model(torch.stack([token_ids[0, 3:4], token_ids[2, 1:2]]), positions=lengths[[0, 2], None], cache=cache)
+        actual = model(
+            torch.stack([token_ids[0, 3:4], token_ids[2, 1:2]]), positions=lengths[[0, 2], None], cache=cache
+        )
         for row, (index, length) in enumerate([(0, 4), (2, 2)]):
             whole = model(token_ids[index : index + 1, :length])
             torch.testing.assert_close(actual[row, 0], whole[0, -1], rtol=1e-12, atol=1e-12)

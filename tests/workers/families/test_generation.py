@@ -38,7 +38,7 @@ def _continued_by_transformers(name: str) -> list[list[int]]:
             eos_token_id=EOD_ID,
             pad_token_id=EOD_ID,
         )
-    rows = [row + [EOD_ID] for row in output[:, longest:].tolist()]
+    rows = [[*row, EOD_ID] for row in output[:, longest:].tolist()]
     return [row[: row.index(EOD_ID)] for row in rows]
 
 
