@@ -65,8 +65,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _generate(arguments: Sequence[str]) -> int:
     """Continue texts with a run's model."""
     parser = _run_parser("generate", _generate)
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; again for more")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", action="append", dest="prompts", help="text to continue; again for more")
+    texts.add_argument("--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line")
     parser.add_argument("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
     parser.add_argument(
         "--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
@@ -83,14 +84,13 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     _add_worker_options(parser)
     run, options = _parse(parser, arguments)
-    prompts = options.pop("prompt") + _lines(options.pop("prompts_file"))
-    if not prompts:
-        raise ValueError("there is no text to continue; give --prompt TEXT, or --prompts-file FILE with one a line")
+    if (path := options.pop("prompts_file")) is not None:
+        options["prompts"] = _lines(path)
     from runtime import job
     from workers.generation import SamplingConfig
 
     sampling = SamplingConfig(**{field: options.pop(field) for field in SamplingConfig.__dataclass_fields__})
-    return job.generate(run, prompts=prompts, sampling=sampling, **options)
+    return job.generate(run, sampling=sampling, **options)
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -186,14 +186,15 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[P
     return find_run(options.pop("run")), options
 
 
-def _lines(path: Path | None) -> list[str]:
-    """The lines of a text file that are not empty. Raises ValueError where it is no UTF-8."""
-    if path is None:
-        return []
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises ValueError where there are none, or it is no UTF-8."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} has no text to continue; write one prompt a line")
+    return lines
 
 
 def _is_explained(error: Exception) -> bool:

@@ -54,13 +54,20 @@ def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Pa
     assert main(["eval", str(run), "--step", "7", "--workers", "4"]) == 0
     prompts = run / "prompts"
     prompts.write_text("second\n\nthird\n")
-    texts = ["--prompt", "To be", "--prompts-file", str(prompts)]
-    assert main(["generate", str(run), *texts, "--temperature", "0", "--seed", "3"]) == 0
+    for texts in (["--prompt", "To be", "--prompt", ""], ["--prompts-file", str(prompts)]):
+        assert main(["generate", str(run), *texts, "--temperature", "0", "--seed", "3"]) == 0
     common = {"step": None, "workers": None, "device": None}
     assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None})
     sampling = SamplingConfig(max_new_tokens=200, temperature=0.0, top_p=0.95, seed=3, batch_size=32)
-    wanted = {**common, "prompts": ["To be", "second", "third"], "sampling": sampling}
-    assert job.calls[1] == ((run,), wanted)
+    for call, prompts in zip(job.calls[1:], (["To be", ""], ["second", "third"]), strict=True):
+        assert call == ((run,), {**common, "prompts": prompts, "sampling": sampling})
+
+
+def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, reason in ((b"\n\n", "has no text to continue"), (b"\xff\n", "is not UTF-8 text")):
+        (run / "prompts").write_bytes(content)
+        assert main(["generate", str(run), "--prompts-file", str(run / "prompts")]) == 2
+        assert f"{run / 'prompts'} {reason}" in capsys.readouterr().err
 
 
 def test_report_prints_where_it_wrote(
