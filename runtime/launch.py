@@ -1,6 +1,6 @@
 """From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
 from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
+from workers.parallel import ParallelConfig
 from workers.rank_state import WorkerSpec
 from workers.shards import Dataset
 
@@ -64,8 +65,12 @@ def balance_of(config: TrainConfig) -> BalanceConfig:
 
 
 @contextmanager
-def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True) -> Iterator[LaunchedGang]:
+def open_gang(
+    config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True, sizes: Sequence[int] = ()
+) -> Iterator[LaunchedGang]:
     """Start or join Ray, start the coordinator and the workers, and end what was started.
+
+    sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
 
     Raises:
         ClusterUnreachable, ClusterTooSmall, GangFailed: see cluster.
@@ -79,7 +84,7 @@ def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = Tr
         coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
-        with Gang.launch(config, worker_maker(spec)) as gang:
+        with Gang.launch(config, worker_maker(spec), sizes=sizes) as gang:
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 
@@ -111,8 +116,9 @@ def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
     return make_worker
 
 
-def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any]]:
+def rank_map(gang: "Gang", parallel: ParallelConfig, num_experts: int) -> list[dict[str, Any]]:
     """One row a rank: node, process, device, and the experts that it holds of every MoE layer (first, last)."""
+    ep_size = parallel.at(gang.world_size).resolve(gang.world_size)
     placement = ExpertPlacement(num_experts, ep_size)
     rows = []
     for place in gang.rank_map:
@@ -130,6 +136,16 @@ def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any
             }
         )
     return rows
+
+
+def rank_table(ranks: Sequence[dict[str, Any]]) -> str:
+    """The rank map as lines of text."""
+    rows = [
+        f"  rank {row['rank']}  {row['node']}  pid {row['pid']}  {row['device']}, {row['threads']} threads  "
+        f"experts {row['experts'][0]} to {row['experts'][1]} (ep {row['ep_rank']}, edp {row['edp_rank']})"
+        for row in ranks
+    ]
+    return "rank map\n" + "\n".join(rows)
 
 
 @dataclass(frozen=True)

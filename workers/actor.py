@@ -48,13 +48,18 @@ class JoinsGang(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an actor landed. `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use."""
+    """Where an actor landed.
+
+    `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `import_s` how long it took
+    to import torch and to build the worker.
+    """
 
     node_id: str
     ip: str
     gpu_ids: tuple[int, ...]
     pid: int
     num_cores: int
+    import_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,7 @@ class WorkerActor:
         gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
         if not gpu_ids:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it unset: torch would see GPUs that are not ours.
+        begun = time.monotonic()
         make_worker: Callable[[], JoinsGang] = pickle.loads(self._pickled_make_worker)  # noqa: S301
         self._worker = make_worker()
         self._thread_id = threading.get_ident()
@@ -132,6 +138,7 @@ class WorkerActor:
             gpu_ids=gpu_ids,
             pid=os.getpid(),
             num_cores=usable_cores(),
+            import_s=time.monotonic() - begun,
         )
 
     def _open_store(self) -> tuple[str, int]:
@@ -156,8 +163,10 @@ class WorkerActor:
 
         torch.set_num_threads(num_threads)
         _name_interface(ray.util.get_node_ip_address())
-        if self._store is None:
+        if rank:  # rank 0 has just opened it; whatever a process held of the epoch before is closed by this
             self._store = TCPStore(*address, is_master=False)
+        if self._store is None:
+            raise RuntimeError("rank 0 must open the store before all join it")
         # A gang that is formed again must not read the keys of the one before.
         store = PrefixStore(f"epoch{epoch}", self._store)
         return self._worker.join(rank=rank, world_size=world_size, store=store, timeout_s=timeout_s)
