@@ -48,7 +48,7 @@ class Worker:
         After `leave` a rank can join again, with another rank and world size: nothing of the time before remains.
         """
         gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
-        self._lines = []
+        self._lines.clear()
         self._stop_requested.clear()
         spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
         groups = join_groups(
