@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
-from cluster.placement import ClusterTooSmall, rank_order, reserve, threads_of
+from cluster.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.session import forwarded_environment
 from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
@@ -38,6 +38,8 @@ class RankPlace:
     gpu_ids: tuple[int, ...]
     pid: int
     num_threads: int
+    interface: str
+    transport: Mapping[str, str]
 
     @property
     def device(self) -> str:
@@ -50,11 +52,18 @@ class Gang:
     `rank_map` says where each rank lives, `startup_s` where the time of the last start went.
     """
 
-    def __init__(self, config: ClusterConfig, make_worker: Callable[[], JoinsGang], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        make_worker: Callable[[], JoinsGang],
+        env: Mapping[str, str],
+        ep_size_of: Callable[[int], int],
+    ) -> None:
         """Start nothing yet; use `launch`."""
         self._config = config
         self._env = dict(env)
         self._make_worker: bytes = cloudpickle.dumps(make_worker)
+        self._ep_size_of = ep_size_of
         self._group: PlacementGroup | None = None
         self._actors: dict[int, ActorHandle[WorkerActor]] = {}  # by bundle, as are the places
         self._places: dict[int, Place] = {}
@@ -72,6 +81,7 @@ class Gang:
         env: Mapping[str, str] | None = None,
         *,
         sizes: Sequence[int] = (),
+        ep_size_of: Callable[[int], int] = lambda _: 1,
     ) -> Gang:
         """Place the actors, start all at once, and join them into one world.
 
@@ -80,11 +90,12 @@ class Gang:
                 function that imports torch inside spares the driver that import.
             env: variables for the workers, over the forwarded ones of the driver.
             sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
+            ep_size_of: of a number of workers, how many neighbouring ranks shall share a machine (`rank_order`).
         Raises:
             ClusterTooSmall: the workers do not fit.
             GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
         """
-        gang = cls(config, make_worker, forwarded_environment() | dict(env or {}))
+        gang = cls(config, make_worker, forwarded_environment() | dict(env or {}), ep_size_of)
         try:
             gang.form(sizes or (config.num_workers,))
         except BaseException:  # Ctrl-C included: no actor may outlive a failed launch.
@@ -246,7 +257,7 @@ class Gang:
 
     def _assign_ranks(self, places: list[Place]) -> None:
         threads = threads_of(places, self._config.threads_per_worker)
-        order = self._bundles = rank_order(places)
+        order = self._bundles = rank_order(places, self._ep_size_of(len(places)))
         self._members = [
             Member(rank=rank, actor=self._actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
             for rank, bundle in enumerate(order)
@@ -259,6 +270,8 @@ class Gang:
                 gpu_ids=places[bundle].gpu_ids,
                 pid=places[bundle].pid,
                 num_threads=threads[bundle],
+                interface=places[bundle].interface,
+                transport=places[bundle].transport,
             )
             for rank, bundle in enumerate(order)
         )
@@ -270,8 +283,9 @@ class Gang:
         # The store lives on a placed worker: the head node may be one that ranks cannot reach.
         [address] = call_all([leader], "open_store", [leader.actor.open_store.remote()], limit_s=limit_s)
         timeout_s = self._config.collective_timeout_s
+        nodes = node_of_ranks([row.ip for row in self.rank_map])
         joins = [
-            member.actor.join.remote(row.rank, self.world_size, address, self._epoch, timeout_s, row.num_threads)
+            member.actor.join.remote(row.rank, nodes, address, self._epoch, timeout_s, row.num_threads)
             for member, row in zip(self._members, self.rank_map, strict=True)
         ]
         call_all(self._members, "join", joins, limit_s=limit_s)

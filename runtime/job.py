@@ -15,8 +15,9 @@ from cluster.session import check_answers
 from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
-from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks, rank_map, rank_table
+from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
 from runtime.live import LiveView
+from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.size import ModelSize, model_size, recorded_scores_bytes
@@ -151,7 +152,7 @@ def _watch(
     from cluster.supervisor import GaveUp, Supervisor
 
     gang = launched.gang
-    _say(console, rank_table(rank_map(gang, config.parallel, config.model.moe.num_experts)))
+    _say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
     _say(
         console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
     )

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
-from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
-from workers.parallel import ParallelConfig
 from workers.rank_state import WorkerSpec
 from workers.shards import Dataset
 
@@ -84,7 +82,7 @@ def open_gang(
         coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
-        with Gang.launch(config, worker_maker(spec), sizes=sizes) as gang:
+        with Gang.launch(config, worker_maker(spec), sizes=sizes, ep_size_of=spec.parallel.ep_size_of) as gang:
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 
@@ -114,38 +112,6 @@ def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
         return Worker(spec)
 
     return make_worker
-
-
-def rank_map(gang: "Gang", parallel: ParallelConfig, num_experts: int) -> list[dict[str, Any]]:
-    """One row a rank: node, process, device, and the experts that it holds of every MoE layer (first, last)."""
-    ep_size = parallel.at(gang.world_size).resolve(gang.world_size)
-    placement = ExpertPlacement(num_experts, ep_size)
-    rows = []
-    for place in gang.rank_map:
-        experts = placement.owned_by(place.rank % ep_size)
-        rows.append(
-            {
-                "rank": place.rank,
-                "node": place.ip,
-                "pid": place.pid,
-                "device": place.device,
-                "threads": place.num_threads,
-                "ep_rank": place.rank % ep_size,
-                "edp_rank": place.rank // ep_size,
-                "experts": [experts[0], experts[-1]],
-            }
-        )
-    return rows
-
-
-def rank_table(ranks: Sequence[dict[str, Any]]) -> str:
-    """The rank map as lines of text."""
-    rows = [
-        f"  rank {row['rank']}  {row['node']}  pid {row['pid']}  {row['device']}, {row['threads']} threads  "
-        f"experts {row['experts'][0]} to {row['experts'][1]} (ep {row['ep_rank']}, edp {row['edp_rank']})"
-        for row in ranks
-    ]
-    return "rank map\n" + "\n".join(rows)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """A training run as its supervisor sees it: from where to go on, what to show, when it is over."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.config import TrainConfig
 from runtime.interrupt import StopSignal
-from runtime.launch import LaunchedGang, rank_map, rank_table
+from runtime.launch import LaunchedGang
 from runtime.live import LiveView
 from runtime.quantities import duration
+from runtime.rank_map import exchange_of, rank_map, rank_table
 from workers import checkpoint
 from workers.run_log import append_event
 from workers.training_run import CHECKPOINTS, TrainOutcome
@@ -43,10 +45,11 @@ class TrainingJob:
         self._num_seen, self._told_to_stop = 0, False
 
     def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
-        ranks = rank_map(gang, self._config.parallel, self._config.model.moe.num_experts)
-        start = {"rank_map": ranks, "ray_s": self._launched.ray_s, "gang_s": gang.startup_s["total"]}
+        ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
+        seconds = {"ray_s": self._launched.ray_s, "gang_s": gang.startup_s["total"]}
+        start = {"rank_map": ranks, "exchange": asdict(exchange), **seconds}
         if recovery is not None:
-            self._view.event(rank_table(ranks))
+            self._view.event(rank_table(ranks, exchange))
         self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
         self._num_seen, self._told_to_stop = 0, False
         return self._newest_checkpoint(), start, recovery is not None

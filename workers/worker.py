@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from workers import checkpoint
 from workers.checkpoint import CheckpointCorrupt
 from workers.evaluation import Evaluation, evaluate
+from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, generate
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
@@ -42,15 +43,25 @@ class Worker:
         self._lines: list[dict[str, Any]] = []
         self._stop_requested = threading.Event()
 
-    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
         """Form the process groups, and build data, model and optimizer. All ranks call it together.
 
         After `leave` a rank can join again, with another rank and world size: nothing of the time before remains.
+
+        nodes: the index of each rank's machine, by rank; empty where it is not known.
         """
         gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
         self._lines.clear()
         self._stop_requested.clear()
         spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
+        choice = choose_exchange(
+            spec.parallel,
+            nodes,
+            world_size,
+            num_experts=spec.model.moe.num_experts,
+            hidden=spec.model.hidden,
+            top_k=spec.model.moe.top_k,
+        )
         groups = join_groups(
             rank=rank,
             world_size=world_size,
@@ -58,6 +69,7 @@ class Worker:
             config=spec.parallel,
             device=local_device(self._spec.device),
             timeout_s=timeout_s,
+            ranks_per_node=choice.ranks_per_node,
         )
         self._state = build_rank(spec, groups)
 
