@@ -52,6 +52,7 @@ class TrainingJob:
             self._view.event(rank_table(ranks, exchange))
         self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
         self._num_seen, self._told_to_stop = 0, False
+        self._pass_on_wish(gang)  # one from before the first step: then the first is the last
         return self._newest_checkpoint(), start, recovery is not None
 
     def saved_step(self) -> int:
@@ -59,10 +60,7 @@ class TrainingJob:
         return -1 if newest is None else checkpoint.step_of(newest)
 
     def on_poll(self, gang: "Gang") -> None:
-        if self._signal.stop_requested and not self._told_to_stop:
-            self._view.event("stopping: saving a checkpoint after this step; Ctrl-C again stops at once")
-            gang.control(0, "request_stop")
-            self._told_to_stop = True
+        self._pass_on_wish(gang)
         lines = gang.control(0, "progress", self._num_seen)
         self._num_seen += len(lines)
         for line in lines:
@@ -79,6 +77,12 @@ class TrainingJob:
     def tell(self, event: str, **details: Any) -> None:
         append_event(self._run_dir, event, **details)
         self._view.event(_text(event, details))
+
+    def _pass_on_wish(self, gang: "Gang") -> None:
+        if self._signal.stop_requested and not self._told_to_stop:
+            self._view.event("stopping: saving a checkpoint after this step; Ctrl-C again stops at once")
+            gang.control(0, "request_stop")
+            self._told_to_stop = True
 
     def _newest_checkpoint(self) -> Path | None:
         if not self._is_recording:  # later ones belong to steps that this run was told to make anew

@@ -75,6 +75,7 @@ def _kill(run_dir: Path, rank: int, from_step: int) -> None:
     os.kill(ranks[rank]["pid"], signal.SIGKILL)
 
 
+@pytest.mark.timeout(300)
 def test_killed_workers_cost_neither_a_step_nor_a_bit(calm, folder):
     run_dir = folder / "runs" / "killed"
 
@@ -135,6 +136,7 @@ def test_an_error_of_the_run_itself_is_not_tried_again(folder, ray_session):
     assert _events(folder / "runs" / "diverges", "failed")[0]["cause"] == "own error"
 
 
+@pytest.mark.timeout(300)
 def test_a_killed_driver_is_resumed_and_ctrl_c_in_a_recovery_is_not_lost(tmp_path):
     run_dir = tmp_path / "runs" / "orphan"
     settings = ("--name=orphan", "--steps=100000", "--run.checkpoint_every=5", "--run.eval_every=0")
