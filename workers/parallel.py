@@ -1,8 +1,8 @@
 """The ranks of a gang and the groups they talk in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import get_args
+from typing import Self, get_args
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,24 @@ class ParallelConfig:
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
                 "of ranks"
             )
+
+    def at(self, world_size: int) -> Self:
+        """These settings for a gang of another size than they were made for; unchanged where they fit.
+
+        Else the EP size is the largest up to `ep_size` that divides the ranks, and what was said of nodes is dropped
+        where it no longer fits.
+        """
+        wanted = min(self.ep_size or world_size, world_size)
+        ep_size = max(size for size in range(1, wanted + 1) if world_size % size == 0)
+        changed = self if ep_size == (self.ep_size or world_size) else replace(self, ep_size=ep_size)
+        if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
+            return changed
+        exchange = "auto" if self.exchange == "node" else self.exchange
+        return replace(changed, ranks_per_node=0, exchange=exchange)
+
+    def ep_size_of(self, world_size: int) -> int:
+        """The EP size of a gang of this size, whatever size the settings were made for."""
+        return self.at(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
         """The EP size for this many ranks. Raises ValueError where it does not divide them."""
