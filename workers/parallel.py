@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
+from dispatch.activity import Board
 from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
@@ -73,7 +74,8 @@ class RankGroups:
 
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
-    never queue behind token traffic. nodes: the groups of the exchange 'node', where nodes are known.
+    never queue behind token traffic. nodes: the groups of the exchange 'node', where nodes are known. board: where the
+    training thread says what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -88,6 +90,7 @@ class RankGroups:
     edp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
+    board: Board = field(default_factory=Board)
 
 
 def join_groups(

@@ -111,6 +111,7 @@ class TrainingRun:
         return TrainOutcome(step, completed)
 
     def _record(self, result: StepResult) -> None:
+        self._state.groups.board.enter("record")
         self._load_since_eval_N += result.control.load_N
         for event in result.control.events:
             self.tell(**event)
@@ -142,6 +143,7 @@ class TrainingRun:
     def _save(self, step: int, *, must: bool) -> int | None:
         """Save and return the step; None where it failed and training can go on without."""
         state = self._state
+        state.groups.board.enter("checkpoint write")
         version, _ = self._control.state()
         extra = {
             "step": step,
