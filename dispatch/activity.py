@@ -184,8 +184,9 @@ class Board:
     since: float = field(default_factory=time.monotonic)
     _started: dict[str, int] = field(default_factory=dict)
     _open: list[Started] = field(default_factory=list)
-    _recent: deque[Started] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    _groups: dict[dist.ProcessGroup, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    _recent: deque[tuple[str, int, int, str, str]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    # By name, since a board that held the groups would keep them, and their store, from ending with the gang.
+    _members: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def enter(self, phase: str) -> None:
         """Say what this thread does from now on."""
@@ -310,18 +311,30 @@ class Board:
             phase_s=now - self.since,
             waits_in=None if waits_in is None else waits_in.read(now),
             started=dict(self._started),
-            recent={(s.group, s.index): place_text(s.step, s.phase, s.layer) for s in tuple(self._recent)},
+            recent={
+                (group, index): place_text(step, phase, layer)
+                for group, index, step, layer, phase in tuple(self._recent)
+            },
         )
 
     def _note(self, op: str, group: dist.ProcessGroup, splits: Splits | None) -> Started:
-        if group not in self._groups:
-            self._groups[group] = group.group_name, tuple(dist.get_process_group_ranks(group))
-        name, members = self._groups[group]
+        name = group.group_name
+        if name not in self._members:
+            self._members[name] = tuple(dist.get_process_group_ranks(group))
         index = self._started[name] = self._started.get(name, 0) + 1
         started = Started(
-            self, op, name, index, members, self.step, self.shown_layer, self.phase, time.monotonic(), splits
+            self,
+            op,
+            name,
+            index,
+            self._members[name],
+            self.step,
+            self.shown_layer,
+            self.phase,
+            time.monotonic(),
+            splits,
         )
         # A new list each time, never changed in place: another thread may be reading the old one.
         self._open = [*self._open, started]
-        self._recent.append(started)
+        self._recent.append((name, index, self.step, self.shown_layer, self.phase))
         return started

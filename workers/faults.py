@@ -1,7 +1,7 @@
 """Faults by plan: which rank fails how, at which step and in which phase. For tests of failure, and for nothing else.
 
-A plan hooks into the board of a rank (dispatch.activity), which every phase and every collective passes. A job takes one
-from the JSON file that the environment variable TRIMTAB_FAULTS names, a list of objects with the fields of `Fault`:
+A plan hooks into the board of a rank (dispatch.activity), which every phase and every collective passes. A job takes
+one from the JSON file that the environment variable TRIMTAB_FAULTS names, a list of objects with the fields of `Fault`:
 
     [{"rank": 1, "step": 20, "phase": "experts", "action": "kill"}]
 """
