@@ -101,7 +101,15 @@ class Gang:
         """
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
-            return call_all(self._members, method, calls, poll_s=poll_s, on_poll=on_poll, limit_s=limit_s)
+            return call_all(
+                self._members,
+                method,
+                calls,
+                poll_s=poll_s,
+                on_poll=on_poll,
+                limit_s=limit_s,
+                bound_s=self._config.collective_timeout_s,
+            )
         except Exception:
             self.stop()
             raise
@@ -153,10 +161,6 @@ class Gang:
         threads = threads_of(places, self._config.threads_per_worker)
         actors = [member.actor for member in self._members]
         order = rank_order(places)
-        self._members = [
-            Member(rank=rank, actor=actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
-            for rank, bundle in enumerate(order)
-        ]
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
@@ -168,6 +172,10 @@ class Gang:
             )
             for rank, bundle in enumerate(order)
         )
+        self._members = [
+            Member(rank=row.rank, actor=actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
+            for row, bundle in zip(self.rank_map, order, strict=True)
+        ]
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()

@@ -33,7 +33,7 @@ PHASES = (
     "evaluation",
     "checkpoint write",
 )
-_CAN_SKIP = ("dispatch", "gradients", "bias update")
+_CAN_SKIP = ("step", "dispatch", "gradients", "bias update")
 _CAN_LIE = ("dispatch", "combine", "backward dispatch", "backward combine")
 
 
@@ -52,8 +52,8 @@ class Fault:
     phase: str
     """Where: one of PHASES. At its first entry in the step, or the first in `layer`."""
     action: Action
-    """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. raise: PlannedFault. skip: leave the phase out (of a
-    dispatch: the whole layer). lie: hand other splits to an exchange than were announced."""
+    """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. raise: PlannedFault. skip: leave the phase out, of a
+    dispatch the whole layer; here the phase may be "step", for the whole step. lie: hand other splits to an exchange than were announced."""
     layer: str | None = None
     """The MoE layer by name; empty for any."""
     amount: float = 0.0

@@ -96,6 +96,9 @@ class TrainingRun:
             self._evaluate(step)  # what training starts from
         while step < config.steps and not stop:
             step += 1
+            self._state.groups.board.step = step
+            if self._state.groups.board.leaves_out("step"):
+                continue
             if scores is not None:
                 scores.begin_step(step)
             result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
