@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
 from cluster.stall import Answer, Stall, find_stall
+from dispatch.activity import Activity
+from dispatch.collective_errors import ranks_text
 from workers.actor import CONTROL_GROUP, Failure
 
 if TYPE_CHECKING:
@@ -51,11 +53,7 @@ class ActivityWatch:
 
     def judge(self, bound_s: float) -> Stall | None:
         """Ask all ranks anew, wait ANSWER_S at most, and find who holds up a collective older than `bound_s`."""
-        began = time.monotonic()
-        self._asked = {rank: (self._ask(member), began) for rank, member in self._members.items()}
-        self._take(ANSWER_S)
-        latest = {rank: self._answers.get(rank, (None, 0.0)) for rank in self._members}
-        answers = {rank: answer if at >= began else None for rank, (answer, at) in latest.items()}
+        answers = self._ask_all()
         last_seen = {rank: self.last_seen(rank) for rank, answer in answers.items() if answer is None}
         names = {rank: member.name for rank, member in self._members.items()}
         setting = f"cluster.collective_timeout_s ({self._bound_s:g})"
@@ -66,8 +64,22 @@ class ActivityWatch:
         answer, at = self._answers.get(rank, (None, 0.0))
         if not answer:
             return ""
-        activity = answer["training"]
-        return f"; last seen {time.monotonic() - at:.1f} s ago in {activity.waits_in or activity}"
+        return f"; last seen {time.monotonic() - at:.1f} s ago in {_place(answer)}"
+
+    def places(self) -> str:
+        """Where the ranks are that still answer, as the end of a sentence."""
+        by_place: dict[str, list[int]] = {}
+        for rank, answer in self._ask_all().items():
+            if answer:
+                by_place.setdefault(_place(answer), []).append(rank)
+        return "".join(f"; {ranks_text(ranks)} in {place}" for place, ranks in by_place.items())
+
+    def _ask_all(self) -> dict[int, Answer]:
+        began = time.monotonic()
+        self._asked = {rank: (self._ask(member), began) for rank, member in self._members.items()}
+        self._take(ANSWER_S)
+        latest = {rank: self._answers.get(rank, (None, 0.0)) for rank in self._members}
+        return {rank: answer if at >= began else None for rank, (answer, at) in latest.items()}
 
     def _ask(self, member: Member) -> ray.ObjectRef[Any]:
         call: Any = member.actor.control.options(concurrency_group=CONTROL_GROUP).remote("activity")
@@ -84,6 +96,11 @@ class ActivityWatch:
             with contextlib.suppress(RayError):  # It died; its call says so too.
                 answer = ray.get(call)
                 self._answers[rank] = ({} if isinstance(answer, Failure) else answer), time.monotonic()
+
+
+def _place(answer: Mapping[str, Activity]) -> str:
+    activity = answer["training"]
+    return str(activity.waits_in or activity)
 
 
 def _longest_wait(answer: Answer) -> float:

@@ -141,16 +141,24 @@ def _matrix(waits: Sequence[_Wait], members: Sequence[int]) -> list[str]:
     splits = {w.rank: w.collective.splits for w in waits if w.collective.splits is not None}
     if not splits:
         return []
-    lines = ["  rows by sender (down) and receiver (across); a!b: a sent, b expected; -: not known"]
+    lines = [
+        "  rows by sender (down) and receiver (across); (n): n expected of a rank that is not in it; a!b: a sent, b expected"
+    ]
     shown = members[:_SHOWN_RANKS]
     lines.append("    rank " + " ".join(f"{rank:>9}" for rank in shown))
     for i, sender in enumerate(shown):
         cells = []
         for j, receiver in enumerate(shown):
-            sent = str(splits[sender].sent[j]) if sender in splits else "-"
-            expected = str(splits[receiver].expected[i]) if receiver in splits else "-"
-            cells.append("." if i == j else sent if sent == expected else f"{sent}!{expected}")
+            sent = splits[sender].sent[j] if sender in splits else None
+            expected = splits[receiver].expected[i] if receiver in splits else None
+            cells.append("." if i == j else _cell(sent, expected))
         lines.append(f"    {sender:>4} " + " ".join(f"{cell:>9}" for cell in cells))
     if len(members) > len(shown):
         lines.append(f"    and {len(members) - len(shown)} more ranks")
     return lines
+
+
+def _cell(sent: int | None, expected: int | None) -> str:
+    if sent is None:
+        return "?" if expected is None else f"({expected})"
+    return str(sent) if expected in (None, sent) else f"{sent}!{expected}"

@@ -87,7 +87,7 @@ def call_all(
             stall = watch.judge(SURE * bound_s)
         if stall is None:
             rest = _fate_of_the_rest(list(pending.values()), limit_s)
-            raise GangFailed(method, cause_first([*(_with_last_words(f, watch) for f in failures), *rest]))
+            raise GangFailed(method, _with_last_words(cause_first([*failures, *rest]), watch))
         raise GangFailed(method, _held_up(stall, members, failures, list(pending.values())))
     return [results[member.rank] for member in members]
 
@@ -110,10 +110,13 @@ def _held_up(
     return (*hung, *cause_first([*returned, *silent, *_fate_of_the_rest(rest, math.inf)]))
 
 
-def _with_last_words(failure: WorkerFailure, watch: ActivityWatch | None) -> WorkerFailure:
-    if failure.kind != "died" or watch is None:
-        return failure
-    return replace(failure, message=failure.message + watch.last_seen(failure.rank))
+def _with_last_words(failures: tuple[WorkerFailure, ...], watch: ActivityWatch | None) -> tuple[WorkerFailure, ...]:
+    """A process that died tells nothing: the others say how far the gang was."""
+    first, *rest = failures
+    if first.kind != "died" or watch is None:
+        return failures
+    words = watch.last_seen(first.rank) + watch.places()
+    return (replace(first, message=f"{first.message}{words}"), *rest)
 
 
 def _poll(on_poll: Callable[[], None]) -> None:

@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.activity import in_backward
 from dispatch.balance import routers_of
+from dispatch.board import in_backward
 from dispatch.router import Router
 from dispatch.selection import count_by_expert, ordered_topk
 

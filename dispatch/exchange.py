@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.activity import Splits, Started
+from dispatch.activity import Splits
+from dispatch.board import Started
 from dispatch.meter import Message, Meter
 from dispatch.payload import Payload, decode_fp8, encode_fp8
 from dispatch.recycler import Recycler

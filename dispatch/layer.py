@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.activity import Board
+from dispatch.board import Board
 from dispatch.dispatcher import Dispatcher
 from dispatch.experts import Experts
 from dispatch.router import Router, RouterConfig

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.activity import MOE_PHASES, Board, in_backward
+from dispatch.activity import MOE_PHASES
+from dispatch.board import Board, in_backward
 
 
 @dataclass(frozen=True)

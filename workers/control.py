@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.activity import Board
 from dispatch.balance import bias_checksum
+from dispatch.board import Board
 from dispatch.laws import Law, LawState
 from workers.control_round import (
     BiasDiverged,

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.activity import Board, Started
 from dispatch.balance import bias_checksum
+from dispatch.board import Board, Started
 from dispatch.collective_errors import CollectiveTimeout
 from dispatch.laws import LawState
 from workers.leader import Event, Leader

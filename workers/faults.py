@@ -1,6 +1,6 @@
 """Faults by plan: which rank fails how, at which step and in which phase. For tests of failure, and for nothing else.
 
-A plan hooks into the board of a rank (dispatch.activity), which every phase and every collective passes. A job takes
+A plan hooks into the board of a rank (dispatch.board), which every phase and every collective passes. A job takes
 one from the JSON file that the environment variable TRIMTAB_FAULTS names, a list of objects with the fields of `Fault`:
 
     [{"rank": 1, "step": 20, "phase": "experts", "action": "kill"}]
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from dispatch.activity import MOE_PHASES, Board
+from dispatch.activity import MOE_PHASES
+from dispatch.board import Board
 
 FAULTS_VARIABLE = "TRIMTAB_FAULTS"
 
@@ -53,7 +54,8 @@ class Fault:
     """Where: one of PHASES. At its first entry in the step, or the first in `layer`."""
     action: Action
     """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. raise: PlannedFault. skip: leave the phase out, of a
-    dispatch the whole layer; here the phase may be "step", for the whole step. lie: hand other splits to an exchange than were announced."""
+    dispatch the whole layer; here the phase may also be "step". lie: hand other splits to an exchange than were
+    announced."""
     layer: str | None = None
     """The MoE layer by name; empty for any."""
     amount: float = 0.0
@@ -76,7 +78,7 @@ class Fault:
 
 
 class FaultPlan:
-    """The faults of one rank as a `dispatch.activity.Trigger`.
+    """The faults of one rank as a `dispatch.board.Trigger`.
 
     Each fires once in the life of a run: before it acts it leaves a file `faults/<number>.fired` in the run directory,
     so that a gang that forms again, which repeats the step, gets past it.
@@ -102,7 +104,7 @@ class FaultPlan:
             raise PlannedFault(f"rank {fault.rank} was to fail in step {fault.step}, {fault.phase}")
 
     def wants(self, action: Literal["skip", "lie"], phase: str, board: Board) -> int:
-        """See `dispatch.activity.Trigger`."""
+        """See `dispatch.board.Trigger`."""
         fault = self._fire((action,), phase, board)
         return 0 if fault is None else int(fault.amount) or 1
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dispatch.activity import Board
+from dispatch.board import Board
 from dispatch.experts import expert_parameters
 from workers.parallel import RankGroups
 

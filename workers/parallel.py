@@ -9,11 +9,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
-from dispatch.activity import Board
+from dispatch.board import Board
 from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
 from dispatch.schedule import ScheduleConfig
+
+# NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
+NCCL_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,8 @@ def join_groups(
     EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
     """
-    timeout = timedelta(seconds=timeout_s)
     on_cuda = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -126,7 +129,7 @@ def join_groups(
         world_group=dist.group.WORLD or _no_group(),
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)),
         nodes=make_node_groups(mesh.get_group("ep"), config.ranks_per_node, timeout) if config.ranks_per_node else None,
     )
     _exercise(groups)

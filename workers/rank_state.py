@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dispatch.activity import Activity, Board
+from dispatch.activity import Activity
 from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
+from dispatch.board import Board
 from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.layer import name_layers

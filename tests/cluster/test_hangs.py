@@ -15,6 +15,7 @@ from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSp
 from runtime.launch import worker_maker
 from tests.workers.training_gang import make_spec
 from workers.faults import Fault
+from workers.parallel import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -22,9 +23,9 @@ BOUND_S = 4.0
 LATE_S = 5.0  # the promise: the error comes at most this much after the bound
 BUSY_S = 5.0  # what a machine may take that runs other tests beside it
 CONFIG = ClusterConfig(
-    num_workers=3, device="cpu", threads_per_worker=1, start_timeout_s=90.0, collective_timeout_s=BOUND_S
+    num_workers=4, device="cpu", threads_per_worker=1, start_timeout_s=90.0, collective_timeout_s=BOUND_S
 )
-# 8 experts on 3 ranks, MoE layers 1 and 2 of 3.
+# Two expert-parallel groups of two ranks, {0, 1} and {2, 3}; of three layers the last two are MoE.
 FIRST, SECOND = "layers.1.moe", "layers.2.moe"
 VICTIM = 1
 
@@ -41,9 +42,10 @@ class Outcome:
 
 def run_with(folder: Path, **fault: Any) -> Outcome:
     spec = replace(
-        make_spec(folder, steps=30, global_batch_size=6, eval_every=0),
+        make_spec(folder, steps=30, global_batch_size=8, eval_every=0),
         faults=(Fault(rank=VICTIM, step=3, **fault),),
         control_timeout_s=BOUND_S,
+        parallel=ParallelConfig(ep_size=2),
     )
     spec.run_dir.mkdir()
     with Gang.launch(CONFIG, worker_maker(spec)) as gang, pytest.raises(GangFailed) as caught:
@@ -51,7 +53,8 @@ def run_with(folder: Path, **fault: Any) -> Outcome:
     ended = time.time()
     fired = (spec.run_dir / "faults/0.fired").stat().st_mtime
     print(f"\n--- {fault} {ended - fired:.1f} s\n{caught.value}")
-    assert not [row.pid for row in gang.rank_map if psutil.pid_exists(row.pid)]
+    processes = [psutil.Process(row.pid) for row in gang.rank_map if psutil.pid_exists(row.pid)]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
     return Outcome(caught.value, ended - fired)
 
 
@@ -112,3 +115,10 @@ def test_a_rank_that_leaves_something_out_or_lies_is_named_before_the_bound(tmp_
     assert getattr(outcome.error, "ranks", (VICTIM,)) == (VICTIM,)
     assert (outcome.error.step, outcome.error.phase, outcome.error.layer) == where
     assert outcome.delay_s < BOUND_S + LATE_S + BUSY_S
+
+
+def test_a_rank_that_dies_is_named_with_the_place_of_the_others(tmp_path):
+    outcome = run_with(tmp_path, phase="experts", action="kill", layer=SECOND)
+    first = outcome.failed.first
+    assert (first.rank, first.kind) == (VICTIM, "died")
+    assert "rank 0 in step 3, combine of layers.2.moe" in first.message

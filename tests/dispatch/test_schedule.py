@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dispatch import exchange
-from dispatch.activity import in_backward
+from dispatch.board import in_backward
 from dispatch.dispatcher import LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.schedule import ScheduleConfig
