@@ -142,7 +142,7 @@ def _matrix(waits: Sequence[_Wait], members: Sequence[int]) -> list[str]:
     if not splits:
         return []
     lines = [
-        "  rows by sender (down) and receiver (across); (n): expected of a rank that is not in it; a!b: a sent, b expected"
+        "  rows by sender (down) and receiver (across); (n): expected, and the sender is not in it; a!b: sent!expected"
     ]
     shown = members[:_SHOWN_RANKS]
     lines.append("    rank " + " ".join(f"{rank:>9}" for rank in shown))
