@@ -132,7 +132,15 @@ class Gang:
         """
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
-            return call_all(self._members, method, calls, poll_s=poll_s, on_poll=on_poll, limit_s=limit_s)
+            return call_all(
+                self._members,
+                method,
+                calls,
+                poll_s=poll_s,
+                on_poll=on_poll,
+                limit_s=limit_s,
+                bound_s=self._config.collective_timeout_s,
+            )
         except Exception:
             if not keep:
                 self.stop()
@@ -258,10 +266,6 @@ class Gang:
     def _assign_ranks(self, places: list[Place]) -> None:
         threads = threads_of(places, self._config.threads_per_worker)
         order = self._bundles = rank_order(places, self._ep_size_of(len(places)))
-        self._members = [
-            Member(rank=rank, actor=self._actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
-            for rank, bundle in enumerate(order)
-        ]
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
@@ -275,6 +279,10 @@ class Gang:
             )
             for rank, bundle in enumerate(order)
         )
+        self._members = [
+            Member(rank=row.rank, actor=self._actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
+            for row, bundle in zip(self.rank_map, order, strict=True)
+        ]
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
