@@ -94,7 +94,7 @@ def _interrupt_and_resume(rank, world_size, spec):
 
 def _resume_elsewhere(rank, world_size, spec):
     spec = replace(spec, model=replace(spec.model, recompute=True))
-    worker = join_worker(spec, rank, world_size, f"elsewhere-{world_size}")
+    worker = join_worker(spec, rank, world_size, "elsewhere")
     run_dir = spec.run_dir.parent
     with worker._state.open_control() as control:
         from workers.training_run import TrainingRun
