@@ -14,7 +14,7 @@ from runtime.config_file import BASE_PRESET, config_to_yaml, load_config, overri
 from runtime.hf.files import FOLDER, TOKENIZER, check_tokenizer, keep_files
 from runtime.job import as_recorded
 from runtime.run_dir import CONFIG_FILE
-from workers.families.importing import ImportedShard, import_shard
+from workers.families.importing import RENDEZVOUS, ImportedShard, import_shard
 from workers.families.source import Source, open_source
 from workers.model import ModelConfig
 from workers.run_log import RunLog
@@ -99,6 +99,8 @@ def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> N
 
 def _read_shards(source: Source, run_dir: Path, config: TrainConfig) -> list[ImportedShard]:
     world_size = config.cluster.num_workers
+    if world_size == 1:
+        return [import_shard(source.folder, run_dir, config.model, 0, 1)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(world_size, mp_context=context) as pool:
         futures = [
@@ -116,7 +118,7 @@ def _read_shards(source: Source, run_dir: Path, config: TrainConfig) -> list[Imp
 
 
 def _describe(source: Source, run_dir: Path, config: TrainConfig, shards: Sequence[ImportedShard]) -> None:
-    (run_dir / ".import").unlink(missing_ok=True)
+    (run_dir / RENDEZVOUS).unlink(missing_ok=True)
     keep_files(source, run_dir)
     (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
     with RunLog.create(run_dir, shards[0].layout, tensorboard=False) as log:

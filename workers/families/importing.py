@@ -20,6 +20,7 @@ from workers.training_run import CHECKPOINTS
 
 # A rank that dies ends the import at once; this bounds a wait for one whose disk does not answer.
 TIMEOUT_S = 6 * 3600.0
+RENDEZVOUS = ".import"
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,24 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
     Raises:
         SourceError: on every rank alike, for what one of them found.
 
-    Collective: every rank runs in a process of its own, and meets the others over a file in run_dir.
+    Collective: every rank runs in a process of its own, and meets the others over the file RENDEZVOUS in run_dir.
     """
-    store = dist.FileStore(str(run_dir / ".import"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S))
+    dist.init_process_group(
+        "gloo",
+        init_method=(run_dir / RENDEZVOUS).absolute().as_uri(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
     try:
-        return _import(open_source(folder), run_dir, config)
+        return _import(open_source(folder), run_dir, config, dist.new_group())
     finally:
         dist.destroy_process_group()
 
 
-def _import(source: Source, run_dir: Path, config: ModelConfig) -> ImportedShard:
-    group = dist.group.WORLD
+def _import(source: Source, run_dir: Path, config: ModelConfig, group: dist.ProcessGroup) -> ImportedShard:
     before = _reset_peak()
-    model = _empty_model(config)
+    model = _empty_model(config, group)
     state = canonical_state(model)
     failure: SourceError | None = None
     try:
@@ -70,11 +75,9 @@ def _import(source: Source, run_dir: Path, config: ModelConfig) -> ImportedShard
     return ImportedShard(layout, shard_bytes, _peak_bytes() - before)
 
 
-def _empty_model(config: ModelConfig) -> Decoder:
+def _empty_model(config: ModelConfig, group: dist.ProcessGroup) -> Decoder:
     """Everything allocated and nothing drawn: every parameter is filled. Only biases may be missing in the files."""
     moe = config.moe
-    group = dist.group.WORLD
-    assert group is not None
     dispatcher = make_dispatcher(moe.num_experts, group, hidden=config.hidden, top_k=moe.top_k)
     with torch.device("meta"):
         model = Decoder(config, lambda: dispatcher)

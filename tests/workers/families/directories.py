@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 import torch
+
 from tests.workers.families.hugging_face import VOCAB_SIZE, make_model
 
 
