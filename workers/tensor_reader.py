@@ -1,5 +1,6 @@
 """Tensors of a checkpoint one by one, for a process that must not hold all of them."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class TensorReader(FileSystemReader):
         """These tensors, by canonical name, on the CPU. Raises KeyError for one that is not in it."""
         tensors = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name]) for name in names}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp_load(tensors, storage_reader=self, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp_load(tensors, storage_reader=self, planner=planner, no_dist=True)
         return tensors
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

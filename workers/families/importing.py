@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore  # torch.distributed hides it from type checkers
 
 from dispatch.balance import layout_of, routers_of
 from dispatch.factory import make_dispatcher
@@ -44,7 +45,7 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
     """
     dist.init_process_group(
         "gloo",
-        init_method=(run_dir / RENDEZVOUS).absolute().as_uri(),
+        store=FileStore(str(run_dir / RENDEZVOUS), world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT_S),
