@@ -88,7 +88,7 @@ class TrainingRun:
         return int(extra["step"])
 
     def _load_imported(self, path: Path) -> int:
-        """Begin with the weights and biases of a model from elsewhere, which has no optimizer and no place in the data."""
+        """Begin with weights and biases of a model from elsewhere, which has no optimizer and no place in the data."""
         state = self._state
         checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
         version, initial = self._control.state()

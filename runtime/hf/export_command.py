@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.config_file import config_from_yaml_file
@@ -34,7 +35,9 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
     settings = Settings(read_json(run_dir / FOLDER / CONFIG), str(run_dir / FOLDER / CONFIG))
     family = family_of(settings)
     config = config_from_yaml_file(run_dir / CONFIG_FILE).model
-    check_same_model(config, family.read_config(settings), settings.where)
+    # config.json may speak of a MTP layer that the files did not bring.
+    of_files = replace(family.read_config(settings), num_mtp_layers=config.num_mtp_layers)
+    check_same_model(config, of_files, settings.where)
     reader = TensorReader(find_checkpoint(run_dir, step))
     if not family.has_bias and not drop_bias and (moved := moved_biases(reader)):
         raise ValueError(
@@ -47,7 +50,8 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
     partial.mkdir(parents=True)
     try:
         dtypes = read_dtypes(run_dir)
-        write_weights(partial, family.parts(config), dtypes, reader, max_file_bytes)
+        parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
+        write_weights(partial, parts, dtypes, reader, max_file_bytes)
         copy_back(run_dir, partial)
         partial.rename(folder)
     except BaseException:  # Ctrl-C as well

@@ -27,7 +27,7 @@ def fill(state: Mapping[str, Tensor], source: Source) -> None:
     """
     for part in source.parts():
         target = state.get(f"model.{part.target}")
-        if target is not None:
+        if target is not None and not (part.is_copy and part.name not in source.tensors):
             _fill_part(part.rows_of(target), part, source)
 
 
@@ -41,7 +41,10 @@ def _fill_part(target: Tensor, part: Part, source: Source) -> None:
         wide = rows.float() if scales is None else _dequantised(rows, scales, first, source.block or (1, 1))
         if not bool(wide.isfinite().all()):
             raise SourceError(f"{stored.file}: {part.name} holds a NaN or an infinity in rows {first} and following")
-        target[first : first + len(rows)] = part.to_ours(wide)
+        place = target[first : first + len(rows)]
+        if part.is_copy and not torch.equal(place, wide):
+            raise SourceError(f"{stored.file}: {part.name} is not equal to what fills {part.target}, which it copies")
+        place.copy_(part.to_ours(wide))
 
 
 def _blocks(stored: StoredTensor, step: int) -> Iterator[tuple[int, Tensor]]:

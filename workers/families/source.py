@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,10 @@ def open_source(folder: Path) -> Source:
     """
     settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(settings)
-    config = family.read_config(settings)
     tensors = _open_files(folder)
+    config = family.read_config(settings)
+    if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
+        config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
     block = _fp8_block(settings)
     source = Source(folder, family, config, settings, tensors, block)
     _check_parts(source)
@@ -177,6 +179,8 @@ def _check_parts(source: Source) -> None:
         )
     for part in parts:
         tensor = source.tensors.get(part.name)
+        if tensor is None and part.is_copy:
+            continue
         if tensor is None:
             raise SourceError(f"{source.folder} lacks {part.name}: neither an index entry nor a file has it")
         if tensor.shape != part.shape:
