@@ -35,7 +35,7 @@ def mtp_names(mtp: MtpModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue  # the shared embedding and output
         short = name.removeprefix("layers.0.").removeprefix("mtp_block.")
         short = short.replace("post_norm.", "shared_head.norm.") if short.startswith("post_norm") else short
-        if "experts.gate_up_proj" in short or "experts.down_proj" in short:
+        if short.startswith("mlp.experts."):
             for expert_id, expert in enumerate(tensor):
                 base = f"{PREFIX}.mlp.experts.{expert_id}"
                 if "down" in short:
