@@ -3,7 +3,7 @@
 from workers.attention.cache import KeyValueCache
 from workers.attention.grouped_query import GroupedQueryAttention
 from workers.attention.latent import LatentAttention, LatentConfig
-from workers.attention.mask import positions_of, visible
+from workers.attention.mask import positions_of, visible, visible_in_documents
 from workers.attention.rotary import YarnConfig, rotary_table, rotate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "YarnConfig",
     "positions_of",
     "visible",
+    "visible_in_documents",
     "rotary_table",
     "rotate",
 ]
