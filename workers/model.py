@@ -213,6 +213,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
 
@@ -226,11 +227,13 @@ class Decoder(nn.Module):
             cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
                 with positions, their places in the cache, padding comes last in its sequence.
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
+            document_starts: int64 (B, S), where in its row the document of each token begins: attention and positions
+                do not reach beyond it. Without padding, positions and cache. None: a row is one document.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
         x = self.token_embedding(token_ids)
-        rotary, seen = self._places(x, token_mask, positions, cache)
+        rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
         normed = self._normed(x, rotary, token_mask, seen, cache)
         return self._logits(normed if logits_at is None else _taken(normed, logits_at))
 
@@ -242,13 +245,12 @@ class Decoder(nn.Module):
         Args:
             token_ids: int64 (B, S).
             next_ids: int64 (B, S), the token that follows each of token_ids. Only a MTP layer reads them.
-            document_starts: int64 (B, S), where in its row the document of each token begins: attention and positions
-                then do not reach beyond it. None: a row is one document. Not with a MTP layer.
+            document_starts: as in `forward`; not with a MTP layer.
 
         Collective as `forward`.
         """
         x = self.token_embedding(token_ids)
-        rotary, seen = self._document_places(x, document_starts)
+        rotary, seen = self._places(x, None, None, None, document_starts)
         normed = self._normed(x, rotary, None, seen)
         if not self.config.num_mtp_layers:
             return self._logits(normed), None
@@ -277,36 +279,35 @@ class Decoder(nn.Module):
             y = block(*inputs)
         return y
 
-    def _document_places(self, x: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if document_starts is None:
-            return self._places(x, None, None, None)
-        places = torch.arange(x.shape[1], device=x.device)
-        rotary, _ = self._places(x, None, places - document_starts, None)
-        return rotary, visible_in_documents(document_starts)
-
     def _places(
-        self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: KeyValueCache | None,
+        document_starts: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
-        seq_len, config = x.shape[1], self.config
-        if seq_len > config.max_seq_len:
-            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({config.max_seq_len})")
-        rotary = rotary_table(
-            seq_len if positions is None else positions,
-            config.rotary_dim,
-            config.rope_theta,
-            device=x.device,
-            dtype=x.dtype,
-            yarn=config.yarn,
-        )
+        if document_starts is not None:
+            within = torch.arange(x.shape[1], device=x.device) - document_starts
+            return self._rotary(x, within), visible_in_documents(document_starts)
+        rotary = self._rotary(x, x.shape[1] if positions is None else positions)
         if positions is None:
             if cache is not None:
-                cache.begin(torch.arange(seq_len, device=x.device).expand(len(x), -1))
+                cache.begin(torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
             return rotary, None  # causal order alone, which has the faster kernels
         if cache is not None:
             return rotary, cache.begin(positions)
         mask = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
         return rotary, visible(positions, positions, mask)
+
+    def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
+        config = self.config
+        if x.shape[1] > config.max_seq_len:
+            raise ValueError(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
+        return rotary_table(
+            positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
+        )
 
     def _logits(self, normed: Tensor) -> Tensor:
         head = self.token_embedding if self.config.tie_embeddings else self.lm_head
