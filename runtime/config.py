@@ -33,6 +33,10 @@ FIXED_SETTINGS = (
     "data.mix",
     "data.mix_after",
     "data.shift_at",
+    "data.format",
+    "data.pack_documents",
+    "data.chat_template",
+    "optim.freeze",
     "balance.law",
 )
 # Inside a fixed section, yet without influence on any result.
