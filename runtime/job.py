@@ -184,8 +184,11 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
     data = config.data
     paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)
-    tokenizer = data.tokenizer and str(Path(data.tokenizer).expanduser().absolute())
-    return replace(config, data=replace(data, path=paths, tokenizer=tokenizer, rebuild=False))
+    tokenizer, template = (
+        name and str(Path(name).expanduser().absolute()) for name in (data.tokenizer, data.chat_template)
+    )
+    recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
+    return replace(config, data=recorded)
 
 
 def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:

@@ -1,19 +1,24 @@
 """Training on packed conversations: the same as one by one, and the same for any layout of ranks."""
 
+import contextlib
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
-from dispatch.layer import MoEConfig
+from dispatch.balance import reset_counts
 from tests.ranks import run_ranks
 from tests.workers.test_model import build
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.attention import LatentConfig
+from workers.evaluation import evaluate
 from workers.model import Decoder, token_nll_sum
 from workers.prepare import prepare_dataset
+from workers.shards import FIRST, TARGET
 from workers.text import DataConfig
 from workers.training_run import TrainingRun
+from workers.windows import NO_TARGET
 
 KINDS = {"grouped_query": {}, "latent": {"attention": "latent", "latent": LatentConfig(query_rank=8, kv_rank=6)}}
 
@@ -65,29 +70,52 @@ def _chat(folder) -> DataConfig:
     return DataConfig(path=str(folder / "chat.jsonl"), cache_dir=str(folder / "cache"), format="chat", val_fraction=0.3)
 
 
+def _alone(state) -> tuple[float, float]:
+    """Loss and gradient norm of the first step by one process that has all of it."""
+    ids, targets, starts = state.sampler.batch(0, 0, 1)
+    loss = token_nll_sum(state.model(ids, document_starts=starts), targets) / (targets != NO_TARGET).sum()
+    loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]).norm()
+    state.model.zero_grad()
+    reset_counts(state.routers)
+    return loss.item(), norm.item()
+
+
 def _steps(rank, world_size, spec):
     worker = join_worker(spec, rank, world_size, f"tuned-{spec.run.micro_batch_size}", float64=True)
     state = worker._state
+    alone = _alone(state) if world_size == 1 else None
     with state.open_control() as control:
         run = TrainingRun(state, control, publish=print, stop_requested=worker._stop_requested)
-        losses = [run._trainer.step(step).loss for step in (1, 2, 3)]
-        evaluation = run._evaluate(3)
-    shares = [int((state.sampler.batch(0, part, 12)[1] != -100).sum()) for part in range(12)]
-    return losses, whole_state(worker), shares, state.sampler.num_targets(0), evaluation
+        results = [run._trainer.step(step) for step in (1, 2, 3)]
+    measured = evaluate(
+        state.model,
+        state.dataset,
+        state.sampler,
+        state.groups,
+        batch_size=3,
+        num_sequences=None,
+        autocast=contextlib.nullcontext(),
+    )
+    shares = [int((state.sampler.batch(0, part, 12).targets != NO_TARGET).sum()) for part in range(12)]
+    steps = [(result.loss, result.grad_norm) for result in results]
+    return steps, whole_state(worker), (measured.val_loss, measured.num_tokens), shares, alone
 
 
 def test_any_layout_of_ranks_and_micro_batches_learns_the_same_from_uneven_targets(tmp_path):  # B12
     spec = make_spec(tmp_path)
-    spec = replace(spec, data_dir=prepare_dataset(_chat(tmp_path)).path)
+    dataset = prepare_dataset(_chat(tmp_path))
+    spec = replace(spec, data_dir=dataset.path)
     found = {}
     for world_size, micro_batch_size in ((1, 12), (2, 6), (2, 2), (4, 1)):
         sized = replace(spec, run=replace(spec.run, micro_batch_size=micro_batch_size))
         found[world_size, micro_batch_size] = run_ranks(world_size, _steps, sized)[0]
-    losses, expected, shares, num_targets, _ = found.pop((1, 12))
-    assert sum(shares) == num_targets
-    assert max(shares) > 1.5 * min(shares)  # else the mean of means would pass
-    for layout, (other_losses, state, *_) in found.items():
-        torch.testing.assert_close(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-9, atol=0)
+    steps, expected, measured, shares, alone = found.pop((1, 12))
+    assert steps[0] == pytest.approx(alone, rel=1e-12)
+    assert max(shares) > 1.5 * min(shares)  # else a mean of means would pass
+    assert measured[1] == sum(int(((flags & TARGET > 0) & (flags & FIRST == 0)).sum()) for flags in dataset.val_flags)
+    for layout, (other_steps, state, other_measured, *_) in found.items():
+        assert [*other_steps, other_measured] == [pytest.approx(pair, rel=1e-9) for pair in [*steps, measured]]
         assert state.keys() == expected.keys()
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-10, msg=f"{layout} {name}")
