@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig
@@ -38,7 +39,7 @@ def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str
 
 def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> None:
     """Raise ClusterTooSmall unless all workers fit on the nodes (address to resources) when nothing else runs there."""
-    room = sum(_room(demand, resources) for resources in nodes.values())
+    room = sum(room_on(demand, resources) for resources in nodes.values())
     if room >= config.num_workers:
         return
     supply = "; ".join(f"{node}: {_amounts(resources, demand)}" for node, resources in sorted(nodes.items()))
@@ -51,7 +52,8 @@ def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mappin
     )
 
 
-def _room(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
+def room_on(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Workers that a node with these resources holds when nothing else runs there."""
     # The small term absorbs rounding: 1.0 CPU must hold ten workers of 0.1.
     return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items())
 
@@ -85,8 +87,11 @@ def reserve(config: ClusterConfig) -> PlacementGroup:
     return group
 
 
-def rank_order(places: Sequence[Place]) -> list[int]:
+def rank_order(places: Sequence[Place], ep_size: int = 1) -> list[int]:
     """Bundle indices in rank order: by node address as a number, then GPU, then bundle.
+
+    Whole expert-parallel groups of a node come first, what is left of all nodes then: `ep_size` neighbours, counted
+    from rank 0, share a node wherever it has that many.
 
     Placement groups promise no order and node ids change with every start. Expert shards follow ranks, so the same
     machines must give the same ranks again.
@@ -96,7 +101,19 @@ def rank_order(places: Sequence[Place]) -> list[int]:
         address = ip_address(places[bundle].ip)
         return address.version, int(address), places[bundle].gpu_ids, bundle
 
-    return sorted(range(len(places)), key=key)
+    whole, rest = [], []
+    for _, on_node in groupby(sorted(range(len(places)), key=key), lambda bundle: places[bundle].ip):
+        bundles = list(on_node)
+        in_groups = len(bundles) // ep_size * ep_size
+        whole += bundles[:in_groups]
+        rest += bundles[in_groups:]
+    return whole + rest
+
+
+def node_of_ranks(ips: Sequence[str]) -> tuple[int, ...]:
+    """The index of each rank's machine by rank, in the order in which machines first appear."""
+    index = {ip: number for number, ip in enumerate(dict.fromkeys(ips))}
+    return tuple(index[ip] for ip in ips)
 
 
 def threads_of(places: Sequence[Place], threads_per_worker: int) -> list[int]:

@@ -166,6 +166,14 @@ def _fate_of_the_rest(members: Sequence[Member], limit_s: float) -> list[WorkerF
     return fates
 
 
+def left(call: ray.ObjectRef[Any]) -> bool:
+    """Whether a call that has ended did what it was to do."""
+    try:
+        return not isinstance(ray.get(call), Failure)
+    except RayError:
+        return False
+
+
 def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.ObjectRef[str] | None]:
     """Ask all members at once what they are doing; None where no answer came. A dead one answers with an error."""
     if not members:

@@ -1,7 +1,7 @@
 """From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
-from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
 from workers.faults import planned_faults
 from workers.rank_state import WorkerSpec
@@ -67,8 +66,12 @@ def balance_of(config: TrainConfig) -> BalanceConfig:
 
 
 @contextmanager
-def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True) -> Iterator[LaunchedGang]:
+def open_gang(
+    config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True, sizes: Sequence[int] = ()
+) -> Iterator[LaunchedGang]:
     """Start or join Ray, start the coordinator and the workers, and end what was started.
+
+    sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
 
     Raises:
         ClusterUnreachable, ClusterTooSmall, GangFailed: see cluster.
@@ -82,7 +85,7 @@ def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = Tr
         coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
-        with Gang.launch(config, worker_maker(spec)) as gang:
+        with Gang.launch(config, worker_maker(spec), sizes=sizes, ep_size_of=spec.parallel.ep_size_of) as gang:
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 
@@ -112,27 +115,6 @@ def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
         return Worker(spec)
 
     return make_worker
-
-
-def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any]]:
-    """One row a rank: node, process, device, and the experts that it holds of every MoE layer (first, last)."""
-    placement = ExpertPlacement(num_experts, ep_size)
-    rows = []
-    for place in gang.rank_map:
-        experts = placement.owned_by(place.rank % ep_size)
-        rows.append(
-            {
-                "rank": place.rank,
-                "node": place.ip,
-                "pid": place.pid,
-                "device": place.device,
-                "threads": place.num_threads,
-                "ep_rank": place.rank % ep_size,
-                "edp_rank": place.rank // ep_size,
-                "experts": [experts[0], experts[-1]],
-            }
-        )
-    return rows
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """The ranks of a gang and the groups they talk in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import get_args
+from typing import Self, get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from dispatch.board import Board
 from dispatch.factory import Exchange
@@ -32,7 +32,7 @@ class ParallelConfig:
     payload: Payload = "compute"
     """How rows travel to their experts: as they are computed ('compute'), or coded in 8 bits ('fp8', inexact)."""
     ranks_per_node: int = 0
-    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: not known."""
+    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: as they are placed."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order of a layer's work: chunks, overlap, a bound on rows."""
 
@@ -49,11 +49,29 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.payload ({self.payload}) must be compute for parallel.exchange deep_ep: it sends bf16"
             )
-        if self.ranks_per_node < 0 or (self.exchange == "node" and not self.ranks_per_node):
+        if self.ranks_per_node < 0:
             raise ValueError(
-                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 or a positive number of ranks, "
-                "and positive for parallel.exchange node"
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
+                "of ranks"
             )
+
+    def at(self, world_size: int) -> Self:
+        """These settings for a gang of another size than they were made for; unchanged where they fit.
+
+        Else the EP size is the largest up to `ep_size` that divides the ranks, and what was said of nodes is dropped
+        where it no longer fits.
+        """
+        wanted = min(self.ep_size or world_size, world_size)
+        ep_size = max(size for size in range(1, wanted + 1) if world_size % size == 0)
+        changed = self if ep_size == (self.ep_size or world_size) else replace(self, ep_size=ep_size)
+        if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
+            return changed
+        exchange = "auto" if self.exchange == "node" else self.exchange
+        return replace(changed, ranks_per_node=0, exchange=exchange)
+
+    def ep_size_of(self, world_size: int) -> int:
+        """The EP size of a gang of this size, whatever size the settings were made for."""
+        return self.at(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
         """The EP size for this many ranks. Raises ValueError where it does not divide them."""
@@ -77,8 +95,9 @@ class RankGroups:
 
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
-    never queue behind token traffic. nodes: the groups of the exchange 'node', where nodes are known. board: where the
-    training thread says what it is in; it starts its collectives there.
+    never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. board: where
+    the training thread says what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -92,20 +111,32 @@ class RankGroups:
     ep_group: dist.ProcessGroup
     edp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
     board: Board = field(default_factory=Board)
 
 
 def join_groups(
-    *, rank: int, world_size: int, store: Store, config: ParallelConfig, device: torch.device, timeout_s: float
+    *,
+    rank: int,
+    world_size: int,
+    store: Store,
+    config: ParallelConfig,
+    device: torch.device,
+    timeout_s: float,
+    ranks_per_node: int = 0,
 ) -> RankGroups:
     """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
+
+    ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
 
     EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
     """
     on_cuda = device.type == "cuda"
-    timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
+    on_cpu = timedelta(seconds=timeout_s)
+    timeout = on_cpu + timedelta(seconds=NCCL_MARGIN_S * on_cuda)
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -118,6 +149,8 @@ def join_groups(
     )
     ep_size = config.resolve(world_size)
     mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
     groups = RankGroups(
         rank=rank,
         world_size=world_size,
@@ -129,15 +162,20 @@ def join_groups(
         world_group=dist.group.WORLD or _no_group(),
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
-        control_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)),
-        nodes=make_node_groups(mesh.get_group("ep"), config.ranks_per_node, timeout) if config.ranks_per_node else None,
+        control_group=dist.new_group(backend="gloo", timeout=on_cpu),
+        nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
+        checkpoint_group=dist.new_group(backend="gloo", timeout=on_cpu),
+        memory_group=dist.new_group(backend="gloo", timeout=on_cpu),
     )
     _exercise(groups)
     return groups
 
 
 def local_device(choice: str, local_index: int = 0) -> torch.device:
-    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo."""
+    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo.
+
+    local_index: among the devices that this process sees. An actor sees those that Ray gave it, so 0 is its first.
+    """
     if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"
@@ -151,7 +189,8 @@ def _exercise(groups: RankGroups) -> None:
     of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
     pairs = [(group, groups.device) for group in of_tokens]
-    for group, device in [*pairs, (groups.control_group, torch.device("cpu"))]:
+    on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
+    for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:
         size = dist.get_world_size(group)
         ones = torch.ones(size, device=device)
         dist.all_reduce(ones, group=group)
