@@ -135,8 +135,8 @@ def join_groups(
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
     """
     on_cuda = device.type == "cuda"
-    on_cpu = timedelta(seconds=timeout_s)
-    timeout = on_cpu + timedelta(seconds=NCCL_MARGIN_S * on_cuda)
+    timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
+    control_timeout = timedelta(seconds=timeout_s)
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -162,10 +162,10 @@ def join_groups(
         world_group=dist.group.WORLD or _no_group(),
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
-        control_group=dist.new_group(backend="gloo", timeout=on_cpu),
+        control_group=dist.new_group(backend="gloo", timeout=control_timeout),
         nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
-        checkpoint_group=dist.new_group(backend="gloo", timeout=on_cpu),
-        memory_group=dist.new_group(backend="gloo", timeout=on_cpu),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
+        memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
     _exercise(groups)
     return groups

@@ -43,6 +43,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
+        self._last_words: dict[str, Activity] = {}
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
         self._nodes: tuple[int, ...] = ()
@@ -189,11 +190,13 @@ class Worker:
         self._stop_requested.set()
 
     def activity(self) -> dict[str, Activity]:
-        """What this rank is in, by thread; nothing before it has joined. From any thread."""
-        return self._state.activity() if hasattr(self, "_state") else {}
+        """What this rank is in, by thread, or was when it left its gang; nothing before it joins. From any thread."""
+        state: RankState | None = getattr(self, "_state", None)  # once: the other thread may give it up
+        return self._last_words if state is None else state.activity()
 
     def leave(self) -> None:
         """Leave the process groups and give up model and data. Repeating it is harmless."""
+        self._last_words = self.activity()  # a gang that failed is asked who waited for whom
         if dist.is_initialized():
             dist.destroy_process_group()
         if hasattr(self, "_state"):
