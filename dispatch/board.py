@@ -23,7 +23,7 @@ from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSp
 _IN_BACKWARD = {phase: f"backward {phase}" for phase in MOE_PHASES}
 _WITH_LAYER = frozenset([*MOE_PHASES, *_IN_BACKWARD.values()])
 _LAYERS = 1 << 20  # more than any model has
-# What gloo and NCCL say; "Application timeout caused pair closure" where another exchange of the same pair of ranks has run out of time.
+# What gloo and NCCL say. "Application timeout" is of an exchange whose pair of ranks ran out of time in another one.
 _TIMED_OUT = ("timed out", "Timed out", "timeout")
 _HISTORY = 24  # collectives; a layer has about eight
 
