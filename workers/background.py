@@ -35,6 +35,11 @@ class Background(Generic[T]):
         job, self._job = self._job, None
         return job.result()
 
+    def wait(self) -> None:
+        """Until the job, if there is one, has ended; it is still to be taken."""
+        if self._job is not None:
+            futures.wait([self._job])
+
     def abandon(self, wait_s: float) -> bool:
         """Give a job that is under way some time and then forget it, with all it may raise. Whether it has ended."""
         job, self._job = self._job, None

@@ -67,18 +67,22 @@ class DiskSaver:
         """
         begun = time.monotonic()
         self.poll(wait=True)
-        if self._run.async_checkpoints:
-            copy = self._copy(live)
-            self._writer.start(lambda: self._write(copy))
-        self._step, self._blocked_s = live.step, time.monotonic() - begun
+        self._step = live.step
+        snapshot = self._copy(live) if self._run.async_checkpoints else live
+        self._writer.start(lambda: self._write(snapshot))
         if not self._run.async_checkpoints:
-            self._hear(lambda: self._write(live))
-            self._blocked_s = time.monotonic() - begun
+            self._writer.wait()
+        self._blocked_s = time.monotonic() - begun
         self.total_blocked_s += self._blocked_s
 
     def poll(self, *, wait: bool = False) -> None:
         """Hear how the checkpoint under way ended, if it has. Raises RuntimeError where a rank is gone."""
-        self._hear(lambda: self._writer.take(wait=wait))
+        # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
+        try:
+            if (written := self._writer.take(wait=wait)) is not None:
+                self._tell_written(written)
+        except CheckpointError as error:
+            self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
         """Save and wait for it. On a full disk, until there is room, until `give_up` is set anew, or the time is over.
@@ -134,14 +138,6 @@ class DiskSaver:
         )
         num_bytes = 0 if self._groups.rank else sum(file.stat().st_size for file in path.iterdir())
         return _Written(path, num_bytes, time.monotonic() - begun)
-
-    def _hear(self, outcome: Callable[[], _Written | None]) -> None:
-        # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
-        try:
-            if (written := outcome()) is not None:
-                self._tell_written(written)
-        except CheckpointError as error:
-            self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def _tell_written(self, written: _Written) -> None:
         self.saved_step = self._step

@@ -182,13 +182,16 @@ class MemoryCheckpoints:
         num_sent, num_received = self._travels
         outgoing, incoming = kept.own.bytes[:num_sent], kept.partners.bytes[:num_received]
         # A header of its own size first: a partner that means another step must not be taken for this one.
-        header = torch.tensor([kept.step, num_sent, _crc32(outgoing)])
+        sent = _crc32(outgoing)
+        header = torch.tensor([kept.step, num_sent, sent])
         theirs = torch.zeros_like(header)
         _swap(header, theirs, to, source, group)
         _swap(outgoing, incoming, to, source, group)
-        right = theirs.tolist() == [kept.step, num_received, _crc32(incoming)]
+        received = _crc32(incoming)
+        right = theirs.tolist() == [kept.step, num_received, received]
         if right:
-            kept.sums = {owner: _crc32(block.bytes) for owner, block in self._blocks(kept).items()}
+            sums = _crc32(kept.own.bytes[num_sent:], sent), _crc32(kept.partners.bytes[num_received:], received)
+            kept.sums = dict(zip(self._blocks(kept), sums, strict=True))
         all_right = torch.tensor([int(right)])
         dist.all_reduce(all_right, dist.ReduceOp.MIN, group=group)
         if not all_right.item():
@@ -236,5 +239,6 @@ def _swap(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.
             work.wait()
 
 
-def _crc32(block: Tensor) -> int:
-    return zlib.crc32(block.numpy().data)
+def _crc32(block: Tensor, before: int = 0) -> int:
+    """crc32 of uint8 bytes, going on from that of the bytes before them."""
+    return zlib.crc32(block.numpy().data, before)
