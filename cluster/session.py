@@ -20,14 +20,12 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.config import ClusterConfig
+from workers.actor import TRANSPORT_PREFIXES
 
 _log = logging.getLogger(__name__)
 
 # Ray refuses less than 75 MiB. Tokens and weights never travel through the object store, so nothing needs more.
 OBJECT_STORE_BYTES = 80 * 2**20
-
-# Only what steers the transport of a rank. The whole environment would carry launcher variables (SLURM_, PMI_) along.
-FORWARDED_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
 
 class ClusterUnreachable(ConnectionError):
@@ -198,5 +196,8 @@ def check_answers(address: str, timeout_s: float = 3.0) -> None:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them."""
-    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them.
+
+    Only what steers the transport of a rank: the whole environment would carry launcher variables (SLURM_, PMI_) along.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(TRANSPORT_PREFIXES)}

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from workers import checkpoint
 from workers.evaluation import Evaluation, evaluate
+from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, generate
 from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.parallel import join_groups, local_device
@@ -47,6 +48,15 @@ class Worker:
 
         nodes: the index of each rank's machine, by rank; empty where it is not known.
         """
+        model = self._spec.model
+        choice = choose_exchange(
+            self._spec.parallel,
+            nodes,
+            world_size,
+            num_experts=model.moe.num_experts,
+            hidden=model.hidden,
+            top_k=model.moe.top_k,
+        )
         self._nodes = nodes
         groups = join_groups(
             rank=rank,
@@ -55,6 +65,7 @@ class Worker:
             config=self._spec.parallel,
             device=local_device(self._spec.device),
             timeout_s=timeout_s,
+            ranks_per_node=choice.ranks_per_node,
         )
         self._state = build_rank(self._spec, groups)
 
