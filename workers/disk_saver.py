@@ -66,20 +66,25 @@ class DiskSaver:
             RuntimeError: a rank is gone.
         """
         begun = time.monotonic()
-        self.poll(wait=True)
+        self.finish()
         self._step = live.step
         snapshot = self._copy(live) if self._run.async_checkpoints else live
         self._writer.start(lambda: self._write(snapshot))
         if not self._run.async_checkpoints:
-            self._writer.wait()
+            self._writer.wait_on_all(self._groups.control_group)
         self._blocked_s = time.monotonic() - begun
         self.total_blocked_s += self._blocked_s
 
-    def poll(self, *, wait: bool = False) -> None:
+    def finish(self) -> None:
+        """Wait for the checkpoint under way on all ranks, together."""
+        self._writer.wait_on_all(self._groups.control_group)
+        self.poll()
+
+    def poll(self) -> None:
         """Hear how the checkpoint under way ended, if it has. Raises RuntimeError where a rank is gone."""
         # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
         try:
-            if (written := self._writer.take(wait=wait)) is not None:
+            if (written := self._writer.take()) is not None:
                 self._tell_written(written)
         except CheckpointError as error:
             self._tell("checkpoint_failed", step=self._step, reason=str(error))
@@ -91,7 +96,7 @@ class DiskSaver:
             CheckpointError: on all ranks.
         """
         begun = time.monotonic()
-        self.poll(wait=True)
+        self.finish()
         give_up.clear()  # a stop was the reason for this save; another one ends the wait
         self._step, waits = live.step, False
         while True:

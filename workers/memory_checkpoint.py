@@ -78,7 +78,6 @@ class MemoryCheckpoints:
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
         self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
-        self._staging: Staging
         self._background: Background[None] = Background("memory checkpoint")
         self._idle = True  # no thread of a gang that failed may still use the blocks
         self._layout: tuple[Any, ...] = ()
@@ -103,7 +102,6 @@ class MemoryCheckpoints:
         if layout != self._layout or not self._idle:
             self._kept = [_Kept(Block(own, device), Block(partners, device)) for _ in range(2)]
             self._layout, self._idle = layout, True
-        self._staging = staging
         self.clear()
 
     def clear(self) -> None:
@@ -122,7 +120,7 @@ class MemoryCheckpoints:
         """What this rank sends to its partner each time."""
         return self._travels[0]
 
-    def keep(self, live: Snapshot, group: dist.ProcessGroup) -> None:
+    def keep(self, live: Snapshot, staging: Staging, group: dist.ProcessGroup) -> None:
         """Copy the state of a step, and exchange it with the partners on a thread while the training goes on.
 
         The exchange before must have been taken. Collective over `group`, gloo, which must be for this alone.
@@ -130,21 +128,25 @@ class MemoryCheckpoints:
         kept = next(kept for kept in self._kept if kept is not self._newest)
         kept.sums, kept.step, kept.extra = {}, live.step, dict(live.extra)
         for block in (kept.own, kept.partners):
-            self._staging.copy(live.tensors, block)
+            staging.copy(live.tensors, block)
         self._background.start(lambda: self._exchange(kept, group))
 
-    def take(self, *, wait: bool) -> None:
-        """Hear how the exchange went.
+    def finish(self, group: dist.ProcessGroup) -> None:
+        """Wait for the exchange under way on all ranks, together; it is still to be taken. Collective over `group`."""
+        self._background.wait_on_all(group)
+
+    def take(self) -> None:
+        """Hear how the exchange went, if it has ended.
 
         Raises:
             CheckpointError: something else arrived than was sent; the step before is still held. On all ranks.
             RuntimeError: a rank is gone.
         """
-        self._background.take(wait=wait)
+        self._background.take()
 
-    def abandon(self, wait_s: float) -> None:
-        """The gang has failed: give an exchange that is under way a moment to fail as well."""
-        self._idle = self._background.abandon(wait_s) and self._idle
+    def abandon(self) -> None:
+        """Leave an exchange that is under way to its own bounds: the gang has failed, or training is over."""
+        self._idle = self._background.abandon(0.0) and self._idle
 
     def held(self) -> list[HeldShard]:
         """The shares that this process has whole. Quick."""

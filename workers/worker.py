@@ -151,7 +151,8 @@ class Worker:
         self._stop_requested.set()
 
     def leave(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups, and let go of all that was built for them: open connections let others wait."""
+        self.__dict__.pop("_state", None)
         if dist.is_initialized():
             dist.destroy_process_group()
 
