@@ -1,5 +1,6 @@
 """One rank of a gang, without Ray: join, then train, evaluate or generate."""
 
+import gc
 import logging
 import threading
 from collections.abc import Mapping
@@ -153,6 +154,7 @@ class Worker:
     def leave(self) -> None:
         """Leave the process groups, and let go of all that was built for them: open connections let others wait."""
         self.__dict__.pop("_state", None)
+        gc.collect()  # cycles of objects that hold a group keep it open too
         if dist.is_initialized():
             dist.destroy_process_group()
 
