@@ -100,7 +100,7 @@ class DiskSaver:
         begun = time.monotonic()
         self.finish()
         give_up.clear()  # a stop was the reason for this save; another one ends the wait
-        self._step, waits = live.step, False
+        self._step, told = live.step, False
         while True:
             try:
                 written = self._job(live)()
@@ -110,9 +110,9 @@ class DiskSaver:
                 if not isinstance(error, DiskRefused) or not self._all_wait(patience_s, give_up):
                     self._tell("checkpoint_failed", step=live.step, reason=str(error))
                     raise
-                if not waits:
+                if not told:
                     self._tell("checkpoint_waits", step=live.step, reason=str(error), for_s=patience_s)
-                    waits = True
+                    told = True
             give_up.wait(RETRY_S)
         self._blocked_s = time.monotonic() - begun
         self.total_blocked_s += self._blocked_s

@@ -78,7 +78,7 @@ class MemoryCheckpoints:
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
         self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
-        self._background: Background[None] = Background("memory checkpoint")
+        self._background: Background[_Kept] = Background("memory checkpoint")
         self._idle = True  # no thread of a gang that failed may still use the blocks
         self._layout: tuple[Any, ...] = ()
         self._rank = self._world_size = 0
@@ -142,7 +142,10 @@ class MemoryCheckpoints:
             CheckpointError: something else arrived than was sent; the step before is still held. On all ranks.
             RuntimeError: a rank is gone.
         """
-        self._background.take()
+        # Only now may the other step be written over: whoever is lost from here on, its share of this one is elsewhere.
+        # Here and not in the thread: one of a gang that failed may end late, and has no say any more.
+        if (kept := self._background.take()) is not None:
+            self._newest = kept
 
     def abandon(self) -> None:
         """Leave an exchange that is under way to its own bounds: the gang has failed, or training is over."""
@@ -176,7 +179,7 @@ class MemoryCheckpoints:
     def _blocks(self, kept: _Kept) -> dict[int, Block]:
         return {self._rank: kept.own, self._neighbours[1]: kept.partners}
 
-    def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> None:
+    def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> _Kept:
         """On the thread: send, receive, check, agree."""
         for block in self._blocks(kept).values():
             block.wait()
@@ -199,8 +202,7 @@ class MemoryCheckpoints:
         if not all_right.item():
             kept.sums = {}
             raise CheckpointError(f"what a rank received of step {kept.step} is not what was sent (crc32 differs)")
-        # Only now may the other step be written over: whoever is lost from here on, its share of this one is elsewhere.
-        self._newest = kept
+        return kept
 
 
 def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.ProcessGroup, *, keep: int) -> Path:
