@@ -136,6 +136,13 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(options)
 
 
+def _cluster(arguments: Sequence[str]) -> int:
+    """Make machines a Ray cluster; look at it; end it; write manifests."""
+    from runtime.cluster_commands.command import cluster
+
+    return cluster(arguments)
+
+
 COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
@@ -144,6 +151,7 @@ COMMANDS: Choices = {
     "replay": _replay,
     "bench": _bench,
     "compare": _compare,
+    "cluster": _cluster,
 }
 
 

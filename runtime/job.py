@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.preflight import check_resources
-from cluster.session import check_answers
+from cluster.probe import check_answers
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
