@@ -143,6 +143,13 @@ def _cluster(arguments: Sequence[str]) -> int:
     return cluster(arguments)
 
 
+def _submit(arguments: Sequence[str]) -> int:
+    """Run a command on a cluster as a job, with this folder's code."""
+    from runtime.submit import submit
+
+    return submit(arguments)
+
+
 COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
@@ -152,6 +159,7 @@ COMMANDS: Choices = {
     "bench": _bench,
     "compare": _compare,
     "cluster": _cluster,
+    "submit": _submit,
 }
 
 
