@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.placement import rank_order, reserve, threads_of
+from cluster.placement import node_of_ranks, rank_order, reserve, threads_of
 from cluster.session import forwarded_environment
 from cluster.watch import Member, call_all, control, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
@@ -34,6 +34,8 @@ class RankPlace:
     gpu_ids: tuple[int, ...]
     pid: int
     num_threads: int
+    interface: str
+    transport: Mapping[str, str]
 
     @property
     def device(self) -> str:
@@ -46,8 +48,9 @@ class Gang:
     `rank_map` says where each rank lives, `startup_s` where the time to start went.
     """
 
-    def __init__(self, config: ClusterConfig, group: PlacementGroup) -> None:
+    def __init__(self, config: ClusterConfig, group: PlacementGroup, ep_size: int = 1) -> None:
         self._config = config
+        self._ep_size = ep_size
         self._group: PlacementGroup | None = group
         self._members: list[Member] = []
         self.rank_map: tuple[RankPlace, ...] = ()
@@ -55,7 +58,12 @@ class Gang:
 
     @classmethod
     def launch(
-        cls, config: ClusterConfig, make_worker: Callable[[], JoinsGang], env: Mapping[str, str] | None = None
+        cls,
+        config: ClusterConfig,
+        make_worker: Callable[[], JoinsGang],
+        env: Mapping[str, str] | None = None,
+        *,
+        ep_size: int = 1,
     ) -> Gang:
         """Place the actors, start all at once, and join them into one world.
 
@@ -63,13 +71,14 @@ class Gang:
             make_worker: called without arguments in each actor, after `env` is set there. It travels by pickle: a
                 function that imports torch inside spares the driver that import.
             env: variables for the workers, over the forwarded ones of the driver.
+            ep_size: neighbouring ranks that shall share a machine where they fit (`rank_order`).
         Raises:
             ClusterTooSmall: the workers do not fit.
             GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
         """
         begun = time.monotonic()
         group = reserve(config)
-        gang = cls(config, group)
+        gang = cls(config, group, ep_size)
         try:
             gang.startup_s["place"] = time.monotonic() - begun
             gang._start(group, make_worker, forwarded_environment() | dict(env or {}))
@@ -152,7 +161,7 @@ class Gang:
     def _assign_ranks(self, places: list[Place]) -> None:
         threads = threads_of(places, self._config.threads_per_worker)
         actors = [member.actor for member in self._members]
-        order = rank_order(places)
+        order = rank_order(places, self._ep_size)
         self._members = [
             Member(rank=rank, actor=actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
             for rank, bundle in enumerate(order)
@@ -165,6 +174,8 @@ class Gang:
                 gpu_ids=places[bundle].gpu_ids,
                 pid=places[bundle].pid,
                 num_threads=threads[bundle],
+                interface=places[bundle].interface,
+                transport=places[bundle].transport,
             )
             for rank, bundle in enumerate(order)
         )
@@ -175,8 +186,9 @@ class Gang:
         # The store lives on a placed worker: the head node may be one that ranks cannot reach.
         [address] = call_all([leader], "open_store", [leader.actor.open_store.remote()], limit_s=limit_s)
         timeout_s = self._config.collective_timeout_s
+        nodes = node_of_ranks([row.ip for row in self.rank_map])
         joins = [
-            member.actor.join.remote(row.rank, self.world_size, address, 0, timeout_s, row.num_threads)
+            member.actor.join.remote(row.rank, nodes, address, 0, timeout_s, row.num_threads)
             for member, row in zip(self._members, self.rank_map, strict=True)
         ]
         call_all(self._members, "join", joins, limit_s=limit_s)

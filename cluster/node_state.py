@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.processes import Process, family
 
+LONGEST_FOLDER = 46  # Characters of a node's folder: Ray appends 61 to it, and a socket's path may have 107.
 STATE_FILE = "node.json"
 LOG_FILE = "ray.log"
 
@@ -58,7 +59,7 @@ def ray_folder() -> Path:
 def nodes_folder() -> Path:
     """The folder of this user's nodes, made where it is missing; nobody else may write or read it.
 
-    On this machine's own disk, short, since Unix sockets below it have paths of at most 107 characters.
+    On this machine's own disk, since processes are of one machine.
 
     Raises:
         ValueError: somebody else made it.
@@ -75,8 +76,18 @@ def nodes_folder() -> Path:
 
 
 def node_folder(address: str) -> Path:
-    """Where the node with this IP address keeps its state, log, sockets and Ray's session."""
-    return nodes_folder() / address
+    """Where the node with this IP address keeps its state, log, sockets and Ray's session.
+
+    Raises:
+        ValueError: its path is too long for sockets.
+    """
+    folder = nodes_folder() / address
+    if len(str(folder)) > LONGEST_FOLDER:
+        raise ValueError(
+            f"the folder of the node, {folder}, has {len(str(folder))} characters, more than the {LONGEST_FOLDER} that "
+            "leave room for the sockets in it; set RAY_TMPDIR to a shorter one"
+        )
+    return folder
 
 
 def read_nodes() -> list[NodeState]:

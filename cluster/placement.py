@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig
@@ -85,8 +86,11 @@ def reserve(config: ClusterConfig) -> PlacementGroup:
     return group
 
 
-def rank_order(places: Sequence[Place]) -> list[int]:
+def rank_order(places: Sequence[Place], ep_size: int = 1) -> list[int]:
     """Bundle indices in rank order: by node address as a number, then GPU, then bundle.
+
+    Whole expert-parallel groups of a node come first, what is left of all nodes then: `ep_size` neighbours, counted
+    from rank 0, share a node wherever it has that many.
 
     Placement groups promise no order and node ids change with every start. Expert shards follow ranks, so the same
     machines must give the same ranks again.
@@ -96,7 +100,19 @@ def rank_order(places: Sequence[Place]) -> list[int]:
         address = ip_address(places[bundle].ip)
         return address.version, int(address), places[bundle].gpu_ids, bundle
 
-    return sorted(range(len(places)), key=key)
+    whole, rest = [], []
+    for _, on_node in groupby(sorted(range(len(places)), key=key), lambda bundle: places[bundle].ip):
+        bundles = list(on_node)
+        in_groups = len(bundles) // ep_size * ep_size
+        whole += bundles[:in_groups]
+        rest += bundles[in_groups:]
+    return whole + rest
+
+
+def node_of_ranks(ips: Sequence[str]) -> tuple[int, ...]:
+    """The index of each rank's machine by rank, in the order in which machines first appear."""
+    index = {ip: number for number, ip in enumerate(dict.fromkeys(ips))}
+    return tuple(index[ip] for ip in ips)
 
 
 def threads_of(places: Sequence[Place], threads_per_worker: int) -> list[int]:

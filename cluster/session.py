@@ -22,14 +22,12 @@ from cluster.access import check_access, find_access
 from cluster.config import ClusterConfig
 from cluster.node_state import ray_folder
 from cluster.probe import ClusterUnreachable, authenticated, check_answers
+from workers.actor import TRANSPORT_PREFIXES
 
 _log = logging.getLogger(__name__)
 
 # Ray refuses less than 75 MiB. Tokens and weights never travel through the object store, so nothing needs more.
 OBJECT_STORE_BYTES = 80 * 2**20
-
-# Only what steers the transport of a rank. The whole environment would carry launcher variables (SLURM_, PMI_) along.
-FORWARDED_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,5 +186,8 @@ def _stay_on_loopback(host: str, port: str) -> None:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them."""
-    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them.
+
+    Only what steers the transport of a rank: the whole environment would carry launcher variables (SLURM_, PMI_) along.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(TRANSPORT_PREFIXES)}

@@ -24,8 +24,8 @@ class NodeStatus:
     """CPU, GPU in devices; memory, object_store_memory in bytes."""
     available: Mapping[str, float]
     labels: Mapping[str, str]
-    actors: Mapping[str, int]
-    """Living actors by job and name, or class where they have no name: {"01000000 WorkerActor": 2}."""
+    actors: Mapping[str, Mapping[str, int]]
+    """Living actors by job, then by name, or class where they have no name: {"02000000": {"WorkerActor": 2}}."""
 
     def used(self, resource: str) -> float:
         """How much of a resource is handed out."""
@@ -58,19 +58,21 @@ def read_status(access: Access) -> ClusterStatus:
     with _global_state(access) as state:
         table, actors, jobs = state.node_table(), state.actor_table(None, None, None), state.job_table()
         available = state.available_resources_per_node()
-    by_node: dict[str, Counter[str]] = {}
+    by_node: dict[str, dict[str, Counter[str]]] = {}
     for actor in actors.values():
         if actor["State"] == "ALIVE":
-            node = by_node.setdefault(actor["Address"]["NodeID"], Counter())
-            node[f"{actor['JobID']} {actor['Name'] or actor['ActorClassName']}"] += 1
+            of_job = by_node.setdefault(actor["Address"]["NodeID"], {}).setdefault(actor["JobID"], Counter())
+            of_job[actor["Name"] or actor["ActorClassName"]] += 1
     nodes = (_node(row, available.get(row["NodeID"], {}), by_node.get(row["NodeID"], {})) for row in table)
     return ClusterStatus(
         nodes=tuple(sorted(nodes, key=lambda node: (not node.is_head, not node.alive, _by_number(node.address)))),
-        jobs=tuple(_job(row) for row in jobs if not row["IsDead"]),
+        jobs=tuple(_job(row) for row in jobs if not row["IsDead"] and not _is_rays_own(row)),
     )
 
 
-def _node(row: Mapping[str, Any], available: Mapping[str, float], actors: Mapping[str, int]) -> NodeStatus:
+def _node(
+    row: Mapping[str, Any], available: Mapping[str, float], actors: Mapping[str, Mapping[str, int]]
+) -> NodeStatus:
     return NodeStatus(
         address=row["NodeManagerAddress"],
         host=row["NodeManagerHostname"],
@@ -79,8 +81,12 @@ def _node(row: Mapping[str, Any], available: Mapping[str, float], actors: Mappin
         total=row["Resources"],
         available=available,
         labels={name: value for name, value in row["Labels"].items() if not name.startswith("ray.io/node-")},
-        actors=dict(actors),
+        actors=actors,
     )
+
+
+def _is_rays_own(row: Mapping[str, Any]) -> bool:
+    return bool(row["Entrypoint"].startswith("ray::"))  # the agent that submits jobs is a driver too
 
 
 def _job(row: Mapping[str, Any]) -> JobStatus:

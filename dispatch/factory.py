@@ -1,6 +1,7 @@
 """The dispatcher for an EP group, chosen by the bytes that each exchange would put on the wire."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
@@ -62,8 +63,27 @@ def make_dispatcher(
     return AllToAllDispatcher(num_experts, ep_group, exchange == "assignment", **common)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class WireCost:
+    """Words that a rank is expected to send for one of its tokens: over the network, and inside its node."""
+
+    network: float
+    node: float
+
+    @property
+    def total(self) -> float:
+        """In words inside a node: one over the network takes as long as NODE_OVER_NETWORK of them."""
+        return self.network * NODE_OVER_NETWORK + self.node
+
+
 def cheapest_exchange(placement: ExpertPlacement, ranks_per_node: int, *, hidden: int, top_k: int) -> Exchange:
-    """The exchange whose rows cost the wire least, in expected words sent per token, those inside a node being cheaper.
+    """The exchange whose rows cost the wire least, those inside a node being cheaper."""
+    costs = wire_costs(placement, ranks_per_node, hidden=hidden, top_k=top_k)
+    return min(costs, key=lambda name: costs[name].total)
+
+
+def wire_costs(placement: ExpertPlacement, ranks_per_node: int, *, hidden: int, top_k: int) -> dict[Exchange, WireCost]:
+    """What each exchange costs the wire when a token's experts are a random choice; `node` where a node has several.
 
     A row carries its hidden words, and for each of its assignments a combine weight, a gradient of it and an id. Ranks
     of a node are neighbours; with one rank a node all rows cross the network.
@@ -71,20 +91,20 @@ def cheapest_exchange(placement: ExpertPlacement, ranks_per_node: int, *, hidden
     experts_P = placement.num_local_experts
     experts_N = [sum(experts_P[start : start + ranks_per_node]) for start in range(0, len(experts_P), ranks_per_node)]
     wide, narrow = 2 * hidden + 3 * top_k, 2 * hidden + 3
-    network = NODE_OVER_NETWORK if ranks_per_node > 1 else 1.0
     # Of all ranks, this share is off the sender's node, on its node, and neither itself.
     num_ranks, num_nodes = len(experts_P), len(experts_N)
     off = (num_ranks - ranks_per_node) / num_ranks
     near = (ranks_per_node - 1) / num_ranks
     ranks, nodes = _needed(experts_P, top_k), _needed(experts_N, top_k)
-    costs: dict[Exchange, float] = {
-        "rank": ranks * wide * (off * network + near),
-        "assignment": top_k * narrow * (off * network + near),
+    costs: dict[Exchange, WireCost] = {
+        "rank": WireCost(ranks * wide * off, ranks * wide * near),
+        "assignment": WireCost(top_k * narrow * off, top_k * narrow * near),
     }
     if ranks_per_node > 1:
-        away = nodes * wide * network * (num_nodes - 1) / num_nodes
-        costs["node"] = away + ranks * wide * (ranks_per_node - 1) / ranks_per_node
-    return min(costs, key=lambda name: costs[name])
+        costs["node"] = WireCost(
+            nodes * wide * (num_nodes - 1) / num_nodes, ranks * wide * (ranks_per_node - 1) / ranks_per_node
+        )
+    return costs
 
 
 def ranks_per_token(num_experts: int, ep_size: int, top_k: int) -> float:

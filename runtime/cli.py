@@ -112,6 +112,12 @@ def _replay(arguments: Sequence[str]) -> int:
         metavar="STEP",
         help="training step from which the text is another (as in data.shift_at)",
     )
+    parser.add_argument(
+        "--first",
+        type=whole(1),
+        metavar="STEP",
+        help="training step at which the laws begin, without bias (the first)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
     run, options = _parse(parser, arguments)
     from runtime.replay.command import replay

@@ -1,9 +1,8 @@
 """What the commands do: train, evaluate and generate, from checked settings to an exit code."""
 
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from cluster.probe import check_answers
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
-from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks, rank_map
+from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
 from runtime.live import LiveView
+from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.size import ModelSize, model_size, recorded_scores_bytes
@@ -150,8 +150,9 @@ def _watch(
     """Run the training on all ranks; show what rank 0 tells, and pass on a wish to stop."""
     gang = launched.gang
     ranks = rank_map(gang, config.parallel.resolve(gang.world_size), config.model.moe.num_experts)
-    start = {"rank_map": ranks, "ray_s": launched.ray_s, "gang_s": launched.gang_s}
-    _say(console, _rank_table(ranks))
+    exchange = exchange_of(config, gang)
+    start = {"rank_map": ranks, "exchange": asdict(exchange), "ray_s": launched.ray_s, "gang_s": launched.gang_s}
+    _say(console, rank_table(ranks, exchange))
     _say(
         console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
     )
@@ -233,12 +234,3 @@ def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelS
         f"law    {config.balance.law}, rate {balance_of(config).rate_at(1):g}"
         + (f"\nscores {recorded_scores_bytes(config) / 1e6:,.1f} MB to come" if config.balance.record else "")
     )
-
-
-def _rank_table(ranks: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        f"  rank {row['rank']}  {row['node']}  pid {row['pid']}  {row['device']}, {row['threads']} threads  "
-        f"experts {row['experts'][0]} to {row['experts'][1]} (ep {row['ep_rank']}, edp {row['edp_rank']})"
-        for row in ranks
-    ]
-    return "rank map\n" + "\n".join(rows)

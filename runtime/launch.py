@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
-from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
 from workers.rank_state import WorkerSpec
 from workers.shards import Dataset
@@ -79,7 +78,8 @@ def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = Tr
         coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
-        with Gang.launch(config, worker_maker(spec)) as gang:
+        ep_size = spec.parallel.resolve(config.num_workers)
+        with Gang.launch(config, worker_maker(spec), ep_size=ep_size) as gang:
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 
@@ -109,27 +109,6 @@ def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
         return Worker(spec)
 
     return make_worker
-
-
-def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any]]:
-    """One row a rank: node, process, device, and the experts that it holds of every MoE layer (first, last)."""
-    placement = ExpertPlacement(num_experts, ep_size)
-    rows = []
-    for place in gang.rank_map:
-        experts = placement.owned_by(place.rank % ep_size)
-        rows.append(
-            {
-                "rank": place.rank,
-                "node": place.ip,
-                "pid": place.pid,
-                "device": place.device,
-                "threads": place.num_threads,
-                "ep_rank": place.rank % ep_size,
-                "edp_rank": place.rank // ep_size,
-                "experts": [experts[0], experts[-1]],
-            }
-        )
-    return rows
 
 
 @dataclass(frozen=True)

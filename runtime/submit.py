@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import shlex
 import sys
@@ -23,6 +24,7 @@ from cluster.token import default_token_file, token_environment
 # What is no code: history, environments, results. Patterns as in .gitignore, which is followed too.
 EXCLUDED = (".git", "/.venv*", "/runs", "/data", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis")
 LARGEST_BYTES = 100 * 2**20  # Ray carries it through the head's memory; code is not that large.
+OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # of the address that Ray's client is given
 ANSWER_LIMIT_S = 5.0
 END_LIMIT_S = 30.0  # between the last line of a job and its exit code
 
@@ -79,9 +81,7 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
     if not words:
         raise ValueError("nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a")
     if not (folder / "runtime" / "__main__.py").exists():
-        raise ValueError(
-            f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from its tree"
-        )
+        raise ValueError(f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from it")
     if words[0] == "train":
         names = [word.partition("=")[0] for word in words]
         if "--cluster.address" not in names:
@@ -156,9 +156,8 @@ def _client(url: str, access: Access | None) -> Iterator[Any]:
 
     with authenticated(_token_variables(access)):
         _check_answers(url)
-        overriding = {
-            name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ
-        }
+        overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
+        logging.disable(logging.WARNING)  # Ray tells each ignored folder, several times
         try:
             yield JobSubmissionClient(url)
         except AuthenticationError as error:
@@ -169,6 +168,7 @@ def _client(url: str, access: Access | None) -> Iterator[Any]:
         except RuntimeError as error:
             raise JobsUnavailable(f"the job API at {url} refused: {error}") from error
         finally:
+            logging.disable(logging.NOTSET)
             os.environ.update(overriding)
 
 

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 CONTROL_GROUP = "ctl"  # Calls in this concurrency group are answered while a long call runs.
+
+# What steers the transport of a rank: forwarded from the driver, and recorded as it is in effect.
+TRANSPORT_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
 # What a rank says when another one has gone: gloo, TCPStore and NCCL. It fails too, but it is not the cause.
 COLLATERAL_MARKS = (
@@ -43,18 +46,26 @@ COLLATERAL_MARKS = (
 class JoinsGang(Protocol):
     """What the actor asks of a worker; all else goes through `call` and `control` by name."""
 
-    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> object: ...
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...]) -> object:
+        """nodes: the index of each rank's machine, by rank."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an actor landed. `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use."""
+    """Where an actor landed.
+
+    `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `interface` the network
+    interface that its collectives listen on, `transport` the variables of NCCL, gloo and torch in effect there.
+    """
 
     node_id: str
     ip: str
     gpu_ids: tuple[int, ...]
     pid: int
     num_cores: int
+    interface: str = ""
+    transport: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +109,19 @@ class WorkerActor:
         return _guarded(self._open_store)
 
     def join(
-        self, rank: int, world_size: int, address: tuple[str, int], epoch: int, timeout_s: float, num_threads: int
+        self,
+        rank: int,
+        nodes: tuple[int, ...],
+        address: tuple[str, int],
+        epoch: int,
+        timeout_s: float,
+        num_threads: int,
     ) -> Any:
-        """Hand the worker its rank and the store of this epoch. All ranks must call it together."""
-        return _guarded(self._join, rank, world_size, address, epoch, timeout_s, num_threads)
+        """Hand the worker its rank and the store of this epoch. All ranks must call it together.
+
+        nodes: the index of each rank's machine, by rank: as many as there are ranks.
+        """
+        return _guarded(self._join, rank, nodes, address, epoch, timeout_s, num_threads)
 
     def call(self, method: str, *args: Any) -> Any:
         """Run a method of the worker. All such calls of a rank run one after the other on one thread."""
@@ -120,18 +140,23 @@ class WorkerActor:
         import ray
 
         context = ray.get_runtime_context()
+        ip = ray.util.get_node_ip_address()
         gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
-        if not gpu_ids:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves it unset: torch would see GPUs that are not ours.
+        # Ray leaves it unset without a GPU, and with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES always: torch would
+        # see GPUs that are not ours. So device 0 of this process is the first GPU that Ray gave it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        _name_interface(ip)  # Before torch is imported.
         make_worker: Callable[[], JoinsGang] = pickle.loads(self._pickled_make_worker)  # noqa: S301
         self._worker = make_worker()
         self._thread_id = threading.get_ident()
         return Place(
             node_id=context.get_node_id(),
-            ip=ray.util.get_node_ip_address(),
+            ip=ip,
             gpu_ids=gpu_ids,
             pid=os.getpid(),
             num_cores=usable_cores(),
+            interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),
+            transport={name: os.environ[name] for name in sorted(os.environ) if name.startswith(TRANSPORT_PREFIXES)},
         )
 
     def _open_store(self) -> tuple[str, int]:
@@ -148,19 +173,23 @@ class WorkerActor:
         return ip, port
 
     def _join(
-        self, rank: int, world_size: int, address: tuple[str, int], epoch: int, timeout_s: float, num_threads: int
+        self,
+        rank: int,
+        nodes: tuple[int, ...],
+        address: tuple[str, int],
+        epoch: int,
+        timeout_s: float,
+        num_threads: int,
     ) -> object:
-        import ray
         import torch
         from torch._C._distributed_c10d import PrefixStore, TCPStore
 
         torch.set_num_threads(num_threads)
-        _name_interface(ray.util.get_node_ip_address())
         if self._store is None:
             self._store = TCPStore(*address, is_master=False)
         # A gang that is formed again must not read the keys of the one before.
         store = PrefixStore(f"epoch{epoch}", self._store)
-        return self._worker.join(rank=rank, world_size=world_size, store=store, timeout_s=timeout_s)
+        return self._worker.join(rank=rank, world_size=len(nodes), store=store, timeout_s=timeout_s, nodes=nodes)
 
 
 def usable_cores() -> int:

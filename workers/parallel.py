@@ -28,7 +28,7 @@ class ParallelConfig:
     payload: Payload = "compute"
     """How rows travel to their experts: as they are computed ('compute'), or coded in 8 bits ('fp8', inexact)."""
     ranks_per_node: int = 0
-    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: not known."""
+    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: as they are placed."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order of a layer's work: chunks, overlap, a bound on rows."""
 
@@ -45,10 +45,10 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.payload ({self.payload}) must be compute for parallel.exchange deep_ep: it sends bf16"
             )
-        if self.ranks_per_node < 0 or (self.exchange == "node" and not self.ranks_per_node):
+        if self.ranks_per_node < 0:
             raise ValueError(
-                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 or a positive number of ranks, "
-                "and positive for parallel.exchange node"
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
+                "of ranks"
             )
 
     def resolve(self, world_size: int) -> int:
@@ -91,9 +91,18 @@ class RankGroups:
 
 
 def join_groups(
-    *, rank: int, world_size: int, store: Store, config: ParallelConfig, device: torch.device, timeout_s: float
+    *,
+    rank: int,
+    world_size: int,
+    store: Store,
+    config: ParallelConfig,
+    device: torch.device,
+    timeout_s: float,
+    ranks_per_node: int = 0,
 ) -> RankGroups:
     """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
+
+    ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
 
     EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
@@ -124,14 +133,17 @@ def join_groups(
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
-        nodes=make_node_groups(mesh.get_group("ep"), config.ranks_per_node, timeout) if config.ranks_per_node else None,
+        nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
     )
     _exercise(groups)
     return groups
 
 
 def local_device(choice: str, local_index: int = 0) -> torch.device:
-    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo."""
+    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo.
+
+    local_index: among the devices that this process sees. An actor sees those that Ray gave it, so 0 is its first.
+    """
     if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from workers import checkpoint
 from workers.evaluation import Evaluation, evaluate
+from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, generate
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
@@ -39,8 +40,20 @@ class Worker:
         self._lines: list[dict[str, Any]] = []
         self._stop_requested = threading.Event()
 
-    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
-        """Form the process groups, and build data, model and optimizer. All ranks call it together."""
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
+        """Form the process groups, and build data, model and optimizer. All ranks call it together.
+
+        nodes: the index of each rank's machine, by rank; empty where it is not known.
+        """
+        model = self._spec.model
+        choice = choose_exchange(
+            self._spec.parallel,
+            nodes,
+            world_size,
+            num_experts=model.moe.num_experts,
+            hidden=model.hidden,
+            top_k=model.moe.top_k,
+        )
         groups = join_groups(
             rank=rank,
             world_size=world_size,
@@ -48,6 +61,7 @@ class Worker:
             config=self._spec.parallel,
             device=local_device(self._spec.device),
             timeout_s=timeout_s,
+            ranks_per_node=choice.ranks_per_node,
         )
         self._state = build_rank(self._spec, groups)
 

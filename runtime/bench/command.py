@@ -57,7 +57,7 @@ def bench_balance(arguments: Sequence[str]) -> int:
     given = balance_parser().parse_args(arguments)
     from runtime.bench.balance.command import run
 
-    return run(given.seeds, given.steps, given.run, given.law, out_dir(given.out))
+    return run(given.seeds, given.steps, given.run, given.first, given.law, out_dir(given.out))
 
 
 TARGETS: Choices = {"dispatch": bench_dispatch, "coordinator": bench_coordinator, "balance": bench_balance}

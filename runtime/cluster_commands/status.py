@@ -53,9 +53,8 @@ def _print_jobs(status: ClusterStatus, console: Console) -> None:
 
 
 def _actors(node: NodeStatus, job: JobStatus) -> str:
-    here = [(name.partition(" ")[2], count) for name, count in sorted(node.actors.items())]
-    own = [pair for pair, name in zip(here, sorted(node.actors), strict=True) if name.startswith(f"{job.job_id} ")]
-    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in own)
+    own = node.actors.get(job.job_id, {})
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in sorted(own.items()))
 
 
 def _share(node: NodeStatus, resource: str) -> str:

@@ -25,20 +25,28 @@ DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, 
 NAME = "replay"
 
 
-def replay(run: Path, *, laws: Sequence[str], threshold: float | None, shift: int | None, out: Path | None) -> int:
+def replay(
+    run: Path,
+    *,
+    laws: Sequence[str],
+    threshold: float | None,
+    shift: int | None,
+    first: int | None,
+    out: Path | None,
+) -> int:
     """Check the run's own bias, play the laws on its recorded scores, print and write what came out.
 
     Returns the exit code: 1 where the bias was not reproduced.
 
     Raises:
-        ValueError: a law or the shift is wrong, or laws were asked for and the run has no scores.
+        ValueError: a law, the shift or the first step is wrong, or laws were asked for and the run has no scores.
     """
     chosen = {spec: parse_law(spec) for spec in laws or DEFAULT_LAWS}
     console = Console(highlight=False)
     reproduction = reproduce_bias(run)
     _say(console, str(reproduction))
     try:
-        trace = RecordedTrace(run, shift)
+        trace = RecordedTrace(run, shift, first)
     except NoScoresError as error:
         if laws:
             raise

@@ -38,6 +38,14 @@ class RecordedScores:
         """Of each MoE layer."""
         return self._shape.num_experts
 
+    def begin_at(self, step: int) -> None:
+        """Forget the steps before. Raises ValueError where fewer than two are left."""
+        kept = [each for each in self.steps if each >= step]
+        if len(kept) < 2:
+            last = self.steps[-2] if len(self.steps) > 1 else self.steps[-1]
+            raise ValueError(f"--first {step} must leave recorded steps to play on: at most {last}")
+        self.steps = kept
+
     def read(self, step: int) -> list[Tensor]:
         """Fp32 (T, E) for each MoE layer, of the whole global batch: the tokens of rank 0 first."""
         return [
@@ -70,15 +78,19 @@ class RecordedTrace:
     """A run's recorded scores as a trace (runtime.replay.trace): its steps number what was recorded, from 1.
 
     shift: first training step with another mix of text; None: that of the run's settings, if it has one.
+    first: training step to begin at, as if balancing began there, with a router that has trained; None: the first.
 
     Raises:
-        NoScoresError: the run has none. ValueError: the training step `shift` is outside of them.
+        NoScoresError: the run has none. ValueError: the training step `shift` or `first` is outside of them.
     """
 
-    def __init__(self, run: Path, shift: int | None = None) -> None:
+    def __init__(self, run: Path, shift: int | None = None, first: int | None = None) -> None:
         config = config_from_yaml_file(run / CONFIG_FILE)
         moe = config.model.moe
         self._found = read_scores(run)
+        self._first = first
+        if first is not None:
+            self._found.begin_at(first)
         self._name = run.resolve().name
         self._layout = read_load_history(run).layout
         self._choice = Choice(
@@ -93,6 +105,8 @@ class RecordedTrace:
     def name(self) -> str:
         """Of the run, and how much of it was recorded."""
         num_steps, last = len(self._found.steps), self._found.steps[-1]
+        if self._first is not None:
+            return f"{self._name}, {num_steps} steps from {self._found.steps[0]} on"
         return self._name if num_steps == last else f"{self._name}, {num_steps} recorded of {last} steps"
 
     @property

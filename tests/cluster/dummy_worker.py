@@ -20,9 +20,10 @@ class DummyWorker:
         self.released = threading.Event()
         self.steps = 0
 
-    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...]) -> None:
         assert isinstance(store, PrefixStore)
         self.rank = rank
+        self.nodes = nodes
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )
@@ -31,6 +32,7 @@ class DummyWorker:
     def facts(self) -> dict:
         return {
             "rank": self.rank,
+            "nodes": self.nodes,
             "pid": os.getpid(),
             "num_threads": torch.get_num_threads(),
             "mark_at_import": MARK_AT_IMPORT,

@@ -35,7 +35,7 @@ def pids(gang: Gang) -> list[int]:
 def gang(ray_session: RaySession) -> Iterator[Gang]:
     """One gang for the tests that leave it whole: each start imports torch anew."""
     config = replace(CONFIG, threads_per_worker=3)
-    with Gang.launch(config, DummyWorker, env={"TRIMTAB_TEST_MARK": "set"}) as gang:
+    with Gang.launch(config, DummyWorker, env={"TRIMTAB_TEST_MARK": "set", "NCCL_DEBUG": "WARN"}) as gang:
         yield gang
 
 
@@ -54,6 +54,16 @@ def test_environment_is_set_before_the_worker_is_imported_and_threads_when_it_jo
         assert facts["interface"] == "lo"
         assert facts["cuda_devices"] == ""
     assert [row.num_threads for row in gang.rank_map] == [3, 3]
+
+
+def test_the_rank_map_names_the_machine_and_the_transport_and_every_rank_knows_who_is_a_neighbour(gang):
+    assert [facts["nodes"] for facts in gang.run("facts")] == [(0, 0), (0, 0)]  # one machine
+    for row in gang.rank_map:
+        assert (row.ip, row.node_id, row.gpu_ids) == ("127.0.0.1", ray.get_runtime_context().get_node_id(), ())
+        assert row.interface == "lo"
+        assert row.transport["NCCL_SOCKET_IFNAME"] == row.transport["GLOO_SOCKET_IFNAME"] == "lo"
+        assert row.transport["NCCL_DEBUG"] == "WARN"  # as it was given
+        assert not [name for name in row.transport if not name.startswith(("NCCL_", "GLOO_", "TORCH_"))]
 
 
 def test_every_socket_of_ray_and_of_the_gang_listens_on_loopback(gang):

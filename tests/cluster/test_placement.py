@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.placement import ClusterTooSmall, check_fits, rank_order, threads_of, worker_resources
+from cluster.placement import ClusterTooSmall, check_fits, node_of_ranks, rank_order, threads_of, worker_resources
 from workers.actor import Place
 
 JOINED = ClusterConfig(address="10.0.0.1:6379", num_workers=4, cpus_per_worker=2.0)
@@ -22,6 +22,17 @@ def test_ranks_follow_addresses_as_numbers_then_gpus_whatever_the_bundle_order()
     assert rank_order(places) == [2, 1, 0, 3]
     shuffled = [places[i] for i in (3, 1, 0, 2)]
     assert [shuffled[b] for b in rank_order(shuffled)] == [places[b] for b in rank_order(places)]
+
+
+def test_expert_parallel_groups_stay_on_a_node_where_they_fit():
+    places = [place(ip) for ip in ("10.0.0.1", "10.0.0.2", "10.0.0.3") for _ in range({"10.0.0.2": 2}.get(ip, 3))]
+    # Nodes with 3, 2, 3 places and groups of 2: by address alone two groups would cross nodes, [2, 3] and [4, 5].
+    assert rank_order(places, 2) == [0, 1, 3, 4, 5, 6, 2, 7]
+    assert rank_order(places, 4) == list(range(8))  # none fits
+
+
+def test_machines_are_numbered_as_ranks_reach_them():
+    assert node_of_ranks(["10.0.0.9", "10.0.0.9", "10.0.0.10", "10.0.0.9"]) == (0, 0, 1, 0)
 
 
 def test_workers_that_share_a_node_share_its_cores():

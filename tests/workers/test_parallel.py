@@ -11,8 +11,10 @@ from workers.parallel import ParallelConfig
         ({"ep_size": -1}, r"parallel.ep_size \(-1\) must be 0 \(all workers\) or a positive number"),
         ({"exchange": "ring"}, "parallel.exchange is 'ring'; it must be one of auto, assignment, rank, node, deep_ep"),
         ({"payload": "int4"}, "parallel.payload is 'int4'; it must be one of compute, fp8"),
-        ({"ranks_per_node": -2}, r"parallel.ranks_per_node \(-2\) must be 0 or a positive number of ranks"),
-        ({"exchange": "node"}, r"parallel.ranks_per_node \(0\) .* positive for parallel.exchange node"),
+        (
+            {"ranks_per_node": -2},
+            r"parallel.ranks_per_node \(-2\) must be 0 \(as they are placed\) or a positive number",
+        ),
         ({"exchange": "deep_ep", "payload": "fp8"}, r"parallel.payload \(fp8\) must be compute for .* deep_ep"),
     ],
 )

@@ -26,14 +26,17 @@ BEST = "adaptive"
 OTHERS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
 
 
-def run(num_seeds: int, num_steps: int, runs: Sequence[str], laws: Sequence[str], out: Path) -> int:
+def run(num_seeds: int, num_steps: int, runs: Sequence[str], first: int | None, laws: Sequence[str], out: Path) -> int:
     """Play on every trace and show what came of it. Returns the exit code: 0, also where a goal is missed.
+
+    first: training step from which the runs are played a second time, None for once alone.
 
     Raises:
         ValueError: a law or a run is wrong.
     """
     chosen = {spec: parse_law(spec) for spec in (*OTHERS, *laws)}
     traces: list[Trace] = [RecordedTrace(find_run(name)) for name in runs]
+    traces += [RecordedTrace(find_run(name), first=first) for name in runs if first is not None]
     shift = num_steps * 5 // 8
     traces += [RouterSimulation(seed=seed, num_steps=num_steps, shift_step=shift) for seed in range(num_seeds)]
     if not traces:

@@ -42,7 +42,7 @@ class BenchRank:
     def __init__(self) -> None:
         self._doing = "joining"
 
-    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+    def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...]) -> None:
         """Become a rank of the world."""
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)

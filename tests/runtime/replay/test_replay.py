@@ -62,7 +62,11 @@ def test_the_record_holds_every_number(copy: Path, capsys: pytest.CaptureFixture
     assert "steps to" in capsys.readouterr().out
     values = json.loads((copy / "replay.json").read_text())
     assert values["own_bias"] == {"num_steps": STEPS, "num_equal": STEPS, "problem": None}
-    assert (values["steps"], values["shift_step"], values["threshold"]) == ([1, STEPS], 13, 0.7)
+    assert (values["steps"], values["shift_step"], values["threshold_by_step"]) == (
+        [1, STEPS],
+        13,
+        [0.7] * STEPS,
+    )
     assert values["training_steps"] == list(range(1, STEPS + 1))
     assert list(values["laws"]) == ["sign:u=0.02, the run's own", "sign:u=0.001", "adaptive"]
     for law in values["laws"].values():
@@ -95,6 +99,13 @@ def test_a_sampled_trace_numbers_what_was_recorded(copy: Path) -> None:
     assert (sampled.name, sampled.steps, sampled.shift_step) == ("copied, 11 recorded of 31 steps", range(1, 12), 3)
     assert sampled.training_steps == list(range(1, 32, 3))
     assert all(torch.equal(a, b) for a, b in zip(sampled.scores(2), fourth, strict=True))
+
+
+def test_a_trace_may_begin_later_without_a_bias(run: Path) -> None:
+    whole, late = RecordedTrace(run), RecordedTrace(run, shift=20, first=9)
+    assert (late.name, late.steps, late.shift_step) == ("run, 24 steps from 9 on", range(1, 25), 12)
+    assert all(torch.equal(a, b) for a, b in zip(late.scores(1), whole.scores(9), strict=True))
+    assert not play(late, {"own": BalanceConfig(law="sign", rate=0.02)})["own"].bias[0].any()
 
 
 def test_the_own_law_is_not_played_twice(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +142,8 @@ def test_a_bias_that_does_not_follow_fails_after_all_is_said(copy: Path, capsys:
         (["--law", "sign:u=fast"], "rate is 'fast'"),
         (["--shift", "33"], "--shift 33 must lie inside the recorded steps, 2 to 32"),
         (["--shift", "1"], "--shift 1 must lie inside the recorded steps, 2 to 32"),
+        (["--first", "32"], "--first 32 must leave recorded steps to play on: at most 31"),
+        (["--first", "9", "--shift", "9"], "--shift 9 must lie inside the recorded steps, 10 to 32"),
     ],
 )
 def test_wrong_usage_is_named(run: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +161,6 @@ def test_a_shift_of_the_settings_is_that_of_the_trace(copy: Path) -> None:
 def test_threads_are_as_before(run: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    replay(run, laws=["none"], threshold=None, shift=None, out=tmp_path)
+    replay(run, laws=["none"], threshold=None, shift=None, first=None, out=tmp_path)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
