@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 from cluster.node_state import NodeState, live_nodes
@@ -27,9 +26,8 @@ class Access:
 
     @property
     def on_loopback(self) -> bool:
-        """Whether nobody outside this machine reaches the head."""
-        host = self.gcs_address.rpartition(":")[0]
-        return host == "localhost" or _is_loopback(host)
+        """Whether nobody outside this machine reaches the head. For 127.0.0.2 Ray listens on all interfaces."""
+        return self.gcs_address.rpartition(":")[0] in ("127.0.0.1", "localhost")
 
 
 def find_access(address: str) -> Access:
@@ -91,9 +89,3 @@ class OpenCluster(ClusterUnreachable):
 def _as_announced(address: str) -> str:
     return address.replace("localhost:", "127.0.0.1:")
 
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

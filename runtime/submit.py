@@ -97,8 +97,8 @@ def _send(client: Any, entrypoint: str, folder: Path) -> str:
     size = upload_bytes(folder)
     if size > LARGEST_BYTES:
         raise ValueError(
-            f"--working-dir {folder} has {size / 1e6:,.0f} MB to upload, more than {LARGEST_BYTES / 1e6:,.0f}; put what is "
-            "not code into its .gitignore"
+            f"--working-dir {folder} has {size / 1e6:,.0f} MB to upload, more than {LARGEST_BYTES / 1e6:,.0f}; put what "
+            "is not code into its .gitignore"
         )
     _say(f"uploading {size / 1e6:.1f} MB of code from {folder}")
     environment = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
@@ -162,8 +162,8 @@ def _client(url: str, access: Access | None) -> Iterator[Any]:
             yield JobSubmissionClient(url)
         except AuthenticationError as error:
             raise TokenRefused(
-                f"the job API at {url} demands the cluster's token: copy the head's token file here, chmod 600, and set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to it"
+                f"the job API at {url} demands the cluster's token: copy the head's token file here, chmod 600, and "
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to it"
             ) from error
         except RuntimeError as error:
             raise JobsUnavailable(f"the job API at {url} refused: {error}") from error
