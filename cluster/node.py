@@ -13,8 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 from cluster.access import Access, check_access
 from cluster.node_state import LOG_FILE, NodeState, forget, live_nodes, node_folder, read_nodes
 from cluster.probe import check_answers
-from cluster.processes import Process, end, process_of
-from cluster.session import OBJECT_STORE_BYTES
+from cluster.processes import end, process_of
+from cluster.session import OBJECT_STORE_BYTES, ctrl_c_deferred
 from cluster.token import check_token, ensure_token, token_environment
 
 START_LIMIT_S = 120.0
@@ -127,9 +126,13 @@ def start(options: NodeOptions, on_wait: Callable[[str], None] = lambda _: None)
     folder = node_folder(options.address)
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted start may have left one without a state
     folder.mkdir(mode=0o700)
-    with _ended_on_failure(options) as launch:
-        node = launch()
+    with ctrl_c_deferred():  # until it is on record, so that there is always somebody who can end it
+        node = _launch(options)
+    try:
         _wait_usable(node, on_wait)
+    except BaseException:  # Ctrl-C included
+        stop(node)
+        raise
     return node
 
 
@@ -188,44 +191,30 @@ def local_address_to(head: str) -> str:
         raise ValueError(f"there is no way from this machine to the head at {head} ({error})") from error
 
 
-@contextmanager
-def _ended_on_failure(options: NodeOptions) -> Iterator[Callable[[], NodeState]]:
-    """Give what launches the node; if anything goes wrong from there on, Ctrl-C included, nothing of it is left."""
-    leader: Process | None = None
-
-    def launch() -> NodeState:
-        nonlocal leader
-        with (node_folder(options.address) / LOG_FILE).open("w") as log:
-            started = subprocess.Popen(  # noqa: S603 Ray of this Python
-                ray_command(options),
-                env=node_environment(options),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C at this terminal is not for it, and its members are known by it
-            )
-        leader = process_of(started.pid)
-        if leader is None:  # cannot be: a child that was not waited for has an entry in /proc, ended or not
-            raise NodeFailed(f"process {started.pid}, just started, is not in /proc")
-        has_jobs = options.head is None and importlib.util.find_spec("aiohttp") is not None
-        node = NodeState(
-            address=options.address,
-            gcs_address=options.gcs_address,
-            is_head=options.head is None,
-            dashboard=f"http://127.0.0.1:{options.dashboard_port}" if has_jobs else None,
-            token_file=None if options.token_file is None else str(options.token_file),
-            leader=leader,
+def _launch(options: NodeOptions) -> NodeState:
+    with (node_folder(options.address) / LOG_FILE).open("w") as log:
+        started = subprocess.Popen(  # noqa: S603 Ray of this Python
+            ray_command(options),
+            env=node_environment(options),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C at this terminal is not for it, and its members are known by it
         )
-        node.write()
-        return node
-
-    try:
-        yield launch
-    except BaseException:
-        if leader is not None:
-            end(leader, STOP_PATIENCE_S)
-        shutil.rmtree(node_folder(options.address), ignore_errors=True)
-        raise
+    leader = process_of(started.pid)
+    if leader is None:  # cannot be: a child that was not waited for has an entry in /proc, ended or not
+        raise NodeFailed(f"process {started.pid}, just started, is not in /proc")
+    has_jobs = options.head is None and importlib.util.find_spec("aiohttp") is not None
+    node = NodeState(
+        address=options.address,
+        gcs_address=options.gcs_address,
+        is_head=options.head is None,
+        dashboard=f"http://127.0.0.1:{options.dashboard_port}" if has_jobs else None,
+        token_file=None if options.token_file is None else str(options.token_file),
+        leader=leader,
+    )
+    node.write()
+    return node
 
 
 def _wait_usable(node: NodeState, on_wait: Callable[[str], None]) -> None:

@@ -73,11 +73,12 @@ def connect(gcs_address: str) -> Any:
     """A client of the head's control store (ray's GcsClient) with the environment's token. Answers in milliseconds.
 
     Raises:
-        TokenRefused: it wants another token. ClusterUnreachable: no Ray answers there.
+        TokenRefused: it wants another token. ClusterUnreachable: nobody listens there, or no Ray.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RpcError
 
+    check_answers(gcs_address)  # Ray itself would wait for half a minute for somebody to listen
     try:
         return GcsClient(address=gcs_address)
     except AuthenticationError as error:

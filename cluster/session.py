@@ -72,7 +72,7 @@ def _local_ray(config: ClusterConfig) -> Iterator[None]:
     # folder to everybody, so it gets one inside.
     folder = Path(tempfile.mkdtemp(prefix="trimtab-ray-", dir=ray_folder()))
     try:
-        with _ctrl_c_deferred(), _environment(_local_variables()):
+        with ctrl_c_deferred(), _environment(_local_variables()):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -125,7 +125,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c_deferred() -> Iterator[None]:
+def ctrl_c_deferred() -> Iterator[None]:
     """Keep the first Ctrl-C until the block ends: Ray, half started, may swallow it or leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield

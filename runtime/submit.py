@@ -83,22 +83,29 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
     if not (folder / "runtime" / "__main__.py").exists():
         raise ValueError(f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from it")
     if words[0] == "train":
-        names = [word.partition("=")[0] for word in words]
-        if "--cluster.address" not in names:
-            words += ["--cluster.address", "auto"]
-        if "--run.dir" not in names and "--resume" not in names:
-            if not shares_files:
-                raise ValueError("give --run.dir an absolute path that the cluster's nodes share: this machine is none")
-            words += ["--run.dir", str(Path("runs").absolute())]
+        words += _placed(words, shares_files=shares_files)
     return shlex.join(["python", "-m", "runtime", *words])
+
+
+def _placed(words: Sequence[str], *, shares_files: bool) -> list[str]:
+    """Options that a training needs to find the cluster, and to write where it can be found; the user's own win."""
+    names = [word.partition("=")[0] for word in words]
+    more = [] if "--cluster.address" in names else ["--cluster.address", "auto"]
+    if "--resume" in names and not any(word.startswith(("/", "--resume=/")) for word in words):
+        raise ValueError("--resume of a job needs the full path of the run: the job works in a folder of its own")
+    if "--resume" in names or "--run.dir" in names:
+        return more
+    if not shares_files:
+        raise ValueError("give --run.dir a full path that the cluster's nodes share: this machine is none of them")
+    return [*more, "--run.dir", str(Path("runs").absolute())]
 
 
 def _send(client: Any, entrypoint: str, folder: Path) -> str:
     size = upload_bytes(folder)
     if size > LARGEST_BYTES:
         raise ValueError(
-            f"--working-dir {folder} has {size / 1e6:,.0f} MB to upload, more than {LARGEST_BYTES / 1e6:,.0f}; put what "
-            "is not code into its .gitignore"
+            f"--working-dir {folder} has {size / 1e6:,.0f} MB to upload, more than {LARGEST_BYTES / 1e6:,.0f}; put "
+            "what is not code into its .gitignore"
         )
     _say(f"uploading {size / 1e6:.1f} MB of code from {folder}")
     environment = {"working_dir": str(folder), "excludes": list(EXCLUDED)}

@@ -1,6 +1,6 @@
 """A cluster of two nodes beyond loopback, from `up` to `down`: who has its token uses it, and nobody else.
 
-    head 127.0.0.2, 1 CPU    node 127.0.0.3, 1 CPU    each a Ray node with processes, ports and folder of its own
+head 127.0.0.2, 1 CPU    node 127.0.0.3, 1 CPU    each a Ray node with processes, ports and folder of its own
 """
 
 import importlib.util
