@@ -6,6 +6,7 @@ import shlex
 
 from cluster.manifests.plan import ManifestPlan
 from cluster.node import HEALTH_CHECKS
+from cluster.session import OBJECT_STORE_BYTES
 
 NODE_WAIT_S = 300  # Ray's 30 s are too short where a file system answers slowly.
 
@@ -18,6 +19,7 @@ def slurm_script(plan: ManifestPlan, *, time_limit: str) -> str:
     """
     ray = ["--min-nodes", str(plan.num_nodes), "--num-cpus", str(plan.cpus_per_node)]
     ray += ["--num-gpus", str(plan.gpus_per_node), "--disable-usage-stats"]
+    ray += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     variables = HEALTH_CHECKS | {"RAY_AUTH_MODE": "token", "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": str(NODE_WAIT_S)}
     return "\n".join(
         [
@@ -31,8 +33,9 @@ def slurm_script(plan: ManifestPlan, *, time_limit: str) -> str:
             "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT",
             "",
             "# The address, not the name: a machine may call itself 127.0.0.1.",
-            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "head=$(srun --nodes=1 --ntasks=1 --nodelist=\"$first\" hostname -I | cut -d ' ' -f 1)",
+            # No pipe into `head`: who is not read to the end may die of it, and with pipefail the script.
+            'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+            'read -r head _ < <(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I)',
             "",
             f'srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" {shlex.join(ray)} -- \\',
             f"  {shlex.join(plan.train_command)}",
