@@ -296,9 +296,16 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_end_it(cluster, tree):
     assert f"{job} STOPPED" in followed.stderr
 
 
-def test_down_ends_one_node_or_all_and_nothing_else(cluster):
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    started = subprocess.Popen(["sleep", "600"])
+    yield psutil.Process(started.pid)
+    started.kill()
+    started.wait()
+
+
+def test_down_ends_one_node_or_all_and_nothing_else(cluster, bystander):
     """Last: it ends the cluster. A node that crashed is cleaned up like one that runs."""
-    bystander = subprocess.Popen(["sleep", "600"])
     leader = json.loads((nodes(cluster.place) / "127.0.0.3" / "node.json").read_text())["leader"]["pid"]
     os.kill(leader, signal.SIGKILL)
     ended = cluster.place.run("cluster", "down", "127.0.0.3")
@@ -310,9 +317,7 @@ def test_down_ends_one_node_or_all_and_nothing_else(cluster):
     assert (ended.returncode, ended.stdout.split(" at ")[0]) == (0, "ended the head")
     assert cluster.place.processes() == []
     assert list(nodes(cluster.place).iterdir()) == []
-    assert psutil.Process(bystander.pid).status() == psutil.STATUS_SLEEPING
-    bystander.kill()
-    bystander.wait()
+    assert bystander.status() == psutil.STATUS_SLEEPING
     assert "nothing of `trimtab cluster` runs" in cluster.place.run("cluster", "down").stdout
     gone = cluster.place.run("cluster", "status")
     assert (gone.returncode, "no cluster" in gone.stdout) == (1, True)
