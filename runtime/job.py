@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.access import check_access, find_access
 from cluster.failures import GangFailed
 from cluster.preflight import check_resources
-from cluster.session import check_answers
 from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
         )
     if config.cluster.address is not None:
-        check_answers(config.cluster.address)
+        check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
     check_resources(
         config.cluster,

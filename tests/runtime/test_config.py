@@ -13,7 +13,7 @@ from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
-from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
+from runtime.config_file import config_from_yaml, config_from_yaml_file, config_to_yaml, load_config, parse_train
 from runtime.job import _config_for
 from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
@@ -412,3 +412,16 @@ def test_the_size_of_recorded_scores_is_known_before() -> None:
     # Steps 1, 4, ... 19 of 20; 4 sequences of 64 tokens; 2 MoE layers of 8 experts; 2 bytes.
     assert recorded_scores_bytes(config) == 7 * 4 * 64 * 2 * 8 * 2
     assert recorded_scores_bytes(parse_train(["--config", "tiny"]).config) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ['run: !!python/object/apply:os.system ["touch {ran}"]', "run: {{name: !!python/name:os.system }}"]
+)
+def test_a_file_with_a_tag_of_python_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None:
+    path, ran = tmp_path / "config.yaml", tmp_path / "ran"
+    path.write_text(text.format(ran=ran))
+    with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor for the tag"):
+        config_from_yaml_file(path)
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(str(path))
+    assert not ran.exists()
