@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from dispatch.dispatcher import Dispatcher
 from dispatch.layer import MoEConfig, MoELayer, SwiGLU
 from dispatch.schedule import ScheduleConfig
-from workers.attention import GroupedQueryAttention, rotary_table
+from workers.attention import (
+    GroupedQueryAttention,
+    LatentAttention,
+    LatentConfig,
+    YarnConfig,
+    rotary_table,
+    visible,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +38,26 @@ class ModelConfig:
     """Query heads of attention; divides hidden."""
     num_kv_heads: int = 2
     """Key and value heads, each shared by num_heads / num_kv_heads query heads."""
+    head_dim: int = 0
+    """Width of a head; 0 takes hidden / num_heads."""
+    attention: Literal["grouped_query", "latent"] = "grouped_query"
+    """Kind of attention: grouped queries, or the latent attention (MLA) of DeepSeek-V3."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    """Sizes of latent attention, in place of num_kv_heads and head_dim."""
+    query_key_norm: Literal["none", "head", "all"] = "none"
+    """RMSNorm of queries and keys: none, of each head (Qwen3), of all heads together (OLMoE)."""
+    clip_qkv: float = 0.0
+    """Bound of every element of queries, keys and values; 0 for none."""
     dense_ffn_hidden: int = 512
     """Inner width of the feed-forward of a dense block."""
     max_seq_len: int = 256
     """Longest sequence in tokens, in training and generation."""
     rope_theta: float = 1e4
     """Base of the rotary position angles."""
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+    """Stretching of rotary positions beyond the length of pre-training."""
+    tie_embeddings: bool = False
+    """Take the token embedding for the output projection too."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     recompute: bool = False
@@ -52,7 +74,9 @@ class ModelConfig:
             raise ValueError(
                 f"num_dense_layers ({self.num_dense_layers}) must be between 0 and num_layers ({self.num_layers})"
             )
-        if self.hidden % (2 * self.num_heads):
+        if self.head_dim % 2 or self.head_dim < 0:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, or 0 for hidden / num_heads")
+        if self.attention == "grouped_query" and not self.head_dim and self.hidden % (2 * self.num_heads):
             raise ValueError(
                 f"hidden ({self.hidden}) must be a multiple of 2 * num_heads (2 * {self.num_heads}): rotary positions "
                 "turn pairs of a head's dimensions; change hidden or num_heads"
@@ -62,6 +86,39 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        for name, allowed in (("attention", ("grouped_query", "latent")), ("query_key_norm", ("none", "head", "all"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if not self.clip_qkv >= 0:
+            raise ValueError(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
+        if self.attention == "latent" and (self.query_key_norm != "none" or self.clip_qkv):
+            raise ValueError(
+                f"query_key_norm ({self.query_key_norm}) and clip_qkv ({self.clip_qkv}) are of grouped_query "
+                "attention; leave them out with latent attention"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.latent.rope_dim if self.attention == "latent" else self.head_dim or self.hidden // self.num_heads
+
+    def make_attention(self) -> nn.Module:
+        """The attention of one block."""
+        if self.attention == "latent":
+            return LatentAttention(self.hidden, self.num_heads, self.latent, score_factor=self.yarn.score_factor)
+        return GroupedQueryAttention(
+            self.hidden,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim or None,
+            norm=self.query_key_norm,
+            norm_eps=self.norm_eps,
+            clip=self.clip_qkv,
+            score_factor=self.yarn.score_factor,
+        )
 
 
 class Block(nn.Module):
@@ -70,7 +127,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoELayer | None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.attention = GroupedQueryAttention(config.hidden, config.num_heads, config.num_kv_heads)
+        self.attention = config.make_attention()
         self.ffn_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.has_moe = moe is not None
         if moe is not None:
@@ -78,9 +135,9 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.hidden, config.dense_ffn_hidden)
 
-    def forward(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Map x (B, S, hidden) to the same shape."""
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
+        x = x + self.attention(self.attention_norm(x), rotary, seen)
         normed = self.ffn_norm(x)
         y: Tensor = self.moe(normed, token_mask) if self.has_moe else self.ffn(normed)
         return x + y
@@ -109,32 +166,56 @@ class Decoder(nn.Module):
             for index in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
-    def forward(self, token_ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, *, token_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, S, vocab_size), at least fp32, also under autocast.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
             token_mask: bool (B, S), False for padding, which is not counted as load. Padding must come last in its
-                sequence: causal attention then hides it from every real token.
+                sequence, where causal attention hides it from every real token, unless positions are given.
+            positions: int64 (B, S), of each token in its sequence, as by `workers.attention.positions_of`. Padding may
+                then stand anywhere: a token sees the real tokens at or before its own position. Without them they
+                count from 0.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
-        seq_len = token_ids.shape[1]
-        if seq_len > self.config.max_seq_len:
-            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({self.config.max_seq_len})")
         x = self.token_embedding(token_ids)
-        head_dim = self.config.hidden // self.config.num_heads
-        rotary = rotary_table(seq_len, head_dim, self.config.rope_theta, device=x.device, dtype=x.dtype)
+        rotary, seen = self._places(x, token_mask, positions)
         for block in self.layers:
             if self.config.recompute:
                 # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws
                 # random numbers, so their state need not be kept.
-                x = checkpoint(block, x, rotary, token_mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rotary, token_mask, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotary, token_mask)
-        logits: Tensor = self.lm_head(self.norm(x))
+                x = block(x, rotary, token_mask, seen)
+        return self._logits(self.norm(x))
+
+    def _places(self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
+        seq_len, config = x.shape[1], self.config
+        if seq_len > config.max_seq_len:
+            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({config.max_seq_len})")
+        rotary = rotary_table(
+            seq_len if positions is None else positions,
+            config.rotary_dim,
+            config.rope_theta,
+            device=x.device,
+            dtype=x.dtype,
+            yarn=config.yarn,
+        )
+        if positions is None:
+            return rotary, None
+        mask = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
+        return rotary, visible(positions, positions, mask)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        head = self.token_embedding if self.config.tie_embeddings else self.lm_head
+        logits = F.linear(normed, head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -50,10 +50,17 @@ def draw_comparison(figure: FigureBase, comparison: Comparison) -> None:
 
 
 def _draw_floors(axes: Axes, comparison: Comparison) -> list[Artist]:
-    return [
-        axes.axhline(floor, color=THEME["red"], lw=1.3, ls=FLOOR_STYLES[name], label=name)
-        for name, floor in comparison.floors.items()
-    ]
+    first, last = comparison.steps
+    by_step = {
+        "practical floor": comparison.floor_S,
+        "chance floor": np.full(last + 1 - first, comparison.chance_floor),
+    }
+    handles: list[Artist] = []
+    for name in comparison.floors:
+        handles += axes.plot(
+            np.arange(first, last + 1), by_step[name], color=THEME["red"], lw=1.3, ls=FLOOR_STYLES[name], label=name
+        )
+    return handles
 
 
 def _colors(number: int) -> list[object]:

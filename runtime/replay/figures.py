@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from runtime.replay.play import Played, max_vio_by_step
 from runtime.replay.trace import Trace
 
-BALANCED_AT = 1.5  # times the practical floor
-MEAN_OVER = 5  # steps that must be below the threshold on average
+MEAN_OVER = 5  # steps that must be within the threshold on average
 STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 
 
@@ -17,8 +16,8 @@ STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 class Figures:
     """Of one law on one trace.
 
-    balanced_after: updates until the mean MaxVio_batch of the next MEAN_OVER steps is below the threshold, None if
-    never. recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
+    balanced_after: updates until the next MEAN_OVER steps are within the threshold on average, None if never.
+    recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
     steps, the last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best
     scores that the chosen ones lack. Means over layers.
     """
@@ -30,16 +29,17 @@ class Figures:
     regret: float
 
 
-def figures_of(played: Played, trace: Trace, threshold: float) -> Figures:
-    """The figures of what `play` returned. threshold: MaxVio_batch that counts as balanced."""
+def figures_of(played: Played, trace: Trace, threshold_S: NDArray[np.float64]) -> Figures:
+    """The figures of what `play` returned. threshold_S: (S,), MaxVio_batch that counts as balanced in each step."""
     slices, steps = trace.layout.slices, steady_steps(trace)
     vio_S = max_vio_by_step(played.counts, slices)
     steady = slice(steps[0] - trace.steps[0], steps[-1] + 1 - trace.steps[0])
     shift = steady.stop
+    share_S = vio_S / threshold_S
     load_1N = played.counts[steady].sum(0, keepdims=True)
     return Figures(
-        balanced_after=first_balanced(vio_S[:shift], threshold),
-        recovered_after=first_balanced(vio_S[shift:], threshold) if shift < len(vio_S) else None,
+        balanced_after=first_balanced(share_S[:shift]),
+        recovered_after=first_balanced(share_S[shift:]) if shift < len(vio_S) else None,
         max_vio_batch=float(vio_S[steady].mean()),
         max_vio_global=float(max_vio_by_step(load_1N, slices)[0]),
         regret=float(played.regret[steady].mean()),
@@ -52,10 +52,10 @@ def steady_steps(trace: Trace) -> range:
     return trace.steps[num_steps - max(1, round(STEADY_SHARE * num_steps)) : num_steps]
 
 
-def first_balanced(vio_S: NDArray[np.float64], threshold: float) -> int | None:
-    """Index of the first step from which MEAN_OVER steps are at most `threshold` on average; None if there is none."""
-    if len(vio_S) < MEAN_OVER:
+def first_balanced(share_S: NDArray[np.float64]) -> int | None:
+    """Index of the first step from which MEAN_OVER shares of the threshold are at most 1 on average; None if none."""
+    if len(share_S) < MEAN_OVER:
         return None
-    means = np.convolve(vio_S, np.full(MEAN_OVER, 1 / MEAN_OVER), "valid")
-    below = np.flatnonzero(means <= threshold)
+    means = np.convolve(share_S, np.full(MEAN_OVER, 1 / MEAN_OVER), "valid")
+    below = np.flatnonzero(means <= 1)
     return int(below[0]) if below.size else None

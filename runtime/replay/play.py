@@ -3,7 +3,6 @@
 Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ from torch import Tensor
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.laws.registry import STATISTIC_SCALE
 from dispatch.layout import LoadLayout
-from dispatch.load_metrics import max_vio, max_vio_floor
-from dispatch.selection import biased_scores, choose_experts, count_by_expert, ordered_topk
+from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing
 from runtime.replay.trace import Choice, Trace
 
@@ -95,53 +93,3 @@ def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDA
     """MaxVio of every step, mean over the layers: (S,)."""
     layers = [counts[:, where].max(1) / np.maximum(counts[:, where].mean(1), 1e-300) - 1 for where in slices]
     return np.asarray(np.mean(layers, axis=0), np.float64)
-
-
-def practical_floor(
-    trace: Trace, num_samples: int = 32, num_neighbours: int = 6, num_rounds: int = 8, among: range | None = None
-) -> float:
-    """MaxVio_batch that the best constant bias for a step would leave when it may not see the step itself.
-
-    For some steps, the bias that balances the steps before and after together is tried on the step between. What is
-    left is chance, of which tokens that come in sequences have more than independent ones (`dispatch.load_metrics`).
-
-    among: steps to try; None for all. Where a young router moves fast, neighbours say little. NaN where no step has
-    enough neighbours.
-    """
-    values = []
-    stride = 4  # tokens of one sequence resemble each other: the others say little more
-    for step in _sampled_steps(trace, num_samples, num_neighbours, among):
-        around = [trace.scores(step + offset) for offset in range(-num_neighbours, num_neighbours + 1) if offset]
-        scores = trace.scores(step)
-        for layer, scores_TE in enumerate(scores):
-            bias_E = _balancing_bias(torch.cat([each[layer][::stride] for each in around]), trace.choice, num_rounds)
-            topk_ids_TK = choose_experts(scores_TE, bias_E, trace.choice.top_k, **trace.choice.groups)
-            load_E = count_by_expert(topk_ids_TK, scores_TE.shape[1])
-            values.append(max_vio(load_E))
-    return float(np.mean(values)) if values else math.nan
-
-
-def chance_floor(trace: Trace) -> float:
-    """`max_vio_floor` of the last step, mean over layers: what independent tokens would leave."""
-    scores = trace.scores(trace.steps[-1])
-    return float(np.mean([max_vio_floor(len(each), each.shape[1], trace.choice.top_k) for each in scores]))
-
-
-def _sampled_steps(trace: Trace, num_samples: int, num_neighbours: int, among: range | None) -> list[int]:
-    inner = trace.steps[num_neighbours : len(trace.steps) - num_neighbours]
-    steps = [step for step in inner if among is None or step in among]
-    if trace.shift_step is not None:
-        # Neighbours on both sides of a shift say nothing about either.
-        steps = [step for step in steps if not -num_neighbours <= trace.shift_step - step <= num_neighbours]
-    return [steps[index] for index in np.linspace(0, len(steps) - 1, min(num_samples, len(steps))).astype(int)]
-
-
-def _balancing_bias(scores_TE: Tensor, choice: Choice, num_rounds: int) -> Tensor:
-    """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate."""
-    config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(num_rounds)]
-    layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
-    player = Player(config[0], layout, choice)
-    for round_, each in enumerate(config, 1):
-        player.law = make_law(each, layout)
-        player.step(round_, [scores_TE])
-    return player.state.bias_N

@@ -39,10 +39,15 @@ def _notes(comparison: Comparison) -> str:
     first, last = comparison.steady
     shift = comparison.shift_step
     recover = "" if shift is None else f"; to recover: the same, counted from the shift at step {shift}"
-    threshold = three_digits(comparison.threshold)
+    low, high = comparison.threshold_S.min(), comparison.threshold_S.max()
+    threshold = (
+        three_digits(low)
+        if low == high
+        else f"1.5 times the practical floor of those steps ({three_digits(low)} to {three_digits(high)})"
+    )
     return (
         f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Steps to "
-        f"balance: before the first {MEAN_OVER} whose mean is at most {threshold}{recover}. Regret: score that the "
-        "choice gives away against top-k without a bias. Floors: what the best constant bias would leave, which does "
-        "not know the batch; what independent tokens would leave by chance."
+        f"balance: before the first {MEAN_OVER} that are on average within {threshold}{recover}. Regret: score that "
+        "the choice gives away against top-k without a bias. Floors: what the best constant bias would leave, which "
+        "does not know the batch; what independent tokens would leave by chance."
     )

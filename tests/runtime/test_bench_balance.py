@@ -23,8 +23,8 @@ def _comparison(ours: Figures, signs: tuple[Figures, ...], shift_step: int | Non
         steps=(1, 400),
         steady=(188, 250),
         shift_step=shift_step,
-        threshold=0.5,
-        practical_floor=0.3,
+        floor_S=np.full(400, 0.3),
+        threshold_S=np.full(400, 0.5),
         chance_floor=0.1,
         laws=outcomes,
     )

@@ -1,6 +1,5 @@
 """Figures, table and picture of laws, on loads that are written out."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from runtime.replay.chart import write_chart
 from runtime.replay.comparison import Comparison, compare
+from runtime.replay.floors import floor_by_step
 from runtime.replay.play import Played
 from runtime.replay.table import as_table
 from runtime.replay.trace import Choice
@@ -68,9 +68,30 @@ def test_without_a_shift_the_end_is_the_steady_part() -> None:
 
 
 def test_a_trace_too_short_for_the_practical_floor_says_so() -> None:
-    found = compared(None)
-    assert math.isnan(found.practical_floor) and found.to_json()["practical_floor"] is None
+    found = compared()  # six steps follow the shift
+    assert np.isnan(found.floor_S).all() and found.to_json()["practical_floor_by_step"] is None
     assert list(found.floors) == ["chance floor"]
+    assert np.isfinite(compared(None).floor_S).all()
+
+
+class MovingTrace(FlatTrace):
+    """40 steps of 256 tokens; up to step 20 one expert leads, by another margin in each step; then neither."""
+
+    steps = range(1, 41)
+
+    def scores(self, step: int) -> list[torch.Tensor]:
+        scores_TE = 0.4 + 0.2 * torch.rand(256, 2, generator=torch.Generator().manual_seed(step))
+        scores_TE[:, 0] += 0.1 * (step % 2) * (step <= 20)
+        return [scores_TE] * 2
+
+
+def test_the_practical_floor_is_high_where_the_router_moves() -> None:
+    trace = MovingTrace(None)
+    floor_S = floor_by_step(trace)
+    assert floor_S[:12].min() > 2 * floor_S[30:].max()
+    # A law whose MaxVio is just above the floor is balanced all along, though it leaves much at first.
+    near = compare(trace, {"near": played(*(1.2 * floor_S).tolist())}).laws["near"].figures
+    assert near.balanced_after == 0
 
 
 def text_of(comparison: Comparison) -> str:
@@ -85,7 +106,7 @@ def test_the_table_has_a_row_for_each_law_and_floor() -> None:
     assert rows["quick"] == ["0.100", "0", "2", "1", "2.0", "%"]
     assert rows["never"] == ["0.900", "0", "never", "never", "2.0", "%"]
     assert "recover" in text_of(compared()) and "recover" not in text_of(compared(None))
-    assert "practical floor" not in text_of(compared(None)) and "chance floor" in text_of(compared(None))
+    assert "practical floor" in text_of(compared(None)) and "chance floor" in text_of(compared(None))
 
 
 def test_the_picture_shows_every_law_floor_and_the_shift(tmp_path: Path) -> None:

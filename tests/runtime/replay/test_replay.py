@@ -62,7 +62,11 @@ def test_the_record_holds_every_number(copy: Path, capsys: pytest.CaptureFixture
     assert "steps to" in capsys.readouterr().out
     values = json.loads((copy / "replay.json").read_text())
     assert values["own_bias"] == {"num_steps": STEPS, "num_equal": STEPS, "problem": None}
-    assert (values["steps"], values["shift_step"], values["threshold"]) == ([1, STEPS], 13, 0.7)
+    assert (values["steps"], values["shift_step"], values["threshold_by_step"]) == (
+        [1, STEPS],
+        13,
+        [0.7] * STEPS,
+    )
     assert values["training_steps"] == list(range(1, STEPS + 1))
     assert list(values["laws"]) == ["sign:u=0.02, the run's own", "sign:u=0.001", "adaptive"]
     for law in values["laws"].values():

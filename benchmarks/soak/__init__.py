@@ -1,0 +1,1 @@
+"""A long run under random ragged loads, watched for leaks: `python -m benchmarks.soak`."""

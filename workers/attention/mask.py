@@ -1,0 +1,26 @@
+"""Who sees whom in sequences that are padded anywhere, or read from a cache."""
+
+from torch import Tensor
+
+
+def positions_of(token_mask: Tensor) -> Tensor:
+    """Position of each real token in its sequence: int64 (B, S) from a bool mask; padding has any position."""
+    return (token_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def visible(query_positions: Tensor, key_positions: Tensor, key_mask: Tensor) -> Tensor:
+    """Bool (B, 1, Q, S): a query sees the real keys at or before its position. For every kind of attention.
+
+    Args:
+        query_positions: int64 (B, Q).
+        key_positions: int64 (B, S), of a cache and of this call.
+        key_mask: bool (B, S), False for padding and for places of a cache that are not filled.
+    """
+    seen = key_mask.unsqueeze(1) & (key_positions.unsqueeze(1) <= query_positions.unsqueeze(2))
+    # Padding may see no key at all, and a softmax over nothing is NaN, which backward would spread.
+    return (seen | ~seen.any(-1, keepdim=True)).unsqueeze(1)
+
+
+def scores_mask(mask: Tensor | None) -> dict[str, Tensor | bool]:
+    """Arguments of `scaled_dot_product_attention`: the mask, or causal order alone, which has the faster kernels."""
+    return {"is_causal": True} if mask is None else {"attn_mask": mask}

@@ -1,0 +1,89 @@
+"""DeepSeek-V3 (arXiv 2412.19437): latent attention, sigmoid router with a selection bias, groups, shared experts."""
+
+from collections.abc import Iterator
+
+from dispatch.layer import MoEConfig
+from workers.attention import LatentConfig
+from workers.families.base import Family, Part, expert_parts, feed_forward_parts
+from workers.families.settings import Settings
+from workers.model import ModelConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    """Our settings from those of a DeepseekV3Config."""
+    settings.expect("attention_bias", False)
+    settings.expect("hidden_act", "silu")
+    settings.expect("scoring_func", "sigmoid")
+    settings.expect("topk_method", "noaux_tc")
+    settings.expect("moe_layer_freq", 1)
+    settings.expect("rope_interleave", True, None)
+    num_groups = settings.whole("n_group", default=1)
+    return ModelConfig(
+        vocab_size=settings.whole("vocab_size"),
+        hidden=settings.whole("hidden_size"),
+        num_layers=settings.whole("num_hidden_layers"),
+        num_dense_layers=settings.whole("first_k_dense_replace"),
+        num_heads=settings.whole("num_attention_heads"),
+        num_kv_heads=settings.whole("num_attention_heads"),
+        attention="latent",
+        latent=LatentConfig(
+            query_rank=settings.whole("q_lora_rank", default=0),
+            kv_rank=settings.whole("kv_lora_rank"),
+            nope_dim=settings.whole("qk_nope_head_dim"),
+            rope_dim=settings.whole("qk_rope_head_dim"),
+            value_dim=settings.whole("v_head_dim"),
+        ),
+        dense_ffn_hidden=settings.whole("intermediate_size"),
+        max_seq_len=settings.whole("max_position_embeddings"),
+        rope_theta=settings.rope_theta(1e4),
+        yarn=settings.yarn(scales_scores=True),
+        norm_eps=settings.number("rms_norm_eps", default=1e-6),
+        tie_embeddings=settings.flag("tie_word_embeddings", default=False),
+        moe=MoEConfig(
+            num_experts=settings.whole("n_routed_experts", "num_local_experts"),
+            top_k=settings.whole("num_experts_per_tok"),
+            ffn_hidden=settings.whole("moe_intermediate_size"),
+            num_shared_experts=settings.whole("n_shared_experts", default=0),
+            score="sigmoid",
+            num_groups=num_groups,
+            groups_kept=settings.whole("topk_group", default=1),
+            scores_per_group=2,  # of DeepSeek's own code; the paper's top_k / groups_kept is 2 as well at full size
+            normalize_weights=settings.flag("norm_topk_prob", default=True),
+            route_scale=settings.number("routed_scaling_factor", default=1.0),
+        ),
+    )
+
+
+def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
+    """Attention and feed-forward of one layer."""
+    ours = f"layers.{index}"
+    yield from _latent_parts(config, f"{layer}.self_attn", f"{ours}.attention")
+    if index < config.num_dense_layers:
+        yield from feed_forward_parts(config, f"{layer}.mlp", f"{ours}.ffn", config.dense_ffn_hidden)
+        return
+    moe = config.moe
+    yield Part(f"{layer}.mlp.gate.e_score_correction_bias", f"{ours}.moe.router.expert_bias_E", (moe.num_experts,))
+    yield from expert_parts(config, f"{layer}.mlp", f"{ours}.moe")
+    if moe.num_shared_experts:
+        shared = moe.ffn_hidden * moe.num_shared_experts
+        yield from feed_forward_parts(config, f"{layer}.mlp.shared_experts", f"{ours}.moe.shared_experts", shared)
+
+
+def _latent_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    sizes, heads, hidden = config.latent, config.num_heads, config.hidden
+    query_shape = (heads * (sizes.nope_dim + sizes.rope_dim), sizes.query_rank or hidden)
+    if sizes.query_rank:
+        yield Part(f"{theirs}.q_a_proj.weight", f"{ours}.query_latent_proj.weight", (sizes.query_rank, hidden))
+        yield Part(f"{theirs}.q_a_layernorm.weight", f"{ours}.query_norm.weight", (sizes.query_rank,))
+        yield Part(f"{theirs}.q_b_proj.weight", f"{ours}.query_proj.weight", query_shape)
+    else:
+        yield Part(f"{theirs}.q_proj.weight", f"{ours}.query_proj.weight", query_shape)
+    latent_shape = (sizes.kv_rank + sizes.rope_dim, hidden)
+    yield Part(f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_latent_proj.weight", latent_shape)
+    yield Part(f"{theirs}.kv_a_layernorm.weight", f"{ours}.kv_norm.weight", (sizes.kv_rank,))
+    kv_shape = (heads * (sizes.nope_dim + sizes.value_dim), sizes.kv_rank)
+    yield Part(f"{theirs}.kv_b_proj.weight", f"{ours}.kv_proj.weight", kv_shape)
+    yield Part(f"{theirs}.o_proj.weight", f"{ours}.out_proj.weight", (hidden, heads * sizes.value_dim))
+
+
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_config, layer_parts, has_bias=True)

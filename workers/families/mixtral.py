@@ -1,0 +1,45 @@
+"""Mixtral (arXiv 2401.04088): grouped queries, softmax router whose weights are normalised, no shared expert."""
+
+from collections.abc import Iterator
+
+from dispatch.layer import MoEConfig
+from workers.families.base import Family, Part, expert_parts, grouped_query_parts
+from workers.families.settings import Settings
+from workers.model import ModelConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    """Our settings from those of a MixtralConfig."""
+    settings.expect("sliding_window", None)
+    settings.expect("hidden_act", "silu")
+    hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
+    return ModelConfig(
+        vocab_size=settings.whole("vocab_size"),
+        hidden=hidden,
+        num_layers=settings.whole("num_hidden_layers"),
+        num_dense_layers=0,
+        num_heads=num_heads,
+        num_kv_heads=settings.whole("num_key_value_heads", default=num_heads),
+        head_dim=settings.whole("head_dim", default=hidden // num_heads),
+        max_seq_len=settings.whole("max_position_embeddings"),
+        rope_theta=settings.rope_theta(1e6),
+        yarn=settings.yarn(scales_scores=False),
+        norm_eps=settings.number("rms_norm_eps"),
+        tie_embeddings=settings.flag("tie_word_embeddings", default=False),
+        moe=MoEConfig(
+            num_experts=settings.whole("num_local_experts", "num_experts"),
+            top_k=settings.whole("num_experts_per_tok"),
+            ffn_hidden=settings.whole("intermediate_size"),
+            num_shared_experts=0,
+            score="softmax",
+        ),
+    )
+
+
+def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
+    """Attention and experts of one layer."""
+    yield from grouped_query_parts(config, index, layer)
+    yield from expert_parts(config, f"{layer}.block_sparse_moe", f"layers.{index}.moe", ("w1", "w3", "w2"))
+
+
+FAMILY = Family("mixtral", "MixtralForCausalLM", read_config, layer_parts)

@@ -1,0 +1,103 @@
+"""A config.json of Hugging Face, read strictly: what is missing, of another type or not supported is named."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workers.attention import YarnConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of one config.json; `where` names it in errors.
+
+    Settings that have two names, as of the hub and as transformers writes them, are asked for by both: the first that
+    is there and not null counts.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def whole(self, *names: str, default: int | None = None) -> int:
+        """A whole number, at least 0. Raises ValueError where it is missing without a default, or something else."""
+        value = self._first(names, default)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}; it must be a whole number, at least 0")
+        return value
+
+    def number(self, *names: str, default: float | None = None) -> float:
+        """A finite number. Raises ValueError as `whole`."""
+        value = self._first(names, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}; it must be a finite number")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false. Raises ValueError as `whole`."""
+        value = self._first((name,), default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def expect(self, name: str, *allowed: object) -> None:
+        """Refuse a setting whose other values would need code that is not there; missing is fine."""
+        value = self.values.get(name, allowed[0])
+        if value not in allowed:
+            supported = " or ".join(map(repr, allowed))
+            raise ValueError(f"{self.where}: {name} is {value!r}, and only {supported} is supported")
+
+    def rope_theta(self, default: float) -> float:
+        """Base of the rotary angles."""
+        return float(self._rope().get("rope_theta") or self.values.get("rope_theta") or default)
+
+    def yarn(self, *, scales_scores: bool) -> YarnConfig:
+        """The stretching of rotary positions. scales_scores: mscale_all_dim also multiplies scores, as in DeepSeek-V3.
+
+        Raises:
+            ValueError: a kind other than YaRN.
+        """
+        rope = self._rope()
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return YarnConfig()
+        if kind != "yarn":
+            raise ValueError(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
+        inner = Settings(rope, f"{self.where}: rope scaling")
+        factor = inner.number("factor")
+        over_all = inner.number("mscale_all_dim", default=0.0)
+        return YarnConfig(
+            factor=factor,
+            original_max_seq_len=inner.whole("original_max_position_embeddings"),
+            beta_fast=inner.number("beta_fast", default=32.0),
+            beta_slow=inner.number("beta_slow", default=1.0),
+            truncate=inner.flag("truncate", default=True),
+            magnitude=_magnitude(inner, factor, over_all),
+            score_factor=_mscale(factor, over_all) ** 2 if scales_scores and over_all else 1.0,
+        )
+
+    def _rope(self) -> Mapping[str, Any]:
+        """Under one of two names: rope_parameters as transformers 5 writes it, rope_scaling in older checkpoints."""
+        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
+        return rope
+
+    def _first(self, names: tuple[str, ...], default: Any) -> Any:
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        if default is None:
+            raise ValueError(f"{self.where}: {' or '.join(names)} is missing")
+        return default
+
+
+def _magnitude(rope: Settings, factor: float, over_all: float) -> float:
+    # The rule of transformers: as given, else a quotient of two mscales, else the paper's 0.1 ln(factor) + 1.
+    mscale = rope.number("mscale", default=0.0)
+    derived = _mscale(factor, mscale) / _mscale(factor, over_all) if mscale and over_all else _mscale(factor, 1.0)
+    return rope.number("attention_factor", default=derived)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
