@@ -111,7 +111,7 @@ def _answers(asked: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], 
         try:
             answers[name] = ray.get(call)
         except ray.exceptions.RayError as error:
-            silent[name] = str(error).strip().splitlines()[-1]
+            silent[name] = f"its process died or never ran: {str(error).strip().splitlines()[-1]}"
     return answers, silent
 
 

@@ -184,28 +184,40 @@ def _links(links: Sequence[Link]) -> Iterator[Finding]:
 
 
 def _slow(links: Sequence[Link]) -> Iterator[Finding]:
+    """One finding for a node that is slow with everybody, one for each other slow pair."""
     slow = slow_links(links)
-    rate = usual([link.bytes_per_s for link in links if not link.error]) if slow else 0.0
-    for link in slow:
+    if not slow:
+        return
+    reached = f"others reach {short(usual([link.bytes_per_s for link in links if not link.error]))}B/s"
+    explained: list[Link] = []
+    for node in sorted({name for link in slow for name in (link.sender, link.receiver)}):
+        sent = _all_slow([link for link in links if link.sender == node], slow)
+        received = _all_slow([link for link in links if link.receiver == node], slow)
+        if not sent and not received:
+            continue
+        explained += sent + received
+        verbs = " and ".join(["sends"] * bool(sent) + ["receives"] * bool(received))
+        rate = max(link.bytes_per_s for link in sent + received)
         yield Finding(
             severity="error",
-            subject=f"{link.sender} to {link.receiver}",
-            problem=f"{short(link.bytes_per_s)}B/s, others reach {short(rate)}B/s",
-            advice=_suspect(link, slow, links),
+            subject=node,
+            problem=f"{verbs} {short(rate)}B/s at most, with every other node; {reached}",
+            advice="its own link is slow: check cable, port, driver and what else uses it",
         )
+    for link in slow:
+        if link not in explained:
+            yield Finding(
+                severity="error",
+                subject=f"{link.sender} to {link.receiver}",
+                problem=f"{short(link.bytes_per_s)}B/s, {reached}",
+                advice="only this pair is slow: check the switches between the two, or leave one of them out",
+            )
 
 
-def _suspect(link: Link, slow: Sequence[Link], links: Sequence[Link]) -> str:
-    """The node all of whose links in this direction are slow, or just the pair."""
-
-    def all_slow(end: str, node: str) -> bool:
-        of_node = [each for each in links if getattr(each, end) == node]
-        return len(of_node) > 1 and all(each in slow or each.error for each in of_node)
-
-    suspects = [node for end, node in (("sender", link.sender), ("receiver", link.receiver)) if all_slow(end, node)]
-    if suspects:
-        return f"all that {' and '.join(suspects)} does in this direction is slow: check its cable, port and driver"
-    return "only this pair is slow: check the switches between the two, or leave one of them out"
+def _all_slow(of_node: list[Link], slow: Sequence[Link]) -> list[Link]:
+    """A node's links in one direction if it has several and all are slow, else none."""
+    working = [link for link in of_node if not link.error]
+    return working if len(working) > 1 and all(link in slow for link in working) else []
 
 
 def _groups(survey: Survey) -> Iterator[Finding]:

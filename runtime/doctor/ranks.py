@@ -56,6 +56,8 @@ class DoctorRank:
             if taken_s >= FILL_S or num_bytes >= LARGEST_BYTES or late:
                 break
             num_bytes *= 4
+        if not late:
+            taken_s = min(taken_s, *(self._agreed(self._exchange_s(num_bytes)) for _ in range(2)))
         return RankSpeed(
             ep_index=groups.edp_rank,
             device=str(groups.device.type),

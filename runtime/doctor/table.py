@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from runtime.doctor.judge import Finding, slow_links
-from runtime.doctor.survey import DRIVER, NodeFacts, Space, Survey
+from runtime.doctor.survey import DRIVER, Link, NodeFacts, Space, Survey
 from runtime.quantities import milliseconds, short
 
 MAX_WIDE = 12  # nodes in a square table; beyond, only its slow pairs are listed
@@ -49,23 +49,30 @@ def _space(space: Space) -> str:
 def _links(survey: Survey) -> Iterator[str]:
     if not survey.links:
         return
-    names = sorted({name for link in survey.links for name in (link.sender, link.receiver)})
     slow = slow_links(survey.links)
-    cells = {}
-    for link in survey.links:
-        mark = "*" if link in slow else " "
-        text = "none" if link.error else f"{short(link.bytes_per_s)}B/s {milliseconds(link.latency_s)}"
-        cells[link.sender, link.receiver] = text + mark
+    cells = {(link.sender, link.receiver): _cell(link) + "*" * (link in slow) for link in survey.links}
+    names = sorted({name for pair in cells for name in pair})
     yield "from row to column over TCP, one stream: rate and latency; * slow"
     if len(names) > MAX_WIDE:
-        names_of_slow = {name for link in slow for name in (link.sender, link.receiver)}
-        yield f"  {len(names)} nodes; those with slow links:"
-        names = sorted(names_of_slow)[:MAX_WIDE]
-    width = max([len(text) for text in cells.values()] + [len(name) for name in names] + [0])
-    yield "  " + "  ".join(["".ljust(width), *(name.ljust(width) for name in names)]).rstrip()
-    for a in names:
-        row = [("-" if a == b else cells.get((a, b), "?")).ljust(width) for b in names]
-        yield "  " + "  ".join([a.ljust(width), *row]).rstrip()
+        marked = sorted({name for link in slow for name in (link.sender, link.receiver)})
+        yield f"  of {len(names)} nodes {len(marked)} have a slow link" + ":" * bool(marked)
+        names = marked[:MAX_WIDE]
+    if not names:
+        return
+    width = max(map(len, [*cells.values(), *names]))
+    for a in ["", *names]:
+        row = names if not a else ["-" if a == b else cells.get((a, b), "?") for b in names]
+        yield "  " + "  ".join(text.ljust(width) for text in [a, *row]).rstrip()
+
+
+def _cell(link: Link) -> str:
+    if link.error:
+        return "none"
+    return f"{short(link.bytes_per_s)}B/s {_latency(link.latency_s)}"
+
+
+def _latency(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else milliseconds(seconds)
 
 
 def _ranks(survey: Survey) -> Iterator[str]:
@@ -77,7 +84,7 @@ def _ranks(survey: Survey) -> Iterator[str]:
     for group in survey.groups:
         yield (
             f"  expert-parallel group of ranks {group.ranks[0]} to {group.ranks[-1]}: all-to-all "
-            f"{milliseconds(group.small_s)}, {short(group.bytes_per_s)}B/s sent by a rank"
+            f"{_latency(group.small_s)}, {short(group.bytes_per_s)}B/s sent by a rank"
         )
 
 
