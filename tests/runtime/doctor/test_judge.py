@@ -67,6 +67,7 @@ def test_a_sound_cluster_has_no_findings_and_neither_has_a_single_machine():
         ({"sources": FACTS.sources | {"workers": "cccc"}}, "Trimtab's source in workers/ is cccc, elsewhere bbbb"),
         ({"sources": {}}, "Trimtab's source in dispatch/ is missing, elsewhere aaaa"),
         ({"shm": Space(total=64 * 2**20, free=64 * 2**20)}, "/dev/shm has 64 MiB free of 64 MiB"),
+        ({"shm": Space(total=2**27, free=2**27)}, "/dev/shm has 128 MiB free of 128 MiB"),
         ({"shm": Space(total=GIB, free=2**20)}, "/dev/shm has 1 MiB free of 1.0 GiB"),
         (
             {"disks": {"runs": Space(total=10 * GIB, free=2**29)}},

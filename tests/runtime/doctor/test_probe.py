@@ -17,9 +17,8 @@ def test_a_transfer_is_measured_both_ways_by_who_knows_the_token_alone():
     assert 0 < measured["latency_s"] < 0.5
     assert measured["out_bytes_per_s"] > 1e6
     assert measured["in_bytes_per_s"] > 1e6
-    assert Probe(b"another token 16").measure("127.0.0.1", port, 4.0) == {
-        "error": "ConnectionResetError: the other end hung up"
-    }
+    refused = Probe(b"another token 16").measure("127.0.0.1", port, 4.0)
+    assert refused["error"].startswith(("ConnectionResetError", "BrokenPipeError"))  # as fast as the request is sent
 
 
 def test_a_port_that_nobody_serves_and_a_peer_that_is_silent_are_errors_within_the_limit():
