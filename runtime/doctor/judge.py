@@ -12,7 +12,7 @@ from runtime.quantities import milliseconds, short
 
 Severity = Literal["error", "warning"]
 
-# Of the rate that most pairs reach. A link that fell back to a slower standard is at a tenth; half may be other traffic.
+# Of the rate that most pairs reach. A link that fell back to a slower standard is at a tenth; half may be traffic.
 SLOW_SHARE, VERY_SLOW_SHARE = 0.5, 0.25
 SLOW_LATENCY, SLOW_LATENCY_S = 5.0, 1e-3  # times the usual one, and at least this long: less is noise
 MAX_CLOCK_S = 0.5  # Events of several nodes, and the cause of a failure, are ordered by time.
