@@ -81,7 +81,7 @@ def _with_ranks(survey: Survey, wanted: Examination) -> Survey:
 
     config, ep_size = wanted.config, wanted.ep_size
     try:
-        with Gang.launch(config, _rank_maker(ep_size, config.device), ep_size=ep_size) as gang:
+        with Gang.launch(config, _rank_maker(ep_size, config.device), ep_size_of=lambda _: ep_size) as gang:
             wanted.say(f"exchanging bytes between {gang.world_size} ranks")
             speeds: list[RankSpeed] = gang.run("measure", GROUPS_S, limit_s=config.collective_timeout_s + 2 * GROUPS_S)
             return replace(
