@@ -142,6 +142,16 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(options)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    """Tell the memory of each rank and the bytes of a step before anything starts."""
+    from runtime.plan.options import plan_parser
+
+    given = plan_parser().parse_args(arguments)
+    from runtime.plan.command import plan
+
+    return plan(given)
+
+
 COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
@@ -150,6 +160,7 @@ COMMANDS: Choices = {
     "replay": _replay,
     "bench": _bench,
     "compare": _compare,
+    "plan": _plan,
 }
 
 
