@@ -165,6 +165,13 @@ def _bench(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    """Examine a cluster: nodes, clocks, disks, network, process groups."""
+    from runtime.doctor.command import doctor
+
+    return doctor(arguments)
+
+
 def _compare(arguments: Sequence[str]) -> int:
     """Train under several ways of balancing from the same seeds, and compare them."""
     from runtime.compare.options import parse_options
@@ -196,6 +203,7 @@ COMMANDS: Choices = {
     "bench": _bench,
     "compare": _compare,
     "plan": _plan,
+    "doctor": _doctor,
 }
 
 
