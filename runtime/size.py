@@ -79,5 +79,4 @@ def recorded_scores_bytes(config: TrainConfig) -> int:
         return 0
     num_steps = -(-config.run.steps // config.balance.record)
     num_tokens = config.run.global_batch_size * config.model.max_seq_len
-    num_moe_layers = config.model.num_layers - config.model.num_dense_layers
-    return num_steps * num_tokens * num_moe_layers * config.model.moe.num_experts * SCORE_BYTES
+    return num_steps * num_tokens * config.model.num_moe_layers * config.model.moe.num_experts * SCORE_BYTES

@@ -105,6 +105,11 @@ class ModelConfig:
             )
 
     @property
+    def num_moe_layers(self) -> int:
+        """Mixtures of experts of the whole model, that of multi-token prediction among them."""
+        return self.num_layers - self.num_dense_layers + self.num_mtp_layers
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.latent.rope_dim if self.attention == "latent" else self.head_dim or self.hidden // self.num_heads

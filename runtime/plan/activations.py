@@ -96,35 +96,48 @@ def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """Ids, targets and angles, the last norm, and the log-probabilities of the vocabulary in fp32."""
-    per_token = 2 * INDEX + _norm(config.hidden) + batch.element_bytes * config.hidden + FP32 * config.vocab_size
-    return batch.tokens * per_token + 8 * batch.seq_len * config.rotary_dim / 2 + FP32
+    """Ids, targets and angles, the last norm, and the log-probabilities of the vocabulary in fp32; MTP has its own."""
+    head = INDEX + batch.element_bytes * config.hidden + FP32 * config.vocab_size
+    num_heads = 1 + config.num_mtp_layers
+    per_token = INDEX + _norm(config.hidden) + num_heads * head
+    return batch.tokens * per_token + 8 * batch.seq_len * config.rotary_dim / 2 + num_heads * FP32
+
+
+def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """What the layer for multi-token prediction keeps besides a layer: three norms and the input of its projection."""
+    # Without autocast the decoder's output is what its head keeps already.
+    shared = 0 if batch.casts else FP32 * config.hidden
+    return batch.tokens * (3 * _norm(config.hidden) - shared + 2 * batch.element_bytes * config.hidden)
 
 
 def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Parts:
     """What is kept from forward to backward, by part. cast_dense: elements of `ParameterCounts.cast`."""
-    num_moe, head = config.num_layers - config.num_dense_layers, head_bytes(config, batch)
+    num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
+    head = head_bytes(config, batch)
     if config.recompute:
         # The head is outside of what is recomputed; all other casts are made again.
         cast_head = batch.element_bytes * config.hidden * config.vocab_size if batch.casts else 0
-        inputs = FP32 * batch.tokens * config.hidden * config.num_layers
+        num_inputs = config.num_layers + config.num_mtp_layers * (2 if batch.casts else 1)
+        inputs = FP32 * batch.tokens * config.hidden * num_inputs
         return {"inputs of the layers": inputs, HEAD: head, "weights in the compute dtype": cast_head}
     cast = batch.element_bytes * cast_dense if batch.casts else 0
+    mtp = {"multi-token prediction": mtp_bytes(config, batch)} if config.num_mtp_layers else {}
     return {
-        "attention": config.num_layers * attention_bytes(config, batch),
+        "attention": num_layers * attention_bytes(config, batch),
         "dense feed-forward": config.num_dense_layers * dense_bytes(config, batch),
         "router and shared experts": num_moe * router_bytes(config, batch),
         "routed experts": num_moe * expert_bytes(config, batch),
         HEAD: head,
         "weights in the compute dtype": cast + num_moe * cast_expert_bytes(config, batch),
         "row maps": num_moe * row_map_bytes(config, batch),
+        **mtp,
     }
 
 
 def scratch_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Parts:
     """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
     logits = FP32 * batch.tokens * config.vocab_size
-    has_moe = config.num_dense_layers < config.num_layers
+    has_moe = config.num_moe_layers > 0
     layer = max(_expert_scratch(config, batch) if has_moe else 0, _dense_scratch(config, batch))
     if not config.recompute:
         return {AT_LOSS: 2 * logits, IN_BACKWARD: layer}
@@ -132,7 +145,7 @@ def scratch_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Pa
     if has_moe:
         moe = sum(part(config, batch) for part in (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes))
         feed_forward = max(feed_forward, moe)
-    again = attention_bytes(config, batch) + feed_forward
+    again = attention_bytes(config, batch) + feed_forward + config.num_mtp_layers * mtp_bytes(config, batch)
     # Autocast holds its casts of all dense weights to the end of forward, where the loss is.
     held = batch.element_bytes * cast_dense if batch.casts else 0
     return {AT_LOSS: max(2 * logits, logits + held), IN_BACKWARD: again + layer}

@@ -36,6 +36,7 @@ def plan_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16"), help="number format of the computation (as configured; bfloat16)")
     add("--recompute", action="store_true", default=None, help="recompute the activations of a layer in backward")
+    add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")
     add("--memory-gib", type=number(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")
     add("--json", action="store_true", help="print the plan as JSON")
     return parser

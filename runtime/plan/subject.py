@@ -1,7 +1,6 @@
 """What `trimtab plan` plans: settings of any source under the options of the command line."""
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from runtime.config import TrainConfig
 from runtime.config_file import config_from_yaml_file, is_preset, load_config
 from runtime.run_dir import CONFIG_FILE, find_run
 from workers.families import Settings, family_of
+from workers.families.source import CONFIG as HUGGING_FACE_CONFIG
+from workers.families.source import read_json
 from workers.run_config import RunConfig
 
-HUGGING_FACE_CONFIG = "config.json"
 LONGEST_ASSUMED = 4096  # tokens: what a model allows is often far more than what it was trained on
 RANKS_OF_A_NODE = 8
 
@@ -38,7 +38,7 @@ def read_subject(given: argparse.Namespace) -> Subject:
     path = Path(given.config).expanduser()
     file = path / HUGGING_FACE_CONFIG if (path / HUGGING_FACE_CONFIG).is_file() else path
     if file.suffix == ".json":
-        config, notes = _from_hugging_face(file, given.world)
+        config, notes = _from_hugging_face(file, given)
     else:
         config, notes = _from_trimtab(given.config), []
     config = _with_options(config, given)
@@ -64,22 +64,16 @@ def _from_trimtab(name: str) -> TrainConfig:
     return config_from_yaml_file(run_dir / CONFIG_FILE)
 
 
-def _from_hugging_face(file: Path, world_size: int | None) -> tuple[TrainConfig, list[str]]:
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold names and values, not {values!r:.60}")
+def _from_hugging_face(file: Path, given: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
+    values, world_size = read_json(file), given.world
     if world_size is None:
         raise ValueError(f"{file} does not say how many ranks there are; give --world N")
     settings = Settings(values, str(file))
     model = family_of(settings).read_config(settings)
     notes = []
-    if layers := values.get("num_nextn_predict_layers") or values.get("num_mtp_layers"):
-        notes.append(f"{layers} layer for multi-token prediction is left out: Trimtab does not train it")
+    if model.num_mtp_layers and not given.mtp:
+        notes.append("the layer for multi-token prediction is left out; --mtp 1 counts it")
+        model = replace(model, num_mtp_layers=0)
     if model.max_seq_len > LONGEST_ASSUMED:
         notes.append(
             f"sequences of {LONGEST_ASSUMED} tokens are assumed, of the {model.max_seq_len} that the model allows; "
@@ -100,7 +94,7 @@ def _with_options(config: TrainConfig, given: argparse.Namespace) -> TrainConfig
     return replace(
         config,
         run=over(config.run, global_batch_size=given.batch, micro_batch_size=given.micro_batch, dtype=given.dtype),
-        model=over(config.model, max_seq_len=given.seq_len, recompute=given.recompute),
+        model=over(config.model, max_seq_len=given.seq_len, recompute=given.recompute, num_mtp_layers=given.mtp),
         parallel=over(config.parallel, ep_size=given.ep, exchange=given.exchange),
         cluster=over(config.cluster, num_workers=given.world),
     )

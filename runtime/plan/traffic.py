@@ -81,7 +81,6 @@ def exchange_traffic(
     config: ModelConfig, layout: Layout, num_tokens: float, *, element_bytes: int, payload: Payload
 ) -> dict[Exchange, Traffic]:
     """What each exchange that is possible sends for all MoE layers of a step, for a rank with so many tokens."""
-    num_layers = config.num_layers - config.num_dense_layers
     sent: dict[Exchange, Traffic] = {}
     for exchange, hops in _hops(config.moe, layout).items():
         forward = backward = Links(0.0, 0.0)
@@ -92,7 +91,7 @@ def exchange_traffic(
             again = there if config.recompute else 0
             forward += rows.times(there + answer)
             backward += rows.times(2 * answer + FP32 * ids_per_row + again)
-        scale = num_layers * num_tokens
+        scale = config.num_moe_layers * num_tokens
         sent[exchange] = Traffic(forward.times(scale), backward.times(scale))
     return sent
 
