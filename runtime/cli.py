@@ -166,7 +166,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    """Examine a cluster: nodes, clocks, disks, network, process groups."""
+    """Examine a cluster, or a checkpoint: what is wrong, before a run finds out."""
     from runtime.doctor.command import doctor
 
     return doctor(arguments)
