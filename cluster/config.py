@@ -16,6 +16,21 @@ class ClusterConfig:
     num_workers: int = 2
     """Expert workers, one rank each."""
 
+    min_workers: int = 0
+    """Fewest workers to start with, or to go on with after a loss; 0: num_workers, never fewer."""
+
+    max_workers: int = 0
+    """Most workers that a run grows to when the cluster has room; 0: num_workers."""
+
+    max_restarts: int = 3
+    """Restarts with no newer checkpoint between them; one more failure ends the run. Preemptions do not count."""
+
+    replace_timeout_s: float = 30.0
+    """Longest wait for a lost worker's replacement before the run goes on with fewer, where min_workers allows it."""
+
+    grow_every_s: float = 30.0
+    """Seconds between two looks whether the cluster has room for more workers."""
+
     threads_per_worker: int = 0
     """Compute threads of each worker; 0 divides a machine's cores by the workers placed on it."""
 
@@ -40,6 +55,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ValueError(f"cluster.num_workers ({self.num_workers}) must be at least 1")
+        self._check_bounds()
         if self.threads_per_worker < 0:
             raise ValueError(f"cluster.threads_per_worker ({self.threads_per_worker}) must be 0 (automatic) or more")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -54,6 +70,26 @@ class ClusterConfig:
             )
         if self.device == "cuda" and self.gpus_per_worker == 0:
             raise ValueError("cluster.gpus_per_worker (0) must be above 0 when cluster.device is cuda; leave it empty")
-        for name in ("start_timeout_s", "collective_timeout_s", "coordinator_timeout_s"):
+        for name in (
+            "start_timeout_s",
+            "collective_timeout_s",
+            "coordinator_timeout_s",
+            "replace_timeout_s",
+            "grow_every_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"cluster.{name} ({getattr(self, name)}) must be above 0 seconds")
+
+    def _check_bounds(self) -> None:
+        if self.max_restarts < 0:
+            raise ValueError(f"cluster.max_restarts ({self.max_restarts}) must be 0 (never) or more")
+        if self.min_workers and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"cluster.min_workers ({self.min_workers}) must be from 1 to cluster.num_workers ({self.num_workers}), "
+                "or 0 to keep their number"
+            )
+        if self.max_workers and self.max_workers < self.num_workers:
+            raise ValueError(
+                f"cluster.max_workers ({self.max_workers}) must be at least cluster.num_workers ({self.num_workers}), "
+                "or 0 to keep their number"
+            )

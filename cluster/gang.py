@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -16,12 +17,15 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.placement import node_of_ranks, rank_order, reserve, threads_of
+from cluster.failures import GangFailed
+from cluster.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.session import forwarded_environment
-from cluster.watch import Member, call_all, control, wait_for_stacks
+from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
+LEAVE_S = 3.0  # For a kept process to leave its groups, which takes it some ten milliseconds.
+FORMING = ("start", "open_store", "join")  # A process that failed in these knows no rank yet, or half its groups.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +49,27 @@ class RankPlace:
 class Gang:
     """All ranks of a run. Use it as a context manager, or call `stop`: nothing of it outlives that.
 
-    `rank_map` says where each rank lives, `startup_s` where the time to start went.
+    `rank_map` says where each rank lives, `startup_s` where the time of the last start went.
     """
 
-    def __init__(self, config: ClusterConfig, group: PlacementGroup, ep_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        make_worker: Callable[[], JoinsGang],
+        env: Mapping[str, str],
+        ep_size_of: Callable[[int], int],
+    ) -> None:
+        """Start nothing yet; use `launch`."""
         self._config = config
-        self._ep_size = ep_size
-        self._group: PlacementGroup | None = group
+        self._env = dict(env)
+        self._make_worker: bytes = cloudpickle.dumps(make_worker)
+        self._ep_size_of = ep_size_of
+        self._group: PlacementGroup | None = None
+        self._actors: dict[int, ActorHandle[WorkerActor]] = {}  # by bundle, as are the places
+        self._places: dict[int, Place] = {}
         self._members: list[Member] = []
+        self._bundles: list[int] = []  # by rank, as are the members
+        self._epoch = -1
         self.rank_map: tuple[RankPlace, ...] = ()
         self.startup_s: dict[str, float] = {}
 
@@ -63,7 +80,8 @@ class Gang:
         make_worker: Callable[[], JoinsGang],
         env: Mapping[str, str] | None = None,
         *,
-        ep_size: int = 1,
+        sizes: Sequence[int] = (),
+        ep_size_of: Callable[[int], int] = lambda _: 1,
     ) -> Gang:
         """Place the actors, start all at once, and join them into one world.
 
@@ -71,26 +89,28 @@ class Gang:
             make_worker: called without arguments in each actor, after `env` is set there. It travels by pickle: a
                 function that imports torch inside spares the driver that import.
             env: variables for the workers, over the forwarded ones of the driver.
-            ep_size: neighbouring ranks that shall share a machine where they fit (`rank_order`).
+            sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
+            ep_size_of: of a number of workers, how many neighbouring ranks shall share a machine (`rank_order`).
         Raises:
             ClusterTooSmall: the workers do not fit.
             GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
         """
-        begun = time.monotonic()
-        group = reserve(config)
-        gang = cls(config, group, ep_size)
+        gang = cls(config, make_worker, forwarded_environment() | dict(env or {}), ep_size_of)
         try:
-            gang.startup_s["place"] = time.monotonic() - begun
-            gang._start(group, make_worker, forwarded_environment() | dict(env or {}))
+            gang.form(sizes or (config.num_workers,))
         except BaseException:  # Ctrl-C included: no actor may outlive a failed launch.
             gang.stop()
             raise
-        gang.startup_s["total"] = time.monotonic() - begun
         return gang
 
     @property
     def world_size(self) -> int:
         return len(self._members)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it holds places on the cluster: false after `stop`, or when `form` found none."""
+        return self._group is not None
 
     def run(
         self,
@@ -99,20 +119,31 @@ class Gang:
         poll_s: float = 0.2,
         on_poll: Callable[[], None] | None = None,
         limit_s: float = math.inf,
+        keep: bool = False,
     ) -> list[Any]:
         """Call a method of every rank's worker and return the results by rank.
 
         Args:
             on_poll: called about every `poll_s` on this thread while the ranks work, for a live view and for Ctrl-C;
                 it may use `control`.
+            keep: leave the processes as they are after a failure, for `form_again`.
         Raises:
             GangFailed: with the first cause; the gang is stopped then, since the ranks no longer agree on anything.
         """
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
-            return call_all(self._members, method, calls, poll_s=poll_s, on_poll=on_poll, limit_s=limit_s)
+            return call_all(
+                self._members,
+                method,
+                calls,
+                poll_s=poll_s,
+                on_poll=on_poll,
+                limit_s=limit_s,
+                bound_s=self._config.collective_timeout_s,
+            )
         except Exception:
-            self.stop()
+            if not keep:
+                self.stop()
             raise
 
     def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
@@ -124,15 +155,56 @@ class Gang:
         """
         return control(self._members[rank], method, *args, timeout_s=timeout_s)
 
+    def form(self, sizes: Sequence[int]) -> None:
+        """Start new processes in a new place, as many as the first of `sizes` that the cluster holds, and join them.
+
+        Raises:
+            ClusterTooSmall: not even the last of them fits.
+            GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
+        """
+        self.stop()
+        begun = time.monotonic()
+        self._group = self._reserve(sizes)
+        self.startup_s = {"place": time.monotonic() - begun}
+        limit_s = self._config.start_timeout_s
+        self._start_in(range(self._group.bundle_count), limit_s)
+        self._join(limit_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def form_again(self, failed: GangFailed, limit_s: float) -> None:
+        """After `run(keep=True)` failed: replace the processes that are lost, keep the others, and join all anew.
+
+        A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
+        can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
+
+        Raises:
+            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join. Then none is kept.
+        """
+        if self._group is None:
+            raise RuntimeError("a gang that was stopped has no places to form again in; use `form`")
+        begun = time.monotonic()
+        bundles = list(self._actors)
+        lost = set(bundles) if self._must_restart(failed) else self._lost_bundles(failed)
+        leaving: dict[ray.ObjectRef[Any], int] = {
+            self._actors[bundle].call.remote("leave"): bundle for bundle in bundles if bundle not in lost
+        }
+        starting = {bundle: self._restart(bundle) for bundle in lost}
+        self._replace_those_that_stay(leaving, starting)
+        self.startup_s = {"leave": time.monotonic() - begun}
+        self._await_starts(starting, limit_s)
+        self._join(self._config.start_timeout_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
     def stop(self) -> None:
         """End all actors and give their place back. Waits until they are gone, at most STOP_S; may be repeated."""
         group, self._group = self._group, None
+        actors, self._actors, self._places = self._actors, {}, {}
         if group is None or not ray.is_initialized():
             return
-        for member in self._members:
-            ray.kill(member.actor)
+        for actor in actors.values():
+            ray.kill(actor)
         # A call to a dead actor ends in an error: when all have, the processes are gone and their memory is free.
-        wait_for_stacks(self._members, STOP_S)
+        wait_for_stacks([Member(rank=bundle, actor=actor) for bundle, actor in actors.items()], STOP_S)
         remove_placement_group(group)
 
     def __enter__(self) -> Self:
@@ -143,29 +215,57 @@ class Gang:
     ) -> None:
         self.stop()
 
-    def _start(self, group: PlacementGroup, make_worker: Callable[[], JoinsGang], env: dict[str, str]) -> None:
+    def _reserve(self, sizes: Sequence[int]) -> PlacementGroup:
+        *larger, smallest = sizes
+        for size in larger:
+            wait_s = self._config.replace_timeout_s
+            with contextlib.suppress(ClusterTooSmall):
+                return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s))
+        return reserve(replace(self._config, num_workers=smallest))
+
+    def _must_restart(self, failed: GangFailed) -> bool:
+        on_cuda = any(place.gpu_ids for place in self._places.values())
+        return on_cuda or failed.method in FORMING or len(self._places) < len(self._actors)
+
+    def _lost_bundles(self, failed: GangFailed) -> set[int]:
+        return {self._bundles[failure.rank] for failure in failed.failures if failure.kind != "error"}
+
+    def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
+        """A new process in the place of another; returns its call of `start`."""
+        if bundle in self._actors:
+            ray.kill(self._actors[bundle])
+        self._places.pop(bundle, None)
+        group = self._group or _no_group()
+        self._actors[bundle] = _create_actor(group, bundle, self._env, self._make_worker)
+        return self._actors[bundle].start.remote()
+
+    def _replace_those_that_stay(
+        self, leaving: dict[ray.ObjectRef[Any], int], starting: dict[int, ray.ObjectRef[Any]]
+    ) -> None:
+        """Wait until the kept processes have left their groups; one that does not is lost as well."""
+        if not leaving:
+            return
+        done, late = ray.wait(list(leaving), num_returns=len(leaving), timeout=LEAVE_S)
+        for call in [*late, *(call for call in done if not left(call))]:
+            starting[leaving[call]] = self._restart(leaving[call])
+
+    def _start_in(self, bundles: Iterable[int], limit_s: float) -> None:
+        # All are created before any is waited for.
+        self._await_starts({bundle: self._restart(bundle) for bundle in bundles}, limit_s)
+
+    def _await_starts(self, starting: dict[int, ray.ObjectRef[Any]], limit_s: float) -> None:
         begun = time.monotonic()
-        limit_s = self._config.start_timeout_s
-        pickled: bytes = cloudpickle.dumps(make_worker)
-        # Until the ranks are known, a member's rank is its bundle. All are created before any is waited for.
-        self._members = [
-            Member(rank=bundle, actor=_create_actor(group, bundle, env, pickled))
-            for bundle in range(self._config.num_workers)
-        ]
-        starts = [member.actor.start.remote() for member in self._members]
-        places: list[Place] = call_all(self._members, "start", starts, limit_s=limit_s)
+        # Until the ranks are known, a member's rank is its bundle.
+        members = [Member(rank=bundle, actor=self._actors[bundle]) for bundle in starting]
+        places: list[Place] = call_all(members, "start", list(starting.values()), limit_s=limit_s)
+        self._places |= dict(zip(starting, places, strict=True))
         self.startup_s["processes and imports"] = time.monotonic() - begun
-        self._assign_ranks(places)
-        self._join(limit_s)
+        self.startup_s["of these imports"] = max((place.import_s for place in places), default=0.0)
+        self._assign_ranks([self._places[bundle] for bundle in sorted(self._places)])
 
     def _assign_ranks(self, places: list[Place]) -> None:
         threads = threads_of(places, self._config.threads_per_worker)
-        actors = [member.actor for member in self._members]
-        order = rank_order(places, self._ep_size)
-        self._members = [
-            Member(rank=rank, actor=actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
-            for rank, bundle in enumerate(order)
-        ]
+        order = self._bundles = rank_order(places, self._ep_size_of(len(places)))
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
@@ -179,20 +279,29 @@ class Gang:
             )
             for rank, bundle in enumerate(order)
         )
+        self._members = [
+            Member(rank=row.rank, actor=self._actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
+            for row, bundle in zip(self.rank_map, order, strict=True)
+        ]
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
+        self._epoch += 1
         leader = self._members[0]
         # The store lives on a placed worker: the head node may be one that ranks cannot reach.
         [address] = call_all([leader], "open_store", [leader.actor.open_store.remote()], limit_s=limit_s)
         timeout_s = self._config.collective_timeout_s
         nodes = node_of_ranks([row.ip for row in self.rank_map])
         joins = [
-            member.actor.join.remote(row.rank, nodes, address, 0, timeout_s, row.num_threads)
+            member.actor.join.remote(row.rank, nodes, address, self._epoch, timeout_s, row.num_threads)
             for member, row in zip(self._members, self.rank_map, strict=True)
         ]
         call_all(self._members, "join", joins, limit_s=limit_s)
         self.startup_s["join"] = time.monotonic() - begun
+
+
+def _no_group() -> PlacementGroup:
+    raise RuntimeError("the gang was stopped")
 
 
 def _create_actor(

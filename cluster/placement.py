@@ -39,7 +39,7 @@ def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str
 
 def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> None:
     """Raise ClusterTooSmall unless all workers fit on the nodes (address to resources) when nothing else runs there."""
-    room = sum(_room(demand, resources) for resources in nodes.values())
+    room = sum(room_on(demand, resources) for resources in nodes.values())
     if room >= config.num_workers:
         return
     supply = "; ".join(f"{node}: {_amounts(resources, demand)}" for node, resources in sorted(nodes.items()))
@@ -52,7 +52,8 @@ def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mappin
     )
 
 
-def _room(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
+def room_on(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Workers that a node with these resources holds when nothing else runs there."""
     # The small term absorbs rounding: 1.0 CPU must hold ten workers of 0.1.
     return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items())
 

@@ -1,6 +1,6 @@
 """What a run is: the settings of every part in one place, and the rules that hold between the parts."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,25 @@ def cross_check(config: TrainConfig) -> None:
     _check_time_limits(config.cluster)
     if config.parallel.exchange == "deep_ep" and ep_size > 1:
         _check_deep_ep(config, ep_size)
+
+
+def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """Numbers of workers that the run can have, the largest first: between its bounds, and with equal shares of work.
+
+    Takes `cluster.num_workers` itself for granted: see `cross_check`.
+    """
+    cluster = config.cluster
+    bounds = range(cluster.min_workers or cluster.num_workers, (cluster.max_workers or cluster.num_workers) + 1)
+    return tuple(size for size in reversed(bounds) if size == cluster.num_workers or _is_feasible(config, size))
+
+
+def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
+    cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
+    try:
+        cross_check(replace(config, cluster=cluster, parallel=config.parallel.at(num_workers)))
+    except ValueError:
+        return False
+    return True
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:

@@ -2,16 +2,17 @@
 
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cluster.failures import GangFailed
 from cluster.preflight import check_resources
 from cluster.session import check_answers
-from runtime.config import TrainConfig, cross_check
+from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
@@ -20,6 +21,7 @@ from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.size import ModelSize, model_size, recorded_scores_bytes
+from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig
@@ -28,8 +30,6 @@ from workers.run_log import append_event
 from workers.sampler import Sampler
 from workers.shards import Dataset
 from workers.training_run import CHECKPOINTS, TrainOutcome
-
-POLL_S = 0.2
 
 
 def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
@@ -57,7 +57,8 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     _say(console, _headline(config, run_dir, dataset, size, resume_from))
     with ExitStack() as stack:
         with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
-            launched = stack.enter_context(open_gang(config.cluster, make_spec(config, run_dir, dataset)))
+            spec = make_spec(config, run_dir, dataset)
+            launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
@@ -147,36 +148,23 @@ def _watch(
     resume_from: Path | None,
     console: Console,
 ) -> TrainOutcome:
-    """Run the training on all ranks; show what rank 0 tells, and pass on a wish to stop."""
+    """Keep the training going until it is over; show what happens."""
+    from cluster.supervisor import GaveUp, Supervisor
+
     gang = launched.gang
-    ranks = rank_map(gang, config.parallel.resolve(gang.world_size), config.model.moe.num_experts)
-    exchange = exchange_of(config, gang)
-    start = {"rank_map": ranks, "exchange": asdict(exchange), "ray_s": launched.ray_s, "gang_s": launched.gang_s}
-    _say(console, rank_table(ranks, exchange))
+    _say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
     _say(
         console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
     )
-    num_seen, told = 0, False
     done = checkpoint.step_of(resume_from) if resume_from else 0
     with StopSignal() as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
-
-        def show_news() -> None:
-            nonlocal num_seen, told
-            if signal.stop_requested and not told:
-                view.event("stopping: saving a checkpoint after this step; Ctrl-C again stops at once")
-                gang.control(0, "request_stop")
-                told = True
-            lines = gang.control(0, "progress", num_seen)
-            num_seen += len(lines)
-            for line in lines:
-                _show(view, line)
-
+        job = TrainingJob(config, run_dir, launched, resume_from, view=view, signal=signal)
         try:
-            resume_path = resume_from and resume_from.absolute()
-            outcomes: list[TrainOutcome] = gang.run("train", resume_path, start, poll_s=POLL_S, on_poll=show_news)
-            show_news()
+            outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()
+            job.on_poll(gang)
         except BaseException as error:
-            append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+            if not isinstance(error, (GangFailed, GaveUp)):  # the supervisor has told of these
+                append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
             if saved := checkpoint.list_checkpoints(run_dir / CHECKPOINTS):
                 step = checkpoint.step_of(saved[-1])
                 view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
@@ -186,16 +174,6 @@ def _watch(
 
 def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False)  # never broken into lines: people copy paths and commands
-
-
-def _show(view: LiveView, line: dict[str, Any]) -> None:
-    if "event" in line:
-        details = ", ".join(f"{name} {value}" for name, value in line.items() if name != "event")
-        view.event(f"{line['event'].replace('_', ' ')}: {details}")
-    elif line["kind"] == "eval":
-        view.eval(line)
-    else:
-        view.update(line)
 
 
 def as_recorded(config: TrainConfig) -> TrainConfig:

@@ -1,6 +1,7 @@
 """From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
 from runtime.config import TrainConfig
+from workers.faults import planned_faults
 from workers.rank_state import WorkerSpec
 from workers.shards import Dataset
 
@@ -53,6 +55,7 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         device=config.cluster.device,
         control_timeout_s=config.cluster.collective_timeout_s,
         record_scores_every=config.balance.record,
+        faults=planned_faults(os.environ),
     )
 
 
@@ -63,8 +66,12 @@ def balance_of(config: TrainConfig) -> BalanceConfig:
 
 
 @contextmanager
-def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True) -> Iterator[LaunchedGang]:
+def open_gang(
+    config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = True, sizes: Sequence[int] = ()
+) -> Iterator[LaunchedGang]:
     """Start or join Ray, start the coordinator and the workers, and end what was started.
+
+    sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
 
     Raises:
         ClusterUnreachable, ClusterTooSmall, GangFailed: see cluster.
@@ -78,8 +85,7 @@ def open_gang(config: ClusterConfig, spec: WorkerSpec, *, coordinated: bool = Tr
         coordinator = start_coordinator(spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
-        ep_size = spec.parallel.resolve(config.num_workers)
-        with Gang.launch(config, worker_maker(spec), ep_size=ep_size) as gang:
+        with Gang.launch(config, worker_maker(spec), sizes=sizes, ep_size_of=spec.parallel.ep_size_of) as gang:
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 

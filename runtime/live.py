@@ -74,6 +74,12 @@ class LiveView:
             self._printed_s = now
             self._print(_plain_line(line, self._total_steps, self._left_s))
 
+    def resumed(self, step: int) -> None:
+        """Training goes on after `step`, which may lie before the last one shown."""
+        self._pace.clear()
+        self._pace.append((self._clock(), step))
+        self._line = {**self._line, "step": step}
+
     def eval(self, line: Mapping[str, Any]) -> None:
         """Show an evaluation: a line of metrics.jsonl. In a terminal it stays above the live view, as events do."""
         text = f"step {line['step']}/{self._total_steps}  held out: {_value(line, 'val_bits_per_byte')} bits/byte"

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from cluster.gang import Gang, RankPlace
 
 
-def rank_map(gang: "Gang", ep_size: int, num_experts: int) -> list[dict[str, Any]]:
+def rank_map(config: TrainConfig, gang: "Gang") -> list[dict[str, Any]]:
     """One row a rank: node, process, device, network, and its experts of every MoE layer (first, last)."""
-    placement = ExpertPlacement(num_experts, ep_size)
+    ep_size = config.parallel.ep_size_of(gang.world_size)
+    placement = ExpertPlacement(config.model.moe.num_experts, ep_size)
     return [_row(place, ep_size, placement) for place in gang.rank_map]
 
 
 def exchange_of(config: TrainConfig, gang: "Gang") -> ExchangeChoice:
     """The exchange that every rank of this gang has chosen, from the same facts by the same rule."""
     return choose_exchange(
-        config.parallel,
+        config.parallel.at(gang.world_size),
         node_of_ranks([place.ip for place in gang.rank_map]),
         gang.world_size,
         num_experts=config.model.moe.num_experts,

@@ -37,6 +37,7 @@ COLLATERAL_MARKS = (
     "Connection refused",
     "Broken pipe",
     "Timed out waiting",
+    "Operation timed out!",
     "DistNetworkError",
     "DistStoreError",
     "DistBackendError",
@@ -56,7 +57,8 @@ class Place:
     """Where an actor landed.
 
     `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `interface` the network
-    interface that its collectives listen on, `transport` the variables of NCCL, gloo and torch in effect there.
+    interface that its collectives listen on, `transport` the variables of NCCL, gloo and torch in effect there,
+    `import_s` how long it took to import torch and to build the worker.
     """
 
     node_id: str
@@ -66,6 +68,7 @@ class Place:
     num_cores: int
     interface: str = ""
     transport: Mapping[str, str] = field(default_factory=dict)
+    import_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,7 @@ class WorkerActor:
         # see GPUs that are not ours. So device 0 of this process is the first GPU that Ray gave it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         _name_interface(ip)  # Before torch is imported.
+        begun = time.monotonic()
         make_worker: Callable[[], JoinsGang] = pickle.loads(self._pickled_make_worker)  # noqa: S301
         self._worker = make_worker()
         self._thread_id = threading.get_ident()
@@ -157,6 +161,7 @@ class WorkerActor:
             num_cores=usable_cores(),
             interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),
             transport={name: os.environ[name] for name in sorted(os.environ) if name.startswith(TRANSPORT_PREFIXES)},
+            import_s=time.monotonic() - begun,
         )
 
     def _open_store(self) -> tuple[str, int]:
@@ -185,8 +190,10 @@ class WorkerActor:
         from torch._C._distributed_c10d import PrefixStore, TCPStore
 
         torch.set_num_threads(num_threads)
-        if self._store is None:
+        if rank:  # rank 0 has just opened it; whatever a process held of the epoch before is closed by this
             self._store = TCPStore(*address, is_master=False)
+        if self._store is None:
+            raise RuntimeError("rank 0 must open the store before all join it")
         # A gang that is formed again must not read the keys of the one before.
         store = PrefixStore(f"epoch{epoch}", self._store)
         return self._worker.join(rank=rank, world_size=len(nodes), store=store, timeout_s=timeout_s, nodes=nodes)

@@ -1,24 +1,28 @@
 """One rank of a gang, without Ray: join, then train, evaluate or generate."""
 
+import gc
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from dispatch.activity import Activity
 from workers import checkpoint
+from workers.checkpoint import CheckpointCorrupt
 from workers.evaluation import Evaluation, evaluate
 from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, generate
 from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
-from workers.run_log import RunLog
+from workers.run_log import METRICS, RunLog
 from workers.score_log import ScoreLog, ScoreShape, set_aside_later_scores
 from workers.state import canonical_state
 from workers.tokenizer import load_tokenizer
@@ -31,7 +35,7 @@ _logger = logging.getLogger(__name__)
 class Worker:
     """A rank. `join` first, then one of `train`, `evaluate` and `generate`, each called on all ranks together.
 
-    `progress` and `request_stop` may be called from another thread meanwhile.
+    `progress`, `activity` and `request_stop` may be called from another thread meanwhile.
     """
 
     _state: RankState
@@ -46,36 +50,55 @@ class Worker:
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
         """Form the process groups, and build data, model and optimizer. All ranks call it together.
 
+        After `leave` a rank can join again, with another rank and world size: nothing of the time before remains.
+
         nodes: the index of each rank's machine, by rank; empty where it is not known.
         """
-        model = self._spec.model
+        gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
+        self._lines.clear()
+        self._stop_requested.clear()
+        spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
         choice = choose_exchange(
-            self._spec.parallel,
+            spec.parallel,
             nodes,
             world_size,
-            num_experts=model.moe.num_experts,
-            hidden=model.hidden,
-            top_k=model.moe.top_k,
+            num_experts=spec.model.moe.num_experts,
+            hidden=spec.model.hidden,
+            top_k=spec.model.moe.top_k,
         )
         self._nodes = nodes
         groups = join_groups(
             rank=rank,
             world_size=world_size,
             store=store,
-            config=self._spec.parallel,
+            config=spec.parallel,
             device=local_device(self._spec.device),
             timeout_s=timeout_s,
             ranks_per_node=choice.ranks_per_node,
         )
-        self._state = build_rank(self._spec, groups)
+        self._state = build_rank(spec, groups)
 
-    def train(self, resume_from: Path | None = None, start: Mapping[str, Any] | None = None) -> TrainOutcome:
+    def train(
+        self, resume_from: Path | None = None, start: Mapping[str, Any] | None = None, again: bool = False
+    ) -> TrainOutcome:
         """Train to the last step, or until a stop is requested on any rank, and save.
 
         Args:
             resume_from: a complete checkpoint; None starts from the initial weights.
             start: what the record says of this start: the rank map and whatever else the launcher knows.
+            again: go on with a run that failed. A damaged checkpoint then gives way to the intact one before it, and
+                without any the run starts over, with what it had recorded set aside.
+
+        A rank that fails leaves the groups: the others see a closed connection instead of waiting for their time-out.
         """
+        try:
+            return self._train(resume_from, dict(start or {}), again=again)
+        except Exception:
+            if self._state.groups.device.type == "cpu":  # NCCL's groups may wait for what is under way
+                self.leave()
+            raise
+
+    def _train(self, resume_from: Path | None, start: dict[str, Any], *, again: bool) -> TrainOutcome:
         state = self._state
         with state.open_control() as control:
             run = TrainingRun(
@@ -86,13 +109,28 @@ class Worker:
                 memory=self._memory,
                 nodes=self._nodes,
             )
-            done = run.load(resume_from) if resume_from else 0
-            with self._open_log(done if resume_from else None) as log, self._open_scores(done) as scores:
+            begun = time.monotonic()
+            done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
+            load_s = time.monotonic() - begun
+            begun_before = again and (self._spec.run_dir / METRICS).exists()
+            kept = done if resume_from else -1 if begun_before else None
+            with self._open_log(kept) as log, self._open_scores(done) as scores:
                 if log is not None:
                     # With the law as it is now: resuming may change its rate, and a replay needs to know.
                     law = asdict(self._spec.balance)
-                    log.event("resumed" if resume_from else "started", step=done, balance=law, **(start or {}))
+                    log.event("started" if kept is None else "resumed", step=done, balance=law, **start)
+                    if kept is not None:
+                        self._lines.append({"event": "resumed", "step": done, "load_s": load_s})
                 return run.run(done, log, scores)
+
+    def _load_run(self, run: TrainingRun, path: Path, *, fall_back: bool) -> int:
+        try:
+            return run.load(path)
+        except CheckpointCorrupt as error:  # the same on all ranks, as is the way out
+            if error.previous is None or not fall_back:
+                raise
+            self._warn(str(error))
+            return run.load(error.previous)
 
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
@@ -150,10 +188,16 @@ class Worker:
         """Save and stop after the step under way, on all ranks."""
         self._stop_requested.set()
 
+    def activity(self) -> dict[str, Activity]:
+        """What this rank is in, by thread; nothing before it has joined. From any thread."""
+        return self._state.activity() if hasattr(self, "_state") else {}
+
     def leave(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups and give up model and data. Repeating it is harmless."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        if hasattr(self, "_state"):
+            del self._state
 
     def _open_log(self, resume_step: int | None) -> AbstractContextManager[RunLog | None]:
         if self._state.groups.rank:

@@ -1,0 +1,109 @@
+"""What to do when a gang has failed: try again, take another number of workers, or give up. Plain values, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.failures import GangFailed
+
+Cause = Literal["own error", "lost", "preempted", "no room"]
+
+# The first restart is immediate: most losses are single. The next ones wait 1, 2, 4, ... s: what broke may need time.
+FIRST_BACK_OFF_S = 1.0
+MAX_BACK_OFF_S = 60.0
+
+# Errors of a rank that waited in vain for another. They name who is missing; the run itself did nothing wrong.
+TIME_OUTS = ("CollectiveTimeout", "ControlTimeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restart:
+    """One recovery. saved_step: of the newest checkpoint when the gang failed, -1 without one."""
+
+    cause: Cause
+    saved_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Form the gang again at its size: keep who is left, replace who is lost."""
+
+    back_off_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Form a new gang of this many workers."""
+
+    world_size: int
+    back_off_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiveUp:
+    """End the run; own_error: for what it did itself, which says everything."""
+
+    reason: str
+    own_error: bool = False
+
+
+Decision = Retry | Resize | GiveUp
+
+
+def cause_of(failed: GangFailed, preempted_ranks: Collection[int] = ()) -> Cause:
+    """Why a gang failed, from what failed first.
+
+    An error that a rank raised on its own account would be raised again: `own error`. A death, a rank that does not
+    answer, a broken connection or a time-out may not: `lost`, or `preempted` on a node that was taken back. A
+    replacement whose process did not start has no place: `no room`.
+    """
+    first = failed.first
+    if failed.method == "start" and first.kind == "silent":
+        return "no room"
+    if first.rank in preempted_ranks:
+        return "preempted"
+    timed_out = type(first.error).__name__ in TIME_OUTS
+    return "own error" if first.kind == "error" and not first.collateral and not timed_out else "lost"
+
+
+def decide(
+    cause: Cause,
+    *,
+    saved_step: int,
+    world_size: int,
+    room: int,
+    sizes: Sequence[int],
+    history: Sequence[Restart],
+    max_restarts: int,
+) -> Decision:
+    """The way on after a failure.
+
+    Args:
+        saved_step: of the newest checkpoint, -1 without one.
+        world_size: workers that the gang had, or was to have.
+        room: workers that the living nodes could hold, the gang's own places included.
+        sizes: numbers of workers that the run can have, the largest first.
+        history: the recoveries so far.
+        max_restarts: recoveries from `lost` that end the run unless a checkpoint newer than theirs was written since.
+    """
+    if cause == "own error":
+        return GiveUp(reason="the run itself raised an error, which a restart would raise again", own_error=True)
+    tries = sum(1 for past in history if past.cause == "lost" and past.saved_step >= saved_step)
+    if cause == "lost" and tries >= max_restarts:
+        since = f"a checkpoint after step {saved_step}" if saved_step >= 0 else "a first checkpoint"
+        return GiveUp(reason=f"{tries} restarts without {since} (cluster.max_restarts {max_restarts})")
+    # Where the number is fixed, a lost node may come back, or a spare: the start of the replacement waits for it.
+    limit = world_size - 1 if cause == "no room" else room if len(sizes) > 1 else world_size
+    fitting = [size for size in sizes if size <= limit]
+    if not fitting:
+        return GiveUp(reason=f"there is room for {min(limit, room)} workers, and the run needs {sizes[-1]}")
+    wait_s = _back_off_s(tries) if cause == "lost" else 0.0
+    if fitting[0] == world_size or (fitting[0] > world_size and world_size in sizes):
+        return Retry(back_off_s=wait_s)
+    return Resize(world_size=fitting[0], back_off_s=wait_s)
+
+
+def _back_off_s(tries: int) -> float:
+    return min(FIRST_BACK_OFF_S * 2.0 ** (tries - 1), MAX_BACK_OFF_S) if tries else 0.0

@@ -1,0 +1,48 @@
+"""How many workers the cluster can hold, which of its nodes are being taken back, and a standing request for more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from cluster.config import ClusterConfig
+from cluster.placement import room_on, worker_resources
+
+
+def room_for_workers(config: ClusterConfig) -> int:
+    """Workers that the living nodes could hold if nothing else ran on them, without those that are being drained."""
+    draining = draining_nodes()
+    demand = demand_of(config)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return sum(room_on(demand, node["Resources"]) for node in nodes)
+
+
+def demand_of(config: ClusterConfig) -> dict[str, float]:
+    """What one worker reserves on the cluster as it is now."""
+    return worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that Ray was told to empty: a spot instance that is being taken back, a node to be upgraded."""
+    state: Any = ray._private.state.state  # noqa: SLF001 Ray has no public way to ask; Ray Train asks like this.
+    return frozenset(state.get_draining_nodes())
+
+
+class RoomRequest:
+    """A standing request for places. An autoscaler sees it and may add nodes; what was granted is held until `end`."""
+
+    def __init__(self, config: ClusterConfig, num_workers: int) -> None:
+        bundles = [demand_of(config)] * num_workers
+        self._group: PlacementGroup | None = placement_group(bundles, strategy="PACK")
+
+    def granted(self) -> bool:
+        """Whether all places are there. Does not wait."""
+        return self._group is not None and bool(placement_group_table(self._group)["state"] == "CREATED")
+
+    def end(self) -> None:
+        """Give the places back. Repeating it is harmless."""
+        group, self._group = self._group, None
+        if group is not None and ray.is_initialized():
+            remove_placement_group(group)

@@ -1,0 +1,234 @@
+"""Who keeps a run going: watches the gang train, forms it again after a failure, and grows it when there is room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from cluster.config import ClusterConfig
+from cluster.failures import GangFailed
+from cluster.gang import Gang
+from cluster.placement import ClusterTooSmall
+from cluster.policy import Decision, GiveUp, Resize, Restart, Retry, cause_of, decide
+from cluster.room import RoomRequest, draining_nodes, room_for_workers
+
+POLL_S = 0.2
+DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How the gang was formed again. since: when the attempt before ended, Unix time. seconds: by part."""
+
+    since: float
+    seconds: dict[str, float]
+
+
+class Job(Protocol):
+    """What is kept going, and who is told of it: the runtime's side of a supervisor."""
+
+    def arguments(self, gang: Gang, recovery: Recovery | None) -> tuple[Any, ...]:
+        """For the worker's method `train`, from where the job can go on now; recovery: None the first time.
+
+        Raises:
+            GangFailed: it asked the workers, and one failed.
+        """
+        ...
+
+    def saved_step(self) -> int:
+        """Of the newest checkpoint, -1 without one."""
+        ...
+
+    def on_poll(self, gang: Gang) -> None:
+        """Called about every POLL_S while the gang trains."""
+        ...
+
+    def is_over(self, results: list[Any]) -> bool:
+        """Whether these results of all ranks end the job; False where it only made way for another size."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether the user wishes to end."""
+        ...
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Record that something happened."""
+        ...
+
+
+class GaveUp(RuntimeError):
+    """The gang failed again and again, or no longer fits. `failures` holds what was the matter each time."""
+
+    def __init__(self, reason: str, failures: tuple[GangFailed | ClusterTooSmall, ...]) -> None:
+        super().__init__(reason, failures)  # As given, so that it survives pickling.
+        self.reason = reason
+        self.failures = failures
+
+    def __str__(self) -> str:
+        *before, last = self.failures
+        lines = [f"gave up: {self.reason}"]
+        lines += [f"  {number}. {str(failure).splitlines()[0]}" for number, failure in enumerate(before, 1)]
+        return "\n".join([*lines, f"  {len(self.failures)}. {last}"])
+
+
+class Supervisor:
+    """Runs `train` of a job on a gang until it is over.
+
+    Args:
+        gang: formed; who made it stops it.
+        sizes: numbers of workers that the job can have, the largest first.
+    """
+
+    def __init__(self, gang: Gang, job: Job, config: ClusterConfig, sizes: Sequence[int]) -> None:
+        self._gang, self._job, self._config, self._sizes = gang, job, config, sizes
+        self._world_size = gang.world_size
+        self._failures: list[GangFailed | ClusterTooSmall] = []  # since the last progress
+        self._history: list[Restart] = []
+        self._move: Resize | None = None  # what the gang was asked to save and stop for
+        self._request: RoomRequest | None = None
+        self._next_drain_look = self._next_growth_look = 0.0
+        self._since = time.time()  # when the last attempt ended, Unix time
+        self._waited_s: dict[str, float] = {}
+
+    def run(self) -> list[Any]:
+        """The results of `train` by rank, of the attempt that ended the job.
+
+        Raises:
+            GangFailed: the job itself raised an error, or the first failure is not to be recovered from.
+            GaveUp: the policy ended it after that.
+        """
+        decision: Decision | None = None
+        try:
+            while True:
+                try:
+                    results = self._attempt(decision)
+                except (GangFailed, ClusterTooSmall) as failure:
+                    decision = self._after(failure)
+                    continue
+                if self._move is None or self._job.is_over(results):
+                    return results
+                decision, self._since, self._waited_s = self._move, time.time(), {}
+        finally:
+            self._end_request()
+
+    def _attempt(self, decision: Decision | None) -> list[Any]:
+        """Form the gang as decided and train on it."""
+        recovery = None
+        if decision is not None:
+            self._form(decision)
+            recovery = Recovery(since=self._since, seconds=self._waited_s | self._gang.startup_s)
+        self._move = None
+        self._ask_for_more()
+        arguments = self._job.arguments(self._gang, recovery)
+        return self._gang.run("train", *arguments, poll_s=POLL_S, on_poll=self._poll, keep=True)
+
+    def _form(self, decision: Decision) -> None:
+        self._end_request()
+        if isinstance(decision, Resize):
+            self._world_size = decision.world_size
+        last = self._failures[-1] if self._failures else None
+        if isinstance(decision, Retry) and isinstance(last, GangFailed) and self._gang.is_placed:
+            can_shrink = self._world_size > self._sizes[-1]
+            self._gang.form_again(last, self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s)
+        else:
+            self._gang.form((self._world_size,))
+
+    def _after(self, failure: GangFailed | ClusterTooSmall) -> Decision:
+        """Decide, tell, and wait as long as was decided. Raises where that is the end."""
+        self._note_time(failure)
+        saved_step = self._job.saved_step()
+        if self._history and saved_step > self._history[-1].saved_step:
+            self._failures = []
+        self._failures.append(failure)
+        cause = cause_of(failure, self._preempted_ranks()) if isinstance(failure, GangFailed) else "no room"
+        self._job.tell("failed", cause=cause, **_details(failure))
+        decision = decide(
+            cause,
+            saved_step=saved_step,
+            world_size=self._world_size,
+            room=room_for_workers(self._config),
+            sizes=self._sizes,
+            history=self._history,
+            max_restarts=self._config.max_restarts,
+        )
+        if isinstance(decision, GiveUp):
+            self._give_up(decision, failure)
+        self._history.append(Restart(cause=cause, saved_step=saved_step))
+        self._tell_plan(decision)
+        self._wait(decision.back_off_s)
+        return decision
+
+    def _note_time(self, failure: GangFailed | ClusterTooSmall) -> None:
+        now = time.time()
+        noticed = failure.first.time_s if isinstance(failure, GangFailed) else 0.0
+        self._since = min(noticed or now, now)  # a worker's clock may be ahead of ours
+        self._waited_s = {"others ended": now - self._since}
+
+    def _preempted_ranks(self) -> set[int]:
+        draining = draining_nodes()
+        return {row.rank for row in self._gang.rank_map if row.node_id in draining}
+
+    def _give_up(self, decision: GiveUp, failure: GangFailed | ClusterTooSmall) -> NoReturn:
+        self._job.tell("gave_up", reason=decision.reason)
+        if decision.own_error or len(self._failures) == 1:
+            raise failure
+        raise GaveUp(decision.reason, tuple(self._failures)) from failure
+
+    def _tell_plan(self, decision: Retry | Resize) -> None:
+        workers = decision.world_size if isinstance(decision, Resize) else self._world_size
+        self._job.tell("recovering", workers=workers, workers_before=self._world_size, back_off_s=decision.back_off_s)
+
+    def _wait(self, back_off_s: float) -> None:
+        begun = time.monotonic()
+        while time.monotonic() < begun + back_off_s and not self._job.stop_requested():
+            time.sleep(POLL_S)
+        self._waited_s["back-off"] = time.monotonic() - begun
+
+    def _poll(self) -> None:
+        self._job.on_poll(self._gang)
+        now = time.monotonic()
+        if self._move is None and now >= self._next_drain_look:
+            self._next_drain_look = now + DRAIN_LOOK_S
+            self._leave_draining_nodes()
+        if self._move is None and now >= self._next_growth_look:
+            self._next_growth_look = now + self._config.grow_every_s
+            if self._request is not None and self._request.granted():
+                self._make_way(self._larger[-1], "the cluster has room for more")
+
+    @property
+    def _larger(self) -> list[int]:
+        return [size for size in self._sizes if size > self._world_size]
+
+    def _ask_for_more(self) -> None:
+        now = time.monotonic()
+        self._next_drain_look, self._next_growth_look = now + DRAIN_LOOK_S, now + self._config.grow_every_s
+        if self._larger:
+            self._request = RoomRequest(self._config, self._larger[-1] - self._world_size)
+
+    def _leave_draining_nodes(self) -> None:
+        """Go where there is room, while the nodes that are being taken back still stand. Else wait for their end."""
+        if self._preempted_ranks():
+            room = room_for_workers(self._config)
+            if fitting := [size for size in self._sizes if size <= room]:
+                self._make_way(fitting[0], "a node is being taken back")
+
+    def _make_way(self, world_size: int, reason: str) -> None:
+        """Have the gang save and stop, to go on with another number of workers or in another place."""
+        self._gang.control(0, "request_stop")
+        self._move = Resize(world_size=world_size)
+        self._job.tell("moving", workers=world_size, workers_before=self._world_size, reason=reason)
+
+    def _end_request(self) -> None:
+        if self._request is not None:
+            self._request.end()
+            self._request = None
+
+
+def _details(failure: GangFailed | ClusterTooSmall) -> dict[str, Any]:
+    reason = str(failure).splitlines()[0]
+    if isinstance(failure, ClusterTooSmall):
+        return {"reason": reason}
+    first = failure.first
+    return {"reason": reason, "rank": first.rank, "node": first.ip, "pid": first.pid, "kind": first.kind}

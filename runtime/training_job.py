@@ -1,0 +1,118 @@
+"""A training run as its supervisor sees it: from where to go on, what to show, when it is over."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.config import TrainConfig
+from runtime.interrupt import StopSignal
+from runtime.launch import LaunchedGang
+from runtime.live import LiveView
+from runtime.quantities import duration
+from runtime.rank_map import exchange_of, rank_map, rank_table
+from workers import checkpoint
+from workers.run_log import append_event
+from workers.training_run import CHECKPOINTS, TrainOutcome
+
+if TYPE_CHECKING:
+    from cluster.gang import Gang
+    from cluster.supervisor import Recovery
+
+
+class TrainingJob:
+    """The job of a Supervisor. Shows what rank 0 tells and passes on a wish to stop, to every gang anew.
+
+    resume_from: the checkpoint that the user resumes from; None starts at step 0.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        launched: LaunchedGang,
+        resume_from: Path | None,
+        *,
+        view: LiveView,
+        signal: StopSignal,
+    ) -> None:
+        self._config, self._run_dir, self._launched = config, run_dir, launched
+        self._resume_from = resume_from and resume_from.absolute()
+        self._view, self._signal = view, signal
+        self._is_recording = False  # whether rank 0 has ever told something: then the run's own checkpoints count
+        self._recovery: Recovery | None = None
+        self._called_s = self._load_s = 0.0
+        self._num_seen, self._told_to_stop = 0, False
+
+    def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
+        ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
+        seconds = {"ray_s": self._launched.ray_s, "gang_s": gang.startup_s["total"]}
+        start = {"rank_map": ranks, "exchange": asdict(exchange), **seconds}
+        if recovery is not None:
+            self._view.event(rank_table(ranks, exchange))
+        self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
+        self._num_seen, self._told_to_stop = 0, False
+        self._pass_on_wish(gang)  # one from before the first step: then the first is the last
+        return self._newest_checkpoint(), start, recovery is not None
+
+    def saved_step(self) -> int:
+        newest = self._newest_checkpoint()
+        return -1 if newest is None else checkpoint.step_of(newest)
+
+    def on_poll(self, gang: "Gang") -> None:
+        self._pass_on_wish(gang)
+        lines = gang.control(0, "progress", self._num_seen)
+        self._num_seen += len(lines)
+        for line in lines:
+            self._is_recording = True
+            self._note_recovery(line)
+            self._show(line)
+
+    def is_over(self, results: list[TrainOutcome]) -> bool:
+        return results[0].completed or self._signal.stop_requested
+
+    def stop_requested(self) -> bool:
+        return self._signal.stop_requested
+
+    def tell(self, event: str, **details: Any) -> None:
+        append_event(self._run_dir, event, **details)
+        self._view.event(_text(event, details))
+
+    def _pass_on_wish(self, gang: "Gang") -> None:
+        if self._signal.stop_requested and not self._told_to_stop:
+            self._view.event("stopping: saving a checkpoint after this step; Ctrl-C again stops at once")
+            gang.control(0, "request_stop")
+            self._told_to_stop = True
+
+    def _newest_checkpoint(self) -> Path | None:
+        if not self._is_recording:  # later ones belong to steps that this run was told to make anew
+            return self._resume_from
+        saved = checkpoint.list_checkpoints(self._run_dir / CHECKPOINTS)
+        return saved[-1].absolute() if saved else None
+
+    def _note_recovery(self, line: dict[str, Any]) -> None:
+        """Once the first step after a recovery is done, record how long it took, and what took how long."""
+        if line.get("event") == "resumed":
+            self._load_s = line["load_s"]
+            self._view.resumed(line["step"])
+        if self._recovery is None or line.get("kind") != "train":
+            return
+        recovery, self._recovery = self._recovery, None
+        seconds = {name: value for name, value in recovery.seconds.items() if name != "total"}
+        seconds |= {"load": self._load_s, "first step": line["time"] - self._called_s - self._load_s}
+        total_s = line["time"] - recovery.since
+        append_event(self._run_dir, "recovered", step=line["step"], total_s=total_s, seconds=seconds)
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        self._view.event(f"recovered: step {line['step']} after {duration(total_s)} ({parts} s)")
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "event" in line:
+            self._view.event(_text(line["event"], {name: value for name, value in line.items() if name != "event"}))
+        elif line["kind"] == "eval":
+            self._view.eval(line)
+        else:
+            self._view.update(line)
+
+
+def _text(event: str, details: dict[str, Any]) -> str:
+    return f"{event.replace('_', ' ')}: " + ", ".join(f"{name} {value}" for name, value in details.items())
