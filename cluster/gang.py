@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
@@ -25,7 +25,6 @@ from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
 LEAVE_S = 3.0  # For a kept process to leave its groups, which takes it some ten milliseconds.
-FORMING = ("start", "open_store", "join")  # A process that failed in these knows no rank yet, or half its groups.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +111,18 @@ class Gang:
         """Whether it holds places on the cluster: false after `stop`, or when `form` found none."""
         return self._group is not None
 
+    @property
+    def num_places(self) -> int:
+        """Places that it asked for, its ranks' and those that it lost with a node: Ray fills them when one is back."""
+        return self._group.bundle_count if self._group else 0
+
+    def num_living_places(self) -> int:
+        """Those of its places that lie on living nodes."""
+        if self._group is None:
+            return 0
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in placement_group_table(self._group)["bundles_to_node_id"].values())
+
     def run(
         self,
         method: str,
@@ -163,25 +174,32 @@ class Gang:
         self._join(limit_s)
         self.startup_s["total"] = time.monotonic() - begun
 
-    def form_again(self, failed: GangFailed, limit_s: float) -> None:
-        """After `run(keep=True)` failed: replace the processes that are lost, keep the others, and join all anew.
+    def form_again(self, failed: GangFailed, world_size: int, limit_s: float) -> None:
+        """After `run(keep=True)` failed: join those who are left with replacements for the lost, or without any.
 
         A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
         can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
 
+        Args:
+            world_size: as many as before: the lost are replaced in their places. Fewer: as many of those who are left.
+            limit_s: for the replacements to start.
         Raises:
-            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join. Then none is kept.
+            ClusterTooSmall: there was nobody to keep, and no place for new ones.
+            GangFailed: a replacement did not start in time, or a rank failed to join.
         """
-        if self._group is None:
-            raise RuntimeError("a gang that was stopped has no places to form again in; use `form`")
         begun = time.monotonic()
-        bundles = list(self._actors)
-        lost = set(bundles) if self._must_restart(failed) else self._lost_bundles(failed)
-        leaving: dict[ray.ObjectRef[Any], int] = {
-            self._actors[bundle].call.remote("leave"): bundle for bundle in bundles if bundle not in lost
-        }
-        starting = {bundle: self._restart(bundle) for bundle in lost}
-        self._replace_those_that_stay(leaving, starting)
+        kept = self._kept_bundles(failed)[:world_size]
+        starting: dict[int, ray.ObjectRef[Any]] = {}
+        if world_size == len(self._actors):
+            starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
+        stuck = self._leave(kept)
+        if world_size < len(self._actors):
+            if len(kept) - len(stuck) < world_size:
+                self.form((world_size,))
+                return
+            for bundle in set(self._actors) - set(kept):
+                self._end(bundle)
+        starting |= {bundle: self._restart(bundle) for bundle in stuck}
         self.startup_s = {"leave": time.monotonic() - begun}
         self._await_starts(starting, limit_s)
         self._join(self._config.start_timeout_s)
@@ -215,31 +233,35 @@ class Gang:
                 return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s))
         return reserve(replace(self._config, num_workers=smallest))
 
-    def _must_restart(self, failed: GangFailed) -> bool:
-        on_cuda = any(place.gpu_ids for place in self._places.values())
-        return on_cuda or failed.method in FORMING or len(self._places) < len(self._actors)
+    def _kept_bundles(self, failed: GangFailed) -> list[int]:
+        """Of the processes that can join again, by rank: their call has returned, with a result or an error."""
+        if any(place.gpu_ids for place in self._places.values()):
+            return []
+        # In `start`, those who were lost have no place yet, and the others were not called.
+        lost = {failure.rank for failure in failed.failures if failure.kind != "error"}
+        ranks = [rank for rank in range(len(self._bundles)) if failed.method == "start" or rank not in lost]
+        return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
 
-    def _lost_bundles(self, failed: GangFailed) -> set[int]:
-        return {self._bundles[failure.rank] for failure in failed.failures if failure.kind != "error"}
+    def _leave(self, bundles: Sequence[int]) -> list[int]:
+        """Have these processes leave their groups; returns those that did not."""
+        calls: dict[Any, int] = {self._actors[bundle].call.remote("leave"): bundle for bundle in bundles}
+        if not calls:
+            return []
+        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=LEAVE_S)
+        return [calls[call] for call in [*late, *(call for call in done if not left(call))]]
 
     def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
         """A new process in the place of another; returns its call of `start`."""
-        if bundle in self._actors:
-            ray.kill(self._actors[bundle])
-        self._places.pop(bundle, None)
+        self._end(bundle)
         group = self._group or _no_group()
         self._actors[bundle] = _create_actor(group, bundle, self._env, self._make_worker)
-        return self._actors[bundle].start.remote()
+        call: ray.ObjectRef[Any] = self._actors[bundle].start.remote()
+        return call
 
-    def _replace_those_that_stay(
-        self, leaving: dict[ray.ObjectRef[Any], int], starting: dict[int, ray.ObjectRef[Any]]
-    ) -> None:
-        """Wait until the kept processes have left their groups; one that does not is lost as well."""
-        if not leaving:
-            return
-        done, late = ray.wait(list(leaving), num_returns=len(leaving), timeout=LEAVE_S)
-        for call in [*late, *(call for call in done if not left(call))]:
-            starting[leaving[call]] = self._restart(leaving[call])
+    def _end(self, bundle: int) -> None:
+        self._places.pop(bundle, None)
+        if bundle in self._actors:
+            ray.kill(self._actors.pop(bundle))
 
     def _start_in(self, bundles: Iterable[int], limit_s: float) -> None:
         # All are created before any is waited for.
@@ -253,27 +275,30 @@ class Gang:
         self._places |= dict(zip(starting, places, strict=True))
         self.startup_s["processes and imports"] = time.monotonic() - begun
         self.startup_s["of these imports"] = max((place.import_s for place in places), default=0.0)
-        self._assign_ranks([self._places[bundle] for bundle in sorted(self._places)])
+        self._assign_ranks()
 
-    def _assign_ranks(self, places: list[Place]) -> None:
+    def _assign_ranks(self) -> None:
+        bundles = sorted(self._places)
+        places = [self._places[bundle] for bundle in bundles]
         threads = threads_of(places, self._config.threads_per_worker)
-        order = self._bundles = rank_order(places, self._ep_size_of(len(places)))
+        order = rank_order(places, self._ep_size_of(len(places)))
+        self._bundles = [bundles[index] for index in order]
         self._members = [
-            Member(rank=rank, actor=self._actors[bundle], ip=places[bundle].ip, pid=places[bundle].pid)
-            for rank, bundle in enumerate(order)
+            Member(rank=rank, actor=self._actors[bundles[index]], ip=places[index].ip, pid=places[index].pid)
+            for rank, index in enumerate(order)
         ]
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
-                ip=places[bundle].ip,
-                node_id=places[bundle].node_id,
-                gpu_ids=places[bundle].gpu_ids,
-                pid=places[bundle].pid,
-                num_threads=threads[bundle],
-                interface=places[bundle].interface,
-                transport=places[bundle].transport,
+                ip=places[index].ip,
+                node_id=places[index].node_id,
+                gpu_ids=places[index].gpu_ids,
+                pid=places[index].pid,
+                num_threads=threads[index],
+                interface=places[index].interface,
+                transport=places[index].transport,
             )
-            for rank, bundle in enumerate(order)
+            for rank, index in enumerate(order)
         )
 
     def _join(self, limit_s: float) -> None:

@@ -103,6 +103,21 @@ def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: floa
     return [pickle.loads(r.result) for r in ranks]
 
 
+def start_process(fn: Callable[..., object], *args: Any) -> ForkServerProcess:
+    """One more process, forked like a rank, that may die as it likes. It is killed if this one ends before it."""
+    process = _fork_context().Process(target=_process_main, args=(fn, args), daemon=True)
+    process.start()
+    return process
+
+
+def _process_main(fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    fn(*args)
+
+
 @functools.cache
 def _fork_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")

@@ -4,14 +4,14 @@ Tensors go through torch.distributed.checkpoint (DCP): a tensor that several ran
 least to write so far. A checkpoint is complete or it is not there: written aside, verified, renamed.
 """
 
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,6 +25,7 @@ from workers.checkpoint_files import (
     INDEX,
     CheckpointCorrupt,
     CheckpointError,
+    DiskRefused,
     Manifest,
     check_file,
     checkpoint_path,
@@ -39,6 +40,7 @@ from workers.checkpoint_files import (
     sync_folder,
     write_manifest,
 )
+from workers.shares import TensorSpec, specs_of
 from workers.state import missing_experts
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "set_aside_later",
     "Manifest",
     "CheckpointError",
+    "DiskRefused",
     "CheckpointCorrupt",
 ]
 
@@ -62,16 +65,14 @@ T = TypeVar("T")
 _OVERHEAD_BYTES = 4096
 
 
-class _Spec(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
-
-
 def save(
-    root: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], group: Group, keep: int = 3
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
+    group: Group,
+    keep: int = 3,
+    world_size: int | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `root` and return its folder.
 
@@ -82,8 +83,11 @@ def save(
         extra: JSON values that are the same on all ranks; rank 0's are kept.
         group: gloo group of all ranks; None for a process on its own.
         keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
+        world_size: of the run that had this state, where it is not that of `group`: as many ranks will read their
+            random generator states.
 
     Raises:
+        DiskRefused: on all ranks, where the disk is full or fails.
         CheckpointError: on all ranks, with the cause. What was written is removed, earlier checkpoints are untouched.
 
     Collective. Waits for the disk. A checkpoint of the same step is replaced.
@@ -91,20 +95,22 @@ def save(
     if keep < 1:
         raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
     final = checkpoint_path(root, step)
-    partial = final.with_name(f".{final.name}.partial")
-    rank, world_size = _place(group)
-    specs = _merge(_all_gather(group, _specs_of(tensors)))
+    rank, num_ranks = _place(group)
+    # A name of its own: a save of a gang that failed may wake up late and remove what it left.
+    tokens = _all_gather(group, secrets.token_hex(4))
+    partial = final.with_name(f".{final.name}.{tokens[0]}.partial")
+    specs = _merge(_all_gather(group, specs_of(tensors)))
     if gaps := _expert_gaps(specs):
         raise CheckpointError(f"refused to save a model without all of its experts: {gaps}")
     _together(group, f"preparing {partial}", lambda: _prepare(root, partial, specs) if rank == 0 else None)
     try:
-        with _dcp_errors(f"writing {partial}"):
+        with _dcp_errors(f"writing {partial}", group):
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             writer = FileSystemWriter(partial)
             dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
-        digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, world_size))
+        digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, num_ranks))
         files = {name: entry for share in _all_gather(group, digests) for name, entry in share.items()}
-        manifest = Manifest(step=step, world_size=world_size, files=files, extra=dict(extra))
+        manifest = Manifest(step=step, world_size=world_size or num_ranks, files=files, extra=dict(extra))
         _together(group, f"finishing {final}", lambda: _finish(partial, final, manifest, specs) if rank == 0 else None)
     except BaseException:  # also Ctrl-C and a dead peer: earlier checkpoints must not lack the space
         if rank == 0:
@@ -144,8 +150,8 @@ def load(
     saved = _specs_of_index(index)
     same_ranks = manifest.world_size == _place(group)[1]
     mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
-    _check_fit(path, saved, _merge(_all_gather(group, _specs_of(mine))), sections)
-    with _dcp_errors(f"reading {path}"):
+    _check_fit(path, saved, _merge(_all_gather(group, specs_of(mine))), sections)
+    with _dcp_errors(f"reading {path}", group):
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = _CheckedReader(path, index)
         dcp_load(mine, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
@@ -195,14 +201,14 @@ def _previous_intact(path: Path, group: Group) -> Path | None:
     return None
 
 
-def _prepare(root: Path, partial: Path, specs: Mapping[str, _Spec]) -> None:
+def _prepare(root: Path, partial: Path, specs: Mapping[str, TensorSpec]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".step_*"):  # of a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    needed = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize + _OVERHEAD_BYTES for spec in specs.values())
+    needed = sum(spec.num_bytes + _OVERHEAD_BYTES for spec in specs.values())
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise CheckpointError(
+        raise DiskRefused(
             f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {root}; free some space, keep "
             "fewer checkpoints or choose another run directory"
         )
@@ -213,7 +219,7 @@ def _digest_share(partial: Path, rank: int, world_size: int) -> dict[str, tuple[
     return {file.name: digest(file) for file in sorted(partial.iterdir())[rank::world_size]}
 
 
-def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, _Spec]) -> None:
+def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec]) -> None:
     """Verify what lies on the disk against what the ranks had, describe it and give it its name."""
     written = _specs_of_index(read_index(partial, manifest.files))
     if written != specs:
@@ -238,7 +244,9 @@ def _prune(root: Path, step: int, keep: int) -> None:
             warnings.warn(f"could not remove the old checkpoint {path}: {error}", stacklevel=3)
 
 
-def _check_fit(path: Path, saved: Mapping[str, _Spec], needed: Mapping[str, _Spec], sections: tuple[str, ...]) -> None:
+def _check_fit(
+    path: Path, saved: Mapping[str, TensorSpec], needed: Mapping[str, TensorSpec], sections: tuple[str, ...]
+) -> None:
     missing = sorted(needed.keys() - saved.keys())
     unexpected = sorted(name for name in saved.keys() - needed.keys() if _section(name) in sections)
     # A dtype that differs is an error, not a cast: a bias read as bf16 no longer moves (Megatron-LM #1482).
@@ -266,19 +274,15 @@ class _CheckedReader(FileSystemReader):
         return self._index
 
 
-def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, _Spec]:
-    return {name: _Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _specs_of_index(index: Metadata) -> dict[str, _Spec]:
+def _specs_of_index(index: Metadata) -> dict[str, TensorSpec]:
     # read_index made sure that every entry is a tensor's.
     entries: Mapping[str, Any] = index.state_dict_metadata
-    return {name: _Spec(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}
+    return {name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}
 
 
-def _merge(specs_by_rank: list[dict[str, _Spec]]) -> dict[str, _Spec]:
+def _merge(specs_by_rank: list[dict[str, TensorSpec]]) -> dict[str, TensorSpec]:
     """What all ranks hold together. DCP would keep one of two tensors that share a name, whatever they are."""
-    merged: dict[str, _Spec] = {}
+    merged: dict[str, TensorSpec] = {}
     for rank, specs in enumerate(specs_by_rank):
         for name, spec in specs.items():
             if merged.setdefault(name, spec) != spec:
@@ -286,7 +290,7 @@ def _merge(specs_by_rank: list[dict[str, _Spec]]) -> dict[str, _Spec]:
     return merged
 
 
-def _expert_gaps(specs: Mapping[str, _Spec]) -> str:
+def _expert_gaps(specs: Mapping[str, TensorSpec]) -> str:
     return "; ".join(missing_experts({name: spec.shape for name, spec in specs.items()})[:3])
 
 
@@ -322,9 +326,12 @@ def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _dcp_errors(doing: str) -> Iterator[None]:
+def _dcp_errors(doing: str, group: Group) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
+        if group is not None:
+            yield
+            return
+        with warnings.catch_warnings():  # not thread-safe, and only a process on its own is warned
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:  # a BaseException, the same on all ranks
@@ -335,4 +342,6 @@ def _first(doing: str, failures: Mapping[int, BaseException]) -> CheckpointError
     rank, cause = min(failures.items())
     if isinstance(cause, CheckpointError):
         return cause
-    return CheckpointError(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}")
+    # DCP makes a RuntimeError of what a full disk answers.
+    kind = DiskRefused if isinstance(cause, OSError | RuntimeError) else CheckpointError
+    return kind(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}")

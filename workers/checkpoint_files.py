@@ -51,6 +51,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the same on all ranks. The message says what to do."""
 
 
+class DiskRefused(CheckpointError):
+    """The disk is full or failed: the same may succeed when there is room."""
+
+
 class CheckpointCorrupt(CheckpointError):
     """A checkpoint is damaged and was not read.
 

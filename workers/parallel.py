@@ -91,7 +91,8 @@ class RankGroups:
 
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
-    never queue behind token traffic. nodes: the groups of the exchange 'node', where nodes are known.
+    never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known.
     """
 
     rank: int
@@ -105,6 +106,8 @@ class RankGroups:
     ep_group: dist.ProcessGroup
     edp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
 
 
@@ -152,6 +155,8 @@ def join_groups(
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
         nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
+        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
+        memory_group=dist.new_group(backend="gloo", timeout=timeout),
     )
     _exercise(groups)
     return groups
@@ -175,7 +180,8 @@ def _exercise(groups: RankGroups) -> None:
     of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
     pairs = [(group, groups.device) for group in of_tokens]
-    for group, device in [*pairs, (groups.control_group, torch.device("cpu"))]:
+    on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
+    for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:
         size = dist.get_world_size(group)
         ones = torch.ones(size, device=device)
         dist.all_reduce(ones, group=group)

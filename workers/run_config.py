@@ -28,6 +28,12 @@ class RunConfig:
     """Steps between two checkpoints; 0 saves at the end and on Ctrl-C alone."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept; older ones are removed."""
+    async_checkpoints: bool = True
+    """Write checkpoints beside the training, which stops for a copy in memory alone; the last one is waited for."""
+    memory_checkpoint_every: int = 10
+    """Steps between two checkpoints that the workers keep in each other's memory; 0 keeps none."""
+    full_disk_wait_s: float = 600.0
+    """How long the last checkpoint is tried again when the disk does not take it, before the run fails."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the computation; weights, router and optimizer are float32 with either."""
     on_bias_mismatch: Literal["stop", "repair"] = "stop"
@@ -37,7 +43,8 @@ class RunConfig:
         for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("seed", "micro_batch_size", "eval_every", "checkpoint_every"):
+        periods = ("eval_every", "checkpoint_every", "memory_checkpoint_every")
+        for name in ("seed", "micro_batch_size", *periods, "full_disk_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):

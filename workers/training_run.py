@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from workers import checkpoint
-from workers.checkpoint import CheckpointError
 from workers.control import ControlLoop
 from workers.evaluation import evaluate
+from workers.memory_checkpoint import MemoryCheckpoints
 from workers.metrics import eval_line, train_line
 from workers.rank_state import RankState
 from workers.run_log import RunLog
+from workers.saver import CheckpointSaver
 from workers.score_log import ScoreLog
+from workers.staging import Snapshot
 from workers.state import canonical_state, law_state, law_tensors, random_state, set_random_state
 from workers.training import StepResult, Trainer, autocast
 
@@ -38,6 +40,8 @@ class TrainingRun:
         control: from `state.open_control()`.
         publish: called on rank 0 with each line and event, for whoever watches.
         stop_requested: set by this process when it wishes to end.
+        memory: of this process, which outlives the gang; None where nobody will read it.
+        nodes: the node of each rank; empty where it is not known.
     """
 
     def __init__(
@@ -47,11 +51,22 @@ class TrainingRun:
         *,
         publish: Callable[[dict[str, Any]], None],
         stop_requested: threading.Event,
+        memory: MemoryCheckpoints | None = None,
+        nodes: tuple[int, ...] = (),
     ) -> None:
         self._state, self._control = state, control
         self._log: RunLog | None = None
         self._publish, self._stop_requested = publish, stop_requested
-        self._checkpoints = state.spec.run_dir / CHECKPOINTS
+        self._saver = CheckpointSaver(
+            state.spec.run_dir / CHECKPOINTS,
+            state.groups,
+            state.spec.run,
+            state.optimizer,
+            memory or MemoryCheckpoints(),
+            nodes=nodes,
+            tell=self.tell,
+            sync_records=self._sync_records,
+        )
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
         self._trainer = Trainer(
             model=state.model,
@@ -91,23 +106,25 @@ class TrainingRun:
         """
         self._log = log
         config = self._state.spec.run
-        step, stop, saved_step = done, False, done
+        step, stop = done, False
         if step == 0 and config.eval_every:
             self._evaluate(step)  # what training starts from
-        while step < config.steps and not stop:
-            step += 1
-            if scores is not None:
-                scores.begin_step(step)
-            result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
-            stop = result.control.stop
-            self._record(result)
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                self._evaluate(step)
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if step == config.steps or stop or due:
-                saved_step = self._save(step, must=step == config.steps or stop) or saved_step
+        with self._saver:
+            while step < config.steps and not stop:
+                step += 1
+                if scores is not None:
+                    scores.begin_step(step)
+                result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
+                stop = result.control.stop
+                self._record(result)
+                if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                    self._evaluate(step)
+                if step < config.steps and not stop:
+                    self._saver.after_step(step, self._snapshot)
+            if step > done:
+                self._saver.save_last(self._snapshot(step), self._stop_requested)
         completed = step >= config.steps
-        self.tell("finished" if completed else "interrupted", step=step, saved_step=saved_step)
+        self.tell("finished" if completed else "interrupted", step=step, **self._saver.summary())
         return TrainOutcome(step, completed)
 
     def _record(self, result: StepResult) -> None:
@@ -139,8 +156,7 @@ class TrainingRun:
             self._publish(line)
         self._load_since_eval_N.zero_()
 
-    def _save(self, step: int, *, must: bool) -> int | None:
-        """Save and return the step; None where it failed and training can go on without."""
+    def _snapshot(self, step: int) -> Snapshot:
         state = self._state
         version, _ = self._control.state()
         extra = {
@@ -151,24 +167,11 @@ class TrainingRun:
             "model": asdict(state.spec.model),
             "seed": state.spec.run.seed,
         }
+        return Snapshot(step, self._tensors(), extra)
+
+    def _sync_records(self) -> None:
         if self._log is not None:
-            self._log.sync()  # a checkpoint is never ahead of its records
-        try:
-            path = checkpoint.save(
-                self._checkpoints,
-                step,
-                self._tensors(),
-                extra,
-                state.groups.control_group,
-                state.spec.run.keep_checkpoints,
-            )
-        except CheckpointError as error:
-            self.tell("checkpoint_failed", step=step, reason=str(error))
-            if must:
-                raise
-            return None
-        self.tell("checkpoint", step=step, path=str(path))
-        return step
+            self._log.sync()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         state = self._state

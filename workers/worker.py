@@ -18,6 +18,7 @@ from workers.checkpoint import CheckpointCorrupt
 from workers.evaluation import Evaluation, evaluate
 from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, generate
+from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
 from workers.run_log import METRICS, RunLog
@@ -42,6 +43,8 @@ class Worker:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
         self._stop_requested = threading.Event()
+        self._memory = MemoryCheckpoints()
+        self._nodes: tuple[int, ...] = ()
 
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
         """Form the process groups, and build data, model and optimizer. All ranks call it together.
@@ -62,6 +65,7 @@ class Worker:
             hidden=spec.model.hidden,
             top_k=spec.model.moe.top_k,
         )
+        self._nodes = nodes
         groups = join_groups(
             rank=rank,
             world_size=world_size,
@@ -96,7 +100,14 @@ class Worker:
     def _train(self, resume_from: Path | None, start: dict[str, Any], *, again: bool) -> TrainOutcome:
         state = self._state
         with state.open_control() as control:
-            run = TrainingRun(state, control, publish=self._lines.append, stop_requested=self._stop_requested)
+            run = TrainingRun(
+                state,
+                control,
+                publish=self._lines.append,
+                stop_requested=self._stop_requested,
+                memory=self._memory,
+                nodes=self._nodes,
+            )
             begun = time.monotonic()
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
@@ -147,6 +158,26 @@ class Worker:
             autocast=autocast(self._spec.run.dtype, state.groups.device),
         )
         return {index: tokenizer.decode(tokens) for index, tokens in new_ids.items()}
+
+    def held_checkpoints(self) -> list[HeldShard]:
+        """What this process has in memory of the last gang that it was in. Quick, from any thread, without a gang."""
+        return self._memory.held()
+
+    def write_held(self, step: int) -> Path:
+        """Write the checkpoint of a step that is in memory to the disk, to resume from it like from any other.
+
+        Raises:
+            CheckpointError: on all ranks: some of it is in no process, or the disk does not take it.
+
+        Collective over a gang of any size, after `join`; processes that have nothing of it take part.
+        """
+        return write_held(
+            self._memory,
+            step,
+            self._spec.run_dir / CHECKPOINTS,
+            self._state.groups.control_group,
+            keep=self._spec.run.keep_checkpoints,
+        )
 
     def progress(self, since: int) -> list[dict[str, Any]]:
         """Metrics and events of this run from the `since`-th on; only rank 0 has any."""

@@ -57,11 +57,11 @@ def _meanwhile(plan: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()
 
 
-def _wait(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+def _wait(condition: Callable[[], object], limit_s: float = 120.0) -> None:
     give_up = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < give_up

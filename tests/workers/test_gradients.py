@@ -45,6 +45,8 @@ def form_groups(rank: int, world_size: int, ep_size: int) -> RankGroups:
         ep_group=ep_group,
         edp_group=edp_group,
         control_group=dist.group.WORLD,
+        checkpoint_group=dist.group.WORLD,
+        memory_group=dist.group.WORLD,
     )
 
 

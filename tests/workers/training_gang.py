@@ -74,7 +74,7 @@ class StoppingWorker(Worker):
             self._lines = Lines()
 
 
-def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None) -> Worker:
+def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None, nodes=()) -> Worker:
     """A joined worker; `name` keeps the rendezvous of the gangs of one process apart."""
     if dist.is_initialized():
         dist.barrier()  # else a rank closes connections that another one is still making
@@ -85,7 +85,7 @@ def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None)
     worker = StoppingWorker(spec, stop_after)
     spec.run_dir.mkdir(parents=True, exist_ok=True)
     store = dist.FileStore(str(spec.run_dir.parent / f"store-{name}"), world_size)
-    worker.join(rank=rank, world_size=world_size, store=store, timeout_s=20.0)
+    worker.join(rank=rank, world_size=world_size, store=store, timeout_s=20.0, nodes=nodes)
     return worker
 
 

@@ -1,0 +1,48 @@
+"""One job at a time on a thread beside the training."""
+
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """Runs one job at a time. A job that is collective must be started and taken by all ranks at the same steps.
+
+    Its threads are daemons: they never keep a process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._job: futures.Future[T] | None = None
+
+    def start(self, job: Callable[[], T]) -> None:
+        """Begin a job. The one before must have been taken."""
+        if self._job is not None:
+            raise RuntimeError(f"{self._name}: the job before was not taken")
+        self._job = futures.Future()
+        threading.Thread(target=_run, args=(job, self._job), name=self._name, daemon=True).start()
+
+    def take(self, *, wait: bool) -> T | None:
+        """The result of the job, once; None where there is none, or none yet and `wait` is False.
+
+        Raises what the job raised. Waits as long as the job does: its collectives have their bounds.
+        """
+        if self._job is None or not (wait or self._job.done()):
+            return None
+        job, self._job = self._job, None
+        return job.result()
+
+    def abandon(self, wait_s: float) -> bool:
+        """Give a job that is under way some time and then forget it, with all it may raise. Whether it has ended."""
+        job, self._job = self._job, None
+        return job is None or not futures.wait([job], wait_s).not_done
+
+
+def _run(job: Callable[[], T], outcome: futures.Future[T]) -> None:
+    try:
+        outcome.set_result(job())
+    except BaseException as error:  # noqa: BLE001 - a thread's boundary: `take` raises it where someone listens
+        outcome.set_exception(error)
