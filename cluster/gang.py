@@ -174,34 +174,42 @@ class Gang:
         self._join(limit_s)
         self.startup_s["total"] = time.monotonic() - begun
 
-    def form_again(self, failed: GangFailed, world_size: int, limit_s: float) -> None:
-        """After `run(keep=True)` failed: join those who are left with replacements for the lost, or without any.
+    def form_again(self, failed: GangFailed, limit_s: float) -> None:
+        """After `run(keep=True)` failed: replace the processes that are lost in their places, and join all anew.
 
         A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
         can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
 
-        Args:
-            world_size: as many as before: the lost are replaced in their places. Fewer: as many of those who are left.
-            limit_s: for the replacements to start.
         Raises:
-            ClusterTooSmall: there was nobody to keep, and no place for new ones.
-            GangFailed: a replacement did not start in time, or a rank failed to join.
+            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join.
         """
         begun = time.monotonic()
-        kept = self._kept_bundles(failed)[:world_size]
-        starting: dict[int, ray.ObjectRef[Any]] = {}
-        if world_size == len(self._actors):
-            starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
-        stuck = self._leave(kept)
-        if world_size < len(self._actors):
-            if len(kept) - len(stuck) < world_size:
-                self.form((world_size,))
-                return
-            for bundle in set(self._actors) - set(kept):
-                self._end(bundle)
-        starting |= {bundle: self._restart(bundle) for bundle in stuck}
+        kept = self._kept_bundles(failed)
+        # The slow part first: replacements start while the others leave.
+        starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
+        starting |= {bundle: self._restart(bundle) for bundle in set(kept) - set(self._leave(kept))}
         self.startup_s = {"leave": time.monotonic() - begun}
         self._await_starts(starting, limit_s)
+        self._join(self._config.start_timeout_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def shrink(self, failed: GangFailed, world_size: int) -> None:
+        """After `run(keep=True)` failed: join only `world_size` of those who are left, with all they hold in memory.
+
+        Where they are too few, a new gang of that size is formed. Kept is who `form_again` would keep.
+
+        Raises:
+            ClusterTooSmall, GangFailed: as `form`.
+        """
+        begun = time.monotonic()
+        kept = self._leave(self._kept_bundles(failed))[:world_size]
+        if len(kept) < world_size:
+            self.form((world_size,))
+            return
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        self.startup_s = {"leave": time.monotonic() - begun}
+        self._assign_ranks()
         self._join(self._config.start_timeout_s)
         self.startup_s["total"] = time.monotonic() - begun
 
@@ -243,12 +251,11 @@ class Gang:
         return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
 
     def _leave(self, bundles: Sequence[int]) -> list[int]:
-        """Have these processes leave their groups; returns those that did not."""
-        calls: dict[Any, int] = {self._actors[bundle].call.remote("leave"): bundle for bundle in bundles}
-        if not calls:
-            return []
-        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=LEAVE_S)
-        return [calls[call] for call in [*late, *(call for call in done if not left(call))]]
+        """Have these processes leave their groups; returns those that did, in the same order."""
+        calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
+        if calls:
+            ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)
+        return [bundle for bundle, call in calls.items() if left(call)]
 
     def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
         """A new process in the place of another; returns its call of `start`."""

@@ -126,15 +126,18 @@ class Supervisor:
 
     def _form(self, decision: Decision) -> None:
         self._end_request()
-        before = self._world_size
+        before, failure = self._world_size, self._failures[-1] if self._failures else None
         if isinstance(decision, Resize):
             self._world_size = decision.world_size
-        last = self._failures[-1] if self._failures else None
-        in_place = isinstance(decision, Retry) or self._world_size < before
-        if in_place and decision is not self._move and isinstance(last, GangFailed) and self._gang.is_placed:
-            can_shrink = self._world_size > self._sizes[-1]
-            limit_s = self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s
-            self._gang.form_again(last, self._world_size, limit_s)
+        if decision is self._move or not isinstance(failure, GangFailed) or not self._gang.is_placed:
+            self._gang.form((self._world_size,))
+        elif isinstance(decision, Retry):
+            can_shrink = before > self._sizes[-1]
+            self._gang.form_again(
+                failure, self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s
+            )
+        elif self._world_size < before:
+            self._gang.shrink(failure, self._world_size)
         else:
             self._gang.form((self._world_size,))
 
