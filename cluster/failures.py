@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["died", "error", "silent", "running"]
+Kind = Literal["died", "error", "silent", "hung", "running"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailure:
     """What became of one rank of a gang that failed.
 
-    `died`: its process is gone. `error`: it raised. `silent`: it answers nothing. `running`: it was still busy.
+    `died`: its process is gone. `error`: it raised. `silent`: it answers nothing. `hung`: it answers, and others waited
+    for it beyond the bound of a collective. `running`: it was still busy.
     """
 
     rank: int
@@ -43,6 +44,11 @@ class GangFailed(RuntimeError):
     def first(self) -> WorkerFailure:
         return self.failures[0]
 
+    @property
+    def ranks_to_replace(self) -> tuple[int, ...]:
+        """Ranks whose process is gone or cannot be trusted to come back: all but those whose call has returned."""
+        return tuple(sorted(failure.rank for failure in self.failures if failure.kind != "error"))
+
     def __str__(self) -> str:
         lines = [f"{self.first.where} failed first, in {self.method}: {self.first.message}"]
         for other in self.failures[1:]:
@@ -63,13 +69,14 @@ def cause_first(failures: Iterable[WorkerFailure]) -> tuple[WorkerFailure, ...]:
 
     A rank that died or raised on its own account comes first, then one that no longer answers, then those whose
     connection to another rank broke, last those still at work. Arrival alone would mislead: peers often report before
-    the driver learns of a death.
+    the driver learns of a death. Of ranks that all raised the same error about some of them, those come first.
     """
+    failures = list(failures)
+    accused = {rank for failure in failures for rank in getattr(failure.error, "ranks", ())}
 
-    def order(failure: WorkerFailure) -> tuple[int, float]:
-        if failure.collateral:
-            return 2, failure.time_s
-        return {"died": 0, "error": 0, "silent": 1, "running": 3}[failure.kind], failure.time_s
+    def order(failure: WorkerFailure) -> tuple[int, bool, float]:
+        rank = {"died": 0, "error": 0, "hung": 1, "silent": 1, "running": 3}[failure.kind]
+        return 2 if failure.collateral else rank, failure.rank not in accused, failure.time_s
 
     return tuple(sorted(failures, key=order))
 

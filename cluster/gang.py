@@ -143,7 +143,15 @@ class Gang:
         """
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
-            return call_all(self._members, method, calls, poll_s=poll_s, on_poll=on_poll, limit_s=limit_s)
+            return call_all(
+                self._members,
+                method,
+                calls,
+                poll_s=poll_s,
+                on_poll=on_poll,
+                limit_s=limit_s,
+                bound_s=self._config.collective_timeout_s,
+            )
         except Exception:
             if not keep:
                 self.stop()
@@ -202,7 +210,10 @@ class Gang:
             ClusterTooSmall, GangFailed: as `form`.
         """
         begun = time.monotonic()
-        kept = self._leave(self._kept_bundles(failed))[:world_size]
+        kept = self._kept_bundles(failed)
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        kept = self._leave(kept)[:world_size]
         if len(kept) < world_size:
             self.form((world_size,))
             return
@@ -242,11 +253,15 @@ class Gang:
         return reserve(replace(self._config, num_workers=smallest))
 
     def _kept_bundles(self, failed: GangFailed) -> list[int]:
-        """Of the processes that can join again, by rank: their call has returned, with a result or an error."""
+        """Of the processes that may join again, by rank: all but the dead, and those that do not answer or hang.
+
+        One that still runs may wait for one of these in a collective: it returns once that is killed, or `_leave` ends
+        its chance.
+        """
         if any(place.gpu_ids for place in self._places.values()):
             return []
         # In `start`, those who were lost have no place yet, and the others were not called.
-        lost = {failure.rank for failure in failed.failures if failure.kind != "error"}
+        lost = {failure.rank for failure in failed.failures if failure.kind not in ("error", "running")}
         ranks = [rank for rank in range(len(self._bundles)) if failed.method == "start" or rank not in lost]
         return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
 
@@ -290,10 +305,6 @@ class Gang:
         threads = threads_of(places, self._config.threads_per_worker)
         order = rank_order(places, self._ep_size_of(len(places)))
         self._bundles = [bundles[index] for index in order]
-        self._members = [
-            Member(rank=rank, actor=self._actors[bundles[index]], ip=places[index].ip, pid=places[index].pid)
-            for rank, index in enumerate(order)
-        ]
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
@@ -307,6 +318,10 @@ class Gang:
             )
             for rank, index in enumerate(order)
         )
+        self._members = [
+            Member(rank=row.rank, actor=self._actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
+            for row, bundle in zip(self.rank_map, self._bundles, strict=True)
+        ]
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()

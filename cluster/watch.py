@@ -6,19 +6,21 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from cluster.activity_watch import ANSWER_S, ActivityWatch
 from cluster.failures import GangFailed, Kind, WorkerFailure, WorkerUnreachable, cause_first
+from cluster.stall import Stall
 from workers.actor import CONTROL_GROUP, Failure, WorkerActor
 
 # After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
 GRACE_S = 1.0
-ANSWER_S = 2.0  # For one answer from a rank that may hang; all are asked at once.
+SURE = 0.9  # A wait that ended in a time-out of torch, whose clock started a moment later, lasted at least this much.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class Member:
     actor: ActorHandle[WorkerActor]
     ip: str = ""
     pid: int = 0
+    device: str = ""
+
+    @property
+    def name(self) -> str:
+        where = ", ".join(part for part in (self.ip, f"pid {self.pid}", self.device) if part)
+        return f"rank {self.rank} ({where})"
 
     def failed(self, kind: Kind, message: str, **details: Any) -> WorkerFailure:
         return WorkerFailure(rank=self.rank, ip=self.ip, pid=self.pid, kind=kind, message=message, **details)
@@ -42,19 +50,23 @@ def call_all(
     poll_s: float = 0.2,
     on_poll: Callable[[], None] | None = None,
     limit_s: float = math.inf,
+    bound_s: float = math.inf,
 ) -> list[Any]:
     """Results by rank of `calls`, one for each member.
 
     Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
 
     Raises:
-        GangFailed: a rank died or raised, or `limit_s` passed; within a few seconds of it, whatever the other ranks do.
+        GangFailed: a rank died or raised, `limit_s` passed, or a collective lasted longer than `bound_s`; within a few
+            seconds of it, whatever the other ranks do.
     """
+    watch = ActivityWatch(members, bound_s) if math.isfinite(bound_s) else None
+    stall: Stall | None = None
     pending = dict(zip(calls, members, strict=True))
     results: dict[int, Any] = {}
     failures: list[WorkerFailure] = []
     deadline = time.monotonic() + limit_s
-    while pending and time.monotonic() < deadline:
+    while pending and stall is None and time.monotonic() < deadline:
         done, _ = ray.wait(list(pending), timeout=poll_s)
         for call in done:
             member = pending.pop(call)
@@ -65,12 +77,46 @@ def call_all(
             if not failures:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
             failures.append(outcome)
-        if on_poll is not None and not failures:
+        if watch is not None and not failures:
+            stall = watch.look()
+        # A rank that hangs must not hold up the watch in a call that waits for it.
+        if on_poll is not None and not failures and (watch is None or watch.all_answer):
             _poll(on_poll)
     if failures or pending:
-        failures += _fate_of_the_rest(list(pending.values()), limit_s)
-        raise GangFailed(method, cause_first(failures))
+        if watch is not None and stall is None and failures and all(failure.collateral for failure in failures):
+            stall = watch.judge(SURE * bound_s)
+        if stall is None:
+            rest = _fate_of_the_rest(list(pending.values()), limit_s)
+            raise GangFailed(method, _with_last_words(cause_first([*failures, *rest]), watch))
+        raise GangFailed(method, _held_up(stall, members, failures, list(pending.values())))
     return [results[member.rank] for member in members]
+
+
+def _held_up(
+    stall: Stall, members: Sequence[Member], failures: Sequence[WorkerFailure], pending: Sequence[Member]
+) -> tuple[WorkerFailure, ...]:
+    """Every rank's fate where a collective did not end: first the ranks that are to blame."""
+    blamed = stall.missing or stall.waiting[:1]
+    text = f"CollectiveTimeout: {stall.error}"
+    hung = [
+        member.failed("silent" if member.rank in stall.silent else "hung", text, error=stall.error)
+        for member in members
+        if member.rank in blamed
+    ]
+    # Who did not answer a moment ago is not asked again: that would take as long once more.
+    silent = [m.failed("silent", "does not answer") for m in pending if m.rank in stall.silent and m.rank not in blamed]
+    rest = [m for m in pending if m.rank not in stall.silent and m.rank not in blamed]
+    returned = [failure for failure in failures if failure.rank not in blamed]
+    return (*hung, *cause_first([*returned, *silent, *_fate_of_the_rest(rest, math.inf)]))
+
+
+def _with_last_words(failures: tuple[WorkerFailure, ...], watch: ActivityWatch | None) -> tuple[WorkerFailure, ...]:
+    """A process that died tells nothing: the others say how far the gang was."""
+    first, *rest = failures
+    if first.kind != "died" or watch is None:
+        return failures
+    words = watch.last_seen(first.rank) + watch.places()
+    return (replace(first, message=f"{first.message}{words}"), *rest)
 
 
 def _poll(on_poll: Callable[[], None]) -> None:

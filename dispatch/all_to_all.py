@@ -63,24 +63,34 @@ class AllToAllDispatcher(Dispatcher):
         pieces = chunk_slices(len(topk_ids_TK), num_chunks)
         chunks = [topk_ids_TK[piece] for piece in pieces]
         with self.meter.span("dispatch", topk_ids_TK.device):
-            *flows, counts_CL = host_lists(*self._flows(chunks))
+            *flows, counts_CL, places = host_lists(*self._flows(chunks))
+            self.meter.board.check_met(places, [hop.group for hop in self.hops])
         by_hop = [list(zip(there, back, strict=True)) for there, back in zip(flows[::2], flows[1::2], strict=True)]
         return [
-            ChunkPlan(pieces[chunk], chunks[chunk], counts_CL[chunk], tuple(splits[chunk] for splits in by_hop))
+            ChunkPlan(
+                pieces[chunk],
+                chunks[chunk],
+                counts_CL[chunk],
+                tuple(splits[chunk] for splits in by_hop),
+                self.meter.board.layer,
+            )
             for chunk in range(num_chunks)
         ]
 
     def _flows(self, chunks: list[Tensor]) -> list[Tensor]:
-        """Rows to and from each rank, both (C, P), and assignments of each local expert, (C, L), on the device."""
+        """Rows to and from each rank, both (C, P), and assignments of each local expert, (C, L), on the device.
+
+        Last the places of the ranks of all hops, see `Hop.swap_sizes`.
+        """
         (hop,) = self.hops
         rows_CP, counts_CE = hop.count(chunks)
-        came_PCX = hop.swap_sizes(rows_CP.unsqueeze(2), counts_CE)
-        return [rows_CP, came_PCX[..., 0].t(), came_PCX[..., 1:].sum(0)]
+        came_PCX, places_P = hop.swap_sizes(rows_CP.unsqueeze(2), counts_CE)
+        return [rows_CP, came_PCX[..., 0].t(), came_PCX[..., 1:].sum(0), places_P]
 
     def busiest(self, plans: list[ChunkPlan]) -> tuple[int, int]:
         """See `Dispatcher.busiest`."""
         most = torch.tensor(busiest_here(plans), device=plans[0].topk_ids_TK.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.ep_group)
+        self.meter.board.run(dist.all_reduce, most, dist.ReduceOp.MAX, group=self.ep_group)
         rows, tokens = most.tolist()
         return rows, tokens
 
@@ -88,7 +98,7 @@ class AllToAllDispatcher(Dispatcher):
         """See `Dispatcher.start_dispatch`. On the wire: weights with ids, then rows."""
         check_shapes(x_TH, plan.topk_ids_TK, topk_weights_TK)
         with self.meter.span("dispatch", x_TH.device):
-            trip = self.hops[0].trip(plan.topk_ids_TK, *plan.splits[0], self.payload)
+            trip = self.hops[0].trip(plan.topk_ids_TK, *plan.splits[0], self.payload, plan.layer)
         self.meter.count(routed=plan.topk_ids_TK.numel(), sent=plan.topk_ids_TK.numel())
         weights = topk_weights_TK.reshape(len(trip.slots.first_S), trip.ids_SW.shape[1])
         return UnderWay(plan, trip.depart(x_TH, weights), (trip,))
@@ -99,7 +109,7 @@ class AllToAllDispatcher(Dispatcher):
         rows_QH, weights_QW, ids_QW = trips[0].arrive(under_way.rows)
         for hop, splits in zip(self.hops[1:], plan.splits[1:], strict=True):
             with self.meter.span("dispatch", rows_QH.device):
-                trip = hop.trip(ids_QW.to(torch.int64), *splits, self.payload)
+                trip = hop.trip(ids_QW.to(torch.int64), *splits, self.payload, plan.layer)
             rows_QH, weights_QW, ids_QW = trip.arrive(trip.depart(rows_QH, weights_QW))
             trips = (*trips, trip)
         counts_L = plan.tokens_per_local_expert_L

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.balance import routers_of
-from dispatch.meter import in_backward
+from dispatch.board import in_backward
 from dispatch.router import Router
 from dispatch.selection import count_by_expert, ordered_topk
 

@@ -120,7 +120,7 @@ class DeepEPDispatcher(Dispatcher):
     def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
         """See `Dispatcher.plan`; neither collective nor waiting, and without counts."""
         return [
-            ChunkPlan(piece, topk_ids_TK[piece].contiguous(), [])
+            ChunkPlan(piece, topk_ids_TK[piece].contiguous(), [], layer=self.meter.board.layer)
             for piece in chunk_slices(len(topk_ids_TK), num_chunks)
         ]
 
@@ -129,7 +129,7 @@ class DeepEPDispatcher(Dispatcher):
         tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(self._ep_size)] for plan in plans]
         rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
         sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
-        dist.all_reduce(sizes_CX, group=self.ep_group)
+        self.meter.board.run(dist.all_reduce, sizes_CX, group=self.ep_group)
         rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (self._ep_size, -1))
         most = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()])
         rows, num_tokens = most.tolist()

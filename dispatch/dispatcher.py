@@ -48,13 +48,14 @@ class ChunkPlan:
 
     tokens: the chunk's place in the batch of this rank. splits: for each hop, rows to and from each of its ranks.
     tokens_per_local_expert_L: rows that each local expert will get from all ranks; empty where an exchange learns them
-    only as rows leave. The handle of a finished dispatch always has them.
+    only as rows leave. The handle of a finished dispatch always has them. layer: the MoE layer, for who waits.
     """
 
     tokens: slice
     topk_ids_TK: Tensor
     tokens_per_local_expert_L: list[int]
     splits: tuple[tuple[list[int], list[int]], ...] = ()
+    layer: str = ""
 
 
 @dataclass(frozen=True)

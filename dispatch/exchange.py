@@ -5,13 +5,15 @@ count the rows that stay), H hidden, P ranks of the group.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispatch.activity import Splits
+from dispatch.board import Started
 from dispatch.meter import Message, Meter
 from dispatch.payload import Payload, decode_fp8, encode_fp8
 from dispatch.recycler import Recycler
@@ -25,7 +27,8 @@ class Route:
     """How many rows go where.
 
     input_splits, output_splits: length P, rows for and from each rank, as host integers. Rows lie in order of rank, but
-    those that stay come last, so that they are copied and never handed to the backend.
+    those that stay come last, so that they are copied and never handed to the backend. layer: whose rows they are: in
+    backward nobody else knows.
     """
 
     input_splits: list[int]
@@ -34,10 +37,11 @@ class Route:
     meter: Meter
     recycler: Recycler
     link: Link = "network"
+    layer: str = ""
 
     def back(self) -> "Route":
         """The way that answers and gradients take."""
-        return Route(self.output_splits, self.input_splits, self.group, self.meter, self.recycler, self.link)
+        return replace(self, input_splits=self.output_splits, output_splits=self.input_splits)
 
     @property
     def num_leaving(self) -> int:
@@ -50,16 +54,22 @@ class Route:
         return self.input_splits[dist.get_rank(self.group)]
 
     def start(self, rows: Tensor, received: Tensor) -> "Flight":
-        """Send `rows`, in order of rank, into the head of `received`; both without the rows that stay. Collective."""
-        me = dist.get_rank(self.group)
-        incoming, outgoing = ([*sizes[:me], 0, *sizes[me + 1 :]] for sizes in (self.output_splits, self.input_splits))
+        """Send `rows`, in order of rank, into the head of `received`; both without the rows that stay. Collective.
+
+        Raises:
+            WrongSplits: the backend would be given other numbers than were announced.
+        """
+        me, board = dist.get_rank(self.group), self.meter.board
+        incoming, announced = ([*sizes[:me], 0, *sizes[me + 1 :]] for sizes in (self.output_splits, self.input_splits))
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
-        self.meter.note_message(Message(row_bytes, outgoing, incoming, self.group), self.link)
+        self.meter.note_message(Message(row_bytes, announced, incoming, self.group), self.link)
         if len(incoming) == 1:
             return Flight(received, rows, None)
+        board.layer = self.layer
+        splits = Splits(announced=announced, sent=board.told_to_send(announced), expected=incoming)
         rows, head = rows.contiguous(), received[: sum(incoming)]
-        work = dist.all_to_all_single(head, rows, incoming, outgoing, group=self.group, async_op=True)
-        return Flight(received, rows, work)
+        flight = board.start(dist.all_to_all_single, head, rows, incoming, splits.sent, group=self.group, splits=splits)
+        return Flight(received, rows, flight)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Flight:
 
     received: Tensor
     sent: Tensor
-    work: dist.Work | None
+    work: Started | None
 
     def wait(self) -> Tensor:
         """What arrived, the own rows last. On CUDA the current stream waits, not the host."""

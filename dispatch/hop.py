@@ -74,26 +74,34 @@ class Hop:
         needs_TP = torch.zeros(len(ids_TK), num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
         return needs_TP.scatter_(1, self._owners(ids_TK), True)[:, :num_ranks]
 
-    def swap_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> Tensor:
-        """Tell each rank its sizes (C, X) and the counts of its experts (C, L), int64; what came, (P, C, X + L)."""
+    def swap_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell each rank its sizes (C, X) and the counts of its experts (C, L), int64; what came, (P, C, X + L).
+
+        And the places that the ranks are in (P,), each told by itself: a rank that left out a layer would read the
+        sizes of one layer as those of another.
+        """
         parts = [
             torch.cat([sizes, counts], 1)
             for sizes, counts in zip(sizes_CPX.unbind(1), counts_CE.split(self.num_experts_P, 1), strict=True)
         ]
-        mine = parts[self.rank]
-        received = mine.new_empty(len(parts), *mine.shape)
-        dist.all_to_all_single(
+        mine, board = parts[self.rank], self.meter.board
+        place = mine.new_full((1,), board.place_number)
+        received = mine.new_empty(len(parts), mine.numel() + 1)
+        board.run(
+            dist.all_to_all_single,
             received.view(-1),
-            torch.cat([part.flatten() for part in parts]),
-            [mine.numel()] * len(parts),
-            [part.numel() for part in parts],
+            torch.cat([piece for part in parts for piece in (part.flatten(), place)]),
+            [mine.numel() + 1] * len(parts),
+            [part.numel() + 1 for part in parts],
             group=self.group,
         )
-        return received
+        return received[:, :-1].view(len(parts), *mine.shape), received[:, -1]
 
-    def trip(self, ids_TK: Tensor, input_splits: list[int], output_splits: list[int], payload: Payload) -> Trip:
+    def trip(
+        self, ids_TK: Tensor, input_splits: list[int], output_splits: list[int], payload: Payload, layer: str
+    ) -> Trip:
         """The way of these tokens. Does not wait for the device: the sizes are known on the host."""
-        route = Route(input_splits, output_splits, self.group, self.meter, self.recycler, self.link)
+        route = Route(input_splits, output_splits, self.group, self.meter, self.recycler, self.link, layer)
         if self.per_assignment:
             return self._trip_of_assignments(ids_TK, route, payload)
         order_P = self._tables_on(ids_TK.device).order_P

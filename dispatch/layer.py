@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatch.board import Board
 from dispatch.dispatcher import Dispatcher
 from dispatch.experts import Experts
 from dispatch.router import Router, RouterConfig
@@ -71,6 +72,7 @@ class MoELayer(nn.Module):
                 f"{config.num_experts}; build both with the same num_experts"
             )
         self.hidden, self.config, self.dispatcher = hidden, config, dispatcher
+        self.name = ""  # see `name_layers`
         self.schedule = schedule or ScheduleConfig()
         self.router = Router(hidden, config)
         expert_ids = dispatcher.placement.owned_by(dispatcher.ep_rank)
@@ -90,6 +92,10 @@ class MoELayer(nn.Module):
         """
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
+        board = self.dispatcher.meter.board
+        board.layer = self.name
+        if board.leaves_out("dispatch"):
+            return torch.zeros_like(x)
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T, x.shape[:-2].numel())
@@ -103,6 +109,17 @@ class MoELayer(nn.Module):
             lambda: None if self.shared_experts is None else self.shared_experts(x_TH),
         )
         return y_TH.reshape(x.shape)
+
+
+def name_layers(model: nn.Module, board: Board) -> None:
+    """Let the MoE layers of a model know their names, and the board their order: errors then say which layer.
+
+    Without it errors leave the layer out, and a rank that skips one is not noticed at once.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    for name, layer in layers.items():
+        layer.name = name
+    board.layers = tuple(layers)
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:

@@ -10,13 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PHASES = ("dispatch", "experts", "combine")
-
-
-def in_backward() -> bool:
-    """True inside an autograd backward pass: in a forward, that means activation recompute."""
-    # The same test that torch.utils.checkpoint makes for its own bookkeeping.
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - no public name
+from dispatch.activity import MOE_PHASES
+from dispatch.board import Board, in_backward
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,11 @@ class Reading:
 class Meter:
     """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events and waits only in `take`.
 
-    messages: a list put here is given every message, for who wants to repeat them; it is never emptied.
+    messages: a list put here is given every message, for who wants to repeat them; it is never emptied. board: where
+    this thread says what it is in, and starts its collectives.
     """
 
+    board: Board = field(default_factory=Board)
     messages: list[Message] | None = None
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _counts: dict[str, int | Tensor] = field(default_factory=lambda: defaultdict(int))
@@ -64,17 +61,18 @@ class Meter:
 
     @contextmanager
     def span(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Charge the time inside to `phase`. An exception leaves the span uncharged."""
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((phase, start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds[phase] += time.perf_counter() - began
+        """Charge the time inside to `phase`, and say so on the board. An exception leaves the span uncharged."""
+        with self.board.within(phase):
+            if device.type == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                yield
+                end.record()
+                self._events.append((phase, start, end))
+            else:
+                began = time.perf_counter()
+                yield
+                self._seconds[phase] += time.perf_counter() - began
 
     def count(self, **assignments: int) -> None:
         """Add to routed, sent, received or returned. A recompute repeats assignments, so it is not counted."""
@@ -109,7 +107,7 @@ class Meter:
             self._seconds[phase] += start.elapsed_time(end) / 1e3
         names = ("routed", "sent", "received", "returned", "sent_bytes", "network_bytes")
         reading = Reading(
-            seconds={phase: self._seconds[phase] for phase in PHASES},
+            seconds={phase: self._seconds[phase] for phase in MOE_PHASES},
             busiest_rows=tuple(self._busiest_rows),
             **{name: int(self._counts[name]) for name in names},
         )

@@ -92,9 +92,16 @@ class NodeAwareDispatcher(AllToAllDispatcher):
         rows_CP, counts_CE = self.ranks.count(chunks)
         rows_CN, _ = network.count(chunks)
         num_nodes, num_local = len(network.num_experts_P), len(local.num_experts_P)
-        came_NCX = network.swap_sizes(
+        came_NCX, places_N = network.swap_sizes(
             torch.cat([rows_CN.unsqueeze(2), rows_CP.view(-1, num_nodes, num_local)], 2), counts_CE
         )
         rows_CG, counts_CX = came_NCX[..., 1 : 1 + num_local].sum(0), came_NCX[..., 1 + num_local :].sum(0)
-        came_GCX = local.swap_sizes(rows_CG.unsqueeze(2), counts_CX)
-        return [rows_CN, came_NCX[..., 0].t(), rows_CG, came_GCX[..., 0].t(), came_GCX[..., 1:].sum(0)]
+        came_GCX, places_G = local.swap_sizes(rows_CG.unsqueeze(2), counts_CX)
+        return [
+            rows_CN,
+            came_NCX[..., 0].t(),
+            rows_CG,
+            came_GCX[..., 0].t(),
+            came_GCX[..., 1:].sum(0),
+            torch.cat([places_N, places_G]),
+        ]

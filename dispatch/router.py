@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.meter import in_backward
+from dispatch.board import in_backward
 from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing, Statistic
 

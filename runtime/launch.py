@@ -1,5 +1,6 @@
 """From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
 from runtime.config import TrainConfig
+from workers.faults import planned_faults
 from workers.rank_state import WorkerSpec
 from workers.shards import Dataset
 
@@ -53,6 +55,7 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpe
         device=config.cluster.device,
         control_timeout_s=config.cluster.collective_timeout_s,
         record_scores_every=config.balance.record,
+        faults=planned_faults(os.environ),
     )
 
 

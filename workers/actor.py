@@ -37,6 +37,7 @@ COLLATERAL_MARKS = (
     "Connection refused",
     "Broken pipe",
     "Timed out waiting",
+    "Operation timed out!",
     "DistNetworkError",
     "DistStoreError",
     "DistBackendError",

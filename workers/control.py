@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.balance import bias_checksum
+from dispatch.board import Board
 from dispatch.laws import Law, LawState
 from workers.control_round import (
     BiasDiverged,
@@ -82,6 +83,7 @@ class ControlLoop:
         timeout_s: for the round of one step, from begin_step on; more than twice the coordinator's own time-out.
         on_bias_mismatch: where a rank's live bias is not that of the law state it routed a step: "stop" raises on all
             ranks; "repair" sets it again. Ranks whose law states differ stop in either case.
+        board: where the thread says what it is in; one of its own if not given.
 
     The first law state is the initial one, with the bias that the model has now: zero in a fresh model.
     """
@@ -97,6 +99,7 @@ class ControlLoop:
         coordinator: Callable[[bytes], bytes] | None = None,
         timeout_s: float = 30.0,
         on_bias_mismatch: OnBiasMismatch = "stop",
+        board: Board | None = None,
     ) -> None:
         self._read_bias, self._write_state, self._timeout_s = read_bias, write_state, timeout_s
         self._law, self._form = law, law.initial_state()
@@ -104,7 +107,7 @@ class ControlLoop:
         self._check_form(self._base.state)
         write_state(self._base.state)
         leader = Leader(run_id=run_id, law=law, coordinator=coordinator)
-        self._round = ControlRound(group, leader, self._form, on_bias_mismatch)
+        self._round = ControlRound(group, leader, self._form, on_bias_mismatch, board or Board())
         self._leads = dist.get_rank(group) == 0
         self._pending: RoundInput | None = None
         self._begin_s = 0.0

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.balance import bias_checksum
+from dispatch.board import Board, Started
+from dispatch.collective_errors import CollectiveTimeout
 from dispatch.laws import LawState
 from workers.leader import Event, Leader
 from workers.wire import BiasUpdate, Refusal, VersionedState, WireError, decode, encode
@@ -96,15 +98,21 @@ class ControlRound:
         leader: asked on rank 0 only.
         form: a law state with the vectors of this run's law. Their lengths never change.
         on_bias_mismatch: raise where a live bias is not that of the law state, or leave it to the caller to repair.
+        board: where the thread that runs the rounds says what it is in.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, leader: Leader, form: LawState, on_bias_mismatch: OnBiasMismatch = "stop"
+        self,
+        group: dist.ProcessGroup,
+        leader: Leader,
+        form: LawState,
+        on_bias_mismatch: OnBiasMismatch,
+        board: Board,
     ) -> None:
         self.phase = "idle"
         self._seconds: dict[str, float] = {}
         self._on_bias_mismatch = on_bias_mismatch
-        self._group, self._leader = group, leader
+        self._group, self._leader, self._board = group, leader, board
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         # Of fixed size, so that no rank has to learn a length first; room enough for the text of an error.
         largest = encode(BiasUpdate(step=(1 << 63) - 1, version=(1 << 63) - 1, state=form))
@@ -118,6 +126,9 @@ class ControlRound:
             BiasDiverged: on all ranks together.
         """
         self._seconds = {}
+        self._board.step = given.step
+        if self._board.leaves_out("bias update"):
+            return self._without_the_others(given)
         counts, sizes = self._pack(given)
         with self._in_phase(given, "reduce"):
             sums, largest = dist.ReduceOp.SUM, dist.ReduceOp.MAX
@@ -190,11 +201,24 @@ class ControlRound:
             raise ControlError(given.step, "verify", f"rank {self._rank} received another message: {message}")
         return message
 
-    def _start(self, collective: Callable[..., Any], value: Tensor, argument: Any) -> dist.Work:
-        work: dist.Work = collective(value, argument, group=self._group, async_op=True)
-        return work
+    def _without_the_others(self, given: RoundInput) -> RoundResult:
+        """What a rank would believe that takes no part; only a fault plan asks for it."""
+        return RoundResult(
+            update=BiasUpdate(step=given.step, version=given.base.version + 1, state=given.base.state),
+            odd_ranks=(),
+            counts_M=given.counts_M,
+            sums=given.sums,
+            floats=given.floats,
+            maxima=given.maxima,
+            stop=False,
+            events=[],
+            seconds={},
+        )
 
-    def _finish(self, works: list[dist.Work], given: RoundInput) -> None:
+    def _start(self, collective: Callable[..., Any], value: Tensor, argument: Any) -> Started:
+        return self._board.start(collective, value, argument, group=self._group)
+
+    def _finish(self, works: list[Started], given: RoundInput) -> None:
         for work in works:
             # At least a millisecond, because torch reads 0 as "no limit".
             work.wait(timedelta(seconds=max(given.deadline - time.monotonic(), 0.001)))
@@ -202,12 +226,14 @@ class ControlRound:
     @contextmanager
     def _in_phase(self, given: RoundInput, phase: str) -> Iterator[None]:
         self.phase, began = phase, time.perf_counter()
+        self._board.enter(f"bias update, {phase}")
         try:
             yield
+            self._board.enter("idle")
             self._seconds[phase] = time.perf_counter() - began
+        except CollectiveTimeout as error:
+            first_line = str(error.__cause__).partition("\n")[0]
+            raise ControlTimeout(given.step, phase, f"a rank did not come in time ({first_line})") from error
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            if "timed out" in first_line.lower():
-                detail = f"a rank did not come in time ({first_line})"
-                raise ControlTimeout(given.step, phase, detail) from error
             raise ControlError(given.step, phase, f"a rank is gone ({first_line})") from error

@@ -60,6 +60,7 @@ def evaluate(
     Leaves the model in training mode; evaluation never counts as training load, whatever it counts for itself.
     """
     began = time.perf_counter()
+    groups.board.enter("evaluation")
     model.eval()
     num_sources = len(dataset.source_names)
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
@@ -121,5 +122,5 @@ class _HeldOutLoad:
 
 
 def _sum_over_ranks(totals: Tensor, groups: RankGroups) -> Tensor:
-    dist.all_reduce(totals, group=groups.control_group)
+    groups.board.run(dist.all_reduce, totals, group=groups.control_group)
     return totals

@@ -109,5 +109,5 @@ def _choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator
 
 def _any_rank(flag: bool, groups: RankGroups) -> bool:
     total = torch.tensor([int(flag)])
-    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=groups.control_group)
+    groups.board.run(dist.all_reduce, total, dist.ReduceOp.MAX, group=groups.control_group)
     return bool(total)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dispatch.board import Board
 from dispatch.experts import expert_parameters
 from workers.parallel import RankGroups
 
@@ -44,7 +45,7 @@ def reduce_gradients(model: nn.Module, groups: RankGroups) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         if size > 1:
             for bucket in _buckets(parameters):
-                _sum_bucket(bucket, group)
+                _sum_bucket(bucket, group, groups.board)
 
 
 def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
@@ -58,7 +59,7 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     dense, experts = split_parameters(model)
     dense_square, expert_square = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
     if groups.ep_size > 1:
-        dist.all_reduce(expert_square, group=groups.ep_group)
+        groups.board.run(dist.all_reduce, expert_square, group=groups.ep_group)
     return float((dense_square + expert_square).sqrt())
 
 
@@ -85,9 +86,9 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
-def _sum_bucket(bucket: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+def _sum_bucket(bucket: Sequence[nn.Parameter], group: dist.ProcessGroup, board: Board) -> None:
     flat = torch.cat([gradient.flatten() for gradient in _gradients(bucket)])
-    dist.all_reduce(flat, group=group)
+    board.run(dist.all_reduce, flat, group=group)
     for parameter, summed in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
         parameter.grad = summed.view_as(parameter)
 

@@ -9,10 +9,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
+from dispatch.board import Board
 from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
 from dispatch.schedule import ScheduleConfig
+
+# NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
+NCCL_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,8 @@ class RankGroups:
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
     never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
-    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known.
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. board: where
+    the training thread says what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -109,6 +114,7 @@ class RankGroups:
     checkpoint_group: dist.ProcessGroup
     memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
+    board: Board = field(default_factory=Board)
 
 
 def join_groups(
@@ -128,8 +134,9 @@ def join_groups(
     EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
     """
-    timeout = timedelta(seconds=timeout_s)
     on_cuda = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
+    control_timeout = timedelta(seconds=timeout_s)
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -153,10 +160,10 @@ def join_groups(
         world_group=dist.group.WORLD or _no_group(),
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=control_timeout),
         nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
-        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
-        memory_group=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
+        memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
     _exercise(groups)
     return groups

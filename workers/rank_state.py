@@ -7,15 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dispatch.activity import Activity
 from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
+from dispatch.board import Board
 from dispatch.factory import make_dispatcher
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
+from dispatch.layer import name_layers
 from dispatch.layout import LoadLayout
 from dispatch.meter import Meter
 from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
+from workers.faults import Fault, FaultPlan
 from workers.init import init_weights
 from workers.mix import MixSchedule
 from workers.model import Decoder, ModelConfig
@@ -33,7 +37,8 @@ class WorkerSpec:
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
     mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. record_scores_every:
     steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a wire message to the
-    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law.
+    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law. faults:
+    what is to go wrong, for tests.
     """
 
     run_dir: Path
@@ -51,6 +56,7 @@ class WorkerSpec:
     control_timeout_s: float = 60.0
     record_scores_every: int = 0
     call_coordinator: Callable[[bytes], bytes] | None = None
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class RankState:
     optimizer: torch.optim.AdamW
     routers: dict[str, Router]
     law: Law
+    control_board: Board
 
     @property
     def layout(self) -> LoadLayout:
@@ -83,7 +90,12 @@ class RankState:
             coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
             timeout_s=self.spec.control_timeout_s,
             on_bias_mismatch=self.spec.run.on_bias_mismatch,
+            board=self.control_board,
         )
+
+    def activity(self) -> dict[str, Activity]:
+        """What the threads of this rank are in, for who watches it; from any thread."""
+        return {"training": self.groups.board.read(), "control": self.control_board.read()}
 
     def _read_bias(self) -> Tensor:
         return read_bias(self.routers)
@@ -95,8 +107,12 @@ class RankState:
 def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     """Open the data and build model and optimizer, with initial weights that do not depend on the layout of ranks."""
     dataset = Dataset.open(spec.data_dir)
-    meter = Meter()
+    control_board = Board()
+    if spec.faults:
+        groups.board.trigger = control_board.trigger = FaultPlan(spec.faults, groups.rank, spec.run_dir)
+    meter = Meter(board=groups.board)
     model = _build_model(spec, groups, meter)
+    name_layers(model, groups.board)
     routers = routers_of(model)
     law = make_law(spec.balance, layout_of(routers))
     attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
@@ -110,6 +126,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         optimizer=build_optimizer(model, spec.optim),
         routers=routers,
         law=law,
+        control_board=control_board,
     )
 
 

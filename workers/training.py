@@ -88,6 +88,9 @@ class Trainer:
             TrainingDiverged: the gradient was not finite for MAX_SKIPPED_STEPS steps.
         """
         began = time.perf_counter()
+        board = self.groups.board
+        board.step = step
+        board.enter("forward")
         lr = learning_rate(step - 1, self.run.steps, self.optim)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if self.aux_losses is not None:
@@ -102,9 +105,12 @@ class Trainer:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)
             # Divided by the tokens of all ranks and micro-batches: gradients are then summed and never rescaled.
+            board.enter("backward")
             (total / self.num_step_tokens).backward()
+            board.enter("forward")
         grad_norm, finite = self._update(lr)
         reset_counts(self.routers)
+        board.enter("bias update")
         # On a skipped step the bias stays too, or it would move without the weights that caused the load.
         control = self.control.finish_step(apply=finite)
         self._watch_divergence(step, finite, grad_norm)
@@ -157,8 +163,13 @@ class Trainer:
         }
 
     def _update(self, lr: float) -> tuple[float, bool]:
-        reduce_gradients(self.model, self.groups)
+        board = self.groups.board
+        board.enter("gradients")
+        if not board.leaves_out("gradients"):
+            reduce_gradients(self.model, self.groups)
+        board.enter("gradient norm")
         grad_norm = global_grad_norm(self.model, self.groups)
+        board.enter("optimizer")
         finite = math.isfinite(grad_norm)
         if finite:
             clip_gradients(self.model, grad_norm, self.optim.grad_clip)

@@ -112,6 +112,9 @@ class TrainingRun:
         with self._saver:
             while step < config.steps and not stop:
                 step += 1
+                self._state.groups.board.step = step
+                if self._state.groups.board.leaves_out("step"):
+                    continue
                 if scores is not None:
                     scores.begin_step(step)
                 result = self._trainer.step(step, stop_requested=self._stop_requested.is_set())
@@ -128,6 +131,7 @@ class TrainingRun:
         return TrainOutcome(step, completed)
 
     def _record(self, result: StepResult) -> None:
+        self._state.groups.board.enter("record")
         self._load_since_eval_N += result.control.load_N
         for event in result.control.events:
             self.tell(**event)
@@ -158,6 +162,7 @@ class TrainingRun:
 
     def _snapshot(self, step: int) -> Snapshot:
         state = self._state
+        state.groups.board.enter("checkpoint write")
         version, _ = self._control.state()
         extra = {
             "step": step,

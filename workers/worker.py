@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from dispatch.activity import Activity
 from workers import checkpoint
 from workers.checkpoint import CheckpointCorrupt
 from workers.evaluation import Evaluation, evaluate
@@ -34,7 +35,7 @@ _logger = logging.getLogger(__name__)
 class Worker:
     """A rank. `join` first, then one of `train`, `evaluate` and `generate`, each called on all ranks together.
 
-    `progress` and `request_stop` may be called from another thread meanwhile.
+    `progress`, `activity` and `request_stop` may be called from another thread meanwhile.
     """
 
     _state: RankState
@@ -186,6 +187,10 @@ class Worker:
     def request_stop(self) -> None:
         """Save and stop after the step under way, on all ranks."""
         self._stop_requested.set()
+
+    def activity(self) -> dict[str, Activity]:
+        """What this rank is in, by thread; nothing before it has joined. From any thread."""
+        return self._state.activity() if hasattr(self, "_state") else {}
 
     def leave(self) -> None:
         """Leave the process groups and give up model and data. Repeating it is harmless."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dispatch.meter import PHASES
+from dispatch.activity import MOE_PHASES
 from runtime.bench.layer_run import Sample
 from runtime.bench.turns import EXCHANGE, LAYER, MATMULS, DtypeSamples
 
@@ -66,7 +66,7 @@ def figures_of(measured: DtypeSamples) -> Figures:
     """All figures of one dtype."""
     layer, matmuls = (_Rounds(measured.samples[name]) for name in (LAYER, MATMULS))
     wall = _pair(layer.of("wall_s", max), matmuls.of("wall_s", max))
-    phases = {phase: statistics.median(layer.of(f"{phase}_s")) for phase in PHASES}
+    phases = {phase: statistics.median(layer.of(f"{phase}_s")) for phase in MOE_PHASES}
     return Figures(
         phases={**phases, "rest": wall.measured - sum(phases.values())},
         wall=wall,

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispatch.activity import MOE_PHASES
 from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.dispatcher import Dispatcher
 from dispatch.factory import make_dispatcher
 from dispatch.layer import MoELayer
-from dispatch.meter import PHASES, Message
+from dispatch.meter import Message
 from dispatch.node_aware import NodeAwareDispatcher, NodeGroups, make_node_groups
 from dispatch.schedule import ScheduleConfig
 from dispatch.workloads import tokens_that_choose
@@ -112,7 +113,7 @@ class LayerRun:
         dist.all_reduce(load_E, group=self.place.group)
         sent, floor = self._sent_and_floor()
         return {
-            **{f"{phase}_s": reading.seconds[phase] for phase in PHASES},
+            **{f"{phase}_s": reading.seconds[phase] for phase in MOE_PHASES},
             **{f"{link}_bytes": float(num_bytes) for link, num_bytes in sent.items()},
             **{f"floor_{link}_bytes": float(num_bytes) for link, num_bytes in floor.items()},
             "flops": float(matmul_flops(reading.received, self.case.hidden, moe.ffn_hidden)),

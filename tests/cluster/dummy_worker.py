@@ -3,12 +3,16 @@
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from dispatch.activity import Activity
+from dispatch.board import Board
 
 MARK_AT_IMPORT = os.environ.get("TRIMTAB_TEST_MARK")
 
@@ -91,3 +95,22 @@ class StuckWorker(DummyWorker):
 class BrokenWorker(DummyWorker):
     def __init__(self) -> None:
         raise RuntimeError("cannot be built")
+
+
+class WaitingWorker(DummyWorker):
+    """Says what it is in, as a real worker does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.board = Board()
+
+    def meet(self, sleep_s: float) -> int:
+        """Sum 1 over the ranks; rank 1 comes later."""
+        if self.rank == 1:
+            time.sleep(sleep_s)
+        value = torch.ones(1)
+        self.board.run(dist.all_reduce, value, group=dist.group.WORLD)
+        return int(value)
+
+    def activity(self) -> dict[str, Activity]:
+        return {"training": self.board.read()}

@@ -1,8 +1,10 @@
 """The order of failures: pure, without Ray."""
 
 import pickle
+from dataclasses import replace
 
 from cluster.failures import GangFailed, WorkerFailure, cause_first
+from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 
 
 def failure(rank: int, kind: str, time_s: float, *, collateral: bool = False) -> WorkerFailure:
@@ -35,3 +37,31 @@ def test_gang_failed_survives_pickling_and_names_rank_node_process_and_method():
         "rank 1 (10.0.0.1, pid 101) failed first, in train: died 1\n  then rank 0 (10.0.0.1, pid 100): error 0"
     )
     assert error.first.rank == 1
+
+
+def test_of_ranks_that_all_accuse_one_that_one_comes_first():
+    error = RanksDiverged(step=3, layer="", phase="dispatch", ranks=(2,), details="")
+    failures = [replace(failure(rank, "error", 1.0 + rank), error=error) for rank in range(3)]
+    assert [each.rank for each in cause_first(failures)] == [2, 0, 1]
+
+
+def test_only_ranks_whose_call_has_returned_may_be_kept():
+    failures = (failure(1, "hung", 0.0), failure(0, "error", 1.0, collateral=True), failure(2, "running", 0.0))
+    assert GangFailed("train", failures).ranks_to_replace == (1, 2)
+
+
+def test_errors_about_collectives_survive_pickling():
+    errors = (
+        CollectiveTimeout(
+            step=120, layer="layers.7.moe", phase="combine", waited_s=30.04, missing_ranks=[3], setting="the bound"
+        ),
+        RanksDiverged(step=3, layer="layers.1.moe", phase="dispatch", ranks=[1], details="rank 1 elsewhere"),
+        WrongSplits(step=3, layer="", phase="dispatch", rank=1, announced=[0, 1], sent=[0, 2]),
+    )
+    for error in errors:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), vars(copy), str(copy)) == (type(error), vars(error), str(error))
+    assert str(errors[0]) == (
+        "step 120, combine of layers.7.moe: no end after 30.0 s; missing: rank 3; "
+        "if it only needs longer, raise the bound"
+    )

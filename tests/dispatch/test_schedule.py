@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from dispatch import exchange
+from dispatch.board import in_backward
 from dispatch.dispatcher import LocalDispatcher
 from dispatch.layer import MoEConfig, MoELayer
-from dispatch.meter import in_backward
 from dispatch.schedule import ScheduleConfig
 from tests.dispatch.kinds import KINDS
 from tests.ranks import run_ranks

@@ -74,7 +74,7 @@ class StoppingWorker(Worker):
             self._lines = Lines()
 
 
-def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None, nodes=()) -> Worker:
+def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None, nodes=(), timeout_s=20.0) -> Worker:
     """A joined worker; `name` keeps the rendezvous of the gangs of one process apart."""
     if dist.is_initialized():
         dist.barrier()  # else a rank closes connections that another one is still making
@@ -84,8 +84,9 @@ def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None,
         spec = replace(spec, call_coordinator=CoordinatorPolicy().handle)
     worker = StoppingWorker(spec, stop_after)
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    store = dist.FileStore(str(spec.run_dir.parent / f"store-{name}"), world_size)
-    worker.join(rank=rank, world_size=world_size, store=store, timeout_s=20.0, nodes=nodes)
+    # With the size, as a store whose processes were killed keeps the addresses of that gang.
+    store = dist.FileStore(str(spec.run_dir.parent / f"store-{name}-{world_size}"), world_size)
+    worker.join(rank=rank, world_size=world_size, store=store, timeout_s=timeout_s, nodes=nodes)
     return worker
 
 

@@ -1,0 +1,117 @@
+"""Fault plans, and what ranks notice of a fault by themselves, without Ray."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from dispatch.board import Board
+from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
+from tests.ranks import run_ranks
+from tests.workers.training_gang import join_worker, make_spec
+from workers.faults import Fault, FaultPlan, PlannedFault, planned_faults
+
+FIRST, SECOND = "layers.1.moe", "layers.2.moe"
+
+
+def _train(rank, world_size, spec):
+    try:
+        join_worker(spec, rank, world_size, "fault").train()
+    except Exception as error:  # noqa: BLE001 - what it is is the question
+        return pickle.loads(pickle.dumps(error))
+    return None
+
+
+def errors_of(folder, world_size, **fault):
+    spec = replace(make_spec(folder, steps=5), faults=(Fault(rank=1, **fault),))
+    return run_ranks(world_size, _train, spec)
+
+
+@pytest.mark.parametrize(
+    ("fault", "step", "layer", "places"),
+    [
+        ({"step": 2, "phase": "dispatch", "layer": FIRST}, 2, FIRST, f"rank 1 at step 2, dispatch of {SECOND}"),
+        ({"step": 3, "phase": "step"}, 3, FIRST, f"rank 1 at step 4, dispatch of {FIRST}"),
+    ],
+    ids=["a layer", "a step"],
+)
+def test_a_rank_that_left_something_out_is_named_on_every_rank(tmp_path, fault, step, layer, places):
+    for error in errors_of(tmp_path, 3, action="skip", **fault):
+        assert isinstance(error, RanksDiverged)
+        assert (error.ranks, error.step, error.layer, error.phase) == ((1,), step, layer, "dispatch")
+        assert places in str(error)
+        assert "rank 1 left something out: ranks 0, 2 at" in str(error)
+
+
+@pytest.mark.parametrize("amount", [1, -1], ids=["too many", "too few"])
+def test_a_rank_is_stopped_before_it_sends_other_splits_than_announced(tmp_path, amount):
+    error = errors_of(tmp_path, 2, action="lie", step=2, phase="backward combine", layer=FIRST, amount=amount)[1]
+    assert isinstance(error, WrongSplits)
+    assert (error.rank, error.step, error.layer, error.phase) == (1, 2, FIRST, "backward combine")
+    assert error.sent[0] - error.announced[0] == amount
+
+
+def test_without_a_driver_the_rank_itself_says_what_it_waited_in(tmp_path):
+    spec = replace(
+        make_spec(tmp_path, steps=5),
+        faults=(Fault(rank=1, step=2, phase="experts", action="sleep", amount=4, layer=SECOND),),
+    )
+    error = run_ranks(2, _train_with_a_short_bound, spec)[0]
+    assert isinstance(error, CollectiveTimeout)
+    assert (error.step, error.layer, error.phase, error.missing_ranks) == (2, SECOND, "combine", None)
+    assert 1.9 < error.waited_s < 4
+
+
+def _train_with_a_short_bound(rank, world_size, spec):
+    try:
+        join_worker(spec, rank, world_size, "fault", timeout_s=2.0).train()
+    except Exception as error:  # noqa: BLE001 - what it is is the question
+        return pickle.loads(pickle.dumps(error))
+    return None
+
+
+def at(board: Board, step: int, phase: str, layer: str = "") -> None:
+    board.step, board.layer = step, layer
+    board.enter(phase)
+
+
+def test_a_fault_fires_in_its_place_and_only_once_in_the_life_of_a_run(tmp_path):
+    plan = (
+        Fault(rank=0, step=2, phase="experts", layer=SECOND, action="raise"),
+        Fault(rank=1, step=1, phase="forward", action="raise"),
+    )
+    board = Board(FaultPlan(plan, 0, tmp_path))
+    at(board, 1, "forward")
+    at(board, 2, "experts", FIRST)
+    at(board, 2, "dispatch", SECOND)
+    with pytest.raises(PlannedFault, match="rank 0 was to fail in step 2, experts"):
+        at(board, 2, "experts", SECOND)
+    at(board, 2, "experts", SECOND)
+    at(Board(FaultPlan(plan, 0, tmp_path)), 2, "experts", SECOND)  # the process after it
+    assert [path.name for path in (tmp_path / "faults").iterdir()] == ["0.fired"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"action": "explode"}, "action .'explode'. must be one of kill, stop"),
+        ({"phase": "lunch"}, "phase .'lunch'. must be, for the action kill, one of forward, dispatch"),
+        ({"action": "skip", "phase": "experts"}, "for the action skip, one of step, dispatch, gradients"),
+        ({"action": "sleep"}, "amount .0. must be seconds above 0"),
+        ({"rank": -1}, "rank .-1. and step .1. must be 0 or more"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Fault(**({"rank": 0, "step": 1, "phase": "forward", "action": "kill"} | wrong))
+
+
+def test_a_plan_comes_from_the_file_that_the_environment_names(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps([{"rank": 1, "step": 20, "phase": "experts", "action": "kill"}]))
+    assert planned_faults({}) == ()
+    assert planned_faults({"TRIMTAB_FAULTS": str(path)}) == (Fault(rank=1, step=20, phase="experts", action="kill"),)
+    path.write_text('[{"rank": 1, "when": 20}]')
+    with pytest.raises(ValueError, match=r"TRIMTAB_FAULTS .* is no plan of faults: .*when"):
+        planned_faults({"TRIMTAB_FAULTS": str(path)})
