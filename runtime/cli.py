@@ -174,6 +174,13 @@ def _bench(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    """Examine a cluster, or a checkpoint: what is wrong, before a run finds out."""
+    from runtime.doctor.command import doctor
+
+    return doctor(arguments)
+
+
 def _compare(arguments: Sequence[str]) -> int:
     """Train under several ways of balancing from the same seeds, and compare them."""
     from runtime.compare.options import parse_options
@@ -182,6 +189,30 @@ def _compare(arguments: Sequence[str]) -> int:
     from runtime.compare.command import compare
 
     return compare(options)
+
+
+def _cluster(arguments: Sequence[str]) -> int:
+    """Make machines a Ray cluster; look at it; end it; write manifests."""
+    from runtime.cluster_commands.command import cluster
+
+    return cluster(arguments)
+
+
+def _submit(arguments: Sequence[str]) -> int:
+    """Run a command on a cluster as a job, with this folder's code."""
+    from runtime.submit import submit
+
+    return submit(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    """Tell the memory of each rank and the bytes of a step before anything starts."""
+    from runtime.plan.options import plan_parser
+
+    given = plan_parser().parse_args(arguments)
+    from runtime.plan.command import plan
+
+    return plan(given)
 
 
 COMMANDS: Choices = {
@@ -194,6 +225,10 @@ COMMANDS: Choices = {
     "replay": _replay,
     "bench": _bench,
     "compare": _compare,
+    "cluster": _cluster,
+    "submit": _submit,
+    "plan": _plan,
+    "doctor": _doctor,
 }
 
 
