@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from workers.chat import PLAIN_TEMPLATE, ChatTemplate, load_template
 from workers.prepare import prepare_dataset
@@ -19,10 +21,12 @@ TURNS = [
     {"role": "user", "content": "é"},
     {"role": "assistant", "content": "ü!"},
 ]
+# As transformers marks answers: the token that ends the turn, and the end of the line, are learned too.
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
 )
 
 
@@ -123,3 +127,26 @@ def test_settings_that_contradict_are_refused() -> None:
         DataConfig(format="jsonl")
     with pytest.raises(ValueError, match=r"data\.chat_template mine\.jinja is for data.format chat, not text"):
         DataConfig(chat_template="mine.jinja")
+
+
+def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> None:
+    lines = [{"messages": TURNS}, {"messages": TURNS[1:3]}]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["system user assistant assistant hi yo"] * 3, trainer)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+    theirs.save_pretrained(tmp_path / "model")
+    dataset = _prepare(tmp_path, lines, tokenizer=str(tmp_path / "model" / "tokenizer.json"))
+    expected = [
+        theirs.apply_chat_template(line["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        for line in lines
+    ]
+    assert dataset.train.tolist() == [token for each in expected for token in each["input_ids"]]
+    learned = [mask for each in expected for mask in each["assistant_masks"]]
+    assert (dataset.train_flags & TARGET).tolist() == learned
+    assert 0 < sum(learned) < len(learned)
