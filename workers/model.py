@@ -227,8 +227,8 @@ class Decoder(nn.Module):
             cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
                 with positions, their places in the cache, padding comes last in its sequence.
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
-            document_starts: int64 (B, S), where in its row the document of each token begins: attention and positions
-                do not reach beyond it. Without padding, positions and cache. None: a row is one document.
+            document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
+                beyond it. Without padding, positions and cache. None: a row is one document.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
@@ -289,8 +289,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
         if document_starts is not None:
-            within = torch.arange(x.shape[1], device=x.device) - document_starts
-            return self._rotary(x, within), visible_in_documents(document_starts)
+            # Rotary scores depend on distances alone: positions need not begin again with each document.
+            return self._rotary(x, x.shape[1]), visible_in_documents(document_starts)
         rotary = self._rotary(x, x.shape[1] if positions is None else positions)
         if positions is None:
             if cache is not None:

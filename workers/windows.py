@@ -70,7 +70,6 @@ class DocumentWindows:
         places = self._bounds[window] + np.arange(self._seq_len + 1)
         tokens = self._tokens.take(places, mode="wrap").astype(np.int64)  # the last window goes on at the beginning
         is_first = self._flags.take(places[:-1], mode="wrap") & FIRST > 0
-        is_first[0] = True
         starts = np.maximum.accumulate(np.where(is_first, np.arange(self._seq_len), 0))
         return np.stack([tokens[:-1], np.where(self._counts(window), tokens[1:], NO_TARGET), starts])
 

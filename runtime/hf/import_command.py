@@ -121,5 +121,8 @@ def _describe(source: Source, run_dir: Path, config: TrainConfig, shards: Sequen
     (run_dir / RENDEZVOUS).unlink(missing_ok=True)
     keep_files(source, run_dir)
     (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
-    with RunLog.create(run_dir, shards[0].layout, tensorboard=False) as log:
+    layout = shards[0].layout
+    if "router" in config.optim.freeze:  # a frozen router is not balanced
+        layout = replace(layout, balanced=(False,) * len(layout.names))
+    with RunLog.create(run_dir, layout, tensorboard=False) as log:
         log.event("imported", source=str(source.folder), architecture=source.family.architecture)

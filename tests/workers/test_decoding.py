@@ -10,6 +10,7 @@ from workers.decoding import DecodingBatch, DecodingSequence
 from workers.model import Decoder
 
 CPU, EOD = torch.device("cpu"), 10
+SEEDS = {"grouped_query": 0, "latent": 5}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2, 3, 4, 5], list(range(10)) * 2]
 
 
@@ -50,11 +51,11 @@ def _one_by_one(model: Decoder, prompt: list[int], max_new_tokens: int) -> list[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_continues_each_prompt_as_if_it_were_alone_and_beyond_max_seq_len(kind: str) -> None:
-    model = build(seed=2, **KINDS[kind]).double().eval()
+    model = build(seed=SEEDS[kind], **KINDS[kind]).double().eval()
     found, _ = _batched(model, PROMPTS, 30)  # max_seq_len is 16
     expected = [_one_by_one(model, prompt, 30) for prompt in PROMPTS]
     assert found == expected
-    assert max(map(len, expected)) == 30
+    assert min(map(len, expected)) < 16 < max(map(len, expected)) == 30  # some end early, and leave the others
 
 
 def test_each_step_reads_one_token_of_every_unfinished_sequence() -> None:
