@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dispatch.balance import read_bias
 from workers import checkpoint
 from workers.control import ControlLoop
 from workers.evaluation import evaluate
@@ -57,16 +58,7 @@ class TrainingRun:
         self._state, self._control = state, control
         self._log: RunLog | None = None
         self._publish, self._stop_requested = publish, stop_requested
-        self._saver = CheckpointSaver(
-            state.spec.run_dir / CHECKPOINTS,
-            state.groups,
-            state.spec.run,
-            state.optimizer,
-            memory or MemoryCheckpoints(),
-            nodes=nodes,
-            tell=self.tell,
-            sync_records=self._sync_records,
-        )
+        self._memory, self._nodes = memory or MemoryCheckpoints(), nodes
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
         self._trainer = Trainer(
             model=state.model,
@@ -87,6 +79,8 @@ class TrainingRun:
             CheckpointCorrupt, CheckpointError: on every rank.
             ValueError: the checkpoint was trained on other text.
         """
+        if checkpoint.read_manifest(path).extra.get("imported"):
+            return self._load_imported(path)
         tensors = self._tensors()
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)
         if extra["data_digest"] != self._state.dataset.digest:
@@ -99,6 +93,14 @@ class TrainingRun:
         self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
         return int(extra["step"])
 
+    def _load_imported(self, path: Path) -> int:
+        """Begin with weights and biases of a model from elsewhere, which has no optimizer and no place in the data."""
+        state = self._state
+        checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
+        version, initial = self._control.state()
+        self._control.restore(version, replace(initial, bias_N=read_bias(state.routers)))
+        return 0
+
     def run(self, done: int, log: RunLog | None, scores: ScoreLog | None = None) -> TrainOutcome:
         """Train from step `done` + 1 on, to the last step or until a rank wishes to stop; then save.
 
@@ -109,7 +111,7 @@ class TrainingRun:
         step, stop = done, False
         if step == 0 and config.eval_every:
             self._evaluate(step)  # what training starts from
-        with self._saver:
+        with self._open_saver() as saver:
             while step < config.steps and not stop:
                 step += 1
                 self._state.groups.board.step = step
@@ -123,11 +125,11 @@ class TrainingRun:
                 if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                     self._evaluate(step)
                 if step < config.steps and not stop:
-                    self._saver.after_step(step, self._snapshot)
+                    saver.after_step(step, self._snapshot)
             if step > done:
-                self._saver.save_last(self._snapshot(step), self._stop_requested)
+                saver.save_last(self._snapshot(step), self._stop_requested)
         completed = step >= config.steps
-        self.tell("finished" if completed else "interrupted", step=step, **self._saver.summary())
+        self.tell("finished" if completed else "interrupted", step=step, **saver.summary())
         return TrainOutcome(step, completed)
 
     def _record(self, result: StepResult) -> None:
@@ -160,6 +162,19 @@ class TrainingRun:
             self._publish(line)
         self._load_since_eval_N.zero_()
 
+    def _open_saver(self) -> CheckpointSaver:
+        state = self._state
+        return CheckpointSaver(
+            state.spec.run_dir / CHECKPOINTS,
+            state.groups,
+            state.spec.run,
+            state.optimizer,
+            self._memory,
+            nodes=self._nodes,
+            tell=self.tell,
+            sync_records=self._log.sync if self._log is not None else _no_records,
+        )
+
     def _snapshot(self, step: int) -> Snapshot:
         state = self._state
         state.groups.board.enter("checkpoint write")
@@ -174,10 +189,6 @@ class TrainingRun:
         }
         return Snapshot(step, self._tensors(), extra)
 
-    def _sync_records(self) -> None:
-        if self._log is not None:
-            self._log.sync()
-
     def _tensors(self) -> dict[str, torch.Tensor]:
         state = self._state
         return {
@@ -191,3 +202,7 @@ class TrainingRun:
         if self._log is not None:
             self._log.event(event, **details)
             self._publish({"event": event, **details})
+
+
+def _no_records() -> None:
+    """What ranks that keep no record of the run force to the disk."""
