@@ -13,6 +13,9 @@ class ClusterConfig:
     address: str | None = None
     """Ray cluster to join: HOST:PORT, or "auto" for the one this machine belongs to; empty starts one here."""
 
+    allow_without_token: bool = False
+    """Join also a cluster that demands no token, which runs code for whoever reaches it."""
+
     num_workers: int = 2
     """Expert workers, one rank each."""
 

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -19,17 +18,16 @@ from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
+from cluster.access import check_access, find_access
 from cluster.config import ClusterConfig
+from cluster.node_state import ray_folder
+from cluster.probe import ClusterUnreachable, authenticated, check_answers
 from workers.actor import TRANSPORT_PREFIXES
 
 _log = logging.getLogger(__name__)
 
 # Ray refuses less than 75 MiB. Tokens and weights never travel through the object store, so nothing needs more.
 OBJECT_STORE_BYTES = 80 * 2**20
-
-
-class ClusterUnreachable(ConnectionError):
-    """No Ray answers at the address that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class RaySession:
         if ray.is_initialized():
             yield cls(owned=False, open_s=0.0)
             return
-        with _local_ray(config) if config.address is None else _joined_ray(config.address):
+        with _local_ray(config) if config.address is None else _joined_ray(config):
             yield cls(owned=config.address is None, open_s=time.monotonic() - begun)
 
 
@@ -74,7 +72,7 @@ def _local_ray(config: ClusterConfig) -> Iterator[None]:
     # folder to everybody, so it gets one inside.
     folder = Path(tempfile.mkdtemp(prefix="trimtab-ray-", dir=ray_folder()))
     try:
-        with _ctrl_c_deferred(), _environment(_local_variables()):
+        with ctrl_c_deferred(), _environment(_local_variables()):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -92,11 +90,6 @@ def _local_ray(config: ClusterConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def ray_folder() -> Path:
-    """Where a local Ray keeps its logs and sockets. Not TMPDIR, which may be too long for a socket's path."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))  # noqa: S108 A private folder is made in it.
 
 
 def _local_variables() -> dict[str, str]:
@@ -132,7 +125,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c_deferred() -> Iterator[None]:
+def ctrl_c_deferred() -> Iterator[None]:
     """Keep the first Ctrl-C until the block ends: Ray, half started, may swallow it or leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -154,45 +147,42 @@ def _ctrl_c_deferred() -> Iterator[None]:
 
 
 @contextmanager
-def _joined_ray(address: str) -> Iterator[None]:
+def _joined_ray(config: ClusterConfig) -> Iterator[None]:
     import ray
+
+    access = find_access(config.address or "auto")
+    check_access(access, allow_open=config.allow_without_token)
+    host, _, port = access.gcs_address.rpartition(":")
+    if host in ("127.0.0.1", "localhost"):
+        _stay_on_loopback(host, port)
+    with authenticated(dict(access.variables)):
+        try:
+            ray.init(
+                address=access.gcs_address,
+                # Where a machine has several addresses, the node of this driver is the one that we started.
+                _node_ip_address=access.node and access.node.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterUnreachable(
+                f"cannot join the Ray cluster at {access.gcs_address}: {error}\nThe driver must run on a node of the "
+                "cluster, with the cluster's Ray version and token: start it there, or use `trimtab submit`"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _stay_on_loopback(host: str, port: str) -> None:
+    """Ray would take this machine's outer address instead, and retry for minutes where only loopback listens."""
     from ray._private import ray_constants, services
 
-    check_answers(address)
-    host, _, port = address.rpartition(":")
-    if host in ("127.0.0.1", "localhost"):
-        # Ray would take this machine's outer address instead, and retry for minutes where only loopback listens.
-        try:
-            check_answers(f"{services.resolve_ip_for_localhost(host)}:{port}")
-        except ClusterUnreachable:
-            ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(
-            f"cannot join the Ray cluster at {address}: {error}\nThe driver must run on a node of the cluster, "
-            "with the cluster's Ray version and token: start it there, or use `ray job submit`"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def check_answers(address: str, timeout_s: float = 3.0) -> None:
-    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdecimal():
-        raise ClusterUnreachable(f'cluster.address ({address!r}) must be HOST:PORT of a Ray head, or "auto"')
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-    except OSError as error:
-        raise ClusterUnreachable(
-            f"nothing answers at cluster.address {address} ({error}); check it with `ray status --address {address}`, "
-            "or leave cluster.address empty to start a Ray on this machine"
-        ) from error
+        check_answers(f"{services.resolve_ip_for_localhost(host)}:{port}")
+    except ClusterUnreachable:
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def forwarded_environment() -> dict[str, str]:

@@ -182,6 +182,20 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(options)
 
 
+def _cluster(arguments: Sequence[str]) -> int:
+    """Make machines a Ray cluster; look at it; end it; write manifests."""
+    from runtime.cluster_commands.command import cluster
+
+    return cluster(arguments)
+
+
+def _submit(arguments: Sequence[str]) -> int:
+    """Run a command on a cluster as a job, with this folder's code."""
+    from runtime.submit import submit
+
+    return submit(arguments)
+
+
 def _plan(arguments: Sequence[str]) -> int:
     """Tell the memory of each rank and the bytes of a step before anything starts."""
     from runtime.plan.options import plan_parser
@@ -202,6 +216,8 @@ COMMANDS: Choices = {
     "replay": _replay,
     "bench": _bench,
     "compare": _compare,
+    "cluster": _cluster,
+    "submit": _submit,
     "plan": _plan,
     "doctor": _doctor,
 }

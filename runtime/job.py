@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.access import check_access, find_access
 from cluster.failures import GangFailed
 from cluster.preflight import check_resources
-from cluster.session import check_answers
 from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
         )
     if config.cluster.address is not None:
-        check_answers(config.cluster.address)
+        check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
     check_resources(
         config.cluster,
@@ -62,9 +62,8 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
-    report = write_report(run_dir)
     console.print(terminal_summary(run_dir))
-    _say(console, f"report: {report}")
+    _say(console, report_line(run_dir))
     if not outcome.completed:
         _say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
     return 0
@@ -170,6 +169,14 @@ def _watch(
                 view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
             raise
     return outcomes[0]
+
+
+def report_line(run_dir: Path) -> str:
+    """Write the report of a run that is over; where it is, or how to get it when the disk does not take it."""
+    try:
+        return f"report: {write_report(run_dir)}"
+    except OSError as error:
+        return f"the report could not be written ({error}); free some space, then: trimtab report {run_dir}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -107,20 +107,32 @@ def _make_problems(rest: list[str]) -> list[str]:
 
 
 def _trimtab_problems(rest: list[str]) -> list[str]:
-    subcommand = rest[0] if rest and not rest[0].startswith("-") else ""
+    cut = rest.index("--") if "--" in rest else len(rest)
+    subcommand = _subcommand(rest[:cut])
     known = _options_of(subcommand)
     if known is None:
         return [f"no subcommand {subcommand}"]
-    options = [word.split("=")[0] for word in rest if word.startswith("--")]
-    return [f"no option {option}" for option in options if option not in known] + [
-        f"no file {word}" for word in rest if _is_missing_source_file(word)
-    ]
+    options = [word.split("=")[0] for word in rest[:cut] if word.startswith("--")]
+    problems = [f"no option {option}" for option in options if option not in known]
+    problems += [f"no file {word}" for word in rest[:cut] if _is_missing_source_file(word)]
+    if rest[cut + 1 :] and subcommand != "cluster up":  # what stands behind -- there is Ray's
+        inner = [] if subcommand == "submit" else ["train"]
+        problems += _trimtab_problems([*inner, *(word for word in rest[cut + 1 :] if word != "...")])
+    return problems
+
+
+def _subcommand(rest: list[str]) -> str:
+    """The words that choose what to do, as "cluster manifest slurm"."""
+    words = rest[:1] if rest and not rest[0].startswith("-") else []
+    while " ".join(words) in ("bench", "cluster", "cluster manifest") and rest[len(words) :]:
+        words.append(rest[len(words)])
+    return " ".join(words)
 
 
 @functools.cache
 def _options_of(subcommand: str) -> frozenset[str] | None:
     """Options in the help of a subcommand ("" is the command itself); None where it does not exist."""
-    arguments = [subcommand, "--help"] if subcommand else ["--help"]
+    arguments = [*subcommand.split(), "--help"]
     code = f"import sys; from runtime.cli import main; sys.exit(main({arguments!r}))"
     env = {**os.environ, "COLUMNS": "250", "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, env=env, capture_output=True, text=True)

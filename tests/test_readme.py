@@ -32,6 +32,10 @@ def test_links_between_documents_hold(path: Path) -> None:
     assert broken_links(path.read_text(), folder=path.parent) == []
 
 
+def test_the_commands_of_the_cluster_guide_exist() -> None:
+    assert broken_commands((ROOT / "docs" / "cluster.md").read_text()) == []
+
+
 @pytest.mark.parametrize("path", ["Makefile", "CONTRIBUTING.md", "docs/testing.md", "README.md"])
 def test_one_install_command_everywhere(path: str) -> None:
     text = (ROOT / path).read_text()
@@ -80,6 +84,11 @@ def test_checker_finds_broken_paths_and_leaves_units_and_placeholders_alone() ->
         ("OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/nothing.py", "no file examples/nothing.py"),
         ("trimtab trian", "no subcommand trian"),
         ("trimtab train --modle.hidden 64", "no option --modle.hidden"),
+        ("trimtab cluster upp", "no subcommand cluster upp"),
+        ("trimtab cluster join 10.0.0.1 --bnid 10.0.0.2", "no option --bnid"),
+        ("trimtab cluster manifest slurm --nodes 2 -- --modle.hidden 64", "no option --modle.hidden"),
+        ("trimtab submit --no-wiat -- train", "no option --no-wiat"),
+        ("trimtab submit -- trian", "no subcommand trian"),
         ("make train ARGS='--modle.hidden 64'", "no option --modle.hidden"),
         ("trimtab train --config configs/nothing.yaml", "no file configs/nothing.yaml"),
     ],

@@ -109,7 +109,7 @@ class FaultPlan:
         return 0 if fault is None else int(fault.amount) or 1
 
     def _fire(self, actions: tuple[str, ...], phase: str, board: Board) -> Fault | None:
-        for number, fault in self._waiting.items():
+        for number, fault in tuple(self._waiting.items()):  # the threads of a rank share the plan
             if (
                 fault.action in actions
                 and (fault.step, fault.phase) == (board.step, phase)

@@ -98,11 +98,6 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if not self.clip_qkv >= 0:
             raise ValueError(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
-        if self.attention == "latent" and (self.query_key_norm != "none" or self.clip_qkv):
-            raise ValueError(
-                f"query_key_norm ({self.query_key_norm}) and clip_qkv ({self.clip_qkv}) are of grouped_query "
-                "attention; leave them out with latent attention"
-            )
 
     @property
     def num_moe_layers(self) -> int:

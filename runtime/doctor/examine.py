@@ -5,17 +5,17 @@ Every wait is bounded, and a node that does not answer once is named and left al
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
 from cluster.placement import ClusterTooSmall
-from runtime.doctor import probe as probe_module
-from runtime.doctor.pairs import rounds
+from runtime.doctor.links import measure_links
 from runtime.doctor.probe import Probe
-from runtime.doctor.survey import DRIVER, Clock, GroupSpeed, Link, NodeFacts, Survey
+from runtime.doctor.probes import ProbedNode, answers_of, end_probes, start_probes
+from runtime.doctor.survey import DRIVER, Clock, GroupSpeed, NodeFacts, Survey
 
 if TYPE_CHECKING:
     from cluster.gang import Gang
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 ANSWER_S = 30.0  # For a first answer: a Python process, `import torch`, and a node that is busy with that.
 CLOCK_S = 5.0
 NUM_CLOCKS = 5  # The round trip that took least tells most.
-PAIR_S = 6.0
 GROUPS_S = 5.0
 
 
@@ -38,88 +37,36 @@ class Examination:
     say: Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A node of the cluster and the probe on it. ip: its address; name: the address, made unique."""
-
-    name: str
-    ip: str
-    probe: Any
-
-
 def examine(wanted: Examination) -> Survey:
     """Look at every node of the Ray cluster that this process has joined, and at the ranks that would run there."""
-    wanted.say("looking at the nodes")
     token = secrets.token_bytes(16)
-    nodes, unreachable = _start_probes(token)
-    # The driver's facts are read here meanwhile.
+    nodes, unreachable = start_probes(token)
+    try:
+        survey = _with_nodes(nodes, Probe(token), wanted)
+    finally:
+        end_probes(nodes)
+    wanted.say(f"starting {wanted.config.num_workers} ranks")
+    return _with_ranks(replace(survey, unreachable=unreachable | dict(survey.unreachable)), wanted)
+
+
+def _with_nodes(nodes: list[ProbedNode], own: Probe, wanted: Examination) -> Survey:
+    """own: the probe of this process."""
+    wanted.say("looking at the nodes")
     asked = {node.name: node.probe.facts.remote(wanted.paths) for node in nodes}
-    driver = NodeFacts.of(Probe(token).facts(wanted.paths))
-    answers, silent = _answers(asked, ANSWER_S)
-    unreachable |= silent
+    facts = {DRIVER: NodeFacts.of(own.facts(wanted.paths))}
+    answers, silent = answers_of(asked, ANSWER_S)
+    facts |= {name: NodeFacts.of(answer) for name, answer in answers.items()}
     nodes = [node for node in nodes if node.name in answers]
     wanted.say("comparing clocks")
     clocks = {node.name: clock for node in nodes if (clock := _clock(node)) is not None}
-    links = _links(nodes, wanted.say)
-    for node in nodes:  # their place is for the ranks
-        _end(node.probe)
-    facts = {DRIVER: driver} | {name: NodeFacts.of(answer) for name, answer in answers.items()}
-    survey = Survey(nodes=facts, unreachable=unreachable, clocks=clocks, links=tuple(links))
-    wanted.say(f"starting {wanted.config.num_workers} ranks")
-    return _with_ranks(survey, wanted)
+    return Survey(nodes=facts, unreachable=silent, clocks=clocks, links=measure_links(nodes, wanted.say))
 
 
-def _start_probes(token: bytes) -> tuple[list[_Node], dict[str, str]]:
-    import ray
-    from ray import cloudpickle
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    cloudpickle.register_pickle_by_value(probe_module)
-    try:
-        probe_class = cast("Any", ray.remote)(Probe)
-        nodes: list[_Node] = []
-        dead: dict[str, str] = {}
-        for number, entry in enumerate(sorted(ray.nodes(), key=lambda entry: str(entry["NodeManagerAddress"]))):
-            ip = str(entry["NodeManagerAddress"])
-            if not entry["Alive"]:
-                dead[ip] = "Ray says that it is dead"
-                continue
-            name = ip if all(node.name != ip for node in nodes) else f"{ip} ({number})"
-            affinity = NodeAffinitySchedulingStrategy(entry["NodeID"], soft=False)
-            actor = probe_class.options(num_cpus=0, max_restarts=0, scheduling_strategy=affinity).remote(token)
-            nodes.append(_Node(name, ip, actor))
-    finally:
-        cloudpickle.unregister_pickle_by_value(probe_module)
-    # One that was started again is listed as dead too, under its old number.
-    alive = {node.ip for node in nodes}
-    return nodes, {ip: reason for ip, reason in dead.items() if ip not in alive}
-
-
-def _answers(asked: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], dict[str, str]]:
-    """The answers by name, and why there is none for the others, after limit_s at most."""
-    import ray
-
-    if not asked:
-        return {}, {}
-    calls = list(asked.values())
-    done = set(ray.wait(calls, num_returns=len(calls), timeout=limit_s)[0])
-    answers, silent = {}, {}
-    for name, call in asked.items():
-        if call not in done:
-            silent[name] = f"no answer within {limit_s:g} s"
-            continue
-        try:
-            answers[name] = ray.get(call)
-        except ray.exceptions.RayError as error:
-            silent[name] = f"its process died or never ran: {str(error).strip().splitlines()[-1]}"
-    return answers, silent
-
-
-def _clock(node: _Node) -> Clock | None:
+def _clock(node: ProbedNode) -> Clock | None:
     best: Clock | None = None
     for _ in range(NUM_CLOCKS):
         before_s = time.time()
-        answers, _ = _answers({node.name: node.probe.now_s.remote()}, CLOCK_S)
+        answers, _ = answers_of({node.name: node.probe.now_s.remote()}, CLOCK_S)
         after_s = time.time()
         if not answers:
             return best
@@ -129,53 +76,12 @@ def _clock(node: _Node) -> Clock | None:
     return best
 
 
-def _links(nodes: Sequence[_Node], say: Callable[[str], None]) -> list[Link]:
-    if len(nodes) < 2:
-        return []
-    ports, silent = _answers({node.name: node.probe.listen.remote(node.ip) for node in nodes}, ANSWER_S)
-    lost = dict(silent)
-    links: list[Link] = []
-    plan = rounds(len(nodes))
-    for number, pairs in enumerate(plan, 1):
-        say(f"measuring pairs of nodes, round {number} of {len(plan)}")
-        of_round = [(nodes[a], nodes[b]) for a, b in pairs if not {nodes[a].name, nodes[b].name} & lost.keys()]
-        asked = {a.name: a.probe.measure.remote(b.ip, ports[b.name], PAIR_S) for a, b in of_round}
-        answers, silent = _answers(asked, 2 * PAIR_S)
-        lost |= silent  # its probe is still busy: it would hold up the rounds to come
-        for a, b in of_round:
-            links += _both_ways(a.name, b.name, answers.get(a.name, {"error": silent.get(a.name, "")}))
-    links += [
-        Link(sender=a.name, receiver=b.name, error=f"not measured: {name}: {reason}")
-        for name, reason in lost.items()
-        for a in nodes
-        for b in nodes
-        if name == a.name != b.name and not any((link.sender, link.receiver) == (a.name, b.name) for link in links)
-    ]
-    return links
-
-
-def _both_ways(a: str, b: str, answer: Mapping[str, Any]) -> list[Link]:
-    if "error" in answer:
-        return [Link(sender=a, receiver=b, error=answer["error"])]
-    latency_s = answer["latency_s"]
-    return [
-        Link(sender=a, receiver=b, latency_s=latency_s, bytes_per_s=answer["out_bytes_per_s"]),
-        Link(sender=b, receiver=a, latency_s=latency_s, bytes_per_s=answer["in_bytes_per_s"]),
-    ]
-
-
-def _end(actor: Any) -> None:
-    import ray
-
-    ray.kill(actor)
-
-
 def _with_ranks(survey: Survey, wanted: Examination) -> Survey:
     from cluster.gang import Gang
 
     config, ep_size = wanted.config, wanted.ep_size
     try:
-        with Gang.launch(config, _rank_maker(ep_size, config.device), ep_size=ep_size) as gang:
+        with Gang.launch(config, _rank_maker(ep_size, config.device), ep_size_of=lambda _: ep_size) as gang:
             wanted.say(f"exchanging bytes between {gang.world_size} ranks")
             speeds: list[RankSpeed] = gang.run("measure", GROUPS_S, limit_s=config.collective_timeout_s + 2 * GROUPS_S)
             return replace(
@@ -185,8 +91,11 @@ def _with_ranks(survey: Survey, wanted: Examination) -> Survey:
                 device=speeds[0].device,
                 join_s=gang.startup_s["join"],
             )
-    except (GangFailed, ClusterTooSmall) as error:
-        return replace(survey, gang_error=str(error).strip())
+    except ClusterTooSmall as error:
+        return replace(survey, gang_error=str(error))
+    except GangFailed as error:
+        fates = [f"{failure.where} {failure.message}" for failure in error.failures]  # without their stacks
+        return replace(survey, gang_error=f"in {error.method}: {'; '.join(fates)}")
 
 
 def _rank_maker(ep_size: int, device: Any) -> Callable[[], "DoctorRank"]:

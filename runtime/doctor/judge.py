@@ -12,7 +12,8 @@ from runtime.quantities import milliseconds, short
 
 Severity = Literal["error", "warning"]
 
-SLOW_SHARE = 0.5  # of the rate that most pairs reach
+# Of the rate that most pairs reach. A link that fell back to a slower standard is at a tenth; half may be traffic.
+SLOW_SHARE, VERY_SLOW_SHARE = 0.5, 0.25
 SLOW_LATENCY, SLOW_LATENCY_S = 5.0, 1e-3  # times the usual one, and at least this long: less is noise
 MAX_CLOCK_S = 0.5  # Events of several nodes, and the cause of a failure, are ordered by time.
 MIN_DISK_BYTES = 2**30
@@ -188,7 +189,8 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
     slow = slow_links(links)
     if not slow:
         return
-    reached = f"others reach {short(usual([link.bytes_per_s for link in links if not link.error]))}B/s"
+    rate_of_others = usual([link.bytes_per_s for link in links if not link.error])
+    reached = f"others reach {short(rate_of_others)}B/s"
     explained: list[Link] = []
     for node in sorted({name for link in slow for name in (link.sender, link.receiver)}):
         sent = _all_slow([link for link in links if link.sender == node], slow)
@@ -199,7 +201,7 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
         verbs = " and ".join(["sends"] * bool(sent) + ["receives"] * bool(received))
         rate = max(link.bytes_per_s for link in sent + received)
         yield Finding(
-            severity="error",
+            severity=_severity(rate, rate_of_others),
             subject=node,
             problem=f"{verbs} {short(rate)}B/s at most, with every other node; {reached}",
             advice="its own link is slow: check cable, port, driver and what else uses it",
@@ -207,11 +209,15 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
     for link in slow:
         if link not in explained:
             yield Finding(
-                severity="error",
+                severity=_severity(link.bytes_per_s, rate_of_others),
                 subject=f"{link.sender} to {link.receiver}",
                 problem=f"{short(link.bytes_per_s)}B/s, {reached}",
                 advice="only this pair is slow: check the switches between the two, or leave one of them out",
             )
+
+
+def _severity(rate: float, rate_of_others: float) -> Severity:
+    return "error" if rate < VERY_SLOW_SHARE * rate_of_others else "warning"
 
 
 def _all_slow(of_node: list[Link], slow: Sequence[Link]) -> list[Link]:
@@ -226,17 +232,18 @@ def _groups(survey: Survey) -> Iterator[Finding]:
             severity="error",
             subject="process group",
             problem=survey.gang_error,
-            advice="see the findings above first; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name an interface by hand",
+            advice="settle what else is found here first; if nothing else is, name the network interface by "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         )
     if not survey.groups:
         return
-    limit = SLOW_SHARE * usual([group.bytes_per_s for group in survey.groups])
+    rate_of_others = usual([group.bytes_per_s for group in survey.groups])
     for group in survey.groups:
-        if group.bytes_per_s < limit:
+        if group.bytes_per_s < SLOW_SHARE * rate_of_others:
             yield Finding(
-                severity="error",
+                severity=_severity(group.bytes_per_s, rate_of_others),
                 subject=f"expert-parallel group of ranks {group.ranks[0]} to {group.ranks[-1]}",
-                problem=f"all-to-all sends {short(group.bytes_per_s)}B/s a rank, other groups twice that or more",
+                problem=f"all-to-all sends {short(group.bytes_per_s)}B/s a rank, others {short(rate_of_others)}B/s",
                 advice=f"its nodes are {', '.join(group.nodes)}: see the links between them",
             )
 

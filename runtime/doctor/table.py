@@ -61,7 +61,7 @@ def _links(survey: Survey) -> Iterator[str]:
         return
     width = max(map(len, [*cells.values(), *names]))
     for a in ["", *names]:
-        row = names if not a else ["-" if a == b else cells.get((a, b), "?") for b in names]
+        row = names if not a else ["-" if a == b else cells.get((a, b), "none") for b in names]
         yield "  " + "  ".join(text.ljust(width) for text in [a, *row]).rstrip()
 
 

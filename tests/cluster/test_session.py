@@ -19,8 +19,8 @@ from cluster.session import (
     ClusterUnreachable,
     RaySession,
     _auth_token,
-    _ctrl_c_deferred,
     check_answers,
+    ctrl_c_deferred,
     forwarded_environment,
 )
 from tests.ray_fixture import ROOT
@@ -111,12 +111,12 @@ def test_joining_by_address_trains_there_and_leaves_that_ray_running(ray_session
 def test_ctrl_c_while_ray_starts_is_kept_until_it_has_started_and_then_acts():
     reached = []
     with pytest.raises(KeyboardInterrupt):
-        with _ctrl_c_deferred():
+        with ctrl_c_deferred():
             signal.raise_signal(signal.SIGINT)
             reached.append("end of start")
         reached.append("after")
     assert reached == ["end of start"]
-    with pytest.raises(KeyboardInterrupt), _ctrl_c_deferred():
+    with pytest.raises(KeyboardInterrupt), ctrl_c_deferred():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         reached.append("end of start after two")

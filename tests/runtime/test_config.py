@@ -13,7 +13,7 @@ from cluster.config import ClusterConfig
 from dispatch.laws import BalanceConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
-from runtime.config_file import config_from_yaml, config_to_yaml, load_config, parse_train
+from runtime.config_file import config_from_yaml, config_from_yaml_file, config_to_yaml, load_config, parse_train
 from runtime.job import _config_for
 from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
@@ -187,6 +187,8 @@ CHOSEN: dict[str, Any] = {
     "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
+    "model.head_dim": 8, "model.clip_qkv": 2.0, "model.yarn.factor": 4.0,
+    "model.latent.kv_rank": 20, "model.latent.nope_dim": 12, "model.latent.rope_dim": 8,
     "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
     "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
@@ -242,6 +244,10 @@ def as_option(value: Any) -> str:
         ({"cluster__num_workers": 4, "parallel__ep_size": 3}, r"parallel.ep_size \(3\) must divide .* \(4\)"),
         ({"model__moe__num_experts": 1, "model__moe__top_k": 1}, r"ep_size \(2\) must be .* num_experts \(1\)"),
         ({"model__num_dense_layers": 4}, r"model.num_dense_layers \(4\) equals model.num_layers"),
+        (
+            {"model__attention": "latent", "model__clip_qkv": 2.0},
+            r"model.clip_qkv \(2.0\) have no effect on latent attention",
+        ),
         (
             {"model__vocab_size": 200},
             r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",
@@ -412,3 +418,16 @@ def test_the_size_of_recorded_scores_is_known_before() -> None:
     # Steps 1, 4, ... 19 of 20; 4 sequences of 64 tokens; 2 MoE layers of 8 experts; 2 bytes.
     assert recorded_scores_bytes(config) == 7 * 4 * 64 * 2 * 8 * 2
     assert recorded_scores_bytes(parse_train(["--config", "tiny"]).config) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ['run: !!python/object/apply:os.system ["touch {ran}"]', "run: {{name: !!python/name:os.system }}"]
+)
+def test_a_file_with_a_tag_of_python_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None:
+    path, ran = tmp_path / "config.yaml", tmp_path / "ran"
+    path.write_text(text.format(ran=ran))
+    with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor for the tag"):
+        config_from_yaml_file(path)
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(str(path))
+    assert not ran.exists()

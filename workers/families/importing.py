@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import FileStore  # torch.distributed hides it from type checkers
 
 from dispatch.balance import layout_of, routers_of
@@ -58,8 +59,7 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
 
 def _import(source: Source, run_dir: Path, config: ModelConfig, group: dist.ProcessGroup) -> ImportedShard:
     before = _reset_peak()
-    model = _empty_model(config, group)
-    state = canonical_state(model)
+    state, layout = _empty_shard(config, group)
     failure: SourceError | None = None
     try:
         fill(state, source)
@@ -70,22 +70,24 @@ def _import(source: Source, run_dir: Path, config: ModelConfig, group: dist.Proc
     for found in failures:
         if found is not None:
             raise found
-    layout = layout_of(routers_of(model))
     checkpoint.save(run_dir / CHECKPOINTS, 0, state, _extra(config, layout), group)
     shard_bytes = sum(tensor.nbytes for tensor in state.values())
     return ImportedShard(layout, shard_bytes, _peak_bytes() - before)
 
 
-def _empty_model(config: ModelConfig, group: dist.ProcessGroup) -> Decoder:
-    """Everything allocated and nothing drawn: every parameter is filled. Only biases may be missing in the files."""
+def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[str, Tensor], LoadLayout]:
+    """What this rank holds of the model, by canonical name. Nothing is drawn: all but biases is in the files.
+
+    Experts are tensors of their own and not parts of a stack, of which DCP would keep copies while it writes.
+    """
     moe = config.moe
     dispatcher = make_dispatcher(moe.num_experts, group, hidden=config.hidden, top_k=moe.top_k)
     with torch.device("meta"):
         model = Decoder(config, lambda: dispatcher)
-    model.to_empty(device="cpu")
-    for router in routers_of(model).values():
-        router.expert_bias_E.zero_()
-    return model
+    state = {name: torch.empty(shape.shape, dtype=shape.dtype) for name, shape in canonical_state(model).items()}
+    for name in routers_of(model):
+        state[f"model.{name}.expert_bias_E"].zero_()
+    return state, layout_of(routers_of(model))
 
 
 def _extra(config: ModelConfig, layout: LoadLayout) -> dict[str, Any]:

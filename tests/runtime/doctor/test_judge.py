@@ -117,6 +117,13 @@ def test_a_slow_pair_is_named_and_marked():
     assert as_text(sick, []).count("100MB/s 20 µs*") == 1
 
 
+@pytest.mark.parametrize(("rate", "severity"), [(5.1e8, None), (4.9e8, "warning"), (2.4e8, "error")])
+def test_half_the_rate_is_a_warning_and_a_quarter_an_error(rate, severity):
+    nodes = (*NODES, "10.0.0.4")
+    sick = survey(nodes, rate=lambda a, b: rate if (a, b) == ("10.0.0.1", "10.0.0.3") else 1e9)
+    assert [finding.severity for finding in judge(sick)] == [severity] * bool(severity)
+
+
 @pytest.mark.parametrize(
     ("rate", "verbs"),
     [
@@ -153,7 +160,7 @@ def test_nodes_that_do_not_answer_a_group_that_does_not_form_and_a_slow_group_ar
         (
             "error",
             "expert-parallel group of ranks 6 to 7",
-            "all-to-all sends 100MB/s a rank, other groups twice that or more",
+            "all-to-all sends 100MB/s a rank, others 1.00GB/s",
         ),
     ]
     assert "  10.0.0.9         does not answer" in as_text(sick, [])

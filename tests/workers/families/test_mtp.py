@@ -2,19 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.modeling_layers import MtpModel
 
 from dispatch.balance import read_counts, routers_of
 from dispatch.dispatcher import LocalDispatcher
 from runtime.cli import main
-from tests.workers.families.directories import write_directory
+from tests.workers.families.directories import PREFIX, make_mtp, mtp_names, write_with_mtp
 from tests.workers.families.hugging_face import VOCAB_SIZE, Widened, hub_names, make_model
 from workers.families import Settings, family_of
 from workers.families.filling import fill
@@ -23,56 +21,7 @@ from workers.model import Decoder, after_next, token_nll_sum
 from workers.state import canonical_state
 
 NAME = "deepseek_v3"
-PREFIX = "model.layers.3"  # after the three layers of the model
 WEIGHT = 0.3
-
-
-def mtp_names(mtp: MtpModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the hub: layer 61 at full size."""
-    named = {}
-    for name, tensor in tensors.items():
-        if not name.startswith("layers.0."):
-            continue  # the shared embedding and output
-        short = name.removeprefix("layers.0.").removeprefix("mtp_block.")
-        short = short.replace("post_norm.", "shared_head.norm.") if short.startswith("post_norm") else short
-        if "experts.gate_up_proj" in short or "experts.down_proj" in short:
-            for expert_id, expert in enumerate(tensor):
-                base = f"{PREFIX}.mlp.experts.{expert_id}"
-                if "down" in short:
-                    named[f"{base}.down_proj.weight"] = expert.clone()
-                else:
-                    gate, up = expert.chunk(2)
-                    named |= {f"{base}.gate_proj.weight": gate.clone(), f"{base}.up_proj.weight": up.clone()}
-        else:
-            named[f"{PREFIX}.{short}"] = tensor.clone()
-    return named
-
-
-def make_mtp(model: Any, dtype: torch.dtype) -> MtpModel:
-    torch.manual_seed(3)
-    mtp = MtpModel(model, 1).to(dtype)
-    mtp.config._experts_implementation = "eager"
-    with torch.no_grad():
-        for name, tensor in mtp.layers.state_dict().items():
-            if tensor.ndim == 1:
-                tensor.copy_(torch.randn(tensor.shape, dtype=torch.float32) * 0.2 + ("bias" not in name))
-            else:
-                tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
-    return mtp
-
-
-def write_with_mtp(folder: Path, *, copies: bool) -> Path:
-    """As the hub has it: one more layer, and with it copies of embedding and output."""
-    write_directory(folder, NAME, torch.bfloat16)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    mtp = make_mtp(make_model(NAME, torch.bfloat16), torch.bfloat16)
-    tensors |= mtp_names(mtp, mtp.state_dict())
-    if copies:
-        tensors[f"{PREFIX}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"{PREFIX}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
 
 
 def their_loss_and_gradients(token_ids: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
