@@ -1,5 +1,6 @@
 """`trimtab doctor PATH` on checkpoints of a real gang and of transformers: sound, then with each kind of damage."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -129,6 +130,35 @@ def test_before_training_zero_biases_are_right(run: Path, tmp_path: Path, capsys
     checkpoint.save(copied / CHECKPOINTS, 0, tensors, reader.manifest.extra, None, world_size=2)
     code, text = examined(copied, capsys, "--step", "0")
     assert code == 0, text
+
+
+def test_a_run_without_a_law_keeps_zero_biases(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose_all(tensors: Tensors) -> None:
+        for name in (BIAS, BIAS.replace("layers.2", "layers.1"), "law.bias"):
+            tensors[name].zero_()
+
+    save_changed(copy, lose_all)
+    assert examined(copy, capsys)[0] == 1
+    text = (copy / CONFIG_FILE).read_text()
+    (copy / CONFIG_FILE).write_text(text.replace("law: sign", "law: none"))
+    assert examined(copy, capsys)[0] == 0
+
+
+def test_a_law_of_factors_does_not_centre(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_changed(copy, _shift_bias)
+    text = (copy / CONFIG_FILE).read_text()
+    (copy / CONFIG_FILE).write_text(text.replace("law: sign", "law: multiplicative"))
+    assert examined(copy, capsys)[0] == 0
+
+
+def test_an_import_has_no_optimizer_yet(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = newest(copy)
+    reader = TensorReader(path)
+    tensors = reader.read(name for name in reader.shapes if name.startswith("model."))
+    for imported in (False, True):
+        extra = reader.manifest.extra | {"imported": imported}
+        checkpoint.save(path.parent, reader.manifest.step, tensors, extra, None)
+        assert examined(copy, capsys)[0] == (0 if imported else 1)
 
 
 def _poison(tensors: Tensors) -> None:
@@ -309,6 +339,17 @@ def test_rounded_and_untrained_biases_of_the_hub_are_warnings(tmp_path: Path, ca
     code, text = examined(folder, capsys)
     assert code == 0
     assert "is zero, as in all layers: the model is untrained, or its biases were lost" in text
+
+
+def test_weights_that_are_not_what_was_exported_are_named(hub_copy: Path, capsys: Any) -> None:
+    file = hub_copy / json.loads((hub_copy / "model.safetensors.index.json").read_text())["weight_map"][HUB_EXPERT]
+    tensors = load_file(file)
+    digests = {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in tensors.items()}
+    for factor, code in ((1.0, 0), (1.5, 1)):
+        tensors[HUB_EXPERT] *= factor
+        save_file(tensors, file, metadata={"format": "pt", "sha256": json.dumps(digests)})
+        assert examined(hub_copy, capsys)[0] == code
+    assert f"{HUB_EXPERT} is not what was exported" in examined(hub_copy, capsys)[1]
 
 
 def change_hub(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
