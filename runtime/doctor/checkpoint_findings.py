@@ -51,7 +51,7 @@ class TensorWatch:
         finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # fp8 has no isfinite
         if not bool(finite.all()):
             count = finite.numel() - int(finite.sum())
-            self.damage(place, f"holds {count} value{'s' * (count > 1)} that are NaN or infinite, of {finite.numel()}")
+            self.damage(place, f"has NaN or infinite values: {count} of {finite.numel()}")
 
     def see_expert(self, tensor: Tensor, place: Place) -> None:
         """A weight of one expert: no other expert of any layer has the same bytes, unless one was saved for both.

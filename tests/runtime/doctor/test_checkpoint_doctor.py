@@ -209,8 +209,8 @@ def _strange_weight(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "tensor", "problem"),
     [
-        (_poison, EXPERT, "holds 1 value that are NaN or infinite, of 128"),
-        (_infinite_moment, "optim.exp_avg_sq.layers.1.moe.experts.3.down_proj", "holds 1 value that are NaN"),
+        (_poison, EXPERT, "has NaN or infinite values: 1 of 128"),
+        (_infinite_moment, "optim.exp_avg_sq.layers.1.moe.experts.3.down_proj", "has NaN or infinite values: 1 of 128"),
         (_twin, "", "has the same bytes as model.layers."),
         (_lose_bias, BIAS, "is zero for every expert, in a model whose bias was trained"),
         (_narrow_bias, BIAS, "is bfloat16; a bias must be float32"),
@@ -405,7 +405,7 @@ def _hub_forget(folder: Path) -> None:
     ("damage", "problem"),
     [
         (_hub_twin, "experts.9.down_proj.weight has the same bytes as"),
-        (_hub_poison, f"{HUB_EXPERT} holds 512 values that are NaN or infinite, of 512"),
+        (_hub_poison, f"{HUB_EXPERT} has NaN or infinite values: 512 of 512"),
         (_hub_zero_bias, f"{HUB_BIAS} is zero for every expert"),
         (_hub_narrow_bias, f"{HUB_BIAS} is BF16, and config.json says float32"),
         (_hub_wide, f"{HUB_EXPERT} is F16, and config.json says float32"),
