@@ -9,6 +9,8 @@ from torch import Tensor
 
 from runtime.doctor.judge import Severity
 
+BIAS = ".router.expert_bias_E"  # how the name of a selection bias ends, in our state
+
 # A bias is centred in float64 and rounded to fp32: half a unit in the last place of each, and the mean of those.
 CENTRE_TOLERANCE = 2**-22
 
