@@ -13,7 +13,7 @@ from runtime.cli import main
 from runtime.config_file import config_from_yaml_file
 from runtime.launch import make_spec
 from tests.ranks import run_ranks
-from tests.workers.families.directories import PREFIX, write_directory, write_with_mtp
+from tests.workers.families.directories import PREFIX, quantise, write_directory, write_with_mtp
 from tests.workers.families.hugging_face import CONFIGS, Batch
 from tests.workers.training_gang import join_worker
 from workers import checkpoint
@@ -58,6 +58,20 @@ def test_every_tensor_comes_back_byte_for_byte(name: str, dtype: torch.dtype, tm
     assert_same_bytes(source, tmp_path / "out")
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_fp8_comes_back_as_bf16_that_transformers_loads(tmp_path: Path) -> None:
+    source = write_directory(tmp_path / "source", "deepseek_v3", torch.bfloat16)
+    meant = quantise(source, block=12)
+    import_run(source, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    exported = all_tensors(tmp_path / "out")
+    assert not any("scale" in name for name in exported)
+    for name, expected in meant.items():
+        assert torch.equal(exported[name], expected.bfloat16()), name
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not any(loading.values()), loading
 
 
 def test_processes_that_hold_a_shard_each_import_the_same(tmp_path: Path) -> None:

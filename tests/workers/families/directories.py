@@ -73,3 +73,27 @@ def write_with_mtp(folder: Path, *, copies: bool, dtype: torch.dtype = torch.bfl
         tensors[f"{PREFIX}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+def quantise(folder: Path, block: int) -> dict[str, torch.Tensor]:
+    """Store every matrix of the layers as fp8 in blocks; returns what each of them stands for."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    meant = {}
+    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2 and ".gate." not in name]:
+        if "layers" not in name:
+            continue
+        weight = tensors[name].float()
+        rows, columns = weight.shape
+        scales = torch.rand(-(-rows // block), -(-columns // block)) * 0.01 + 0.01
+        stored = (weight * 50).to(torch.float8_e4m3fn)
+        tensors |= {name: stored, f"{name}_scale_inv": scales}
+        meant[name] = torch.empty(rows, columns)
+        for row in range(rows):
+            for column in range(columns):
+                meant[name][row, column] = stored[row, column].float() * scales[row // block, column // block]
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant

@@ -1,6 +1,5 @@
 """What a shard gets: every element once, heads in our order, fp8 with its scales."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dispatch.balance import routers_of
 from dispatch.dispatcher import LocalDispatcher
-from tests.workers.families.directories import write_directory
+from tests.workers.families.directories import quantise, write_directory
 from tests.workers.families.hugging_face import CONFIGS
 from workers.families import Part
 from workers.families import filling as filling_module
@@ -52,30 +51,6 @@ def test_halves_of_a_head_become_neighbours_and_halves_again() -> None:
     ours = part.to_ours(rows)
     assert ours.tolist() == [0, 10, 1, 11, 20, 30, 21, 31]
     assert torch.equal(part.to_theirs(ours), rows)
-
-
-def quantise(folder: Path, block: int) -> dict[str, torch.Tensor]:
-    """Store every matrix of the layers as fp8 in blocks; returns what each of them stands for."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    meant = {}
-    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2 and ".gate." not in name]:
-        if "layers" not in name:
-            continue
-        weight = tensors[name].float()
-        rows, columns = weight.shape
-        scales = torch.rand(-(-rows // block), -(-columns // block)) * 0.01 + 0.01
-        stored = (weight * 50).to(torch.float8_e4m3fn)
-        tensors |= {name: stored, f"{name}_scale_inv": scales}
-        meant[name] = torch.empty(rows, columns)
-        for row in range(rows):
-            for column in range(columns):
-                meant[name][row, column] = stored[row, column].float() * scales[row // block, column // block]
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return meant
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2**20])
