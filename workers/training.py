@@ -96,14 +96,8 @@ class Trainer:
         if self.aux_losses is not None:
             self.aux_losses.begin_step()
         for micro, (input_ids, targets) in enumerate(self._micro_batches(step)):
-            with self.autocast():
-                logits, further = self.model.forward_training(input_ids, targets)
-                nll_sum = token_nll_sum(logits, targets)
-            loss_sum += nll_sum.detach()
-            # Without auxiliary losses the graph is that of the language model, with nothing added.
-            total = nll_sum if self.aux_losses is None else nll_sum + self.aux_losses.take()
-            if further is not None:
-                total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(targets))
+            nll_sum, total = self._forward(input_ids, targets)
+            loss_sum += nll_sum
             if micro == self.num_micro - 1:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)
@@ -132,6 +126,20 @@ class Trainer:
             max_vio_computation_batch=self._computation_vio(control.maxima),
             control=control,
         )
+
+    def _forward(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The language model's summed loss, without gradient, and what is trained on.
+
+        A function of its own: the logits, the largest tensors of all, must not live on while backward runs.
+        """
+        with self.autocast():
+            logits, further = self.model.forward_training(input_ids, targets)
+            nll_sum = token_nll_sum(logits, targets)
+        # Without auxiliary losses the graph is that of the language model, with nothing added.
+        total = nll_sum if self.aux_losses is None else nll_sum + self.aux_losses.take()
+        if further is not None:
+            total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(targets))
+        return nll_sum.detach(), total
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         place = (self.groups.rank, self.groups.world_size)
