@@ -132,6 +132,13 @@ def _bench(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    """Examine a cluster: nodes, clocks, disks, network, process groups."""
+    from runtime.doctor.command import doctor
+
+    return doctor(arguments)
+
+
 def _compare(arguments: Sequence[str]) -> int:
     """Train under several ways of balancing from the same seeds, and compare them."""
     from runtime.compare.options import parse_options
@@ -166,6 +173,7 @@ COMMANDS: Choices = {
     "compare": _compare,
     "cluster": _cluster,
     "submit": _submit,
+    "doctor": _doctor,
 }
 
 

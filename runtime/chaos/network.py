@@ -80,8 +80,8 @@ class Network:
             if bits_per_s is None:
                 change += ["pfifo"]
             else:
-                # The burst holds a frame as large as veth's segmentation offload makes them, 64 KiB.
-                change += ["tbf", "rate", f"{bits_per_s}bit", "burst", "128kb", "latency", "200ms"]
+                # Small, so that short transfers keep the rate too; tbf cuts the 64 KiB frames of segmentation offload.
+                change += ["tbf", "rate", f"{bits_per_s}bit", "burst", "32kb", "latency", "200ms"]
             command(holder.enter(["--net"], change))
 
     def delay(self, index: int, delay_s: float, jitter_s: float = 0.0, loss: float = 0.0) -> None:

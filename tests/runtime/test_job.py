@@ -117,6 +117,8 @@ def test_the_rank_map_says_who_holds_which_experts(run_dir):
         (0, "cpu", [0, 3]),
         (1, "cpu", [4, 7]),
     ]
+    assert {(row["node"], row["interface"]) for row in started["rank_map"]} == {("127.0.0.1", "lo")}
+    assert started["exchange"] == {"exchange": "rank", "ranks_per_node": 0, "reason": "1 node"}
 
 
 def test_eval_and_generate_agree_on_one_worker_and_on_two(run_dir, capsys, ray_session):

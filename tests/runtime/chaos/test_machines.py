@@ -1,5 +1,7 @@
 """Machines of real namespaces: their network, its faults, and that nothing of them is ever left behind."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from tests.ray_fixture import ROOT
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 PYTHON = [sys.executable, "-S", "-E", "-c"]
 
 # Echoes what a client sends, as often as it sends.
@@ -89,15 +92,24 @@ def test_a_cut_link_carries_nothing_and_a_healed_one_goes_on(machines):
     assert exchange(machines) < 3
 
 
-def test_a_limit_is_kept_in_both_directions_and_can_be_lifted(machines):
-    unlimited_s = exchange(machines, 10**6)
+def test_a_limit_is_kept_in_both_directions_and_can_be_lifted(machines, tmp_path):
+    code = "import json, sys, time; from runtime.doctor.probe import Probe; ip = sys.argv[1]; probe = Probe(b'token'); "
+    serve = code + "print(probe.listen(ip), flush=True); time.sleep(100)"
+    measure = code + "print(json.dumps(probe.measure(ip, int(sys.argv[2]), 4.0)))"
+    machines[1].popen([sys.executable, "-c", serve, machines[1].address], env=ENV, output=tmp_path / "port")
+    wait_until((tmp_path / "port").read_text)
+
+    def rates() -> list[float]:
+        arguments = [machines[1].address, (tmp_path / "port").read_text()]
+        done = machines[0].run([sys.executable, "-c", measure, *arguments], env=ENV)
+        found = json.loads(done.stdout)
+        return [found["out_bytes_per_s"], found["in_bytes_per_s"]]
+
     machines.network.limit(0, 10 * 10**6)
-    limited_s = exchange(machines, 10**6)
-    # 8 Mbit there and 8 Mbit back, which overlap, at 10 Mbit/s; the first 128 KiB each way are a burst.
-    assert 0.6 < limited_s < 8
-    assert exchange(machines, 10**6, source=2) < 0.5 * limited_s  # another link
+    assert all(0.3e6 < rate < 2e6 for rate in rates())  # 1.25 MB/s, and a burst of 32 KiB
+    assert exchange(machines, 10**6, source=2) < 0.6  # another link; through the slow one it takes 0.8 s
     machines.network.limit(0, None)
-    assert max(unlimited_s, exchange(machines, 10**6)) < 0.5 * limited_s
+    assert all(rate > 4e6 for rate in rates())
 
 
 def test_a_delay_is_added_each_way_and_lost_frames_do_not_arrive(machines):

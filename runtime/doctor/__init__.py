@@ -1,0 +1,1 @@
+"""`trimtab doctor`: is everything that a run depends on as it should be?"""
