@@ -62,9 +62,8 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
-    report = write_report(run_dir)
     console.print(terminal_summary(run_dir))
-    _say(console, f"report: {report}")
+    _say(console, report_line(run_dir))
     if not outcome.completed:
         _say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
     return 0
@@ -170,6 +169,14 @@ def _watch(
                 view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
             raise
     return outcomes[0]
+
+
+def report_line(run_dir: Path) -> str:
+    """Write the report of a run that is over; where it is, or how to get it when the disk does not take it."""
+    try:
+        return f"report: {write_report(run_dir)}"
+    except OSError as error:
+        return f"the report could not be written ({error}); free some space, then: trimtab report {run_dir}"
 
 
 def _say(console: Console, text: str) -> None:

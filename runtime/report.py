@@ -43,8 +43,11 @@ def write_report(run_dir: str | Path) -> Path:
     target = record.path / REPORT
     # Beside and renamed: a browser that reloads never shows half a page.
     aside = target.with_suffix(".tmp")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(target)
+    try:
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)  # of a full disk
     return target
 
 

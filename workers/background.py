@@ -5,7 +5,13 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Generic, TypeVar
 
+import torch
+import torch.distributed as dist
+
 T = TypeVar("T")
+
+# Between two looks of all ranks at what they wait for together.
+POLL_S = 0.02
 
 
 class Background(Generic[T]):
@@ -25,15 +31,26 @@ class Background(Generic[T]):
         self._job = futures.Future()
         threading.Thread(target=_run, args=(job, self._job), name=self._name, daemon=True).start()
 
-    def take(self, *, wait: bool) -> T | None:
-        """The result of the job, once; None where there is none, or none yet and `wait` is False.
-
-        Raises what the job raised. Waits as long as the job does: its collectives have their bounds.
-        """
-        if self._job is None or not (wait or self._job.done()):
+    def take(self) -> T | None:
+        """The result of the job, once; None where there is none, or none yet. Raises what the job raised."""
+        if self._job is None or not self._job.done():
             return None
         job, self._job = self._job, None
         return job.result()
+
+    def wait_on_all(self, group: dist.ProcessGroup) -> None:
+        """Until the jobs of all ranks have ended; they are still to be taken. Collective over `group`, gloo.
+
+        Raises RuntimeError at once where a rank leaves. The job itself may not learn of it before its time-out: those
+        that wait for each other in a group of threads keep its connections open.
+        """
+        while True:
+            all_done = torch.tensor([int(self._job is None or self._job.done())])
+            dist.all_reduce(all_done, dist.ReduceOp.MIN, group=group)
+            if all_done.item():
+                return
+            if self._job is not None:
+                futures.wait([self._job], POLL_S)
 
     def abandon(self, wait_s: float) -> bool:
         """Give a job that is under way some time and then forget it, with all it may raise. Whether it has ended."""

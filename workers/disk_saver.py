@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class DiskSaver:
     Args:
         root: the checkpoints folder of the run.
         tell: records an event; does something on rank 0 alone.
-        sync_records: forces the records of the run to the disk. Called from the thread that writes.
+        sync_records: forces the records of the run to the disk. Called from the thread that writes; must not refer to
+            process groups.
     """
 
     def __init__(
@@ -66,19 +68,28 @@ class DiskSaver:
             RuntimeError: a rank is gone.
         """
         begun = time.monotonic()
-        self.poll(wait=True)
-        if self._run.async_checkpoints:
-            copy = self._copy(live)
-            self._writer.start(lambda: self._write(copy))
-        self._step, self._blocked_s = live.step, time.monotonic() - begun
+        self.finish()
+        self._step = live.step
+        snapshot = self._copy(live) if self._run.async_checkpoints else live
+        self._writer.start(self._job(snapshot))
         if not self._run.async_checkpoints:
-            self._hear(lambda: self._write(live))
-            self._blocked_s = time.monotonic() - begun
+            self._writer.wait_on_all(self._groups.control_group)
+        self._blocked_s = time.monotonic() - begun
         self.total_blocked_s += self._blocked_s
 
-    def poll(self, *, wait: bool = False) -> None:
+    def finish(self) -> None:
+        """Wait for the checkpoint under way on all ranks, together."""
+        self._writer.wait_on_all(self._groups.control_group)
+        self.poll()
+
+    def poll(self) -> None:
         """Hear how the checkpoint under way ended, if it has. Raises RuntimeError where a rank is gone."""
-        self._hear(lambda: self._writer.take(wait=wait))
+        # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
+        try:
+            if (written := self._writer.take()) is not None:
+                self._tell_written(written)
+        except CheckpointError as error:
+            self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
         """Save and wait for it. On a full disk, until there is room, until `give_up` is set anew, or the time is over.
@@ -87,21 +98,21 @@ class DiskSaver:
             CheckpointError: on all ranks.
         """
         begun = time.monotonic()
-        self.poll(wait=True)
+        self.finish()
         give_up.clear()  # a stop was the reason for this save; another one ends the wait
-        self._step, waits = live.step, False
+        self._step, told = live.step, False
         while True:
             try:
-                written = self._write(live)
+                written = self._job(live)()
                 break
             except CheckpointError as error:
                 patience_s = begun + self._run.full_disk_wait_s - time.monotonic()
                 if not isinstance(error, DiskRefused) or not self._all_wait(patience_s, give_up):
                     self._tell("checkpoint_failed", step=live.step, reason=str(error))
                     raise
-                if not waits:
+                if not told:
                     self._tell("checkpoint_waits", step=live.step, reason=str(error), for_s=patience_s)
-                    waits = True
+                    told = True
             give_up.wait(RETRY_S)
         self._blocked_s = time.monotonic() - begun
         self.total_blocked_s += self._blocked_s
@@ -118,30 +129,18 @@ class DiskSaver:
         self._staging.copy(live.tensors, self._block)
         return replace(live, tensors=self._block.tensors)
 
-    def _write(self, snapshot: Snapshot) -> _Written:
-        """Collective over checkpoint_group."""
-        begun = time.monotonic()
-        if self._block is not None:
-            self._block.wait()
-        self._sync_records()  # a checkpoint is never ahead of its records
-        path = checkpoint.save(
+    def _job(self, snapshot: Snapshot) -> Callable[[], _Written]:
+        # It knows one group only: a thread that waits for a rank that is gone must not keep the other groups open, by
+        # which the others learn of it.
+        return partial(
+            _write,
+            snapshot,
+            self._block,
             self._root,
-            snapshot.step,
-            snapshot.tensors,
-            snapshot.extra,
             self._groups.checkpoint_group,
-            self._run.keep_checkpoints,
+            keep=self._run.keep_checkpoints,
+            sync_records=self._sync_records,
         )
-        num_bytes = 0 if self._groups.rank else sum(file.stat().st_size for file in path.iterdir())
-        return _Written(path, num_bytes, time.monotonic() - begun)
-
-    def _hear(self, outcome: Callable[[], _Written | None]) -> None:
-        # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
-        try:
-            if (written := outcome()) is not None:
-                self._tell_written(written)
-        except CheckpointError as error:
-            self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def _tell_written(self, written: _Written) -> None:
         self.saved_step = self._step
@@ -153,3 +152,22 @@ class DiskSaver:
         gives_up = torch.tensor([int(patience_s <= 0 or give_up.is_set())])
         dist.all_reduce(gives_up, dist.ReduceOp.MAX, group=self._groups.control_group)
         return not gives_up.item()
+
+
+def _write(
+    snapshot: Snapshot,
+    block: Block | None,
+    root: Path,
+    group: dist.ProcessGroup,
+    *,
+    keep: int,
+    sync_records: Callable[[], None],
+) -> _Written:
+    """Collective over `group`."""
+    begun = time.monotonic()
+    if block is not None:
+        block.wait()
+    sync_records()  # a checkpoint is never ahead of its records
+    path = checkpoint.save(root, snapshot.step, snapshot.tensors, snapshot.extra, group, keep)
+    num_bytes = 0 if dist.get_rank(group) else sum(file.stat().st_size for file in path.iterdir())
+    return _Written(path, num_bytes, time.monotonic() - begun)

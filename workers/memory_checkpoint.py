@@ -78,8 +78,7 @@ class MemoryCheckpoints:
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
         self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
-        self._staging: Staging
-        self._background: Background[None] = Background("memory checkpoint")
+        self._background: Background[_Kept] = Background("memory checkpoint")
         self._idle = True  # no thread of a gang that failed may still use the blocks
         self._layout: tuple[Any, ...] = ()
         self._rank = self._world_size = 0
@@ -103,7 +102,6 @@ class MemoryCheckpoints:
         if layout != self._layout or not self._idle:
             self._kept = [_Kept(Block(own, device), Block(partners, device)) for _ in range(2)]
             self._layout, self._idle = layout, True
-        self._staging = staging
         self.clear()
 
     def clear(self) -> None:
@@ -122,7 +120,7 @@ class MemoryCheckpoints:
         """What this rank sends to its partner each time."""
         return self._travels[0]
 
-    def keep(self, live: Snapshot, group: dist.ProcessGroup) -> None:
+    def keep(self, live: Snapshot, staging: Staging, group: dist.ProcessGroup) -> None:
         """Copy the state of a step, and exchange it with the partners on a thread while the training goes on.
 
         The exchange before must have been taken. Collective over `group`, gloo, which must be for this alone.
@@ -130,21 +128,28 @@ class MemoryCheckpoints:
         kept = next(kept for kept in self._kept if kept is not self._newest)
         kept.sums, kept.step, kept.extra = {}, live.step, dict(live.extra)
         for block in (kept.own, kept.partners):
-            self._staging.copy(live.tensors, block)
+            staging.copy(live.tensors, block)
         self._background.start(lambda: self._exchange(kept, group))
 
-    def take(self, *, wait: bool) -> None:
-        """Hear how the exchange went.
+    def finish(self, group: dist.ProcessGroup) -> None:
+        """Wait for the exchange under way on all ranks, together; it is still to be taken. Collective over `group`."""
+        self._background.wait_on_all(group)
+
+    def take(self) -> None:
+        """Hear how the exchange went, if it has ended.
 
         Raises:
             CheckpointError: something else arrived than was sent; the step before is still held. On all ranks.
             RuntimeError: a rank is gone.
         """
-        self._background.take(wait=wait)
+        # Only now may the other step be written over: whoever is lost from here on, its share of this one is elsewhere.
+        # Here and not in the thread: one of a gang that failed may end late, and has no say any more.
+        if (kept := self._background.take()) is not None:
+            self._newest = kept
 
-    def abandon(self, wait_s: float) -> None:
-        """The gang has failed: give an exchange that is under way a moment to fail as well."""
-        self._idle = self._background.abandon(wait_s) and self._idle
+    def abandon(self) -> None:
+        """Leave an exchange that is under way to its own bounds: the gang has failed, or training is over."""
+        self._idle = self._background.abandon(0.0) and self._idle
 
     def held(self) -> list[HeldShard]:
         """The shares that this process has whole. Quick."""
@@ -174,7 +179,7 @@ class MemoryCheckpoints:
     def _blocks(self, kept: _Kept) -> dict[int, Block]:
         return {self._rank: kept.own, self._neighbours[1]: kept.partners}
 
-    def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> None:
+    def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> _Kept:
         """On the thread: send, receive, check, agree."""
         for block in self._blocks(kept).values():
             block.wait()
@@ -182,20 +187,22 @@ class MemoryCheckpoints:
         num_sent, num_received = self._travels
         outgoing, incoming = kept.own.bytes[:num_sent], kept.partners.bytes[:num_received]
         # A header of its own size first: a partner that means another step must not be taken for this one.
-        header = torch.tensor([kept.step, num_sent, _crc32(outgoing)])
+        sent = _crc32(outgoing)
+        header = torch.tensor([kept.step, num_sent, sent])
         theirs = torch.zeros_like(header)
         _swap(header, theirs, to, source, group)
         _swap(outgoing, incoming, to, source, group)
-        right = theirs.tolist() == [kept.step, num_received, _crc32(incoming)]
+        received = _crc32(incoming)
+        right = theirs.tolist() == [kept.step, num_received, received]
         if right:
-            kept.sums = {owner: _crc32(block.bytes) for owner, block in self._blocks(kept).items()}
+            sums = _crc32(kept.own.bytes[num_sent:], sent), _crc32(kept.partners.bytes[num_received:], received)
+            kept.sums = dict(zip(self._blocks(kept), sums, strict=True))
         all_right = torch.tensor([int(right)])
         dist.all_reduce(all_right, dist.ReduceOp.MIN, group=group)
         if not all_right.item():
             kept.sums = {}
             raise CheckpointError(f"what a rank received of step {kept.step} is not what was sent (crc32 differs)")
-        # Only now may the other step be written over: whoever is lost from here on, its share of this one is elsewhere.
-        self._newest = kept
+        return kept
 
 
 def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.ProcessGroup, *, keep: int) -> Path:
@@ -236,5 +243,6 @@ def _swap(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.
             work.wait()
 
 
-def _crc32(block: Tensor) -> int:
-    return zlib.crc32(block.numpy().data)
+def _crc32(block: Tensor, before: int = 0) -> int:
+    """crc32 of uint8 bytes, going on from that of the bytes before them."""
+    return zlib.crc32(block.numpy().data, before)

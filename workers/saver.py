@@ -14,9 +14,10 @@ from workers.memory_checkpoint import MemoryCheckpoints, partner_shift
 from workers.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.staging import Snapshot, Staging
+from workers.training import TrainingDiverged
 
-# For a write or an exchange that is under way when the training fails: with a dead peer it fails at once.
-ABANDON_S = 5.0
+# For a write that is under way when the model diverges, which it does on all ranks at the same step.
+LAST_WRITE_S = 30.0
 
 
 class CheckpointSaver:
@@ -51,9 +52,10 @@ class CheckpointSaver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._disk.abandon(ABANDON_S)
-        self._memory.abandon(ABANDON_S)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # With a rank gone nothing that is under way can end well, and the others learn of it when this one leaves.
+        self._disk.abandon(LAST_WRITE_S if kind is TrainingDiverged else 0.0)
+        self._memory.abandon()
 
     def after_step(self, step: int, snapshot: Callable[[int], Snapshot]) -> None:
         """Save what is due, and hear of what was saved meanwhile.
@@ -64,7 +66,7 @@ class CheckpointSaver:
             RuntimeError: a rank is gone.
         """
         self._disk.poll()
-        self._hear_memory(wait=False)
+        self._hear_memory()
         every = self._run.memory_checkpoint_every if self._groups.world_size > 1 else 0
         if every and step % every == 0:
             self._keep(snapshot(step))
@@ -73,7 +75,7 @@ class CheckpointSaver:
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
         """As DiskSaver.save_last, after everything that is under way."""
-        self._hear_memory(wait=True)
+        self._finish_memory()
         self._disk.save_last(live, give_up)
 
     def summary(self) -> dict[str, Any]:
@@ -86,14 +88,14 @@ class CheckpointSaver:
 
     def _keep(self, live: Snapshot) -> None:
         begun = time.monotonic()
-        self._hear_memory(wait=True)
+        self._finish_memory()
         if not self._memory_is_open:
             self._open_memory(live)
-        self._memory.keep(live, self._groups.memory_group)
+        self._memory.keep(live, self._staging, self._groups.memory_group)
         self._memory_blocked_s += time.monotonic() - begun
 
     def _open_memory(self, live: Snapshot) -> None:
-        self._disk.poll(wait=True)  # its group serves for agreeing on the shares
+        self._disk.finish()  # its group serves for agreeing on the shares
         self._staging.divide(live.tensors)
         shift = partner_shift(self._nodes, self._groups.ep_size)
         self._memory.open(self._groups.rank, self._staging, shift)
@@ -101,8 +103,12 @@ class CheckpointSaver:
         sizes = {"bytes": self._memory.num_bytes, "sent_bytes": self._memory.sent_bytes}
         self._tell("memory_checkpoints", step=live.step, partner_shift=shift, **sizes)
 
-    def _hear_memory(self, *, wait: bool) -> None:
+    def _finish_memory(self) -> None:
+        self._memory.finish(self._groups.control_group)
+        self._hear_memory()
+
+    def _hear_memory(self) -> None:
         try:
-            self._memory.take(wait=wait)
+            self._memory.take()
         except CheckpointError as error:
             self._tell("memory_checkpoint_failed", reason=str(error))

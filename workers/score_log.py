@@ -38,8 +38,8 @@ class ScoreShape:
 class ScoreLog:
     """Writes what the routers of this rank score, in every `every`-th step, as the forward goes.
 
-    A disk that is full, or anything else that keeps it from writing, ends the recording and nothing else: `on_warning`
-    hears of it, once. At most the scores of one layer and micro-batch are in memory.
+    While the disk is full the scores of whole steps are left out, and `on_warning` hears of it; a folder that cannot be
+    made ends the recording. At most the scores of one layer and micro-batch are in memory.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class ScoreLog:
         self._num_seen = [0] * self._num_layers  # micro-batches of this step, by layer
         self._routers: list[Router] = []
         self._file: AppendFile | None = None
+        self._trouble: OSError | None = None  # why scores are left out
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 (self._folder / SHAPE).write_text(json.dumps(asdict(shape)) + "\n")
             self._file = AppendFile(self._folder / f"rank_{rank}.bin")
         except OSError as error:
-            self._give_up(error)
+            on_warning(f"rank {rank} cannot write {self._folder} ({error}): the run goes on and records no scores")
 
     def attach(self, routers: Mapping[str, Router]) -> None:
         """Hear what these routers score from now on, until `close`."""
@@ -78,6 +79,14 @@ class ScoreLog:
         """What follows belongs to this step, counted from 1. The first one is always recorded."""
         self._step = step if (step - 1) % self._every == 0 else None
         self._num_seen = [0] * self._num_layers
+        if self._step is None or self._file is None or self._trouble is None:
+            return
+        self._file.flush()  # the rest of the record that was cut short, before any other
+        if self._file.trouble:
+            self._step = None
+        else:
+            self._trouble = None
+            self._on_warning(f"rank {self._rank} records scores again, from step {step} on")
 
     def close(self) -> None:
         """Leave the routers and close the file."""
@@ -103,15 +112,12 @@ class ScoreLog:
         content = pack_scores(scores_TE)
         self._file.write(pack_record(self._step, micro * self._num_layers + layer, content))
         if self._file.trouble:
-            self._give_up(self._file.trouble)
-
-    def _give_up(self, error: OSError) -> None:
-        # Kept in memory they would be the size of the disk that is full.
-        self.close()
-        self._on_warning(
-            f"rank {self._rank} cannot write {self._folder} ({error}): the run goes on and records no more scores; "
-            "free some space and resume it, or record fewer steps, as with --balance.record 10"
-        )
+            # Kept in memory they would be the size of the disk that is full.
+            self._step, self._trouble = None, self._file.trouble
+            self._on_warning(
+                f"rank {self._rank} cannot write {self._folder} ({self._trouble}): the run goes on and leaves out "
+                "scores until there is room; free some space, or record fewer steps, as with --balance.record 10"
+            )
 
 
 def pack_scores(scores_TE: Tensor) -> bytes:

@@ -57,16 +57,7 @@ class TrainingRun:
         self._state, self._control = state, control
         self._log: RunLog | None = None
         self._publish, self._stop_requested = publish, stop_requested
-        self._saver = CheckpointSaver(
-            state.spec.run_dir / CHECKPOINTS,
-            state.groups,
-            state.spec.run,
-            state.optimizer,
-            memory or MemoryCheckpoints(),
-            nodes=nodes,
-            tell=self.tell,
-            sync_records=self._sync_records,
-        )
+        self._memory, self._nodes = memory or MemoryCheckpoints(), nodes
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
         self._trainer = Trainer(
             model=state.model,
@@ -109,7 +100,7 @@ class TrainingRun:
         step, stop = done, False
         if step == 0 and config.eval_every:
             self._evaluate(step)  # what training starts from
-        with self._saver:
+        with self._open_saver() as saver:
             while step < config.steps and not stop:
                 step += 1
                 self._state.groups.board.step = step
@@ -123,11 +114,11 @@ class TrainingRun:
                 if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                     self._evaluate(step)
                 if step < config.steps and not stop:
-                    self._saver.after_step(step, self._snapshot)
+                    saver.after_step(step, self._snapshot)
             if step > done:
-                self._saver.save_last(self._snapshot(step), self._stop_requested)
+                saver.save_last(self._snapshot(step), self._stop_requested)
         completed = step >= config.steps
-        self.tell("finished" if completed else "interrupted", step=step, **self._saver.summary())
+        self.tell("finished" if completed else "interrupted", step=step, **saver.summary())
         return TrainOutcome(step, completed)
 
     def _record(self, result: StepResult) -> None:
@@ -160,6 +151,19 @@ class TrainingRun:
             self._publish(line)
         self._load_since_eval_N.zero_()
 
+    def _open_saver(self) -> CheckpointSaver:
+        state = self._state
+        return CheckpointSaver(
+            state.spec.run_dir / CHECKPOINTS,
+            state.groups,
+            state.spec.run,
+            state.optimizer,
+            self._memory,
+            nodes=self._nodes,
+            tell=self.tell,
+            sync_records=self._log.sync if self._log is not None else _no_records,
+        )
+
     def _snapshot(self, step: int) -> Snapshot:
         state = self._state
         state.groups.board.enter("checkpoint write")
@@ -174,10 +178,6 @@ class TrainingRun:
         }
         return Snapshot(step, self._tensors(), extra)
 
-    def _sync_records(self) -> None:
-        if self._log is not None:
-            self._log.sync()
-
     def _tensors(self) -> dict[str, torch.Tensor]:
         state = self._state
         return {
@@ -191,3 +191,7 @@ class TrainingRun:
         if self._log is not None:
             self._log.event(event, **details)
             self._publish({"event": event, **details})
+
+
+def _no_records() -> None:
+    """What ranks that keep no record of the run force to the disk."""

@@ -190,14 +190,16 @@ class Worker:
 
     def activity(self) -> dict[str, Activity]:
         """What this rank is in, by thread; nothing before it has joined. From any thread."""
-        return self._state.activity() if hasattr(self, "_state") else {}
+        state: RankState | None = self.__dict__.get("_state")  # read once: another thread may leave meanwhile
+        return {} if state is None else state.activity()
 
     def leave(self) -> None:
-        """Leave the process groups and give up model and data. Repeating it is harmless."""
+        """Leave the process groups and let go of all that was built for them. Repeating it is harmless."""
+        # Open connections let others wait, and cycles of objects that hold a group keep it open.
+        self.__dict__.pop("_state", None)
+        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
-        if hasattr(self, "_state"):
-            del self._state
 
     def _open_log(self, resume_step: int | None) -> AbstractContextManager[RunLog | None]:
         if self._state.groups.rank:

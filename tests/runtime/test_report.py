@@ -10,11 +10,13 @@ from rich.console import Console
 
 from runtime.chart_style import DARK_THEME, THEME, average
 from runtime.charts import CHARTS
+from runtime.job import report_line
 from runtime.load_map import load_shares
 from runtime.quantities import duration, milliseconds, percent, short, three_digits
 from runtime.report import terminal_summary, write_picture, write_report
 from runtime.run_record import Headline, RunRecord, headlines
 from tests.synthetic_run import SyntheticRun, make_run
+from tests.workers.test_run_log import disk_that_takes
 from workers.run_log import append_event
 
 
@@ -244,3 +246,14 @@ def test_quantities_read_as_people_write_them() -> None:
     assert [duration(value) for value in (0, 83, 3723, float("inf"))] == ["0:00", "1:23", "1:02:03", "-:--"]
     assert [percent(value) for value in (0.2071, 0.0023, float("nan"))] == ["20.7 %", "0.23 %", "n/a"]
     assert [milliseconds(value) for value in (0.00061, 0.258, 1.52)] == ["0.610 ms", "258 ms", "1.52 s"]
+
+
+def test_a_full_disk_costs_the_report_and_says_how_to_get_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "report.html").write_text("the one before")
+    with disk_that_takes(500):
+        line = report_line(run)
+    assert "File too large" in line
+    assert line.endswith(f"free some space, then: trimtab report {run}")
+    assert (run / "report.html").read_text() == "the one before"
+    assert not (run / "report.tmp").exists()

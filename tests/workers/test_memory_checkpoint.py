@@ -153,7 +153,9 @@ def _survive(rank, world_size, spec):
 
 
 def test_a_death_in_the_middle_of_an_exchange_leaves_the_step_before(tmp_path):
-    spec = make_spec(tmp_path, steps=8, memory_checkpoint_every=2, checkpoint_every=2, keep_checkpoints=99)
+    spec = make_spec(
+        tmp_path, steps=8, memory_checkpoint_every=2, checkpoint_every=2, keep_checkpoints=99, async_checkpoints=False
+    )
     doomed = start_process(_die_in_payload_of_step_4, spec)
     results = run_ranks(3, _survive, spec)
     doomed.join(10)

@@ -46,17 +46,22 @@ def test_every_nth_step_is_recorded_with_all_its_layers_and_micro_batches(tmp_pa
     assert records(tmp_path) == [(1, 0), (1, 1), (1, 2), (1, 3), (4, 0), (4, 1), (4, 2), (4, 3)]
 
 
-def test_a_full_disk_ends_the_recording_and_warns_once(tmp_path: Path) -> None:
+def test_a_full_disk_costs_whole_steps_and_two_warnings(tmp_path: Path) -> None:
     routers, heard = make_routers(), []
     with ScoreLog(tmp_path, 1, 0, SHAPE, every=1, on_warning=heard.append) as log:
         log.attach(routers)
         with disk_that_takes(1500):
-            for step in range(1, 9):
+            for step in range(1, 5):
                 log.begin_step(step)
                 route(routers, 50)
-    assert len(heard) == 1 and "File too large" in heard[0] and "the run goes on" in heard[0]
-    assert all(router.on_scores is None for router in routers.values())
-    assert records(tmp_path) == [(1, 0), (1, 1), (2, 0)]  # 420 bytes each; the fourth was cut short
+        for step in (5, 6):
+            log.begin_step(step)
+            route(routers, 50)
+    assert len(heard) == 2
+    assert "File too large" in heard[0] and "the run goes on" in heard[0]
+    assert "again, from step 5" in heard[1]
+    # 420 bytes each: the fourth was cut short and completed later; then steps are whole again.
+    assert records(tmp_path) == [(1, 0), (1, 1), (2, 0), (2, 1), (5, 0), (5, 1), (6, 0), (6, 1)]
     path = tmp_path / "scores/from_00000001/rank_0.bin"
     assert all(len(read_record(path, place)) == 50 * 4 * 2 for place in list_records(path)[0])
 
