@@ -163,6 +163,16 @@ def _submit(arguments: Sequence[str]) -> int:
     return submit(arguments)
 
 
+def _chaos(arguments: Sequence[str]) -> int:
+    """Strike a run with faults by a plan, and see whether it comes through."""
+    from runtime.chaos.options import parse_options
+
+    options = parse_options(arguments)
+    from runtime.chaos.command import chaos
+
+    return chaos(options)
+
+
 COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
@@ -174,6 +184,7 @@ COMMANDS: Choices = {
     "cluster": _cluster,
     "submit": _submit,
     "doctor": _doctor,
+    "chaos": _chaos,
 }
 
 
