@@ -45,7 +45,7 @@ def chaos(options: ChaosOptions) -> int:
             if options.keep:
                 show.keep()
     for line in show.results().summary():
-        console.print(line, markup=False)
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"written: {options.out / 'chaos.md'}", soft_wrap=True, markup=False)
     return int(show.results().failed)
 

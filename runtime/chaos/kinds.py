@@ -44,8 +44,8 @@ _LOST = r"rank \d+ \({node}, .*(its process died|CollectiveTimeout: step \d+, )"
 
 
 def _kill_in(phase: str) -> Kind:
-    # The dead rank says nothing: the others tell the step and the phase that they were in.
-    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + r".*; ranks? \d.* in step \d+, ")
+    # The dead rank says nothing: its last answer, or the others, tell the step and the phase.
+    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + r".* in step \d+, \w+")
 
 
 def _error(name: str, action: str, phase: str, promise: str, amount: float = 0.0) -> Kind:
@@ -87,7 +87,7 @@ _ALL = (
         name="fill disk",
         action="fill_disk",
         outcome="carries on",
-        promise="checkpoint failed: .*No space left",
+        promise=r"checkpoint failed: step \d+, reason a checkpoint needs .* are free",
         events=("checkpoint_failed", "checkpoint"),
         room=2,
     ),

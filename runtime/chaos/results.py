@@ -150,12 +150,17 @@ def _parts_table(trials: Sequence[Trial]) -> list[str]:
 
 
 def _words(results: Results) -> list[str]:
-    said = [f"{t.fault.number + 1}. {t.fault.kind.name}: `{t.said}`" for t in results.trials if t.said]
+    said = [f"{t.fault.number + 1}. {t.fault.kind.name}: `{_shortened(t.said)}`" for t in results.trials if t.said]
     lines = ["", "## What the run said", "", *said]
     failures = [f"{t.fault.number + 1}. {t.fault.kind.name}: {t.reason}" for t in results.trials if t.reason]
     if failures or results.mismatches:
         lines += ["", "## FAILED", "", *failures, *(f"- {text}" for text in results.mismatches)]
     return lines
+
+
+def _shortened(text: str, ends: int = 130) -> str:
+    """Without the middle, where Ray lists what a process can die of."""
+    return text if len(text) <= 2 * ends else f"{text[:ends]} … {text[-ends:]}"
 
 
 def _seconds(value: float) -> str:

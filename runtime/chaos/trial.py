@@ -173,7 +173,7 @@ def _keep_promise(run: Subject, trial: Trial, text: str) -> None:
     found = re.search(pattern, " ".join(text.split()))
     if found is None:
         raise Unfulfilled(f"it did not say what it promises ({pattern})")
-    trial.said = trial.said or found[0]
+    trial.said = (trial.said or found[0]).replace(f"{run.stage.folder}/", "")
 
 
 def _num_superseded(run: Subject) -> int:
