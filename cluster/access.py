@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.node_state import NodeState, live_nodes
-from cluster.probe import AUTH_VARIABLES, ClusterUnreachable, TokenRefused, authenticated, connect
-from cluster.probe import demands_token as cluster_demands_token
+from cluster.probe import AUTH_VARIABLES, ClusterUnreachable, TokenRefused, authenticated, connect, demands_token
 from cluster.token import token_environment
 
 
@@ -39,12 +38,16 @@ def find_access(address: str) -> Access:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or (nodes[0].gcs_address if nodes else "auto")
     node = next((node for node in nodes if node.gcs_address == _as_announced(address)), None)
-    variables = {name: os.environ[name] for name in AUTH_VARIABLES if os.environ.get(name)}
+    variables = own_variables()
     if node is not None and not variables:
         variables = token_environment(None if node.token_file is None else Path(node.token_file))
-    elif variables:
-        variables = {"RAY_AUTH_MODE": "token"} | variables
     return Access(gcs_address=address, node=node, variables=variables)
+
+
+def own_variables() -> dict[str, str]:
+    """The authentication that the user's environment asks for; who names a token wants it to be used."""
+    variables = {name: os.environ[name] for name in AUTH_VARIABLES if os.environ.get(name)}
+    return {"RAY_AUTH_MODE": "token"} | variables if variables else {}
 
 
 def check_access(access: Access, *, allow_open: bool = False) -> None:
@@ -66,7 +69,7 @@ def check_access(access: Access, *, allow_open: bool = False) -> None:
             "of the head (`trimtab cluster status` names it there), chmod 600, and set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH to it; on a machine that joined with `trimtab cluster join` nothing needs to be set"
         ) from error
-    if not allow_open and not access.on_loopback and not cluster_demands_token(access.gcs_address):
+    if not allow_open and not access.on_loopback and not demands_token(access.gcs_address):
         raise OpenCluster(access.gcs_address)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
@@ -24,8 +24,9 @@ from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
-LEAVE_S = 3.0  # For a kept process to leave its groups, which takes it some ten milliseconds.
-FORMING = ("start", "open_store", "join")  # A process that failed in these knows no rank yet, or half its groups.
+# For a kept process to end its call and leave its groups: some ten milliseconds, or the limits of what it waits for
+# (ControlLoop.close, CheckpointSaver). Replacements start meanwhile.
+LEAVE_S = 12.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,18 @@ class Gang:
         """Whether it holds places on the cluster: false after `stop`, or when `form` found none."""
         return self._group is not None
 
+    @property
+    def num_places(self) -> int:
+        """Places that it asked for, its ranks' and those that it lost with a node: Ray fills them when one is back."""
+        return self._group.bundle_count if self._group else 0
+
+    def num_living_places(self) -> int:
+        """Those of its places that lie on living nodes."""
+        if self._group is None:
+            return 0
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in placement_group_table(self._group)["bundles_to_node_id"].values())
+
     def run(
         self,
         method: str,
@@ -172,26 +185,44 @@ class Gang:
         self.startup_s["total"] = time.monotonic() - begun
 
     def form_again(self, failed: GangFailed, limit_s: float) -> None:
-        """After `run(keep=True)` failed: replace the processes that are lost, keep the others, and join all anew.
+        """After `run(keep=True)` failed: replace the processes that are lost in their places, and join all anew.
 
         A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
         can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
 
         Raises:
-            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join. Then none is kept.
+            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join.
         """
-        if self._group is None:
-            raise RuntimeError("a gang that was stopped has no places to form again in; use `form`")
         begun = time.monotonic()
-        bundles = list(self._actors)
-        lost = set(bundles) if self._must_restart(failed) else self._lost_bundles(failed)
-        leaving: dict[ray.ObjectRef[Any], int] = {
-            self._actors[bundle].call.remote("leave"): bundle for bundle in bundles if bundle not in lost
-        }
-        starting = {bundle: self._restart(bundle) for bundle in lost}
-        self._replace_those_that_stay(leaving, starting)
+        kept = self._kept_bundles(failed)
+        # The slow part first: replacements start while the others leave.
+        starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
+        starting |= {bundle: self._restart(bundle) for bundle in set(kept) - set(self._leave(kept))}
         self.startup_s = {"leave": time.monotonic() - begun}
         self._await_starts(starting, limit_s)
+        self._join(self._config.start_timeout_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def shrink(self, failed: GangFailed, world_size: int) -> None:
+        """After `run(keep=True)` failed: join only `world_size` of those who are left, with all they hold in memory.
+
+        Where they are too few, a new gang of that size is formed. Kept is who `form_again` would keep.
+
+        Raises:
+            ClusterTooSmall, GangFailed: as `form`.
+        """
+        begun = time.monotonic()
+        kept = self._kept_bundles(failed)
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        kept = self._leave(kept)[:world_size]
+        if len(kept) < world_size:
+            self.form((world_size,))
+            return
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        self.startup_s = {"leave": time.monotonic() - begun}
+        self._assign_ranks()
         self._join(self._config.start_timeout_s)
         self.startup_s["total"] = time.monotonic() - begun
 
@@ -223,31 +254,38 @@ class Gang:
                 return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s))
         return reserve(replace(self._config, num_workers=smallest))
 
-    def _must_restart(self, failed: GangFailed) -> bool:
-        on_cuda = any(place.gpu_ids for place in self._places.values())
-        return on_cuda or failed.method in FORMING or len(self._places) < len(self._actors)
+    def _kept_bundles(self, failed: GangFailed) -> list[int]:
+        """Of the processes that may join again, by rank: all but the dead, and those that do not answer or hang.
 
-    def _lost_bundles(self, failed: GangFailed) -> set[int]:
-        return {self._bundles[failure.rank] for failure in failed.failures if failure.kind != "error"}
+        One that still runs may wait for one of these in a collective: it returns once that is killed, or `_leave` ends
+        its chance.
+        """
+        if any(place.gpu_ids for place in self._places.values()):
+            return []
+        # In `start`, those who were lost have no place yet, and the others were not called.
+        lost = {failure.rank for failure in failed.failures if failure.kind not in ("error", "running")}
+        ranks = [rank for rank in range(len(self._bundles)) if failed.method == "start" or rank not in lost]
+        return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
+
+    def _leave(self, bundles: Sequence[int]) -> list[int]:
+        """Have these processes leave their groups; returns those that did, in the same order."""
+        calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
+        if calls:
+            ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)
+        return [bundle for bundle, call in calls.items() if left(call)]
 
     def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
         """A new process in the place of another; returns its call of `start`."""
-        if bundle in self._actors:
-            ray.kill(self._actors[bundle])
-        self._places.pop(bundle, None)
+        self._end(bundle)
         group = self._group or _no_group()
         self._actors[bundle] = _create_actor(group, bundle, self._env, self._make_worker)
-        return self._actors[bundle].start.remote()
+        call: ray.ObjectRef[Any] = self._actors[bundle].start.remote()
+        return call
 
-    def _replace_those_that_stay(
-        self, leaving: dict[ray.ObjectRef[Any], int], starting: dict[int, ray.ObjectRef[Any]]
-    ) -> None:
-        """Wait until the kept processes have left their groups; one that does not is lost as well."""
-        if not leaving:
-            return
-        done, late = ray.wait(list(leaving), num_returns=len(leaving), timeout=LEAVE_S)
-        for call in [*late, *(call for call in done if not left(call))]:
-            starting[leaving[call]] = self._restart(leaving[call])
+    def _end(self, bundle: int) -> None:
+        self._places.pop(bundle, None)
+        if bundle in self._actors:
+            ray.kill(self._actors.pop(bundle))
 
     def _start_in(self, bundles: Iterable[int], limit_s: float) -> None:
         # All are created before any is waited for.
@@ -261,27 +299,30 @@ class Gang:
         self._places |= dict(zip(starting, places, strict=True))
         self.startup_s["processes and imports"] = time.monotonic() - begun
         self.startup_s["of these imports"] = max((place.import_s for place in places), default=0.0)
-        self._assign_ranks([self._places[bundle] for bundle in sorted(self._places)])
+        self._assign_ranks()
 
-    def _assign_ranks(self, places: list[Place]) -> None:
+    def _assign_ranks(self) -> None:
+        bundles = sorted(self._places)
+        places = [self._places[bundle] for bundle in bundles]
         threads = threads_of(places, self._config.threads_per_worker)
-        order = self._bundles = rank_order(places, self._ep_size_of(len(places)))
+        order = rank_order(places, self._ep_size_of(len(places)))
+        self._bundles = [bundles[index] for index in order]
         self.rank_map = tuple(
             RankPlace(
                 rank=rank,
-                ip=places[bundle].ip,
-                node_id=places[bundle].node_id,
-                gpu_ids=places[bundle].gpu_ids,
-                pid=places[bundle].pid,
-                num_threads=threads[bundle],
-                interface=places[bundle].interface,
-                transport=places[bundle].transport,
+                ip=places[index].ip,
+                node_id=places[index].node_id,
+                gpu_ids=places[index].gpu_ids,
+                pid=places[index].pid,
+                num_threads=threads[index],
+                interface=places[index].interface,
+                transport=places[index].transport,
             )
-            for rank, bundle in enumerate(order)
+            for rank, index in enumerate(order)
         )
         self._members = [
             Member(rank=row.rank, actor=self._actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
-            for row, bundle in zip(self.rank_map, order, strict=True)
+            for row, bundle in zip(self.rank_map, self._bundles, strict=True)
         ]
 
     def _join(self, limit_s: float) -> None:

@@ -64,7 +64,7 @@ def nodes_folder() -> Path:
     Raises:
         ValueError: somebody else made it.
     """
-    folder = ray_folder() / f"trimtab-{os.getuid()}"
+    folder = _place()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
@@ -92,6 +92,8 @@ def node_folder(address: str) -> Path:
 
 def read_nodes() -> list[NodeState]:
     """All nodes started here and not ended by `down`, the head first, whether they live or crashed."""
+    if not _place().exists():  # who only looks leaves no folder behind
+        return []
     found = [_read(path) for path in sorted(nodes_folder().glob(f"*/{STATE_FILE}"))]
     return sorted(found, key=lambda node: not node.is_head)
 
@@ -110,6 +112,10 @@ def forget(node: NodeState) -> None:
     if left := family(node.leader):
         raise NodeStillThere(f"processes {[each.pid for each in left]} of the node at {node.address} do not end")
     shutil.rmtree(node.folder, ignore_errors=True)
+
+
+def _place() -> Path:
+    return ray_folder() / f"trimtab-{os.getuid()}"
 
 
 def _read(path: Path) -> NodeState:

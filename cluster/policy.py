@@ -35,7 +35,7 @@ class Retry:
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
-    """Form a new gang of this many workers."""
+    """Go on with fewer workers, or with as many or more in a new place."""
 
     world_size: int
     back_off_s: float = 0.0
@@ -100,9 +100,11 @@ def decide(
     if not fitting:
         return GiveUp(reason=f"there is room for {min(limit, room)} workers, and the run needs {sizes[-1]}")
     wait_s = _back_off_s(tries) if cause == "lost" else 0.0
-    if fitting[0] == world_size or (fitting[0] > world_size and world_size in sizes):
+    size = world_size if world_size in fitting else fitting[0]
+    # A node that is being taken back still holds its places: the replacement must go elsewhere.
+    if size == world_size and cause != "preempted":
         return Retry(back_off_s=wait_s)
-    return Resize(world_size=fitting[0], back_off_s=wait_s)
+    return Resize(world_size=size, back_off_s=wait_s)
 
 
 def _back_off_s(tries: int) -> float:

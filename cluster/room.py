@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined] # made by protobuf
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from cluster.config import ClusterConfig
@@ -28,6 +29,13 @@ def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that Ray was told to empty: a spot instance that is being taken back, a node to be upgraded."""
     state: Any = ray._private.state.state  # noqa: SLF001 Ray has no public way to ask; Ray Train asks like this.
     return frozenset(state.get_draining_nodes())
+
+
+def preempted_nodes() -> frozenset[str]:
+    """Ids of the nodes that are being taken back or were."""
+    reason = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    gone = {node["NodeID"] for node in ray.nodes() if not node["Alive"] and node["DeathReason"] == reason}
+    return draining_nodes() | gone
 
 
 class RoomRequest:

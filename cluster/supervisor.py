@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -12,7 +12,7 @@ from cluster.failures import GangFailed
 from cluster.gang import Gang
 from cluster.placement import ClusterTooSmall
 from cluster.policy import Decision, GiveUp, Resize, Restart, Retry, cause_of, decide
-from cluster.room import RoomRequest, draining_nodes, room_for_workers
+from cluster.room import RoomRequest, draining_nodes, preempted_nodes, room_for_workers
 
 POLL_S = 0.2
 DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
@@ -126,12 +126,18 @@ class Supervisor:
 
     def _form(self, decision: Decision) -> None:
         self._end_request()
+        before, failure = self._world_size, self._failures[-1] if self._failures else None
         if isinstance(decision, Resize):
             self._world_size = decision.world_size
-        last = self._failures[-1] if self._failures else None
-        if isinstance(decision, Retry) and isinstance(last, GangFailed) and self._gang.is_placed:
-            can_shrink = self._world_size > self._sizes[-1]
-            self._gang.form_again(last, self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s)
+        if decision is self._move or not isinstance(failure, GangFailed) or not self._gang.is_placed:
+            self._gang.form((self._world_size,))
+        elif isinstance(decision, Retry):
+            can_shrink = before > self._sizes[-1]
+            self._gang.form_again(
+                failure, self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s
+            )
+        elif self._world_size < before:
+            self._gang.shrink(failure, self._world_size)
         else:
             self._gang.form((self._world_size,))
 
@@ -142,7 +148,7 @@ class Supervisor:
         if self._history and saved_step > self._history[-1].saved_step:
             self._failures = []
         self._failures.append(failure)
-        cause = cause_of(failure, self._preempted_ranks()) if isinstance(failure, GangFailed) else "no room"
+        cause = cause_of(failure, self._ranks_on(preempted_nodes())) if isinstance(failure, GangFailed) else "no room"
         self._job.tell("failed", cause=cause, **_details(failure))
         decision = decide(
             cause,
@@ -166,9 +172,8 @@ class Supervisor:
         self._since = min(noticed or now, now)  # a worker's clock may be ahead of ours
         self._waited_s = {"others ended": now - self._since}
 
-    def _preempted_ranks(self) -> set[int]:
-        draining = draining_nodes()
-        return {row.rank for row in self._gang.rank_map if row.node_id in draining}
+    def _ranks_on(self, nodes: Collection[str]) -> set[int]:
+        return {row.rank for row in self._gang.rank_map if row.node_id in nodes}
 
     def _give_up(self, decision: GiveUp, failure: GangFailed | ClusterTooSmall) -> NoReturn:
         self._job.tell("gave_up", reason=decision.reason)
@@ -194,7 +199,7 @@ class Supervisor:
             self._leave_draining_nodes()
         if self._move is None and now >= self._next_growth_look:
             self._next_growth_look = now + self._config.grow_every_s
-            if self._request is not None and self._request.granted():
+            if self._larger and self._has_room_for_more():
                 self._make_way(self._larger[-1], "the cluster has room for more")
 
     @property
@@ -204,12 +209,17 @@ class Supervisor:
     def _ask_for_more(self) -> None:
         now = time.monotonic()
         self._next_drain_look, self._next_growth_look = now + DRAIN_LOOK_S, now + self._config.grow_every_s
-        if self._larger:
-            self._request = RoomRequest(self._config, self._larger[-1] - self._world_size)
+        # What a shrunken gang still holds of its first place counts: Ray fills it when the node is back.
+        if self._larger and self._gang.num_places < self._larger[-1]:
+            self._request = RoomRequest(self._config, self._larger[-1] - self._gang.num_places)
+
+    def _has_room_for_more(self) -> bool:
+        granted = self._request is None or self._request.granted()
+        return granted and self._gang.num_living_places() >= min(self._larger[-1], self._gang.num_places)
 
     def _leave_draining_nodes(self) -> None:
         """Go where there is room, while the nodes that are being taken back still stand. Else wait for their end."""
-        if self._preempted_ranks():
+        if self._ranks_on(draining_nodes()):
             room = room_for_workers(self._config)
             if fitting := [size for size in self._sizes if size <= room]:
                 self._make_way(fitting[0], "a node is being taken back")

@@ -167,9 +167,9 @@ def _fate_of_the_rest(members: Sequence[Member], limit_s: float) -> list[WorkerF
 
 
 def left(call: ray.ObjectRef[Any]) -> bool:
-    """Whether a call that has ended did what it was to do."""
+    """Whether a call has ended and did what it was to do."""
     try:
-        return not isinstance(ray.get(call), Failure)
+        return not isinstance(ray.get(call, timeout=0), Failure)
     except RayError:
         return False
 

@@ -23,6 +23,8 @@ from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSp
 _IN_BACKWARD = {phase: f"backward {phase}" for phase in MOE_PHASES}
 _WITH_LAYER = frozenset([*MOE_PHASES, *_IN_BACKWARD.values()])
 _LAYERS = 1 << 20  # more than any model has
+# What gloo and NCCL say. "Application timeout" is of an exchange whose pair of ranks ran out of time in another one.
+_TIMED_OUT = ("timed out", "Timed out", "timeout")
 _HISTORY = 24  # collectives; a layer has about eight
 
 
@@ -100,7 +102,7 @@ class Started:
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
         self.failed = time.monotonic()
-        if "timed out" not in str(error).lower():
+        if not any(text in str(error) for text in _TIMED_OUT):
             error.add_note(f"in {place_text(self.step, self.phase, self.layer)} ({self.op})")
             return error
         return CollectiveTimeout(

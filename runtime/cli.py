@@ -84,6 +84,39 @@ def _generate(arguments: Sequence[str]) -> int:
     return job.generate(run, **options)
 
 
+def _import(arguments: Sequence[str]) -> int:
+    """Make a run from a model of Hugging Face."""
+    parser = argparse.ArgumentParser(
+        prog="trimtab import",
+        description=_import.__doc__,
+        allow_abbrev=False,
+        usage="trimtab import DIR RUN [--SECTION.SETTING VALUE ...]",
+        epilog="Settings are those of `trimtab train`, such as --model.max_seq_len 512 or --data.path TEXT.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="directory with config.json and safetensors files")
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of the run to make")
+    places, settings = parser.parse_known_args(arguments)
+    from runtime.hf.import_command import import_model
+
+    return import_model(places.folder, places.run, settings)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    """Write an imported run as a model of Hugging Face."""
+    parser = _run_parser("export", _export)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="directory to make")
+    parser.add_argument("--step", type=whole(0), help="checkpoint to export (the newest)")
+    parser.add_argument("--drop-bias", action="store_true", help="leave out a selection bias that the family lacks")
+    parser.add_argument(
+        "--max-file-gb", type=number(0.001, 1000), default=5.0, help="tensors of one file in GB (%(default)s)"
+    )
+    run, options = _parse(parser, arguments)
+    from runtime.hf.export_command import export_model
+
+    max_file_bytes = int(options.pop("max_file_gb") * 1e9)
+    return export_model(run, options.pop("folder"), max_file_bytes=max_file_bytes, **options)
+
+
 def _report(arguments: Sequence[str]) -> int:
     """Write the report of a run again."""
     run, _ = _parse(_run_parser("report", _report), arguments)
@@ -133,7 +166,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    """Examine a cluster: nodes, clocks, disks, network, process groups."""
+    """Examine a cluster, or a checkpoint: what is wrong, before a run finds out."""
     from runtime.doctor.command import doctor
 
     return doctor(arguments)
@@ -163,6 +196,7 @@ def _submit(arguments: Sequence[str]) -> int:
     return submit(arguments)
 
 
+<<<<<<< HEAD
 def _chaos(arguments: Sequence[str]) -> int:
     """Strike a run with faults by a plan, and see whether it comes through."""
     from runtime.chaos.options import parse_options
@@ -171,20 +205,37 @@ def _chaos(arguments: Sequence[str]) -> int:
     from runtime.chaos.command import chaos
 
     return chaos(options)
+=======
+def _plan(arguments: Sequence[str]) -> int:
+    """Tell the memory of each rank and the bytes of a step before anything starts."""
+    from runtime.plan.options import plan_parser
+
+    given = plan_parser().parse_args(arguments)
+    from runtime.plan.command import plan
+
+    return plan(given)
+>>>>>>> main
 
 
 COMMANDS: Choices = {
     "train": _train,
     "eval": _evaluate,
     "generate": _generate,
+    "import": _import,
+    "export": _export,
     "report": _report,
     "replay": _replay,
     "bench": _bench,
     "compare": _compare,
     "cluster": _cluster,
     "submit": _submit,
+<<<<<<< HEAD
     "doctor": _doctor,
     "chaos": _chaos,
+=======
+    "plan": _plan,
+    "doctor": _doctor,
+>>>>>>> main
 }
 
 

@@ -82,6 +82,11 @@ def load_config(name: str) -> TrainConfig:
     return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base)
 
 
+def is_preset(name: str) -> bool:
+    """Whether a preset has this name."""
+    return name in _find_presets()
+
+
 def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """`config_from_yaml` for a file, whose path its errors name."""
     try:

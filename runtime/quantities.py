@@ -42,3 +42,11 @@ def percent(share: float) -> str:
     if not math.isfinite(share):
         return "n/a"
     return f"{share * 100:.1f} %" if share >= 0.01 else f"{share * 100:.2f} %"
+
+
+def byte_size(num_bytes: float) -> str:
+    """Three digits and a binary unit: '0 B', '87.5 KiB', '614 GiB'."""
+    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= limit * 0.9995:
+            return f"{three_digits(num_bytes / limit)} {unit}"
+    return f"{three_digits(num_bytes)} B"

@@ -88,6 +88,11 @@ class RunRecord:
         return [line["step"] for line in self.train if line.get("skipped")]
 
     @property
+    def recoveries(self) -> list[Line]:
+        """The events of the recoveries that reached a next step."""
+        return [event for event in self.events if event["event"] == "recovered"]
+
+    @property
     def repaired_steps(self) -> set[int]:
         """Steps that some rank routed by a bias that was then repaired."""
         return {event["step"] for event in self.events if event["event"] == "bias_repaired"}
@@ -115,6 +120,8 @@ def headlines(record: RunRecord) -> list[Headline]:
         figures += [_max_vio(record), _lost_tokens(record), _checksums(record), _control_wait(record)]
     if record.train:
         figures.append(_speed(record))
+    if recoveries := record.recoveries:
+        figures.append(_recoveries(recoveries))
     if skipped := record.skipped_steps:
         note = "gradient not finite: weights and bias left as they were"
         figures.append(Headline("Skipped steps", str(len(skipped)), note))
@@ -189,6 +196,13 @@ def _speed(record: RunRecord) -> Headline:
     speed, step = np.nanmedian(record.column("tokens_per_s")), np.nanmedian(record.column("step_s"))
     note = f"median; {milliseconds(float(step))} a step, {duration(float(np.nansum(record.column('step_s'))))} in all"
     return Headline("Tokens per second", short(float(speed)), note)
+
+
+def _recoveries(recoveries: list[Line]) -> Headline:
+    seconds = [event["total_s"] for event in recoveries]
+    steps = ", ".join(str(event["step"]) for event in recoveries[-5:])
+    note = f"median {duration(float(np.median(seconds)))} from the failure to the next step; went on at step {steps}"
+    return Headline("Recoveries", str(len(recoveries)), note)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

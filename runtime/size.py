@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dispatch.dispatcher import LocalDispatcher
 from dispatch.experts import expert_parameters
@@ -29,18 +30,45 @@ class ModelSize:
     checkpoint_bytes: int
 
 
-def model_size(config: ModelConfig, ep_size: int) -> ModelSize:
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements by what becomes of them.
+
+    dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
+    compute dtype. largest_dense: of the largest dense tensor.
+    """
+
+    dense: int
+    experts: int
+    cast: int
+    largest_dense: int
+
+    def of_rank(self, config: ModelConfig, ep_size: int) -> int:
+        """Expert parameters of the rank that holds most experts."""
+        num_experts = config.moe.num_experts
+        return self.experts * max(ExpertPlacement(num_experts, ep_size).num_local_experts) // num_experts
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count on the meta device: no memory, a moment."""
-    num_experts, top_k = config.moe.num_experts, config.moe.top_k
     with torch.device("meta"):
-        model = Decoder(config, lambda: LocalDispatcher(num_experts))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for parameter in expert_parameters(model).values())
-    largest_shard = experts * max(ExpertPlacement(num_experts, ep_size).num_local_experts) // num_experts
+        model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(sizes.pop(name) for name in expert_parameters(model))
+    linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
+    if config.tie_embeddings:
+        linear.append(model.token_embedding.weight.numel())
+    return ParameterCounts(sum(sizes.values()), experts, sum(linear), max(sizes.values()))
+
+
+def model_size(config: ModelConfig, ep_size: int) -> ModelSize:
+    """Total and active parameters, and their bytes."""
+    counts = count_parameters(config)
+    total = counts.dense + counts.experts
     return ModelSize(
         total=total,
-        active=total - experts + experts * top_k // num_experts,
-        training_bytes_per_rank=TRAINING_BYTES_PER_PARAMETER * (total - experts + largest_shard),
+        active=counts.dense + counts.experts * config.moe.top_k // config.moe.num_experts,
+        training_bytes_per_rank=TRAINING_BYTES_PER_PARAMETER * (counts.dense + counts.of_rank(config, ep_size)),
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAMETER * total,
     )
 
@@ -51,5 +79,4 @@ def recorded_scores_bytes(config: TrainConfig) -> int:
         return 0
     num_steps = -(-config.run.steps // config.balance.record)
     num_tokens = config.run.global_batch_size * config.model.max_seq_len
-    num_moe_layers = config.model.num_layers - config.model.num_dense_layers
-    return num_steps * num_tokens * num_moe_layers * config.model.moe.num_experts * SCORE_BYTES
+    return num_steps * num_tokens * config.model.num_moe_layers * config.model.moe.num_experts * SCORE_BYTES

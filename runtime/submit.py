@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.access import Access, find_access
+from cluster.access import Access, find_access, own_variables
 from cluster.probe import ClusterUnreachable, TokenRefused, authenticated
 from cluster.token import default_token_file, token_environment
 
@@ -182,9 +182,8 @@ def _client(url: str, access: Access | None) -> Iterator[Any]:
 def _token_variables(access: Access | None) -> dict[str, str]:
     if access is not None:
         return dict(access.variables)
-    own = dict(find_access("http").variables)  # of the environment: no node has this address
     file = default_token_file()
-    return own or (token_environment(file) if file.exists() else {})
+    return own_variables() or (token_environment(file) if file.exists() else {})
 
 
 def _check_answers(url: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.failures import GangFailed
 from runtime.config import TrainConfig
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang
@@ -12,6 +13,7 @@ from runtime.live import LiveView
 from runtime.quantities import duration
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from workers import checkpoint
+from workers.checkpoint import CheckpointError
 from workers.run_log import append_event
 from workers.training_run import CHECKPOINTS, TrainOutcome
 
@@ -52,8 +54,11 @@ class TrainingJob:
             self._view.event(rank_table(ranks, exchange))
         self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
         self._num_seen, self._told_to_stop = 0, False
-        self._pass_on_wish(gang)  # one from before the first step: then the first is the last
-        return self._newest_checkpoint(), start, recovery is not None
+        self._pass_on_wish(gang)  # one from before: then the first step is the last
+        newest = self._newest_checkpoint()
+        if recovery is not None:
+            newest = self._from_memory(gang, newest)
+        return newest, start, recovery is not None
 
     def saved_step(self) -> int:
         newest = self._newest_checkpoint()
@@ -89,6 +94,23 @@ class TrainingJob:
             return self._resume_from
         saved = checkpoint.list_checkpoints(self._run_dir / CHECKPOINTS)
         return saved[-1].absolute() if saved else None
+
+    def _from_memory(self, gang: "Gang", newest: Path | None) -> Path | None:
+        """Write what the processes hold of a later step than `newest` to the disk; returns what to go on from."""
+        from workers.memory_checkpoint import newest_recoverable
+
+        step = newest_recoverable(gang.run("held_checkpoints", keep=True))
+        if step is None or (newest is not None and step <= checkpoint.step_of(newest)):
+            return newest
+        try:
+            path: Path = gang.run("write_held", step, keep=True)[0]
+        except GangFailed as failed:
+            if not isinstance(failed.first.error, CheckpointError):
+                raise
+            self.tell("memory_checkpoint_unusable", step=step, reason=str(failed.first.error))
+            return newest
+        self.tell("checkpoint", step=step, path=str(path), from_memory=True)
+        return path.absolute()
 
     def _note_recovery(self, line: dict[str, Any]) -> None:
         """Once the first step after a recovery is done, record how long it took, and what took how long."""

@@ -38,6 +38,7 @@ COLLATERAL_MARKS = (
     "Broken pipe",
     "Timed out waiting",
     "Operation timed out!",
+    "Application timeout",
     "DistNetworkError",
     "DistStoreError",
     "DistBackendError",

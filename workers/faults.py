@@ -118,7 +118,7 @@ class FaultPlan:
             time.sleep(HOLD_POLL_S)
 
     def _fire(self, actions: tuple[str, ...], phase: str, board: Board) -> tuple[int, Fault | None]:
-        for number, fault in self._waiting.items():
+        for number, fault in tuple(self._waiting.items()):  # the threads of a rank share the plan
             if (
                 fault.action in actions
                 and (fault.step, fault.phase) == (board.step, phase)

@@ -55,7 +55,8 @@ def eval_line(
     mix: weights of the sources in the batch of that step; empty without.
     """
     per_layer = max_vio_per_layer(load_since_eval_N, layout)
-    held_out = max_vio_per_layer(evaluation.total_load, layout)
+    load_N = evaluation.total_load
+    held_out = max_vio_per_layer(load_N, layout)
     return {
         "kind": "eval",
         "step": step,
@@ -66,7 +67,10 @@ def eval_line(
         # Nothing was trained before the first one, so there is no load to judge.
         "max_vio_global": _mean(per_layer) if load_since_eval_N.any() else None,
         "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
-        "max_vio_held_out": _mean(held_out),
+        # A layer that only training runs (multi-token prediction) has no held-out load.
+        "max_vio_held_out": _mean(
+            [vio for vio, where in zip(held_out, layout.slices, strict=True) if load_N[where].any()]
+        ),
         "max_vio_held_out_per_layer": held_out,
         "max_vio_held_out_in_mix": _mean(_max_vio_in_mix(evaluation.load_SN, mix, layout)) if mix else None,
         "eval_s": evaluation.eval_s,
@@ -77,7 +81,7 @@ def _max_vio_in_mix(load_SN: Tensor, mix: tuple[float, ...], layout: LoadLayout)
     """MaxVio of each layer, had the sources (S) had these shares of the tokens. A source that was not read has none."""
     shares_SN = load_SN.double() / load_SN.sum(1, keepdim=True).clamp_min(1)
     load_N = (torch.tensor(mix, dtype=torch.float64).unsqueeze(1) * shares_SN).sum(0)
-    return [float(load_N[where].max() / load_N[where].mean()) - 1 for where in layout.slices]
+    return [float(load_N[where].max() / load_N[where].mean()) - 1 for where in layout.slices if load_N[where].any()]
 
 
 def _mean(values: list[float]) -> float:

@@ -60,6 +60,8 @@ class ModelConfig:
     """Take the token embedding for the output projection too."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
+    num_mtp_layers: int = 0
+    """Blocks that predict the token after the next one in training, 0 or 1 (multi-token prediction, DeepSeek-V3)."""
     recompute: bool = False
     """Recompute the activations of a block in backward instead of keeping them: less memory, a third more time."""
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -74,6 +76,8 @@ class ModelConfig:
             raise ValueError(
                 f"num_dense_layers ({self.num_dense_layers}) must be between 0 and num_layers ({self.num_layers})"
             )
+        if self.num_mtp_layers not in (0, 1):
+            raise ValueError(f"num_mtp_layers ({self.num_mtp_layers}) must be 0 or 1: only depth 1 is supported")
         if self.head_dim % 2 or self.head_dim < 0:
             raise ValueError(f"head_dim ({self.head_dim}) must be even, or 0 for hidden / num_heads")
         if self.attention == "grouped_query" and not self.head_dim and self.hidden % (2 * self.num_heads):
@@ -94,11 +98,11 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if not self.clip_qkv >= 0:
             raise ValueError(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
-        if self.attention == "latent" and (self.query_key_norm != "none" or self.clip_qkv):
-            raise ValueError(
-                f"query_key_norm ({self.query_key_norm}) and clip_qkv ({self.clip_qkv}) are of grouped_query "
-                "attention; leave them out with latent attention"
-            )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Mixtures of experts of the whole model, that of multi-token prediction among them."""
+        return self.num_layers - self.num_dense_layers + self.num_mtp_layers
 
     @property
     def rotary_dim(self) -> int:
@@ -143,6 +147,28 @@ class Block(nn.Module):
         return x + y
 
 
+class NextTokenBlock(nn.Module):
+    """One more block that predicts the token after the next one: multi-token prediction of depth 1.
+
+    It sees the decoder's output at a token and the embedding of the token that follows. Embedding and output projection
+    are the decoder's. Source: arXiv 2412.19437, section 2.2.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoELayer) -> None:
+        super().__init__()
+        self.token_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.proj = nn.Linear(2 * config.hidden, config.hidden, bias=False)
+        self.block = Block(config, moe)
+        self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+
+    def forward(self, normed: Tensor, embedded: Tensor, rotary: Tensor) -> Tensor:
+        """From the decoder's normalised output and the next token's embedding, both (B, S, hidden), to the same."""
+        x = self.proj(torch.cat([self.token_norm(embedded), self.hidden_norm(normed)], dim=-1))
+        y: Tensor = self.norm(self.block(x, rotary, None))
+        return y
+
+
 class Decoder(nn.Module):
     """Token ids in, logits of the next token out.
 
@@ -156,18 +182,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
+
+        def make_moe() -> MoELayer:
+            return MoELayer(config.hidden, config.moe, make_dispatcher(), schedule)
+
         self.layers = nn.ModuleList(
-            Block(
-                config,
-                MoELayer(config.hidden, config.moe, make_dispatcher(), schedule)
-                if index >= config.num_dense_layers
-                else None,
-            )
+            Block(config, make_moe() if index >= config.num_dense_layers else None)
             for index in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if config.num_mtp_layers:
+            self.mtp = NextTokenBlock(config, make_moe())
 
     def forward(
         self, token_ids: Tensor, *, token_mask: Tensor | None = None, positions: Tensor | None = None
@@ -186,14 +213,35 @@ class Decoder(nn.Module):
         """
         x = self.token_embedding(token_ids)
         rotary, seen = self._places(x, token_mask, positions)
+        return self._logits(self._normed(x, rotary, token_mask, seen))
+
+    def forward_training(self, token_ids: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the next token as by `forward`, and those of the token after it; None without a MTP layer.
+
+        next_ids: int64 (B, S), the token that follows each of token_ids. Collective as `forward`.
+        """
+        x = self.token_embedding(token_ids)
+        rotary, _ = self._places(x, None, None)
+        normed = self._normed(x, rotary, None, None)
+        if not self.config.num_mtp_layers:
+            return self._logits(normed), None
+        further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary)
+        return self._logits(normed), self._logits(further)
+
+    def _normed(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None, seen: Tensor | None) -> Tensor:
         for block in self.layers:
-            if self.config.recompute:
-                # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws
-                # random numbers, so their state need not be kept.
-                x = checkpoint(block, x, rotary, token_mask, seen, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotary, token_mask, seen)
-        return self._logits(self.norm(x))
+            x = self._call(block, x, rotary, token_mask, seen)
+        y: Tensor = self.norm(x)
+        return y
+
+    def _call(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.config.recompute:
+            # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random
+            # numbers, so their state need not be kept.
+            y: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = block(*inputs)
+        return y
 
     def _places(self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
@@ -223,6 +271,11 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log likelihood of each target in nats: shaped like targets, at least fp32, 0 where a target is -100."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def after_next(targets: Tensor) -> Tensor:
+    """Targets of the MTP layer from those of the decoder, (B, S): one token further, -100 where that is not known."""
+    return F.pad(targets[:, 1:], (0, 1), value=-100)
 
 
 def token_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ class OptimConfig:
     """Decoupled decay of matrices; norms are not decayed."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger gradients are scaled down to it; 0 turns it off."""
+    mtp_weight: float = 0.1
+    """Factor on the loss of the multi-token-prediction layer, where there is one (0.3, then 0.1 in DeepSeek-V3)."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0 and finite")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "mtp_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
         for name in ("beta1", "beta2"):

@@ -7,7 +7,7 @@ from typing import Self, get_args
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from dispatch.board import Board
 from dispatch.factory import Exchange
@@ -149,6 +149,8 @@ def join_groups(
     )
     ep_size = config.resolve(world_size)
     mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
     groups = RankGroups(
         rank=rank,
         world_size=world_size,

@@ -174,7 +174,7 @@ class RunLog:
         self._warned = bool(troubles)
 
 
-def append_event(path: str | Path, name: str, **details: Any) -> None:
+def append_event(path: str | Path, name: str, /, **details: Any) -> None:
     """Record an event from outside the run's own writer: the failure that ended it, for example."""
     file = AppendFile(Path(path) / EVENTS)
     file.write(_as_line({"time": time.time(), "event": name, **details}))

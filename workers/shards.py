@@ -135,13 +135,8 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; the last one ends a document."""
+        """Number of token ids, that of the end of a document among them."""
         return self.meta.vocab_size
-
-    @property
-    def eod_id(self) -> int:
-        """The token that ends a document."""
-        return self.vocab_size - 1
 
     @property
     def num_train_tokens(self) -> int:

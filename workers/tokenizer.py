@@ -1,6 +1,7 @@
 """Text to token ids and back: bytes as tokens, or a tokenizer file of Hugging Face's `tokenizers`."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,12 +12,13 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import tokenizers
 
+SETTINGS_FILE = "tokenizer_config.json"
 GIVE_A_FILE = "give the path of a tokenizer.json of Hugging Face's tokenizers"
 IdArray = npt.NDArray[np.integer[Any]]
 
 
 class Tokenizer(Protocol):
-    """What data preparation and generation need. The last id, `eod_id`, ends a document and stands for no text."""
+    """What data preparation and generation need. The token `eod_id` ends a document and stands for no text."""
 
     @property
     def name(self) -> str:
@@ -28,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def eod_id(self) -> int:
-        """The end-of-document token: vocab_size - 1."""
+        """The end-of-document token."""
 
     def encode(self, text: str | bytes) -> IdArray:
         """Ids of `text` (bytes are UTF-8), without an end-of-document token."""
@@ -53,13 +55,14 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers` file with one more id at the end, for the end of a document."""
+    """A `tokenizers` file. eod_id: its token for the end of a document; None adds one more id at the end."""
 
-    def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str) -> None:
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str, eod_id: int | None = None) -> None:
         self.name = name
         # Ids may have gaps, so that the number of entries would not be an unused id.
-        self.eod_id = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.vocab_size = self.eod_id + 1
+        unused = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod_id = unused if eod_id is None else eod_id
+        self.vocab_size = max(unused, self.eod_id + 1)
         self._tokenizer = tokenizer
 
     def encode(self, text: str | bytes) -> IdArray:
@@ -67,11 +70,14 @@ class HuggingFaceTokenizer:
         return np.array(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(ids))  # which passes over ids that its file does not have, such as eod_id
+        return self._tokenizer.decode([token for token in ids if token != self.eod_id])
 
 
 def load_tokenizer(path: str | None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
+
+    Where a tokenizer_config.json of Hugging Face lies beside the file, its eos_token ends a document: a trained model
+    knows that one, and no id above it.
 
     Raises:
         ValueError: the file is missing or is no tokenizer file, or the package `tokenizers` is not installed.
@@ -91,4 +97,23 @@ def load_tokenizer(path: str | None) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # the package raises bare Exception or ValueError for every kind of bad file
         raise ValueError(f"data.tokenizer {file} holds no tokenizer ({error}); {GIVE_A_FILE}") from error
-    return HuggingFaceTokenizer(tokenizer, f"{file.name}:{hashlib.sha256(raw).hexdigest()[:16]}")
+    name = f"{file.name}:{hashlib.sha256(raw).hexdigest()[:16]}"
+    end_token = _end_token(file.with_name(SETTINGS_FILE))
+    if end_token is None:
+        return HuggingFaceTokenizer(tokenizer, name)
+    eod_id = tokenizer.token_to_id(end_token)
+    if eod_id is None:
+        raise ValueError(f"{file} has no token {end_token!r}, which {SETTINGS_FILE} beside it names as eos_token")
+    return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}", eod_id)
+
+
+def _end_token(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json; None where there is no such file or it names none."""
+    if not path.is_file():
+        return None
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON file of names and values: {error}") from error
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

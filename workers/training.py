@@ -15,7 +15,7 @@ from dispatch.balance import read_counts, reset_counts, routers_of
 from dispatch.meter import Meter, Reading
 from workers.control import ControlLoop, StepControl
 from workers.gradients import clip_gradients, global_grad_norm, reduce_gradients
-from workers.model import Decoder, token_nll_sum
+from workers.model import Decoder, after_next, token_nll_sum
 from workers.optimizer import OptimConfig, learning_rate
 from workers.parallel import RankGroups
 from workers.run_config import RunConfig
@@ -97,10 +97,13 @@ class Trainer:
             self.aux_losses.begin_step()
         for micro, (input_ids, targets) in enumerate(self._micro_batches(step)):
             with self.autocast():
-                nll_sum = token_nll_sum(self.model(input_ids), targets)
+                logits, further = self.model.forward_training(input_ids, targets)
+                nll_sum = token_nll_sum(logits, targets)
             loss_sum += nll_sum.detach()
             # Without auxiliary losses the graph is that of the language model, with nothing added.
             total = nll_sum if self.aux_losses is None else nll_sum + self.aux_losses.take()
+            if further is not None:
+                total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(targets))
             if micro == self.num_micro - 1:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)

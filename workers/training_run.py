@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dispatch.balance import read_bias
 from workers import checkpoint
 from workers.control import ControlLoop
 from workers.evaluation import evaluate
@@ -78,6 +79,8 @@ class TrainingRun:
             CheckpointCorrupt, CheckpointError: on every rank.
             ValueError: the checkpoint was trained on other text.
         """
+        if checkpoint.read_manifest(path).extra.get("imported"):
+            return self._load_imported(path)
         tensors = self._tensors()
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)
         if extra["data_digest"] != self._state.dataset.digest:
@@ -89,6 +92,14 @@ class TrainingRun:
         self._control.restore(extra["bias_version"], law_state(tensors))
         self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
         return int(extra["step"])
+
+    def _load_imported(self, path: Path) -> int:
+        """Begin with weights and biases of a model from elsewhere, which has no optimizer and no place in the data."""
+        state = self._state
+        checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
+        version, initial = self._control.state()
+        self._control.restore(version, replace(initial, bias_N=read_bias(state.routers)))
+        return 0
 
     def run(self, done: int, log: RunLog | None, scores: ScoreLog | None = None) -> TrainOutcome:
         """Train from step `done` + 1 on, to the last step or until a rank wishes to stop; then save.

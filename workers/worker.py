@@ -43,6 +43,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
+        self._last_words: dict[str, Activity] = {}
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
         self._nodes: tuple[int, ...] = ()
@@ -189,12 +190,13 @@ class Worker:
         self._stop_requested.set()
 
     def activity(self) -> dict[str, Activity]:
-        """What this rank is in, by thread; nothing before it has joined. From any thread."""
-        state: RankState | None = self.__dict__.get("_state")  # read once: another thread may leave meanwhile
-        return {} if state is None else state.activity()
+        """What this rank is in, by thread, or was when it left its gang; nothing before it joins. From any thread."""
+        state: RankState | None = self.__dict__.get("_state")  # once: the other thread may give it up
+        return self._last_words if state is None else state.activity()
 
     def leave(self) -> None:
         """Leave the process groups and let go of all that was built for them. Repeating it is harmless."""
+        self._last_words = self.activity()  # a gang that failed is asked who waited for whom
         # Open connections let others wait, and cycles of objects that hold a group keep it open.
         self.__dict__.pop("_state", None)
         gc.collect()

@@ -24,8 +24,11 @@ COLLECTIVE_S = 20.0
 def doctor(arguments: Sequence[str]) -> int:
     """Examine what the first argument names and return the exit code: 1 if something is wrong."""
     parser = choice_parser("trimtab doctor", "TARGET", TARGETS, "Find what is wrong before a run does.")
-    target = parser.parse_args(arguments[:1]).target
-    return TARGETS[target](arguments[1:])
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments[:1])
+    if arguments[0] == "cluster":
+        return doctor_cluster(arguments[1:])
+    return doctor_checkpoint(arguments)
 
 
 def doctor_cluster(arguments: Sequence[str]) -> int:
@@ -64,7 +67,17 @@ def doctor_cluster(arguments: Sequence[str]) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
-TARGETS: Choices = {"cluster": doctor_cluster}
+def doctor_checkpoint(arguments: Sequence[str]) -> int:
+    """A run, a checkpoint or a directory of Hugging Face: files, experts, values, biases, configuration."""
+    from runtime.doctor.checkpoint_options import checkpoint_parser
+
+    options = checkpoint_parser().parse_args(arguments)
+    from runtime.doctor.checkpoint_command import examine
+
+    return examine(options.path, options.step, options.json)
+
+
+TARGETS: Choices = {"cluster": doctor_cluster, "PATH": doctor_checkpoint}
 
 
 def _ranks_for(config: ClusterConfig) -> int:

@@ -36,6 +36,11 @@ def test_nodes_are_read_back_head_first_and_the_crashed_are_not_live():
     assert read_nodes() == [head]
 
 
+def test_who_only_looks_leaves_no_folder_behind(tmp_path):
+    assert read_nodes() == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_node_with_processes_is_not_forgotten(monkeypatch):
     alive = process_of(os.getsid(0)) or process_of(os.getpid())
     state = node("10.0.0.3", alive, is_head=True)

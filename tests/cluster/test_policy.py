@@ -84,7 +84,7 @@ def test_no_restart_at_all_can_be_asked_for() -> None:
 
 def test_preemptions_neither_count_nor_wait() -> None:
     history = tuple(Restart(cause="preempted", saved_step=20) for _ in range(9))
-    assert plan("preempted", history=lost_at(20, 20, 20)) == Retry(back_off_s=0.0)
+    assert plan("preempted", history=lost_at(20, 20, 20)) == Resize(world_size=4)
     assert plan(history=history) == Retry(back_off_s=0.0)
 
 

@@ -57,7 +57,8 @@ def _live_through(cluster: Cluster, nodes: list, run_dir: Path, run: subprocess.
         before = len(_lines(run_dir / "metrics.jsonl"))
         _wait(lambda: len(_lines(run_dir / "metrics.jsonl")) >= before + count, run)
 
-    wait_for("checkpoint", 1)
+    wait_for("memory_checkpoints", 1)
+    wait_for_steps(5)
     cluster.remove_node(nodes.pop(), allow_graceful=False)  # kills its processes
     wait_for("recovered", 1)  # with one worker
     wait_for_steps(3)

@@ -129,7 +129,7 @@ def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], *BENCHES],
+    [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -156,6 +156,10 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
         ["generate", "nowhere"],
         ["replay", "--help"],
         ["replay", "nowhere"],
+        ["plan", "--help"],
+        ["doctor", "PATH", "--help"],
+        ["doctor", "nowhere", "--step", "x"],
+        ["plan", "small", "--world", "0"],
         ["bench", "--help"],
         ["bench", "dispatch", "--help"],
         ["bench", "dispatch", "--rounds", "0"],

@@ -184,9 +184,12 @@ def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str
 
 # A value for each setting whose neighbour of the default would break a rule of its section.
 CHOSEN: dict[str, Any] = {
-    "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "parallel.ep_size": 3,
+    "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "cluster.max_workers": 4,
+    "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
+    "model.head_dim": 8, "model.clip_qkv": 2.0, "model.yarn.factor": 4.0,
+    "model.latent.kv_rank": 20, "model.latent.nope_dim": 12, "model.latent.rope_dim": 8,
     "balance.law": "smebu", "balance.options": {"beta": 0.9}, "balance.module": "dispatch.laws",
     "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
@@ -242,6 +245,10 @@ def as_option(value: Any) -> str:
         ({"cluster__num_workers": 4, "parallel__ep_size": 3}, r"parallel.ep_size \(3\) must divide .* \(4\)"),
         ({"model__moe__num_experts": 1, "model__moe__top_k": 1}, r"ep_size \(2\) must be .* num_experts \(1\)"),
         ({"model__num_dense_layers": 4}, r"model.num_dense_layers \(4\) equals model.num_layers"),
+        (
+            {"model__attention": "latent", "model__clip_qkv": 2.0},
+            r"model.clip_qkv \(2.0\) have no effect on latent attention",
+        ),
         (
             {"model__vocab_size": 200},
             r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",

@@ -20,7 +20,8 @@ from workers.run_log import read_events, read_metrics
 SETTINGS = (
     "--name=elastic",
     "--steps=100000",  # stopped by Ctrl-C
-    "--run.checkpoint_every=8",
+    "--run.checkpoint_every=0",
+    "--run.memory_checkpoint_every=2",
     "--run.eval_every=0",
     "--run.global_batch_size=8",
     "--model.max_seq_len=256",
@@ -48,6 +49,9 @@ def test_a_run_shrinks_grows_and_moves_with_its_nodes_and_trains_the_same(tmp_pa
         "the cluster has room for more",
         "a node is being taken back",
     ]
+    # The one that was left had the state of both in its memory; nothing was on the disk.
+    (from_memory,) = [event for event in read_events(run_dir) if event.get("from_memory")]
+    assert from_memory["step"] == next(event["step"] for event in events if event["event"] == "resumed") >= 2
     _check_same_training(run_dir, tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Runs that lose workers, or their driver, and go on: real Ray, real workers, real kills, a tiny model."""
 
+import json
 import os
 import signal
 import threading
@@ -57,11 +58,11 @@ def _meanwhile(plan: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()
 
 
-def _wait(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+def _wait(condition: Callable[[], object], limit_s: float = 120.0) -> None:
     give_up = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < give_up
@@ -76,17 +77,17 @@ def _kill(run_dir: Path, rank: int, from_step: int) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_killed_workers_cost_neither_a_step_nor_a_bit(calm, folder):
-    run_dir = folder / "runs" / "killed"
-
-    def plan() -> None:
-        # before the first checkpoint, another rank after one, and rank 0, which holds the store and the records
-        for number, (rank, from_step) in enumerate([(1, 2), (1, 12), (0, 28)]):
-            _wait(lambda n=number: len(_events(run_dir, "recovered")) == n)
-            _kill(run_dir, rank, from_step)
-
-    with _meanwhile(plan):
-        assert job.train(_run_config(folder, "killed"), resume=None, step=None) == 0
+def test_killed_and_hanging_workers_cost_neither_a_step_nor_a_bit(calm, folder, monkeypatch):
+    run_dir = folder / "runs" / "faulty"
+    faults = [
+        {"rank": 1, "step": 3, "phase": "experts", "action": "kill"},  # before the first checkpoint
+        {"rank": 1, "step": 13, "phase": "backward", "action": "kill"},
+        {"rank": 1, "step": 20, "phase": "dispatch", "action": "stop"},  # hangs until the bound of a collective
+        {"rank": 0, "step": 29, "phase": "gradients", "action": "kill"},  # holds the store and the records
+    ]
+    (folder / "faults.json").write_text(json.dumps(faults))
+    monkeypatch.setenv("TRIMTAB_FAULTS", str(folder / "faults.json"))
+    assert job.train(_run_config(folder, "faulty", "--cluster.collective_timeout_s=10"), resume=None, step=None) == 0
     (calm_train, calm_evals), (train, evals) = read_metrics(calm), read_metrics(run_dir)
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in train] == [line["loss"] for line in calm_train]
@@ -96,19 +97,25 @@ def test_killed_workers_cost_neither_a_step_nor_a_bit(calm, folder):
 
 
 def _check_events(run_dir: Path) -> None:
-    failed, resumed = _events(run_dir, "failed"), _events(run_dir, "resumed")
-    assert [event["event"] for event in _events(run_dir, *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY * 3
-    assert [event["rank"] for event in failed] == [1, 1, 0]
-    assert all(event["cause"] == "lost" and event["node"] == "127.0.0.1" for event in failed)
-    assert resumed[0]["step"] == 0 and resumed[1]["step"] >= 8 and resumed[2]["step"] >= 24
-    # The others kept their process; only the killed rank has a new one.
+    assert [event["event"] for event in _events(run_dir, *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY * 4
+    failed = _events(run_dir, "failed")
+    assert [(event["cause"], event["rank"], event["kind"]) for event in failed] == [
+        ("lost", 1, "died"),
+        ("lost", 1, "died"),
+        ("lost", 1, "silent"),
+        ("lost", 0, "died"),
+    ]
+    steps = [event["step"] for event in _events(run_dir, "resumed")]
+    assert steps[0] == 0 and 8 <= steps[1] < 13 and 10 <= steps[2] < 20 and 16 <= steps[3] < 29
+    # The others kept their process; only the one that failed has a new one.
     pids = [[row["pid"] for row in event["rank_map"]] for event in _events(run_dir, "started", "resumed")]
-    assert [pids[0][0], pids[1][0], pids[2][1]] == [pids[1][0], pids[2][0], pids[3][1]]
-    assert [event["pid"] for event in failed] == [pids[0][1], pids[1][1], pids[2][0]]
+    for event, before, after in zip(failed, pids[:-1], pids[1:], strict=True):
+        rank = event["rank"]
+        assert event["pid"] == before[rank] != after[rank] and before[1 - rank] == after[1 - rank]
     for event in _events(run_dir, "recovered"):
         assert {"others ended", "processes and imports", "join", "load", "first step"} <= event["seconds"].keys()
         known = sum(value for name, value in event["seconds"].items() if name != "of these imports")
-        assert known == pytest.approx(event["total_s"], abs=0.5)
+        assert known == pytest.approx(event["total_s"], abs=1.0)
 
 
 def test_a_worker_that_dies_again_and_again_ends_the_run_with_every_cause(folder, ray_session):

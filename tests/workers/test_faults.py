@@ -5,6 +5,8 @@ import pickle
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from dispatch.board import Board
 from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
@@ -15,10 +17,13 @@ from workers.faults import Fault, FaultPlan, PlannedFault, planned_faults
 FIRST, SECOND = "layers.1.moe", "layers.2.moe"
 
 
-def _train(rank, world_size, spec):
+def _train(rank, world_size, spec, timeout_s=20.0):
+    worker = join_worker(spec, rank, world_size, "fault", timeout_s=timeout_s)
     try:
-        join_worker(spec, rank, world_size, "fault").train()
+        worker.train()
     except Exception as error:  # noqa: BLE001 - what it is is the question
+        assert worker.activity()["training"].step >= spec.faults[0].step  # its last words, when it has left its groups
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # which the launcher wants to end
         return pickle.loads(pickle.dumps(error))
     return None
 
@@ -57,18 +62,10 @@ def test_without_a_driver_the_rank_itself_says_what_it_waited_in(tmp_path):
         make_spec(tmp_path, steps=5),
         faults=(Fault(rank=1, step=2, phase="experts", action="sleep", amount=4, layer=SECOND),),
     )
-    error = run_ranks(2, _train_with_a_short_bound, spec)[0]
+    error = run_ranks(2, _train, spec, 2.0)[0]
     assert isinstance(error, CollectiveTimeout)
     assert (error.step, error.layer, error.phase, error.missing_ranks) == (2, SECOND, "combine", None)
     assert 1.9 < error.waited_s < 4
-
-
-def _train_with_a_short_bound(rank, world_size, spec):
-    try:
-        join_worker(spec, rank, world_size, "fault", timeout_s=2.0).train()
-    except Exception as error:  # noqa: BLE001 - what it is is the question
-        return pickle.loads(pickle.dumps(error))
-    return None
 
 
 def at(board: Board, step: int, phase: str, layer: str = "") -> None:

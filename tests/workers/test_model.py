@@ -16,9 +16,9 @@ from dispatch.layer import MoEConfig
 from dispatch.meter import Meter
 from dispatch.placement import ExpertPlacement
 from dispatch.recycler import Recycler
-from workers.attention import GroupedQueryAttention, rotary_table, rotate
+from workers.attention import GroupedQueryAttention, LatentConfig, positions_of, rotary_table, rotate
 from workers.init import init_weights
-from workers.model import Decoder, ModelConfig, token_nll, token_nll_sum
+from workers.model import Decoder, ModelConfig, after_next, token_nll, token_nll_sum
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -167,6 +167,57 @@ def test_trailing_padding_is_not_counted_and_changes_no_real_token() -> None:  #
     assert load.sum() == 2 * (2 * 6) * 2  # MoE layers x tokens x top_k
 
 
+@pytest.mark.parametrize("attention", ["grouped_query", "latent"])
+def test_padding_anywhere_changes_no_real_token(attention: str) -> None:  # B5
+    latent = LatentConfig(query_rank=6, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6)
+    model = build(attention=attention, latent=latent).double()
+    ids, other = tokens(2, 6), tokens(2, 3, seed=5)
+    expected = model(ids)
+    load = read_counts(routers_of(model))
+    for router in routers_of(model).values():
+        router.tokens_per_expert_E.zero_()
+    # Two before, one within, none after: what stands there is any token.
+    padded = torch.cat([other[:, :2], ids[:, :3], other[:, 2:], ids[:, 3:]], dim=1)
+    mask = torch.tensor([False, False, True, True, True, False, True, True, True]).expand(2, 9)
+    actual = model(padded, token_mask=mask, positions=positions_of(mask))
+    torch.testing.assert_close(actual[mask].view(2, 6, -1), expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(read_counts(routers_of(model)), load)
+    # A sequence of padding alone is finite, and so are its gradients.
+    nothing = torch.zeros(2, 9, dtype=torch.bool)
+    model(padded, token_mask=nothing, positions=positions_of(nothing)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_given_positions_of_whole_sequences_are_the_default() -> None:
+    model = build().double()
+    positions = torch.arange(7).expand(2, 7)
+    torch.testing.assert_close(model(tokens(), positions=positions), model(tokens()), rtol=1e-12, atol=1e-14)
+
+
+def test_recompute_of_a_mtp_layer_changes_nothing() -> None:
+    results = []
+    for recompute in (False, True):
+        model = build(recompute=recompute, num_mtp_layers=1)
+        logits, further = model.forward_training(tokens(), tokens(seed=1))
+        assert further is not None
+        (token_nll_sum(logits, tokens(seed=1)) + token_nll_sum(further, after_next(tokens(seed=1)))).backward()
+        results.append((further, [p.grad for p in model.parameters()], read_counts(routers_of(model))))
+    (further, gradients, load), (further_2, gradients_2, load_2) = results
+    assert torch.equal(further, further_2)
+    assert torch.equal(load, load_2)
+    assert all(torch.equal(one, two) for one, two in zip(gradients, gradients_2, strict=True))
+
+
+def test_targets_of_the_mtp_layer_are_one_token_further() -> None:
+    assert after_next(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, -100]]
+
+
+def test_tied_embeddings_are_one_parameter_and_start_with_small_logits() -> None:
+    model = build(tie_embeddings=True)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    assert abs(token_nll(model(tokens()), tokens(seed=1)).mean().item() - math.log(11)) < 0.7
+
+
 def test_an_empty_batch_goes_forward_and_backward() -> None:
     model = build()
     token_nll_sum(model(tokens(0, 5)), tokens(0, 5)).backward()
@@ -213,6 +264,11 @@ def test_too_long_a_sequence_is_refused() -> None:
         ({"num_dense_layers": 4}, r"num_dense_layers \(4\) must be between 0 and num_layers \(3\)"),
         ({"hidden": 30}, r"hidden \(30\) must be a multiple of 2 \* num_heads \(2 \* 6\)"),
         ({"num_kv_heads": 4}, r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"),
+        ({"head_dim": 3}, r"head_dim \(3\) must be even"),
+        ({"attention": "sparse"}, r"attention is 'sparse'; it must be one of grouped_query, latent"),
+        ({"query_key_norm": "layer"}, r"query_key_norm is 'layer'; it must be one of none, head, all"),
+        ({"clip_qkv": -1.0}, r"clip_qkv \(-1.0\) must be at least 0"),
+        ({"num_mtp_layers": 2}, r"num_mtp_layers \(2\) must be 0 or 1"),
         ({"rope_theta": 0.0}, r"rope_theta \(0.0\) must be above 0"),
         ({"norm_eps": float("nan")}, r"norm_eps \(nan\) must be above 0"),
     ],

@@ -32,7 +32,7 @@ def test_streams_are_those_of_the_sources(prepared: Path) -> None:
     assert dataset.train.tolist() == [*b"one a!", 256, *b"two a!", 256]
     assert [stream.tolist() for stream in dataset.val] == [[*b"one b", 256], [*b"two b", 256]]
     assert (dataset.num_train_tokens, dataset.num_val_tokens) == (14, 12)
-    assert (dataset.tokenizer_name, dataset.vocab_size, dataset.eod_id) == ("bytes", 257, 256)
+    assert (dataset.tokenizer_name, dataset.vocab_size) == ("bytes", 257)
     assert not dataset.train.flags.writeable
 
 

@@ -39,6 +39,21 @@ def test_end_of_document_is_the_last_id_and_no_other_token(tmp_path: Path) -> No
     assert tokenizer.decode([1, 2, 4, 5]) == "day and night"
 
 
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_end_of_document_of_a_trained_model_is_its_own_token(as_object: bool, tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "tokenizer.json", {"[UNK]": 0, "day": 1, "</s>": 2, "night": 3})
+    plain = load_tokenizer(str(file))
+    end = {"content": "</s>", "lstrip": False} if as_object else "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    tokenizer = load_tokenizer(str(file))
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (4, 2)
+    assert tokenizer.decode([1, 2, 3]) == "day night"
+    assert tokenizer.name != plain.name  # their prepared text differs
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    with pytest.raises(ValueError, match=r"has no token '<end>', which tokenizer_config\.json beside it names"):
+        load_tokenizer(str(file))
+
+
 def test_name_tells_tokenizers_apart(tmp_path: Path) -> None:
     first = load_tokenizer(str(write_tokenizer(tmp_path / "a.json", {"[UNK]": 0, "x": 1})))
     again = load_tokenizer(str(write_tokenizer(tmp_path / "a.json", {"[UNK]": 0, "x": 1})))

@@ -15,10 +15,11 @@ def visible(query_positions: Tensor, key_positions: Tensor, key_mask: Tensor) ->
         query_positions: int64 (B, Q).
         key_positions: int64 (B, S), of a cache and of this call.
         key_mask: bool (B, S), False for padding and for places of a cache that are not filled.
+
+    Padding may see no key at all; torch's attention gives zeros there, and no NaN.
     """
     seen = key_mask.unsqueeze(1) & (key_positions.unsqueeze(1) <= query_positions.unsqueeze(2))
-    # Padding may see no key at all, and a softmax over nothing is NaN, which backward would spread.
-    return (seen | ~seen.any(-1, keepdim=True)).unsqueeze(1)
+    return seen.unsqueeze(1)
 
 
 def scores_mask(mask: Tensor | None) -> dict[str, Tensor | bool]:

@@ -34,6 +34,7 @@ def read_config(settings: Settings) -> ModelConfig:
             value_dim=settings.whole("v_head_dim"),
         ),
         dense_ffn_hidden=settings.whole("intermediate_size"),
+        num_mtp_layers=settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=0),
         max_seq_len=settings.whole("max_position_embeddings"),
         rope_theta=settings.rope_theta(1e4),
         yarn=settings.yarn(scales_scores=True),
@@ -54,22 +55,30 @@ def read_config(settings: Settings) -> ModelConfig:
     )
 
 
-def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
-    """Attention and feed-forward of one layer."""
-    ours = f"layers.{index}"
-    yield from _latent_parts(config, f"{layer}.self_attn", f"{ours}.attention")
-    if index < config.num_dense_layers:
-        yield from feed_forward_parts(config, f"{layer}.mlp", f"{ours}.ffn", config.dense_ffn_hidden)
-        return
+def moe_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """The gate with its bias, the experts and the shared experts of one layer."""
     moe = config.moe
-    yield Part(f"{layer}.mlp.gate.e_score_correction_bias", f"{ours}.moe.router.expert_bias_E", (moe.num_experts,))
-    yield from expert_parts(config, f"{layer}.mlp", f"{ours}.moe")
+    yield Part(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.router.expert_bias_E", (moe.num_experts,))
+    yield from expert_parts(config, f"{theirs}.mlp", ours)
     if moe.num_shared_experts:
         shared = moe.ffn_hidden * moe.num_shared_experts
-        yield from feed_forward_parts(config, f"{layer}.mlp.shared_experts", f"{ours}.moe.shared_experts", shared)
+        yield from feed_forward_parts(config, f"{theirs}.mlp.shared_experts", f"{ours}.shared_experts", shared)
 
 
-def _latent_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+def mtp_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """What the multi-token-prediction layer adds to a layer; it brings copies of the shared embedding and output."""
+    width, vocabulary = (config.hidden,), (config.vocab_size, config.hidden)
+    yield Part(f"{theirs}.embed_tokens.weight", "token_embedding.weight", vocabulary, is_copy=True)
+    yield Part(f"{theirs}.enorm.weight", f"{ours}.token_norm.weight", width)
+    yield Part(f"{theirs}.hnorm.weight", f"{ours}.hidden_norm.weight", width)
+    yield Part(f"{theirs}.eh_proj.weight", f"{ours}.proj.weight", (config.hidden, 2 * config.hidden))
+    yield Part(f"{theirs}.shared_head.norm.weight", f"{ours}.norm.weight", width)
+    head = "token_embedding.weight" if config.tie_embeddings else "lm_head.weight"
+    yield Part(f"{theirs}.shared_head.head.weight", head, vocabulary, is_copy=True)
+
+
+def attention_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """Both latents with their norms, what is made of them, and the output."""
     sizes, heads, hidden = config.latent, config.num_heads, config.hidden
     query_shape = (heads * (sizes.nope_dim + sizes.rope_dim), sizes.query_rank or hidden)
     if sizes.query_rank:
@@ -86,4 +95,6 @@ def _latent_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.out_proj.weight", (hidden, heads * sizes.value_dim))
 
 
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_config, layer_parts, has_bias=True)
+FAMILY = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", read_config, attention_parts, moe_parts, mtp_parts, has_bias=True
+)

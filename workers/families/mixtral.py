@@ -36,10 +36,9 @@ def read_config(settings: Settings) -> ModelConfig:
     )
 
 
-def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
-    """Attention and experts of one layer."""
-    yield from grouped_query_parts(config, index, layer)
-    yield from expert_parts(config, f"{layer}.block_sparse_moe", f"layers.{index}.moe", ("w1", "w3", "w2"))
+def moe_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """The gate and the experts of one layer."""
+    return expert_parts(config, f"{theirs}.block_sparse_moe", ours, ("w1", "w3", "w2"))
 
 
-FAMILY = Family("mixtral", "MixtralForCausalLM", read_config, layer_parts)
+FAMILY = Family("mixtral", "MixtralForCausalLM", read_config, grouped_query_parts, moe_parts)

@@ -38,10 +38,9 @@ def read_config(settings: Settings) -> ModelConfig:
     )
 
 
-def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
-    """Attention and experts of one layer."""
-    yield from grouped_query_parts(config, index, layer)
-    yield from expert_parts(config, f"{layer}.mlp", f"layers.{index}.moe")
+def moe_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """The gate and the experts of one layer."""
+    return expert_parts(config, f"{theirs}.mlp", ours)
 
 
-FAMILY = Family("olmoe", "OlmoeForCausalLM", read_config, layer_parts)
+FAMILY = Family("olmoe", "OlmoeForCausalLM", read_config, grouped_query_parts, moe_parts)

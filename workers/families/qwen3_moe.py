@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dispatch.layer import MoEConfig
-from workers.families.base import Family, Part, expert_parts, feed_forward_parts, grouped_query_parts
+from workers.families.base import Family, Part, expert_parts, grouped_query_parts
 from workers.families.settings import Settings
 from workers.model import ModelConfig
 
@@ -44,13 +44,9 @@ def read_config(settings: Settings) -> ModelConfig:
     )
 
 
-def layer_parts(config: ModelConfig, index: int, layer: str) -> Iterator[Part]:
-    """Attention and feed-forward of one layer."""
-    yield from grouped_query_parts(config, index, layer)
-    if index < config.num_dense_layers:
-        yield from feed_forward_parts(config, f"{layer}.mlp", f"layers.{index}.ffn", config.dense_ffn_hidden)
-    else:
-        yield from expert_parts(config, f"{layer}.mlp", f"layers.{index}.moe")
+def moe_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+    """The gate and the experts of one layer."""
+    return expert_parts(config, f"{theirs}.mlp", ours)
 
 
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read_config, layer_parts)
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read_config, grouped_query_parts, moe_parts)

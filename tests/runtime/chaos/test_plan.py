@@ -1,6 +1,7 @@
 """Plans of faults: pure, seeded, complete, with room for every recovery."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_every_kind_comes_before_any_comes_again_and_the_seed_decides_the_order(
 def test_there_is_a_checkpoint_and_room_between_two_faults(seed):
     plan = make_plan(FULL, seed)
     assert plan[0].step >= 2 * CHECKPOINT_EVERY  # a damaged checkpoint needs one before it
-    for fault, following in zip(plan, plan[1:], strict=False):
+    for fault, following in pairwise(plan):
         assert following.step - fault.step >= fault.kind.room * UNIT - CHECKPOINT_EVERY > CHECKPOINT_EVERY
     assert num_steps(plan) >= plan[-1].step + 2 * CHECKPOINT_EVERY
 

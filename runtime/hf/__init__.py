@@ -1,0 +1,1 @@
+"""`trimtab import` and `trimtab export`: models of Hugging Face in and out."""

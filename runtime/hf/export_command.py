@@ -1,0 +1,61 @@
+"""`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads."""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from runtime.config_file import config_from_yaml_file
+from runtime.hf.files import FOLDER, copy_back, read_dtypes
+from runtime.hf.import_command import check_same_model
+from runtime.job import find_checkpoint
+from runtime.run_dir import CONFIG_FILE
+from workers.families import Settings, family_of
+from workers.families.source import CONFIG, read_json
+from workers.families.writing import moved_biases, write_weights
+from workers.tensor_reader import TensorReader
+
+
+def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bool, max_file_bytes: int) -> int:
+    """Write a checkpoint as config.json, tokenizer and safetensors files. The directory appears when it is complete.
+
+    step: of the checkpoint, None for the newest. drop_bias: leave out a selection bias that the family does not have.
+
+    Raises:
+        ValueError: the directory exists, the run was not imported, or its bias has moved and would be lost.
+        CheckpointCorrupt: the checkpoint is damaged.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another name, or remove it")
+    if not (run_dir / FOLDER / CONFIG).is_file():
+        raise ValueError(
+            f"{run_dir} was not imported: the model of its configuration is not of a family that transformers knows; "
+            "runs that `trimtab import` made can be exported"
+        )
+    settings = Settings(read_json(run_dir / FOLDER / CONFIG), str(run_dir / FOLDER / CONFIG))
+    family = family_of(settings)
+    config = config_from_yaml_file(run_dir / CONFIG_FILE).model
+    # config.json may speak of a MTP layer that the files did not bring.
+    of_files = replace(family.read_config(settings), num_mtp_layers=config.num_mtp_layers)
+    check_same_model(config, of_files, settings.where)
+    reader = TensorReader(find_checkpoint(run_dir, step))
+    if not family.has_bias and not drop_bias and (moved := moved_biases(reader)):
+        raise ValueError(
+            f"{len(moved)} routers of {run_dir} have a selection bias, the first is {moved[0]}, and "
+            f"{family.architecture} has none: without it tokens go to other experts than in training. Train with "
+            "--balance.law none, or give --drop-bias to export all the same"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        dtypes = read_dtypes(run_dir)
+        parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
+        write_weights(partial, parts, dtypes, reader, max_file_bytes)
+        copy_back(run_dir, partial)
+        partial.rename(folder)
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sys.stdout.write(f"{folder}: {family.architecture}, step {reader.manifest.step} of {run_dir}\n")
+    return 0

@@ -1,0 +1,129 @@
+"""`trimtab plan`: parameters of published models, what a rank needs, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.cli import main
+from runtime.config_file import config_to_yaml, load_config
+from runtime.run_dir import CONFIG_FILE
+
+ROOT = Path(__file__).parents[3]
+DEEPSEEK = str(ROOT / "examples/deepseek-v3.json")
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_deepseek_v3_has_its_published_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(capsys, DEEPSEEK, "--world", "2048", "--ep", "64")
+    # arXiv 2412.19437: 671B, of which 37B are activated; without the layer for multi-token prediction.
+    assert plan["parameters"]["total"] == 671_026_404_352  # and 14,848 biases of the routers, which are no parameters
+    experts = 58 * 3 * 2048 * 7168
+    assert plan["parameters"]["active"] == 671_026_404_352 - (256 - 8) * experts == 37_552_282_624
+    assert plan["parameters_of_rank"]["experts"] == 58 * 4 * 3 * 2048 * 7168
+    assert "multi-token prediction is left out; --mtp 1" in " ".join(plan["notes"])
+    assert not plan["fits"]
+
+
+def test_the_layer_for_multi_token_prediction_counts_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (DEEPSEEK, "--world", "64", "--ep", "64")
+    without, with_it = plan_of(capsys, *arguments), plan_of(capsys, *arguments, "--mtp", "1")
+    # 11.5B by README_WEIGHTS.md of DeepSeek-V3, without the embedding and output that it shares.
+    more = with_it["parameters"]["total"] - without["parameters"]["total"]
+    assert more / 1e9 == pytest.approx(11.5, rel=0.02)
+    forward = [plan["all_to_all_bytes"]["rank"]["forward"]["network"] for plan in (without, with_it)]
+    assert forward[1] / forward[0] == pytest.approx(59 / 58)
+    assert with_it["activation_bytes"]["head and loss"] > 1.9 * without["activation_bytes"]["head and loss"]
+
+
+def test_state_is_sixteen_bytes_a_parameter_of_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(capsys, "small", "--world", "4", "--ep", "2")
+    held = plan["parameters_of_rank"]
+    state = plan["state_bytes"]
+    assert [state[name]["experts"] for name in ("weights", "gradients", "AdamW moments")] == [
+        factor * held["experts"] for factor in (4, 4, 8)
+    ]
+    assert sum(part["dense"] for part in state.values()) == 16 * held["dense"]
+    assert plan["gradient_bytes"]["dense"] == 2 * 4 * held["dense"] * 3 // 4
+
+
+def test_settings_of_a_run_count_and_options_override_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / CONFIG_FILE).write_text(config_to_yaml(load_config("tiny")))
+    run = plan_of(capsys, str(tmp_path))
+    config = load_config("tiny")
+    assert (run["world_size"], run["seq_len"]) == (config.cluster.num_workers, config.model.max_seq_len)
+    changed = plan_of(
+        capsys, str(tmp_path), "--world", "8", "--ep", "4", "--batch", "32", "--micro-batch", "2", "--seq-len", "32",
+        "--dtype", "bfloat16", "--recompute",
+    )  # fmt: skip
+    names = ("world_size", "ep_size", "global_batch_size", "micro_batches", "seq_len", "dtype", "recompute")
+    assert [changed[name] for name in names] == [8, 4, 32, 2, 32, "bfloat16", True]
+    assert list(changed["activation_bytes"]) == [
+        "inputs of the layers",
+        "head and loss",
+        "weights in the compute dtype",
+    ]
+
+
+def test_nodes_decide_what_crosses_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    inside = plan_of(capsys, DEEPSEEK, "--world", "64", "--ep", "8")["all_to_all_bytes"]
+    assert set(inside) == {"assignment", "rank"}  # one node: nothing to do for the exchange by nodes
+    assert inside["rank"]["forward"]["network"] == 0 < inside["rank"]["forward"]["node"]
+    across = plan_of(capsys, DEEPSEEK, "--world", "64", "--ep", "64")
+    assert across["exchange"] == "node"
+    sent = across["all_to_all_bytes"]
+    # A token of DeepSeek-V3 goes to at most 4 of 8 groups, here a node each.
+    assert sent["node"]["forward"]["network"] < sent["rank"]["forward"]["network"] * 4 / 7
+
+
+def test_conclusion_names_the_largest_parts_and_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64"]) == 0
+    *_, conclusion = capsys.readouterr().out.strip().split("\n\n")
+    words = " ".join(conclusion.split())
+    assert words.startswith("Fits in 80 GiB: no, ")
+    for part in ("dense parameters with gradients and moments 255 GiB", "--recompute --ep 256", "does not do it yet"):
+        assert part in words
+    assert main(["plan", "small", "--memory-gib", "2"]) == 0
+    assert "Fits in 2 GiB: yes, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([DEEPSEEK], "does not say how many ranks there are; give --world N"),
+        ([DEEPSEEK, "--world", "2048", "--ep", "60"], "parallel.ep_size (60) must divide the number of workers (2048)"),
+        ([DEEPSEEK, "--world", "512", "--ep", "512"], "ep_size (512) must be between 1 and num_experts (256)"),
+        ([DEEPSEEK, "--world", "64", "--ep", "8", "--batch", "65"], "65) must be a multiple of cluster.num_workers"),
+        ([DEEPSEEK, "--world", "64", "--ep", "8", "--ranks-per-node", "6"], "--ranks-per-node (6) must divide the"),
+        ([DEEPSEEK, "--world", "24", "--ep", "6", "--ranks-per-node", "4"], "(4) must divide --ep (6), or be a"),
+        (["small", "--seq-len", "0"], "--seq-len: '0' must be a whole number of at least 1"),
+        (["nowhere"], "nowhere is neither a preset, nor a file, nor a run: give a YAML file"),
+        (["nowhere.json", "--world", "8"], "nowhere.json cannot be read: No such file"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "must hold names and values"), ('{"model_type": "gpt2"}', "'gpt2'")],
+)
+def test_a_config_json_that_is_none_is_refused(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert message in refused(capsys, str(tmp_path), "--world", "8")
