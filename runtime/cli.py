@@ -196,7 +196,6 @@ def _submit(arguments: Sequence[str]) -> int:
     return submit(arguments)
 
 
-<<<<<<< HEAD
 def _chaos(arguments: Sequence[str]) -> int:
     """Strike a run with faults by a plan, and see whether it comes through."""
     from runtime.chaos.options import parse_options
@@ -205,7 +204,8 @@ def _chaos(arguments: Sequence[str]) -> int:
     from runtime.chaos.command import chaos
 
     return chaos(options)
-=======
+
+
 def _plan(arguments: Sequence[str]) -> int:
     """Tell the memory of each rank and the bytes of a step before anything starts."""
     from runtime.plan.options import plan_parser
@@ -214,7 +214,6 @@ def _plan(arguments: Sequence[str]) -> int:
     from runtime.plan.command import plan
 
     return plan(given)
->>>>>>> main
 
 
 COMMANDS: Choices = {
@@ -229,13 +228,9 @@ COMMANDS: Choices = {
     "compare": _compare,
     "cluster": _cluster,
     "submit": _submit,
-<<<<<<< HEAD
-    "doctor": _doctor,
-    "chaos": _chaos,
-=======
     "plan": _plan,
     "doctor": _doctor,
->>>>>>> main
+    "chaos": _chaos,
 }
 
 
