@@ -119,7 +119,7 @@ def _texts(worker, path):
     greedy, sampled = SamplingConfig(max_new_tokens=12), SamplingConfig(max_new_tokens=12, temperature=0.8, top_p=0.9)
     texts = {}
     for sampling in (greedy, sampled):
-        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling)
+        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling).texts
         parts = [None] * worker._state.groups.world_size
         torch.distributed.all_gather_object(parts, mine, group=worker._state.groups.control_group)
         texts |= {(sampling.temperature, index): text for part in parts for index, text in part.items()}
