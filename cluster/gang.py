@@ -24,7 +24,9 @@ from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
-LEAVE_S = 3.0  # For a kept process to leave its groups, which takes it some ten milliseconds.
+# For a kept process to end its call and leave its groups: some ten milliseconds, or the limits of what it waits for
+# (ControlLoop.close, CheckpointSaver). Replacements start meanwhile.
+LEAVE_S = 12.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,6 +205,16 @@ def _submit(arguments: Sequence[str]) -> int:
     return submit(arguments)
 
 
+def _chaos(arguments: Sequence[str]) -> int:
+    """Strike a run with faults by a plan, and see whether it comes through."""
+    from runtime.chaos.options import parse_options
+
+    options = parse_options(arguments)
+    from runtime.chaos.command import chaos
+
+    return chaos(options)
+
+
 def _plan(arguments: Sequence[str]) -> int:
     """Tell the memory of each rank and the bytes of a step before anything starts."""
     from runtime.plan.options import plan_parser
@@ -229,6 +239,7 @@ COMMANDS: Choices = {
     "submit": _submit,
     "plan": _plan,
     "doctor": _doctor,
+    "chaos": _chaos,
 }
 
 

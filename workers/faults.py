@@ -19,8 +19,9 @@ from dispatch.activity import MOE_PHASES
 from dispatch.board import Board
 
 FAULTS_VARIABLE = "TRIMTAB_FAULTS"
+HOLD_POLL_S = 0.05
 
-Action = Literal["kill", "stop", "sleep", "raise", "skip", "lie"]
+Action = Literal["kill", "stop", "sleep", "hold", "raise", "skip", "lie"]
 
 PHASES = (
     "forward",
@@ -53,13 +54,13 @@ class Fault:
     phase: str
     """Where: one of PHASES. At its first entry in the step, or the first in `layer`."""
     action: Action
-    """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. raise: PlannedFault. skip: leave the phase out, of a
-    dispatch the whole layer; here the phase may also be "step". lie: hand other splits to an exchange than were
-    announced."""
+    """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. hold: sleep until there is a file `faults/<number>.go`
+    in the run directory. raise: PlannedFault. skip: leave the phase out, of a dispatch the whole layer; here the phase
+    may also be "step". lie: hand other splits to an exchange than were announced."""
     layer: str | None = None
     """The MoE layer by name; empty for any."""
     amount: float = 0.0
-    """sleep: seconds. lie: rows more (or, negative, less) for one other rank."""
+    """sleep: seconds. hold: seconds at most. lie: rows more (or, negative, less) for one other rank."""
 
     def __post_init__(self) -> None:
         allowed = {"skip": _CAN_SKIP, "lie": _CAN_LIE}.get(self.action, PHASES)
@@ -71,9 +72,10 @@ class Fault:
             )
         if self.rank < 0 or self.step < 0:
             raise ValueError(f"a fault's rank ({self.rank}) and step ({self.step}) must be 0 or more")
-        if (self.action == "sleep" and self.amount <= 0) or (self.action == "lie" and not int(self.amount)):
+        if (self.action in ("sleep", "hold") and self.amount <= 0) or (self.action == "lie" and not int(self.amount)):
             raise ValueError(
-                f"a fault's amount ({self.amount:g}) must be seconds above 0 for sleep, and a number of rows for lie"
+                f"a fault's amount ({self.amount:g}) must be seconds above 0 for sleep and hold, and a number of rows "
+                "for lie"
             )
 
 
@@ -90,8 +92,8 @@ class FaultPlan:
         self._waiting = {number: fault for number, fault in mine.items() if not self._mark(number).exists()}
 
     def act(self, board: Board) -> None:
-        """Kill, stop, sleep or raise where the plan says so."""
-        fault = self._fire(("kill", "stop", "sleep", "raise"), board.phase, board)
+        """Kill, stop, sleep, hold or raise where the plan says so."""
+        number, fault = self._fire(("kill", "stop", "sleep", "hold", "raise"), board.phase, board)
         if fault is None:
             return
         if fault.action == "kill":
@@ -100,15 +102,22 @@ class FaultPlan:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault.action == "sleep":
             time.sleep(fault.amount)
+        elif fault.action == "hold":
+            self._hold(self._folder / f"{number}.go", fault.amount)
         else:
             raise PlannedFault(f"rank {fault.rank} was to fail in step {fault.step}, {fault.phase}")
 
     def wants(self, action: Literal["skip", "lie"], phase: str, board: Board) -> int:
         """See `dispatch.board.Trigger`."""
-        fault = self._fire((action,), phase, board)
+        _, fault = self._fire((action,), phase, board)
         return 0 if fault is None else int(fault.amount) or 1
 
-    def _fire(self, actions: tuple[str, ...], phase: str, board: Board) -> Fault | None:
+    def _hold(self, go: Path, limit_s: float) -> None:
+        give_up = time.monotonic() + limit_s
+        while not go.exists() and time.monotonic() < give_up:
+            time.sleep(HOLD_POLL_S)
+
+    def _fire(self, actions: tuple[str, ...], phase: str, board: Board) -> tuple[int, Fault | None]:
         for number, fault in tuple(self._waiting.items()):  # the threads of a rank share the plan
             if (
                 fault.action in actions
@@ -117,8 +126,8 @@ class FaultPlan:
             ):
                 del self._waiting[number]
                 self._remember(number)
-                return fault
-        return None
+                return number, fault
+        return -1, None
 
     def _remember(self, number: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -214,8 +214,11 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
         document_starts: Tensor | None = None,
-    ) -> Tensor:
+        next_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
+
+        With next_ids a pair: these, and those of the token after the next, by the MTP layer.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
@@ -229,33 +232,18 @@ class Decoder(nn.Module):
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
             document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
                 beyond it. Without padding, positions and cache. None: a row is one document.
+            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with no other option.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
         x = self.token_embedding(token_ids)
         rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
         normed = self._normed(x, rotary, token_mask, seen, cache)
-        return self._logits(normed if logits_at is None else _taken(normed, logits_at))
-
-    def forward_training(
-        self, token_ids: Tensor, next_ids: Tensor, document_starts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits of the next token as by `forward`, and those of the token after it; None without a MTP layer.
-
-        Args:
-            token_ids: int64 (B, S).
-            next_ids: int64 (B, S), the token that follows each of token_ids. Only a MTP layer reads them.
-            document_starts: as in `forward`; not with a MTP layer.
-
-        Collective as `forward`.
-        """
-        x = self.token_embedding(token_ids)
-        rotary, seen = self._places(x, None, None, None, document_starts)
-        normed = self._normed(x, rotary, None, seen)
-        if not self.config.num_mtp_layers:
-            return self._logits(normed), None
+        logits = self._logits(normed if logits_at is None else _taken(normed, logits_at))
+        if next_ids is None:
+            return logits
         further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary)
-        return self._logits(normed), self._logits(further)
+        return logits, self._logits(further)
 
     def _normed(
         self,

@@ -97,17 +97,8 @@ class Trainer:
             self.aux_losses.begin_step()
         num_targets = max(1, self.sampler.num_targets(step - 1))  # of all ranks and micro-batches
         for micro, batch in enumerate(self._micro_batches(step)):
-            with self.autocast():
-                logits, further = self.model.forward_training(*batch)
-                nll_sum = token_nll_sum(logits, batch.targets)
-            loss_sum += nll_sum.detach()
-            total = nll_sum
-            # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over
-            # all tokens, not over those that are learned.
-            if self.aux_losses is not None:
-                total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
-            if further is not None:
-                total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(batch.targets))
+            nll_sum, total = self._forward(batch, num_targets)
+            loss_sum += nll_sum
             if micro == self.num_micro - 1:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)
@@ -136,6 +127,30 @@ class Trainer:
             max_vio_computation_batch=self._computation_vio(control.maxima),
             control=control,
         )
+
+    def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+        """The language model's summed loss, without gradient, and what is trained on.
+
+        A function of its own: the logits, the largest tensors of all, must not live on while backward runs.
+        """
+        has_mtp = self.model.config.num_mtp_layers > 0
+        with self.autocast():
+            # Called as a module, so that hooks on it run.
+            predicted = self.model(
+                batch.input_ids,
+                document_starts=batch.document_starts,
+                next_ids=batch.targets if has_mtp else None,
+            )
+            logits, further = predicted if has_mtp else (predicted, None)
+            nll_sum = token_nll_sum(logits, batch.targets)
+        # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over all
+        # tokens, not over those that are learned.
+        total = nll_sum
+        if self.aux_losses is not None:
+            total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
+        if further is not None:
+            total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(batch.targets))
+        return nll_sum.detach(), total
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:
         place = (self.groups.rank, self.groups.world_size)

@@ -10,11 +10,13 @@ so are they.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -24,6 +26,15 @@ from runtime.chaos.network import Network, address_of
 
 DISK_BYTES = 64 * 2**20
 SHM_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class MachineProcess:
+    """A process of a machine: its number there, its number on the host, its command line."""
+
+    pid: int
+    host_pid: int
+    command: str
 
 
 class Machine:
@@ -101,6 +112,14 @@ class Machine:
             check=False,
         )
 
+    def processes(self) -> list[MachineProcess]:
+        """All its processes, but for the one that holds it."""
+        holder = self._up()
+        space = Path(f"/proc/{holder.pid}/ns/pid").readlink()
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        found = [_process(pid, space) for pid in sorted(pids) if pid != holder.pid]
+        return [process for process in found if process is not None]
+
     def kill(self, *, silently: bool = False) -> None:
         """End it with all its processes, by SIGKILL.
 
@@ -150,6 +169,20 @@ class Machine:
     def _signal_all(self, name: str) -> None:
         # Kill's -1 means everybody in the PID namespace but its first process and the sender.
         command(self._up().enter(KINDS, ["sh", "-c", f"kill -{name} -1 2> /dev/null || true"]))
+
+
+def _process(host_pid: int, space: Path) -> MachineProcess | None:
+    """The process if it is of this PID namespace and lives."""
+    folder = Path(f"/proc/{host_pid}")
+    try:
+        if (folder / "ns/pid").readlink() != space:
+            return None
+        numbers = re.search(r"^NSpid:\s*(.*)$", (folder / "status").read_text(), re.MULTILINE)
+        words = (folder / "cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return None
+    inner = int(numbers[1].split()[-1]) if numbers else host_pid
+    return MachineProcess(inner, host_pid, b" ".join(words).decode(errors="replace").strip())
 
 
 class Machines(Sequence[Machine]):

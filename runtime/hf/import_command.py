@@ -1,7 +1,9 @@
 """`trimtab import DIR RUN`: a directory of Hugging Face becomes a run that is about to begin."""
 
 import multiprocessing
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -102,7 +104,7 @@ def _read_shards(source: Source, run_dir: Path, config: TrainConfig) -> list[Imp
     if world_size == 1:
         return [import_shard(source.folder, run_dir, config.model, 0, 1)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+    with ProcessPoolExecutor(world_size, mp_context=context, initializer=_stay_on_this_machine) as pool:
         futures = [
             pool.submit(import_shard, source.folder, run_dir, config.model, rank, world_size)
             for rank in range(world_size)
@@ -115,6 +117,13 @@ def _read_shards(source: Source, run_dir: Path, config: TrainConfig) -> list[Imp
                 f"memory; each of the {world_size} holds 1/{world_size} of the experts: take more by --workers, on a "
                 "machine that can hold all of them"
             ) from error
+
+
+def _stay_on_this_machine() -> None:
+    """Let gloo listen on loopback alone; by itself it takes the address that the host name resolves to."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
 def _describe(source: Source, run_dir: Path, config: TrainConfig, shards: Sequence[ImportedShard]) -> None:

@@ -33,6 +33,10 @@ class DummyWorker:
         )
         self.thread = threading.get_ident()
 
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def facts(self) -> dict:
         return {
             "rank": self.rank,

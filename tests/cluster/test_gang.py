@@ -122,6 +122,23 @@ def test_a_worker_that_raises_is_named_first_while_its_peers_still_wait_for_it()
     assert all_gone(gang)
 
 
+def test_a_gang_forms_again_with_those_whose_call_ends_and_shrinks_to_those_who_are_left():
+    with Gang.launch(CONFIG, DummyWorker) as gang:
+        before = pids(gang)
+        with pytest.raises(GangFailed) as caught:
+            gang.run("train", 1000, {(1, 3): "complain"}, keep=True)
+        assert caught.value.failures[1].kind == "running"  # until rank 1, which failed, has left the group
+        gang.form_again(caught.value, limit_s=60.0)
+        assert pids(gang) == before
+        assert gang.run("train", 3, {}) == [6.0, 6.0]
+        with pytest.raises(GangFailed) as caught:
+            gang.run("train", 1000, {(0, 3): "die"}, keep=True)
+        gang.shrink(caught.value, 1)
+        assert pids(gang) == before[1:]
+        assert gang.run("train", 3, {}) == [3.0]
+        assert (gang.world_size, gang.num_places, gang.num_living_places()) == (1, 2, 2)
+
+
 def test_a_frozen_worker_is_named_once_its_peers_have_waited_for_the_collective():
     gang = Gang.launch(replace(CONFIG, collective_timeout_s=2.0), DummyWorker)
     begun = time.monotonic()

@@ -184,7 +184,8 @@ def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str
 
 # A value for each setting whose neighbour of the default would break a rule of its section.
 CHOSEN: dict[str, Any] = {
-    "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "parallel.ep_size": 3,
+    "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "cluster.max_workers": 4,
+    "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
     "model.moe.num_experts": 12, "model.moe.num_groups": 3, "model.moe.scores_per_group": 1,
     "model.head_dim": 8, "model.clip_qkv": 2.0, "model.yarn.factor": 4.0,
@@ -193,6 +194,7 @@ CHOSEN: dict[str, Any] = {
     "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
+    "optim.freeze": ("router", "norms"),
     "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
 }  # fmt: skip
 

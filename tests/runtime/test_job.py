@@ -230,7 +230,14 @@ def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> 
 
 
 def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
-    arguments = _arguments(tmp_path, "--name=dies", "--steps=100000", "--run.checkpoint_every=5", "--run.eval_every=0")
+    settings = (
+        "--name=dies",
+        "--steps=100000",
+        "--run.checkpoint_every=5",
+        "--run.eval_every=0",
+        "--cluster.max_restarts=0",
+    )
+    arguments = _arguments(tmp_path, *settings)
     with _trimtab(tmp_path, "train", *arguments) as process:
         _wait_for_step(process, tmp_path / "runs" / "dies", 12)
         started = read_events(tmp_path / "runs" / "dies")[0]
@@ -241,7 +248,7 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
     assert time.monotonic() - killed < 30
     assert re.search(r"rank 1 .*failed first, in train: its process died", output), output
     assert re.search(r"saved up to step \d+; go on with: trimtab train --resume", output), output
-    assert read_events(tmp_path / "runs" / "dies")[-1]["event"] == "failed"
+    assert [event["event"] for event in read_events(tmp_path / "runs" / "dies")][-2:] == ["failed", "gave_up"]
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):

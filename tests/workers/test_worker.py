@@ -320,3 +320,25 @@ def _train_none(rank, world_size, spec):
 
 def test_without_a_law_the_bias_stays_zero(tmp_path):
     assert set(run_ranks(2, _train_none, make_spec(tmp_path, steps=3))[0].values()) == {0.0}
+
+
+def _go_on_after_damage(rank, world_size, spec):
+    _, outcome = _train(spec, rank, world_size)
+    assert outcome.step == 12
+    if rank == 0:
+        newest = latest(spec.run_dir / "checkpoints")
+        file = min(newest.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-10])
+    worker = join_worker(spec, rank, world_size, "again")
+    outcome = worker.train(latest(spec.run_dir / "checkpoints"), None, True)
+    assert (outcome.step, outcome.completed) == (12, True)
+    return worker.progress(0) if rank == 0 else None
+
+
+def test_a_run_that_failed_goes_on_from_before_a_damaged_checkpoint_with_a_warning(tmp_path):
+    spec = make_spec(tmp_path, steps=12, checkpoint_every=5)
+    told, _ = run_ranks(2, _go_on_after_damage, spec, timeout_s=60)
+    (warning,) = [line for line in told if line.get("event") == "warning"]
+    assert "step_00000012 is damaged" in warning["text"]
+    assert [event["step"] for event in read_events(spec.run_dir) if event["event"] == "resumed"] == [10]
+    assert [line["step"] for line in read_metrics(spec.run_dir)[0]] == list(range(1, 13))

@@ -40,7 +40,7 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
     config: of the directory, but for the longest sequence and recompute, which are the run's own.
 
     Raises:
-        SourceError: on every rank alike, for what one of them found.
+        SourceError, OSError: on every rank alike, for what one of them found.
 
     Collective: every rank runs in a process of its own, and meets the others over the file RENDEZVOUS in run_dir.
     """
@@ -60,12 +60,12 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
 def _import(source: Source, run_dir: Path, config: ModelConfig, group: dist.ProcessGroup) -> ImportedShard:
     before = _reset_peak()
     state, layout = _empty_shard(config, group)
-    failure: SourceError | None = None
+    failure: SourceError | OSError | None = None
     try:
         fill(state, source)
-    except SourceError as error:
+    except (SourceError, OSError) as error:
         failure = error
-    failures: list[SourceError | None] = [None] * dist.get_world_size(group)
+    failures: list[SourceError | OSError | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
     for found in failures:
         if found is not None:

@@ -138,15 +138,19 @@ def test_damage_is_named_before_anything_is_read(damage: Callable[[Path], object
         open_source(folder)
 
 
-def import_code(folder: Path, run: Path, *options: str) -> int:
-    return main(["import", str(folder), str(run), "--workers", "1", "--model.max_seq_len", "16", *options])
+def import_code(folder: Path, run: Path, *options: str, workers: int = 1) -> int:
+    return main(["import", str(folder), str(run), "--workers", str(workers), "--model.max_seq_len", "16", *options])
 
 
-def test_a_nan_is_named_and_nothing_is_half_imported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_tensors(file_of(folder, EXPERT), lambda tensors: tensors[EXPERT][7].fill_(float("nan")))
-    assert import_code(folder, folder.parent / "run") == 2
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_nan_is_named_and_nothing_is_half_imported(
+    workers: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = EXPERT.replace("experts.3", "experts.13")  # of the second of two processes
+    change_tensors(file_of(folder, name), lambda tensors: tensors[name][7].fill_(float("nan")))
+    assert import_code(folder, folder.parent / "run", workers=workers) == 2
     message = capsys.readouterr().err
-    assert f"{file_of(folder, EXPERT)}: {EXPERT} holds a NaN or an infinity" in message
+    assert f"{file_of(folder, name)}: {name} holds a NaN or an infinity" in message
     assert [path.name for path in folder.parent.iterdir()] == ["source"]
 
 

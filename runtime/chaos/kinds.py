@@ -1,0 +1,103 @@
+"""What chaos can do to a run, and what the run owes in return. Data; imports neither torch nor Ray."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["recovers", "carries on", "refuses", "resumes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of fault."""
+
+    name: str
+    """As in the table of results."""
+    action: str
+    """Planned in a phase: that of `workers.faults.Fault`. Else a function of `runtime.chaos.injections`."""
+    phase: str = ""
+    """Where in the step a worker does it to itself, by plan; empty: it is done from outside."""
+    amount: float = 0.0
+    """That of `workers.faults.Fault`."""
+    outcome: Outcome = "recovers"
+    """recovers: the gang forms again by itself. carries on: the gang stays. refuses: the run ends with the promised
+    error and goes on with `--resume`. resumes: its driver is gone, and it goes on with `--resume`."""
+    promise: str = ""
+    """Regular expression: where it recovers, for the reason in its event `failed`; else for what it prints. `{rank}`
+    and `{node}` are the fault's."""
+    events: tuple[str, str] | None = None
+    """carries on: the run's events that say that the fault was noticed, and that it is over."""
+    room: int = 1
+    """Distance to the next fault in units of the plan: what takes effect slowly needs more."""
+    strikes_node: bool = False
+    """Whether it strikes a machine, which is another than the head."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a worker does it to itself."""
+        return bool(self.phase)
+
+
+KILLED_IN = ("forward", "dispatch", "experts", "combine", "backward", "bias update", "optimizer", "checkpoint write")
+
+_DIED = r"rank {rank} \(.*its process died"
+_LOST = r"rank \d+ \({node}, .*(its process died|CollectiveTimeout: step \d+, )"
+
+
+def _kill_in(phase: str) -> Kind:
+    # The dead rank says nothing: its last answer, or the others, tell the step and the phase.
+    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + r".* in step \d+, \w+")
+
+
+def _error(name: str, action: str, phase: str, promise: str, amount: float = 0.0) -> Kind:
+    return Kind(name=name, action=action, phase=phase, amount=amount, outcome="refuses", promise=promise)
+
+
+def _link(name: str, action: str) -> Kind:
+    return Kind(name=name, action=action, outcome="carries on", strikes_node=True)
+
+
+_ALL = (
+    *map(_kill_in, KILLED_IN),
+    Kind(
+        name="stop in experts",
+        action="stop",
+        phase="experts",
+        promise=r"rank {rank} .*CollectiveTimeout: step \d+, \w+.*missing: rank {rank}",
+    ),
+    _error("error in forward", "raise", "forward", r"PlannedFault: rank {rank} was to fail in step \d+, forward"),
+    _error("wrong splits", "lie", "dispatch", r"WrongSplits: step \d+, dispatch of \S+: rank {rank} was about to", 2.0),
+    _error("dispatch left out", "skip", "dispatch", r"RanksDiverged: step \d+, dispatch of \S+: rank {rank} left some"),
+    Kind(name="kill worker", action="kill_worker", promise=_DIED),
+    Kind(name="kill driver", action="kill_driver", outcome="resumes"),
+    Kind(
+        name="kill coordinator",
+        action="kill_coordinator",
+        outcome="carries on",
+        promise="coordinator lost",
+        events=("coordinator_lost", "coordinator_back"),
+        room=3,
+    ),
+    Kind(name="kill node", action="kill_node", promise=_LOST, strikes_node=True),
+    Kind(name="cut link", action="cut_link", promise=_LOST, strikes_node=True),
+    _link("cut link briefly", "cut_link_briefly"),
+    _link("delay frames", "delay_frames"),
+    _link("lose frames", "lose_frames"),
+    _link("limit link", "limit_link"),
+    Kind(
+        name="fill disk",
+        action="fill_disk",
+        outcome="carries on",
+        promise=r"checkpoint failed: step \d+, reason a checkpoint needs .* are free",
+        events=("checkpoint_failed", "checkpoint"),
+        room=2,
+    ),
+    Kind(name="damage checkpoint", action="damage_checkpoint", promise=_DIED, room=2),
+    Kind(
+        name="damage checkpoint before resume",
+        action="damage_checkpoint_and_kill_driver",
+        outcome="refuses",
+        promise=r"checkpoint \S+ is damaged: \S+ .*resume with --resume \S+ --step \d+",
+        room=2,
+    ),
+)
+KINDS = {kind.name: kind for kind in _ALL}

@@ -1,0 +1,121 @@
+"""Where chaos plays: a Ray cluster of machines on this host, and a small disk that they share for the runs."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import runtime
+from runtime.chaos.machines import Machine, Machines
+from runtime.chaos.namespaces import command
+from runtime.chaos.plan import Preset
+
+CLONE_NEWNS = 0x00020000  # of linux/sched.h
+WORK_BYTES = 2**30  # Ray's logs and sockets, the prepared text; memory is taken only for what is in use.
+RUNS_BYTES = 48 * 2**20  # Several times the checkpoints of the runs; small, so that it is soon full.
+COMMAND_S = 240.0  # For `cluster up`, `join` and `down`: 10 s on a quiet machine.
+
+
+class StageFailed(RuntimeError):
+    """A node of the cluster could not be started or ended."""
+
+
+class Stage:
+    """Machines with a Ray node each; made by `open_stage`. `runs` is the disk of the runs, the same on all machines."""
+
+    def __init__(self, machines: Machines, folder: Path, preset: Preset) -> None:
+        self.machines, self.folder, self.runs = machines, folder, folder / "runs"
+        self._preset = preset
+
+    @property
+    def address(self) -> str:
+        """Of the cluster's head."""
+        return f"{self.machines[0].address}:6379"
+
+    def up(self) -> None:
+        """Start the head and join the other machines to it."""
+        cpus = str(self._preset.workers_per_machine)
+        self.command(self.machines[0], "cluster", "up", "--bind", self.machines[0].address, "--num-cpus", cpus)
+        for machine in list(self.machines)[1:]:
+            self.join(machine)
+
+    def join(self, machine: Machine) -> None:
+        """Make a machine, booted and with its link healed if need be, a node of the cluster anew."""
+        if not machine.is_up:
+            shutil.rmtree(self._disk(machine), ignore_errors=True)  # its disk is gone as well
+            machine.boot()
+        self.machines.network.heal(machine.index)
+        self.command(machine, "cluster", "down")
+        cpus = str(self._preset.workers_per_machine)
+        self.command(machine, "cluster", "join", self.machines[0].address, "--num-cpus", cpus)
+
+    def command(self, machine: Machine, *arguments: str) -> None:
+        """Run a quick command of trimtab on a machine.
+
+        Raises:
+            StageFailed: it failed, or took longer than COMMAND_S.
+        """
+        what = f"trimtab {' '.join(arguments)} on {machine.name}"
+        try:
+            done = machine.run(self._words(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
+        except subprocess.TimeoutExpired as error:
+            raise StageFailed(f"{what}: not done after {COMMAND_S:g} s") from error
+        if done.returncode:
+            raise StageFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+
+    def start(self, arguments: Sequence[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a command of trimtab on the head."""
+        head = self.machines[0]
+        return head.popen(self._words(arguments), env=self._environment(head) | variables, output=output)
+
+    def _words(self, arguments: Sequence[str]) -> list[str]:
+        return ["env", f"--chdir={self.folder}", sys.executable, "-P", "-m", "runtime", *arguments]
+
+    def _environment(self, machine: Machine) -> dict[str, str]:
+        disk = self._disk(machine)
+        disk.mkdir(exist_ok=True)
+        # None of the user's clusters, tokens or plans of faults.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TRIMTAB_"))}
+        tree = str(Path(runtime.__file__).parents[1])
+        own = {"HOME": str(self.folder), "RAY_TMPDIR": str(disk), "PYTHONPATH": tree, "COLUMNS": "200"}
+        return kept | own | {"PYTHONWARNINGS": "ignore"}
+
+    def _disk(self, machine: Machine) -> Path:
+        # Not the disk of the machine, whose path is too long for Ray's sockets.
+        return self.folder / str(machine.index)
+
+
+@contextlib.contextmanager
+def open_stage(preset: Preset) -> Iterator[Stage]:
+    """Build a stage, and leave nothing of it behind; the cluster is not up yet.
+
+    Its disks are mounted for this process and its children alone and vanish with them, however they end.
+
+    Raises:
+        ValueError: this system has no machines (`runtime.chaos.namespaces.why_not`).
+    """
+    machines = Machines(preset.num_machines)
+    _leave_shared_mounts()
+    folder = Path(tempfile.mkdtemp(prefix="tt-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(folder.rmdir)
+        for disk, num_bytes in ((folder, WORK_BYTES), (folder / "runs", RUNS_BYTES)):
+            disk.mkdir(exist_ok=True)
+            command(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "chaos", str(disk)])
+            stack.callback(command, ["umount", "--lazy", str(disk)])
+        # A text that nobody edits meanwhile.
+        shutil.copytree(Path(runtime.__file__).parents[1] / "workers", folder / "source")
+        yield Stage(stack.enter_context(machines), folder, preset)
+
+
+def _leave_shared_mounts() -> None:
+    # os.unshare is in Python from 3.12 on.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "cannot leave the mount namespace")
+    command(["mount", "--make-rprivate", "/"])

@@ -1,0 +1,141 @@
+"""The run that chaos strikes: started and resumed as a user does it, and watched through what it writes."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.chaos.plan import CHECKPOINT_EVERY, Preset
+from runtime.chaos.stage import Stage
+from runtime.compare.run_pool import last_step
+from workers.faults import FAULTS_VARIABLE
+from workers.run_log import EVENTS, METRICS, read_events, read_metrics
+
+POLL_S = 0.2
+STOP_S = 10.0
+# A rank that is stopped, or cut off, is named after this. Generous: machines of namespaces share the cores of one.
+COLLECTIVE_TIMEOUT_S = 20.0
+SUPERSEDED = "metrics.superseded.jsonl"
+
+
+class Unfulfilled(Exception):
+    """Something that the run owes did not come about. The message says what."""
+
+
+class Subject:
+    """A training run on a stage. on_wait: called about every POLL_S while something is waited for."""
+
+    def __init__(self, stage: Stage, name: str, *, deadline: float, on_wait: Callable[["Subject", str], None]) -> None:
+        self.stage, self.name, self.run_dir = stage, name, stage.runs / name
+        self.terminal = stage.folder / f"{name}.log"
+        self.terminal.touch()
+        self._deadline, self._on_wait = deadline, on_wait
+        self._process: subprocess.Popen[bytes] | None = None
+        self._faults = ""
+
+    def start(self, preset: Preset, seed: int, num_steps: int, faults: Path | None = None) -> None:
+        """Begin the run. faults: the plan for its workers."""
+        self._faults = "" if faults is None else str(faults)
+        self._begin("train", *_options(self.stage, preset), f"--name={self.name}", f"--steps={num_steps}",
+                    f"--run.seed={seed}")  # fmt: skip
+
+    def resume(self, step: int | None = None) -> None:
+        """Go on with it by its name, from the newest checkpoint or that of `step`."""
+        self._begin("train", "--resume", self.name, *([] if step is None else ["--step", str(step)]))
+
+    def kill(self) -> float:
+        """Send SIGKILL to its driver. Returns the time of it."""
+        [driver] = [each for each in self.stage.machines[0].processes() if " -m runtime train " in f"{each.command} "]
+        os.kill(driver.host_pid, signal.SIGKILL)
+        return time.time()
+
+    def stop(self) -> None:
+        """End it if it still runs, without waiting for it to save."""
+        if self.exit_code is None and self.stage.machines[0].is_up:
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                self.kill()
+            self._started.wait(STOP_S)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._started.poll()
+
+    @property
+    def step(self) -> int:
+        """The last one that it recorded."""
+        return last_step(self.run_dir / METRICS)
+
+    def events(self, name: str, since: float) -> list[dict[str, Any]]:
+        """Its events of this name from a time on."""
+        if not (self.run_dir / EVENTS).exists():
+            return []
+        return [event for event in read_events(self.run_dir) if event["event"] == name and event["time"] >= since]
+
+    def train_lines(self) -> list[dict[str, Any]]:
+        """One a step, without those that were made anew."""
+        return read_metrics(self.run_dir)[0] if (self.run_dir / METRICS).exists() else []
+
+    def eval_lines(self) -> list[dict[str, Any]]:
+        """One an evaluation, without those that were made anew."""
+        return read_metrics(self.run_dir)[1]
+
+    def said(self, offset: int = 0) -> str:
+        """What it has printed, all its drivers one after the other, from an offset in characters on."""
+        return self.terminal.read_text(errors="replace")[offset:]
+
+    def wait(self, condition: Callable[[], Any], what: str, limit_s: float, *, may_end: bool = False) -> Any:
+        """Wait until the condition is truthy, and return its value.
+
+        Raises:
+            Unfulfilled: it is not after `limit_s`, or at the end of all; or the run ended before (unless `may_end`).
+        """
+        give_up = time.monotonic() + limit_s
+        while not (value := condition()):
+            if not may_end and self.exit_code is not None and not condition():
+                raise Unfulfilled(f"{what}: the run ended with exit code {self.exit_code}: {self._last_words()}")
+            if time.monotonic() > give_up:
+                raise Unfulfilled(f"{what}: not after {limit_s:.0f} s")
+            if time.monotonic() > self._deadline:
+                raise Unfulfilled(f"{what}: not by the end of the time for all faults")
+            self._on_wait(self, what)
+            time.sleep(POLL_S)
+        return value
+
+    @property
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise AssertionError("the run was not started")
+        return self._process
+
+    def _begin(self, *arguments: str) -> None:
+        variables = {FAULTS_VARIABLE: self._faults} if self._faults else {}
+        self._process = self.stage.start(arguments, self.terminal, **variables)
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.said().splitlines() if re.search("error|Error", line)]
+        return lines[-1] if lines else "it said nothing"
+
+
+def _options(stage: Stage, preset: Preset) -> list[str]:
+    settings = {
+        "config": "tiny",
+        "run.dir": stage.runs,
+        "model.num_layers": 2,  # one of them MoE: machines of namespaces share few cores
+        "run.global_batch_size": preset.world_size,
+        "run.checkpoint_every": CHECKPOINT_EVERY,
+        "run.eval_every": 0,
+        "data.path": stage.folder / "source",
+        "data.cache_dir": stage.folder / "text",
+        "device": "cpu",
+        "workers": preset.world_size,
+        "cluster.address": stage.address,
+        "cluster.start_timeout_s": 240,  # a node that was killed is booted meanwhile
+        "cluster.collective_timeout_s": COLLECTIVE_TIMEOUT_S,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]

@@ -1,0 +1,181 @@
+"""One fault after the other strikes a run; what becomes of each is read from the run's own records."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runtime.chaos.injections import INJECTIONS
+from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark
+from runtime.chaos.subject import SUPERSEDED, Subject, Unfulfilled
+
+REACH_S = 600.0  # For the run to come to the step of a fault.
+RECOVER_S = 300.0  # From a fault to the next new step.
+STEPS_AFTER = 2  # Steps that a run which carried on makes before that is believed.
+
+Verdict = Literal["survived", "refused", "FAILED"]
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """What became of a fault.
+
+    struck: Unix time. detected_s, recovered_s: from there until the run, or its user's terminal, told of it, and until
+    the next new step was done; NaN where there was nothing to detect. redone: steps made anew. parts: seconds of
+    recovered_s by what they were for. said: the run's own words. reason: why it is FAILED.
+    """
+
+    fault: ChaosFault
+    verdict: Verdict = "FAILED"
+    struck: float = math.nan
+    detected_s: float = math.nan
+    recovered_s: float = math.nan
+    redone: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    said: str = ""
+    reason: str = ""
+
+
+def strike(run: Subject, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
+    """Have a fault strike and see the run through it. The run is alive afterwards, or the next trial says that not."""
+    trial = Trial(fault=fault)
+    before, superseded = len(run.said()), _num_superseded(run)
+    try:
+        trial.struck = _fire(run, fault, plan)
+        OUTCOMES[fault.kind.outcome](run, trial, before)
+    except Unfulfilled as error:
+        trial.verdict, trial.reason = "FAILED", str(error)
+    trial.redone = _num_superseded(run) - superseded
+    return trial
+
+
+def _fire(run: Subject, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> float:
+    where = f"step {fault.step}"
+    if not fault.kind.is_planned:
+        run.wait(lambda: run.step >= fault.step, where, REACH_S)
+        return INJECTIONS[fault.kind.action](run, fault)
+    mark = run.run_dir / fired_mark(plan, fault)
+    run.wait(lambda: mark.exists() or run.step > fault.step + UNIT // 2, where, REACH_S, may_end=True)
+    if not mark.exists():
+        raise Unfulfilled(f"{where} is over, and rank {fault.rank} was never in {fault.kind.phase}")
+    return mark.stat().st_mtime
+
+
+def _recovers(run: Subject, trial: Trial, _: int) -> None:
+    """The gang forms again, and says how long each part of that took."""
+    since = trial.struck
+    event = run.wait(lambda: next(iter(run.events("recovered", since)), None), "recovering", RECOVER_S)
+    failed = run.events("failed", since)[0]
+    trial.detected_s = failed["time"] - since
+    trial.recovered_s = event["time"] - since
+    # The gang's own clock starts when the driver hears of the failure.
+    trial.parts = {"noticing": trial.recovered_s - event["total_s"], **event["seconds"]}
+    trial.verdict, trial.said = "survived", failed["reason"]
+    _keep_promise(run, trial, failed["reason"])
+
+
+def _carries_on(run: Subject, trial: Trial, before: int) -> None:
+    """No gang ends, and steps follow."""
+    first = run.step
+    run.wait(lambda: run.step >= first + STEPS_AFTER, "going on", RECOVER_S)
+    if failed := run.events("failed", trial.struck):
+        # It came through, but by a recovery that this fault should not have needed.
+        _recovers(run, trial, before)
+        raise Unfulfilled(f"the gang was to stay: {failed[0]['reason']}")
+    trial.verdict = "survived"
+    if trial.fault.kind.events is not None:
+        _note_events(run, trial, *trial.fault.kind.events)
+        _keep_promise(run, trial, run.said(before))
+
+
+def _note_events(run: Subject, trial: Trial, noticed: str, over: str) -> None:
+    """When the run noticed the fault, and when it was over, unless the next one is too near to wait for that."""
+    last_step = trial.fault.step + UNIT * trial.fault.kind.room - CHECKPOINT_EVERY
+    event = run.wait(lambda: next(iter(run.events(noticed, trial.struck)), None), noticed, RECOVER_S)
+    trial.detected_s = event["time"] - trial.struck
+    run.wait(lambda: run.events(over, event["time"]) or run.step >= last_step, over, RECOVER_S)
+    if ends := run.events(over, event["time"]):
+        trial.recovered_s = ends[0]["time"] - trial.struck
+
+
+def _refuses(run: Subject, trial: Trial, before: int) -> None:
+    """The run ends, says why, and goes on when its user resumes it."""
+    run.wait(lambda: run.exit_code is not None, "ending the run", RECOVER_S, may_end=True)
+    trial.detected_s = time.time() - trial.struck
+    step = None
+    if trial.fault.kind.action == "damage_checkpoint_and_kill_driver":
+        run.resume()
+        run.wait(lambda: run.exit_code is not None, "refusing to resume", RECOVER_S, may_end=True)
+        offered = re.search(r"--step (\d+)", run.said(before))
+        step = int(offered[1]) if offered else None
+    _keep_promise(run, trial, run.said(before))
+    trial.verdict = "refused"
+    _resume(run, trial, step)
+
+
+def _resumes(run: Subject, trial: Trial, _: int) -> None:
+    """The run's driver is gone, and its workers with it; the user starts it again by its name."""
+    run.wait(lambda: run.exit_code is not None, "the end of the driver", RECOVER_S, may_end=True)
+    trial.detected_s = time.time() - trial.struck
+    trial.verdict = "survived"
+    _resume(run, trial, None)
+
+
+OUTCOMES: dict[str, Callable[[Subject, Trial, int], None]] = {
+    "recovers": _recovers,
+    "carries on": _carries_on,
+    "refuses": _refuses,
+    "resumes": _resumes,
+}
+
+
+def revive(run: Subject) -> bool:
+    """Start the run again if a trial has left it dead. Returns whether it lives."""
+    if run.exit_code is None:
+        return True
+    at = time.time()
+    run.resume()
+    try:
+        run.wait(lambda: _first_step(run, at), "resuming", RECOVER_S)
+    except Unfulfilled:
+        return False
+    return True
+
+
+def _resume(run: Subject, trial: Trial, step: int | None) -> None:
+    begun = time.time()
+    run.resume(step)
+    line = run.wait(lambda: _first_step(run, begun), "the first step after resuming", RECOVER_S)
+    resumed = run.events("resumed", begun)[0]
+    trial.recovered_s = line["time"] - trial.struck
+    ray_s, gang_s = resumed["ray_s"], resumed["gang_s"]
+    trial.parts = {
+        "until resumed": begun - trial.struck,
+        "driver, load": resumed["time"] - begun - ray_s - gang_s,
+        "Ray": ray_s,
+        "workers": gang_s,
+        "first step": line["time"] - resumed["time"],
+    }
+
+
+def _first_step(run: Subject, since: float) -> dict[str, Any] | None:
+    if not run.events("resumed", since):
+        return None
+    return next((line for line in run.train_lines() if line["time"] >= since), None)
+
+
+def _keep_promise(run: Subject, trial: Trial, text: str) -> None:
+    fault = trial.fault
+    node = re.escape(run.stage.machines[fault.machine].address)
+    pattern = fault.kind.promise.replace("{rank}", str(fault.rank)).replace("{node}", node)
+    found = re.search(pattern, " ".join(text.split()))
+    if found is None:
+        raise Unfulfilled(f"it did not say what it promises ({pattern})")
+    trial.said = (trial.said or found[0]).replace(f"{run.stage.folder}/", "")
+
+
+def _num_superseded(run: Subject) -> int:
+    path = run.run_dir / SUPERSEDED
+    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
