@@ -104,7 +104,8 @@ def generate(
             max_seq_len=model.config.max_seq_len,
             eod_id=eod_id,
         )
-        _continue(model, batch, sampling, groups, autocast, speed)
+        with autocast:  # around all steps: it keeps its casts of the weights until it is left
+            _continue(model, batch, sampling, groups, speed)
     model.train()
     return Generated({sequence.index: sequence.new_ids for sequence in mine}, speed)
 
@@ -114,7 +115,6 @@ def _continue(
     batch: DecodingBatch,
     sampling: SamplingConfig,
     groups: RankGroups,
-    autocast: AbstractContextManager[None],
     speed: Speed,
 ) -> None:
     """Add tokens until every sequence of every rank has ended, and to `speed` what that took."""
@@ -122,8 +122,7 @@ def _continue(
     speed.prompt_tokens += batch.num_prompt_tokens
     prefilled = False
     while _any_rank(bool(batch.running), groups):
-        with autocast:
-            logits = model(**batch.inputs(groups.device))
+        logits = model(**batch.inputs(groups.device))
         speed.new_tokens += prefilled * len(batch.running)
         batch.append(_choose_all(logits, batch.running, sampling))
         if not prefilled:
