@@ -51,6 +51,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
+        self._num_taken = 0  # lines that were told and are no longer kept
         self._last_words: dict[str, Activity] = {}
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
@@ -65,6 +66,7 @@ class Worker:
         """
         gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
         self._lines.clear()
+        self._num_taken = 0
         self._stop_requested.clear()
         spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
         choice = choose_exchange(
@@ -191,8 +193,14 @@ class Worker:
         )
 
     def progress(self, since: int) -> list[dict[str, Any]]:
-        """Metrics and events of this run from the `since`-th on; only rank 0 has any."""
-        return self._lines[since:]
+        """Metrics and events of this run from the `since`-th on; only rank 0 has any.
+
+        Who asks has those before: they are let go, or a long run would keep them all.
+        """
+        num_known = max(0, since - self._num_taken)
+        del self._lines[:num_known]  # the training thread only appends
+        self._num_taken += num_known
+        return list(self._lines)
 
     def request_stop(self) -> None:
         """Save and stop after the step under way, on all ranks."""

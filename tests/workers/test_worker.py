@@ -16,6 +16,7 @@ from workers.evaluation import evaluate
 from workers.generation import SamplingConfig
 from workers.parallel import ParallelConfig
 from workers.run_log import read_events, read_load_history, read_metrics
+from workers.worker import Worker
 
 
 def _with_run(spec, name, **run):
@@ -342,3 +343,14 @@ def test_a_run_that_failed_goes_on_from_before_a_damaged_checkpoint_with_a_warni
     assert "step_00000012 is damaged" in warning["text"]
     assert [event["step"] for event in read_events(spec.run_dir) if event["event"] == "resumed"] == [10]
     assert [line["step"] for line in read_metrics(spec.run_dir)[0]] == list(range(1, 13))
+
+
+def test_lines_that_were_told_are_not_kept(tmp_path):
+    worker = Worker(make_spec(tmp_path))
+    lines = [{"step": step} for step in range(4)]
+    worker._lines.extend(lines[:3])
+    assert worker.progress(0) == lines[:3]
+    assert worker.progress(2) == worker.progress(2) == lines[2:3]  # an answer may be lost
+    worker._lines.append(lines[3])
+    assert worker.progress(3) == lines[3:]
+    assert len(worker._lines) == 1
