@@ -9,6 +9,7 @@ from runtime.replay.play import Played, max_vio_by_step
 from runtime.replay.trace import Trace
 
 MEAN_OVER = 5  # steps that must be within the threshold on average
+KEPT = 0.5  # of the steps that follow must be so too: a fresh router is even, and no law has balanced it
 STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 
 
@@ -16,7 +17,8 @@ STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 class Figures:
     """Of one law on one trace.
 
-    balanced_after: updates until the next MEAN_OVER steps are within the threshold on average, None if never.
+    balanced_after: updates until the next MEAN_OVER steps are within the threshold on average, and KEPT of all that
+    follow up to the shift; None if never.
     recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
     steps, the last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best
     scores that the chosen ones lack. Means over layers.
@@ -53,9 +55,14 @@ def steady_steps(trace: Trace) -> range:
 
 
 def first_balanced(share_S: NDArray[np.float64]) -> int | None:
-    """Index of the first step from which MEAN_OVER shares of the threshold are at most 1 on average; None if none."""
+    """Index of the first step from which MEAN_OVER shares of the threshold are at most 1 on average, for good.
+
+    For good: so are KEPT of all runs of MEAN_OVER steps from there on. None if there is no such step.
+    """
     if len(share_S) < MEAN_OVER:
         return None
     means = np.convolve(share_S, np.full(MEAN_OVER, 1 / MEAN_OVER), "valid")
-    below = np.flatnonzero(means <= 1)
+    within = means <= 1
+    num_left = np.arange(len(within), 0, -1)
+    below = np.flatnonzero(within & (within[::-1].cumsum()[::-1] >= KEPT * num_left))
     return int(below[0]) if below.size else None

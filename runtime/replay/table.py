@@ -47,7 +47,7 @@ def _notes(comparison: Comparison) -> str:
     )
     return (
         f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Steps to "
-        f"balance: before the first {MEAN_OVER} that are on average within {threshold}{recover}. Regret: score that "
-        "the choice gives away against top-k without a bias. Floors: what the best constant bias would leave, which "
-        "does not know the batch; what independent tokens would leave by chance."
+        f"balance: before the first {MEAN_OVER} that are on average within {threshold}, as are most that follow"
+        f"{recover}. Regret: score that the choice gives away against top-k without a bias. Floors: what the best "
+        "constant bias would leave, which does not know the batch; what independent tokens would leave by chance."
     )

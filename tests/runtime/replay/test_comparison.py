@@ -11,6 +11,7 @@ from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from runtime.replay.chart import write_chart
 from runtime.replay.comparison import Comparison, compare
+from runtime.replay.figures import first_balanced
 from runtime.replay.floors import floor_by_step
 from runtime.replay.play import Played
 from runtime.replay.table import as_table
@@ -60,6 +61,13 @@ def test_figures_say_how_near_and_how_soon() -> None:
     assert quick.max_vio_batch == pytest.approx(0.1) and quick.max_vio_global == pytest.approx(0)
     assert never.max_vio_batch == pytest.approx(0.9) and quick.regret == pytest.approx(0.02)
     assert found.laws["quick"].max_vio_S == pytest.approx(CURVE)
+
+
+def test_a_law_that_loses_a_balance_it_found_has_not_balanced_yet() -> None:
+    curve = np.array([0.1] * 8 + [0.9] * 40 + [0.1] * 20)
+    assert first_balanced(curve / 0.2) == 48
+    assert first_balanced(np.array([0.1] * 20 + [0.9] + [0.1] * 40) / 0.2) == 0  # one step of 61 does not matter
+    assert first_balanced(np.array([0.1] * 6 + [0.9] * 9) / 0.2) is None
 
 
 def test_without_a_shift_the_end_is_the_steady_part() -> None:
