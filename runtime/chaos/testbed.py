@@ -26,7 +26,7 @@ class TestbedFailed(RuntimeError):
 
 
 class Testbed:
-    """Machines with a Ray node each; made by `open_testbed`. `runs` is the disk of the runs, the same on all machines."""
+    """Machines with a Ray node each; made by `open_testbed`. `runs` is the disk of the runs, seen by all machines."""
 
     def __init__(self, machines: Machines, folder: Path, preset: Preset) -> None:
         self.machines, self.folder, self.runs = machines, folder, folder / "runs"

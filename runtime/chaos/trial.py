@@ -89,7 +89,7 @@ def _recovers(run: TargetRun, trial: Trial, _: int) -> None:
     trial.recovered_s = event["time"] - since
     # The gang's own clock starts when the driver hears of the failure.
     trial.parts = {"noticing": trial.recovered_s - event["total_s"], **event["seconds"]}
-    trial.verdict, trial.said = "survived", failed["reason"]
+    trial.verdict = "survived"
     _keep_promise(run, trial, failed["reason"])
 
 
@@ -119,7 +119,11 @@ def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
 
 def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """The run ends, says why, and goes on when its user resumes it."""
-    run.wait(lambda: run.exit_code is not None, "ending the run", RECOVER_S, may_end=True)
+    since = trial.struck
+    run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
+    if run.exit_code is None:
+        trial.said = run.events("failed", since)[0]["reason"]
+        raise Unfulfilled("the run recovered instead of ending with the promised error")
     trial.detected_s = time.time() - trial.struck
     step = None
     if trial.fault.kind.action == "damage_checkpoint_and_kill_driver":

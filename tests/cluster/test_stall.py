@@ -66,10 +66,11 @@ def test_the_blame_goes_past_those_who_wait_themselves():
     assert stall_of(waiting(5, 5.5), waiting(5, 5.4), *[doing("experts", 5.2, {"world": 4})] * 2).missing == (2, 3)
 
 
-@pytest.mark.parametrize("odd_waits_s", [4.5, 5.5])
-def test_of_ranks_that_wait_for_each_other_the_few_left_something_out(odd_waits_s):
+@pytest.mark.parametrize(("many_wait_s", "odd_waits_s"), [(5.0, 4.5), (5.0, 5.5), (3.9, 4.0)])
+def test_of_ranks_that_wait_for_each_other_the_few_left_something_out(many_wait_s, odd_waits_s):
     norm = {"group": "ep", "members": WORLD, "phase": "gradient norm"}
-    stall = stall_of(waiting(5), waiting(5), waiting(9, odd_waits_s, **norm), waiting(5))
+    many = waiting(5, many_wait_s)  # (3.9, 4.0): only the odd one's wait is beyond the bound yet
+    stall = stall_of(many, many, waiting(9, odd_waits_s, **norm), many)
     assert stall.missing == (2,)
     assert "waits itself in step 7, gradient norm, for " in str(stall.error)
     assert "it left out step 7, gradients" in str(stall.error)
