@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import runtime
+from cluster.node_state import ray_folder
 from runtime.chaos.machines import Machine, Machines
 from runtime.chaos.namespaces import command
 from runtime.chaos.plan import Preset
@@ -101,7 +102,7 @@ def open_testbed(preset: Preset) -> Iterator[Testbed]:
     """
     machines = Machines(preset.num_machines)
     _leave_shared_mounts()
-    folder = Path(tempfile.mkdtemp(prefix="tt-"))
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=ray_folder()))
     with contextlib.ExitStack() as stack:
         stack.callback(folder.rmdir)
         for disk, num_bytes in ((folder, WORK_BYTES), (folder / "runs", RUNS_BYTES)):
