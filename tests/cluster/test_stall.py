@@ -85,6 +85,21 @@ def test_of_two_that_wait_for_each_other_the_one_further_on_left_something_out(s
     assert stall_of(*(reversed(pair) if swapped else pair)).missing == ((0,) if swapped else (1,))
 
 
+def test_a_rank_that_is_elsewhere_in_the_same_group_left_something_out():
+    # 2 left out its only layer: its gradients have the number that the dispatch of the others has. Its control thread,
+    # which began first, waits for theirs.
+    at = {place: {("world", 5): f"step 7, {place}"} for place in ("dispatch", "gradients")}
+    many = {"training": waiting(5, 3.9, phase="dispatch", recent=at["dispatch"]), "control": doing("idle", 9, {})}
+    odd = {
+        "training": waiting(5, 3.8, phase="gradients", recent=at["gradients"]),
+        "control": waiting(3, 4.1, group="control", phase="bias update, reduce"),
+    }
+    stall = find_stall({0: many, 1: many, 2: odd, 3: many}, NAMES, 4.0, "the bound", {})
+    assert stall.missing == (2,)
+    assert str(stall.error).startswith("step 7, dispatch of layers.1.moe: no end after 3.9 s; missing: rank 2; ")
+    assert "it left out step 7, dispatch of layers.1.moe" in str(stall.error)
+
+
 def test_when_all_have_come_the_error_says_where_each_believes_to_be():
     here, there = {("world", 5): "step 7, gradients"}, {("world", 5): "step 7, gradient norm"}
     stall = stall_of(*[waiting(5, members=(0, 1, 2), recent=place) for place in (here, here, there)])
