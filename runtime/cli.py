@@ -63,9 +63,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _generate(arguments: Sequence[str]) -> int:
-    """Continue a text with a run's model."""
+    """Continue texts with a run's model."""
     parser = _run_parser("generate", _generate)
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", action="append", dest="prompts", help="text to continue; again for more")
+    texts.add_argument("--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line")
     parser.add_argument("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
     parser.add_argument(
         "--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
@@ -77,11 +79,18 @@ def _generate(arguments: Sequence[str]) -> int:
         help="sample from the likeliest of this sum (%(default)s)",
     )
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the samples (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=32, help="prompts that a worker continues at once (%(default)s)"
+    )
     _add_worker_options(parser)
     run, options = _parse(parser, arguments)
+    if (path := options.pop("prompts_file")) is not None:
+        options["prompts"] = _lines(path)
     from runtime import job
+    from workers.generation import SamplingConfig
 
-    return job.generate(run, **options)
+    sampling = SamplingConfig(**{field: options.pop(field) for field in SamplingConfig.__dataclass_fields__})
+    return job.generate(run, sampling=sampling, **options)
 
 
 def _import(arguments: Sequence[str]) -> int:
@@ -256,6 +265,17 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     options = vars(parser.parse_args(arguments))
     return find_run(options.pop("run")), options
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises ValueError where there are none, or it is no UTF-8."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} has no text to continue; write one prompt a line")
+    return lines
 
 
 def _is_explained(error: Exception) -> bool:

@@ -33,6 +33,10 @@ FIXED_SETTINGS = (
     "data.mix",
     "data.mix_after",
     "data.shift_at",
+    "data.format",
+    "data.pack_documents",
+    "data.chat_template",
+    "optim.freeze",
     "balance.law",
 )
 # Inside a fixed section, yet without influence on any result.
@@ -103,6 +107,11 @@ def cross_check(config: TrainConfig) -> None:
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
+    if config.model.num_mtp_layers and config.data.has_documents:
+        raise ValueError(
+            f"model.num_mtp_layers ({config.model.num_mtp_layers}) predicts across the ends of documents, which "
+            "data.format chat and data.pack_documents keep apart; set --model.num_mtp_layers 0, or train on plain text"
+        )
     _check_device(config.cluster)
     _check_time_limits(config.cluster)
     if config.parallel.exchange == "deep_ep" and ep_size > 1:

@@ -1,6 +1,7 @@
 """What the commands do: train, evaluate and generate, from checked settings to an exit code."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -24,12 +25,15 @@ from runtime.size import ModelSize, model_size, recorded_scores_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.evaluation import Evaluation
-from workers.generation import SamplingConfig
+from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
 from workers.run_log import append_event
 from workers.sampler import Sampler
 from workers.shards import Dataset
 from workers.training_run import CHECKPOINTS, TrainOutcome
+from workers.worker import Continuations
+
+BETWEEN_TEXTS = "---\n"
 
 
 def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
@@ -91,23 +95,23 @@ def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers:
 def generate(
     run_dir: Path,
     *,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
     step: int | None,
     workers: int | None,
     device: str | None,
 ) -> int:
-    """Continue a prompt with a checkpoint of a run and print prompt and continuation."""
+    """Continue prompts with a checkpoint of a run; print each with its continuation, and the speed on stderr."""
+    console = Console(stderr=True, highlight=False)
     config = _config_for(run_dir, workers, device)
     path = find_checkpoint(run_dir, step)
-    dataset = open_data(config, Console(stderr=True))
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    dataset = open_data(config, console)
     with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
-        texts: list[dict[int, str]] = ranks.run("generate", path.absolute(), [prompt], sampling)
-    sys.stdout.write(f"{prompt}{texts[0][0]}\n")
+        results: list[Continuations] = ranks.run("generate", path.absolute(), list(prompts), sampling)
+    texts = {index: text for result in results for index, text in result.texts.items()}
+    whole_texts = [f"{prompt}{texts[index]}\n" for index, prompt in enumerate(prompts)]
+    sys.stdout.write(BETWEEN_TEXTS.join(whole_texts))
+    _say(console, str(Speed.of_all([result.speed for result in results])))
     return 0
 
 
@@ -187,8 +191,11 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
     data = config.data
     paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)
-    tokenizer = data.tokenizer and str(Path(data.tokenizer).expanduser().absolute())
-    return replace(config, data=replace(data, path=paths, tokenizer=tokenizer, rebuild=False))
+    tokenizer, template = (
+        name and str(Path(name).expanduser().absolute()) for name in (data.tokenizer, data.chat_template)
+    )
+    recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
+    return replace(config, data=recorded)
 
 
 def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:

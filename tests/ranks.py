@@ -214,7 +214,8 @@ def _rank_main(
             )
             dist.barrier()  # else a rank that returns at once closes connections that another one is still making
             result = pickle.dumps(fn(rank, world_size, *args))
-            dist.destroy_process_group()
+            if dist.is_initialized():  # a worker whose training failed has left it
+                dist.destroy_process_group()
             pipe.send(("returned", time.monotonic(), result))
         except BaseException:  # noqa: BLE001 - the process boundary: whatever ended the function is the parent's to report
             pipe.send(("failed", time.monotonic(), traceback.format_exc()))

@@ -20,6 +20,7 @@ from workers.model import Decoder, token_nll
 from workers.parallel import RankGroups
 from workers.sampler import Sampler
 from workers.shards import Dataset
+from workers.windows import NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ def evaluate(
         for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
             load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
             with autocast:
-                logits = model(batch.input_ids.to(groups.device))
-            nats_B = token_nll(logits, batch.targets.to(groups.device)).sum(1, dtype=torch.float64).cpu()
-            tokens_B = batch.is_real_B * float(batch.targets.shape[1])
+                ids, targets, starts = batch.sequences.to(groups.device)
+                logits = model(ids, document_starts=starts)
+            nats_B = token_nll(logits, targets).sum(1, dtype=torch.float64).cpu()
+            tokens_B = batch.is_real_B * (batch.sequences.targets != NO_TARGET).sum(1)
             # where, not a product: a NaN of a padding row must not reach the sum.
             totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
             totals[1].index_add_(0, batch.source_B, tokens_B.double())

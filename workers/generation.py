@@ -1,5 +1,6 @@
 """Text from a trained model, under the same routing and exchange as in training; no token is dropped."""
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workers.decoding import DecodingBatch, DecodingSequence
 from workers.model import Decoder
 from workers.parallel import RankGroups
 
@@ -24,14 +26,52 @@ class SamplingConfig:
     """Sample only among the likeliest tokens that hold this share of the probability."""
     seed: int = 0
     """Seed of the sampling; the text does not depend on the number of workers."""
+    batch_size: int = 32
+    """Prompts that a worker continues at once: more tokens per second, and more memory for what attention keeps."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens ({self.max_new_tokens}) must be at least 1")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature ({self.temperature}) must be at least 0; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1")
+
+
+@dataclass
+class Speed:
+    """What generation took: tokens of this rank, seconds that it shares with all ranks.
+
+    prompt_tokens: read in the first forward of each batch, which also chooses a token; new_tokens: chosen after it.
+    """
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+
+    @classmethod
+    def of_all(cls, ranks: Sequence["Speed"]) -> "Speed":
+        """Of the gang: all tokens, in the time of the slowest rank."""
+        return cls(
+            sum(each.prompt_tokens for each in ranks),
+            max(each.prefill_s for each in ranks),
+            sum(each.new_tokens for each in ranks),
+            max(each.decode_s for each in ranks),
+        )
+
+    def __str__(self) -> str:
+        decode = _rate("decode", self.new_tokens, self.decode_s)
+        return f"{_rate('prefill', self.prompt_tokens, self.prefill_s)}; {decode}"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens by index of the prompt, for this rank's share of the prompts."""
+
+    new_ids: dict[int, list[int]]
+    speed: Speed
 
 
 @torch.no_grad()
@@ -43,64 +83,65 @@ def generate(
     *,
     eod_id: int,
     autocast: AbstractContextManager[None],
-) -> dict[int, list[int]]:
-    """Continue this rank's share of the prompts (every world_size-th); new tokens by index of the prompt.
+) -> Generated:
+    """Continue this rank's share of the prompts, every world_size-th. A prompt has one token or more.
+
+    A text that outgrows max_seq_len goes on from the last half of that.
 
     Collective: all ranks make the same number of forwards. A rank whose prompts are finished, or that has none, takes
     part with an empty batch, so that its experts serve the others.
     """
     model.eval()
     mine = [
-        _Sequence(index, list(prompts[index]), torch.Generator().manual_seed(sampling.seed * 1_000_003 + index))
+        DecodingSequence(index, list(prompts[index]), torch.Generator().manual_seed(sampling.seed * 1_000_003 + index))
         for index in range(groups.rank, len(prompts), groups.world_size)
     ]
-    for _ in range(sampling.max_new_tokens):
-        running = [sequence for sequence in mine if not sequence.ended]
-        if not _any_rank(bool(running), groups):
-            break
-        token_ids, token_mask = _right_padded(running, model.config.max_seq_len)
-        with autocast:
-            logits = model(token_ids.to(groups.device), token_mask=token_mask.to(groups.device))
-        for sequence, row, mask in zip(running, logits.cpu(), token_mask, strict=True):
-            sequence.append(_choose(row[int(mask.sum()) - 1], sampling, sequence.generator), eod_id)
+    speed = Speed()
+    for first in range(0, -(-len(prompts) // groups.world_size), sampling.batch_size):
+        batch = DecodingBatch(
+            mine[first : first + sampling.batch_size],
+            max_new_tokens=sampling.max_new_tokens,
+            max_seq_len=model.config.max_seq_len,
+            eod_id=eod_id,
+        )
+        _continue(model, batch, sampling, groups, autocast, speed)
     model.train()
-    return {sequence.index: sequence.new_ids for sequence in mine}
+    return Generated({sequence.index: sequence.new_ids for sequence in mine}, speed)
 
 
-@dataclass
-class _Sequence:
-    index: int
-    ids: list[int]
-    generator: torch.Generator
-    num_new: int = 0
-    ended: bool = False
-
-    def append(self, token_id: int, eod_id: int) -> None:
-        self.ended = token_id == eod_id
-        if not self.ended:
-            self.ids.append(token_id)
-            self.num_new += 1
-
-    @property
-    def new_ids(self) -> list[int]:
-        return self.ids[len(self.ids) - self.num_new :]
-
-
-def _right_padded(sequences: Sequence[_Sequence], max_seq_len: int) -> tuple[Tensor, Tensor]:
-    """The last max_seq_len tokens of each, (B, S), and which of them are real. Causal attention hides what follows."""
-    windows = [sequence.ids[-max_seq_len:] for sequence in sequences]
-    longest = max((len(window) for window in windows), default=1)
-    token_ids = torch.zeros(len(windows), longest, dtype=torch.int64)
-    token_mask = torch.zeros(len(windows), longest, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        token_ids[row, : len(window)] = torch.tensor(window)
-        token_mask[row, : len(window)] = True
-    return token_ids, token_mask
+def _continue(
+    model: Decoder,
+    batch: DecodingBatch,
+    sampling: SamplingConfig,
+    groups: RankGroups,
+    autocast: AbstractContextManager[None],
+    speed: Speed,
+) -> None:
+    """Add tokens until every sequence of every rank has ended, and to `speed` what that took."""
+    began = time.perf_counter()
+    speed.prompt_tokens += batch.num_prompt_tokens
+    prefilled = False
+    while _any_rank(bool(batch.running), groups):
+        with autocast:
+            logits = model(**batch.inputs(groups.device))
+        speed.new_tokens += prefilled * len(batch.running)
+        batch.append(_choose_all(logits, batch.running, sampling))
+        if not prefilled:
+            prefilled, now = True, time.perf_counter()
+            speed.prefill_s, began = speed.prefill_s + now - began, now
+    speed.decode_s += time.perf_counter() - began
 
 
-def _choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
+def _choose_all(logits: Tensor, sequences: Sequence[DecodingSequence], sampling: SamplingConfig) -> list[int]:
+    """The next token of each sequence from its logits (B, vocab_size). Waits for the device once."""
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        ids: list[int] = logits.argmax(-1).tolist()
+        return ids
+    rows = zip(logits.cpu(), sequences, strict=True)  # on the CPU, where a seed gives the same samples on any machine
+    return [_sample(row, sampling, sequence.generator) for row, sequence in rows]
+
+
+def _sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
     probabilities, order = (logits.double() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
     # Keep a token while the ones before it hold less than top_p: the likeliest always stays.
     probabilities[probabilities.cumsum(0) - probabilities >= sampling.top_p] = 0.0
@@ -111,3 +152,7 @@ def _any_rank(flag: bool, groups: RankGroups) -> bool:
     total = torch.tensor([int(flag)])
     groups.board.run(dist.all_reduce, total, dist.ReduceOp.MAX, group=groups.control_group)
     return bool(total)
+
+
+def _rate(what: str, num_tokens: int, seconds: float) -> str:
+    return f"{what} {num_tokens:,} tokens in {seconds:.2f} s ({num_tokens / max(seconds, 1e-9):,.0f} tokens/s)"

@@ -14,11 +14,13 @@ from dispatch.layer import MoEConfig, MoELayer, SwiGLU
 from dispatch.schedule import ScheduleConfig
 from workers.attention import (
     GroupedQueryAttention,
+    KeyValueCache,
     LatentAttention,
     LatentConfig,
     YarnConfig,
     rotary_table,
     visible,
+    visible_in_documents,
 )
 
 
@@ -139,9 +141,16 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.hidden, config.dense_ffn_hidden)
 
-    def forward(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        token_mask: Tensor | None,
+        seen: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
-        x = x + self.attention(self.attention_norm(x), rotary, seen)
+        x = x + self.attention(self.attention_norm(x), rotary, seen, cache)
         normed = self.ffn_norm(x)
         y: Tensor = self.moe(normed, token_mask) if self.has_moe else self.ffn(normed)
         return x + y
@@ -197,9 +206,19 @@ class Decoder(nn.Module):
             self.mtp = NextTokenBlock(config, make_moe())
 
     def forward(
-        self, token_ids: Tensor, *, token_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, S, vocab_size), at least fp32, also under autocast.
+        self,
+        token_ids: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        logits_at: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        next_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
+
+        With next_ids a pair: these, and those of the token after the next, by the MTP layer.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
@@ -208,33 +227,38 @@ class Decoder(nn.Module):
             positions: int64 (B, S), of each token in its sequence, as by `workers.attention.positions_of`. Padding may
                 then stand anywhere: a token sees the real tokens at or before its own position. Without them they
                 count from 0.
+            cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
+                with positions, their places in the cache, padding comes last in its sequence.
+            logits_at: int64 (B,), the only place in each row whose logits are wanted.
+            document_starts: int64 (B, S), where in its row the document of each token begins: attention and positions
+                do not reach beyond it. Without padding, positions and cache. None: a row is one document.
+            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with no other option.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
         x = self.token_embedding(token_ids)
-        rotary, seen = self._places(x, token_mask, positions)
-        return self._logits(self._normed(x, rotary, token_mask, seen))
-
-    def forward_training(self, token_ids: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the next token as by `forward`, and those of the token after it; None without a MTP layer.
-
-        next_ids: int64 (B, S), the token that follows each of token_ids. Collective as `forward`.
-        """
-        x = self.token_embedding(token_ids)
-        rotary, _ = self._places(x, None, None)
-        normed = self._normed(x, rotary, None, None)
-        if not self.config.num_mtp_layers:
-            return self._logits(normed), None
+        rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
+        normed = self._normed(x, rotary, token_mask, seen, cache)
+        logits = self._logits(normed if logits_at is None else _taken(normed, logits_at))
+        if next_ids is None:
+            return logits
         further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary)
-        return self._logits(normed), self._logits(further)
+        return logits, self._logits(further)
 
-    def _normed(self, x: Tensor, rotary: Tensor, token_mask: Tensor | None, seen: Tensor | None) -> Tensor:
+    def _normed(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        token_mask: Tensor | None,
+        seen: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         for block in self.layers:
-            x = self._call(block, x, rotary, token_mask, seen)
+            x = self._call(block, x, rotary, token_mask, seen, cache)
         y: Tensor = self.norm(x)
         return y
 
-    def _call(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _call(self, block: nn.Module, *inputs: Tensor | KeyValueCache | None) -> Tensor:
         if self.config.recompute:
             # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random
             # numbers, so their state need not be kept.
@@ -243,28 +267,45 @@ class Decoder(nn.Module):
             y = block(*inputs)
         return y
 
-    def _places(self, x: Tensor, token_mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _places(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: KeyValueCache | None,
+        document_starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The rotary table of these tokens, and who sees whom where that is not causal order alone."""
-        seq_len, config = x.shape[1], self.config
-        if seq_len > config.max_seq_len:
-            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({config.max_seq_len})")
-        rotary = rotary_table(
-            seq_len if positions is None else positions,
-            config.rotary_dim,
-            config.rope_theta,
-            device=x.device,
-            dtype=x.dtype,
-            yarn=config.yarn,
-        )
+        if document_starts is not None:
+            within = torch.arange(x.shape[1], device=x.device) - document_starts
+            return self._rotary(x, within), visible_in_documents(document_starts)
+        rotary = self._rotary(x, x.shape[1] if positions is None else positions)
         if positions is None:
-            return rotary, None
+            if cache is not None:
+                cache.begin(torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
+            return rotary, None  # causal order alone, which has the faster kernels
+        if cache is not None:
+            return rotary, cache.begin(positions)
         mask = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
         return rotary, visible(positions, positions, mask)
+
+    def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
+        config = self.config
+        if x.shape[1] > config.max_seq_len:
+            raise ValueError(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
+        return rotary_table(
+            positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
+        )
 
     def _logits(self, normed: Tensor) -> Tensor:
         head = self.token_embedding if self.config.tie_embeddings else self.lm_head
         logits = F.linear(normed, head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _taken(x: Tensor, index_B: Tensor) -> Tensor:
+    """Of x (B, S, hidden) the place index_B[b] of each row b: (B, hidden)."""
+    return x[torch.arange(len(x), device=x.device), index_B]
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workers.freezing import check_parts
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -27,6 +29,8 @@ class OptimConfig:
     """Decoupled decay of matrices; norms are not decayed."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger gradients are scaled down to it; 0 turns it off."""
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they are: embedding, attention, dense_ffn, router, experts, shared_experts, norms."""
     mtp_weight: float = 0.1
     """Factor on the loss of the multi-token-prediction layer, where there is one (0.3, then 0.1 in DeepSeek-V3)."""
 
@@ -42,6 +46,7 @@ class OptimConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]")
+        check_parts(self.freeze)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-import numpy as np
-
+from workers.chat import ChatTemplate, load_template
+from workers.encoding import DocumentEncoder
 from workers.shards import (
     FORMAT,
     META_FILE,
@@ -22,12 +22,13 @@ from workers.shards import (
     FileStamp,
     SourceMeta,
     SplitSize,
+    flags_name,
     is_unchanged,
     shard_name,
     stamp_file,
     token_dtype,
 )
-from workers.text import DataConfig, Document, Source, Split, find_sources, read_pieces, split_documents
+from workers.text import DataConfig, Document, Source, find_sources, split_documents
 from workers.tokenizer import Tokenizer, load_tokenizer
 
 SPARE_BYTES = 1 << 20  # for meta.json, and so as not to fill the last block
@@ -57,11 +58,13 @@ def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dat
     try:
         sources = find_sources(config)
         tokenizer = load_tokenizer(config.tokenizer)
-        folder = cache_dir / f"data-{_cache_key(config, sources, tokenizer)}"
+        template = load_template(config.chat_template, config.tokenizer) if config.format == "chat" else None
+        folder = cache_dir / f"data-{_cache_key(config, sources, tokenizer, template)}"
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
             if config.rebuild or not folder.exists():
-                _build(folder, config, sources, tokenizer, progress or (lambda _done, _total: None))
+                encoder = DocumentEncoder(tokenizer, template)
+                _build(folder, config, sources, encoder, progress or (lambda _done, _total: None))
             dataset = Dataset.open(folder)
         _refuse_changed_sources(dataset, sources)
     except OSError as error:
@@ -77,10 +80,16 @@ def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:
         raise ValueError(f"the tokens {numbers}; free some space or choose another disk with --data.cache_dir")
 
 
-def _cache_key(config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer) -> str:
+def _cache_key(
+    config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> str:
     # Not the files: text that changed under the same path must be noticed, not silently prepared anew.
     roots = [(source.name, str(source.root), source.version) for source in sources]
-    parts = [FORMAT, tokenizer.name, config.val_fraction, config.suffixes, roots]
+    parts: list[Any] = [FORMAT, tokenizer.name, config.val_fraction, config.suffixes, roots]
+    if template is not None:
+        parts.append(["chat", template.name])
+    elif config.has_documents:
+        parts.append("documents")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -110,19 +119,20 @@ def _changed(dataset: Dataset, path: Path, how: str) -> DataChanged:
 
 
 def _build(
-    folder: Path, config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer, progress: Progress
+    folder: Path, config: DataConfig, sources: tuple[Source, ...], encoder: DocumentEncoder, progress: Progress
 ) -> None:
     num_bytes = sum(file.num_bytes for source in sources for file in source.files)
     num_files = sum(len(source.files) for source in sources)
     # A token stands for a byte at least; a source's only file becomes two documents.
     most_tokens = num_bytes + num_files + len(sources)
-    needed_bytes = most_tokens * token_dtype(tokenizer.vocab_size).itemsize + SPARE_BYTES
+    token_bytes = token_dtype(encoder.tokenizer.vocab_size).itemsize + config.has_documents
+    needed_bytes = most_tokens * token_bytes + SPARE_BYTES
     check_free_space(needed_bytes, shutil.disk_usage(folder.parent).free, folder.parent)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     partial.mkdir()
     try:
-        _write(partial, config, sources, tokenizer, progress)
+        _write(partial, config, sources, encoder, progress)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -132,28 +142,32 @@ def _build(
 
 
 def _write(
-    folder: Path, config: DataConfig, sources: tuple[Source, ...], tokenizer: Tokenizer, progress: Progress
+    folder: Path, config: DataConfig, sources: tuple[Source, ...], encoder: DocumentEncoder, progress: Progress
 ) -> None:
+    names = [shard_name(split) for split in SPLITS]
+    names += [flags_name(split) for split in SPLITS] if config.has_documents else []
     total = sum(file.num_bytes for source in sources for file in source.files)
     with ExitStack() as stack:
-        streams = {split: stack.enter_context((folder / shard_name(split)).open("wb")) for split in SPLITS}
-        writer = _Writer(streams, tokenizer, lambda done: progress(done, total))
+        streams = {name: stack.enter_context((folder / name).open("wb")) for name in names}
+        writer = _Writer(streams, encoder, lambda done: progress(done, total))
         metas = [writer.write_source(source, config.val_fraction) for source in sources]
         for stream in streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-    shards = tuple(stamp_file(folder / shard_name(split)) for split in SPLITS)
-    meta = DatasetMeta(tokenizer.name, tokenizer.vocab_size, tuple(metas), shards)
+    shards = tuple(stamp_file(folder / name) for name in names)
+    meta = DatasetMeta(encoder.tokenizer.name, encoder.tokenizer.vocab_size, tuple(metas), shards)
     (folder / META_FILE).write_text(meta.to_json())
 
 
 class _Writer:
-    """Appends documents to the streams of their splits."""
+    """Appends documents to the streams of their splits, by file name; flags where there is a stream for them."""
 
-    def __init__(self, streams: Mapping[Split, BinaryIO], tokenizer: Tokenizer, report: Callable[[int], None]) -> None:
+    def __init__(
+        self, streams: Mapping[str, BinaryIO], encoder: DocumentEncoder, report: Callable[[int], None]
+    ) -> None:
         self._streams = streams
-        self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._encoder = encoder
+        self._dtype = token_dtype(encoder.tokenizer.vocab_size)
         self._report = report
         self._num_read = 0
 
@@ -166,20 +180,23 @@ class _Writer:
             totals[document.split] = SplitSize(
                 total.num_tokens + size.num_tokens, total.num_text_bytes + size.num_text_bytes
             )
+        for split, total in totals.items():
+            if not total.num_tokens:
+                raise ValueError(f"{source.root} holds nothing for the split {split!r}, only empty lines; give more")
         files = tuple(
             FileStamp(file.name, file.num_bytes, file.mtime_ns, hashes[file.name].hexdigest()) for file in source.files
         )
         return SourceMeta(source.name, str(source.root), **totals, files=files)
 
     def _write_document(self, document: Document, hash_piece: Callable[[bytes], None]) -> SplitSize:
-        stream = self._streams[document.split]
-        num_tokens = 1  # the end of the document
-        for piece in read_pieces(document):
-            hash_piece(piece)
-            ids = self._tokenizer.encode(piece)
-            stream.write(ids.astype(self._dtype).data)
-            num_tokens += len(ids)
-            self._num_read += len(piece)
+        tokens, flags = self._streams[shard_name(document.split)], self._streams.get(flags_name(document.split))
+        num_tokens = num_text_bytes = 0
+        for piece in self._encoder.encode(document, hash_piece):
+            tokens.write(piece.ids.astype(self._dtype).data)
+            if flags is not None:
+                flags.write(piece.flags.data)
+            num_tokens += len(piece.ids)
+            num_text_bytes += piece.num_text_bytes
+            self._num_read += piece.num_read
             self._report(self._num_read)
-        stream.write(np.array([self._tokenizer.eod_id], dtype=self._dtype).data)
-        return SplitSize(num_tokens, document.stop - document.start)
+        return SplitSize(num_tokens, num_text_bytes)

@@ -20,6 +20,7 @@ from dispatch.recycler import Recycler
 from dispatch.router import Router
 from workers.control import ControlLoop
 from workers.faults import Fault, FaultPlan
+from workers.freezing import freeze
 from workers.init import init_weights
 from workers.mix import MixSchedule
 from workers.model import Decoder, ModelConfig
@@ -112,6 +113,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         groups.board.trigger = control_board.trigger = FaultPlan(spec.faults, groups.rank, spec.run_dir)
     meter = Meter(board=groups.board)
     model = _build_model(spec, groups, meter)
+    freeze(model, spec.optim.freeze)
     name_layers(model, groups.board)
     routers = routers_of(model)
     law = make_law(spec.balance, layout_of(routers))

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,9 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 REBUILD = "prepare the text again with --data.rebuild true"
 
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+FlagArray = npt.NDArray[np.uint8]
+# Flags of a token, kept where documents matter: its prediction is learned; it is the first of its document.
+TARGET, FIRST = 1, 2
 
 
 class DataDamaged(ValueError):
@@ -67,7 +70,7 @@ class DatasetMeta:
     tokenizer: str
     vocab_size: int
     sources: tuple[SourceMeta, ...]
-    shards: tuple[FileStamp, ...]  # one per split: the streams of all sources, one after the other
+    shards: tuple[FileStamp, ...]  # one or two per split, tokens and flags: of all sources, one after the other
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -103,6 +106,8 @@ class Dataset:
     meta: DatasetMeta
     train: TokenArray  # (num_train_tokens,) all sources
     val: tuple[TokenArray, ...]  # one stream per source
+    train_flags: FlagArray | None = None  # as train; None: every token is a target, and documents do not matter
+    val_flags: tuple[FlagArray, ...] | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -113,9 +118,13 @@ class Dataset:
         """
         folder = Path(path)
         meta = DatasetMeta.read(folder)
-        streams = {split: _map_shard(folder, meta, split) for split in SPLITS}
+        train, val = (_map_shard(folder, meta, split, token_dtype(meta.vocab_size)) for split in SPLITS)
         bounds = np.cumsum([source.val.num_tokens for source in meta.sources])[:-1]
-        return cls(folder, meta, streams["train"], tuple(np.split(streams["val"], bounds)))
+        dataset = cls(folder, meta, train, tuple(np.split(val, bounds)))
+        if not any(shard.name == flags_name("train") for shard in meta.shards):
+            return dataset
+        train_flags, val_flags = (_map_shard(folder, meta, split, np.dtype("u1"), flags_name) for split in SPLITS)
+        return replace(dataset, train_flags=train_flags, val_flags=tuple(np.split(val_flags, bounds)))
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -125,8 +134,16 @@ class Dataset:
     @property
     def train_by_source(self) -> tuple[TokenArray, ...]:
         """The part of `train` that each source brought, in the order of `source_names`."""
-        bounds = np.cumsum([source.train.num_tokens for source in self.meta.sources])[:-1]
-        return tuple(np.split(self.train, bounds))
+        return tuple(np.split(self.train, self._train_bounds))
+
+    @property
+    def train_flags_by_source(self) -> tuple[FlagArray, ...] | None:
+        """As `train_by_source`."""
+        return None if self.train_flags is None else tuple(np.split(self.train_flags, self._train_bounds))
+
+    @property
+    def _train_bounds(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([source.train.num_tokens for source in self.meta.sources], dtype=np.int64)[:-1]
 
     @property
     def tokenizer_name(self) -> str:
@@ -186,6 +203,11 @@ def shard_name(split: Split) -> str:
     return f"{split}.bin"
 
 
+def flags_name(split: Split) -> str:
+    """File name of the flags of a split's tokens."""
+    return f"{split}.flags.bin"
+
+
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     """The smallest little-endian type that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -211,9 +233,14 @@ def is_unchanged(path: Path, stamp: FileStamp) -> bool:
     return status.st_mtime_ns == stamp.mtime_ns or file_sha256(path) == stamp.sha256
 
 
-def _map_shard(folder: Path, meta: DatasetMeta, split: Split) -> TokenArray:
-    path = folder / shard_name(split)
-    dtype = token_dtype(meta.vocab_size)
+def _map_shard(
+    folder: Path,
+    meta: DatasetMeta,
+    split: Split,
+    dtype: np.dtype[Any],
+    name_of: Callable[[Split], str] = shard_name,
+) -> npt.NDArray[Any]:
+    path = folder / name_of(split)
     num_tokens = sum(getattr(source, split).num_tokens for source in meta.sources)
     stamp = next((shard for shard in meta.shards if shard.name == path.name), None)
     if stamp is None or stamp.num_bytes != num_tokens * dtype.itemsize:

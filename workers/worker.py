@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from workers import checkpoint
 from workers.checkpoint import CheckpointCorrupt
 from workers.evaluation import Evaluation, evaluate
 from workers.exchange_choice import choose_exchange
-from workers.generation import SamplingConfig, generate
+from workers.generation import SamplingConfig, Speed, generate
 from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
@@ -32,6 +32,14 @@ from workers.training_run import CHECKPOINTS, TrainingRun, TrainOutcome
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """New text of this rank's share of the prompts, by index of the prompt, and how fast it came."""
+
+    texts: dict[int, str]
+    speed: Speed
+
+
 class Worker:
     """A rank. `join` first, then one of `train`, `evaluate` and `generate`, each called on all ranks together.
 
@@ -43,6 +51,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
+        self._num_taken = 0  # lines that were told and are no longer kept
         self._last_words: dict[str, Activity] = {}
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
@@ -57,6 +66,7 @@ class Worker:
         """
         gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
         self._lines.clear()
+        self._num_taken = 0
         self._stop_requested.clear()
         spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
         choice = choose_exchange(
@@ -146,12 +156,12 @@ class Worker:
             autocast=autocast(self._spec.run.dtype, state.groups.device),
         )
 
-    def generate(self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig) -> dict[int, str]:
-        """Continue this rank's share of the prompts: new text by index of the prompt."""
+    def generate(self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig) -> Continuations:
+        """Continue this rank's share of the prompts."""
         state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
         # An empty prompt starts a document: it follows the end of the one before.
         ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
-        new_ids = generate(
+        generated = generate(
             state.model,
             ids,
             sampling,
@@ -159,7 +169,8 @@ class Worker:
             eod_id=tokenizer.eod_id,
             autocast=autocast(self._spec.run.dtype, state.groups.device),
         )
-        return {index: tokenizer.decode(tokens) for index, tokens in new_ids.items()}
+        texts = {index: tokenizer.decode(tokens) for index, tokens in generated.new_ids.items()}
+        return Continuations(texts, generated.speed)
 
     def held_checkpoints(self) -> list[HeldShard]:
         """What this process has in memory of the last gang that it was in. Quick, from any thread, without a gang."""
@@ -182,8 +193,14 @@ class Worker:
         )
 
     def progress(self, since: int) -> list[dict[str, Any]]:
-        """Metrics and events of this run from the `since`-th on; only rank 0 has any."""
-        return self._lines[since:]
+        """Metrics and events of this run from the `since`-th on; only rank 0 has any.
+
+        Who asks has those before: they are let go, or a long run would keep them all.
+        """
+        num_known = max(0, since - self._num_taken)
+        del self._lines[:num_known]  # the training thread only appends
+        self._num_taken += num_known
+        return list(self._lines)
 
     def request_stop(self) -> None:
         """Save and stop after the step under way, on all ranks."""

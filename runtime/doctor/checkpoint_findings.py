@@ -9,6 +9,8 @@ from torch import Tensor
 
 from runtime.doctor.judge import Severity
 
+BIAS = ".router.expert_bias_E"  # how the name of a selection bias ends, in our state
+
 # A bias is centred in float64 and rounded to fp32: half a unit in the last place of each, and the mean of those.
 CENTRE_TOLERANCE = 2**-22
 
@@ -51,7 +53,7 @@ class TensorWatch:
         finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # fp8 has no isfinite
         if not bool(finite.all()):
             count = finite.numel() - int(finite.sum())
-            self.damage(place, f"holds {count} value{'s' * (count > 1)} that are NaN or infinite, of {finite.numel()}")
+            self.damage(place, f"has NaN or infinite values: {count} of {finite.numel()}")
 
     def see_expert(self, tensor: Tensor, place: Place) -> None:
         """A weight of one expert: no other expert of any layer has the same bytes, unless one was saved for both.

@@ -5,14 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from runtime.doctor.checkpoint_findings import Damage, Place, Report, TensorWatch, layers_of
+from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch, layers_of
 from runtime.quantities import byte_size
 from workers.families.source import Source, SourceError, StoredTensor, open_source
-
-BIAS = ".router.expert_bias_E"  # on our side of a part
 
 
 def examine_hub_directory(folder: Path, progress: Callable[[str, float, float], None]) -> Report:
@@ -49,6 +46,8 @@ def _structural(folder: Path, error: SourceError) -> Damage:
 
 def _tensors(source: Source) -> Iterator[tuple[StoredTensor, Tensor]]:
     """Each tensor with its place, file by file, in the order of the bytes; one is held at a time."""
+    from safetensors import safe_open  # of an extra: `open_source` has said so where it is missing
+
     in_order = sorted(source.tensors.values(), key=lambda stored: (stored.file, stored.start))
     for stored in in_order:
         with safe_open(stored.file, "pt") as opened:

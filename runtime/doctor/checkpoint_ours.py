@@ -9,9 +9,10 @@ import yaml
 from torch import Tensor
 
 from dispatch.dispatcher import LocalDispatcher
+from dispatch.laws import BalanceConfig
 from runtime.config import FREE_SETTINGS, TrainConfig, flatten
 from runtime.config_file import config_from_yaml, config_from_yaml_file
-from runtime.doctor.checkpoint_findings import Damage, Place, Report, TensorWatch, layers_of
+from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch, layers_of
 from runtime.quantities import byte_size
 from runtime.run_dir import CONFIG_FILE
 from workers.checkpoint_files import (
@@ -30,7 +31,6 @@ from workers.shares import TensorSpec, specs_of
 from workers.state import canonical_state, missing_experts
 from workers.tensor_reader import TensorReader
 
-BIAS = ".router.expert_bias_E"
 Progress = Callable[[str, float, float], None]  # what is done, bytes so far, bytes in all
 
 
@@ -45,12 +45,12 @@ def examine_checkpoint(path: Path, progress: Progress) -> Report:
     if found := [*_damaged_files(path, manifest, progress), *_index_damage(path, manifest)]:
         return _unread(path, found)
     reader = TensorReader(path, manifest)
-    config, found = _configuration(path, manifest)
-    wanted = _wanted(config.model) if config else None
+    config, law, found = _configuration(path, manifest)
+    wanted = _wanted(config) if config else None
     found += _misfits(reader, wanted) if wanted is not None else []
     watch = TensorWatch()
     biases = _look_at_tensors(reader, watch, progress)
-    _look_at_biases(reader, biases, config, wanted, watch)
+    _look_at_biases(reader, biases, law, wanted, watch)
     return Report(str(path), _facts(reader, watch), found + watch.found)
 
 
@@ -81,31 +81,33 @@ def _index_damage(path: Path, manifest: Manifest) -> list[Damage]:
     return [Damage(file=INDEX, tensor=gap.partition(" ")[0], problem=gap.partition(" ")[2]) for gap in gaps]
 
 
-def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, list[Damage]]:
-    """The settings of the run, and where the checkpoint tells another model than they do."""
-    run_file = path.parent.parent / CONFIG_FILE
-    told = manifest.extra.get("model")
-    if not run_file.is_file():
-        if told is None:
-            return None, [Damage(severity="warning", file=MANIFEST, problem="does not tell the model, nor does a run")]
+def _configuration(path: Path, manifest: Manifest) -> tuple[ModelConfig | None, BalanceConfig | None, list[Damage]]:
+    """The model, the law where a run tells it, and where the checkpoint tells another model than the run."""
+    run_file, told = path.parent.parent / CONFIG_FILE, manifest.extra.get("model")
+    if run_file.is_file():
         try:
-            return config_from_yaml(yaml.safe_dump({"model": _plain(told)})), []
+            config = config_from_yaml_file(run_file)
         except ValueError as error:
-            return None, [Damage(file=MANIFEST, problem=f"tells a model that is none: {error}")]
-    try:
-        config = config_from_yaml_file(run_file)
-    except ValueError as error:
-        return None, [Damage(file=CONFIG_FILE, problem=str(error))]
+            return None, None, [Damage(file=CONFIG_FILE, problem=str(error))]
+        return config.model, config.balance.of_law, _other_model(config.model, told or {})
     if told is None:
-        return config, []
+        problem = "does not tell the model, nor does a run"
+        return None, None, [Damage(severity="warning", file=MANIFEST, problem=problem)]
+    try:
+        return config_from_yaml(yaml.safe_dump({"model": _plain(told)})).model, None, []
+    except ValueError as error:
+        return None, None, [Damage(file=MANIFEST, problem=f"tells a model that is none: {error}")]
+
+
+def _other_model(config: ModelConfig, told: Mapping[str, Any]) -> list[Damage]:
     saved = _flat(told)
     differing = [
         f"{name} ({value!r} there, {saved[name]!r} here)"
-        for name, value in flatten(config.model).items()
+        for name, value in flatten(config).items()
         if name in saved and saved[name] != value and f"model.{name}" not in FREE_SETTINGS
     ]
     problem = f"tells another model than {CONFIG_FILE}: {', '.join(differing)}"
-    return config, [Damage(file=MANIFEST, problem=problem)] if differing else []
+    return [Damage(file=MANIFEST, problem=problem)] if differing else []
 
 
 def _misfits(reader: TensorReader, wanted: Mapping[str, TensorSpec]) -> list[Damage]:
@@ -152,16 +154,17 @@ def _look_at_tensors(reader: TensorReader, watch: TensorWatch, progress: Progres
 def _look_at_biases(
     reader: TensorReader,
     biases: dict[str, Tensor],
-    config: TrainConfig | None,
+    law: BalanceConfig | None,
     wanted: Mapping[str, TensorSpec] | None,
     watch: TensorWatch,
 ) -> None:
     law_bias = biases.pop("law.bias", None)
     placed = {Place(_file(reader, name), name): bias for name, bias in biases.items()}
-    has_law = config is not None and config.balance.law != "none" and config.balance.rate != 0
-    trained = reader.manifest.step > 0 and has_law
-    is_sum = config is None or not config.balance.of_law.entry.multiplies
-    watch.see_biases(placed, moved=trained, centred=trained and is_sum)
+    # Without a run the law is not known; but one that moves a layer's bias moves that of all layers.
+    moved = any(bool(bias.any()) for bias in biases.values())
+    if law is not None:
+        moved = reader.manifest.step > 0 and law.law != "none" and law.rate != 0
+    watch.see_biases(placed, moved=moved, centred=moved and law is not None and not law.entry.multiplies)
     if law_bias is None:
         return
     # The law's order is that of the model's modules, which the names of the configuration have.

@@ -12,9 +12,9 @@ from runtime.quantities import byte_size, short
 
 WIDTH = 120
 NOTE = """\
-Of the rank with most experts, under balanced load; imbalance adds rows, at worst every token of the group. At most:
-gradients and activations are not all there at the same moment. Besides come the CUDA context, buffers of NCCL and what
-the allocator leaves unused. Bytes of the exchanges are those that a rank sends in a step, and not those it keeps."""
+Of the rank with most experts, on CUDA, under balanced load: imbalance adds rows, at worst every token of the group. At
+most: gradients and activations are not all there at the same moment. Besides come the CUDA context, buffers of NCCL and
+what the allocator leaves unused. Bytes of the exchanges are those that a rank sends in a step, not those it keeps."""
 
 
 def print_plan(plan: Plan, memory_gib: float, console: Console) -> None:
@@ -42,12 +42,14 @@ def conclusion(plan: Plan, memory_gib: float) -> str:
     if ways:
         parts.append("It would be " + ", ".join(f"{byte_size(way.peak_bytes)} with {name}" for name, way in ways) + ".")
     dense = sum(STATE.values()) * plan.counts.dense
-    if all(way.peak_bytes > limit for _, way in ways):
+    if dense > limit:
         parts.append(
-            f"No setting makes it fit. Every rank holds all dense parameters, {byte_size(dense)} with gradients and "
-            "moments, however many ranks there are; sharding them over the ranks would divide that, and Trimtab does "
+            f"No setting makes it fit: every rank holds all dense parameters, {byte_size(dense)} with gradients and "
+            "moments, however many ranks there are. Sharding them over the ranks would divide that, and Trimtab does "
             "not do it yet."
         )
+    elif all(way.peak_bytes > limit for _, way in ways):
+        parts.append("That is not enough; shorter sequences (--seq-len) take less still.")
     return " ".join(parts)
 
 

@@ -155,11 +155,8 @@ def _chance_of(experts: range, group_size: int, config: RouterConfig) -> float:
             key = (kept + 1, held + inside)
             more[key] = more.get(key, 0) + number
         ways = more
-    others, candidates = config.num_groups - len(groups), config.groups_kept * group_size
-    if config.num_groups == 1:
-        candidates, kept_groups = config.num_experts, 1
-    else:
-        kept_groups = config.groups_kept
+    kept_groups = config.groups_kept if config.num_groups > 1 else 1
+    others, candidates = config.num_groups - len(groups), kept_groups * group_size
     chance = 0.0
     for (kept, held), number in ways.items():
         if kept <= kept_groups:

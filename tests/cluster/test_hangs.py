@@ -63,6 +63,7 @@ def run_with(folder: Path, num_workers: int = 2, **fault: Any) -> Outcome:
     return Outcome(caught.value, ended - fired)
 
 
+# P25
 @pytest.mark.parametrize(
     ("fault", "where", "doing"),
     [
@@ -115,6 +116,7 @@ def test_a_rank_that_does_not_come_is_named_with_step_phase_and_layer(tmp_path, 
     assert outcome.delay_s < BOUND_S + LATE_S + BUSY_S
 
 
+# P25
 def test_a_rank_that_lies_about_its_splits_is_named_before_the_bound(tmp_path):
     outcome = run_with(tmp_path, phase="combine", action="lie", amount=2, layer=SECOND)
     assert isinstance(outcome.error, WrongSplits)

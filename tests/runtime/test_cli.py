@@ -12,6 +12,7 @@ import pytest
 import runtime
 from runtime.cli import main
 from runtime.config_file import load_config
+from workers.generation import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,11 +52,22 @@ def test_train_hands_the_checked_configuration_over(job: SimpleNamespace) -> Non
 
 def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Path) -> None:
     assert main(["eval", str(run), "--step", "7", "--workers", "4"]) == 0
-    assert main(["generate", str(run), "--prompt", "To be", "--temperature", "0", "--seed", "3"]) == 0
+    prompts = run / "prompts"
+    prompts.write_text("second\n\nthird\n")
+    for texts in (["--prompt", "To be", "--prompt", ""], ["--prompts-file", str(prompts)]):
+        assert main(["generate", str(run), *texts, "--temperature", "0", "--seed", "3"]) == 0
     common = {"step": None, "workers": None, "device": None}
     assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None})
-    sampling = {"prompt": "To be", "max_new_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 3}
-    assert job.calls[1] == ((run,), {**common, **sampling})
+    sampling = SamplingConfig(max_new_tokens=200, temperature=0.0, top_p=0.95, seed=3, batch_size=32)
+    for call, prompts in zip(job.calls[1:], (["To be", ""], ["second", "third"]), strict=True):
+        assert call == ((run,), {**common, "prompts": prompts, "sampling": sampling})
+
+
+def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, reason in ((b"\n\n", "has no text to continue"), (b"\xff\n", "is not UTF-8 text")):
+        (run / "prompts").write_bytes(content)
+        assert main(["generate", str(run), "--prompts-file", str(run / "prompts")]) == 2
+        assert f"{run / 'prompts'} {reason}" in capsys.readouterr().err
 
 
 def test_report_prints_where_it_wrote(

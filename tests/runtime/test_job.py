@@ -21,6 +21,7 @@ from runtime.config import TrainConfig, flatten
 from runtime.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.launch import make_spec, open_gang
 from workers.checkpoint import CheckpointCorrupt, list_checkpoints
+from workers.generation import SamplingConfig
 from workers.prepare import prepare_dataset
 from workers.run_log import read_events, read_load_history, read_metrics
 
@@ -125,13 +126,19 @@ def test_eval_and_generate_agree_on_one_worker_and_on_two(run_dir, capsys, ray_s
     outputs = []
     for workers in (1, 2):
         assert job.evaluate(run_dir, sequences=8, step=None, workers=workers, device="cpu") == 0
-        options = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "step": 10, "device": "cpu"}
-        assert job.generate(run_dir, prompt="def dispatch(", workers=workers, **options) == 0
-        outputs.append(capsys.readouterr().out)
+        prompts, sampling = ["def dispatch(", "", "import"], SamplingConfig(max_new_tokens=8)
+        options = {"prompts": prompts, "sampling": sampling, "step": 10, "device": "cpu"}
+        assert job.generate(run_dir, workers=workers, **options) == 0
+        captured = capsys.readouterr()
+        outputs.append(captured.out)
+        # The empty prompt is an end of document, one token; nothing ends before 8 new ones unless a document does.
+        assert re.search(r"prefill 20 tokens in [\d.]+ s \([\d,]+ tokens/s\); decode \d+ tokens", captured.err)
     bits = [re.search(r"([\d.]+) bits per byte", text)[1] for text in outputs]
     assert bits[0] == bits[1]
     texts = [text[text.index("def dispatch(") :] for text in outputs]
     assert texts[0] == texts[1]
+    assert texts[0].count("\n---\n") == 2
+    assert texts[0].split("\n---\n")[2].startswith("import")
     assert float(bits[0]) == pytest.approx(read_metrics(run_dir)[1][-1]["val_bits_per_byte"], abs=1e-3)
 
 

@@ -76,6 +76,7 @@ def _kill(run_dir: Path, rank: int, from_step: int) -> None:
     os.kill(ranks[rank]["pid"], signal.SIGKILL)
 
 
+# P22
 @pytest.mark.timeout(300)
 def test_killed_and_hanging_workers_cost_neither_a_step_nor_a_bit(calm, folder, monkeypatch):
     run_dir = folder / "runs" / "faulty"

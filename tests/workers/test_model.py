@@ -198,8 +198,7 @@ def test_recompute_of_a_mtp_layer_changes_nothing() -> None:
     results = []
     for recompute in (False, True):
         model = build(recompute=recompute, num_mtp_layers=1)
-        logits, further = model.forward_training(tokens(), tokens(seed=1))
-        assert further is not None
+        logits, further = model(tokens(), next_ids=tokens(seed=1))
         (token_nll_sum(logits, tokens(seed=1)) + token_nll_sum(further, after_next(tokens(seed=1)))).backward()
         results.append((further, [p.grad for p in model.parameters()], read_counts(routers_of(model))))
     (further, gradients, load), (further_2, gradients_2, load_2) = results

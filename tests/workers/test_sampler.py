@@ -36,7 +36,7 @@ def global_batch(sampler: Sampler, step: int, world_size: int, num_micro: int) -
 
 
 def test_targets_are_the_next_inputs() -> None:
-    input_ids, targets = make_sampler().batch(0, 0, 1)
+    input_ids, targets, _ = make_sampler().batch(0, 0, 1)
     assert input_ids.shape == targets.shape == (6, SEQ_LEN)
     assert input_ids.dtype == targets.dtype == torch.int64
     assert torch.equal(targets, input_ids + 1)
@@ -104,11 +104,11 @@ def val_sequences(sampler: Sampler, world_size: int, batch_size: int, max_sequen
     assert len({len(of_rank) for of_rank in batches}) == 1
     found = []
     for batch in (batch for of_rank in batches for batch in of_rank):
-        assert batch.input_ids.shape == batch.targets.shape == (batch_size, SEQ_LEN)
-        assert torch.equal(batch.targets, batch.input_ids + 1)
+        assert batch.sequences.input_ids.shape == batch.sequences.targets.shape == (batch_size, SEQ_LEN)
+        assert torch.equal(batch.sequences.targets, batch.sequences.input_ids + 1)
         assert batch.source_B.dtype == torch.int64
         assert batch.is_real_B.dtype == torch.bool
-        firsts = batch.input_ids[:, 0].tolist()
+        firsts = batch.sequences.input_ids[:, 0].tolist()
         rows = zip(batch.source_B.tolist(), firsts, batch.is_real_B.tolist(), strict=True)
         found += [(source, first) for source, first, is_real in rows if is_real]
     return found
@@ -148,7 +148,7 @@ def make_mixed(*weights: float, after: tuple[float, ...] = (), shift_at: int = 0
 
 def sources_of(sampler: Sampler, step: int) -> list[int]:
     """Sequences of each source in a step; checks that none reaches from one source into another."""
-    input_ids, targets = sampler.batch(step, 0, 1)
+    input_ids, targets, _ = sampler.batch(step, 0, 1)
     assert torch.equal(targets, input_ids + 1)
     return (input_ids[:, 0] // 100).bincount(minlength=3).tolist()
 

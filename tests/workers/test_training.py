@@ -42,7 +42,7 @@ def _on_last_step(worker, look):
 def _nll_mean(worker):
     """The language-model loss of the last step's batch, apart from the trainer."""
     state = worker._state
-    ids, targets = state.sampler.batch(state.spec.run.steps - 1, 0, 1, 0, 1)
+    ids, targets, _ = state.sampler.batch(state.spec.run.steps - 1, 0, 1, 0, 1)
     logits = state.model(ids)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").sum() / TOKENS
 

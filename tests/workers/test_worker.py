@@ -16,6 +16,7 @@ from workers.evaluation import evaluate
 from workers.generation import SamplingConfig
 from workers.parallel import ParallelConfig
 from workers.run_log import read_events, read_load_history, read_metrics
+from workers.worker import Worker
 
 
 def _with_run(spec, name, **run):
@@ -119,7 +120,7 @@ def _texts(worker, path):
     greedy, sampled = SamplingConfig(max_new_tokens=12), SamplingConfig(max_new_tokens=12, temperature=0.8, top_p=0.9)
     texts = {}
     for sampling in (greedy, sampled):
-        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling)
+        mine = worker.generate(path, ["400 green", "", "wall, and if one should fall there'd be 12"], sampling).texts
         parts = [None] * worker._state.groups.world_size
         torch.distributed.all_gather_object(parts, mine, group=worker._state.groups.control_group)
         texts |= {(sampling.temperature, index): text for part in parts for index, text in part.items()}
@@ -342,3 +343,14 @@ def test_a_run_that_failed_goes_on_from_before_a_damaged_checkpoint_with_a_warni
     assert "step_00000012 is damaged" in warning["text"]
     assert [event["step"] for event in read_events(spec.run_dir) if event["event"] == "resumed"] == [10]
     assert [line["step"] for line in read_metrics(spec.run_dir)[0]] == list(range(1, 13))
+
+
+def test_lines_that_were_told_are_not_kept(tmp_path):
+    worker = Worker(make_spec(tmp_path))
+    lines = [{"step": step} for step in range(4)]
+    worker._lines.extend(lines[:3])
+    assert worker.progress(0) == lines[:3]
+    assert worker.progress(2) == worker.progress(2) == lines[2:3]  # an answer may be lost
+    worker._lines.append(lines[3])
+    assert worker.progress(3) == lines[3:]
+    assert len(worker._lines) == 1

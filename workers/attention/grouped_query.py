@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.attention.cache import KeyValueCache
 from workers.attention.mask import scores_mask
 from workers.attention.rotary import rotate
 
@@ -53,13 +54,16 @@ class GroupedQueryAttention(nn.Module):
             self.query_norm, self.key_norm = (nn.RMSNorm(width, eps=norm_eps) for width in widths)
         self.out_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Attend within each sequence to this and earlier positions.
 
         Args:
             x: (B, S, hidden).
             rotary: `rotary_table` of the S positions.
-            mask: bool (B, 1, S, S) of `visible`; None: each token sees itself and all before it.
+            mask: bool (B, 1, S, K) of `visible`; None: each token sees itself and all before it.
+            cache: keeps rotated keys and values; these tokens then see those of the K places filled so far too.
         """
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv_proj(x).view(*x.shape[:-1], num_rotated + self.num_kv_heads, self.head_dim)
@@ -69,6 +73,8 @@ class GroupedQueryAttention(nn.Module):
         if self.clip:
             rotated, values = rotated.clamp(-self.clip, self.clip), values.clamp(-self.clip, self.clip)
         queries, keys = torch.split(rotate(rotated, rotary), [self.num_heads, self.num_kv_heads], dim=2)
+        if cache is not None:
+            keys, values = cache.put(self, keys, values)
         masking: dict[str, Any] = scores_mask(mask)
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2),

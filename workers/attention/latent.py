@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.attention.cache import KeyValueCache
 from workers.attention.mask import scores_mask
 from workers.attention.rotary import rotate
 
@@ -64,20 +65,56 @@ class LatentAttention(nn.Module):
         self.kv_proj = nn.Linear(config.kv_rank, num_heads * (config.nope_dim + config.value_dim), bias=False)
         self.out_proj = nn.Linear(num_heads * config.value_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Map x (B, S, hidden) to the same shape; arguments as of `GroupedQueryAttention.forward`."""
         latent, shared_key = torch.split(self.kv_latent_proj(x), [self.config.kv_rank, self.config.rope_dim], dim=-1)
-        keys, values = self._expand(self.kv_norm(latent), rotate(shared_key.unsqueeze(2), rotary))
-        masking: dict[str, Any] = scores_mask(mask)
-        attended = F.scaled_dot_product_attention(
-            self._queries(x, rotary).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            scale=self.scale,
-            **masking,
-        )
-        y: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        rotated_key = rotate(shared_key.unsqueeze(2), rotary).squeeze(2)
+        latent, queries, masking = self.kv_norm(latent), self._queries(x, rotary), scores_mask(mask)
+        if cache is None:
+            attended = self._attend(queries, latent, rotated_key, masking)
+        else:
+            (kept,) = cache.put(self, torch.cat([latent, rotated_key], dim=-1))
+            if x.shape[1] == 1:
+                attended = self._attend_to_latents(queries, kept, masking)
+            else:  # expanding the latents computes less where they serve many queries
+                latent, rotated_key = torch.split(kept, [self.config.kv_rank, self.config.rope_dim], dim=-1)
+                attended = self._attend(queries, latent, rotated_key, masking)
+        y: Tensor = self.out_proj(attended.flatten(2))
         return y
+
+    def _attend(self, queries: Tensor, latent: Tensor, rotated_key: Tensor, masking: dict[str, Any]) -> Tensor:
+        """What every head attends to, (B, S, heads, value_dim), with keys and values of each head.
+
+        Args:
+            queries: (B, S, heads, nope_dim + rope_dim).
+            latent: (B, K, kv_rank), normalised.
+            rotated_key: (B, K, rope_dim).
+        """
+        keys, values = self._expand(latent, rotated_key)
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=self.scale, **masking
+        )
+        return attended.transpose(1, 2)
+
+    def _attend_to_latents(self, queries: Tensor, kept: Tensor, masking: dict[str, Any]) -> Tensor:
+        """The same for S = 1, without keys and values of the heads (arXiv 2405.04434, section 2.1.2).
+
+        kept (B, K, kv_rank + rope_dim): the latent and the rotated key of each token. The projection to keys is
+        absorbed by the queries, that to values by the outputs. All heads then share the kept vectors as their keys
+        and values: they take the place of the query's positions.
+        """
+        config = self.config
+        heads = self.kv_proj.weight.unflatten(0, (self.num_heads, -1))
+        to_key, to_value = torch.split(heads, [config.nope_dim, config.value_dim], dim=1)
+        plain, rotated = torch.split(queries, [config.nope_dim, config.rope_dim], dim=-1)
+        absorbed = torch.cat([torch.einsum("bshn,hnr->bshr", plain, to_key), rotated], dim=-1)
+        keys = kept.unsqueeze(1)
+        attended = F.scaled_dot_product_attention(
+            absorbed, keys, keys[..., : config.kv_rank], scale=self.scale, **masking
+        )
+        return torch.einsum("bshr,hvr->bshv", attended, to_value)
 
     def _queries(self, x: Tensor, rotary: Tensor) -> Tensor:
         if self.config.query_rank:
@@ -90,5 +127,5 @@ class LatentAttention(nn.Module):
         """Keys and values of all heads, (B, S, heads, width), from the normalised latent and the shared key."""
         heads = self.kv_proj(latent).unflatten(-1, (self.num_heads, -1))
         plain, values = torch.split(heads, [self.config.nope_dim, self.config.value_dim], dim=-1)
-        rotated = rotated_key.expand(*plain.shape[:-1], -1)
+        rotated = rotated_key.unsqueeze(2).expand(*plain.shape[:-1], -1)
         return torch.cat([plain, rotated], dim=-1), values

@@ -1,5 +1,6 @@
 """Who sees whom in sequences that are padded anywhere, or read from a cache."""
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,16 @@ def visible(query_positions: Tensor, key_positions: Tensor, key_mask: Tensor) ->
     """
     seen = key_mask.unsqueeze(1) & (key_positions.unsqueeze(1) <= query_positions.unsqueeze(2))
     return seen.unsqueeze(1)
+
+
+def visible_in_documents(document_starts: Tensor) -> Tensor:
+    """Bool (B, 1, S, S) for documents that follow each other in a row: a token sees its own document up to itself.
+
+    document_starts: int64 (B, S), where in the row the document of each token begins.
+    """
+    places = torch.arange(document_starts.shape[1], device=document_starts.device)
+    not_before, not_after = places >= document_starts.unsqueeze(2), places <= places.unsqueeze(1)
+    return (not_before & not_after).unsqueeze(1)
 
 
 def scores_mask(mask: Tensor | None) -> dict[str, Tensor | bool]:

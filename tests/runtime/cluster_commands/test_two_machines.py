@@ -25,6 +25,7 @@ def command(machine: Machine, place: Place, *arguments: str) -> str:
     return done.stdout
 
 
+# P29
 def test_two_machines_are_a_cluster_that_trains(tmp_path: Path) -> None:
     place = new_place()
     try:

@@ -118,6 +118,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# P21
 @pytest.mark.parametrize("name", [*CONFIGS, WITH_MTP])
 def test_a_trained_export_computes_in_transformers_what_it_does_here(name: str, trained: Path) -> None:
     run, out = trained / f"run {name}", trained / f"out {name}"

@@ -72,9 +72,10 @@ def forward(model: Decoder, dtype: str) -> torch.Tensor:
     ids, targets = torch.randint(model.config.vocab_size, (2, SEQUENCES, SEQ_LEN)).unbind(0)
     targets = targets.clone()
     with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
-        logits, further = model.forward_training(ids.clone(), targets)
-        loss = token_nll_sum(logits, targets)
-    return loss if further is None else loss + token_nll_sum(further, after_next(targets))
+        if not model.config.num_mtp_layers:
+            return token_nll_sum(model(ids.clone()), targets)
+        logits, further = model(ids.clone(), next_ids=targets)
+        return token_nll_sum(logits, targets) + token_nll_sum(further, after_next(targets))
 
 
 def measured_bytes(model: Decoder, dtype: str) -> int:

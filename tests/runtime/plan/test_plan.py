@@ -58,6 +58,23 @@ def test_state_is_sixteen_bytes_a_parameter_of_the_rank(capsys: pytest.CaptureFi
     assert plan["gradient_bytes"]["dense"] == 2 * 4 * held["dense"] * 3 // 4
 
 
+def test_the_rank_with_most_experts_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    # 8 experts over 3 ranks: 3 3 2.
+    even, uneven = (plan_of(capsys, "tiny", "--world", str(world), "--batch", "24") for world in (8, 3))
+    assert uneven["parameters_of_rank"]["experts"] == 3 * even["parameters_of_rank"]["experts"]
+    per_token = [plan["activation_bytes"]["routed experts"] * world for plan, world in ((even, 8), (uneven, 3))]
+    assert per_token[1] > per_token[0]
+
+
+def test_a_bucket_of_gradients_is_as_large_as_the_largest_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (DEEPSEEK, "--world", "512", "--ep")
+    assert plan_of(capsys, *arguments, "64")["bucket_bytes"] == 4 * 129280 * 7168
+    assert (
+        plan_of(capsys, *arguments, "4")["bucket_bytes"] == 4 * 64 * 2 * 2048 * 7168
+    )  # the stack of a layer's experts
+    assert plan_of(capsys, "tiny", "--world", "1")["bucket_bytes"] == 0
+
+
 def test_settings_of_a_run_count_and_options_override_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / CONFIG_FILE).write_text(config_to_yaml(load_config("tiny")))
     run = plan_of(capsys, str(tmp_path))
@@ -94,6 +111,8 @@ def test_conclusion_names_the_largest_parts_and_what_would_help(capsys: pytest.C
     assert words.startswith("Fits in 80 GiB: no, ")
     for part in ("dense parameters with gradients and moments 255 GiB", "--recompute --ep 256", "does not do it yet"):
         assert part in words
+    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64", "--memory-gib", "300"]) == 0
+    assert "That is not enough; shorter sequences (--seq-len)" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "small", "--memory-gib", "2"]) == 0
     assert "Fits in 2 GiB: yes, " in capsys.readouterr().out
 

@@ -60,7 +60,7 @@ def test_its_loss_and_all_gradients_equal_those_of_transformers() -> None:
     assert {part.name for part in parts} == weights.keys()
     for part in parts:
         part.rows_of(state[f"model.{part.target}"]).copy_(part.to_ours(weights[part.name]))
-    logits, further = model.forward_training(token_ids, targets)
+    logits, further = model(token_ids, next_ids=targets)
     assert further is not None
     ours = token_nll_sum(logits, targets) + WEIGHT * token_nll_sum(further, after_next(targets))
     torch.testing.assert_close(ours, loss, rtol=1e-10, atol=0)
@@ -78,7 +78,7 @@ def test_its_loss_and_all_gradients_equal_those_of_transformers() -> None:
             actual = part.to_theirs(part.rows_of(state[f"model.{part.target}"]))
             torch.testing.assert_close(actual, gradients[part.name], rtol=1e-10, atol=1e-10, msg=part.name)
     # Without next tokens it takes no part.
-    torch.testing.assert_close(model(token_ids), logits * 0 + model.forward_training(token_ids, targets)[0])
+    torch.testing.assert_close(model(token_ids), logits * 0 + model(token_ids, next_ids=targets)[0])
 
 
 @pytest.mark.parametrize("copies", [True, False], ids=["with copies", "without copies"])

@@ -1,0 +1,48 @@
+"""Parts of a model that training leaves as they are."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+# The part of a parameter: the first word of its name that is here.
+PARTS = {
+    "token_embedding": "embedding",
+    "lm_head": "embedding",
+    "attention": "attention",
+    "ffn": "dense_ffn",
+    "router": "router",
+    "experts": "experts",
+    "shared_experts": "shared_experts",
+}
+NAMES = tuple(dict.fromkeys([*PARTS.values(), "norms"]))
+
+
+def check_parts(parts: Iterable[str]) -> None:
+    """Refuse names of parts that there are not. Raises ValueError."""
+    unknown = sorted(set(parts) - set(NAMES))
+    if unknown:
+        raise ValueError(f"optim.freeze names {', '.join(unknown)}; the parts of a model are {', '.join(NAMES)}")
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to; its own name for one that belongs to none, which always trains."""
+    words = name.split(".")
+    if words[-2].endswith("norm"):
+        return "norms"
+    return next((PARTS[word] for word in words if word in PARTS), name)
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Take these parts out of training, before the optimizer is built: no gradient, no state, no exchange.
+
+    The bias of a frozen router stays too (`Router.steers_bias`).
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    check_parts(parts)
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"optim.freeze ({', '.join(parts)}) leaves nothing to train; name fewer parts")
