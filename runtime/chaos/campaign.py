@@ -83,7 +83,8 @@ class Campaign:
     def write(self) -> None:
         """The results, into the folder that was asked for."""
         self.results().write(self._options.out)
-        lines = self._target("chaos").all_lines("train")
+        run = self._target("chaos")
+        lines = run.superseded_lines("train") + run.lines("train")
         write_chart([(line["time"], line["step"]) for line in lines], self.trials, self._options.out / "chaos.png")
 
     def keep(self) -> None:
@@ -136,7 +137,7 @@ class Campaign:
 
     def _compare(self, run: TargetRun, trial: Trial | None) -> None:
         """All that the run has recorded so far, what it made anew too, with the calm run."""
-        lines, evals = run.all_lines("train"), run.all_lines("eval")
+        lines, evals = (run.superseded_lines(kind) + run.lines(kind) for kind in ("train", "eval"))
         found = differences(lines, self._calm) | differences(evals, self._calm_evals)
         new = {step: text for step, text in found.items() if step not in self._mismatches}
         self._num_compared = len(lines) + len(evals)

@@ -84,17 +84,12 @@ class TargetRun:
         train, evals = read_metrics(self.run_dir) if (self.run_dir / METRICS).exists() else ([], [])
         return train if kind == "train" else evals
 
-    def all_lines(self, kind: str) -> list[dict[str, Any]]:
-        """Those that were made anew, too: they occur twice."""
+    def superseded_lines(self, kind: str) -> list[dict[str, Any]]:
+        """Those that were set aside since what they tell was made anew."""
         path = self.run_dir / "metrics.superseded.jsonl"
         texts = path.read_text().splitlines() if path.exists() else []
-        superseded = [json.loads(text) for text in texts if text.endswith("}")]  # a crash may tear the last one
-        return [line for line in superseded if line["kind"] == kind] + self.lines(kind)
-
-    @property
-    def num_superseded(self) -> int:
-        """Steps that were made anew so far."""
-        return len(self.all_lines("train")) - len(self.lines("train"))
+        lines = [json.loads(text) for text in texts if text.endswith("}")]  # a crash may tear the last one
+        return [line for line in lines if line["kind"] == kind]
 
     def said(self, offset: int = 0) -> str:
         """What it has printed, all its drivers one after the other, from an offset in characters on."""

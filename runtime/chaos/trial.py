@@ -10,6 +10,7 @@ from typing import Any, Literal
 from runtime.chaos.injections import INJECTIONS
 from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark, go_mark
 from runtime.chaos.target import TargetRun, Unfulfilled
+from runtime.chaos.testbed import TestbedFailed
 
 REACH_S = 600.0  # For the run to come to the step of a fault.
 RECOVER_S = 300.0  # From a fault to the next new step.
@@ -49,13 +50,13 @@ class Trial:
 def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
     """Have a fault strike and see the run through it. The run is alive afterwards, or the next trial says that not."""
     trial = Trial(fault=fault)
-    before, superseded = len(run.said()), run.num_superseded
+    before, superseded = len(run.said()), len(run.superseded_lines("train"))
     try:
         trial.struck = _fire(run, fault, plan)
         OUTCOMES[fault.kind.outcome](run, trial, before)
-    except Unfulfilled as error:
+    except (Unfulfilled, TestbedFailed) as error:
         trial.verdict, trial.reason = "FAILED", str(error)
-    trial.redone = run.num_superseded - superseded
+    trial.redone = len(run.superseded_lines("train")) - superseded
     return trial
 
 
