@@ -45,7 +45,8 @@ _LOST = r"rank \d+ \({node}, .*(its process died|CollectiveTimeout: step \d+, )"
 
 def _kill_in(phase: str) -> Kind:
     # The dead rank says nothing: its last answer, or the others, tell the step and the phase.
-    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + r".* in step \d+, \w+")
+    place = r".* in step \d+, \w+( \w+)?( of [\w.]+)?"
+    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + place)
 
 
 def _error(name: str, action: str, phase: str, promise: str, amount: float = 0.0) -> Kind:
