@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dispatch.activity import MOE_PHASES, Activity, Collective
 from dispatch.collective_errors import CollectiveTimeout, ranks_text
@@ -13,6 +13,7 @@ Answer = Mapping[str, Activity] | None  # by thread; None: no answer came
 # As a step passes them. Of ranks that wait for each other crosswise, the one further on left something out.
 _ORDER = (*MOE_PHASES, *(f"backward {phase}" for phase in MOE_PHASES), "gradients", "gradient norm", "bias update")
 _SHOWN_RANKS = 16
+_OLD = 0.5  # Share of the bound after which a wait belongs to the same stall as one that is overdue.
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def find_stall(
     overdue = sorted((w for w in waits if w.collective.waited_s >= bound_s), key=lambda w: -w.collective.waited_s)
     if not overdue:
         return None
-    wait, missing = _to_blame(overdue, {w.rank for w in waits})
+    wait, missing = _to_blame(overdue, waits, answers, bound_s)
     same = [w for w in waits if (w.collective.group, w.collective.index) == _key(wait)]
     c = wait.collective
     silent = tuple(rank for rank, answer in answers.items() if answer is None)
@@ -87,17 +88,32 @@ def _is_behind(answer: Answer, thread: str, collective: Collective) -> bool:
     return thread in answer and answer[thread].started.get(collective.group, 0) < collective.index
 
 
-def _to_blame(overdue: Sequence[_Wait], waiting: set[int]) -> tuple[_Wait, tuple[int, ...]]:
+def _to_blame(
+    overdue: Sequence[_Wait], waits: Sequence[_Wait], answers: Mapping[int, Answer], bound_s: float
+) -> tuple[_Wait, tuple[int, ...]]:
     """The wait to report and the ranks to blame: those that wait for nobody themselves, where there are such."""
+    waiting = {wait.rank for wait in waits}
     for wait in overdue:
         if free := tuple(rank for rank in wait.blockers if rank not in waiting):
             return wait, free
-    # All wait, some of them for each other: a few left something out and wait for the many where these never come.
-    crosswise = [wait for wait in overdue if wait.blockers]
-    if not crosswise:
+    # All wait, some of them for each other: a few left something out and wait for the many where these never come. The
+    # waits of the many may have begun a moment later than the one that is overdue.
+    old = [wait for wait in waits if wait.collective.waited_s > _OLD * bound_s]
+    if not any(wait.blockers for wait in old):
         return overdue[0], ()
-    wait = min(crosswise, key=lambda w: (len(w.blockers), w.collective.step, _order(w.collective.phase)))
+    crosswise = [replace(wait, blockers=wait.blockers or _elsewhere(wait, answers)) for wait in old]
+    wait = min(
+        (wait for wait in crosswise if wait.blockers),
+        key=lambda w: (len(w.blockers), w.collective.step, _order(w.collective.phase)),
+    )
     return wait, wait.blockers
+
+
+def _elsewhere(wait: _Wait, answers: Mapping[int, Answer]) -> tuple[int, ...]:
+    """Members that have come to a collective of this number, but by their own account to another one."""
+    members = {member: answers.get(member) for member in wait.collective.members}
+    places = {m: a[wait.thread].recent.get(_key(wait)) for m, a in members.items() if a and wait.thread in a}
+    return tuple(member for member, place in places.items() if place not in (None, places[wait.rank]))
 
 
 def _order(phase: str) -> int:

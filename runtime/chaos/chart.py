@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from runtime.chaos.trial import Trial
 from runtime.chart_style import THEME, new_axes, new_figure, save_png, set_head
 
+NUMBER_ROWS = 4  # Of the numbers of faults, which may be near to each other.
 VERDICT_COLORS = {"survived": "green", "refused": "blue", "FAILED": "red"}
 
 
@@ -30,13 +31,9 @@ def _draw(figure: FigureBase, steps: Sequence[tuple[float, int]], trials: Sequen
         axes.axvline(at, color=color, lw=0.9, alpha=0.8)
         if not math.isnan(trial.recovered_s):
             axes.axvspan(at, at + trial.recovered_s / 60, color=color, alpha=0.12, lw=0)
-        axes.annotate(
-            str(trial.fault.number + 1),
-            (at, 1),
-            xycoords=("data", "axes fraction"),
-            color=color,
-            fontsize=7,
-            ha="center",
+        height = 0.97 - 0.05 * (trial.fault.number % NUMBER_ROWS)
+        axes.text(
+            at, height, f" {trial.fault.number + 1}", transform=axes.get_xaxis_transform(), color=color, fontsize=7
         )
     handles = [Line2D([], [], color=THEME[color], label=name) for name, color in VERDICT_COLORS.items()]
     set_head(axes, "Steps of the run, and the faults by their number", handles)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.chaos.plan import ChaosFault
-from runtime.chaos.subject import Subject, Unfulfilled
+from runtime.chaos.target import TargetRun, Unfulfilled
 from workers.checkpoint import list_checkpoints
 from workers.training_run import CHECKPOINTS
 
@@ -22,17 +22,17 @@ STEPS_UNDER = 4  # Steps that a run is to make on a bad link.
 NOTICE_S = 120.0  # For a failure to be noticed, and for a few steps.
 
 
-def kill_worker(run: Subject, fault: ChaosFault) -> float:
+def kill_worker(run: TargetRun, fault: ChaosFault) -> float:
     """Send SIGKILL to a rank."""
     os.kill(_host_pid(run, fault.rank), signal.SIGKILL)
     return time.time()
 
 
-def kill_coordinator(run: Subject, _: ChaosFault) -> float:
+def kill_coordinator(run: TargetRun, _: ChaosFault) -> float:
     """Send SIGKILL to the coordinator. Ray starts it again."""
     pids = [
         each.host_pid
-        for machine in run.stage.machines
+        for machine in run.testbed.machines
         for each in machine.processes()
         if each.command.startswith("ray::CoordinatorActor")
     ]
@@ -42,63 +42,63 @@ def kill_coordinator(run: Subject, _: ChaosFault) -> float:
     return time.time()
 
 
-def kill_driver(run: Subject, _: ChaosFault) -> float:
+def kill_driver(run: TargetRun, _: ChaosFault) -> float:
     """Send SIGKILL to the command that the user has started."""
     return run.kill()
 
 
-def kill_node(run: Subject, fault: ChaosFault) -> float:
+def kill_node(run: TargetRun, fault: ChaosFault) -> float:
     """The end of a machine; it is booted again and joins the cluster anew."""
-    run.stage.machines[fault.machine].kill()
+    run.testbed.machines[fault.machine].kill()
     at = time.time()
-    run.stage.join(run.stage.machines[fault.machine])
+    run.testbed.join(run.testbed.machines[fault.machine])
     return at
 
 
-def cut_link(run: Subject, fault: ChaosFault) -> float:
+def cut_link(run: TargetRun, fault: ChaosFault) -> float:
     """A machine falls silent until the run has noticed. Ray has given the node up by then: it joins anew."""
-    run.stage.machines.network.cut(fault.machine)
+    run.testbed.machines.network.cut(fault.machine)
     at = time.time()
     run.wait(lambda: run.events("failed", at), "noticing that a link is cut", NOTICE_S)
-    run.stage.join(run.stage.machines[fault.machine])
+    run.testbed.join(run.testbed.machines[fault.machine])
     return at
 
 
-def cut_link_briefly(run: Subject, fault: ChaosFault) -> float:
+def cut_link_briefly(run: TargetRun, fault: ChaosFault) -> float:
     """A machine falls silent for a moment."""
     at = time.time()
-    run.stage.machines.network.cut(fault.machine)
+    run.testbed.machines.network.cut(fault.machine)
     try:
         time.sleep(BRIEFLY_S)
     finally:
-        run.stage.machines.network.heal(fault.machine)
+        run.testbed.machines.network.heal(fault.machine)
     return at
 
 
-def delay_frames(run: Subject, fault: ChaosFault) -> float:
+def delay_frames(run: TargetRun, fault: ChaosFault) -> float:
     """All frames of a machine come late."""
     at = time.time()
-    run.stage.machines.network.delay(fault.machine, DELAY_S, JITTER_S)
-    return _endure(run, at, lambda: run.stage.machines.network.undelay(fault.machine))
+    run.testbed.machines.network.delay(fault.machine, DELAY_S, JITTER_S)
+    return _endure(run, at, lambda: run.testbed.machines.network.undelay(fault.machine))
 
 
-def lose_frames(run: Subject, fault: ChaosFault) -> float:
+def lose_frames(run: TargetRun, fault: ChaosFault) -> float:
     """Some frames of a machine never come."""
     at = time.time()
-    run.stage.machines.network.delay(fault.machine, 0.0, loss=LOSS)
-    return _endure(run, at, lambda: run.stage.machines.network.undelay(fault.machine))
+    run.testbed.machines.network.delay(fault.machine, 0.0, loss=LOSS)
+    return _endure(run, at, lambda: run.testbed.machines.network.undelay(fault.machine))
 
 
-def limit_link(run: Subject, fault: ChaosFault) -> float:
+def limit_link(run: TargetRun, fault: ChaosFault) -> float:
     """A machine has a slow link."""
     at = time.time()
-    run.stage.machines.network.limit(fault.machine, BITS_PER_S)
-    return _endure(run, at, lambda: run.stage.machines.network.limit(fault.machine, None))
+    run.testbed.machines.network.limit(fault.machine, BITS_PER_S)
+    return _endure(run, at, lambda: run.testbed.machines.network.limit(fault.machine, None))
 
 
-def fill_disk(run: Subject, _: ChaosFault) -> float:
+def fill_disk(run: TargetRun, _: ChaosFault) -> float:
     """The disk of the runs is full until a checkpoint did not fit."""
-    filler, at, before = run.stage.runs / "filler", time.time(), len(run.said())
+    filler, at, before = run.testbed.runs / "filler", time.time(), len(run.said())
     try:
         _fill(filler)
         run.wait(lambda: "checkpoint failed" in run.said(before), "a checkpoint that does not fit", NOTICE_S)
@@ -107,19 +107,19 @@ def fill_disk(run: Subject, _: ChaosFault) -> float:
     return at
 
 
-def damage_checkpoint(run: Subject, fault: ChaosFault) -> float:
+def damage_checkpoint(run: TargetRun, fault: ChaosFault) -> float:
     """The newest checkpoint loses its end, and then a rank dies."""
     _truncate_newest(run)
     return kill_worker(run, fault)
 
 
-def damage_checkpoint_and_kill_driver(run: Subject, _: ChaosFault) -> float:
+def damage_checkpoint_and_kill_driver(run: TargetRun, _: ChaosFault) -> float:
     """The newest checkpoint loses its end, and then the driver dies. Resuming is to be refused."""
     _truncate_newest(run)
     return run.kill()
 
 
-INJECTIONS: dict[str, Callable[[Subject, ChaosFault], float]] = {
+INJECTIONS: dict[str, Callable[[TargetRun, ChaosFault], float]] = {
     function.__name__: function
     for function in (
         kill_worker,
@@ -138,18 +138,18 @@ INJECTIONS: dict[str, Callable[[Subject, ChaosFault], float]] = {
 }
 
 
-def _host_pid(run: Subject, rank: int) -> int:
+def _host_pid(run: TargetRun, rank: int) -> int:
     """The number on the host of the process of a rank, as the run's last rank map says."""
     starts = [*run.events("started", 0.0), *run.events("resumed", 0.0)]
     row = max(starts, key=lambda event: event["time"])["rank_map"][rank]
-    [machine] = [machine for machine in run.stage.machines if machine.address == row["node"]]
+    [machine] = [machine for machine in run.testbed.machines if machine.address == row["node"]]
     for process in machine.processes():
         if process.pid == row["pid"]:
             return process.host_pid
     raise Unfulfilled(f"rank {rank} (pid {row['pid']} of {machine.name}) is not there")
 
 
-def _endure(run: Subject, at: float, undo: Callable[[], None]) -> float:
+def _endure(run: TargetRun, at: float, undo: Callable[[], None]) -> float:
     first = run.step
     try:
         run.wait(lambda: run.step >= first + STEPS_UNDER, f"{STEPS_UNDER} steps on a bad link", NOTICE_S)
@@ -164,7 +164,7 @@ def _fill(filler: Path) -> None:
             file.write(bytes(2**16))
 
 
-def _truncate_newest(run: Subject) -> None:
+def _truncate_newest(run: TargetRun) -> None:
     """Cut the largest file of the newest checkpoint in half, as soon as there is a new one: the next is far then."""
     checkpoints = run.run_dir / CHECKPOINTS
     before = list_checkpoints(checkpoints)[-1:]

@@ -45,7 +45,8 @@ _LOST = r"rank \d+ \({node}, .*(its process died|CollectiveTimeout: step \d+, )"
 
 def _kill_in(phase: str) -> Kind:
     # The dead rank says nothing: its last answer, or the others, tell the step and the phase.
-    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + r".* in step \d+, \w+")
+    place = r".* in step \d+, \w+( \w+)?( of [\w.]+)?"
+    return Kind(name=f"kill in {phase}", action="kill", phase=phase, promise=_DIED + place)
 
 
 def _error(name: str, action: str, phase: str, promise: str, amount: float = 0.0) -> Kind:
@@ -66,7 +67,13 @@ _ALL = (
     ),
     _error("error in forward", "raise", "forward", r"PlannedFault: rank {rank} was to fail in step \d+, forward"),
     _error("wrong splits", "lie", "dispatch", r"WrongSplits: step \d+, dispatch of \S+: rank {rank} was about to", 2.0),
-    _error("dispatch left out", "skip", "dispatch", r"RanksDiverged: step \d+, dispatch of \S+: rank {rank} left some"),
+    _error("leave out a step", "skip", "step", r"RanksDiverged: step \d+, dispatch of \S+: rank {rank} left something"),
+    Kind(
+        name="leave out a dispatch",
+        action="skip",
+        phase="dispatch",
+        promise=r"rank {rank} .*CollectiveTimeout: step \d+, dispatch of \S+: .*missing: rank {rank}",
+    ),
     Kind(name="kill worker", action="kill_worker", promise=_DIED),
     Kind(name="kill driver", action="kill_driver", outcome="resumes"),
     Kind(
@@ -87,7 +94,7 @@ _ALL = (
         name="fill disk",
         action="fill_disk",
         outcome="carries on",
-        promise=r"checkpoint failed: step \d+, reason a checkpoint needs .* are free",
+        promise=r"checkpoint failed: step \d+, reason .*(are free|No space left)",
         events=("checkpoint_failed", "checkpoint"),
         room=2,
     ),

@@ -108,7 +108,9 @@ def parts_of(trial: Trial) -> dict[str, float]:
     """Seconds of a recovery by the names of PARTS."""
     given = dict(trial.parts)
     if "processes and imports" in given:
-        given["process start"] = given["processes and imports"] - given.get("of these imports", 0.0)
+        # A new process starts while the others leave: an import may have begun before these seconds do.
+        given["of these imports"] = min(given.get("of these imports", 0.0), given["processes and imports"])
+        given["process start"] = given["processes and imports"] - given["of these imports"]
     return {name: sum(given.get(part, 0.0) for part in parts) for name, parts in PARTS.items()}
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runtime.chaos.injections import INJECTIONS
-from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark
-from runtime.chaos.subject import SUPERSEDED, Subject, Unfulfilled
+from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark, go_mark
+from runtime.chaos.target import TargetRun, Unfulfilled
+from runtime.chaos.testbed import TestbedFailed
 
 REACH_S = 600.0  # For the run to come to the step of a fault.
 RECOVER_S = 300.0  # From a fault to the next new step.
@@ -37,22 +38,32 @@ class Trial:
     said: str = ""
     reason: str = ""
 
+    def told(self) -> str:
+        """In a line."""
+        if self.verdict == "FAILED":
+            return f"FAILED: {self.reason}"
+        times = (("detected after", self.detected_s), ("recovered after", self.recovered_s))
+        known = [f"{what} {seconds:.1f} s" for what, seconds in times if not math.isnan(seconds)]
+        return ", ".join([self.verdict, *known, f"{self.redone} steps redone"])
 
-def strike(run: Subject, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
+
+def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
     """Have a fault strike and see the run through it. The run is alive afterwards, or the next trial says that not."""
     trial = Trial(fault=fault)
-    before, superseded = len(run.said()), _num_superseded(run)
+    before, superseded = len(run.said()), len(run.superseded_lines("train"))
     try:
         trial.struck = _fire(run, fault, plan)
         OUTCOMES[fault.kind.outcome](run, trial, before)
-    except Unfulfilled as error:
+    except (Unfulfilled, TestbedFailed) as error:
         trial.verdict, trial.reason = "FAILED", str(error)
-    trial.redone = _num_superseded(run) - superseded
+    trial.redone = len(run.superseded_lines("train")) - superseded
     return trial
 
 
-def _fire(run: Subject, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> float:
+def _fire(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> float:
     where = f"step {fault.step}"
+    run.wait(run.run_dir.exists, "its start", REACH_S)
+    _release(run, fault)
     if not fault.kind.is_planned:
         run.wait(lambda: run.step >= fault.step, where, REACH_S)
         return INJECTIONS[fault.kind.action](run, fault)
@@ -63,7 +74,14 @@ def _fire(run: Subject, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> floa
     return mark.stat().st_mtime
 
 
-def _recovers(run: Subject, trial: Trial, _: int) -> None:
+def _release(run: TargetRun, fault: ChaosFault) -> None:
+    """Let the run come to a fault, before which it is held up."""
+    go = run.run_dir / go_mark(fault)
+    go.parent.mkdir(exist_ok=True)
+    go.touch()
+
+
+def _recovers(run: TargetRun, trial: Trial, _: int) -> None:
     """The gang forms again, and says how long each part of that took."""
     since = trial.struck
     event = run.wait(lambda: next(iter(run.events("recovered", since)), None), "recovering", RECOVER_S)
@@ -72,11 +90,11 @@ def _recovers(run: Subject, trial: Trial, _: int) -> None:
     trial.recovered_s = event["time"] - since
     # The gang's own clock starts when the driver hears of the failure.
     trial.parts = {"noticing": trial.recovered_s - event["total_s"], **event["seconds"]}
-    trial.verdict, trial.said = "survived", failed["reason"]
+    trial.verdict = "survived"
     _keep_promise(run, trial, failed["reason"])
 
 
-def _carries_on(run: Subject, trial: Trial, before: int) -> None:
+def _carries_on(run: TargetRun, trial: Trial, before: int) -> None:
     """No gang ends, and steps follow."""
     first = run.step
     run.wait(lambda: run.step >= first + STEPS_AFTER, "going on", RECOVER_S)
@@ -90,7 +108,7 @@ def _carries_on(run: Subject, trial: Trial, before: int) -> None:
         _keep_promise(run, trial, run.said(before))
 
 
-def _note_events(run: Subject, trial: Trial, noticed: str, over: str) -> None:
+def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
     """When the run noticed the fault, and when it was over, unless the next one is too near to wait for that."""
     last_step = trial.fault.step + UNIT * trial.fault.kind.room - CHECKPOINT_EVERY
     event = run.wait(lambda: next(iter(run.events(noticed, trial.struck)), None), noticed, RECOVER_S)
@@ -100,9 +118,13 @@ def _note_events(run: Subject, trial: Trial, noticed: str, over: str) -> None:
         trial.recovered_s = ends[0]["time"] - trial.struck
 
 
-def _refuses(run: Subject, trial: Trial, before: int) -> None:
+def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """The run ends, says why, and goes on when its user resumes it."""
-    run.wait(lambda: run.exit_code is not None, "ending the run", RECOVER_S, may_end=True)
+    since = trial.struck
+    run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
+    if run.exit_code is None:
+        trial.said = run.events("failed", since)[0]["reason"]
+        raise Unfulfilled("the run recovered instead of ending with the promised error")
     trial.detected_s = time.time() - trial.struck
     step = None
     if trial.fault.kind.action == "damage_checkpoint_and_kill_driver":
@@ -115,7 +137,7 @@ def _refuses(run: Subject, trial: Trial, before: int) -> None:
     _resume(run, trial, step)
 
 
-def _resumes(run: Subject, trial: Trial, _: int) -> None:
+def _resumes(run: TargetRun, trial: Trial, _: int) -> None:
     """The run's driver is gone, and its workers with it; the user starts it again by its name."""
     run.wait(lambda: run.exit_code is not None, "the end of the driver", RECOVER_S, may_end=True)
     trial.detected_s = time.time() - trial.struck
@@ -123,7 +145,7 @@ def _resumes(run: Subject, trial: Trial, _: int) -> None:
     _resume(run, trial, None)
 
 
-OUTCOMES: dict[str, Callable[[Subject, Trial, int], None]] = {
+OUTCOMES: dict[str, Callable[[TargetRun, Trial, int], None]] = {
     "recovers": _recovers,
     "carries on": _carries_on,
     "refuses": _refuses,
@@ -131,7 +153,7 @@ OUTCOMES: dict[str, Callable[[Subject, Trial, int], None]] = {
 }
 
 
-def revive(run: Subject) -> bool:
+def revive(run: TargetRun) -> bool:
     """Start the run again if a trial has left it dead. Returns whether it lives."""
     if run.exit_code is None:
         return True
@@ -144,7 +166,7 @@ def revive(run: Subject) -> bool:
     return True
 
 
-def _resume(run: Subject, trial: Trial, step: int | None) -> None:
+def _resume(run: TargetRun, trial: Trial, step: int | None) -> None:
     begun = time.time()
     run.resume(step)
     line = run.wait(lambda: _first_step(run, begun), "the first step after resuming", RECOVER_S)
@@ -160,22 +182,17 @@ def _resume(run: Subject, trial: Trial, step: int | None) -> None:
     }
 
 
-def _first_step(run: Subject, since: float) -> dict[str, Any] | None:
+def _first_step(run: TargetRun, since: float) -> dict[str, Any] | None:
     if not run.events("resumed", since):
         return None
-    return next((line for line in run.train_lines() if line["time"] >= since), None)
+    return next((line for line in run.lines("train") if line["time"] >= since), None)
 
 
-def _keep_promise(run: Subject, trial: Trial, text: str) -> None:
+def _keep_promise(run: TargetRun, trial: Trial, text: str) -> None:
     fault = trial.fault
-    node = re.escape(run.stage.machines[fault.machine].address)
+    node = re.escape(run.testbed.machines[fault.machine].address)
     pattern = fault.kind.promise.replace("{rank}", str(fault.rank)).replace("{node}", node)
     found = re.search(pattern, " ".join(text.split()))
     if found is None:
         raise Unfulfilled(f"it did not say what it promises ({pattern})")
-    trial.said = (trial.said or found[0]).replace(f"{run.stage.folder}/", "")
-
-
-def _num_superseded(run: Subject) -> int:
-    path = run.run_dir / SUPERSEDED
-    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+    trial.said = (trial.said or found[0]).replace(f"{run.testbed.folder}/", "")

@@ -66,10 +66,11 @@ def test_the_blame_goes_past_those_who_wait_themselves():
     assert stall_of(waiting(5, 5.5), waiting(5, 5.4), *[doing("experts", 5.2, {"world": 4})] * 2).missing == (2, 3)
 
 
-@pytest.mark.parametrize("odd_waits_s", [4.5, 5.5])
-def test_of_ranks_that_wait_for_each_other_the_few_left_something_out(odd_waits_s):
+@pytest.mark.parametrize(("many_wait_s", "odd_waits_s"), [(5.0, 4.5), (5.0, 5.5), (3.9, 4.0)])
+def test_of_ranks_that_wait_for_each_other_the_few_left_something_out(many_wait_s, odd_waits_s):
     norm = {"group": "ep", "members": WORLD, "phase": "gradient norm"}
-    stall = stall_of(waiting(5), waiting(5), waiting(9, odd_waits_s, **norm), waiting(5))
+    many = waiting(5, many_wait_s)  # (3.9, 4.0): only the odd one's wait is beyond the bound yet
+    stall = stall_of(many, many, waiting(9, odd_waits_s, **norm), many)
     assert stall.missing == (2,)
     assert "waits itself in step 7, gradient norm, for " in str(stall.error)
     assert "it left out step 7, gradients" in str(stall.error)
@@ -82,6 +83,21 @@ def test_of_two_that_wait_for_each_other_the_one_further_on_left_something_out(s
         waiting(9, group="ep", members=(0, 1), step=8, phase="dispatch"),
     ]
     assert stall_of(*(reversed(pair) if swapped else pair)).missing == ((0,) if swapped else (1,))
+
+
+def test_a_rank_that_is_elsewhere_in_the_same_group_left_something_out():
+    # 2 left out its only layer: its gradients have the number that the dispatch of the others has. Its control thread,
+    # which began first, waits for theirs.
+    at = {place: {("world", 5): f"step 7, {place}"} for place in ("dispatch", "gradients")}
+    many = {"training": waiting(5, 3.9, phase="dispatch", recent=at["dispatch"]), "control": doing("idle", 9, {})}
+    odd = {
+        "training": waiting(5, 3.8, phase="gradients", recent=at["gradients"]),
+        "control": waiting(3, 4.1, group="control", phase="bias update, reduce"),
+    }
+    stall = find_stall({0: many, 1: many, 2: odd, 3: many}, NAMES, 4.0, "the bound", {})
+    assert stall.missing == (2,)
+    assert str(stall.error).startswith("step 7, dispatch of layers.1.moe: no end after 3.9 s; missing: rank 2; ")
+    assert "it left out step 7, dispatch of layers.1.moe" in str(stall.error)
 
 
 def test_when_all_have_come_the_error_says_where_each_believes_to_be():

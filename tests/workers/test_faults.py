@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,23 @@ def test_without_a_driver_the_rank_itself_says_what_it_waited_in(tmp_path):
 def at(board: Board, step: int, phase: str, layer: str = "") -> None:
     board.step, board.layer = step, layer
     board.enter(phase)
+
+
+def test_a_rank_is_held_until_it_may_go_on_or_for_some_time(tmp_path):
+    plan = tuple(
+        Fault(rank=0, step=step, phase="forward", action="hold", amount=amount)
+        for step, amount in ((1, 0.3), (2, 100.0))
+    )
+    board = Board(trigger=FaultPlan(plan, 0, tmp_path))
+    begun = time.monotonic()
+    at(board, 1, "forward")
+    assert time.monotonic() - begun >= 0.3
+    (tmp_path / "faults" / "1.go").touch()
+    begun = time.monotonic()
+    at(board, 2, "forward")
+    assert time.monotonic() - begun < 50
+    with pytest.raises(ValueError, match=r"amount \(0\) must be seconds above 0 for sleep and hold"):
+        Fault(rank=0, step=1, phase="forward", action="hold")
 
 
 def test_a_fault_fires_in_its_place_and_only_once_in_the_life_of_a_run(tmp_path):

@@ -159,6 +159,17 @@ def test_a_killed_machine_takes_its_processes_along_and_can_be_booted_again(sile
         assert exchange(machines) < 3
 
 
+def test_processes_are_listed_with_their_number_on_the_host_and_no_others(machines):
+    machines[2].popen([*PYTHON, "import os, time; time.sleep(60)", "marked"])
+    wait_until(lambda: any(each.command.endswith("marked") for each in machines[2].processes()))
+    [marked] = [each for each in machines[2].processes() if each.command.endswith("marked")]
+    assert marked.pid < marked.host_pid
+    assert Path(f"/proc/{marked.host_pid}/cmdline").read_text().endswith("marked\0")
+    assert not [each for each in machines[0].processes() if each.command.endswith("marked")]
+    os.kill(marked.host_pid, signal.SIGKILL)
+    wait_until(lambda: not any(each.command.endswith("marked") for each in machines[2].processes()))
+
+
 def test_two_sets_of_machines_with_the_same_addresses_do_not_meet(machines):
     with Machines(3) as others:
         assert others[1].address == machines[1].address

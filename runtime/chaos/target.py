@@ -1,6 +1,7 @@
 """The run that chaos strikes: started and resumed as a user does it, and watched through what it writes."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.chaos.plan import CHECKPOINT_EVERY, Preset
-from runtime.chaos.stage import Stage
+from runtime.chaos.testbed import Testbed
 from runtime.compare.run_pool import last_step
 from workers.faults import FAULTS_VARIABLE
 from workers.run_log import EVENTS, METRICS, read_events, read_metrics
@@ -20,19 +21,20 @@ POLL_S = 0.2
 STOP_S = 10.0
 # A rank that is stopped, or cut off, is named after this. Generous: machines of namespaces share the cores of one.
 COLLECTIVE_TIMEOUT_S = 20.0
-SUPERSEDED = "metrics.superseded.jsonl"
 
 
 class Unfulfilled(Exception):
     """Something that the run owes did not come about. The message says what."""
 
 
-class Subject:
-    """A training run on a stage. on_wait: called about every POLL_S while something is waited for."""
+class TargetRun:
+    """A training run on a testbed. on_wait: called about every POLL_S while something is waited for."""
 
-    def __init__(self, stage: Stage, name: str, *, deadline: float, on_wait: Callable[["Subject", str], None]) -> None:
-        self.stage, self.name, self.run_dir = stage, name, stage.runs / name
-        self.terminal = stage.folder / f"{name}.log"
+    def __init__(
+        self, testbed: Testbed, name: str, *, deadline: float, on_wait: Callable[["TargetRun", str], None]
+    ) -> None:
+        self.testbed, self.name, self.run_dir = testbed, name, testbed.runs / name
+        self.terminal = testbed.folder / f"{name}.log"
         self.terminal.touch()
         self._deadline, self._on_wait = deadline, on_wait
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +43,7 @@ class Subject:
     def start(self, preset: Preset, seed: int, num_steps: int, faults: Path | None = None) -> None:
         """Begin the run. faults: the plan for its workers."""
         self._faults = "" if faults is None else str(faults)
-        self._begin("train", *_options(self.stage, preset), f"--name={self.name}", f"--steps={num_steps}",
+        self._begin("train", *_options(self.testbed, preset), f"--name={self.name}", f"--steps={num_steps}",
                     f"--run.seed={seed}")  # fmt: skip
 
     def resume(self, step: int | None = None) -> None:
@@ -50,13 +52,13 @@ class Subject:
 
     def kill(self) -> float:
         """Send SIGKILL to its driver. Returns the time of it."""
-        [driver] = [each for each in self.stage.machines[0].processes() if " -m runtime train " in f"{each.command} "]
+        [driver] = [each for each in self.testbed.machines[0].processes() if " -m runtime train " in f"{each.command} "]
         os.kill(driver.host_pid, signal.SIGKILL)
         return time.time()
 
     def stop(self) -> None:
         """End it if it still runs, without waiting for it to save."""
-        if self.exit_code is None and self.stage.machines[0].is_up:
+        if self.exit_code is None and self.testbed.machines[0].is_up:
             with contextlib.suppress(ValueError, ProcessLookupError):
                 self.kill()
             self._started.wait(STOP_S)
@@ -77,13 +79,17 @@ class Subject:
             return []
         return [event for event in read_events(self.run_dir) if event["event"] == name and event["time"] >= since]
 
-    def train_lines(self) -> list[dict[str, Any]]:
-        """One a step, without those that were made anew."""
-        return read_metrics(self.run_dir)[0] if (self.run_dir / METRICS).exists() else []
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl of a kind, "train" or "eval", without what was made anew."""
+        train, evals = read_metrics(self.run_dir) if (self.run_dir / METRICS).exists() else ([], [])
+        return train if kind == "train" else evals
 
-    def eval_lines(self) -> list[dict[str, Any]]:
-        """One an evaluation, without those that were made anew."""
-        return read_metrics(self.run_dir)[1]
+    def superseded_lines(self, kind: str) -> list[dict[str, Any]]:
+        """Those that were set aside since what they tell was made anew."""
+        path = self.run_dir / "metrics.superseded.jsonl"
+        texts = path.read_text().splitlines() if path.exists() else []
+        lines = [json.loads(text) for text in texts if text.endswith("}")]  # a crash may tear the last one
+        return [line for line in lines if line["kind"] == kind]
 
     def said(self, offset: int = 0) -> str:
         """What it has printed, all its drivers one after the other, from an offset in characters on."""
@@ -115,26 +121,26 @@ class Subject:
 
     def _begin(self, *arguments: str) -> None:
         variables = {FAULTS_VARIABLE: self._faults} if self._faults else {}
-        self._process = self.stage.start(arguments, self.terminal, **variables)
+        self._process = self.testbed.start(arguments, self.terminal, **variables)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self.said().splitlines() if re.search("error|Error", line)]
         return lines[-1] if lines else "it said nothing"
 
 
-def _options(stage: Stage, preset: Preset) -> list[str]:
+def _options(testbed: Testbed, preset: Preset) -> list[str]:
     settings = {
         "config": "tiny",
-        "run.dir": stage.runs,
+        "run.dir": testbed.runs,
         "model.num_layers": 2,  # one of them MoE: machines of namespaces share few cores
         "run.global_batch_size": preset.world_size,
         "run.checkpoint_every": CHECKPOINT_EVERY,
         "run.eval_every": 0,
-        "data.path": stage.folder / "source",
-        "data.cache_dir": stage.folder / "text",
+        "data.path": testbed.folder / "source",
+        "data.cache_dir": testbed.folder / "text",
         "device": "cpu",
         "workers": preset.world_size,
-        "cluster.address": stage.address,
+        "cluster.address": testbed.address,
         "cluster.start_timeout_s": 240,  # a node that was killed is booted meanwhile
         "cluster.collective_timeout_s": COLLECTIVE_TIMEOUT_S,
     }

@@ -1,4 +1,4 @@
-"""Where chaos plays: a Ray cluster of machines on this host, and a small disk that they share for the runs."""
+"""Where chaos runs: a Ray cluster of machines on this host, and a small disk that they share for the runs."""
 
 import contextlib
 import ctypes
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import runtime
+from cluster.node_state import ray_folder
 from runtime.chaos.machines import Machine, Machines
 from runtime.chaos.namespaces import command
 from runtime.chaos.plan import Preset
@@ -21,12 +22,12 @@ RUNS_BYTES = 48 * 2**20  # Several times the checkpoints of the runs; small, so 
 COMMAND_S = 240.0  # For `cluster up`, `join` and `down`: 10 s on a quiet machine.
 
 
-class StageFailed(RuntimeError):
+class TestbedFailed(RuntimeError):
     """A node of the cluster could not be started or ended."""
 
 
-class Stage:
-    """Machines with a Ray node each; made by `open_stage`. `runs` is the disk of the runs, the same on all machines."""
+class Testbed:
+    """Machines with a Ray node each; made by `open_testbed`. `runs` is the disk of the runs, seen by all machines."""
 
     def __init__(self, machines: Machines, folder: Path, preset: Preset) -> None:
         self.machines, self.folder, self.runs = machines, folder, folder / "runs"
@@ -58,15 +59,15 @@ class Stage:
         """Run a quick command of trimtab on a machine.
 
         Raises:
-            StageFailed: it failed, or took longer than COMMAND_S.
+            TestbedFailed: it failed, or took longer than COMMAND_S.
         """
         what = f"trimtab {' '.join(arguments)} on {machine.name}"
         try:
             done = machine.run(self._words(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
         except subprocess.TimeoutExpired as error:
-            raise StageFailed(f"{what}: not done after {COMMAND_S:g} s") from error
+            raise TestbedFailed(f"{what}: not done after {COMMAND_S:g} s") from error
         if done.returncode:
-            raise StageFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+            raise TestbedFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
     def start(self, arguments: Sequence[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
         """Start a command of trimtab on the head."""
@@ -91,8 +92,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def open_stage(preset: Preset) -> Iterator[Stage]:
-    """Build a stage, and leave nothing of it behind; the cluster is not up yet.
+def open_testbed(preset: Preset) -> Iterator[Testbed]:
+    """Build a testbed, and leave nothing of it behind; the cluster is not up yet.
 
     Its disks are mounted for this process and its children alone and vanish with them, however they end.
 
@@ -101,7 +102,7 @@ def open_stage(preset: Preset) -> Iterator[Stage]:
     """
     machines = Machines(preset.num_machines)
     _leave_shared_mounts()
-    folder = Path(tempfile.mkdtemp(prefix="tt-"))
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=ray_folder()))
     with contextlib.ExitStack() as stack:
         stack.callback(folder.rmdir)
         for disk, num_bytes in ((folder, WORK_BYTES), (folder / "runs", RUNS_BYTES)):
@@ -110,7 +111,7 @@ def open_stage(preset: Preset) -> Iterator[Stage]:
             stack.callback(command, ["umount", "--lazy", str(disk)])
         # A text that nobody edits meanwhile.
         shutil.copytree(Path(runtime.__file__).parents[1] / "workers", folder / "source")
-        yield Stage(stack.enter_context(machines), folder, preset)
+        yield Testbed(stack.enter_context(machines), folder, preset)
 
 
 def _leave_shared_mounts() -> None:

@@ -1,0 +1,162 @@
+"""The two runs of `trimtab chaos`: an undisturbed one, then one that is struck and compared with it."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+
+from runtime.chaos.chart import write_chart
+from runtime.chaos.options import ChaosOptions
+from runtime.chaos.plan import make_plan, num_steps, worker_faults
+from runtime.chaos.progress import Progress
+from runtime.chaos.results import Results
+from runtime.chaos.sameness import Line, differences
+from runtime.chaos.target import TargetRun, Unfulfilled
+from runtime.chaos.testbed import Testbed
+from runtime.chaos.trial import Trial, revive, strike
+from runtime.quantities import duration
+
+CALM_S = 1800.0  # For the undisturbed run, and for the last steps of the other; minutes on a loaded machine.
+
+
+class Campaign:
+    """Plays a plan; `trials` grows by one a fault."""
+
+    def __init__(self, testbed: Testbed, options: ChaosOptions, progress: Progress) -> None:
+        self._testbed, self._options, self._progress = testbed, options, progress
+        self._plan = make_plan(options.preset, options.seed)
+        self.trials: list[Trial] = []
+        self._calm: Sequence[Line] = ()
+        self._calm_evals: Sequence[Line] = ()
+        self._calm_step_s = math.nan
+        self._mismatches: dict[int, str] = {}
+        self._num_compared = 0
+        self._end = "it was not reached"
+        self._begun, self._now = time.monotonic(), ""
+
+    def play(self) -> None:
+        """Both runs.
+
+        Raises:
+            TestbedFailed, RuntimeError: the cluster did not come up, or the undisturbed run failed already.
+        """
+        preset, steps = self._options.preset, num_steps(self._plan)
+        self._progress.tell(
+            f"{len(self._plan)} faults over {steps} steps on {preset.num_machines} machines with "
+            f"{preset.workers_per_machine} workers each, seed {self._options.seed}, {preset.minutes:g} min at most"
+        )
+        self._testbed.up()
+        self._progress.tell(f"cluster up after {self._elapsed}; first the calm run")
+        self._play_calm(steps)
+        faults = self._testbed.folder / "faults.json"
+        faults.write_text(json.dumps(worker_faults(self._plan)))
+        run = self._target("chaos")
+        try:
+            run.start(preset, self._options.seed, steps, faults)
+            if self._strike_all(run):
+                self._finish(run)
+        finally:
+            run.stop()
+
+    def results(self) -> Results:
+        """What is known so far."""
+        options = self._options
+        return Results(
+            preset=options.name,
+            settings=options.preset,
+            seed=options.seed,
+            command=options.command,
+            machine=f"{os.cpu_count()} cores, {platform.system()}, load average {os.getloadavg()[2]:.0f}",
+            calm_step_s=self._calm_step_s,
+            minutes=(time.monotonic() - self._begun) / 60,
+            trials=tuple(self.trials),
+            missed=len(self._plan) - len(self.trials),
+            mismatches=tuple(f"step {step}: {text}" for step, text in sorted(self._mismatches.items())),
+            num_compared=self._num_compared,
+            end=self._end,
+        )
+
+    def write(self) -> None:
+        """The results, into the folder that was asked for."""
+        self.results().write(self._options.out)
+        run = self._target("chaos")
+        lines = run.superseded_lines("train") + run.lines("train")
+        write_chart([(line["time"], line["step"]) for line in lines], self.trials, self._options.out / "chaos.png")
+
+    def keep(self) -> None:
+        """Copies of both run directories and of what was printed."""
+        target = self._options.out / "kept"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self._testbed.runs, target)
+        for log in self._testbed.folder.glob("*.log"):
+            shutil.copy(log, target)
+
+    def _play_calm(self, steps: int) -> None:
+        run = self._target("calm")
+        try:
+            run.start(self._options.preset, self._options.seed, steps)
+            run.wait(lambda: run.exit_code is not None, "calm run", CALM_S, may_end=True)
+            self._calm, self._calm_evals = run.lines("train"), run.lines("eval")
+        finally:
+            run.stop()
+        if run.exit_code != 0 or len(self._calm) != steps:
+            raise RuntimeError(f"the undisturbed run failed already; it said:\n{run.said()[-3000:]}")
+        self._calm_step_s = statistics.median(line["step_s"] for line in self._calm)
+        self._progress.tell(f"calm run done after {self._elapsed}: {self._calm_step_s:.2f} s a step")
+
+    def _strike_all(self, run: TargetRun) -> bool:
+        """Whether the run is alive after all of the plan."""
+        for fault in self._plan:
+            self._now = f"[{fault.number + 1}/{len(self._plan)}] {fault.kind.name}"
+            trial = strike(run, fault, self._plan)
+            self.trials.append(trial)
+            self._compare(run, trial)
+            self._progress.tell(f"{self._now}, step {fault.step}: {trial.told()}")
+            if trial.verdict == "FAILED" and not revive(run):
+                self._end = f"it could not be resumed after fault {fault.number + 1}"
+                return False
+            if self._left_s < 0:
+                self._end = f"its {self._options.preset.minutes:g} minutes were over"
+                return False
+        return True
+
+    def _finish(self, run: TargetRun) -> None:
+        self._now = "the last steps"
+        try:
+            run.wait(lambda: run.exit_code is not None, "its end", CALM_S, may_end=True)
+        except Unfulfilled as error:
+            self._end = str(error)
+            return
+        self._compare(run, None)
+        once = [line["step"] for line in run.lines("train")] == list(range(1, num_steps(self._plan) + 1))
+        self._end = f"exit code {run.exit_code}" if run.exit_code else "" if once else "its record lacks steps"
+
+    def _compare(self, run: TargetRun, trial: Trial | None) -> None:
+        """All that the run has recorded so far, what it made anew too, with the calm run."""
+        lines, evals = (run.superseded_lines(kind) + run.lines(kind) for kind in ("train", "eval"))
+        found = differences(lines, self._calm) | differences(evals, self._calm_evals)
+        new = {step: text for step, text in found.items() if step not in self._mismatches}
+        self._num_compared = len(lines) + len(evals)
+        self._mismatches |= new
+        if new and trial is not None:
+            step, text = min(new.items())
+            trial.verdict, trial.reason = "FAILED", f"step {step} is another one: {text}"
+
+    @property
+    def _left_s(self) -> float:
+        return self._begun + 60 * self._options.preset.minutes - time.monotonic()
+
+    @property
+    def _elapsed(self) -> str:
+        return duration(time.monotonic() - self._begun)
+
+    def _target(self, name: str) -> TargetRun:
+        def on_wait(run: TargetRun, what: str) -> None:
+            left = duration(max(0.0, self._left_s))
+            self._progress.wait(f"{self._now} {what}: at step {run.step}; {left} left at most".strip())
+
+        return TargetRun(self._testbed, name, deadline=time.monotonic() + self._left_s, on_wait=on_wait)
