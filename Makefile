@@ -5,11 +5,11 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench bench-peers clean
+.PHONY: help train test test-slow lint bench bench-peers clean
 
 help:
 	@echo "make train   train the default model on this machine and write runs/<name>/report.html"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the tests; make test-slow those of machines, clusters and recoveries"
 	@echo "make lint    ruff (rules and format) and mypy"
 	@echo "make bench   measure the MoE layer"
 	@echo "make bench-peers   race the MoE layer against those of other projects, in .venv-peers (ARGS=--help)"
@@ -21,6 +21,9 @@ train: .venv/.installed
 
 test: .venv/.installed
 	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: .venv/.installed
+	.venv/bin/python -m pytest -m slow $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.soak.memory import Tracks, wait_until_gone
+from benchmarks.soak.memory import Track, Tracks, wait_until_gone
 from cluster.session import RaySession
 from runtime import job
 from runtime.config_file import parse_train
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grew = _show_memory(tracks)
         lost = _show_run(run_dir)
     left = sorted(map(str, _left_behind() - before))
-    running = wait_until_gone(set(tracks.by_pid) - {os.getpid()}, limit_s=10)
+    running = wait_until_gone(tracks.pids - {os.getpid()}, limit_s=10)
     print(f"left behind: {', '.join([*left, *(f'process {pid}' for pid in running)]) or 'nothing'}")
     return int(bool(grew or lost or left or running))
 
@@ -59,7 +59,7 @@ def _soak(run_dir: Path, given: argparse.Namespace) -> Tracks:
     requests = list(_segments(run_dir, given))  # parsed one by one: a run must exist to be resumed
     first = parse_train(requests[0]).config
     with RaySession.open(first.cluster), tracks.watching():
-        for arguments in requests:
+        for tracks.segment, arguments in enumerate(requests):
             request = parse_train(arguments)
             job.train(request.config, resume=request.resume, step=None)
     return tracks
@@ -107,10 +107,16 @@ def _show_memory(tracks: Tracks) -> list[str]:
             bad = memory > MAX_MIB or files > MAX_FILES
             grew += [role] * bad
             print(
-                f"{role:12} steps {track.steps[0]:>6} to {track.steps[-1]:<6} {max(track.mib):7.1f} MiB at most, "
+                f"{role:12} steps {track.steps[0]:>6} to {track.steps[-1]:<6} {_quarters(track)} MiB, "
                 f"{_signed(memory)} MiB and {_signed(files)} open files in 1,000 steps{'  GREW' if bad else ''}"
             )
     return grew
+
+
+def _quarters(track: Track) -> str:
+    """Memory at the ends of the quarters of its life."""
+    ends = [len(track.mib) * quarter // 4 for quarter in (1, 2, 3, 4)]
+    return " ".join(f"{track.mib[max(0, end - 1)]:5.0f}" for end in ends)
 
 
 def _signed(value: float) -> str:

@@ -38,11 +38,20 @@ class Track:
 
 @dataclass
 class Tracks:
-    """Samples by pid, taken every `every_s` on a thread of its own while `watching`."""
+    """Samples by segment and pid, taken every `every_s` on a thread of its own while `watching`.
+
+    The driver has a track for each segment: between two it writes a report of all steps, and its peak is not growth.
+    """
 
     step: Callable[[], int]
     every_s: float = 2.0
-    by_pid: dict[int, Track] = field(default_factory=dict)
+    segment: int = 0
+    by_process: dict[tuple[int, int], Track] = field(default_factory=dict)
+
+    @property
+    def pids(self) -> set[int]:
+        """Of all processes that were seen."""
+        return {pid for _, pid in self.by_process}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -62,7 +71,7 @@ class Tracks:
 
     def by_role(self) -> dict[str, list[Track]]:
         found = defaultdict(list)
-        for track in self.by_pid.values():
+        for track in self.by_process.values():
             found[track.role].append(track)
         return found
 
@@ -76,7 +85,7 @@ class Tracks:
                 used, files = process.memory_full_info().uss, process.num_fds()
             except psutil.Error:  # it has ended meanwhile
                 continue
-            track = self.by_pid.setdefault(process.pid, Track(role))
+            track = self.by_process.setdefault((self.segment, process.pid), Track(role))
             track.steps.append(step)
             track.mib.append(used / 2**20)
             track.files.append(files)

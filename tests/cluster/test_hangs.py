@@ -22,7 +22,7 @@ from tests.workers.training_gang import make_spec
 from workers.faults import Fault
 from workers.parallel import ParallelConfig
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 BOUND_S = 4.0
 LATE_S = 5.0  # the promise: the error comes at most this much after the bound

@@ -31,6 +31,7 @@ SETTINGS = (
 
 
 # P23
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_shrinks_grows_and_moves_with_its_nodes_and_trains_the_same(tmp_path):
     run_dir = tmp_path / "runs" / "elastic"

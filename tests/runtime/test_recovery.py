@@ -18,6 +18,8 @@ from tests.runtime.test_job import _arguments, _config, _trimtab, _wait_for_step
 from workers.run_log import read_events, read_load_history, read_metrics
 from workers.training import TrainingDiverged
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 EVENTS_OF_A_RECOVERY = ["failed", "recovering", "resumed", "recovered"]
 

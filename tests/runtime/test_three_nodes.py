@@ -17,7 +17,11 @@ from tests.runtime.cluster_commands.launched import Place, new_place
 from tests.workers.checkpoint_contents import tensors_of
 from workers.run_log import read_events, read_metrics
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(600),
+]
 
 # Without ray[default] there is no job API; the run of one worker is then started directly.
 HAS_JOBS = importlib.util.find_spec("aiohttp") is not None

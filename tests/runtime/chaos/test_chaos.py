@@ -13,6 +13,8 @@ from runtime.chaos.namespaces import why_not
 from runtime.cli import main
 from tests.ray_fixture import ROOT
 
+pytestmark = pytest.mark.slow
+
 needs_machines = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 

@@ -21,7 +21,8 @@ import pytest
 
 from tests.runtime.cluster_commands.launched import Place, free_ports, new_place
 
-pytestmark = pytest.mark.timeout(300)  # Ray's processes start in 7 s a node on an idle machine, in 40 on a busy one
+# Ray starts in 7 s a node on an idle machine, in 40 on a busy one.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 needs_jobs = pytest.mark.skipif(
     importlib.util.find_spec("aiohttp") is None, reason="needs ray[default]: pip install 'trimtab[cluster]'"
 )

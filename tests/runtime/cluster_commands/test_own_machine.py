@@ -12,7 +12,7 @@ import pytest
 
 from tests.runtime.cluster_commands.launched import Place, free_ports, new_place
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOINED = """
 import sys

@@ -13,7 +13,11 @@ from runtime.chaos.namespaces import why_not
 from tests.ray_fixture import ROOT
 from tests.runtime.cluster_commands.launched import Place, new_place
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(400),
+]
 
 
 def command(machine: Machine, place: Place, *arguments: str) -> str:

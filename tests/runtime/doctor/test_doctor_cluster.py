@@ -54,6 +54,7 @@ def test_sizes_that_do_not_divide_and_targets_that_do_not_exist_are_refused(caps
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_on_three_machines_the_slow_link_and_then_the_missing_one_are_named(tmp_path):
     with Machines(3, disk_bytes=2**28) as machines, ray_on(machines, tmp_path / "token") as cluster:
