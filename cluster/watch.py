@@ -145,9 +145,11 @@ def _outcome(member: Member, call: ray.ObjectRef[Any]) -> Any:
 
 
 def _text_of_death(error: RayActorError) -> str:
-    # Ray repeats the actor's name, id and address before the reason; the rank and pid say it better.
-    reasons = [line.strip() for line in str(error).splitlines() if "died" in line or "exit" in line or "reason" in line]
-    return "its process died: " + (" ".join(reasons) or str(error))
+    # Ray says first that it died, then repeats name, id and address, which rank and pid say better; after the reason it
+    # lists what might have caused it.
+    _, *lines = str(error).splitlines()
+    reasons = [line.strip() for line in lines if "died" in line or "exit" in line or "reason" in line]
+    return "its process died: " + (" ".join(reasons).partition(". Some common causes")[0] or str(error))
 
 
 def _fate_of_the_rest(members: Sequence[Member], limit_s: float) -> list[WorkerFailure]:
