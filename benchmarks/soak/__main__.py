@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the soak and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000, help="in all (%(default)s)")
-    parser.add_argument("--segments", type=int, default=4, help="starts of the gang (%(default)s)")
+    parser.add_argument("--segments", type=int, default=2, help="starts of the gang (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the rhythms (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the run (a temporary one, removed)")

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 ROLES = {"WorkerActor": "worker", "CoordinatorActor": "coordinator"}
-WARM_UP = 0.4  # of a process's life that a slope leaves out: caches and pools fill at first
+WARM_UP = 0.75  # of a process's life that a slope leaves out: ragged loads set new records for buffers, ever more rarely
 MIN_STEPS = 500  # after it; less says nothing
 
 

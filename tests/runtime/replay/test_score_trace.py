@@ -129,4 +129,4 @@ def test_a_run_that_cannot_record_goes_on_and_says_so_once(tmp_path: Path) -> No
     lines = run_ranks(1, _train_with_scores_in_the_way, replace(make_spec(tmp_path), record_scores_every=1))[0]
     assert sum(line.get("kind") == "train" for line in lines) == 5
     [warning] = [line["text"] for line in lines if line.get("event") == "warning"]
-    assert "rank 0 cannot write" in warning and "records no more scores" in warning
+    assert "rank 0 cannot write" in warning and "records no scores" in warning
