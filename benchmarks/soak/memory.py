@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 
 ROLES = {"WorkerActor": "worker", "CoordinatorActor": "coordinator"}
-WARM_UP = 0.75  # of a process's life that a slope leaves out: ragged loads set new records for buffers, ever more rarely
+# Of a process's life, what a slope leaves out: ragged loads set new records for the sizes of buffers, ever more rarely.
+WARM_UP = 0.75
 MIN_STEPS = 500  # after it; less says nothing
 
 
