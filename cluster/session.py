@@ -71,25 +71,30 @@ def _local_ray(config: ClusterConfig) -> Iterator[None]:
     # Short, since the paths of the Unix sockets below it may have 107 characters. Private (0700): Ray opens its own
     # folder to everybody, so it gets one inside.
     folder = Path(tempfile.mkdtemp(prefix="trimtab-ray-", dir=ray_folder()))
-    try:
-        with ctrl_c_deferred(), _environment(_local_variables()):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                num_cpus=config.num_workers,  # Also the number of processes that Ray starts ahead of the actors.
-                num_gpus=0 if config.device == "cpu" else None,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(folder / "r"),
-            )
-        address = ray.util.get_node_ip_address()
-        if not ip_address(address).is_loopback:
-            _log.warning("the local Ray listens on %s, not on loopback: others on this network may reach it", address)
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    # The token stays as long as this Ray: its client aborts the process where it reads the token again, as
+    # `cluster.probe.read_again` makes it, and finds none.
+    with _environment(_token_variables()):
+        try:
+            with ctrl_c_deferred(), _environment(_local_variables()):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    num_cpus=config.num_workers,  # Also the number of processes that Ray starts ahead of the actors.
+                    num_gpus=0 if config.device == "cpu" else None,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(folder / "r"),
+                )
+            address = ray.util.get_node_ip_address()
+            if not ip_address(address).is_loopback:
+                _log.warning(
+                    "the local Ray listens on %s, not on loopback: others on this network may reach it", address
+                )
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _local_variables() -> dict[str, str]:
@@ -98,11 +103,14 @@ def _local_variables() -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Its future default; unset, Ray prints a warning on GPU machines.
-        "RAY_AUTH_TOKEN": _auth_token(),
     }
-    if "RAY_AUTH_TOKEN_PATH" in os.environ:
-        del variables["RAY_AUTH_TOKEN"]
     return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def _token_variables() -> dict[str, str]:
+    """The token of a local Ray, where the user has set none."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return {} if given else {"RAY_AUTH_TOKEN": _auth_token()}
 
 
 @functools.cache

@@ -167,3 +167,20 @@ def test_neither_configuration_nor_checks_import_ray_and_the_driver_needs_no_tor
         [sys.executable, "-c", HEAVY_IMPORTS], env=environment(), capture_output=True, text=True, check=True
     ).stdout
     assert output == "[]\n['ray']\n"
+
+
+READ_AGAIN = """
+from cluster.config import ClusterConfig
+from cluster.probe import read_again
+from cluster.session import RaySession
+with RaySession.open(ClusterConfig(num_workers=1, device="cpu")):
+    read_again()  # as a look at another cluster does
+print("closed")
+"""
+
+
+def test_a_token_that_is_read_again_is_still_there_when_the_session_closes():
+    done = subprocess.run(
+        [sys.executable, "-c", READ_AGAIN], env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
