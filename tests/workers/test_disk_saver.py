@@ -4,6 +4,7 @@ import contextlib
 import resource
 import subprocess
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +209,8 @@ def _give_up(rank, world_size, spec, disk):
         errors[name] = str(caught.value)  # both ranks have agreed on it: neither tries again
         if rank == 1:
             (disk / "ballast").unlink()
+        while (disk / "ballast").exists():  # the next gang's rendezvous needs room; no group is left to wait in
+            time.sleep(0.01)
     return errors
 
 
