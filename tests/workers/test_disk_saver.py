@@ -204,7 +204,7 @@ def _give_up(rank, world_size, spec, disk):
 
             worker._stop_requested.wait = ask
         disk_saver.RETRY_S = 0.1
-        with pytest.raises(CheckpointError, match="free|No space left") as caught:
+        with pytest.raises(CheckpointError, match="free") as caught:
             worker.train()
         errors[name] = str(caught.value)  # both ranks have agreed on it: neither tries again
         if rank == 1:
