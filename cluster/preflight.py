@@ -53,16 +53,17 @@ def check_local(config: ClusterConfig, available: Available, model_bytes_per_wor
     check_disk(available.ray_disk_bytes, RAY_DISK_BYTES, ray_folder(), "Ray's session folder", way_out)
     if available.shm_bytes < OBJECT_STORE_BYTES:
         raise NotEnoughResources(
-            f"Ray needs {_size(OBJECT_STORE_BYTES)} of shared memory, but /dev/shm has {_size(available.shm_bytes)} "
-            "free. Free some, enlarge it (`mount -o remount,size=1G /dev/shm`), or start the container "
+            f"Ray needs {size_text(OBJECT_STORE_BYTES)} of shared memory, but /dev/shm has "
+            f"{size_text(available.shm_bytes)} free. Free some, enlarge it "
+            "(`mount -o remount,size=1G /dev/shm`), or start the container "
             "with --shm-size=1g"
         )
     needed = RAY_BYTES + config.num_workers * (WORKER_BYTES + model_bytes_per_worker)
     if available.memory_bytes < needed:
         raise NotEnoughResources(
-            f"{config.num_workers} workers and Ray need about {_size(needed)} of memory, but only "
-            f"{_size(available.memory_bytes)} are free. Close other programs, lower --cluster.num_workers, or use a "
-            "smaller model"
+            f"{config.num_workers} workers and Ray need about {size_text(needed)} of memory, but only "
+            f"{size_text(available.memory_bytes)} are free. Close other programs, lower --cluster.num_workers, or use "
+            "a smaller model"
         )
 
 
@@ -70,8 +71,8 @@ def check_disk(free_bytes: int, needed_bytes: int, path: Path, what: str, way_ou
     """Raise NotEnoughResources if `path`'s disk has less than `needed_bytes` free for `what`."""
     if free_bytes < needed_bytes:
         raise NotEnoughResources(
-            f"{what} needs about {_size(needed_bytes)} of disk at {path}, but only {_size(free_bytes)} are free. "
-            f"Free some, or {way_out}"
+            f"{what} needs about {size_text(needed_bytes)} of disk at {path}, but only {size_text(free_bytes)} are "
+            f"free. Free some, or {way_out}"
         )
 
 
@@ -106,5 +107,6 @@ def _free_memory(meminfo: Path, cgroup: Path) -> int:
     return min(free, limit - used + int(counted.get("inactive_file", 0)))
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: float) -> str:
+    """1.5 GiB, or 80 MiB below that: for what must be free."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -21,6 +21,7 @@ from runtime.live import LiveView
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
+from runtime.say import say
 from runtime.size import ModelSize, model_size, recorded_scores_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
@@ -58,7 +59,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         model_bytes_per_worker=size.training_bytes_per_rank,
     )
     dataset = open_data(config, console)
-    _say(console, _headline(config, run_dir, dataset, size, resume_from))
+    say(console, _headline(config, run_dir, dataset, size, resume_from))
     with ExitStack() as stack:
         with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
             spec = make_spec(config, run_dir, dataset)
@@ -67,9 +68,9 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
     console.print(terminal_summary(run_dir))
-    _say(console, report_line(run_dir))
+    say(console, report_line(run_dir))
     if not outcome.completed:
-        _say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+        say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
     return 0
 
 
@@ -82,13 +83,13 @@ def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers:
     with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
         results: list[Evaluation] = ranks.run("evaluate", path.absolute(), sequences or config.run.eval_sequences)
     result = results[0]
-    _say(
+    say(
         console,
         f"{path}: {result.val_bits_per_byte:.4f} bits per byte, loss {result.val_loss:.4f} "
         f"on {result.num_tokens:,} held-out tokens ({result.eval_s:.1f} s)",
     )
     for source, bits in result.val_bits_per_byte_per_source.items():
-        _say(console, f"  {source:12} {bits:.4f} bits per byte")
+        say(console, f"  {source:12} {bits:.4f} bits per byte")
     return 0
 
 
@@ -111,7 +112,7 @@ def generate(
     texts = {index: text for result in results for index, text in result.texts.items()}
     whole_texts = [f"{prompt}{texts[index]}\n" for index, prompt in enumerate(prompts)]
     sys.stdout.write(BETWEEN_TEXTS.join(whole_texts))
-    _say(console, str(Speed.of_all([result.speed for result in results])))
+    say(console, str(Speed.of_all([result.speed for result in results])))
     return 0
 
 
@@ -155,8 +156,8 @@ def _watch(
     from cluster.supervisor import GaveUp, Supervisor
 
     gang = launched.gang
-    _say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
-    _say(
+    say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
+    say(
         console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
     )
     done = checkpoint.step_of(resume_from) if resume_from else 0
@@ -181,10 +182,6 @@ def report_line(run_dir: Path) -> str:
         return f"report: {write_report(run_dir)}"
     except OSError as error:
         return f"the report could not be written ({error}); free some space, then: trimtab report {run_dir}"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)  # never broken into lines: people copy paths and commands
 
 
 def as_recorded(config: TrainConfig) -> TrainConfig:

@@ -16,6 +16,7 @@ from runtime.compare.tables import print_tables, write_results
 from runtime.compare.view import CompareView
 from runtime.config_file import load_config, override
 from runtime.interrupt import StopSignal
+from runtime.say import say
 from runtime.size import model_size
 from workers.actor import usable_cores
 
@@ -31,9 +32,9 @@ def compare(options: CompareOptions) -> int:
     failed, stopped = _train(plan, unfinished, jobs, console) if unfinished else ([], False)
     _show_results(plan, options.threshold, console)
     for run in failed:
-        _say(console, f"failed: {run.key}: {run.reason} (all of it: {plan.log_file(run.key)})")
+        say(console, f"failed: {run.key}: {run.reason} (all of it: {plan.log_file(run.key)})")
     if stopped or failed:
-        _say(console, f"go on with: trimtab compare --resume --out {plan.out}")
+        say(console, f"go on with: trimtab compare --resume --out {plan.out}")
     return 1 if failed else 0
 
 
@@ -74,7 +75,7 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
     )
     job.open_data(base, console)
     law = f"{len(plan.methods)} methods x {plan.num_seeds} seeds, {base.run.steps} steps each; {jobs} at a time"
-    _say(console, f"comparison {plan.out}\n{law}; {len(unfinished)} runs to do")
+    say(console, f"comparison {plan.out}\n{law}; {len(unfinished)} runs to do")
 
 
 def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], bool]:
@@ -107,11 +108,11 @@ def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
 def _show_results(plan: ComparePlan, threshold: float | None, console: Console) -> None:
     outcome = read_outcome(plan, threshold)
     if outcome is None:
-        _say(console, "no run is finished yet: there is nothing to compare")
+        say(console, "no run is finished yet: there is nothing to compare")
         return
     print_tables(outcome, console)
     for path in write_results(outcome, plan.out):
-        _say(console, str(path))
+        say(console, str(path))
 
 
 def _num_jobs(plan: ComparePlan, wanted: int | None) -> int:
@@ -122,7 +123,3 @@ def _num_jobs(plan: ComparePlan, wanted: int | None) -> int:
     if (wanted or 1) > 1:
         raise ValueError(f"--jobs {wanted} runs side by side need one worker each; set --workers 1, or --jobs 1")
     return 1
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.doctor.judge import Severity
+from runtime.quantities import byte_size
 
 BIAS = ".router.expert_bias_E"  # how the name of a selection bias ends, in our state
 
@@ -92,6 +93,18 @@ class TensorWatch:
         """Note it."""
         self.found.append(Damage(severity=severity, file=place.file, tensor=place.tensor, problem=problem))
 
+    def facts(self, expert_names: Iterable[str]) -> dict[str, str]:
+        """What was seen, for people; `expert_names`: of all weights of experts."""
+        num_layers = len({name.rpartition(".experts.")[0] for name in expert_names})
+        facts = {
+            "tensors": str(self.num_tensors),
+            "size": byte_size(self.num_bytes),
+            "experts": f"{self.num_experts} weights in {num_layers} layers",
+        }
+        if self.bias_range is not None:
+            facts["biases"] = "from {:.4g} to {:.4g}".format(*self.bias_range)
+        return facts
+
 
 @dataclass(frozen=True)
 class Report:
@@ -105,11 +118,6 @@ class Report:
     def is_sound(self) -> bool:
         """Whether there is no error; warnings are allowed."""
         return not any(damage.severity == "error" for damage in self.found)
-
-
-def layers_of(names: Iterable[str]) -> int:
-    """How many different layers these expert names are of."""
-    return len({name.rpartition(".experts.")[0] for name in names})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch, layers_of
-from runtime.quantities import byte_size
+from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch
 from workers.families.source import Source, SourceError, StoredTensor, open_source
 
 
@@ -76,13 +75,8 @@ def _look_at_biases(biases: dict[Place, Tensor], watch: TensorWatch) -> None:
 
 def _facts(source: Source, watch: TensorWatch, targets: dict[str, str]) -> dict[str, str]:
     experts = [target for target in targets.values() if ".experts." in target]
-    facts = {
+    return {
         "family": source.family.architecture,
         "files": str(len({stored.file for stored in source.tensors.values()})),
-        "tensors": str(watch.num_tensors),
-        "size": byte_size(watch.num_bytes),
-        "experts": f"{watch.num_experts} weights in {layers_of(experts)} layers",
+        **watch.facts(experts),
     }
-    if watch.bias_range is not None:
-        facts["biases"] = "from {:.4g} to {:.4g}".format(*watch.bias_range)
-    return facts

@@ -12,8 +12,7 @@ from dispatch.dispatcher import LocalDispatcher
 from dispatch.laws import BalanceConfig
 from runtime.config import FREE_SETTINGS, TrainConfig, flatten
 from runtime.config_file import config_from_yaml, config_from_yaml_file
-from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch, layers_of
-from runtime.quantities import byte_size
+from runtime.doctor.checkpoint_findings import BIAS, Damage, Place, Report, TensorWatch
 from runtime.run_dir import CONFIG_FILE
 from workers.checkpoint_files import (
     INDEX,
@@ -185,16 +184,11 @@ def _file(reader: TensorReader, name: str) -> str:
 
 def _facts(reader: TensorReader, watch: TensorWatch) -> dict[str, str]:
     manifest, experts = reader.manifest, [n for n in reader.shapes if n.startswith("model.") and ".experts." in n]
-    facts = {
+    return {
         "step": f"{manifest.step}, saved by {manifest.world_size} rank{'s' * (manifest.world_size > 1)}",
         "files": f"{len(manifest.files)}, as they were written (size and sha256)",
-        "tensors": str(watch.num_tensors),
-        "size": byte_size(watch.num_bytes),
-        "experts": f"{watch.num_experts} weights in {layers_of(experts)} layers",
+        **watch.facts(experts),
     }
-    if watch.bias_range is not None:
-        facts["biases"] = "from {:.4g} to {:.4g}".format(*watch.bias_range)
-    return facts
 
 
 def _plain(told: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.preflight import size_text
 from cluster.session import OBJECT_STORE_BYTES
 from runtime.doctor.survey import DRIVER, Link, NodeFacts, Survey
 from runtime.quantities import milliseconds, short
@@ -127,8 +128,8 @@ def _space(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
                 yield Finding(
                     severity="error",
                     subject=node,
-                    problem=f"the disk of {path} has {_size(disk.free)} free and is {used:.0%} full",
-                    advice=f"free some: checkpoints need at least {_size(MIN_DISK_BYTES)}, and above "
+                    problem=f"the disk of {path} has {size_text(disk.free)} free and is {used:.0%} full",
+                    advice=f"free some: checkpoints need at least {size_text(MIN_DISK_BYTES)}, and above "
                     f"{MAX_DISK_SHARE:.0%} Ray refuses objects",
                 )
         shm = facts.shm
@@ -136,7 +137,7 @@ def _space(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
             yield Finding(
                 severity="error",
                 subject=node,
-                problem=f"/dev/shm has {_size(shm.free)} free of {_size(shm.total)}",  # noqa: S108 A name.
+                problem=f"/dev/shm has {size_text(shm.free)} free of {size_text(shm.total)}",  # noqa: S108 A name.
                 advice="start the container with --shm-size=1g, or `mount -o remount,size=1G /dev/shm`; Ray's object "
                 "store and NCCL live there",
             )
@@ -144,7 +145,7 @@ def _space(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
             yield Finding(
                 severity="error",
                 subject=node,
-                problem=f"{_size(facts.memory.free)} of {_size(facts.memory.total)} of memory are free",
+                problem=f"{size_text(facts.memory.free)} of {size_text(facts.memory.total)} of memory are free",
                 advice="end what else runs there: the kernel would kill a worker",
             )
 
@@ -246,7 +247,3 @@ def _groups(survey: Survey) -> Iterator[Finding]:
                 problem=f"all-to-all sends {short(group.bytes_per_s)}B/s a rank, others {short(rate_of_others)}B/s",
                 advice=f"its nodes are {', '.join(group.nodes)}: see the links between them",
             )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -20,6 +20,7 @@ from runtime.replay.specs import parse_law
 from runtime.replay.starts import read_starts
 from runtime.replay.table import as_table
 from runtime.replay.trace import Trace
+from runtime.say import say
 
 DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, and ours
 NAME = "replay"
@@ -44,19 +45,19 @@ def replay(
     chosen = {spec: parse_law(spec) for spec in laws or DEFAULT_LAWS}
     console = Console(highlight=False)
     reproduction = reproduce_bias(run)
-    _say(console, str(reproduction))
+    say(console, str(reproduction))
     try:
         trace = RecordedTrace(run, shift, first)
     except NoScoresError as error:
         if laws:
             raise
-        _say(console, str(error))
+        say(console, str(error))
         return _exit_code(reproduction)
     with one_thread():
         comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out or run, comparison, reproduction, trace):
-        _say(console, str(path))
+        say(console, str(path))
     return _exit_code(reproduction)
 
 
@@ -112,7 +113,3 @@ def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, tra
     yield record
     write_chart(comparison, picture := folder / f"{NAME}.png")
     yield picture
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)  # never broken into lines: people copy paths and commands

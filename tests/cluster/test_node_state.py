@@ -1,17 +1,25 @@
 """The folder that says which processes are ours is ours alone, and short enough for sockets."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-from cluster.node_state import NodeState, NodeStillThere, forget, live_nodes, node_folder, nodes_folder, read_nodes
+from cluster.node_state import (
+    NodeState,
+    NodeStillThere,
+    forget,
+    live_nodes,
+    node_folder,
+    nodes_folder,
+    ray_folder,
+    read_nodes,
+)
 from cluster.processes import Process, process_of
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    link = Path(f"/tmp/tt-{os.getpid()}")  # pytest's own path is too long for sockets
+    link = ray_folder() / f"tt-{os.getpid()}"  # pytest's own path is too long for sockets
     link.symlink_to(tmp_path)
     monkeypatch.setenv("RAY_TMPDIR", str(link))
     yield
