@@ -24,8 +24,8 @@ from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
-# For a kept process to end its call and leave its groups: some ten milliseconds, or the limits of what it waits for
-# (ControlLoop.close, CheckpointSaver). Replacements start meanwhile.
+# For a kept process to end its call and leave its groups: some ten milliseconds, or LAST_WRITE_S of a checkpoint.
+# Replacements start meanwhile.
 LEAVE_S = 12.0
 
 
@@ -269,6 +269,9 @@ class Gang:
 
     def _leave(self, bundles: Sequence[int]) -> list[int]:
         """Have these processes leave their groups; returns those that did, in the same order."""
+        # Beside what runs: who still waits for one that is gone, or cut off, fails at once and comes to `leave`.
+        for bundle in bundles:
+            self._actors[bundle].control.options(concurrency_group=CONTROL_GROUP).remote("abort")
         calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)

@@ -214,7 +214,7 @@ def _rank_main(
             )
             dist.barrier()  # else a rank that returns at once closes connections that another one is still making
             result = pickle.dumps(fn(rank, world_size, *args))
-            if dist.is_initialized():  # a worker whose training failed has left it
+            if dist.is_initialized():  # a worker may have left it
                 dist.destroy_process_group()
             pipe.send(("returned", time.monotonic(), result))
         except BaseException:  # noqa: BLE001 - the process boundary: whatever ended the function is the parent's to report

@@ -14,6 +14,7 @@ from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
 from dispatch.schedule import ScheduleConfig
+from workers.connections import Connections, listening
 
 # NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
 NCCL_MARGIN_S = 30.0
@@ -96,8 +97,8 @@ class RankGroups:
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
     never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
-    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. board: where
-    the training thread says what it is in; it starts its collectives there.
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. connections:
+    of all those that are gloo. board: where the training thread says what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -114,6 +115,7 @@ class RankGroups:
     checkpoint_group: dist.ProcessGroup
     memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
+    connections: Connections = field(default_factory=Connections)
     board: Board = field(default_factory=Board)
 
 
@@ -137,6 +139,7 @@ def join_groups(
     on_cuda = device.type == "cuda"
     timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
     control_timeout = timedelta(seconds=timeout_s)
+    before = listening()
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -168,7 +171,7 @@ def join_groups(
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
     _exercise(groups)
-    return groups
+    return replace(groups, connections=Connections.since(before, groups.control_group))
 
 
 def local_device(choice: str, local_index: int = 0) -> torch.device:

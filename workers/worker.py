@@ -100,18 +100,10 @@ class Worker:
             again: go on with a run that failed. A damaged checkpoint then gives way to the intact one before it, and
                 without any the run starts over, with what it had recorded set aside.
 
-        A rank that fails leaves the groups: the others see a closed connection instead of waiting for their time-out.
+        A rank that fails breaks its connections: the others need not wait for it until their time-out.
         """
-        try:
-            return self._train(resume_from, dict(start or {}), again=again)
-        except Exception:
-            if self._state.groups.device.type == "cpu":  # NCCL's groups may wait for what is under way
-                self.leave()
-            raise
-
-    def _train(self, resume_from: Path | None, start: dict[str, Any], *, again: bool) -> TrainOutcome:
         state = self._state
-        with state.open_control() as control:
+        with state.open_control() as control, state.groups.connections.aborted_on_error():
             run = TrainingRun(
                 state,
                 control,
@@ -129,7 +121,7 @@ class Worker:
                 if log is not None:
                     # With the law as it is now: resuming may change its rate, and a replay needs to know.
                     law = asdict(self._spec.balance)
-                    log.event("started" if kept is None else "resumed", step=done, balance=law, **start)
+                    log.event("started" if kept is None else "resumed", step=done, balance=law, **(start or {}))
                     if kept is not None:
                         self._lines.append({"event": "resumed", "step": done, "load_s": load_s})
                 return run.run(done, log, scores)
@@ -206,15 +198,21 @@ class Worker:
         """Save and stop after the step under way, on all ranks."""
         self._stop_requested.set()
 
+    def abort(self) -> None:
+        """Break the connections to all other ranks: what waits for one of them fails. From any thread."""
+        if (state := self.__dict__.get("_state")) is not None:  # once: the other thread may give it up
+            state.groups.connections.abort()
+
     def activity(self) -> dict[str, Activity]:
         """What this rank is in, by thread, or was when it left its gang; nothing before it joins. From any thread."""
-        state: RankState | None = self.__dict__.get("_state")  # once: the other thread may give it up
+        state: RankState | None = self.__dict__.get("_state")  # once, as in `abort`
         return self._last_words if state is None else state.activity()
 
     def leave(self) -> None:
         """Leave the process groups and let go of all that was built for them. Repeating it is harmless."""
         self._last_words = self.activity()  # a gang that failed is asked who waited for whom
-        # Open connections let others wait, and cycles of objects that hold a group keep it open.
+        self.abort()
+        # Cycles of objects that hold a group keep it.
         self.__dict__.pop("_state", None)
         gc.collect()
         if dist.is_initialized():

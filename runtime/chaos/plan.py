@@ -55,7 +55,7 @@ PRESETS = {
         minutes=15,
         kinds=("kill in dispatch", "kill driver", "cut link briefly", "kill coordinator", "kill node", "fill disk"),
     ),
-    "full": Preset(num_faults=32, num_machines=2, workers_per_machine=2, minutes=60),
+    "full": Preset(num_faults=32, num_machines=3, workers_per_machine=2, minutes=60),
 }
 
 

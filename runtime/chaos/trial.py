@@ -14,6 +14,7 @@ from runtime.chaos.testbed import TestbedFailed
 
 REACH_S = 600.0  # For the run to come to the step of a fault.
 RECOVER_S = 300.0  # From a fault to the next new step.
+SAY_S = 10.0  # For the terminal to show what the records hold.
 STEPS_AFTER = 2  # Steps that a run which carried on makes before that is believed.
 
 Verdict = Literal["survived", "refused", "FAILED"]
@@ -91,7 +92,7 @@ def _recovers(run: TargetRun, trial: Trial, _: int) -> None:
     # The gang's own clock starts when the driver hears of the failure.
     trial.parts = {"noticing": trial.recovered_s - event["total_s"], **event["seconds"]}
     trial.verdict = "survived"
-    _keep_promise(run, trial, failed["reason"])
+    _keep_promise(run, trial, lambda: failed["reason"])
 
 
 def _carries_on(run: TargetRun, trial: Trial, before: int) -> None:
@@ -105,7 +106,7 @@ def _carries_on(run: TargetRun, trial: Trial, before: int) -> None:
     trial.verdict = "survived"
     if trial.fault.kind.events is not None:
         _note_events(run, trial, *trial.fault.kind.events)
-        _keep_promise(run, trial, run.said(before))
+        _keep_promise(run, trial, lambda: run.said(before))
 
 
 def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
@@ -132,7 +133,7 @@ def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
         run.wait(lambda: run.exit_code is not None, "refusing to resume", RECOVER_S, may_end=True)
         offered = re.search(r"--step (\d+)", run.said(before))
         step = int(offered[1]) if offered else None
-    _keep_promise(run, trial, run.said(before))
+    _keep_promise(run, trial, lambda: run.said(before))
     trial.verdict = "refused"
     _resume(run, trial, step)
 
@@ -188,11 +189,13 @@ def _first_step(run: TargetRun, since: float) -> dict[str, Any] | None:
     return next((line for line in run.lines("train") if line["time"] >= since), None)
 
 
-def _keep_promise(run: TargetRun, trial: Trial, text: str) -> None:
+def _keep_promise(run: TargetRun, trial: Trial, text: Callable[[], str]) -> None:
     fault = trial.fault
     node = re.escape(run.testbed.machines[fault.machine].address)
     pattern = fault.kind.promise.replace("{rank}", str(fault.rank)).replace("{node}", node)
-    found = re.search(pattern, " ".join(text.split()))
-    if found is None:
-        raise Unfulfilled(f"it did not say what it promises ({pattern})")
+
+    def find() -> re.Match[str] | None:
+        return re.search(pattern, " ".join(text().split()))
+
+    found = run.wait(find, f"saying what it promises ({pattern})", SAY_S, may_end=True)
     trial.said = (trial.said or found[0]).replace(f"{run.testbed.folder}/", "")

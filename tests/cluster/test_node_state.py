@@ -1,6 +1,7 @@
 """The folder that says which processes are ours is ours alone, and short enough for sockets."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -49,12 +50,15 @@ def test_who_only_looks_leaves_no_folder_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_node_with_processes_is_not_forgotten(monkeypatch):
-    alive = process_of(os.getsid(0)) or process_of(os.getpid())
-    state = node("10.0.0.3", alive, is_head=True)
-    with pytest.raises(NodeStillThere, match="do not end"):
-        forget(state)
-    assert read_nodes() == [state]
+def test_a_node_with_processes_is_not_forgotten():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        state = node("10.0.0.3", process_of(process.pid), is_head=True)
+        with pytest.raises(NodeStillThere, match=f"{process.pid}.* do not end"):
+            forget(state)
+        assert read_nodes() == [state]
+        process.kill()
+    forget(state)
+    assert read_nodes() == []
 
 
 def test_a_folder_that_others_can_write_is_refused():

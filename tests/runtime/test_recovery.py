@@ -164,10 +164,7 @@ def test_a_killed_driver_is_resumed_and_ctrl_c_in_a_recovery_is_not_lost(tmp_pat
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert _events(run_dir, "recovered")
-    last = read_events(run_dir)[-1]
-    assert (
-        last["event"] == "interrupted"
-        and last["step"] == last["saved_step"] == _events(run_dir, "recovered")[0]["step"]
-    )
+    last = _events(run_dir, "interrupted")[-1]  # rank 0 writes it, the driver "recovered": either may come first
+    assert last["step"] == last["saved_step"] == _events(run_dir, "recovered")[0]["step"]
     steps = [line["step"] for line in read_metrics(run_dir)[0]]
     assert steps == list(range(1, last["step"] + 1))

@@ -207,6 +207,7 @@ def _give_up(rank, world_size, spec, disk):
         with pytest.raises(CheckpointError, match="free") as caught:
             worker.train()
         errors[name] = str(caught.value)  # both ranks have agreed on it: neither tries again
+        worker.leave()
         if rank == 1:
             (disk / "ballast").unlink()
         while (disk / "ballast").exists():  # the next gang's rendezvous needs room; no group is left to wait in

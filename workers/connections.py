@@ -1,0 +1,59 @@
+"""The TCP connections of gloo's groups, to break them all at once.
+
+gloo closes a group only when nothing of it is under way. After a death that need not come: those who survive wait for
+each other, each with another group, until their time-outs. A connection that is shut down ends what waits for it at
+both ends, in milliseconds. (torch's ProcessGroup.abort does nothing on gloo, as of 2.13.)
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import psutil
+import torch.distributed as dist
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Those of some groups, over all ranks. listeners: where the ranks of the groups accept them."""
+
+    listeners: frozenset[Address] = frozenset()
+
+    @classmethod
+    def since(cls, before: frozenset[Address], group: dist.ProcessGroup) -> Self:
+        """Those of the gloo groups that were made since `before` was `listening()`. Collective over `group`, gloo.
+
+        Nobody else in this process may have begun to listen meanwhile.
+        """
+        of_ranks: list[frozenset[Address]] = [frozenset()] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, listening() - before, group=group)
+        return cls(frozenset().union(*of_ranks))
+
+    def abort(self) -> None:
+        """Shut down this rank's ends; from any thread. What waits for them here and elsewhere raises RuntimeError."""
+        for each in psutil.Process().net_connections("tcp"):
+            # One end of a connection is where its group listens, the other has a port of its own.
+            if each.status == psutil.CONN_ESTABLISHED and not self.listeners.isdisjoint({each.laddr, each.raddr}):
+                # Not there any more, or closed by the other end.
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def aborted_on_error(self) -> Iterator[None]:
+        """For what all ranks do together: where it fails on this one, no other has to wait for it."""
+        try:
+            yield
+        except Exception:
+            self.abort()
+            raise
+
+
+def listening() -> frozenset[Address]:
+    """Where this process accepts TCP connections."""
+    found = psutil.Process().net_connections("tcp")
+    return frozenset((each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN)
