@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
+from cluster.kill import kill_process
 from cluster.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.session import forwarded_environment
 from cluster.watch import Member, call_all, control, left, wait_for_stacks
@@ -194,6 +195,7 @@ class Gang:
             GangFailed: a replacement did not start within `limit_s`, or a rank failed to join.
         """
         begun = time.monotonic()
+        self._kill_silent(failed)
         kept = self._kept_bundles(failed)
         # The slow part first: replacements start while the others leave.
         starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
@@ -212,6 +214,7 @@ class Gang:
             ClusterTooSmall, GangFailed: as `form`.
         """
         begun = time.monotonic()
+        self._kill_silent(failed)
         kept = self._kept_bundles(failed)
         for bundle in set(self._actors) - set(kept):
             self._end(bundle)
@@ -253,6 +256,11 @@ class Gang:
             with contextlib.suppress(ClusterTooSmall):
                 return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s))
         return reserve(replace(self._config, num_workers=smallest))
+
+    def _kill_silent(self, failed: GangFailed) -> None:
+        for failure in failed.failures:
+            if failure.kind == "silent" and failed.method != "start":
+                kill_process(self._places[self._bundles[failure.rank]])
 
     def _kept_bundles(self, failed: GangFailed) -> list[int]:
         """Of the processes that may join again, by rank: all but the dead, and those that do not answer or hang.

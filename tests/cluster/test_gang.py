@@ -1,5 +1,6 @@
 """The gang on a real local Ray with real gloo; the worker is a dummy."""
 
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +12,11 @@ import ray
 from cluster.config import ClusterConfig
 from cluster.failures import GangFailed, WorkerUnreachable
 from cluster.gang import Gang
+from cluster.kill import kill_process
 from cluster.placement import ClusterTooSmall
 from cluster.session import RaySession
 from tests.cluster.dummy_worker import BrokenWorker, DummyWorker, StuckWorker
+from workers.actor import Place
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -139,14 +142,32 @@ def test_a_gang_forms_again_with_those_whose_call_ends_and_shrinks_to_those_who_
         assert (gang.world_size, gang.num_places, gang.num_living_places()) == (1, 2, 2)
 
 
-def test_a_frozen_worker_is_named_once_its_peers_have_waited_for_the_collective():
-    gang = Gang.launch(replace(CONFIG, collective_timeout_s=2.0), DummyWorker)
-    begun = time.monotonic()
-    with pytest.raises(GangFailed, match=r"rank 1 .* does not answer") as caught:
-        gang.run("train", 1000, {(1, 3): "freeze"})
-    assert time.monotonic() - begun < 20
-    assert [(f.rank, f.kind, f.collateral) for f in caught.value.failures] == [(1, "silent", False), (0, "error", True)]
+def test_a_frozen_worker_is_named_once_its_peers_have_waited_for_the_collective_and_replaced():
+    with Gang.launch(replace(CONFIG, collective_timeout_s=2.0), DummyWorker) as gang:
+        begun = time.monotonic()
+        with pytest.raises(GangFailed, match=r"rank 1 .* does not answer") as caught:
+            gang.run("train", 1000, {(1, 3): "freeze"}, keep=True)
+        assert time.monotonic() - begun < 20
+        failures = [(failure.rank, failure.kind, failure.collateral) for failure in caught.value.failures]
+        assert failures == [(1, "silent", False), (0, "error", True)]
+        thawed, frozen = gang.rank_map
+        kill_process(Place(node_id=frozen.node_id, ip=frozen.ip, gpu_ids=(), pid=frozen.pid, num_cores=1))
+        assert psutil.wait_procs([psutil.Process(frozen.pid)], timeout=10)[1] == []
+        gang.form_again(caught.value, limit_s=60.0)
+        assert thawed.pid in pids(gang) and frozen.pid not in pids(gang)
+        assert gang.run("train", 3, {}) == [6.0, 6.0]
     assert all_gone(gang)
+
+
+def test_a_number_that_is_another_processes_by_now_is_left_alone():
+    node = ray.get_runtime_context().get_node_id()
+    with subprocess.Popen(["sleep", "60"]) as stranger, subprocess.Popen(["true"]) as over:
+        over.wait()
+        for pid in (stranger.pid, over.pid):
+            kill_process(Place(node_id=node, ip="127.0.0.1", gpu_ids=(), pid=pid, num_cores=1))
+        time.sleep(3)
+        assert stranger.poll() is None
+        stranger.kill()
 
 
 def test_control_of_a_dead_worker_says_so_and_does_not_hide_the_cause_from_run():

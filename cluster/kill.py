@@ -1,0 +1,30 @@
+"""End the process of an actor that does not answer, from its own node."""
+
+from __future__ import annotations
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from workers.actor import Place, WorkerActor
+
+
+def kill_process(place: Place) -> None:
+    """Send SIGKILL to a worker's process. Does not wait; where its node is gone, nothing happens.
+
+    `ray.kill` asks the process to end and kills it where no answer comes. On one of three machines the question to a
+    stopped process failed instead, the process kept its place, and the replacement waited for it in vain (Ray 2.60).
+    """
+    here = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=here).remote(place.pid)
+
+
+def _kill(pid: int) -> None:
+    import contextlib
+
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        # Ray names its processes: the number may be another's by now.
+        if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{WorkerActor.__name__}"):
+            process.kill()
