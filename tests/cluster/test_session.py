@@ -77,6 +77,7 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)} | variables
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_driver_alone_so_that_the_gang_can_save_and_nothing_is_left(home):
     command = [sys.executable, "-c", SAVE_AFTER_CTRL_C, str(home)]
     variables = environment(HOME=str(home), RAY_TMPDIR=str(home / "ray"))
@@ -179,6 +180,7 @@ print("closed")
 """
 
 
+@pytest.mark.slow
 def test_a_token_that_is_read_again_is_still_there_when_the_session_closes():
     done = subprocess.run(
         [sys.executable, "-c", READ_AGAIN], env=environment(), capture_output=True, text=True, timeout=60, check=False

@@ -103,6 +103,7 @@ def _launch(world_size, kind):
         raise
 
 
+@pytest.mark.slow
 def test_10000_exchanges_lose_double_and_swap_no_row():  # P3, P4, P17
     assert sum(EXCHANGES.values()) == 10_000
     # Ranks wait for each other most of the time: three gangs at once take half as long as one after the other.

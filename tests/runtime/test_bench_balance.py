@@ -70,6 +70,7 @@ def test_the_laws_of_the_benchmark_are_laws() -> None:
         parse_law(spec)
 
 
+@pytest.mark.slow
 def test_a_short_benchmark_prints_draws_and_records(tmp_path, capsys) -> None:
     assert (
         main(["bench", "balance", "--seeds", "1", "--steps", "40", "--law", "sign:u=0.02", "--out", str(tmp_path)]) == 0

@@ -142,6 +142,7 @@ def test_eval_and_generate_agree_on_one_worker_and_on_two(run_dir, capsys, ray_s
     assert float(bits[0]) == pytest.approx(read_metrics(run_dir)[1][-1]["val_bits_per_byte"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_killing_the_coordinator_costs_no_step_and_no_bit(folder, ray_session):  # P16
     import ray
 
@@ -229,6 +230,7 @@ def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> 
     raise AssertionError(f"no step {step} within 90 s; exit code {process.poll()}")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
     settings = (
         "--name=dies",
@@ -251,6 +253,7 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_a_way_on(tmp_path):
     assert [event["event"] for event in read_events(tmp_path / "runs" / "dies")][-2:] == ["failed", "gave_up"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
     arguments = _arguments(tmp_path, "--name=cut", "--steps=100000", "--run.checkpoint_every=0", "--run.eval_every=0")
     with _trimtab(tmp_path, "train", *arguments) as process:

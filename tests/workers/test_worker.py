@@ -84,10 +84,10 @@ def _interrupt_and_resume(rank, world_size, spec):
     spec = replace(spec, model=replace(spec.model, recompute=True))
     whole, _ = _train(_with_run(spec, "whole"), rank, world_size)
     expected = whole_state(whole)
-    _, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=37)
-    assert (outcome.step, outcome.completed) == (37, False)
+    _, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=17)
+    assert (outcome.step, outcome.completed) == (17, False)
     resumed, outcome = _train(_with_run(spec, "cut"), rank, world_size, resume=True)
-    assert (outcome.step, outcome.completed) == (80, True)
+    assert (outcome.step, outcome.completed) == (40, True)
     state = whole_state(resumed)
     assert state.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
@@ -101,8 +101,8 @@ def _resume_elsewhere(rank, world_size, spec):
         from workers.training_run import TrainingRun
 
         run = TrainingRun(worker._state, control, publish=print, stop_requested=worker._stop_requested)
-        assert run.load(run_dir / "cut" / "checkpoints" / "step_00000037") == 37
-        state, losses = whole_state(worker), [run._trainer.step(step).loss for step in (38, 39, 40)]
+        assert run.load(run_dir / "cut" / "checkpoints" / "step_00000017") == 17
+        state, losses = whole_state(worker), [run._trainer.step(step).loss for step in (18, 19, 20)]
     last = latest(run_dir / "cut" / "checkpoints")
     measured = worker.evaluate(last, None)
     return state, losses, _texts(worker, last), measured, _evaluate_one_by_one(worker)
@@ -128,7 +128,7 @@ def _texts(worker, path):
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
-    spec = make_spec(tmp_path, steps=80, micro_batch_size=2, eval_every=20, checkpoint_every=30, keep_checkpoints=9)
+    spec = make_spec(tmp_path, steps=40, micro_batch_size=2, eval_every=10, checkpoint_every=15, keep_checkpoints=9)
     run_ranks(2, _interrupt_and_resume, spec, timeout_s=100)
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
     for kind, exact in (
@@ -137,7 +137,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
     ):
         whole, cut = ([{key: line[key] for key in exact} for line in lines[name][kind]] for name in ("whole", "cut"))
         assert whole == cut
-    assert len(lines["cut"][0]) == 80
+    assert len(lines["cut"][0]) == 40
     # A recompute routes again: neither its rows nor its choices are counted.
     accounts = ("tokens_routed", "tokens_sent", "tokens_received", "tokens_returned")
     assert {line[name] for line in lines["whole"][0] for name in accounts} == {12 * 16 * 2 * 2}
@@ -165,7 +165,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):  # B25, B26, B30, P20
     assert (saved[1][3].load_SN - saved[1][4].load_SN).abs().sum() <= 4
     assert len(saved[2][2]) == 6
     assert any(saved[2][2].values())
-    assert [line["loss"] for line in lines["cut"][0][37:40]] == saved[2][1]
+    assert [line["loss"] for line in lines["cut"][0][17:20]] == saved[2][1]
 
 
 def _skip_and_more(rank, world_size, spec):

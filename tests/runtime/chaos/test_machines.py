@@ -16,7 +16,7 @@ from runtime.chaos.machines import Machines
 from runtime.chaos.namespaces import NamespaceError, why_not
 from tests.ray_fixture import ROOT
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 PYTHON = [sys.executable, "-S", "-E", "-c"]

@@ -125,6 +125,7 @@ def test_the_mix_reaches_the_batches_of_a_rank(folder: Path) -> None:
             assert not torch.equal(drawn, plain.batch(step, 0, 1)[0])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(folder: Path, trained: Path) -> None:
     out = folder / "cut"
     # Slower, so that there is time to interrupt it: the same 60 steps, evaluated at every one.
@@ -150,6 +151,7 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(folder: Path, trained:
     assert same_training(run_dir, trained)
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_is_named_and_the_others_go_on(folder: Path) -> None:
     out = folder / "dies"
     run_dir = out / "sign" / "seed_0"
@@ -168,6 +170,7 @@ def test_a_run_that_dies_is_named_and_the_others_go_on(folder: Path) -> None:
     assert len(read_metrics(run_dir)[0]) == STEPS
 
 
+@pytest.mark.slow
 def test_runs_save_and_end_when_the_command_is_killed(folder: Path) -> None:
     out = folder / "orphans"
     run_dir = out / "none" / "seed_0"
