@@ -15,6 +15,7 @@ Severity = Literal["error", "warning"]
 
 # Of the rate that most pairs reach. A link that fell back to a slower standard is at a tenth; half may be traffic.
 SLOW_SHARE, VERY_SLOW_SHARE = 0.5, 0.25
+MANY_PAIRS = 3  # Of which "only this pair" is no longer true.
 SLOW_LATENCY, SLOW_LATENCY_S = 5.0, 1e-3  # times the usual one, and at least this long: less is noise
 MAX_CLOCK_S = 0.5  # Events of several nodes, and the cause of a failure, are ordered by time.
 MIN_DISK_BYTES = 2**30
@@ -186,7 +187,7 @@ def _links(links: Sequence[Link]) -> Iterator[Finding]:
 
 
 def _slow(links: Sequence[Link]) -> Iterator[Finding]:
-    """One finding for a node that is slow with everybody, one for each other slow pair."""
+    """One finding for a node that is slow with everybody, one for each other slow pair or for all if they are many."""
     slow = slow_links(links)
     if not slow:
         return
@@ -207,14 +208,25 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
             problem=f"{verbs} {short(rate)}B/s at most, with every other node; {reached}",
             advice="its own link is slow: check cable, port, driver and what else uses it",
         )
-    for link in slow:
-        if link not in explained:
-            yield Finding(
-                severity=_severity(link.bytes_per_s, rate_of_others),
-                subject=f"{link.sender} to {link.receiver}",
-                problem=f"{short(link.bytes_per_s)}B/s, {reached}",
-                advice="only this pair is slow: check the switches between the two, or leave one of them out",
-            )
+    rest = sorted((link for link in slow if link not in explained), key=lambda link: link.bytes_per_s)
+    if len(rest) > MANY_PAIRS:
+        slowest = rest[0]
+        yield Finding(
+            severity=_severity(slowest.bytes_per_s, rate_of_others),
+            subject=f"{len(rest)} of {len(links)} links",
+            problem=f"{short(slowest.bytes_per_s)}B/s ({slowest.sender} to {slowest.receiver}) to "
+            f"{short(rest[-1].bytes_per_s)}B/s, {reached}",
+            advice="they have no node in common: see what else uses the network and the processors, then the switches; "
+            "the table marks them",
+        )
+        return
+    for link in rest:
+        yield Finding(
+            severity=_severity(link.bytes_per_s, rate_of_others),
+            subject=f"{link.sender} to {link.receiver}",
+            problem=f"{short(link.bytes_per_s)}B/s, {reached}",
+            advice="only this pair is slow: check the switches between the two, or leave one of them out",
+        )
 
 
 def _severity(rate: float, rate_of_others: float) -> Severity:

@@ -1,6 +1,7 @@
 """One thing wrong at a time in a survey of a sound cluster: exactly that is found, with a way out."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -115,6 +116,14 @@ def test_a_slow_pair_is_named_and_marked():
     assert (finding.subject, finding.problem) == ("10.0.0.1 to 10.0.0.3", "100MB/s, others reach 1.00GB/s")
     assert "only this pair" in finding.advice
     assert as_text(sick, []).count("100MB/s 20 µs*") == 1
+
+
+def test_many_slow_pairs_without_a_node_in_common_are_one_finding():
+    nodes = tuple(f"10.0.0.{number}" for number in range(1, 9))
+    slow = {pair: 4e8 + 1e6 * index for index, pair in enumerate(pairwise(nodes))}
+    (finding,) = judge(survey(nodes, rate=lambda a, b: slow.get((a, b), 1e9)))
+    assert (finding.severity, finding.subject) == ("warning", "7 of 56 links")
+    assert finding.problem == "400MB/s (10.0.0.1 to 10.0.0.2) to 406MB/s, others reach 1.00GB/s"
 
 
 @pytest.mark.parametrize(("rate", "severity"), [(5.1e8, None), (4.9e8, "warning"), (2.4e8, "error")])
