@@ -20,7 +20,10 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Connections:
-    """Those of some groups, over all ranks. listeners: where the ranks of the groups accept them."""
+    """Those of some groups, over all ranks. listeners: where the ranks of the groups accept them.
+
+    On CUDA, what NCCL opens meanwhile may be among them: no process of a gang that failed there is kept.
+    """
 
     listeners: frozenset[Address] = frozenset()
 
