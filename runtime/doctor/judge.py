@@ -252,6 +252,8 @@ def _groups(survey: Survey) -> Iterator[Finding]:
         return
     rate_of_others = usual([group.bytes_per_s for group in survey.groups])
     for group in survey.groups:
+        if survey.device == "cpu" and len(group.nodes) == 1:
+            continue  # It crosses no link: its rate says what else used the cores.
         if group.bytes_per_s < SLOW_SHARE * rate_of_others:
             yield Finding(
                 severity=_severity(group.bytes_per_s, rate_of_others),

@@ -96,6 +96,7 @@ def trained(folder: Path, ray_session: None) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_of_a_comparison_is_a_run_of_train_to_the_bit(folder: Path, trained: Path) -> None:
     out = folder / "plain"
     output = finish("--laws", "sign:u=0.02", "none", "--seeds=1", f"--out={out}", "--jobs=2", *settings(folder))

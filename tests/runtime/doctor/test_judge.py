@@ -175,6 +175,15 @@ def test_nodes_that_do_not_answer_a_group_that_does_not_form_and_a_slow_group_ar
     assert "  10.0.0.9         does not answer" in as_text(sick, [])
 
 
+@pytest.mark.parametrize(("device", "num_found"), [("cpu", 0), ("cuda", 1)])
+def test_a_slow_group_inside_a_node_is_told_of_gpus_alone(device, num_found):
+    groups = tuple(
+        GroupSpeed(ranks=(2 * i, 2 * i + 1), nodes=NODES[:1], small_s=1e-4, bytes_per_s=speed)
+        for i, speed in enumerate([1e9, 1e8])
+    )
+    assert len(found(survey(groups=groups, device=device))) == num_found
+
+
 def test_beyond_a_dozen_nodes_the_table_holds_those_with_slow_links():
     nodes = tuple(f"10.0.1.{i}" for i in range(20))
     sick = survey(nodes, rate=lambda a, b: 1e8 if (a, b) == (nodes[3], nodes[7]) else 1e9)
