@@ -12,7 +12,7 @@ from dispatch.layout import LoadLayout
 from runtime.replay.chart import write_chart
 from runtime.replay.comparison import Comparison, compare
 from runtime.replay.figures import first_balanced
-from runtime.replay.floors import floor_by_step
+from runtime.replay.floors import _floor_of, floor_by_step
 from runtime.replay.play import Played
 from runtime.replay.table import as_table
 from runtime.replay.trace import Choice
@@ -100,6 +100,11 @@ def test_the_practical_floor_is_high_where_the_router_moves() -> None:
     # A law whose MaxVio is just above the floor is balanced all along, though it leaves much at first.
     near = compare(trace, {"near": played(*(1.2 * floor_S).tolist())}).laws["near"].figures
     assert near.balanced_after == 0
+
+
+def test_a_step_is_not_balanced_by_a_bias_that_has_seen_it() -> None:
+    # Of two steps the first leans: 7 of 8 of its tokens prefer one expert, and the other step knows nothing of that.
+    assert _floor_of(MovingTrace(None), 19, range(19, 21)) == pytest.approx(0.75, abs=0.1)
 
 
 def text_of(comparison: Comparison) -> str:
