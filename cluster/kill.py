@@ -26,5 +26,5 @@ def _kill(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         # Ray names its processes: the number may be another's by now.
-        if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{WorkerActor.__name__}"):
+        if "".join(process.cmdline()[:1]).startswith(f"ray::{WorkerActor.__name__}"):
             process.kill()
