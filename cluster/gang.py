@@ -25,7 +25,7 @@ from cluster.watch import Member, call_all, control, left, wait_for_stacks
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
-# For a kept process to end its call and leave its groups: some ten milliseconds, or LAST_WRITE_S of a checkpoint.
+# For a kept process to end its call and leave its groups: some ten milliseconds, as its connections are broken.
 # Replacements start meanwhile.
 LEAVE_S = 12.0
 

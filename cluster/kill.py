@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -19,10 +22,6 @@ def kill_process(place: Place) -> None:
 
 
 def _kill(pid: int) -> None:
-    import contextlib
-
-    import psutil
-
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         # Ray names its processes: the number may be another's by now.

@@ -208,17 +208,9 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
             problem=f"{verbs} {short(rate)}B/s at most, with every other node; {reached}",
             advice="its own link is slow: check cable, port, driver and what else uses it",
         )
-    rest = sorted((link for link in slow if link not in explained), key=lambda link: link.bytes_per_s)
+    rest = [link for link in slow if link not in explained]
     if len(rest) > MANY_PAIRS:
-        slowest = rest[0]
-        yield Finding(
-            severity=_severity(slowest.bytes_per_s, rate_of_others),
-            subject=f"{len(rest)} of {len(links)} links",
-            problem=f"{short(slowest.bytes_per_s)}B/s ({slowest.sender} to {slowest.receiver}) to "
-            f"{short(rest[-1].bytes_per_s)}B/s, {reached}",
-            advice="they have no node in common: see what else uses the network and the processors, then the switches; "
-            "the table marks them",
-        )
+        yield _many_pairs(rest, len(links), rate_of_others, reached)
         return
     for link in rest:
         yield Finding(
@@ -227,6 +219,18 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
             problem=f"{short(link.bytes_per_s)}B/s, {reached}",
             advice="only this pair is slow: check the switches between the two, or leave one of them out",
         )
+
+
+def _many_pairs(slow: Sequence[Link], num_links: int, rate_of_others: float, reached: str) -> Finding:
+    slowest, *_, fastest = sorted(slow, key=lambda link: link.bytes_per_s)
+    return Finding(
+        severity=_severity(slowest.bytes_per_s, rate_of_others),
+        subject=f"{len(slow)} of {num_links} links",
+        problem=f"{short(slowest.bytes_per_s)}B/s ({slowest.sender} to {slowest.receiver}) to "
+        f"{short(fastest.bytes_per_s)}B/s, {reached}",
+        advice="they have no node in common: see what else uses the network and the processors, then the switches; "
+        "the table marks them",
+    )
 
 
 def _severity(rate: float, rate_of_others: float) -> Severity:
