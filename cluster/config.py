@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dispatch.errors import InvalidValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
@@ -57,22 +59,24 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
-            raise ValueError(f"cluster.num_workers ({self.num_workers}) must be at least 1")
+            raise InvalidValue(f"cluster.num_workers ({self.num_workers}) must be at least 1")
         self._check_bounds()
         if self.threads_per_worker < 0:
-            raise ValueError(f"cluster.threads_per_worker ({self.threads_per_worker}) must be 0 (automatic) or more")
+            raise InvalidValue(f"cluster.threads_per_worker ({self.threads_per_worker}) must be 0 (automatic) or more")
         if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"cluster.device ({self.device!r}) must be auto, cpu or cuda")
+            raise InvalidValue(f"cluster.device ({self.device!r}) must be auto, cpu or cuda")
         if self.cpus_per_worker <= 0:
-            raise ValueError(f"cluster.cpus_per_worker ({self.cpus_per_worker}) must be above 0")
+            raise InvalidValue(f"cluster.cpus_per_worker ({self.cpus_per_worker}) must be above 0")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ValueError(f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be 0 or more")
+            raise InvalidValue(f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be 0 or more")
         if self.device == "cpu" and self.gpus_per_worker:
-            raise ValueError(
+            raise InvalidValue(
                 f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be 0 when cluster.device is cpu; leave it empty"
             )
         if self.device == "cuda" and self.gpus_per_worker == 0:
-            raise ValueError("cluster.gpus_per_worker (0) must be above 0 when cluster.device is cuda; leave it empty")
+            raise InvalidValue(
+                "cluster.gpus_per_worker (0) must be above 0 when cluster.device is cuda; leave it empty"
+            )
         for name in (
             "start_timeout_s",
             "collective_timeout_s",
@@ -81,18 +85,18 @@ class ClusterConfig:
             "grow_every_s",
         ):
             if getattr(self, name) <= 0:
-                raise ValueError(f"cluster.{name} ({getattr(self, name)}) must be above 0 seconds")
+                raise InvalidValue(f"cluster.{name} ({getattr(self, name)}) must be above 0 seconds")
 
     def _check_bounds(self) -> None:
         if self.max_restarts < 0:
-            raise ValueError(f"cluster.max_restarts ({self.max_restarts}) must be 0 (never) or more")
+            raise InvalidValue(f"cluster.max_restarts ({self.max_restarts}) must be 0 (never) or more")
         if self.min_workers and not 1 <= self.min_workers <= self.num_workers:
-            raise ValueError(
+            raise InvalidValue(
                 f"cluster.min_workers ({self.min_workers}) must be from 1 to cluster.num_workers ({self.num_workers}), "
                 "or 0 to keep their number"
             )
         if self.max_workers and self.max_workers < self.num_workers:
-            raise ValueError(
+            raise InvalidValue(
                 f"cluster.max_workers ({self.max_workers}) must be at least cluster.num_workers ({self.num_workers}), "
                 "or 0 to keep their number"
             )

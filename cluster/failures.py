@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from dispatch.errors import UserError
+
 Kind = Literal["died", "error", "silent", "hung", "running"]
 
 
@@ -32,7 +34,7 @@ class WorkerFailure:
         return f"rank {self.rank} ({self.ip}, pid {self.pid})" if self.pid else f"worker {self.rank} (not placed yet)"
 
 
-class GangFailed(RuntimeError):
+class GangFailed(UserError, RuntimeError):
     """A call on all ranks failed. `first` is the cause; `failures` holds every rank's fate, the cause first."""
 
     def __init__(self, method: str, failures: tuple[WorkerFailure, ...]) -> None:

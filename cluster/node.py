@@ -24,6 +24,7 @@ from cluster.probe import check_answers
 from cluster.processes import end, process_of
 from cluster.session import OBJECT_STORE_BYTES, ctrl_c_deferred
 from cluster.token import check_token, ensure_token, token_environment
+from dispatch.errors import InvalidValue, UserError
 
 START_LIMIT_S = 120.0
 STOP_PATIENCE_S = 10.0  # Ray's own: it asks its processes to end, and kills them after some seconds.
@@ -37,11 +38,11 @@ HEALTH_CHECKS = {
 }
 
 
-class NodeFailed(RuntimeError):
+class NodeFailed(UserError, RuntimeError):
     """Ray did not come up on this machine; the message ends with its log."""
 
 
-class AlreadyRunning(ValueError):
+class AlreadyRunning(InvalidValue):
     """There is a node in the place of the one that was asked for; `same` if it could be that one."""
 
     def __init__(self, node: NodeState, *, same: bool) -> None:
@@ -82,19 +83,19 @@ class NodeOptions:
 
     def __post_init__(self) -> None:
         if not _is_ipv4(self.address):
-            raise ValueError(
+            raise InvalidValue(
                 f"the address of a node ({self.address!r}) must be an IPv4 address of this machine that the others "
                 "reach it by, such as 10.0.0.1; see `ip -4 -br address`"
             )
         for name in ("port", "dashboard_port"):
             if not 1024 <= getattr(self, name) <= 65534:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be from 1024 to 65534")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be from 1024 to 65534")
         if self.object_store_bytes < OBJECT_STORE_BYTES:
-            raise ValueError(
+            raise InvalidValue(
                 f"object_store_bytes ({self.object_store_bytes}) must be at least {OBJECT_STORE_BYTES}, Ray's minimum"
             )
         if "--dashboard-host" in {argument.partition("=")[0] for argument in self.ray_arguments}:
-            raise ValueError(
+            raise InvalidValue(
                 "--dashboard-host would open the job API beyond this machine; use a tunnel: ssh -L "
                 f"{self.dashboard_port}:127.0.0.1:{self.dashboard_port} HEAD"
             )
@@ -188,7 +189,7 @@ def local_address_to(head: str) -> str:
             unsent.connect((host, int(port)))
             return str(unsent.getsockname()[0])
     except OSError as error:
-        raise ValueError(f"there is no way from this machine to the head at {head} ({error})") from error
+        raise InvalidValue(f"there is no way from this machine to the head at {head} ({error})") from error
 
 
 def _launch(options: NodeOptions) -> NodeState:
@@ -253,7 +254,7 @@ def _check_token(options: NodeOptions) -> None:
             ensure_token(options.token_file)
         return
     if options.head.partition(":")[0] in ("127.0.0.1", "localhost"):
-        raise ValueError(
+        raise InvalidValue(
             f"a head at {options.head} listens on its own machine alone; start it with `trimtab cluster up --bind "
             "ADDRESS`, an address that this machine reaches"
         )
@@ -278,7 +279,7 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(
+            raise InvalidValue(
                 f"cannot listen at {host}:{port} ({error}); choose other ports with --port and --dashboard-port, or an "
                 "address of this machine"
             ) from error

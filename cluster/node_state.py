@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.processes import Process, family
+from dispatch.errors import InvalidValue, UserError
 
 LONGEST_FOLDER = 46  # Characters of a node's folder: Ray appends 61 to it, and a socket's path may have 107.
 STATE_FILE = "node.json"
 LOG_FILE = "ray.log"
 
 
-class NodeStillThere(RuntimeError):
+class NodeStillThere(UserError, RuntimeError):
     """A node could not be ended."""
 
 
@@ -68,7 +69,7 @@ def nodes_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
-        raise ValueError(
+        raise InvalidValue(
             f"{folder} must be a folder that only you can use, since it says which processes to end; remove it, or set "
             "RAY_TMPDIR to a folder of your own"
         )
@@ -83,7 +84,7 @@ def node_folder(address: str) -> Path:
     """
     folder = nodes_folder() / address
     if len(str(folder)) > LONGEST_FOLDER:
-        raise ValueError(
+        raise InvalidValue(
             f"the folder of the node, {folder}, has {len(str(folder))} characters, more than the {LONGEST_FOLDER} that "
             "leave room for the sockets in it; set RAY_TMPDIR to a shorter one"
         )
@@ -123,4 +124,6 @@ def _read(path: Path) -> NodeState:
         values = json.loads(path.read_text())
         return NodeState(**values | {"leader": Process(**values["leader"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a state file of `trimtab cluster` ({error}); remove {path.parent}") from error
+        raise InvalidValue(
+            f"{path} is not a state file of `trimtab cluster` ({error}); remove {path.parent}"
+        ) from error

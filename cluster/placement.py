@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig
+from dispatch.errors import UserError
 from workers.actor import Place
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 LOCAL_CPUS = 0.01
 
 
-class ClusterTooSmall(RuntimeError):
+class ClusterTooSmall(UserError, RuntimeError):
     """The workers do not fit on the cluster."""
 
 

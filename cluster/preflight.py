@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.node_state import ray_folder
 from cluster.session import OBJECT_STORE_BYTES
+from dispatch.errors import InvalidValue
 
 # Measured on Linux with ray 2.60 and torch 2.13 (CPU): Ray's own processes, and one worker before it holds a model.
 RAY_BYTES = 700 * 2**20
@@ -16,7 +17,7 @@ WORKER_BYTES = 300 * 2**20
 RAY_DISK_BYTES = 100 * 2**20  # Logs and sockets of a session.
 
 
-class NotEnoughResources(ValueError):
+class NotEnoughResources(InvalidValue):
     """This machine lacks memory, shared memory or disk for the run."""
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from cluster.node_state import NodeState
 from cluster.token import WITHOUT, token_environment
+from dispatch.errors import UserError
 
 ANSWER_LIMIT_S = 3.0
 AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
-class ClusterUnreachable(ConnectionError):
+class ClusterUnreachable(UserError, ConnectionError):
     """No Ray answers at the address that was asked for."""
 
 

@@ -13,6 +13,7 @@ from cluster.gang import Gang
 from cluster.placement import ClusterTooSmall
 from cluster.policy import Decision, GiveUp, Resize, Restart, Retry, cause_of, decide
 from cluster.room import RoomRequest, draining_nodes, preempted_nodes, room_for_workers
+from dispatch.errors import UserError
 
 POLL_S = 0.2
 DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
@@ -58,7 +59,7 @@ class Job(Protocol):
         ...
 
 
-class GaveUp(RuntimeError):
+class GaveUp(UserError, RuntimeError):
     """The gang failed again and again, or no longer fits. `failures` holds what was the matter each time."""
 
     def __init__(self, reason: str, failures: tuple[GangFailed | ClusterTooSmall, ...]) -> None:

@@ -9,6 +9,8 @@ import os
 import secrets
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
+
 WITHOUT = {"RAY_AUTH_MODE": "disabled"}
 SHORTEST = 32  # Characters; a new one has 64, 256 random bits.
 
@@ -47,15 +49,15 @@ def check_token(path: Path) -> None:
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"the token file {path} cannot be read ({error}); copy it from the head of the cluster, which printed its "
             f"place: ssh THERE cat TOKEN_FILE | (umask 077; mkdir -p {path.parent}; cat > {path}), or name another "
             "with --token-file"
         ) from error
     if mode & 0o077:
-        raise ValueError(f"the token file {path} can be read by others (mode {mode & 0o777:o}); chmod 600 {path}")
+        raise InvalidValue(f"the token file {path} can be read by others (mode {mode & 0o777:o}); chmod 600 {path}")
     if len(token) < SHORTEST:
-        raise ValueError(
+        raise InvalidValue(
             f"the token in {path} has {len(token)} characters, fewer than {SHORTEST}; remove the file to have a new "
             "one made by `trimtab cluster up`, or copy that of the cluster's head"
         )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dispatch.balance import routers_of
 from dispatch.board import in_backward
+from dispatch.errors import InvalidValue
 from dispatch.router import Router
 from dispatch.selection import count_by_expert, ordered_topk
 
@@ -43,11 +44,11 @@ class AuxLossConfig:
 
     def __post_init__(self) -> None:
         if self.loss not in ("none", "switch", "global_batch", "sequence"):
-            raise ValueError(f"aux.loss is {self.loss!r}; it must be none, switch, global_batch or sequence")
+            raise InvalidValue(f"aux.loss is {self.loss!r}; it must be none, switch, global_batch or sequence")
         for name in ("alpha", "z_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"aux.{name} ({value}) must be a finite number, at least 0")
+                raise InvalidValue(f"aux.{name} ({value}) must be a finite number, at least 0")
 
     @property
     def balances(self) -> bool:

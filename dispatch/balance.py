@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.laws.registry import STATISTIC_SCALE
 from dispatch.layout import LoadLayout
@@ -48,7 +49,7 @@ def attach_law(routers: Mapping[str, Router], law: Law) -> None:
 def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
     """Refuse a law that is not fit for routing that is limited to groups. Raises ValueError, which names `place`."""
     if num_groups > 1 and not config.entry.group_limited:
-        raise ValueError(
+        raise InvalidValue(
             f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
             f"{num_groups}): its histogram does not see the limit; use balance.law newton, or num_groups 1"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dispatch.deep_ep_way import Finish, Flight, Passage, Start, Way
 from dispatch.dispatcher import ChunkPlan, Dispatcher, DispatchHandle, UnderWay, check_shapes, chunk_slices
+from dispatch.errors import InvalidValue
 from dispatch.exchange import Link
 from dispatch.hop import fan_out
 from dispatch.meter import Meter
@@ -41,7 +42,7 @@ def check_available() -> None:
     if importlib.util.find_spec("deep_ep") is None:
         missing.append("the package deep_ep (install it from github.com/deepseek-ai/DeepEP)")
     if missing:
-        raise ValueError(f"exchange 'deep_ep' needs {' and '.join(missing)}; install that, or take exchange 'auto'")
+        raise InvalidValue(f"exchange 'deep_ep' needs {' and '.join(missing)}; install that, or take exchange 'auto'")
 
 
 def check_sizes(num_experts: int, ep_size: int, *, hidden: int, top_k: int) -> None:
@@ -60,7 +61,7 @@ def check_sizes(num_experts: int, ep_size: int, *, hidden: int, top_k: int) -> N
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise ValueError(f"exchange 'deep_ep': {'; '.join(broken)}; change that, or take exchange 'auto'")
+        raise InvalidValue(f"exchange 'deep_ep': {'; '.join(broken)}; change that, or take exchange 'auto'")
 
 
 def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
@@ -73,7 +74,7 @@ def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
     """
     check_available()
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-        raise ValueError(
+        raise InvalidValue(
             "exchange 'deep_ep' cannot work while deterministic algorithms fill uninitialised memory, which would "
             "overwrite rows that arrive; set torch.utils.deterministic.fill_uninitialized_memory = False"
         )

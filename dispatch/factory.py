@@ -9,6 +9,7 @@ import torch.distributed as dist
 from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.deep_ep import DeepEPDispatcher
 from dispatch.dispatcher import Dispatcher, LocalDispatcher
+from dispatch.errors import InvalidValue
 from dispatch.meter import Meter
 from dispatch.node_aware import NodeAwareDispatcher, NodeGroups
 from dispatch.payload import Payload
@@ -47,9 +48,9 @@ def make_dispatcher(
     meter, recycler = meter or Meter(), recycler or Recycler()
     ep_size = dist.get_world_size(ep_group)
     if exchange == "node" and nodes is None:
-        raise ValueError("exchange 'node' needs the groups of its nodes; pass nodes=make_node_groups(...)")
+        raise InvalidValue("exchange 'node' needs the groups of its nodes; pass nodes=make_node_groups(...)")
     if exchange == "deep_ep" and payload != "compute":
-        raise ValueError(f"payload {payload!r} is not for exchange 'deep_ep', which sends bf16 rows; take 'compute'")
+        raise InvalidValue(f"payload {payload!r} is not for exchange 'deep_ep', which sends bf16 rows; take 'compute'")
     if ep_size == 1:
         return LocalDispatcher(num_experts, meter, recycler)
     if exchange == "auto":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dispatch.board import Board
 from dispatch.dispatcher import Dispatcher
+from dispatch.errors import InvalidValue
 from dispatch.experts import Experts
 from dispatch.router import Router, RouterConfig
 from dispatch.schedule import ScheduleConfig, mix
@@ -28,7 +29,7 @@ class MoEConfig(RouterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ffn_hidden < 1 or self.num_shared_experts < 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"ffn_hidden ({self.ffn_hidden}) must be at least 1 and num_shared_experts ({self.num_shared_experts}) "
                 "at least 0"
             )
@@ -67,7 +68,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         if dispatcher.placement.num_experts != config.num_experts:
-            raise ValueError(
+            raise InvalidValue(
                 f"the dispatcher places {dispatcher.placement.num_experts} experts, the layer has "
                 f"{config.num_experts}; build both with the same num_experts"
             )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.all_to_all import AllToAllDispatcher
+from dispatch.errors import InvalidValue
 from dispatch.hop import Hop
 
 
@@ -35,7 +36,7 @@ def make_node_groups(ep_group: dist.ProcessGroup, ranks_per_node: int, timeout: 
     """
     ranks = dist.get_process_group_ranks(ep_group)
     if ranks_per_node < 1 or len(ranks) % ranks_per_node:
-        raise ValueError(
+        raise InvalidValue(
             f"ranks_per_node ({ranks_per_node}) must divide ep_size ({len(ranks)}); use one of "
             f"{[size for size in range(1, len(ranks) + 1) if len(ranks) % size == 0]}"
         )

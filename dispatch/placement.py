@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dispatch.errors import InvalidValue
+
 
 @dataclass(frozen=True)
 class ExpertPlacement:
@@ -15,7 +17,7 @@ class ExpertPlacement:
 
     def __post_init__(self) -> None:
         if not 1 <= self.ep_size <= self.num_experts:
-            raise ValueError(
+            raise InvalidValue(
                 f"ep_size ({self.ep_size}) must be between 1 and num_experts ({self.num_experts}), so that every rank "
                 "holds an expert; lower ep_size or raise num_experts"
             )

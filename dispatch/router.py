@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.board import in_backward
+from dispatch.errors import InvalidValue
 from dispatch.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.statistics import Routing, Statistic
 
@@ -42,9 +43,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if self.score not in ("sigmoid", "softmax"):
-            raise ValueError(f"score is {self.score!r}; it must be 'sigmoid' or 'softmax'")
+            raise InvalidValue(f"score is {self.score!r}; it must be 'sigmoid' or 'softmax'")
         if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
+            raise InvalidValue(
                 f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add "
                 f"experts"
             )
@@ -53,15 +54,15 @@ class RouterConfig:
 
     def _check_groups(self) -> None:
         if self.num_experts % self.num_groups:
-            raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of num_groups ({self.num_groups})")
+            raise InvalidValue(f"num_experts ({self.num_experts}) must be a multiple of num_groups ({self.num_groups})")
         group_size = self.num_experts // self.num_groups
         if not 1 <= self.scores_per_group <= group_size:
-            raise ValueError(
+            raise InvalidValue(
                 f"scores_per_group ({self.scores_per_group}) must be between 1 and the experts of a group "
                 f"({group_size})"
             )
         if not 1 <= self.groups_kept <= self.num_groups or self.groups_kept * group_size < self.top_k:
-            raise ValueError(
+            raise InvalidValue(
                 f"groups_kept ({self.groups_kept}) must be between 1 and num_groups ({self.num_groups}) and hold at "
                 f"least top_k ({self.top_k}) experts; one group has {group_size}"
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dispatch.dispatcher import ChunkPlan, Dispatcher, DispatchHandle
+from dispatch.errors import InvalidValue
 from dispatch.experts import Experts
 
 
@@ -33,9 +34,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.num_chunks < 1:
-            raise ValueError(f"num_chunks ({self.num_chunks}) must be at least 1; 1 does not cut the batch")
+            raise InvalidValue(f"num_chunks ({self.num_chunks}) must be at least 1; 1 does not cut the batch")
         if self.max_rows < 0:
-            raise ValueError(f"max_rows ({self.max_rows}) must be 0 (no bound) or a positive number of rows")
+            raise InvalidValue(f"max_rows ({self.max_rows}) must be 0 (no bound) or a positive number of rows")
 
 
 def mix(

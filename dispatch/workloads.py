@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from dispatch.placement import ExpertPlacement
 
 WORKLOADS = {
@@ -75,14 +76,14 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.name not in WORKLOADS:
-            raise ValueError(f"workload is {self.name!r}; it must be one of {', '.join(WORKLOADS)}")
+            raise InvalidValue(f"workload is {self.name!r}; it must be one of {', '.join(WORKLOADS)}")
         if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts})")
+            raise InvalidValue(f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts})")
         if self.num_tokens < 0:
-            raise ValueError(f"num_tokens ({self.num_tokens}) must be at least 0")
+            raise InvalidValue(f"num_tokens ({self.num_tokens}) must be at least 0")
         hot = self._hot_experts(step=BURST_EVERY - 1)
         if self.skew is not None and hot and not 1 <= self.skew <= self._max_skew(hot):
-            raise ValueError(
+            raise InvalidValue(
                 f"skew ({self.skew:g}) must be between 1 and {self._max_skew(hot):g} in {self.name} with "
                 f"{self.num_experts} experts, {len(hot)} of them hot, and top_k {self.top_k}: hot "
                 "experts cannot take more than all that is chosen, nor one of them more than every token; lower skew"
@@ -213,7 +214,7 @@ def tokens_that_choose(topk_ids_TK: Tensor, router_weight_EH: Tensor, seed: int 
     """
     (num_tokens, top_k), (num_experts, hidden) = topk_ids_TK.shape, router_weight_EH.shape
     if hidden < num_experts:
-        raise ValueError(f"hidden ({hidden}) must be at least num_experts ({num_experts}) to force every choice")
+        raise InvalidValue(f"hidden ({hidden}) must be at least num_experts ({num_experts}) to force every choice")
     generator = _generator("tokens", seed)
     weight_EH = router_weight_EH.detach().double().cpu()
     logits_TE = -1 - torch.rand(num_tokens, num_experts, generator=generator, dtype=torch.float64)

@@ -7,16 +7,14 @@ only after their options were read, so that help and mistakes are answered at on
 import argparse
 import importlib.metadata
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dispatch.errors import InvalidValue, UserError
 from runtime.choices import Choices, choice_parser
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
-
-PACKAGES = ("dispatch", "workers", "cluster", "runtime")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("trimtab: stopped\n")
         return 1
-    except Exception as error:
-        if not _is_explained(error):
-            raise
+    except UserError as error:
         sys.stderr.write(f"trimtab {arguments[0]}: error: {error}\n")
-        return 2 if isinstance(error, (ValueError, argparse.ArgumentError)) else 1
+        return error.exit_code
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -272,19 +268,7 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InvalidValue(f"{path} is not UTF-8 text: {error}") from error
     if not lines:
-        raise ValueError(f"{path} has no text to continue; write one prompt a line")
+        raise InvalidValue(f"{path} has no text to continue; write one prompt a line")
     return lines
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message was written for the user; any other exception is a bug and keeps its traceback."""
-    if isinstance(error, (argparse.ArgumentError, OSError)) or _is_ours(type(error).__module__):
-        return True
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and _is_ours(frame.f_globals["__name__"])
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in PACKAGES

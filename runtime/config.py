@@ -9,6 +9,7 @@ from cluster.config import ClusterConfig
 from dispatch.aux_losses import AuxLossConfig
 from dispatch.balance import check_groups
 from dispatch.deep_ep import check_available, check_sizes
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from dispatch.placement import ExpertPlacement
 from workers.model import ModelConfig
@@ -53,7 +54,7 @@ class RunBalanceConfig(BalanceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.record) is not int or self.record < 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"balance.record ({self.record}) must be a whole number: 1 records every step, 10 each tenth, 0 none"
             )
 
@@ -95,12 +96,12 @@ def cross_check(config: TrainConfig) -> None:
     config.run.num_micro_batches(world_size)
     ep_size = config.parallel.resolve(world_size)
     if config.model.num_dense_layers == config.model.num_layers:
-        raise ValueError(
+        raise InvalidValue(
             f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
             "balance; lower it, so that at least one layer is a mixture of experts"
         )
     if config.model.attention == "latent" and (config.model.query_key_norm != "none" or config.model.clip_qkv):
-        raise ValueError(
+        raise InvalidValue(
             f"model.query_key_norm ({config.model.query_key_norm}) and model.clip_qkv ({config.model.clip_qkv}) have "
             "no effect on latent attention; leave them out, or set --model.attention grouped_query"
         )
@@ -108,7 +109,7 @@ def cross_check(config: TrainConfig) -> None:
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     if config.model.num_mtp_layers and config.data.has_documents:
-        raise ValueError(
+        raise InvalidValue(
             f"model.num_mtp_layers ({config.model.num_mtp_layers}) predicts across the ends of documents, which "
             "data.format chat and data.pack_documents keep apart; set --model.num_mtp_layers 0, or train on plain text"
         )
@@ -150,7 +151,7 @@ def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
         if before[key] != after[key] and key not in FREE_SETTINGS and _is_fixed(key)
     ]
     if changed:
-        raise ValueError(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
+        raise InvalidValue(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _is_fixed(key: str) -> bool:
 def _check_vocabulary(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
+        raise InvalidValue(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
             f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"
         )
@@ -178,7 +179,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
 
 def _check_deep_ep(config: TrainConfig, ep_size: int) -> None:
     if config.cluster.device == "cpu" or config.run.dtype != "bfloat16":
-        raise ValueError(
+        raise InvalidValue(
             f"parallel.exchange deep_ep sends bf16 rows between CUDA devices, but cluster.device is "
             f"{config.cluster.device} and run.dtype {config.run.dtype}; set --device cuda --run.dtype bfloat16, or "
             "--parallel.exchange auto"
@@ -191,7 +192,7 @@ def _check_deep_ep(config: TrainConfig, ep_size: int) -> None:
 def _check_time_limits(cluster: ClusterConfig) -> None:
     # A step asks the coordinator twice at most, and the other ranks meanwhile wait in a collective.
     if cluster.collective_timeout_s <= 2 * cluster.coordinator_timeout_s:
-        raise ValueError(
+        raise InvalidValue(
             f"cluster.collective_timeout_s ({cluster.collective_timeout_s:g}) must be more than twice "
             f"cluster.coordinator_timeout_s ({cluster.coordinator_timeout_s:g}), or a slow coordinator would end the "
             f"run; lower --cluster.coordinator_timeout_s, or set --cluster.collective_timeout_s "
@@ -202,7 +203,7 @@ def _check_time_limits(cluster: ClusterConfig) -> None:
 def _check_device(cluster: ClusterConfig) -> None:
     # On a joined cluster the GPUs are elsewhere: there the placement of the workers finds out.
     if cluster.device == "cuda" and cluster.address is None and not torch.cuda.is_available():
-        raise ValueError(
+        raise InvalidValue(
             "cluster.device is cuda, but torch sees no CUDA device on this machine; use --device cpu, install a CUDA "
             "build of torch, or join a cluster with GPUs by --cluster.address"
         )

@@ -5,12 +5,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig, check_resume, cross_check, flatten
 from runtime.run_dir import CONFIG_FILE, find_run
 
@@ -41,20 +43,23 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
     """Read the command line of `trimtab train`: a file or a run gives the base, options override it, rules are checked.
 
     Raises:
-        ValueError, argparse.ArgumentError: wrong usage or configuration, with the way out.
+        InvalidValue: wrong usage or configuration, with the way out.
         SystemExit: --help was asked for and answered.
     """
     arguments = _fill_in([_lengthen(argument) for argument in arguments])
-    source = vars(_source_parser().parse_known_args(arguments)[0])
+    try:
+        source = vars(_source_parser().parse_known_args(arguments)[0])
+    except argparse.ArgumentError as error:
+        raise InvalidValue(f"{error}; see `trimtab train --help`") from error
     config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
     if resume_name is None:
         if step is not None:
-            raise ValueError(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
+            raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
         config = _parse_options(arguments, load_config(config_name or BASE_PRESET))
         cross_check(config)
         return TrainRequest(config, None, None)
     if config_name is not None:
-        raise ValueError("--resume takes the settings of the run, so --config cannot be given with it; leave one out")
+        raise InvalidValue("--resume takes the settings of the run, so --config cannot be given with it; leave one out")
     run_dir = find_run(resume_name)
     saved = config_from_yaml_file(run_dir / CONFIG_FILE)
     config = _parse_options(arguments, saved)
@@ -92,11 +97,11 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainC
     try:
         return config_from_yaml(path.read_text(encoding="utf-8"), base)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
+        raise InvalidValue(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InvalidValue(f"{path}: {error}") from error
 
 
 def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
@@ -108,15 +113,15 @@ def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+        raise InvalidValue(f"not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
-        raise ValueError(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
+        raise InvalidValue(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
     flat = _flatten_known(values)
     parser = _settings_parser(base or TrainConfig())
     try:
         namespace = parser.parse_object(flat)
     except argparse.ArgumentError as error:
-        raise ValueError(_explain(error)) from error
+        raise InvalidValue(_explain(error)) from error
     for key, value in flat.items():
         # YAML tells the text "null" from null; the parser, made for command lines, does not.
         if isinstance(value, str) and namespace[key] is None:
@@ -137,7 +142,7 @@ def _lengthen(argument: str) -> str:
 def _fill_in(arguments: Sequence[str]) -> list[str]:
     """The options of VALUES_IF_BARE that stand without a value, with it: the parser wants one for each."""
     filled = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument in VALUES_IF_BARE and following.startswith("--")
         filled.append(f"{argument}={VALUES_IF_BARE[argument]}" if bare else argument)
     return filled
@@ -176,14 +181,14 @@ def _parse_options(arguments: Sequence[str], base: TrainConfig) -> TrainConfig:
     try:
         return _build(parser, parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
-        raise ValueError(_explain(error)) from error
+        raise InvalidValue(_explain(error)) from error
 
 
 def _build(parser: ArgumentParser, namespace: Namespace) -> TrainConfig:
     for key, hint in _setting_types(TrainConfig).items():
         # The parser takes null for "not given" and lets it pass for any type.
         if namespace[key] is None and type(None) not in get_args(hint):
-            raise ValueError(f"{key} is empty (null); give a value, or leave it out")
+            raise InvalidValue(f"{key} is empty (null); give a value, or leave it out")
     built = parser.instantiate(namespace)
     return TrainConfig(**{section: built[section] for section in get_type_hints(TrainConfig)})
 
@@ -202,13 +207,13 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ValueError(f"unknown setting {key}{_suggest(key)}")
+            raise InvalidValue(f"unknown setting {key}{_suggest(key)}")
         if not is_dataclass(hints[name]):
             flat[key] = value
         elif isinstance(value, Mapping):
             flat |= _flatten_known(value, hints[name], f"{key}.")
         else:
-            raise ValueError(f"{key} is a section: it must hold settings below it, not {value!r:.60}")
+            raise InvalidValue(f"{key} is a section: it must hold settings below it, not {value!r:.60}")
     return flat
 
 
@@ -252,4 +257,4 @@ def _find_config(name: str) -> Path:
         return path
     near = difflib.get_close_matches(name, presets, n=1)
     hint = f"did you mean {near[0]}?" if near else f"give a YAML file or a preset: {', '.join(sorted(presets))}"
-    raise ValueError(f"--config {name}: there is no such file or preset; {hint}")
+    raise InvalidValue(f"--config {name}: there is no such file or preset; {hint}")

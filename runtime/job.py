@@ -13,6 +13,7 @@ from rich.console import Console
 from cluster.access import check_access, find_access
 from cluster.failures import GangFailed
 from cluster.preflight import check_resources
+from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
 from runtime.interrupt import StopSignal
@@ -46,7 +47,7 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     resume_from = find_checkpoint(run_dir, step) if resume else None
     if resume_from and checkpoint.step_of(resume_from) >= config.run.steps:
-        raise ValueError(
+        raise InvalidValue(
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
         )
     if config.cluster.address is not None:
@@ -125,10 +126,10 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     """
     found = {checkpoint.step_of(path): path for path in checkpoint.list_checkpoints(run_dir / CHECKPOINTS)}
     if not found:
-        raise ValueError(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
+        raise InvalidValue(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
     path = found.get(max(found) if step is None else step)
     if path is None:
-        raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
+        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
     checkpoint.verify(path)
     return path
 

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dispatch.errors import InvalidValue
 from runtime.chart_style import new_figure, save_png, to_svg
 from runtime.charts import CHARTS, Chart, draw_overview
 from runtime.load_map import MAX_LABELS
@@ -59,7 +60,7 @@ def write_picture(run_dir: str | Path, target: str | Path, *, dpi: int = 130) ->
     """
     record = RunRecord.read(run_dir)
     if len(record.train) < 2 or not record.has_moe:
-        raise ValueError(f"{run_dir} has {len(record.train)} recorded steps; a picture needs two of an MoE model")
+        raise InvalidValue(f"{run_dir} has {len(record.train)} recorded steps; a picture needs two of an MoE model")
     figure = new_figure(lambda figure: draw_overview(figure, record), (15.5, 6.8), facecolor="#ffffff")
     save_png(figure, Path(target), dpi=dpi)
     return Path(target)

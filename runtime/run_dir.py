@@ -4,6 +4,8 @@ import difflib
 from datetime import datetime
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
+
 RUNS_DIR = "runs"
 CONFIG_FILE = "config.yaml"
 
@@ -20,7 +22,7 @@ def find_run(run: str, runs_dir: str = RUNS_DIR) -> Path:
     names = sorted(path.parent.name for path in Path(runs_dir).glob(f"*/{CONFIG_FILE}"))
     near = difflib.get_close_matches(Path(run).name, names, n=3)
     known = f"did you mean {' or '.join(near)}?" if near else f"runs in {runs_dir}/: {', '.join(names) or 'none'}"
-    raise ValueError(f"there is no run {run!r}: neither {run} nor {runs_dir}/{run} holds a {CONFIG_FILE}; {known}")
+    raise InvalidValue(f"there is no run {run!r}: neither {run} nor {runs_dir}/{run} holds a {CONFIG_FILE}; {known}")
 
 
 def new_run_dir(runs_dir: str, name: str | None, now: datetime) -> Path:
@@ -31,7 +33,7 @@ def new_run_dir(runs_dir: str, name: str | None, now: datetime) -> Path:
     """
     path = Path(runs_dir).expanduser() / (name or now.strftime("%Y%m%d-%H%M%S"))
     if path.exists():
-        raise ValueError(
+        raise InvalidValue(
             f"the run directory {path} exists already; choose another --name, remove it, or go on with --resume {path}"
         )
     return path

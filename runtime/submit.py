@@ -20,6 +20,7 @@ from typing import Any
 from cluster.access import Access, find_access, own_variables
 from cluster.probe import ClusterUnreachable, TokenRefused, authenticated
 from cluster.token import default_token_file, token_environment
+from dispatch.errors import InvalidValue, UserError
 
 # What is no code: history, environments, results. Patterns as in .gitignore, which is followed too.
 EXCLUDED = (".git", "/.venv*", "/runs", "/data", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis")
@@ -29,7 +30,7 @@ ANSWER_LIMIT_S = 5.0
 END_LIMIT_S = 30.0  # between the last line of a job and its exit code
 
 
-class JobsUnavailable(RuntimeError):
+class JobsUnavailable(UserError, RuntimeError):
     """The cluster's job API cannot be used from here."""
 
 
@@ -79,9 +80,11 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
     """
     words = list(command)
     if not words:
-        raise ValueError("nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a")
+        raise InvalidValue(
+            "nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a"
+        )
     if not (folder / "runtime" / "__main__.py").exists():
-        raise ValueError(f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from it")
+        raise InvalidValue(f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from it")
     if words[0] == "train":
         words += _placed(words, shares_files=shares_files)
     return shlex.join(["python", "-m", "runtime", *words])
@@ -92,18 +95,18 @@ def _placed(words: Sequence[str], *, shares_files: bool) -> list[str]:
     names = [word.partition("=")[0] for word in words]
     more = [] if "--cluster.address" in names else ["--cluster.address", "auto"]
     if "--resume" in names and not any(word.startswith(("/", "--resume=/")) for word in words):
-        raise ValueError("--resume of a job needs the full path of the run: the job works in a folder of its own")
+        raise InvalidValue("--resume of a job needs the full path of the run: the job works in a folder of its own")
     if "--resume" in names or "--run.dir" in names:
         return more
     if not shares_files:
-        raise ValueError("give --run.dir a full path that the cluster's nodes share: this machine is none of them")
+        raise InvalidValue("give --run.dir a full path that the cluster's nodes share: this machine is none of them")
     return [*more, "--run.dir", str(Path("runs").absolute())]
 
 
 def _send(client: Any, entrypoint: str, folder: Path) -> str:
     size = upload_bytes(folder)
     if size > LARGEST_BYTES:
-        raise ValueError(
+        raise InvalidValue(
             f"--working-dir {folder} has {size / 1e6:,.0f} MB to upload, more than {LARGEST_BYTES / 1e6:,.0f}; put "
             "what is not code into its .gitignore"
         )

@@ -17,6 +17,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dispatch.errors import InvalidValue
 from workers.text import Document, read_pieces
 from workers.tokenizer import SETTINGS_FILE, read_settings
 
@@ -57,7 +58,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(
+            raise InvalidValue(
                 f"the chat template of {place} is not valid: {error}; give another by --data.chat_template FILE"
             ) from error
 
@@ -77,7 +78,7 @@ class ChatTemplate:
             asked = self._render(messages[:index], asks=True)
             answered = self._render(messages[: index + 1])
             if not (asked.startswith(done) and answered.startswith(asked) and whole.startswith(answered)):
-                raise ValueError(
+                raise InvalidValue(
                     f"the chat template does not write message {index + 1} as a continuation of those before it, so "
                     "that what is learned cannot be told; give another by --data.chat_template FILE"
                 )
@@ -89,7 +90,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=asks, **self._special_tokens)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise InvalidValue(f"the chat template refuses these messages: {error}") from error
 
 
 class _GenerationTag(Extension):
@@ -116,7 +117,7 @@ def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
         try:
             return ChatTemplate(Path(str(file)).read_text(encoding="utf-8"), str(file), tokens)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data.chat_template {file} cannot be read: {error}") from error
+            raise InvalidValue(f"data.chat_template {file} cannot be read: {error}") from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -137,42 +138,42 @@ def read_conversations(document: Document, template: ChatTemplate) -> Iterator[l
                 yield _parse(line, template)
             except ValueError as error:
                 where = f"{document.file.path}, line {_lines_before(document) + index + 1}"
-                raise ValueError(f"{where}: {error}") from None
+                raise InvalidValue(f"{where}: {error}") from None
 
 
 def _parse(line: bytes, template: ChatTemplate) -> list[Piece]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"this is not JSON ({error}); data.format chat reads one JSON object a line") from None
+        raise InvalidValue(f"this is not JSON ({error}); data.format chat reads one JSON object a line") from None
     if not isinstance(value, dict):
-        raise ValueError(f"this is {type(value).__name__}, not an object; a line must be {KINDS}")
+        raise InvalidValue(f"this is {type(value).__name__}, not an object; a line must be {KINDS}")
     if "messages" in value:
         return template.pieces(_checked_messages(value["messages"]))
     if "prompt" in value and "completion" in value:
         return [Piece(_text(value, "prompt"), False), Piece(_text(value, "completion"), True)]
     if "text" in value:
         return [Piece(_text(value, "text"), True)]
-    raise ValueError(f"this has the fields {', '.join(value) or 'none'}; a line must be {KINDS}")
+    raise InvalidValue(f"this has the fields {', '.join(value) or 'none'}; a line must be {KINDS}")
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list of at least one message, not {messages!r:.40}")
+        raise InvalidValue(f"messages must be a list of at least one message, not {messages!r:.40}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise ValueError(f"message {number} must be an object with role and content, not {message!r:.40}")
+            raise InvalidValue(f"message {number} must be an object with role and content, not {message!r:.40}")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise ValueError(f"message {number} must have a text as its {name}, not {message.get(name)!r:.40}")
+                raise InvalidValue(f"message {number} must have a text as its {name}, not {message.get(name)!r:.40}")
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise ValueError(f"no message has the role {ASSISTANT}, so that nothing is learned; leave the line out")
+        raise InvalidValue(f"no message has the role {ASSISTANT}, so that nothing is learned; leave the line out")
     return messages
 
 
 def _text(value: dict[str, Any], name: str) -> str:
     if not isinstance(value[name], str):
-        raise ValueError(f"{name} must be a text, not {value[name]!r:.40}")
+        raise InvalidValue(f"{name} must be a text, not {value[name]!r:.40}")
     return str(value[name])
 
 
@@ -194,4 +195,4 @@ def _content(token: Any) -> str:
 
 
 def _refuse(message: str) -> None:
-    raise ValueError(message)
+    raise InvalidValue(message)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from dispatch.errors import InvalidValue, UserError
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
@@ -47,7 +49,7 @@ _INDEX_TYPES = frozenset(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or does not fit; the same on all ranks. The message says what to do."""
 
 
@@ -99,7 +101,7 @@ def step_of(path: Path) -> int:
     """The step of a checkpoint folder, from its name. ValueError where it is not one."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path} is not a checkpoint folder: its name must be step_ and at least 8 digits")
+        raise InvalidValue(f"{path} is not a checkpoint folder: its name must be step_ and at least 8 digits")
     return int(match[1])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from dispatch.errors import InvalidValue
 from dispatch.factory import Exchange, WireCost, cheapest_exchange, wire_costs
 from dispatch.placement import ExpertPlacement
 from workers.parallel import ParallelConfig
@@ -34,7 +35,7 @@ def choose_exchange(
     ranks_per_node = config.ranks_per_node or placed_ranks_per_node(nodes, ep_size)
     where = _describe(nodes, ep_size) + (f"; ranks_per_node {ranks_per_node} as set" if config.ranks_per_node else "")
     if config.exchange == "node" and not ranks_per_node:
-        raise ValueError(
+        raise InvalidValue(
             f"parallel.exchange node needs expert-parallel groups over several nodes with equally many ranks on each, "
             f"more than one, but here is {where}; take --parallel.exchange auto, place the workers otherwise, or say "
             "how many neighbouring ranks count as a node by --parallel.ranks_per_node"

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 from dispatch.activity import MOE_PHASES
 from dispatch.board import Board
+from dispatch.errors import InvalidValue
 
 FAULTS_VARIABLE = "TRIMTAB_FAULTS"
 HOLD_POLL_S = 0.05
@@ -65,15 +66,15 @@ class Fault:
     def __post_init__(self) -> None:
         allowed = {"skip": _CAN_SKIP, "lie": _CAN_LIE}.get(self.action, PHASES)
         if self.action not in get_args(Action):
-            raise ValueError(f"a fault's action ({self.action!r}) must be one of {', '.join(get_args(Action))}")
+            raise InvalidValue(f"a fault's action ({self.action!r}) must be one of {', '.join(get_args(Action))}")
         if self.phase not in allowed:
-            raise ValueError(
+            raise InvalidValue(
                 f"a fault's phase ({self.phase!r}) must be, for the action {self.action}, one of {', '.join(allowed)}"
             )
         if self.rank < 0 or self.step < 0:
-            raise ValueError(f"a fault's rank ({self.rank}) and step ({self.step}) must be 0 or more")
+            raise InvalidValue(f"a fault's rank ({self.rank}) and step ({self.step}) must be 0 or more")
         if (self.action in ("sleep", "hold") and self.amount <= 0) or (self.action == "lie" and not int(self.amount)):
-            raise ValueError(
+            raise InvalidValue(
                 f"a fault's amount ({self.amount:g}) must be seconds above 0 for sleep and hold, and a number of rows "
                 "for lie"
             )
@@ -153,4 +154,4 @@ def planned_faults(environment: Mapping[str, str]) -> tuple[Fault, ...]:
     try:
         return tuple(Fault(**fault) for fault in json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{FAULTS_VARIABLE} ({path}) is no plan of faults: {error}") from error
+        raise InvalidValue(f"{FAULTS_VARIABLE} ({path}) is no plan of faults: {error}") from error

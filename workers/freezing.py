@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from dispatch.errors import InvalidValue
+
 # The part of a parameter: the first word of its name that is here.
 PARTS = {
     "token_embedding": "embedding",
@@ -21,7 +23,7 @@ def check_parts(parts: Iterable[str]) -> None:
     """Refuse names of parts that there are not. Raises ValueError."""
     unknown = sorted(set(parts) - set(NAMES))
     if unknown:
-        raise ValueError(f"optim.freeze names {', '.join(unknown)}; the parts of a model are {', '.join(NAMES)}")
+        raise InvalidValue(f"optim.freeze names {', '.join(unknown)}; the parts of a model are {', '.join(NAMES)}")
 
 
 def part_of(name: str) -> str:
@@ -45,4 +47,4 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         if part_of(name) in parts:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"optim.freeze ({', '.join(parts)}) leaves nothing to train; name fewer parts")
+        raise InvalidValue(f"optim.freeze ({', '.join(parts)}) leaves nothing to train; name fewer parts")

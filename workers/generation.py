@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from workers.decoding import DecodingBatch, DecodingSequence
 from workers.model import Decoder
 from workers.parallel import RankGroups
@@ -32,11 +33,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature ({self.temperature}) must be at least 0; 0 is greedy")
+            raise InvalidValue(f"temperature ({self.temperature}) must be at least 0; 0 is greedy")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1")
+            raise InvalidValue(f"top_p ({self.top_p}) must be above 0 and at most 1")
 
 
 @dataclass

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dispatch.errors import InvalidValue
+
 # PARTS is also the period after which the counts of the steps repeat. The offset of a step is a multiple of STRIDE
 # modulo PARTS, each once a period as the two have no common factor. Of all strides 633 keeps sums closest to the exact
 # shares on the way: off by 2 sequences at most for one share of 0.01 to 0.99 (619, near the golden section, by 12).
@@ -33,20 +35,20 @@ class MixSchedule:
     def __post_init__(self) -> None:
         for name, weights in (("data.mix", self.before), ("data.mix_after", self.after)):
             if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-                raise ValueError(f"{name} {list(weights)} must hold numbers of at least 0, one a source")
+                raise InvalidValue(f"{name} {list(weights)} must hold numbers of at least 0, one a source")
             if weights and not sum(weights):
-                raise ValueError(f"{name} {list(weights)} gives every source the weight 0; raise one of them")
+                raise InvalidValue(f"{name} {list(weights)} gives every source the weight 0; raise one of them")
         if bool(self.after) != bool(self.shift_at):
-            raise ValueError(
+            raise InvalidValue(
                 f"data.mix_after {list(self.after)} and data.shift_at ({self.shift_at}) belong together: "
                 "give both or neither"
             )
         if self.shift_at < 0 or self.shift_at == 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"data.shift_at ({self.shift_at}) must be 0 or a step above 1, the first that data.mix_after draws"
             )
         if self.after and not self.before:
-            raise ValueError(f"data.mix_after {list(self.after)} needs data.mix, the weights before the shift")
+            raise InvalidValue(f"data.mix_after {list(self.after)} needs data.mix, the weights before the shift")
 
     def weights_at(self, step: int) -> tuple[float, ...]:
         """The weights that draw a step, counted from 1; empty without a mix."""
@@ -56,7 +58,7 @@ class MixSchedule:
         """Refuse weights that are not one a source. Raises ValueError."""
         for setting, weights in (("data.mix", self.before), ("data.mix_after", self.after)):
             if weights and len(weights) != len(names):
-                raise ValueError(
+                raise InvalidValue(
                     f"{setting} has {len(weights)} weights, but there are {len(names)} sources ({', '.join(names)}); "
                     f"give one weight a source, or none for all windows in proportion (--{setting} [])"
                 )

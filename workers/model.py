@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dispatch.dispatcher import Dispatcher
+from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig, MoELayer, SwiGLU
 from dispatch.schedule import ScheduleConfig
 from workers.attention import (
@@ -73,33 +74,33 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden", "num_layers", "num_heads", "num_kv_heads", "dense_ffn_hidden", "max_seq_len")
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(
+            raise InvalidValue(
                 f"num_dense_layers ({self.num_dense_layers}) must be between 0 and num_layers ({self.num_layers})"
             )
         if self.num_mtp_layers not in (0, 1):
-            raise ValueError(f"num_mtp_layers ({self.num_mtp_layers}) must be 0 or 1: only depth 1 is supported")
+            raise InvalidValue(f"num_mtp_layers ({self.num_mtp_layers}) must be 0 or 1: only depth 1 is supported")
         if self.head_dim % 2 or self.head_dim < 0:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even, or 0 for hidden / num_heads")
+            raise InvalidValue(f"head_dim ({self.head_dim}) must be even, or 0 for hidden / num_heads")
         if self.attention == "grouped_query" and not self.head_dim and self.hidden % (2 * self.num_heads):
-            raise ValueError(
+            raise InvalidValue(
                 f"hidden ({self.hidden}) must be a multiple of 2 * num_heads (2 * {self.num_heads}): rotary positions "
                 "turn pairs of a head's dimensions; change hidden or num_heads"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+            raise InvalidValue(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0")
         self._check_attention()
 
     def _check_attention(self) -> None:
         for name, allowed in (("attention", ("grouped_query", "latent")), ("query_key_norm", ("none", "head", "all"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+                raise InvalidValue(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if not self.clip_qkv >= 0:
-            raise ValueError(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
+            raise InvalidValue(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
 
     @property
     def num_moe_layers(self) -> int:
@@ -292,7 +293,7 @@ class Decoder(nn.Module):
     def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
         config = self.config
         if x.shape[1] > config.max_seq_len:
-            raise ValueError(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
+            raise InvalidValue(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
         return rotary_table(
             positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dispatch.errors import InvalidValue
 from workers.freezing import check_parts
 
 
@@ -37,15 +38,15 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0 and finite")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0 and finite")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "mtp_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be in [0, 1)")
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]")
+            raise InvalidValue(f"min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]")
         check_parts(self.freeze)
 
 

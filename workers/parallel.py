@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from dispatch.board import Board
+from dispatch.errors import InvalidValue
 from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
@@ -39,19 +40,23 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.ep_size < 0:
-            raise ValueError(f"parallel.ep_size ({self.ep_size}) must be 0 (all workers) or a positive number of ranks")
+            raise InvalidValue(
+                f"parallel.ep_size ({self.ep_size}) must be 0 (all workers) or a positive number of ranks"
+            )
         if self.exchange not in get_args(Exchange):
-            raise ValueError(
+            raise InvalidValue(
                 f"parallel.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
             )
         if self.payload not in get_args(Payload):
-            raise ValueError(f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}")
+            raise InvalidValue(
+                f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}"
+            )
         if self.exchange == "deep_ep" and self.payload != "compute":
-            raise ValueError(
+            raise InvalidValue(
                 f"parallel.payload ({self.payload}) must be compute for parallel.exchange deep_ep: it sends bf16"
             )
         if self.ranks_per_node < 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
                 "of ranks"
             )
@@ -78,12 +83,12 @@ class ParallelConfig:
         """The EP size for this many ranks. Raises ValueError where it does not divide them."""
         ep_size = self.ep_size or world_size
         if world_size % ep_size:
-            raise ValueError(
+            raise InvalidValue(
                 f"parallel.ep_size ({ep_size}) must divide the number of workers ({world_size}); "
                 f"use one of {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
             )
         if self.ranks_per_node and ep_size % self.ranks_per_node:
-            raise ValueError(
+            raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must divide parallel.ep_size ({ep_size}), so that "
                 "all nodes of an expert-parallel group have equally many ranks"
             )
@@ -180,7 +185,7 @@ def local_device(choice: str, local_index: int = 0) -> torch.device:
     local_index: among the devices that this process sees. An actor sees those that Ray gave it, so 0 is its first.
     """
     if choice == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise InvalidValue(
             "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"
         )
     use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dispatch.errors import InvalidValue
 from workers.chat import ChatTemplate, load_template
 from workers.encoding import DocumentEncoder
 from workers.shards import (
@@ -37,7 +38,7 @@ SPARE_BYTES = 1 << 20  # for meta.json, and so as not to fill the last block
 Progress = Callable[[int, int], None]
 
 
-class DataChanged(ValueError):
+class DataChanged(InvalidValue):
     """The text is not the text that the prepared tokens were made from."""
 
 
@@ -69,7 +70,7 @@ def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dat
         _refuse_changed_sources(dataset, sources)
     except OSError as error:
         way_out = "see that the text can be read, and that data.cache_dir can be written and has space"
-        raise ValueError(f"the text could not be prepared under {cache_dir}: {error}; {way_out}") from error
+        raise InvalidValue(f"the text could not be prepared under {cache_dir}: {error}; {way_out}") from error
     return dataset
 
 
@@ -77,7 +78,7 @@ def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:
     """Refuse to begin what would fill the disk."""
     if needed_bytes > free_bytes:
         numbers = f"need up to {needed_bytes / 1e6:.1f} MB under {folder}, where {free_bytes / 1e6:.1f} MB are free"
-        raise ValueError(f"the tokens {numbers}; free some space or choose another disk with --data.cache_dir")
+        raise InvalidValue(f"the tokens {numbers}; free some space or choose another disk with --data.cache_dir")
 
 
 def _cache_key(
@@ -182,7 +183,7 @@ class _Writer:
             )
         for split, total in totals.items():
             if not total.num_tokens:
-                raise ValueError(f"{source.root} holds nothing for the split {split!r}, only empty lines; give more")
+                raise InvalidValue(f"{source.root} holds nothing for the split {split!r}, only empty lines; give more")
         files = tuple(
             FileStamp(file.name, file.num_bytes, file.mtime_ns, hashes[file.name].hexdigest()) for file in source.files
         )

@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from dispatch.errors import InvalidValue
+
 HEADER = struct.Struct("<qIII")  # step, tag, bytes that follow, crc32 of them
 
 
@@ -53,5 +55,5 @@ def read_record(path: Path, place: RecordPlace) -> bytes:
         file.seek(place.offset)
         content = file.read(place.num_bytes)
     if zlib.crc32(content) != place.crc:
-        raise ValueError(f"{path} is damaged at byte {place.offset}, in the record of step {place.step}")
+        raise InvalidValue(f"{path} is damaged at byte {place.offset}, in the record of step {place.step}")
     return content

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dispatch.errors import InvalidValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -42,17 +44,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least 1")
+                raise InvalidValue(f"run.{name} ({getattr(self, name)}) must be at least 1")
         periods = ("eval_every", "checkpoint_every", "memory_checkpoint_every")
         for name in ("seed", "micro_batch_size", *periods, "full_disk_wait_s"):
             if getattr(self, name) < 0:
-                raise ValueError(f"run.{name} ({getattr(self, name)}) must be 0 or more")
+                raise InvalidValue(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+            raise InvalidValue(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
         if self.on_bias_mismatch not in ("stop", "repair"):
-            raise ValueError(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
+            raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
-            raise ValueError(
+            raise InvalidValue(
                 f"run.name {self.name!r} must be a plain directory name, without a slash or a leading dot; "
                 "where the runs lie is run.dir"
             )
@@ -61,7 +63,7 @@ class RunConfig:
         """Each rank's share of the global batch. Raises ValueError where the ranks do not divide it."""
         if self.global_batch_size % world_size:
             above = -(-self.global_batch_size // world_size) * world_size
-            raise ValueError(
+            raise InvalidValue(
                 f"run.global_batch_size ({self.global_batch_size}) must be a multiple of cluster.num_workers "
                 f"({world_size}): every worker takes the same number of sequences; {above} would do"
             )
@@ -73,7 +75,7 @@ class RunConfig:
         micro_batch_size = self.micro_batch_size or share
         if share % micro_batch_size:
             sizes = [size for size in range(1, share + 1) if share % size == 0]
-            raise ValueError(
+            raise InvalidValue(
                 f"run.micro_batch_size ({micro_batch_size}) must divide a worker's share of the batch ({share} = "
                 f"run.global_batch_size {self.global_batch_size} / {world_size} workers); use one of {sizes}, or 0"
             )

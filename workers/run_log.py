@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
 from workers.append_file import AppendFile, move_tail
 from workers.scalars import ScalarFile
@@ -96,7 +97,7 @@ class RunLog:
         path = Path(path)
         if resume_step is None:
             if (path / METRICS).exists():
-                raise ValueError(f"{path} already holds a run; choose another --name, or go on with --resume {path}")
+                raise InvalidValue(f"{path} already holds a run; choose another --name, or go on with --resume {path}")
             (path / LAYOUT).parent.mkdir(parents=True, exist_ok=True)
             (path / LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
         else:
@@ -209,7 +210,7 @@ def read_load_history(path: str | Path) -> LoadHistory:
 
 def _read_layout(path: Path) -> LoadLayout:
     if not (path / LAYOUT).exists():
-        raise ValueError(f"{path} is not a run directory: it has no {LAYOUT}; give the folder of a run, as runs/NAME")
+        raise InvalidValue(f"{path} is not a run directory: it has no {LAYOUT}; give the folder of a run, as runs/NAME")
     stored = json.loads((path / LAYOUT).read_text())
     return LoadLayout(*(tuple(stored[field]) for field in ("names", "num_experts", "balanced")))
 
@@ -220,11 +221,11 @@ def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
 
 def _read_lines(path: Path) -> list[Line]:
     if not path.exists():
-        raise ValueError(f"{path.parent} is not a run directory: it has no {path.name}; give a folder as runs/NAME")
+        raise InvalidValue(f"{path.parent} is not a run directory: it has no {path.name}; give a folder as runs/NAME")
     lines = []
     for number, (_, line) in enumerate(_complete_lines(path.read_bytes()), 1):
         if line is None:
-            raise ValueError(f"{path}, line {number} is damaged; the rest can be read when you delete that line")
+            raise InvalidValue(f"{path}, line {number} is damaged; the rest can be read when you delete that line")
         lines.append(line)
     return lines
 
@@ -244,7 +245,7 @@ def _complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
 def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
     """Leave the lines and records up to `step`, and move the rest aside."""
     if (stored := _read_layout(path)) != layout:
-        raise ValueError(
+        raise InvalidValue(
             f"{path} recorded {stored.num_experts} experts in {stored.names}, and the model has {layout.num_experts} "
             f"in {layout.names}; resume with the run's own model settings"
         )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from workers.mix import MixCounts, MixSchedule
 from workers.shards import Dataset, FlagArray, TokenArray
 from workers.windows import DocumentWindows, IndexArray, TextWindows, Windows
@@ -62,9 +63,9 @@ class Sampler:
         self, dataset: Dataset, seq_len: int, global_batch_size: int, seed: int, mix: MixSchedule | None = None
     ) -> None:
         if seq_len < 1 or global_batch_size < 1:
-            raise ValueError(f"seq_len ({seq_len}) and global_batch_size ({global_batch_size}) must be at least 1")
+            raise InvalidValue(f"seq_len ({seq_len}) and global_batch_size ({global_batch_size}) must be at least 1")
         if not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed ({seed}) must be at least 0 and below 2**63")
+            raise InvalidValue(f"seed ({seed}) must be at least 0 and below 2**63")
         self._has_documents = dataset.train_flags is not None
         self._seq_len = seq_len
         self._global_batch_size = global_batch_size
@@ -93,13 +94,13 @@ class Sampler:
         """
         num_parts = world_size * num_micro
         if self._global_batch_size % num_parts:
-            raise ValueError(
+            raise InvalidValue(
                 f"global_batch_size ({self._global_batch_size}) must be a multiple of world_size x number of "
                 f"micro-batches ({world_size} x {num_micro})"
             )
         if not (step >= 0 and 0 <= rank < world_size and 0 <= micro < num_micro):
             place = f"rank {rank} of {world_size}, micro-batch {micro} of {num_micro}"
-            raise ValueError(f"there is no batch for step {step}, {place}; each counts from 0")
+            raise InvalidValue(f"there is no batch for step {step}, {place}; each counts from 0")
         size = self._global_batch_size // num_parts
         first = (rank * num_micro + micro) * size
         drawn = self._draw(step, range(first, first + size))
@@ -202,7 +203,7 @@ def _permutation(size: int, seed: int, epoch: int, *, stream: int) -> IndexArray
 def _cut(tokens: TokenArray, flags: FlagArray | None, seq_len: int, what: str) -> Windows:
     """The windows of a stream, by whole documents where it has flags. Raises ValueError where it is too short."""
     if len(tokens) <= seq_len:
-        raise ValueError(
+        raise InvalidValue(
             f"{what} has {len(tokens)} tokens, but one sequence needs {seq_len + 1}; "
             "give more text, hold out another share (--data.val_fraction) or use shorter sequences"
         )

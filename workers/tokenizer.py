@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dispatch.errors import InvalidValue
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -101,22 +103,22 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     try:
         raw = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"data.tokenizer {file} cannot be read ({error.strerror}); {GIVE_A_FILE}") from error
+        raise InvalidValue(f"data.tokenizer {file} cannot be read ({error.strerror}); {GIVE_A_FILE}") from error
     try:
         import tokenizers  # here, since byte-level runs do without it
     except ModuleNotFoundError:
-        raise ValueError("data.tokenizer needs a package: pip install 'trimtab[tokenizers]'") from None
+        raise InvalidValue("data.tokenizer needs a package: pip install 'trimtab[tokenizers]'") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # the package raises bare Exception or ValueError for every kind of bad file
-        raise ValueError(f"data.tokenizer {file} holds no tokenizer ({error}); {GIVE_A_FILE}") from error
+        raise InvalidValue(f"data.tokenizer {file} holds no tokenizer ({error}); {GIVE_A_FILE}") from error
     name = f"{file.name}:{hashlib.sha256(raw).hexdigest()[:16]}"
     end_token = _end_token(file.with_name(SETTINGS_FILE))
     if end_token is None:
         return HuggingFaceTokenizer(tokenizer, name)
     eod_id = tokenizer.token_to_id(end_token)
     if eod_id is None:
-        raise ValueError(f"{file} has no token {end_token!r}, which {SETTINGS_FILE} beside it names as eos_token")
+        raise InvalidValue(f"{file} has no token {end_token!r}, which {SETTINGS_FILE} beside it names as eos_token")
     return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}", eod_id)
 
 
@@ -127,9 +129,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a JSON file of names and values: {error}") from error
+        raise InvalidValue(f"{path} is not a JSON file of names and values: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a JSON file of names and values: it is {type(settings).__name__}")
+        raise InvalidValue(f"{path} is not a JSON file of names and values: it is {type(settings).__name__}")
     return settings
 
 

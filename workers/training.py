@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dispatch.aux_losses import AuxLossConfig, AuxLosses
 from dispatch.balance import read_counts, reset_counts, routers_of
+from dispatch.errors import UserError
 from dispatch.meter import Meter, Reading
 from workers.control import ControlLoop, StepControl
 from workers.gradients import clip_gradients, global_grad_norm, reduce_gradients
@@ -26,7 +27,7 @@ from workers.sampler import Batch, Sampler
 MAX_SKIPPED_STEPS = 20
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """The gradient was not finite for many steps in a row."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dispatch.balance import read_bias
+from dispatch.errors import InvalidValue
 from workers import checkpoint
 from workers.control import ControlLoop
 from workers.evaluation import evaluate
@@ -84,7 +85,7 @@ class TrainingRun:
         tensors = self._tensors()
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)
         if extra["data_digest"] != self._state.dataset.digest:
-            raise ValueError(
+            raise InvalidValue(
                 f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with "
                 f"the data settings of the run, or start a new run"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from dispatch.errors import InvalidValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestPlan:
@@ -27,14 +29,14 @@ class ManifestPlan:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
-            raise ValueError(
+            raise InvalidValue(
                 f"the name ({self.name!r}) must be 1 to 40 small letters, digits and hyphens, as Kubernetes wants it"
             )
         for field, low in (("num_nodes", 1), ("gpus_per_node", 0), ("cpus_per_node", 1), ("memory_gib_per_node", 4)):
             if getattr(self, field) < low:
-                raise ValueError(f"{field} ({getattr(self, field)}) must be at least {low}")
+                raise InvalidValue(f"{field} ({getattr(self, field)}) must be at least {low}")
         if not re.fullmatch(r"/[\w./-]+", self.shared_dir):
-            raise ValueError(f"shared_dir ({self.shared_dir!r}) must be an absolute path of letters, digits and ./_-")
+            raise InvalidValue(f"shared_dir ({self.shared_dir!r}) must be an absolute path of letters, digits and ./_-")
 
     @property
     def workers_per_node(self) -> int:

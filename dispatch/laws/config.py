@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dispatch.errors import InvalidValue
 from dispatch.laws.registry import LAWS, LawEntry
 
 
@@ -33,17 +34,17 @@ class BalanceConfig:
             _import(self.module)
         if self.law not in LAWS:
             known = ", ".join(sorted(LAWS))
-            raise ValueError(f"balance.law is {self.law!r}; it must be one of {known}, or come with balance.module")
+            raise InvalidValue(f"balance.law is {self.law!r}; it must be one of {known}, or come with balance.module")
         if self.rate is not None and not (_is_number(self.rate) and self.rate >= 0):
-            raise ValueError(
+            raise InvalidValue(
                 f"balance.rate ({self.rate}) must be a finite number, at least 0; the law's own is {self.entry.rate}"
             )
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"balance.schedule is {self.schedule!r}; it must be constant, linear or cosine")
+            raise InvalidValue(f"balance.schedule is {self.schedule!r}; it must be constant, linear or cosine")
         if not (_is_number(self.zero_last) and 0 <= self.zero_last <= 1):
-            raise ValueError(f"balance.zero_last ({self.zero_last}) must be between 0 and 1; 0.034 in DeepSeek-V3")
+            raise InvalidValue(f"balance.zero_last ({self.zero_last}) must be between 0 and 1; 0.034 in DeepSeek-V3")
         if type(self.horizon) is not int or self.horizon < 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"balance.horizon ({self.horizon}) must be a whole number of steps, 0 for those of the run"
             )
         self._check_options()
@@ -51,13 +52,13 @@ class BalanceConfig:
     def _check_options(self) -> None:
         known = self.entry.options
         if not isinstance(self.options, Mapping):
-            raise ValueError(f"balance.options is {self.options!r}; it must hold names and numbers, as {{beta: 0.9}}")
+            raise InvalidValue(f"balance.options is {self.options!r}; it must hold names and numbers, as {{beta: 0.9}}")
         for name, value in self.options.items():
             if name not in known:
                 listing = f"knows {', '.join(sorted(known))}" if known else "has no options"
-                raise ValueError(f"balance.options has {name!r}, but law {self.law!r} {listing}")
+                raise InvalidValue(f"balance.options has {name!r}, but law {self.law!r} {listing}")
             if not _is_number(value):
-                raise ValueError(f"balance.options.{name} ({value!r}) must be a finite number; default {known[name]}")
+                raise InvalidValue(f"balance.options.{name} ({value!r}) must be a finite number; default {known[name]}")
         # In one order and one type, so that equal settings have equal bytes on the wire.
         object.__setattr__(self, "options", {name: float(self.options[name]) for name in sorted(self.options)})
 
@@ -95,6 +96,6 @@ def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"balance.module {module!r} cannot be imported: {error}; install it, or put its folder on PYTHONPATH"
         ) from error

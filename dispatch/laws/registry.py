@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
+
 # The per-layer extra of this name reaches the routers with the bias: a statistic may depend on it.
 STATISTIC_SCALE = "statistic_scale"
 
@@ -99,7 +101,7 @@ def register_law(
             rule.__module__,
             rule.__qualname__,
         ):
-            raise ValueError(f"law {name!r} is registered already, by {known.rule.__module__}; choose another name")
+            raise InvalidValue(f"law {name!r} is registered already, by {known.rule.__module__}; choose another name")
         parameters = inspect.signature(rule).parameters.values()
         LAWS[name] = LawEntry(
             name=name,

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dispatch.errors import InvalidValue
 from dispatch.launch import RankFailed, launch, launched_world_size
 from dispatch.parity.cases import CASES, NUM_EXPERTS
 from dispatch.parity.check import PRECISIONS, Deviation, Row, check
@@ -72,14 +73,14 @@ def load_adapter(name: str) -> Adapter:
     """The function that `package.module:function` names. Raises ValueError with what is missing."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"--layer is {name!r}; it must be package.module:function")
+        raise InvalidValue(f"--layer is {name!r}; it must be package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"--layer {name}: {error}; start where the module can be imported") from error
+        raise InvalidValue(f"--layer {name}: {error}; start where the module can be imported") from error
     adapter: Adapter | None = getattr(module, function_name, None)
     if not callable(adapter):
-        raise ValueError(f"--layer {name}: {module.__name__} has no function {function_name!r}")
+        raise InvalidValue(f"--layer {name}: {module.__name__} has no function {function_name!r}")
     return adapter
 
 
@@ -126,14 +127,14 @@ def _parser() -> argparse.ArgumentParser:
 def _checked(given: argparse.Namespace, world_size: int | None, num_devices: int) -> Options:
     """Turn parsed arguments into options; `world_size` is the launcher's, None without one."""
     if given.layer and given.dispatchers:
-        raise ValueError("--dispatchers chooses among our layers and --layer names yours; give one of them")
+        raise InvalidValue("--dispatchers chooses among our layers and --layer names yours; give one of them")
     if world_size is not None and given.ep not in (None, world_size):
-        raise ValueError(f"--ep ({given.ep}) must be the world size of the launcher ({world_size}); leave --ep out")
+        raise InvalidValue(f"--ep ({given.ep}) must be the world size of the launcher ({world_size}); leave --ep out")
     ep = world_size or (DEFAULT_EP if given.ep is None else given.ep)
     if not 1 <= ep <= NUM_EXPERTS:
-        raise ValueError(f"--ep ({ep}) must be between 1 and {NUM_EXPERTS}, the experts of the cases")
+        raise InvalidValue(f"--ep ({ep}) must be between 1 and {NUM_EXPERTS}, the experts of the cases")
     if given.device == "cuda" and world_size is None and ep > num_devices:
-        raise ValueError(
+        raise InvalidValue(
             f"--ep ({ep}) needs a CUDA device for each rank and there are {num_devices}; lower --ep or take cpu"
         )
     if given.layer:
@@ -153,7 +154,7 @@ def _matching(option: str, globs: Sequence[str], names: Iterable[str]) -> tuple[
     names = tuple(names)
     for glob in globs:
         if not fnmatch.filter(names, glob):
-            raise ValueError(f"{option} {glob!r} matches none of {', '.join(names)}")
+            raise InvalidValue(f"{option} {glob!r} matches none of {', '.join(names)}")
     return tuple(name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs))
 
 

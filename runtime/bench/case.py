@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dispatch.errors import InvalidValue
 from dispatch.factory import Exchange
 from dispatch.launch import launched_ranks_per_node, launched_world_size
 from dispatch.layer import MoEConfig
@@ -45,17 +46,17 @@ class Case:
     def __post_init__(self) -> None:
         ExpertPlacement(self.moe.num_experts, self.workers)  # raises where a rank would hold no expert
         if self.exchange not in EXCHANGES:
-            raise ValueError(
+            raise InvalidValue(
                 f"exchange {self.exchange!r} of the configuration has messages of its own, which the bare all-to-all "
                 f"cannot repeat; choose --exchange {', '.join(EXCHANGES)}"
             )
         if self.workers % self.ranks_per_node:
-            raise ValueError(
+            raise InvalidValue(
                 f"--ranks-per-node ({self.ranks_per_node}) must divide the number of workers ({self.workers}); use one "
                 f"of {[size for size in range(1, self.workers + 1) if self.workers % size == 0]}"
             )
         if not self.shape.rows_per_expert(self.workers):
-            raise ValueError(
+            raise InvalidValue(
                 f"{self.workers} x {self.tokens} tokens, {self.moe.top_k} experts each, leave {self.moe.num_experts} "
                 "experts without a row on average; raise --tokens"
             )
@@ -64,15 +65,15 @@ class Case:
     def _check_workload(self) -> None:
         if self.workload is None:
             if self.skew is not None:
-                raise ValueError(f"--skew ({self.skew:g}) belongs to a workload; add --workload W1, or leave it out")
+                raise InvalidValue(f"--skew ({self.skew:g}) belongs to a workload; add --workload W1, or leave it out")
             return
         if self.hidden < self.moe.num_experts:
-            raise ValueError(
+            raise InvalidValue(
                 f"--workload {self.workload} needs --hidden ({self.hidden}) of at least --num-experts "
                 f"({self.moe.num_experts}), else there are no tokens that make these choices"
             )
         if self.moe.num_groups > 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"--workload {self.workload} decides every choice, and so does model.moe.num_groups "
                 f"({self.moe.num_groups}) of the configuration; leave one out"
             )
@@ -171,7 +172,7 @@ def _from_config(config: TrainConfig, workers: int) -> dict[str, Any]:
 def _workers(given: int | None) -> int:
     world_size = launched_world_size()
     if world_size is not None and given not in (None, world_size):
-        raise ValueError(f"--workers ({given}) must be the world size of the launcher ({world_size}); leave it out")
+        raise InvalidValue(f"--workers ({given}) must be the world size of the launcher ({world_size}); leave it out")
     return world_size or given or DEFAULT_WORKERS
 
 
@@ -186,7 +187,7 @@ def _device(given: str, workers: int) -> str:
     if given == "auto":
         return "cuda" if there_are >= here else "cpu"
     if given == "cuda" and there_are < here:
-        raise ValueError(
+        raise InvalidValue(
             f"--device cuda needs a CUDA device for each of {here} ranks of this machine and torch sees {there_are}; "
             "lower --workers or take --device cpu"
         )

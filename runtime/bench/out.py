@@ -3,6 +3,8 @@
 from datetime import datetime
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
+
 
 def out_dir(name: str) -> Path:
     """The folder, made if it is not there."""
@@ -10,7 +12,9 @@ def out_dir(name: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {name} cannot be made: {error.strerror}; give a folder that can be written") from error
+        raise InvalidValue(
+            f"--out {name} cannot be made: {error.strerror}; give a folder that can be written"
+        ) from error
     return path
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from dispatch.errors import InvalidValue
 from runtime.chaos.namespaces import COMMAND_S, KINDS, Holder, command, why_not
 from runtime.chaos.network import Network, address_of
 
@@ -60,7 +61,7 @@ class Machine:
     def boot(self) -> None:
         """Start it, or start it again after a kill: empty disk, no processes, its link as it was set."""
         if self._holder is not None:
-            raise ValueError(f"{self.name} is up; kill it before it is booted again")
+            raise InvalidValue(f"{self.name} is up; kill it before it is booted again")
         self.disk.mkdir(exist_ok=True)
         setup = (
             f"hostname {self.name}\n"
@@ -163,7 +164,7 @@ class Machine:
 
     def _up(self) -> Holder:
         if self._holder is None:
-            raise ValueError(f"{self.name} is down; boot it first")
+            raise InvalidValue(f"{self.name} is down; boot it first")
         return self._holder
 
     def _signal_all(self, name: str) -> None:
@@ -195,9 +196,9 @@ class Machines(Sequence[Machine]):
             ValueError: this system has no such machines (`why_not`), or the number is not from 1 to 200.
         """
         if not 1 <= num_machines <= 200:
-            raise ValueError(f"num_machines ({num_machines}) must be from 1 to 200: they share one network of 254")
+            raise InvalidValue(f"num_machines ({num_machines}) must be from 1 to 200: they share one network of 254")
         if (reason := why_not()) is not None:
-            raise ValueError(reason)
+            raise InvalidValue(reason)
         self._num_machines, self._disk_bytes = num_machines, disk_bytes
         self._machines: list[Machine] = []
 

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dispatch.errors import UserError
+
 COMMAND_S = 10.0  # For one command of iproute2 or util-linux: they take milliseconds.
 TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 KINDS = ("--net", "--pid", "--mount", "--uts")
 
 
-class NamespaceError(RuntimeError):
+class NamespaceError(UserError, RuntimeError):
     """A command that makes or changes namespaces failed."""
 
 

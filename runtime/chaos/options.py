@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.chaos.kinds import KINDS
 from runtime.chaos.namespaces import why_not
 from runtime.chaos.plan import PRESETS, Preset
@@ -40,7 +41,7 @@ def parse_options(arguments: Sequence[str]) -> ChaosOptions:
     }
     preset = replace(PRESETS[given.preset], **{name: value for name, value in changes.items() if value is not None})
     if (reason := why_not()) is not None:
-        raise ValueError(reason)
+        raise InvalidValue(reason)
     command = shlex.join(["trimtab", "chaos", *arguments])
     return ChaosOptions(
         name=given.preset, preset=preset, seed=given.seed, out=given.out, keep=given.keep, command=command

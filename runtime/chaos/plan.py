@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dispatch.errors import InvalidValue
 from runtime.chaos.kinds import KINDS, Kind
 
 CHECKPOINT_EVERY = 4
@@ -32,11 +33,11 @@ class Preset:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.kinds if name not in KINDS]:
-            raise ValueError(f"{unknown[0]!r} is no kind of fault; there are {', '.join(KINDS)}")
+            raise InvalidValue(f"{unknown[0]!r} is no kind of fault; there are {', '.join(KINDS)}")
         if self.num_machines < 2:
-            raise ValueError(f"num_machines ({self.num_machines}) must be at least 2: links and nodes are to fail")
+            raise InvalidValue(f"num_machines ({self.num_machines}) must be at least 2: links and nodes are to fail")
         if self.num_faults < 1 or self.workers_per_machine < 1 or self.minutes <= 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"num_faults ({self.num_faults}) and workers_per_machine ({self.workers_per_machine}) must be at "
                 f"least 1, minutes ({self.minutes:g}) above 0"
             )

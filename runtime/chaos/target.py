@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dispatch.errors import UserError
 from runtime.chaos.plan import CHECKPOINT_EVERY, Preset
 from runtime.chaos.testbed import Testbed
 from runtime.compare.run_pool import last_step
@@ -23,7 +24,7 @@ STOP_S = 10.0
 COLLECTIVE_TIMEOUT_S = 20.0
 
 
-class Unfulfilled(Exception):
+class Unfulfilled(UserError):
     """Something that the run owes did not come about. The message says what."""
 
 

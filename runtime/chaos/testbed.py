@@ -12,6 +12,7 @@ from pathlib import Path
 
 import runtime
 from cluster.node_state import ray_folder
+from dispatch.errors import UserError
 from runtime.chaos.machines import Machine, Machines
 from runtime.chaos.namespaces import command
 from runtime.chaos.plan import Preset
@@ -22,7 +23,7 @@ RUNS_BYTES = 48 * 2**20  # Several times the checkpoints of the runs; small, so 
 COMMAND_S = 240.0  # For `cluster up`, `join` and `down`: 10 s on a quiet machine.
 
 
-class TestbedFailed(RuntimeError):
+class TestbedFailed(UserError, RuntimeError):
     """A node of the cluster could not be started or ended."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.manifests.plan import ManifestPlan
+from dispatch.errors import InvalidValue
 from runtime.choices import Choices, choice_parser
 from runtime.option_types import whole
 
@@ -58,7 +59,7 @@ def ray_up(arguments: Sequence[str]) -> int:
     _add_sizes(parser, nodes=False)
     given, train_arguments = _parse(parser, arguments)
     if train_arguments:
-        raise ValueError("ray-up starts a cluster without a job; train with `trimtab submit -- train ...` afterwards")
+        raise InvalidValue("ray-up starts a cluster without a job; train with `trimtab submit -- train ...` afterwards")
     from cluster.manifests.ray_up import ray_up as make
 
     given.nodes = 1 + len(given.worker)

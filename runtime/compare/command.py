@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from cluster.preflight import check_resources
+from dispatch.errors import InvalidValue
 from runtime import job
 from runtime.compare.methods import parse_methods
 from runtime.compare.options import DEFAULT_PRESET, DEFAULT_SEEDS, CompareOptions
@@ -52,14 +53,14 @@ def plan_of(options: CompareOptions) -> ComparePlan:
         plan = grown(saved, ComparePlan(out, methods, options.seeds or saved.num_seeds, base))
     else:
         if (out / PLAN_FILE).exists():
-            raise ValueError(f"there is a comparison in {out} already; go on with --resume, or give another --out")
+            raise InvalidValue(f"there is a comparison in {out} already; go on with --resume, or give another --out")
         base = job.as_recorded(override(load_config(options.config or DEFAULT_PRESET), options.settings))
         plan = ComparePlan(out, methods, options.seeds or DEFAULT_SEEDS, base)
     for method in plan.methods:
         try:
             plan.config_of(RunKey(method, base.run.seed))
         except ValueError as error:
-            raise ValueError(f"{method.spec}: {error}") from error
+            raise InvalidValue(f"{method.spec}: {error}") from error
     return plan
 
 
@@ -121,5 +122,5 @@ def _num_jobs(plan: ComparePlan, wanted: int | None) -> int:
         return wanted or usable_cores()
     # Several gangs on one machine or one cluster would only wait for each other.
     if (wanted or 1) > 1:
-        raise ValueError(f"--jobs {wanted} runs side by side need one worker each; set --workers 1, or --jobs 1")
+        raise InvalidValue(f"--jobs {wanted} runs side by side need one worker each; set --workers 1, or --jobs 1")
     return 1

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig
 from runtime.replay.specs import parse_law
 
@@ -45,7 +46,9 @@ def parse_method(spec: str) -> Method:
         kinds.append("loss" if name in LOSSES else "law")
         values |= _loss_values(part, name, rest) if name in LOSSES else _law_values(part)
     if len(set(kinds)) < len(kinds):
-        raise ValueError(f"--laws {spec}: give at most one law and one loss, as in sign:u=0.001+sequence:alpha=0.0001")
+        raise InvalidValue(
+            f"--laws {spec}: give at most one law and one loss, as in sign:u=0.001+sequence:alpha=0.0001"
+        )
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", spec).strip("-.")
     return Method(spec, slug, values)
 
@@ -55,7 +58,7 @@ def parse_methods(specs: Iterable[str]) -> tuple[Method, ...]:
     methods: dict[str, Method] = {}
     for method in map(parse_method, specs):
         if method.slug in methods:
-            raise ValueError(f"--laws names {method.spec} and {methods[method.slug].spec}; give each method once")
+            raise InvalidValue(f"--laws names {method.spec} and {methods[method.slug].spec}; give each method once")
         methods[method.slug] = method
     return tuple(methods.values())
 
@@ -72,7 +75,7 @@ def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any
     for key, value in values.items():
         name, dot, rest = key.partition(".")
         if name not in known:
-            raise ValueError(f"there is no setting {prefix}{key}")
+            raise InvalidValue(f"there is no setting {prefix}{key}")
         if dot:
             sections.setdefault(name, {})[rest] = value
         else:
@@ -91,13 +94,13 @@ def _loss_values(part: str, name: str, rest: str) -> dict[str, Any]:
     for setting in rest.split(","):
         key, equals, value = setting.partition("=")
         if not equals or key not in LOSS_KEYS:
-            raise ValueError(
+            raise InvalidValue(
                 f"--laws {part}: {setting!r} must be {' or '.join(LOSS_KEYS)} and a number, as alpha=0.001"
             )
         try:
             values[f"aux.{key}"] = float(value)
         except ValueError:
-            raise ValueError(f"--laws {part}: {key} is {value!r}; it must be a number") from None
+            raise InvalidValue(f"--laws {part}: {key} is {value!r}; it must be a number") from None
     if "aux.alpha" not in values:
-        raise ValueError(f"--laws {part}: say how strong the loss is, as in {name}:alpha=0.001")
+        raise InvalidValue(f"--laws {part}: say how strong the loss is, as in {name}:alpha=0.001")
     return values

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.option_types import number, whole
 
 DEFAULT_PRESET = "compare"
@@ -41,9 +42,9 @@ def parse_options(arguments: Sequence[str]) -> CompareOptions:
     given, settings = _parser().parse_known_args(list(arguments))
     options = CompareOptions(**vars(given), settings=settings)
     if not options.resume and not options.laws:
-        raise ValueError("--laws is missing: name the methods to compare, as in --laws sign:u=0.003 newton quantile")
+        raise InvalidValue("--laws is missing: name the methods to compare, as in --laws sign:u=0.003 newton quantile")
     if options.resume and options.config:
-        raise ValueError("--resume takes the settings of the comparison, so --config cannot be given; leave one out")
+        raise InvalidValue("--resume takes the settings of the comparison, so --config cannot be given; leave one out")
     return options
 
 

@@ -7,6 +7,7 @@ from typing import Self
 
 import yaml
 
+from dispatch.errors import InvalidValue
 from runtime.compare.methods import Method, parse_methods, with_values
 from runtime.config import TrainConfig, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml
@@ -45,11 +46,11 @@ class ComparePlan:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             laws, num_seeds, settings = values["laws"], int(values["seeds"]), values["settings"]
         except OSError as error:
-            raise ValueError(
+            raise InvalidValue(
                 f"there is no comparison in {out}: {path} cannot be read ({error.strerror}); give its folder by --out"
             ) from error
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise InvalidValue(f"{path} is damaged: {error}") from error
         return cls(out, parse_methods(laws), num_seeds, config_from_yaml(yaml.safe_dump(settings)))
 
     def write(self) -> None:
@@ -107,12 +108,12 @@ def grown(saved: ComparePlan, wanted: ComparePlan) -> ComparePlan:
     before, after = flatten(saved.base), flatten(wanted.base)
     changed = [f"{key} (was {before[key]!r}, now {after[key]!r})" for key in before if before[key] != after[key]]
     if changed:
-        raise ValueError(
+        raise InvalidValue(
             f"a resumed comparison must keep {', '.join(changed)}; leave it as it was, or start a new one with "
             "another --out"
         )
     if wanted.num_seeds < saved.num_seeds:
-        raise ValueError(
+        raise InvalidValue(
             f"--seeds {wanted.num_seeds}: the comparison in {saved.out} has {saved.num_seeds}, give no fewer"
         )
     added = [method for method in wanted.methods if method not in saved.methods]

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dispatch.errors import InvalidValue
 from runtime.doctor.checkpoint_findings import Report
 from runtime.run_dir import CONFIG_FILE, find_run
 from workers.checkpoint_files import MANIFEST, list_checkpoints, step_of
@@ -28,7 +29,7 @@ def examine(name: str, step: int | None, out: Path | None) -> int:
     path = Path(name).expanduser()
     is_hub = (path / HUB_CONFIG).is_file() and not (path / MANIFEST).exists()
     if is_hub and step is not None:
-        raise ValueError(f"--step ({step}) chooses a checkpoint of a run, and {path} is a directory of Hugging Face")
+        raise InvalidValue(f"--step ({step}) chooses a checkpoint of a run, and {path} is a directory of Hugging Face")
     with _progress() as progress:
         if is_hub:
             from runtime.doctor.checkpoint_hub import examine_hub_directory
@@ -57,15 +58,15 @@ def find_checkpoint(name: str, step: int | None) -> Path:
     try:
         run_dir = find_run(name)
     except ValueError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} is neither a checkpoint ({MANIFEST}), nor a run ({CONFIG_FILE}), nor a directory of Hugging Face "
             f"({HUB_CONFIG}): {error}; a cluster is examined by `trimtab doctor cluster`"
         ) from None
     found = {step_of(folder): folder for folder in list_checkpoints(run_dir / CHECKPOINTS)}
     if not found:
-        raise ValueError(f"{run_dir} has no complete checkpoint yet")
+        raise InvalidValue(f"{run_dir} has no complete checkpoint yet")
     if step is not None and step not in found:
-        raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
+        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
     return found[max(found) if step is None else step]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from dispatch.errors import InvalidValue
 from runtime.choices import Choices, choice_parser
 from runtime.option_types import whole
 
@@ -42,7 +43,7 @@ def doctor_cluster(arguments: Sequence[str]) -> int:
         collective_timeout_s=COLLECTIVE_S,
     )
     if options.workers and options.ep_size and options.workers % options.ep_size:
-        raise ValueError(f"--ep-size ({options.ep_size}) must divide --workers ({options.workers})")
+        raise InvalidValue(f"--ep-size ({options.ep_size}) must divide --workers ({options.workers})")
     from cluster.session import RaySession
     from runtime.doctor.examine import Examination, examine
     from runtime.doctor.judge import judge

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.config_file import config_from_yaml_file
 from runtime.hf.files import FOLDER, copy_back, read_dtypes
 from runtime.hf.import_command import check_same_model
@@ -26,9 +27,9 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
         CheckpointCorrupt: the checkpoint is damaged.
     """
     if folder.exists():
-        raise ValueError(f"{folder} exists already; choose another name, or remove it")
+        raise InvalidValue(f"{folder} exists already; choose another name, or remove it")
     if not (run_dir / FOLDER / CONFIG).is_file():
-        raise ValueError(
+        raise InvalidValue(
             f"{run_dir} was not imported: the model of its configuration is not of a family that transformers knows; "
             "runs that `trimtab import` made can be exported"
         )
@@ -40,7 +41,7 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
     check_same_model(config, of_files, settings.where)
     reader = TensorReader(find_checkpoint(run_dir, step))
     if not family.has_bias and not drop_bias and (moved := moved_biases(reader)):
-        raise ValueError(
+        raise InvalidValue(
             f"{len(moved)} routers of {run_dir} have a selection bias, the first is {moved[0]}, and "
             f"{family.architecture} has none: without it tokens go to other experts than in training. Train with "
             "--balance.law none, or give --drop-bias to export all the same"

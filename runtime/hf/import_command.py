@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import BASE_PRESET, config_to_yaml, load_config, override
 from runtime.hf.files import FOLDER, TOKENIZER, check_tokenizer, keep_files
@@ -35,7 +36,7 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
         SourceError: the directory is damaged; names the file and the tensor.
     """
     if run_dir.exists():
-        raise ValueError(f"{run_dir} exists already; choose another name, or remove it")
+        raise InvalidValue(f"{run_dir} exists already; choose another name, or remove it")
     source = open_source(folder)
     config = _configure(source, run_dir, arguments)
     partial = run_dir.with_name(f".{run_dir.name}.partial")
@@ -72,7 +73,7 @@ def _configure(source: Source, run_dir: Path, arguments: Sequence[str]) -> Train
     )
     config = override(config, arguments)
     if source.family.has_bias and config.balance.entry.multiplies:
-        raise ValueError(
+        raise InvalidValue(
             f"balance.law {config.balance.law!r} multiplies scores by its bias, and that of "
             f"{source.family.architecture} is added to them; choose another law, such as sign"
         )
@@ -92,11 +93,13 @@ def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> N
     Only the longest sequence, up to what the model knows, and recompute are the run's own.
     """
     if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute) != model:
-        raise ValueError(
+        raise InvalidValue(
             f"the settings model.* are those of {place}; only model.max_seq_len and model.recompute can be others"
         )
     if model.max_seq_len > of_files.max_seq_len:
-        raise ValueError(f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({of_files.max_seq_len})")
+        raise InvalidValue(
+            f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({of_files.max_seq_len})"
+        )
 
 
 def _read_shards(source: Source, run_dir: Path, config: TrainConfig) -> list[ImportedShard]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from dispatch.errors import InvalidValue
 from dispatch.placement import ExpertPlacement
 from runtime.config import TrainConfig
 from runtime.config_file import config_from_yaml_file, is_preset, load_config
@@ -57,7 +58,7 @@ def _from_trimtab(name: str) -> TrainConfig:
     try:
         run_dir = find_run(name)
     except ValueError:
-        raise ValueError(
+        raise InvalidValue(
             f"{name} is neither a preset, nor a file, nor a run: give a YAML file or preset of Trimtab, a run's "
             f"directory or name, or a Hugging Face {HUGGING_FACE_CONFIG} or its directory"
         ) from None
@@ -67,7 +68,7 @@ def _from_trimtab(name: str) -> TrainConfig:
 def _from_hugging_face(file: Path, given: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
     values, world_size = read_json(file), given.world
     if world_size is None:
-        raise ValueError(f"{file} does not say how many ranks there are; give --world N")
+        raise InvalidValue(f"{file} does not say how many ranks there are; give --world N")
     settings = Settings(values, str(file))
     model = family_of(settings).read_config(settings)
     notes = []
@@ -106,11 +107,11 @@ def _check(config: TrainConfig, ranks_per_node: int) -> None:
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     config.run.num_micro_batches(world_size)
     if world_size % ranks_per_node:
-        raise ValueError(
+        raise InvalidValue(
             f"--ranks-per-node ({ranks_per_node}) must divide the number of ranks ({world_size}); nodes are alike here"
         )
     if ep_size % ranks_per_node and ranks_per_node % ep_size:
-        raise ValueError(
+        raise InvalidValue(
             f"--ranks-per-node ({ranks_per_node}) must divide --ep ({ep_size}), or be a multiple of it, so that all "
             "expert-parallel groups lie alike on their nodes"
         )

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from runtime.replay.chart import write_chart
 from runtime.replay.comparison import Comparison, compare
@@ -106,7 +107,7 @@ def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, tra
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made: {error.strerror}; give a folder to write to") from error
+        raise InvalidValue(f"--out {folder} cannot be made: {error.strerror}; give a folder to write to") from error
     values = {"own_bias": asdict(reproduction), "training_steps": trace.training_steps, **comparison.to_json()}
     record = folder / f"{NAME}.json"
     record.write_text(json.dumps(values, allow_nan=False) + "\n")

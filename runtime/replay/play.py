@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig, Law, LawState, make_law
 from dispatch.laws.registry import STATISTIC_SCALE
 from dispatch.layout import LoadLayout
@@ -77,7 +78,7 @@ def play(
     """
     for config in laws.values():
         if trace.choice.num_groups > 1 and not config.entry.group_limited:
-            raise ValueError(
+            raise InvalidValue(
                 f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
             )
     players = {label: Player(config, trace.layout, trace.choice) for label, config in laws.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
 from runtime.config_file import config_from_yaml_file
 from runtime.replay.starts import read_starts
@@ -22,7 +23,7 @@ from workers.score_log import SCALE, SCORES, SHAPE, ScoreShape
 _Pieces = list[tuple[Path, RecordPlace]]  # of one layer, in the order of ranks and micro-batches
 
 
-class NoScoresError(ValueError):
+class NoScoresError(InvalidValue):
     """The run recorded none, or no step of which all ranks have all."""
 
 
@@ -43,7 +44,7 @@ class RecordedScores:
         kept = [each for each in self.steps if each >= step]
         if len(kept) < 2:
             last = self.steps[-2] if len(self.steps) > 1 else self.steps[-1]
-            raise ValueError(f"--first {step} must leave recorded steps to play on: at most {last}")
+            raise InvalidValue(f"--first {step} must leave recorded steps to play on: at most {last}")
         self.steps = kept
 
     def read(self, step: int) -> list[Tensor]:
@@ -146,7 +147,7 @@ class RecordedTrace:
         number = bisect_left(self._found.steps, training_step) + 1
         if not 1 < number <= len(self._found.steps):
             first, last = self._found.steps[0], self._found.steps[-1]
-            raise ValueError(f"--shift {training_step} must lie inside the recorded steps, {first + 1} to {last}")
+            raise InvalidValue(f"--shift {training_step} must lie inside the recorded steps, {first + 1} to {last}")
         return number
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 
 # u is what arXiv 2408.15664 calls the rate.
@@ -21,7 +22,7 @@ def parse_law(spec: str) -> BalanceConfig:
     for part in rest.split(",") if rest else ():
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise ValueError(f"--law {spec}: {part!r} must be KEY=VALUE, as in sign:u=0.003")
+            raise InvalidValue(f"--law {spec}: {part!r} must be KEY=VALUE, as in sign:u=0.003")
         key = SHORT_KEYS.get(key, key)
         if key in ("schedule", "module"):
             settings[key] = value
@@ -32,11 +33,11 @@ def parse_law(spec: str) -> BalanceConfig:
     try:
         return BalanceConfig(law=name, options=options, **settings)  # type: ignore[arg-type] # it checks them itself
     except ValueError as error:
-        raise ValueError(f"--law {spec}: {error}") from error
+        raise InvalidValue(f"--law {spec}: {error}") from error
 
 
 def _number(spec: str, key: str, value: str) -> float | int:
     try:
         return int(value) if key == "horizon" else float(value)
     except ValueError:
-        raise ValueError(f"--law {spec}: {key} is {value!r}; it must be a number") from None
+        raise InvalidValue(f"--law {spec}: {key} is {value!r}; it must be a number") from None

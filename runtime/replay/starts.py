@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from runtime.config_file import config_from_yaml_file
 from runtime.launch import balance_of
@@ -32,7 +33,7 @@ def balance_at(starts: list[Start], step: int) -> BalanceConfig:
     for start in reversed(starts):
         if start.first_step <= step:
             return start.balance
-    raise ValueError(f"the events of the run do not tell of the start that trained step {step}")
+    raise InvalidValue(f"the events of the run do not tell of the start that trained step {step}")
 
 
 def _balance_of(event: Line, run: Path) -> BalanceConfig:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatch.errors import InvalidValue
 from workers.attention.cache import KeyValueCache
 from workers.attention.mask import scores_mask
 from workers.attention.rotary import rotate
@@ -33,12 +34,12 @@ class LatentConfig:
     def __post_init__(self) -> None:
         for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"latent.{name} ({getattr(self, name)}) must be at least 1")
+                raise InvalidValue(f"latent.{name} ({getattr(self, name)}) must be at least 1")
         if self.query_rank < 0:
-            raise ValueError(f"latent.query_rank ({self.query_rank}) must be at least 0")
+            raise InvalidValue(f"latent.query_rank ({self.query_rank}) must be at least 0")
         for name in ("kv_rank", "nope_dim", "rope_dim"):
             if getattr(self, name) % 2:
-                raise ValueError(
+                raise InvalidValue(
                     f"latent.{name} ({getattr(self, name)}) must be even: rotary positions turn pairs of dimensions, "
                     "and the pairs begin where the others end"
                 )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
@@ -28,13 +30,13 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         if not self.factor >= 1 or self.original_max_seq_len < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"yarn.factor ({self.factor}) and yarn.original_max_seq_len ({self.original_max_seq_len}) must be at "
                 "least 1; a factor of 1 turns it off"
             )
         for name in ("beta_fast", "beta_slow", "magnitude", "score_factor"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"yarn.{name} ({getattr(self, name)}) must be above 0 and finite")
+                raise InvalidValue(f"yarn.{name} ({getattr(self, name)}) must be above 0 and finite")
 
 
 def rotary_table(

@@ -1,5 +1,6 @@
 """Model families of Hugging Face to import and export: one small file each, which maps names and shapes."""
 
+from dispatch.errors import InvalidValue
 from workers.families import deepseek_v3, mixtral, olmoe, qwen3_moe
 from workers.families.base import Family, Part
 from workers.families.settings import Settings
@@ -15,7 +16,7 @@ def family_of(settings: Settings) -> Family:
     family: Family | None = FAMILIES.get(str(model_type))
     if family is None or (architectures and family.architecture not in architectures):
         known = ", ".join(f"{each.model_type} ({each.architecture})" for each in FAMILIES.values())
-        raise ValueError(
+        raise InvalidValue(
             f"{settings.where}: model_type {model_type!r} with architectures {architectures} is not supported; "
             f"supported are {known}; docs/models.md shows how to add a family"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig
 from workers.families.base import Family, Part, expert_parts, grouped_query_parts
 from workers.families.settings import Settings
@@ -16,7 +17,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("decoder_sparse_step", 1)
     dense = settings.values.get("mlp_only_layers") or []
     if sorted(dense) != list(range(len(dense))):
-        raise ValueError(f"{settings.where}: mlp_only_layers is {dense}, and only the first layers can be dense")
+        raise InvalidValue(f"{settings.where}: mlp_only_layers is {dense}, and only the first layers can be dense")
     hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),

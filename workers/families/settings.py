@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dispatch.errors import InvalidValue
 from workers.attention import YarnConfig
 
 
@@ -23,21 +24,21 @@ class Settings:
         """A whole number, at least 0. Raises ValueError where it is missing without a default, or something else."""
         value = self._first(names, default)
         if type(value) is not int or value < 0:
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}; it must be a whole number, at least 0")
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a whole number, at least 0")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
         """A finite number. Raises ValueError as `whole`."""
         value = self._first(names, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}; it must be a finite number")
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a finite number")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
         """True or false. Raises ValueError as `whole`."""
         value = self._first((name,), default)
         if not isinstance(value, bool):
-            raise ValueError(f"{self.where}: {name} is {value!r}; it must be true or false")
+            raise InvalidValue(f"{self.where}: {name} is {value!r}; it must be true or false")
         return value
 
     def expect(self, name: str, *allowed: object) -> None:
@@ -45,7 +46,7 @@ class Settings:
         value = self.values.get(name, allowed[0])
         if value not in allowed:
             supported = " or ".join(map(repr, allowed))
-            raise ValueError(f"{self.where}: {name} is {value!r}, and only {supported} is supported")
+            raise InvalidValue(f"{self.where}: {name} is {value!r}, and only {supported} is supported")
 
     def rope_theta(self, default: float) -> float:
         """Base of the rotary angles."""
@@ -62,7 +63,7 @@ class Settings:
         if kind == "default":
             return YarnConfig()
         if kind != "yarn":
-            raise ValueError(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
+            raise InvalidValue(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
         inner = Settings(rope, f"{self.where}: rope scaling")
         factor = inner.number("factor")
         over_all = inner.number("mscale_all_dim", default=0.0)
@@ -80,7 +81,7 @@ class Settings:
         """Under one of two names: rope_parameters as transformers 5 writes it, rope_scaling in older checkpoints."""
         rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            raise ValueError(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
+            raise InvalidValue(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
         return rope
 
     def _first(self, names: tuple[str, ...], default: Any) -> Any:
@@ -88,7 +89,7 @@ class Settings:
             if self.values.get(name) is not None:
                 return self.values[name]
         if default is None:
-            raise ValueError(f"{self.where}: {' or '.join(names)} is missing")
+            raise InvalidValue(f"{self.where}: {' or '.join(names)} is missing")
         return default
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dispatch.errors import InvalidValue
 from workers.families import Family, Part, Settings, family_of
 from workers.model import ModelConfig
 
@@ -30,7 +31,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _IGNORED = ".rotary_emb.inv_freq"
 
 
-class SourceError(ValueError):
+class SourceError(InvalidValue):
     """A directory of Hugging Face that cannot be imported; the message names the file and the tensor."""
 
 
@@ -127,7 +128,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError:
-        raise ValueError("import and export need a package: pip install 'trimtab[hf]'") from None
+        raise InvalidValue("import and export need a package: pip install 'trimtab[hf]'") from None
     try:
         with safe_open(path, "pt") as opened:  # checks that the tensors cover the file, without gaps or overlaps
             metadata = opened.metadata() or {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dispatch.errors import InvalidValue
 from runtime.bench.balance.verdict import TUNED, Verdict, verdicts
 from runtime.quantities import three_digits
 from runtime.replay.chart import write_chart
@@ -40,7 +41,7 @@ def run(num_seeds: int, num_steps: int, runs: Sequence[str], first: int | None, 
     shift = num_steps * 5 // 8
     traces += [RouterSimulation(seed=seed, num_steps=num_steps, shift_step=shift) for seed in range(num_seeds)]
     if not traces:
-        raise ValueError("--seeds 0 leaves nothing to play on; give a run with recorded scores by --run RUN")
+        raise InvalidValue("--seeds 0 leaves nothing to play on; give a run with recorded scores by --run RUN")
     console = Console(highlight=False)
     comparisons = []
     for trace in traces:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig, Law, make_law
 from dispatch.layout import LoadLayout
 from workers.wire import MAX_EXPERTS_TOTAL, BiasUpdate, encode
@@ -32,7 +33,7 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.layers * self.experts > MAX_EXPERTS_TOTAL:
-            raise ValueError(
+            raise InvalidValue(
                 f"--layers ({self.layers}) x --experts ({self.experts}) must be at most {MAX_EXPERTS_TOTAL} together"
             )
         BalanceConfig(law=self.law)  # refuses an unknown one
