@@ -10,6 +10,9 @@ from dispatch.errors import UserError
 
 Kind = Literal["died", "error", "silent", "hung", "running"]
 
+# Errors of a rank that waited in vain for another. They name who is missing; the run itself did nothing wrong.
+TIME_OUTS = ("CollectiveTimeout", "ControlTimeout")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailure:
@@ -33,6 +36,18 @@ class WorkerFailure:
     def where(self) -> str:
         return f"rank {self.rank} ({self.ip}, pid {self.pid})" if self.pid else f"worker {self.rank} (not placed yet)"
 
+    @property
+    def is_own_error(self) -> bool:
+        """Whether the rank raised on its own account, and not because it lost or missed another one."""
+        return self.kind == "error" and not self.collateral and type(self.error).__name__ not in TIME_OUTS
+
+    @property
+    def is_bug(self) -> bool:
+        """Whether it raised what no user can mend: no UserError, and no trouble of disk, network or memory."""
+        mendable = isinstance(self.error, UserError | OSError | MemoryError)
+        # torch's error of a full GPU is a RuntimeError, and this file does not import torch.
+        return self.is_own_error and not mendable and type(self.error).__name__ != "OutOfMemoryError"
+
 
 class GangFailed(UserError, RuntimeError):
     """A call on all ranks failed. `first` is the cause; `failures` holds every rank's fate, the cause first."""
@@ -47,11 +62,18 @@ class GangFailed(UserError, RuntimeError):
         return self.failures[0]
 
     @property
+    def is_bug(self) -> bool:
+        """Whether the cause is a bug, so that its traceback must be shown and reported."""
+        return self.first.is_bug
+
+    @property
     def ranks_to_replace(self) -> tuple[int, ...]:
         """Ranks whose process is gone or cannot be trusted to come back: all but those whose call has returned."""
         return tuple(sorted(failure.rank for failure in self.failures if failure.kind != "error"))
 
     def __str__(self) -> str:
+        if self.first.is_own_error and isinstance(self.first.error, UserError):
+            return str(self.first.error)  # written for the user: neither rank nor traceback says more
         lines = [f"{self.first.where} failed first, in {self.method}: {self.first.message}"]
         for other in self.failures[1:]:
             lines.append(f"  then {other.where}: {_first_line(other.message)}")

@@ -14,9 +14,6 @@ Cause = Literal["own error", "lost", "preempted", "no room"]
 FIRST_BACK_OFF_S = 1.0
 MAX_BACK_OFF_S = 60.0
 
-# Errors of a rank that waited in vain for another. They name who is missing; the run itself did nothing wrong.
-TIME_OUTS = ("CollectiveTimeout", "ControlTimeout")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
@@ -64,8 +61,7 @@ def cause_of(failed: GangFailed, preempted_ranks: Collection[int] = ()) -> Cause
         return "no room"
     if first.rank in preempted_ranks:
         return "preempted"
-    timed_out = type(first.error).__name__ in TIME_OUTS
-    return "own error" if first.kind == "error" and not first.collateral and not timed_out else "lost"
+    return "own error" if first.is_own_error else "lost"
 
 
 def decide(

@@ -67,6 +67,11 @@ class GaveUp(UserError, RuntimeError):
         self.reason = reason
         self.failures = failures
 
+    @property
+    def is_bug(self) -> bool:
+        """Whether the last failure is a bug, so that its traceback must be shown and reported."""
+        return isinstance(self.failures[-1], GangFailed) and self.failures[-1].is_bug
+
     def __str__(self) -> str:
         *before, last = self.failures
         lines = [f"gave up: {self.reason}"]

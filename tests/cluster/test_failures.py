@@ -4,7 +4,12 @@ import pickle
 from dataclasses import replace
 
 from cluster.failures import GangFailed, WorkerFailure, cause_first
+from cluster.placement import ClusterTooSmall
+from cluster.supervisor import GaveUp
 from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
+from dispatch.errors import InvalidValue, UserError
+from workers.checkpoint import DiskRefused
+from workers.control import ControlTimeout
 
 
 def failure(rank: int, kind: str, time_s: float, *, collateral: bool = False) -> WorkerFailure:
@@ -43,6 +48,22 @@ def test_of_ranks_that_all_accuse_one_that_one_comes_first():
     error = RanksDiverged(step=3, layer="", phase="dispatch", ranks=(2,), details="")
     failures = [replace(failure(rank, "error", 1.0 + rank), error=error) for rank in range(3)]
     assert [each.rank for each in cause_first(failures)] == [2, 0, 1]
+
+
+def test_only_an_error_that_no_user_can_mend_is_a_bug_and_shows_its_traceback():
+    time_out = CollectiveTimeout(step=1, layer="", phase="gradients", waited_s=1, missing_ranks=None, setting="x")
+    diverged = RanksDiverged(step=3, layer="", phase="dispatch", ranks=(2,), details="")
+    bugs = [KeyError("k"), diverged, RuntimeError("x"), None]  # None: it did not survive pickling
+    no_bugs = [time_out, ControlTimeout(1, "reduce", "late"), InvalidValue("v"), DiskRefused("full"), OSError(5, "io")]
+    for error in (*bugs, *no_bugs):
+        failed = GangFailed("train", (replace(failure(0, "error", 1.0), error=error, trace="the traceback"),))
+        assert (failed.is_bug, GaveUp("why", (failed,)).is_bug) == (error in bugs, error in bugs), repr(error)
+        assert ("the traceback" in str(failed)) == (not isinstance(error, UserError)), repr(error)
+    for other in ("died", "silent", "hung"):
+        assert not GangFailed("train", (failure(0, other, 1.0),)).is_bug
+    assert not GangFailed("train", (failure(0, "error", 1.0, collateral=True),)).is_bug
+    assert not GaveUp("why", (GangFailed("train", (failure(0, "error", 1.0),)), ClusterTooSmall("no room"))).is_bug
+    assert str(GangFailed("train", (replace(failure(0, "error", 1.0), error=DiskRefused("full")),))) == "full"
 
 
 def test_only_ranks_whose_call_has_returned_may_be_kept():
