@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig, check_resume, cross_check, flatten
 from runtime.run_dir import CONFIG_FILE, find_run
+from runtime.yaml_text import load_yaml, read_bounded
 
 BASE_PRESET = "small"
 SHORT_OPTIONS = {
@@ -23,6 +24,7 @@ SHORT_OPTIONS = {
     "--workers": "--cluster.num_workers",
     "--device": "--cluster.device",
 }
+MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
 USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | --resume RUN [--step N] [...]"
 
@@ -95,7 +97,7 @@ def is_preset(name: str) -> bool:
 def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """`config_from_yaml` for a file, whose path its errors name."""
     try:
-        return config_from_yaml(path.read_text(encoding="utf-8"), base)
+        return config_from_yaml(read_bounded(path), base)
     except OSError as error:
         raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -110,18 +112,18 @@ def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
     """
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidValue(f"not valid YAML: {' '.join(str(error).split())}") from error
+    values = load_yaml(text)
     if not isinstance(values, Mapping):
         raise InvalidValue(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
     flat = _flatten_known(values)
-    parser = _settings_parser(base or TrainConfig())
+    # Texts were read as YAML already; the parser must not do it again.
+    parser = _settings_parser(base or TrainConfig(), parser_mode="json")
     try:
         namespace = parser.parse_object(flat)
     except argparse.ArgumentError as error:
         raise InvalidValue(_explain(error)) from error
+    except RecursionError:
+        raise InvalidValue("a text in it looks like JSON that is nested too deep; give plain values") from None
     for key, value in flat.items():
         # YAML tells the text "null" from null; the parser, made for command lines, does not.
         if isinstance(value, str) and namespace[key] is None:
@@ -209,12 +211,24 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
         if name not in hints:
             raise InvalidValue(f"unknown setting {key}{_suggest(key)}")
         if not is_dataclass(hints[name]):
-            flat[key] = value
+            flat[key] = _checked_text(key, value, hints[name])
         elif isinstance(value, Mapping):
             flat |= _flatten_known(value, hints[name], f"{key}.")
         else:
             raise InvalidValue(f"{key} is a section: it must hold settings below it, not {value!r:.60}")
     return flat
+
+
+def _checked_text(key: str, value: Any, hint: Any) -> Any:
+    """The value; raises ValueError for a text, alone or in a list, that is too long for a number or a choice.
+
+    The parser reads such a text as YAML once more, in any mode, and writes into its message what aliases make of it.
+    """
+    if hint is not str and str not in get_args(hint):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and len(text) > MAX_LENGTH_OF_NO_TEXT:
+                raise InvalidValue(f"{key} is {text!r:.60}...; it must be {_describe(hint)}")
+    return value
 
 
 def _explain(error: argparse.ArgumentError) -> str:

@@ -11,6 +11,7 @@ from dispatch.errors import InvalidValue
 from runtime.compare.methods import Method, parse_methods, with_values
 from runtime.config import TrainConfig, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml
+from runtime.yaml_text import load_yaml, read_bounded
 from workers.checkpoint import list_checkpoints
 from workers.run_log import EVENTS, read_events
 from workers.training_run import CHECKPOINTS
@@ -43,13 +44,13 @@ class ComparePlan:
         """The comparison in a folder. Raises ValueError where there is none, or the file is damaged."""
         path = out / PLAN_FILE
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = load_yaml(read_bounded(path))
             laws, num_seeds, settings = values["laws"], int(values["seeds"]), values["settings"]
         except OSError as error:
             raise InvalidValue(
                 f"there is no comparison in {out}: {path} cannot be read ({error.strerror}); give its folder by --out"
             ) from error
-        except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidValue(f"{path} is damaged: {error}") from error
         return cls(out, parse_methods(laws), num_seeds, config_from_yaml(yaml.safe_dump(settings)))
 
@@ -59,7 +60,7 @@ class ComparePlan:
         values = {
             "laws": [method.spec for method in self.methods],
             "seeds": self.num_seeds,
-            "settings": yaml.safe_load(config_to_yaml(self.base)),
+            "settings": load_yaml(config_to_yaml(self.base)),
         }
         partial = self.out / f"{PLAN_FILE}.partial"
         partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

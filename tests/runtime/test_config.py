@@ -428,8 +428,8 @@ def test_the_size_of_recorded_scores_is_known_before() -> None:
 def test_a_file_with_a_tag_of_python_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None:
     path, ran = tmp_path / "config.yaml", tmp_path / "ran"
     path.write_text(text.format(ran=ran))
-    with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor for the tag"):
+    with pytest.raises(ValueError, match=r"line 1: the tag tag:yaml.org,2002:python/[^ ]* asks for a type"):
         config_from_yaml_file(path)
-    with pytest.raises(ValueError, match="not valid YAML"):
+    with pytest.raises(ValueError, match="the tag"):
         load_config(str(path))
     assert not ran.exists()
