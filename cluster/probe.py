@@ -41,8 +41,8 @@ def check_answers(address: str, timeout_s: float = 3.0) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     except OSError as error:
         raise ClusterUnreachable(
-            f"nothing answers at cluster.address {address} ({error}); check it with `ray status --address {address}`, "
-            "or leave cluster.address empty to start a Ray on this machine"
+            f"nothing answers at {address} ({error}): see with `trimtab cluster status` on the head that it is up, and "
+            "that this machine reaches its port. Training without --cluster.address starts a Ray on this machine"
         ) from error
 
 

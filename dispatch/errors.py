@@ -15,6 +15,11 @@ class UserError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    @property
+    def is_bug(self) -> bool:
+        """Whether what it tells of is a bug after all, as where another process raised one."""
+        return False
+
 
 class InvalidValue(UserError, ValueError):
     """A value that the user gave, in an option, a setting, a file or a call, breaks a rule."""

@@ -1,7 +1,7 @@
 """The command `trimtab`: choose a subcommand, read its options, hand over, turn what happened into an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration. torch and Ray are imported by the subcommands alone, and
-only after their options were read, so that help and mistakes are answered at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 a bug in Trimtab. torch and Ray are imported by the
+subcommands alone, and only after their options were read, so that help and mistakes are answered at once.
 """
 
 import argparse
@@ -11,30 +11,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dispatch.errors import InvalidValue, UserError
-from runtime.choices import Choices, choice_parser
+from dispatch.errors import InvalidValue
+from runtime.choices import Choices, choice_parser, chosen
+from runtime.failure import told
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, that of the process by default, and return its exit code.
-
-    Raises:
-        Exception: a bug, whose traceback says more than a message (Python then exits with 1).
-    """
+    """Run the command line, that of the process by default, and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = _command_parser().parse_args(arguments[:1]).command
-        return COMMANDS[command](arguments[1:])
+        return COMMANDS[chosen(_command_parser(), arguments)](arguments[1:])
     except SystemExit as stop:  # argparse has answered --help, or said what is wrong
         return int(stop.code or 0)
     except KeyboardInterrupt:
         sys.stderr.write("trimtab: stopped\n")
         return 1
-    except UserError as error:
-        sys.stderr.write(f"trimtab {arguments[0]}: error: {error}\n")
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001 the boundary of the process: whatever it is must be told
+        text, code = told(error, arguments)
+        sys.stderr.write(text)
+        return code
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -264,9 +261,11 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[P
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises ValueError where there are none, or it is no UTF-8."""
+    """The lines of a text file that are not empty. Raises InvalidValue where it cannot be read or has none."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except OSError as error:
+        raise InvalidValue(f"--prompts-file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidValue(f"{path} is not UTF-8 text: {error}") from error
     if not lines:

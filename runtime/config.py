@@ -133,7 +133,7 @@ def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
     cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
     try:
         cross_check(replace(config, cluster=cluster, parallel=config.parallel.at(num_workers)))
-    except ValueError:
+    except InvalidValue:
         return False
     return True
 

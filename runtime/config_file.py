@@ -102,7 +102,7 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainC
         raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidValue(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
-    except ValueError as error:
+    except InvalidValue as error:
         raise InvalidValue(f"{path}: {error}") from error
 
 

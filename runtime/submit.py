@@ -79,10 +79,6 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
     Its working directory ends with the cluster, so a run's folder is named in full.
     """
     words = list(command)
-    if not words:
-        raise InvalidValue(
-            "nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a"
-        )
     if not (folder / "runtime" / "__main__.py").exists():
         raise InvalidValue(f"--working-dir {folder} holds no code of trimtab (no runtime/__main__.py); submit from it")
     if words[0] == "train":
@@ -159,8 +155,6 @@ def _job_api(address: str) -> tuple[str, Access | None]:
 
 @contextlib.contextmanager
 def _client(url: str, access: Access | None) -> Iterator[Any]:
-    if importlib.util.find_spec("aiohttp") is None:
-        raise JobsUnavailable("submitting needs ray[default], which is not installed: pip install 'trimtab[cluster]'")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -218,7 +212,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     instead.add_argument("--stop", metavar="JOB", help="end a job")
     given = list(arguments)
     cut = given.index("--") if "--" in given else len(given)
-    return parser.parse_args(given[:cut]), given[cut + 1 :]
+    options, command = parser.parse_args(given[:cut]), given[cut + 1 :]
+    if not (command or options.list or options.logs or options.stop):
+        parser.error("nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a")
+    if importlib.util.find_spec("aiohttp") is None:
+        raise JobsUnavailable("submitting needs ray[default], which is not installed: pip install 'trimtab[cluster]'")
+    return options, command
 
 
 def _say(text: str) -> int:

@@ -136,7 +136,7 @@ def read_conversations(document: Document, template: ChatTemplate) -> Iterator[l
         if line.strip():
             try:
                 yield _parse(line, template)
-            except ValueError as error:
+            except InvalidValue as error:
                 where = f"{document.file.path}, line {_lines_before(document) + index + 1}"
                 raise InvalidValue(f"{where}: {error}") from None
 

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from dispatch.errors import InvalidValue
 from workers.checkpoint_files import (
     INDEX,
     CheckpointCorrupt,
@@ -94,7 +93,7 @@ def save(
     Collective. Waits for the disk. A checkpoint of the same step is replaced.
     """
     if keep < 1:
-        raise InvalidValue(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
+        raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
     final = checkpoint_path(root, step)
     rank, num_ranks = _place(group)
     # A name of its own: a save of a gang that failed may wake up late and remove what it left.

@@ -211,7 +211,7 @@ class ControlLoop:
         self._check_form(state)
         live, saved = bias_checksum(self._read_bias()), bias_checksum(state.bias_N)
         if live != saved:
-            raise InvalidValue(
+            raise ValueError(
                 f"the model's bias (checksum {live:08x}) is not that of the law state to restore ({saved:08x}); "
                 "load both from one checkpoint, the model first"
             )
@@ -266,14 +266,14 @@ class ControlLoop:
                 "settings of the run that saved it"
             )
         if not bool(state.bias_N.isfinite().all()):
-            raise InvalidValue("the bias is not finite; initialise or load the model before the control loop")
+            raise ValueError("the bias is not finite; initialise or load the model before the control loop")
 
 
 def _copy(name: str, value: Tensor, dtype: torch.dtype, length: int | None = None) -> Tensor:
     # A copy, because the round reduces in place and the caller goes on to read or reset its own (B7).
     if value.dtype != dtype or value.device.type != "cpu" or value.dim() != 1 or length not in (None, len(value)):
         got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-        raise InvalidValue(f"{name} is {got}; it must be {dtype}, on the CPU, of shape ({length or 'any length'},)")
+        raise ValueError(f"{name} is {got}; it must be {dtype}, on the CPU, of shape ({length or 'any length'},)")
     return value.clone()
 
 

@@ -293,7 +293,7 @@ class Decoder(nn.Module):
     def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
         config = self.config
         if x.shape[1] > config.max_seq_len:
-            raise InvalidValue(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
+            raise ValueError(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
         return rotary_table(
             positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
         )

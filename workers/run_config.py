@@ -5,6 +5,8 @@ from typing import Literal
 
 from dispatch.errors import InvalidValue
 
+MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of lock and partial files, are longer
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -58,6 +60,8 @@ class RunConfig:
                 f"run.name {self.name!r} must be a plain directory name, without a slash or a leading dot; "
                 "where the runs lie is run.dir"
             )
+        if self.name is not None and len(self.name.encode()) > MAX_NAME_BYTES:
+            raise InvalidValue(f"run.name {self.name[:20]!r}... must have at most {MAX_NAME_BYTES} bytes")
 
     def sequences_per_rank(self, world_size: int) -> int:
         """Each rank's share of the global batch. Raises ValueError where the ranks do not divide it."""

@@ -63,7 +63,7 @@ class Sampler:
         self, dataset: Dataset, seq_len: int, global_batch_size: int, seed: int, mix: MixSchedule | None = None
     ) -> None:
         if seq_len < 1 or global_batch_size < 1:
-            raise InvalidValue(f"seq_len ({seq_len}) and global_batch_size ({global_batch_size}) must be at least 1")
+            raise ValueError(f"seq_len ({seq_len}) and global_batch_size ({global_batch_size}) must be at least 1")
         if not 0 <= seed < 1 << 63:
             raise InvalidValue(f"seed ({seed}) must be at least 0 and below 2**63")
         self._has_documents = dataset.train_flags is not None
@@ -94,13 +94,13 @@ class Sampler:
         """
         num_parts = world_size * num_micro
         if self._global_batch_size % num_parts:
-            raise InvalidValue(
+            raise ValueError(
                 f"global_batch_size ({self._global_batch_size}) must be a multiple of world_size x number of "
                 f"micro-batches ({world_size} x {num_micro})"
             )
         if not (step >= 0 and 0 <= rank < world_size and 0 <= micro < num_micro):
             place = f"rank {rank} of {world_size}, micro-batch {micro} of {num_micro}"
-            raise InvalidValue(f"there is no batch for step {step}, {place}; each counts from 0")
+            raise ValueError(f"there is no batch for step {step}, {place}; each counts from 0")
         size = self._global_batch_size // num_parts
         first = (rank * num_micro + micro) * size
         drawn = self._draw(step, range(first, first + size))

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dispatch.errors import InvalidValue
 from dispatch.experts import EXPERT_WEIGHTS, Experts
 from dispatch.laws import LawState
 
@@ -42,12 +41,12 @@ def canonical_state(model: nn.Module, optimizer: torch.optim.AdamW | None = None
     for wrapped_name, value in model.state_dict(keep_vars=True).items():
         name = canonical_name(wrapped_name)
         if not isinstance(value, Tensor):
-            raise InvalidValue(f"{name} is a {type(value).__name__}; checkpoints hold tensors only: make it a buffer")
+            raise ValueError(f"{name} is a {type(value).__name__}; checkpoints hold tensors only: make it a buffer")
         names.setdefault(id(value), name)
         tensors |= {f"model.{stored}": part for stored, part in _split_experts(name, value.detach(), expert_ids)}
     for parameter, state in _optimizer_state(optimizer):
         if id(parameter) not in names:
-            raise InvalidValue(
+            raise ValueError(
                 f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is not in the model; "
                 "build it from this model's parameters"
             )

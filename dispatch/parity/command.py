@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options = _checked(given, launched_world_size(), torch.cuda.device_count())
-    except ValueError as error:
+    except InvalidValue as error:
         parser.error(str(error))
     try:
         return 0 if launch(options.ep, options.device, TIMEOUT, run_on_rank, options) else 1

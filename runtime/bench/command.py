@@ -11,7 +11,7 @@ from runtime.bench.balance.options import balance_parser
 from runtime.bench.coordinator.options import coordinator_parser
 from runtime.bench.options import dispatch_parser
 from runtime.bench.out import new_name, out_dir
-from runtime.choices import Choices, choice_parser
+from runtime.choices import Choices, choice_parser, chosen
 
 if TYPE_CHECKING:
     from runtime.bench.case import Case
@@ -23,8 +23,7 @@ COLLECTIVE_LIMIT = timedelta(minutes=10)  # a rank that waits longer for another
 def bench(arguments: Sequence[str]) -> int:
     """Measure what the first argument names and return the exit code."""
     parser = choice_parser("trimtab bench", "TARGET", TARGETS, "Measure a part of Trimtab on this machine.")
-    target = parser.parse_args(arguments[:1]).target
-    return TARGETS[target](arguments[1:])
+    return TARGETS[chosen(parser, arguments)](arguments[1:])
 
 
 def bench_dispatch(arguments: Sequence[str]) -> int:

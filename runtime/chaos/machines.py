@@ -61,7 +61,7 @@ class Machine:
     def boot(self) -> None:
         """Start it, or start it again after a kill: empty disk, no processes, its link as it was set."""
         if self._holder is not None:
-            raise InvalidValue(f"{self.name} is up; kill it before it is booted again")
+            raise ValueError(f"{self.name} is up; kill it before it is booted again")
         self.disk.mkdir(exist_ok=True)
         setup = (
             f"hostname {self.name}\n"
@@ -164,7 +164,7 @@ class Machine:
 
     def _up(self) -> Holder:
         if self._holder is None:
-            raise InvalidValue(f"{self.name} is down; boot it first")
+            raise ValueError(f"{self.name} is down; boot it first")
         return self._holder
 
     def _signal_all(self, name: str) -> None:

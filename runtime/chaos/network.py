@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dispatch.errors import InvalidValue
 from runtime.chaos.namespaces import COMMAND_S, Holder, NamespaceError, command
 
 WIRE = Path(__file__).with_name("wire.py")
@@ -71,7 +70,7 @@ class Network:
             ValueError: a rate below 10 kbit/s, which carries no frame within the time-outs of anybody.
         """
         if bits_per_s is not None and bits_per_s < 10_000:
-            raise InvalidValue(f"bits_per_s ({bits_per_s}) must be at least 10000; cut the link to carry nothing")
+            raise ValueError(f"bits_per_s ({bits_per_s}) must be at least 10000; cut the link to carry nothing")
         self._rates.pop(index, None)
         if bits_per_s is not None:
             self._rates[index] = bits_per_s

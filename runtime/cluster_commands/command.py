@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.token import default_token_file, ensure_token
-from runtime.choices import Choices, choice_parser
+from runtime.choices import Choices, choice_parser, chosen
 from runtime.option_types import whole
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ DEFAULT_PORT = 6379
 def cluster(arguments: Sequence[str]) -> int:
     """Do with the cluster what the first argument names and return the exit code."""
     parser = choice_parser("trimtab cluster", "ACTION", ACTIONS, "Make machines a Ray cluster.")
-    action = parser.parse_args(arguments[:1]).action
-    return ACTIONS[action](arguments[1:])
+    return ACTIONS[chosen(parser, arguments)](arguments[1:])
 
 
 def up(arguments: Sequence[str]) -> int:

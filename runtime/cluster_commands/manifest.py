@@ -12,7 +12,7 @@ import yaml
 
 from cluster.manifests.plan import ManifestPlan
 from dispatch.errors import InvalidValue
-from runtime.choices import Choices, choice_parser
+from runtime.choices import Choices, choice_parser, chosen
 from runtime.option_types import whole
 
 
@@ -20,7 +20,7 @@ def write(arguments: Sequence[str]) -> int:
     """Write the manifest that the first argument names and return the exit code."""
     what = "Write a file that starts a cluster; options of `trimtab train` for it go behind --."
     parser = choice_parser("trimtab cluster manifest", "KIND", KINDS, what)
-    return KINDS[parser.parse_args(arguments[:1]).kind](arguments[1:])
+    return KINDS[chosen(parser, arguments)](arguments[1:])
 
 
 def kuberay(arguments: Sequence[str]) -> int:

@@ -59,7 +59,7 @@ def plan_of(options: CompareOptions) -> ComparePlan:
     for method in plan.methods:
         try:
             plan.config_of(RunKey(method, base.run.seed))
-        except ValueError as error:
+        except InvalidValue as error:
             raise InvalidValue(f"{method.spec}: {error}") from error
     return plan
 

@@ -75,7 +75,7 @@ def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any
     for key, value in values.items():
         name, dot, rest = key.partition(".")
         if name not in known:
-            raise InvalidValue(f"there is no setting {prefix}{key}")
+            raise ValueError(f"there is no setting {prefix}{key}")
         if dot:
             sections.setdefault(name, {})[rest] = value
         else:

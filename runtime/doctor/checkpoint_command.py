@@ -57,7 +57,7 @@ def find_checkpoint(name: str, step: int | None) -> Path:
         return path
     try:
         run_dir = find_run(name)
-    except ValueError as error:
+    except InvalidValue as error:
         raise InvalidValue(
             f"{name} is neither a checkpoint ({MANIFEST}), nor a run ({CONFIG_FILE}), nor a directory of Hugging Face "
             f"({HUB_CONFIG}): {error}; a cluster is examined by `trimtab doctor cluster`"

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from dispatch.dispatcher import LocalDispatcher
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from runtime.config import FREE_SETTINGS, TrainConfig, flatten
 from runtime.config_file import config_from_yaml, config_from_yaml_file
@@ -86,7 +87,7 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[ModelConfig | None, 
     if run_file.is_file():
         try:
             config = config_from_yaml_file(run_file)
-        except ValueError as error:
+        except InvalidValue as error:
             return None, None, [Damage(file=CONFIG_FILE, problem=str(error))]
         return config.model, config.balance.of_law, _other_model(config.model, told or {})
     if told is None:
@@ -94,7 +95,7 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[ModelConfig | None, 
         return None, None, [Damage(severity="warning", file=MANIFEST, problem=problem)]
     try:
         return config_from_yaml(yaml.safe_dump({"model": _plain(told)})).model, None, []
-    except ValueError as error:
+    except InvalidValue as error:
         return None, None, [Damage(file=MANIFEST, problem=f"tells a model that is none: {error}")]
 
 

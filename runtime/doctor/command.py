@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
-from runtime.choices import Choices, choice_parser
+from runtime.choices import Choices, choice_parser, chosen
 from runtime.option_types import whole
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def doctor(arguments: Sequence[str]) -> int:
     """Examine what the first argument names and return the exit code: 1 if something is wrong."""
     parser = choice_parser("trimtab doctor", "TARGET", TARGETS, "Find what is wrong before a run does.")
     if not arguments or arguments[0].startswith("-"):
-        parser.parse_args(arguments[:1])
+        chosen(parser, arguments)
     if arguments[0] == "cluster":
         return doctor_cluster(arguments[1:])
     return doctor_checkpoint(arguments)

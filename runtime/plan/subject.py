@@ -57,7 +57,7 @@ def _from_trimtab(name: str) -> TrainConfig:
         return load_config(name)
     try:
         run_dir = find_run(name)
-    except ValueError:
+    except InvalidValue:
         raise InvalidValue(
             f"{name} is neither a preset, nor a file, nor a run: give a YAML file or preset of Trimtab, a run's "
             f"directory or name, or a Hugging Face {HUGGING_FACE_CONFIG} or its directory"

@@ -32,7 +32,7 @@ def parse_law(spec: str) -> BalanceConfig:
             options[key] = float(_number(spec, key, value))
     try:
         return BalanceConfig(law=name, options=options, **settings)  # type: ignore[arg-type] # it checks them itself
-    except ValueError as error:
+    except InvalidValue as error:
         raise InvalidValue(f"--law {spec}: {error}") from error
 
 

@@ -143,7 +143,7 @@ def test_an_address_where_nothing_listens_is_refused_within_seconds():
         port = once.getsockname()[1]
         check_answers(f"127.0.0.1:{port}")
     begun = time.monotonic()
-    with pytest.raises(ClusterUnreachable, match=f"nothing answers at cluster.address 127.0.0.1:{port} .*ray status"):
+    with pytest.raises(ClusterUnreachable, match=f"nothing answers at 127.0.0.1:{port} .*trimtab cluster status"):
         check_answers(f"127.0.0.1:{port}")
     assert time.monotonic() - begun < 5
 

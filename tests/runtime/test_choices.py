@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from runtime.choices import choice_parser
+from runtime.choices import choice_parser, chosen
 
 
 def _go(arguments: Sequence[str]) -> int:
@@ -27,7 +27,13 @@ def test_the_help_lists_the_choices_in_one_column_and_an_unknown_one_is_refused(
     text = capsys.readouterr().out
     assert text.startswith("usage: walk PLACE [options]\n")
     assert "places:\n  home       Come back.\n  elsewhere  Go there.\n" in text
-    assert "`walk PLACE --help` explains the options of a place." in text
-    with pytest.raises(SystemExit):
-        parser.parse_args(["nowhere"])
-    assert "invalid choice: 'nowhere' (choose from 'home', 'elsewhere')" in capsys.readouterr().err
+    assert "`walk PLACE --help` explains its options." in text
+    for arguments, message in (
+        (["xyz"], "'xyz' is no place; choose from home, elsewhere"),
+        (["hmoe"], "'hmoe' is no place; did you mean home?"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        ([], text),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            chosen(parser, arguments)
+        assert (stop.value.code, message in capsys.readouterr().err) == (2, True), arguments

@@ -1,8 +1,10 @@
 """The command line: what it hands over, its exit codes, and how quickly it answers."""
 
+import errno
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 import runtime
 from dispatch.errors import UserError
-from runtime.cli import main
+from runtime.cli import COMMANDS, main
 from runtime.config_file import load_config
 from workers.generation import SamplingConfig
 
@@ -71,6 +73,8 @@ def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Pa
 
 
 def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--prompts-file", "/nonexist"]) == 2
+    assert "--prompts-file /nonexist cannot be read: No such file or directory" in capsys.readouterr().err
     for content, reason in ((b"\n\n", "has no text to continue"), (b"\xff\n", "is not UTF-8 text")):
         (run / "prompts").write_bytes(content)
         assert main(["generate", str(run), "--prompts-file", str(run / "prompts")]) == 2
@@ -90,8 +94,8 @@ def test_report_prints_where_it_wrote(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
-        (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval', "),
+        (["trian"], "'trian' is no command; did you mean train?"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
         (["train", "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
         (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file or preset"),
         (["train", "--config"], "--config: expected one argument"),
@@ -103,6 +107,7 @@ def test_report_prints_where_it_wrote(
         (["generate", "x"], "--prompt"),
         (["generate", "x", "--prompt", "a", "--top-p", "nan"], "--top-p: 'nan' must be a number from 0.01 to 1"),
         (["generate", "x", "--prompt", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["train", "--name", "n" * 300], "run.name 'nnnnnnnnnnnnnnnnnnnn'... must have at most 200 bytes"),
         (["report", "x", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -133,10 +138,88 @@ def test_failure_ends_with_1_and_its_message(
 
 
 @pytest.mark.parametrize("bug", [ValueError("operands could not be broadcast"), RuntimeError("oh"), KeyError("x")])
-def test_bug_keeps_its_traceback(bug: Exception, job: SimpleNamespace) -> None:
-    job.outcome = bug  # raised outside our packages, by no class of ours
-    with pytest.raises(type(bug)):
-        main(["train", "--config", "tiny"])
+def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(
+    bug: Exception, job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.outcome = bug
+    assert main(["train", "--config", "tiny"]) == 70
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback (most recent call last):\n")
+    assert f"this is a bug in Trimtab ({type(bug).__name__}), not a mistake of yours. Please report it" in told
+    assert "command:  trimtab train --config tiny\n" in told
+    assert all(f"{name} {version(name)}" in told for name in ("trimtab", "torch", "ray"))
+
+
+def test_a_bug_of_a_worker_is_told_as_one_with_the_traceback_of_the_worker(
+    job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class BugElsewhere(UserError):
+        is_bug = True
+
+    job.outcome = BugElsewhere("rank 1 failed first\nits own traceback")
+    assert main(["train", "--config", "tiny"]) == 70
+    told = capsys.readouterr().err
+    assert told.startswith("rank 1 failed first\nits own traceback\n\ntrimtab: this is a bug in Trimtab (BugElsewhere)")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "x", "/disk/file"), 1, "error: /disk/file: No space left on device; free some space"),
+        (OSError(errno.EROFS, "x", "/disk"), 1, "error: /disk: Read-only file system; choose a place that can be"),
+        (OSError(errno.ENAMETOOLONG, "x", "aaa"), 2, "error: aaa: File name too long; choose a shorter name"),
+    ],
+)
+def test_what_the_system_refuses_is_no_bug(
+    refusal: OSError, code: int, message: str, job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.outcome = refusal
+    assert main(["train", "--config", "tiny"]) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", "usage: trimtab COMMAND"),
+        ("eval", "required: RUN"),
+        ("generate", "required: RUN"),
+        ("import", "required: DIR, RUN"),
+        ("export", "required: RUN, DIR"),
+        ("report", "required: RUN"),
+        ("replay", "required: RUN"),
+        ("bench", "targets:\n  dispatch"),
+        ("compare", "--laws is missing"),
+        ("cluster", "actions:\n  up"),
+        ("cluster join", "required: ADDRESS"),
+        ("cluster manifest", "kinds:\n  kuberay"),
+        ("cluster manifest kuberay", "required: "),
+        ("cluster manifest slurm", "required: "),
+        ("cluster manifest ray-up", "required: "),
+        ("submit", "usage: trimtab submit [options] -- COMMAND"),
+        ("plan", "required: CONFIG"),
+        ("doctor", "targets:\n  cluster"),
+        ("chaos", "required: PRESET"),
+    ],
+)
+def test_a_command_that_needs_arguments_shows_its_usage_without_any(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    written = capsys.readouterr()
+    assert words in written.err
+    assert not written.out
+
+
+def test_no_command_is_without_a_test_of_it_alone() -> None:
+    """Those that do something without arguments: `train` above, `bench` and `cluster` beside their own tests."""
+    (alone,) = (
+        mark.args[1]
+        for mark in test_a_command_that_needs_arguments_shows_its_usage_without_any.pytestmark  # type: ignore[attr-defined]
+    )
+    assert {*COMMANDS} - {"train"} == {command.split()[0] for command, _ in alone if command}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +263,7 @@ def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.Capt
 )
 def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> None:
     script = (
-        "import sys; from runtime.cli import main; main(sys.argv[1:]); "
+        "import sys; from runtime.cli import COMMANDS, main; main(sys.argv[1:]); "
         "sys.exit(str(sorted({'torch', 'ray', 'numpy'} & set(sys.modules))))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -292,7 +292,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
         (["--model.hiden=3"], "model.hidden"),
         (["--name=taken"], "exists already.*--resume"),
         (["--resume=nothing"], "no run 'nothing'"),
-        (["--cluster.address=127.0.0.1:1"], "nothing answers at cluster.address 127.0.0.1:1"),
+        (["--cluster.address=127.0.0.1:1"], "nothing answers at 127.0.0.1:1"),
     ],
 )
 def test_bad_input_is_named_before_anything_starts(arguments, said, tmp_path, capsys, monkeypatch):

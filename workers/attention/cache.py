@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from dispatch.errors import InvalidValue
 from workers.attention.mask import visible
 
 
@@ -29,9 +28,7 @@ class KeyValueCache:
         """
         width = int(positions.max()) + 1 if positions.numel() else 1
         if width > self.capacity:
-            raise InvalidValue(
-                f"position {width - 1} is beyond the {self.capacity} places of the cache; make it larger"
-            )
+            raise ValueError(f"position {width - 1} is beyond the {self.capacity} places of the cache; make it larger")
         self._rows, self._places = torch.arange(len(positions), device=positions.device).unsqueeze(1), positions
         self._width = width
         key_positions = torch.arange(width, device=positions.device).expand(len(positions), width)

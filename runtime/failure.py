@@ -1,0 +1,65 @@
+"""What the command line says of an exception, and the exit code it ends with.
+
+Three kinds: what the user can mend is one message; so is what the operating system refuses; all else is a bug, which
+keeps its traceback and says that it is one, so that nobody takes it for a mistake of their own.
+"""
+
+import errno
+import importlib.metadata
+import os
+import platform
+import shlex
+import traceback
+from collections.abc import Sequence
+
+from dispatch.errors import UserError
+
+BUG_CODE = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a run that failed
+
+# Refusals that no program can avoid by itself, with the way out. A file that is missing is not among them: where the
+# user named it, the place that opens it says so; where not, it is a bug.
+_SYSTEM_REFUSALS = {
+    errno.ENOSPC: "free some space there, or choose another disk",
+    errno.EDQUOT: "free some of your quota there, or choose another disk",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend its symbolic links, or choose another place",
+    errno.EIO: "look at the disk, and at the system's log",
+    errno.ESTALE: "see that the shared folder is still there, and start again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has no open files left",
+}
+
+
+def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+    """The text for standard error and the exit code. arguments: the command line without `trimtab`."""
+    if isinstance(error, UserError):
+        if error.is_bug:  # that of a worker, whose traceback is in the message
+            return _bug_report(str(error), type(error).__name__, arguments), BUG_CODE
+        return f"trimtab {arguments[0]}: error: {error}\n", error.exit_code
+    if isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS:
+        reason, code = os.strerror(error.errno), 2 if error.errno == errno.ENAMETOOLONG else 1
+        place = f"{error.filename}: " if error.filename else ""
+        return f"trimtab {arguments[0]}: error: {place}{reason}; {_SYSTEM_REFUSALS[error.errno]}\n", code
+    trace = "".join(traceback.format_exception(error))
+    return _bug_report(trace, type(error).__name__, arguments), BUG_CODE
+
+
+def _bug_report(trace: str, kind: str, arguments: Sequence[str]) -> str:
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("trimtab", "torch", "ray"))
+    return (
+        f"{trace.rstrip()}\n\n"
+        f"trimtab: this is a bug in Trimtab ({kind}), not a mistake of yours. Please report it to the maintainers, "
+        "with the text above and these two lines:\n"
+        f"  command:  {shlex.join(['trimtab', *arguments])}\n"
+        f"  versions: {versions}, Python {platform.python_version()}, {platform.platform()}\n"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
