@@ -7,17 +7,22 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from runtime.chaos.chart import write_chart
+from runtime.chaos.leftovers import after_the_cluster
 from runtime.chaos.options import ChaosOptions
 from runtime.chaos.plan import make_plan, num_steps, worker_faults
 from runtime.chaos.progress import Progress
+from runtime.chaos.record import Record, read_record
 from runtime.chaos.results import Results
-from runtime.chaos.sameness import Line, differences
+from runtime.chaos.sameness import flaws
 from runtime.chaos.target import TargetRun, Unfulfilled
 from runtime.chaos.testbed import Testbed
 from runtime.chaos.trial import Trial, revive, strike
+from runtime.chaos.weights import Digests, checkpoint_digests, weight_flaws
 from runtime.quantities import duration
 
 CALM_S = 1800.0  # For the undisturbed run, and for the last steps of the other; minutes on a loaded machine.
@@ -30,11 +35,13 @@ class Campaign:
         self._testbed, self._options, self._progress = testbed, options, progress
         self._plan = make_plan(options.preset, options.seed)
         self.trials: list[Trial] = []
-        self._calm: Sequence[Line] = ()
-        self._calm_evals: Sequence[Line] = ()
+        self._calm: Record | None = None
+        self._calm_weights: dict[int, Digests] = {}
         self._calm_step_s = math.nan
-        self._mismatches: dict[int, str] = {}
-        self._num_compared = 0
+        self._num_assignments = 0
+        self._mismatches: dict[str, str] = {}
+        self._num_compared: dict[str, int] = {}
+        self._leftovers: list[str] = []
         self._end = "it was not reached"
         self._begun, self._now = time.monotonic(), ""
 
@@ -61,6 +68,8 @@ class Campaign:
                 self._finish(run)
         finally:
             run.stop()
+        self._testbed.down()
+        self._leftovers += after_the_cluster(self._testbed)
 
     def results(self) -> Results:
         """What is known so far."""
@@ -75,8 +84,9 @@ class Campaign:
             minutes=(time.monotonic() - self._begun) / 60,
             trials=tuple(self.trials),
             missed=len(self._plan) - len(self.trials),
-            mismatches=tuple(f"step {step}: {text}" for step, text in sorted(self._mismatches.items())),
+            mismatches=tuple(f"{place}: {text}" for place, text in self._mismatches.items()),
             num_compared=self._num_compared,
+            leftovers=tuple(self._leftovers),
             end=self._end,
         )
 
@@ -100,12 +110,14 @@ class Campaign:
         try:
             run.start(self._options.preset, self._options.seed, steps)
             run.wait(lambda: run.exit_code is not None, "calm run", CALM_S, may_end=True)
-            self._calm, self._calm_evals = run.lines("train"), run.lines("eval")
         finally:
             run.stop()
-        if run.exit_code != 0 or len(self._calm) != steps:
+        lines = run.lines("train")
+        if run.exit_code != 0 or len(lines) != steps:
             raise RuntimeError(f"the undisturbed run failed already; it said:\n{run.said()[-3000:]}")
-        self._calm_step_s = statistics.median(line["step_s"] for line in self._calm)
+        self._calm, self._calm_weights = read_record(run.run_dir), checkpoint_digests(run.run_dir)
+        self._num_assignments = assignments_of(run.run_dir)
+        self._calm_step_s = statistics.median(line["step_s"] for line in lines)
         self._progress.tell(f"calm run done after {self._elapsed}: {self._calm_step_s:.2f} s a step")
 
     def _strike_all(self, run: TargetRun) -> bool:
@@ -115,6 +127,7 @@ class Campaign:
             trial = strike(run, fault, self._plan)
             self.trials.append(trial)
             self._compare(run, trial)
+            self._note_leftovers(trial, run.leftovers.still_there())
             self._progress.tell(f"{self._now}, step {fault.step}: {trial.told()}")
             if trial.verdict == "FAILED" and not revive(run):
                 self._end = f"it could not be resumed after fault {fault.number + 1}"
@@ -131,20 +144,33 @@ class Campaign:
         except Unfulfilled as error:
             self._end = str(error)
             return
+        self._end = f"exit code {run.exit_code}" if run.exit_code else ""
         self._compare(run, None)
-        once = [line["step"] for line in run.lines("train")] == list(range(1, num_steps(self._plan) + 1))
-        self._end = f"exit code {run.exit_code}" if run.exit_code else "" if once else "its record lacks steps"
+        weights = checkpoint_digests(run.run_dir)
+        self._mismatches |= weight_flaws(weights, self._calm_weights, num_steps(self._plan))
+        self._num_compared["tensors"] = sum(len(weights[step]) for step in weights.keys() & self._calm_weights.keys())
+        self._leftovers += run.leftovers.after_the_end()
 
     def _compare(self, run: TargetRun, trial: Trial | None) -> None:
-        """All that the run has recorded so far, what it made anew too, with the calm run."""
-        lines, evals = (run.superseded_lines(kind) + run.lines(kind) for kind in ("train", "eval"))
-        found = differences(lines, self._calm) | differences(evals, self._calm_evals)
-        new = {step: text for step, text in found.items() if step not in self._mismatches}
-        self._num_compared = len(lines) + len(evals)
+        """All that the run has recorded so far, what it made anew too, with the calm run. trial: None at the end."""
+        if self._calm is None:
+            raise AssertionError("the calm run was played")
+        record = read_record(run.run_dir)
+        found = flaws(record, self._calm, self._num_assignments, whole=trial is None)
+        new = {place: text for place, text in found.items() if place not in self._mismatches}
+        self._num_compared = {
+            "steps and evaluations": len(record.lines) + len(record.lines_made_anew),
+            "records of load and statistics": record.num_stored,
+        }
         self._mismatches |= new
         if new and trial is not None:
-            step, text = min(new.items())
-            trial.verdict, trial.reason = "FAILED", f"step {step} is another one: {text}"
+            place, text = next(iter(new.items()))
+            trial.fail(f"{place}: {text}")
+
+    def _note_leftovers(self, trial: Trial, left: list[str]) -> None:
+        if left:
+            self._leftovers += left
+            trial.fail(f"left behind: {'; '.join(left)}")
 
     @property
     def _left_s(self) -> float:
@@ -160,3 +186,11 @@ class Campaign:
             self._progress.wait(f"{self._now} {what}: at step {run.step}; {left} left at most".strip())
 
         return TargetRun(self._testbed, name, deadline=time.monotonic() + self._left_s, on_wait=on_wait)
+
+
+def assignments_of(run_dir: Path) -> int:
+    """(token, expert) pairs that the routers of all MoE layers choose in a step: what must be sent and come back."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    model = config["model"]
+    num_tokens = config["run"]["global_batch_size"] * model["max_seq_len"]
+    return int(num_tokens * model["moe"]["top_k"] * (model["num_layers"] - model["num_dense_layers"]))

@@ -5,14 +5,20 @@ All take the run and the fault, whether they need both or not.
 
 import contextlib
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+from runtime.chaos.own_ray import kill_own_ray_and_driver
 from runtime.chaos.plan import ChaosFault
 from runtime.chaos.target import TargetRun, Unfulfilled
 from workers.checkpoint import list_checkpoints
+from workers.run_log import read_events
 from workers.training_run import CHECKPOINTS
 
 DELAY_S, JITTER_S, LOSS = 0.01, 0.002, 0.01
@@ -20,6 +26,9 @@ BITS_PER_S = 10 * 10**6
 BRIEFLY_S = 3.0  # Less than what it takes the head to declare a node dead, and than the bound of a collective.
 STEPS_UNDER = 4  # Steps that a run is to make on a bad link.
 NOTICE_S = 120.0  # For a failure to be noticed, and for a few steps.
+REFUSE_S = 60.0  # For a command to say that it will not do what it was asked for: it has only to import torch.
+RAYLET, GCS, AGENTS = r"\S*/raylet/raylet ", r"\S*/gcs/gcs_server ", r"ray::(DashboardAgent|RuntimeEnvAgent)"
+ASIDE = "aside"  # Where the copy of a run directory lies, beside it.
 
 
 def kill_worker(run: TargetRun, fault: ChaosFault) -> float:
@@ -30,16 +39,7 @@ def kill_worker(run: TargetRun, fault: ChaosFault) -> float:
 
 def kill_coordinator(run: TargetRun, _: ChaosFault) -> float:
     """Send SIGKILL to the coordinator. Ray starts it again."""
-    pids = [
-        each.host_pid
-        for machine in run.testbed.machines
-        for each in machine.processes()
-        if each.command.startswith("ray::CoordinatorActor")
-    ]
-    if len(pids) != 1:
-        raise Unfulfilled(f"there are {len(pids)} coordinators instead of one")
-    os.kill(pids[0], signal.SIGKILL)
-    return time.time()
+    return _kill(run, "ray::CoordinatorActor", range(len(run.testbed.machines)))
 
 
 def kill_driver(run: TargetRun, _: ChaosFault) -> float:
@@ -55,13 +55,70 @@ def kill_node(run: TargetRun, fault: ChaosFault) -> float:
     return at
 
 
+def kill_gcs(run: TargetRun, _: ChaosFault) -> float:
+    """The end of the process that keeps the cluster's state. The cluster ends with it, and is started anew."""
+    return _kill(run, GCS, [0])
+
+
+def kill_raylet(run: TargetRun, fault: ChaosFault) -> float:
+    """The end of a node's main process; the machine joins anew when the run has noticed."""
+    return _rejoin_when_noticed(run, fault, _kill(run, RAYLET, [fault.machine]))
+
+
+def kill_agents(run: TargetRun, fault: ChaosFault) -> float:
+    """The end of a node's two helpers, without which its main process ends itself; as above."""
+    return _rejoin_when_noticed(run, fault, _kill(run, AGENTS, [fault.machine], number=2))
+
+
+def hang_up(run: TargetRun, _: ChaosFault) -> float:
+    """The terminal of the driver is closed."""
+    return run.kill(signal.SIGHUP)
+
+
+def remove_run_directory(run: TargetRun, _: ChaosFault) -> float:
+    """The run directory vanishes under the run. There is a copy of it, which `restore_run_directory` puts back."""
+    _copy(run.run_dir, run.run_dir.with_name(ASIDE))
+    at = time.time()
+    shutil.rmtree(run.run_dir)
+    return at
+
+
+def restore_run_directory(run: TargetRun) -> None:
+    """Put the copy back, where nothing may have come meanwhile: that could not be resumed, and hides the loss."""
+    new = sorted(path.name for path in run.run_dir.rglob("*")) if run.run_dir.exists() else []
+    shutil.rmtree(run.run_dir, ignore_errors=True)
+    run.run_dir.with_name(ASIDE).rename(run.run_dir)
+    if new:
+        raise Unfulfilled(f"a new folder was made in the place of the run directory, with {', '.join(new)}")
+
+
+def second_writer(run: TargetRun, fault: ChaosFault) -> float:
+    """Two more drivers want to write the same run, on a machine each. Both are to be refused, and to change nothing."""
+    before, at = _settings(run), time.time()
+    machines = (fault.machine, (fault.machine + 1) % len(run.testbed.machines))
+    others = [run.second_start(machines[0]), run.second_resume(machines[1])]
+    for process, log in others:
+        run.wait(partial(_has_ended, process), "refusing a second writer", REFUSE_S)
+        said = " ".join(log.read_text().split())
+        if process.returncode not in (1, 2) or not re.search(fault.kind.promise, said):
+            raise Unfulfilled(f"a second writer ended with exit code {process.returncode}, saying: {said[-300:]}")
+    events = [event["event"] for event in read_events(run.run_dir) if event["time"] >= at]
+    if wrong := {"started", "resumed", "failed", "gave_up", "interrupted"}.intersection(events):
+        raise Unfulfilled(f"a second writer wrote {', '.join(sorted(wrong))} into the events")
+    if _settings(run) != before:
+        raise Unfulfilled("a second writer changed config.yaml")
+    return at
+
+
+def hole_in_record(run: TargetRun, _: ChaosFault) -> float:
+    """The driver dies; `runtime.chaos.damage` then makes holes that resuming is to refuse."""
+    return run.kill()
+
+
 def cut_link(run: TargetRun, fault: ChaosFault) -> float:
     """A machine falls silent until the run has noticed. Ray has given the node up by then: it joins anew."""
     run.testbed.machines.network.cut(fault.machine)
-    at = time.time()
-    run.wait(lambda: run.events("failed", at), "noticing that a link is cut", NOTICE_S)
-    run.testbed.join(run.testbed.machines[fault.machine])
-    return at
+    return _rejoin_when_noticed(run, fault, time.time())
 
 
 def cut_link_briefly(run: TargetRun, fault: ChaosFault) -> float:
@@ -124,6 +181,14 @@ INJECTIONS: dict[str, Callable[[TargetRun, ChaosFault], float]] = {
     for function in (
         kill_worker,
         kill_coordinator,
+        kill_gcs,
+        kill_raylet,
+        kill_agents,
+        kill_own_ray_and_driver,
+        hang_up,
+        remove_run_directory,
+        second_writer,
+        hole_in_record,
         kill_driver,
         kill_node,
         cut_link,
@@ -136,6 +201,55 @@ INJECTIONS: dict[str, Callable[[TargetRun, ChaosFault], float]] = {
         damage_checkpoint_and_kill_driver,
     )
 }
+
+
+# What an operator does before a run is resumed.
+MENDS: dict[str, Callable[[TargetRun], None]] = {
+    "kill_gcs": lambda run: run.testbed.restart(),
+    "remove_run_directory": restore_run_directory,
+}
+
+
+def _kill(run: TargetRun, pattern: str, machines: Iterable[int], number: int = 1) -> float:
+    """Send SIGKILL to the processes of these machines whose command matches; there must be so many."""
+    found = [
+        each
+        for index in machines
+        for each in run.testbed.machines[index].processes()
+        if re.match(pattern, each.command)
+    ]
+    if len(found) != number:
+        raise Unfulfilled(f"there are {len(found)} processes {pattern!r} instead of {number}")
+    for process in found:
+        os.kill(process.host_pid, signal.SIGKILL)
+    return time.time()
+
+
+def _rejoin_when_noticed(run: TargetRun, fault: ChaosFault, at: float) -> float:
+    run.wait(lambda: run.events("failed", at), "noticing that a node is gone", NOTICE_S)
+    run.testbed.join(run.testbed.machines[fault.machine])
+    return at
+
+
+def _copy(run_dir: Path, target: Path) -> None:
+    """Checkpoints first, so that the records of the copy reach beyond them."""
+    for _ in range(5):
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            shutil.copytree(run_dir / CHECKPOINTS, target / CHECKPOINTS, ignore=shutil.ignore_patterns(".step_*"))
+            shutil.copytree(run_dir, target, ignore=shutil.ignore_patterns(CHECKPOINTS), dirs_exist_ok=True)
+        except (shutil.Error, FileNotFoundError):  # the run has removed an old checkpoint meanwhile
+            continue
+        return
+    raise Unfulfilled(f"{run_dir} could not be copied while the run writes")
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is not None
+
+
+def _settings(run: TargetRun) -> bytes:
+    return (run.run_dir / "config.yaml").read_bytes()
 
 
 def _host_pid(run: TargetRun, rank: int) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["recovers", "carries on", "refuses", "resumes"]
+Outcome = Literal["recovers", "carries on", "refuses", "refuses to resume", "resumes", "saves"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class Kind:
     """That of `workers.faults.Fault`."""
     outcome: Outcome = "recovers"
     """recovers: the gang forms again by itself. carries on: the gang stays. refuses: the run ends with the promised
-    error and goes on with `--resume`. resumes: its driver is gone, and it goes on with `--resume`."""
+    error and goes on with `--resume`. refuses to resume: its driver is gone, and `--resume` ends with the promised
+    error until that is mended. resumes: its driver is gone, and it goes on with `--resume`. saves: the same, after a
+    checkpoint, so that nothing is made anew."""
     promise: str = ""
     """Regular expression: where it recovers, for the reason in its event `failed`; else for what it prints. `{rank}`
     and `{node}` are the fault's."""
@@ -28,6 +30,8 @@ class Kind:
     """carries on: the run's events that say that the fault was noticed, and that it is over."""
     room: int = 1
     """Distance to the next fault in units of the plan: what takes effect slowly needs more."""
+    takes_offer: bool = False
+    """refuses to resume: whether the run then goes on from the step that the error offers."""
     strikes_node: bool = False
     """Whether it strikes a machine, which is another than the head."""
 
@@ -76,6 +80,8 @@ _ALL = (
     ),
     Kind(name="kill worker", action="kill_worker", promise=_DIED),
     Kind(name="kill driver", action="kill_driver", outcome="resumes"),
+    Kind(name="kill driver with its own Ray", action="kill_own_ray_and_driver", outcome="resumes"),
+    Kind(name="hang up", action="hang_up", outcome="saves", promise=r"stopped after step \d+, saved"),
     Kind(
         name="kill coordinator",
         action="kill_coordinator",
@@ -85,6 +91,9 @@ _ALL = (
         room=3,
     ),
     Kind(name="kill node", action="kill_node", promise=_LOST, strikes_node=True),
+    Kind(name="kill raylet", action="kill_raylet", promise=_LOST, strikes_node=True),
+    Kind(name="kill agents", action="kill_agents", promise=_LOST, strikes_node=True),
+    Kind(name="kill gcs", action="kill_gcs", outcome="refuses", promise=r"Ray.*--resume \S*chaos"),
     Kind(name="cut link", action="cut_link", promise=_LOST, strikes_node=True),
     _link("cut link briefly", "cut_link_briefly"),
     _link("delay frames", "delay_frames"),
@@ -102,8 +111,24 @@ _ALL = (
     Kind(
         name="damage checkpoint before resume",
         action="damage_checkpoint_and_kill_driver",
-        outcome="refuses",
+        outcome="refuses to resume",
+        takes_offer=True,
         promise=r"checkpoint \S+ is damaged: \S+ .*resume with --resume \S+ --step \d+",
+        room=2,
+    ),
+    Kind(name="hole in the record", action="hole_in_record", outcome="refuses to resume"),
+    Kind(
+        name="remove run directory",
+        action="remove_run_directory",
+        outcome="refuses",
+        promise=r"run directory",
+        room=2,
+    ),
+    Kind(
+        name="second writer",
+        action="second_writer",
+        outcome="carries on",
+        promise=r"chaos.* (runs|is running|in use)",
         room=2,
     ),
 )

@@ -121,6 +121,20 @@ class Machine:
         found = [_process(pid, space) for pid in sorted(pids) if pid != holder.pid]
         return [process for process in found if process is not None]
 
+    def listening(self) -> list[int]:
+        """TCP ports at which any of its processes waits for connections."""
+        ports = []
+        for name in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self._up().pid}/net/{name}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":  # TCP_LISTEN of net/tcp_states.h
+                    ports.append(int(fields[1].rpartition(":")[2], 16))
+        return sorted(ports)
+
+    def shared_memory(self) -> list[str]:
+        """Names of what lies in its /dev/shm."""
+        return sorted(each.name for each in Path(f"/proc/{self._up().pid}/root/dev/shm").iterdir())
+
     def kill(self, *, silently: bool = False) -> None:
         """End it with all its processes, by SIGKILL.
 

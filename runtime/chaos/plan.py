@@ -9,6 +9,7 @@ from dispatch.errors import InvalidValue
 from runtime.chaos.kinds import KINDS, Kind
 
 CHECKPOINT_EVERY = 4
+EVAL_EVERY = 5  # So that evaluations fall before, upon and after checkpoints.
 # Steps between two faults: two checkpoints, so that a recovery has made its own and a damaged one has another before
 # it, and some steps for the start of the next fault to vary.
 UNIT = 3 * CHECKPOINT_EVERY
@@ -56,7 +57,7 @@ PRESETS = {
         minutes=15,
         kinds=("kill in dispatch", "kill driver", "cut link briefly", "kill coordinator", "kill node", "fill disk"),
     ),
-    "full": Preset(num_faults=32, num_machines=3, workers_per_machine=2, minutes=60),
+    "full": Preset(num_faults=len(KINDS), num_machines=3, workers_per_machine=2, minutes=60),
 }
 
 

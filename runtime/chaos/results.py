@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All trials of a chaos run. missed: faults that were not reached. mismatches: what differs from the calm run."""
+    """All trials of a chaos run.
+
+    missed: faults that were not reached. mismatches: what differs from the calm run, lacks or is there twice.
+    num_compared: what was compared, by kind. leftovers: what was there when it should have been gone.
+    """
 
     preset: str
     settings: Preset
@@ -38,13 +42,15 @@ class Results:
     trials: Sequence[Trial]
     missed: int
     mismatches: Sequence[str]
-    num_compared: int
+    num_compared: Mapping[str, int]
+    leftovers: Sequence[str]
     end: str
 
     @property
     def failed(self) -> bool:
         """Whether anything was not as promised."""
-        return bool(self.missed or self.mismatches or self.end) or any(t.verdict == "FAILED" for t in self.trials)
+        wrong = self.missed or self.mismatches or self.leftovers or self.end
+        return bool(wrong) or any(t.verdict == "FAILED" for t in self.trials)
 
     def summary(self) -> list[str]:
         """A few sentences, for the terminal and above the table."""
@@ -52,12 +58,14 @@ class Results:
             verdict: sum(t.verdict == verdict for t in self.trials) for verdict in ("survived", "refused", "FAILED")
         }
         kinds = len({t.fault.kind.name for t in self.trials})
+        compared = ", ".join(f"{number} {what}" for what, number in self.num_compared.items())
         lines = [
             f"{len(self.trials)} faults of {kinds} kinds in {self.minutes:.0f} min: {count['survived']} survived, "
             f"{count['refused']} refused with the promised error and resumed, {count['FAILED']} FAILED"
             + (f", {self.missed} not reached" if self.missed else ""),
-            f"{self.num_compared} steps and evaluations compared with the calm run, bit for bit: "
+            f"{compared} compared with the calm run, bit for bit: "
             + (f"{len(self.mismatches)} differ" if self.mismatches else "all the same"),
+            f"left behind: {'; '.join(self.leftovers) or 'no process, file, port or shared memory'}",
         ]
         if self.end:
             lines.append(f"the run did not end well: {self.end}")

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dispatch.errors import UserError
-from runtime.chaos.plan import CHECKPOINT_EVERY, Preset
+from runtime.chaos.leftovers import Leftovers
+from runtime.chaos.plan import CHECKPOINT_EVERY, EVAL_EVERY, Preset
 from runtime.chaos.testbed import Testbed
 from runtime.compare.run_pool import last_step
 from workers.faults import FAULTS_VARIABLE
@@ -37,6 +38,7 @@ class TargetRun:
         self.testbed, self.name, self.run_dir = testbed, name, testbed.runs / name
         self.terminal = testbed.folder / f"{name}.log"
         self.terminal.touch()
+        self.leftovers = Leftovers(testbed, self.run_dir)
         self._deadline, self._on_wait = deadline, on_wait
         self._process: subprocess.Popen[bytes] | None = None
         self._faults = ""
@@ -44,17 +46,39 @@ class TargetRun:
     def start(self, preset: Preset, seed: int, num_steps: int, faults: Path | None = None) -> None:
         """Begin the run. faults: the plan for its workers."""
         self._faults = "" if faults is None else str(faults)
-        self._begin("train", *_options(self.testbed, preset), f"--name={self.name}", f"--steps={num_steps}",
-                    f"--run.seed={seed}")  # fmt: skip
+        settings = {**_settings(self.testbed, preset.world_size), "run.seed": seed}
+        self._begin("train", *_words(settings), f"--name={self.name}", f"--steps={num_steps}")
 
     def resume(self, step: int | None = None) -> None:
         """Go on with it by its name, from the newest checkpoint or that of `step`."""
+        self.leftovers.note()
         self._begin("train", "--resume", self.name, *([] if step is None else ["--step", str(step)]))
 
-    def kill(self) -> float:
-        """Send SIGKILL to its driver. Returns the time of it."""
+    def sibling(self, name: str) -> "TargetRun":
+        """Another run on the same testbed, watched as this one."""
+        return TargetRun(self.testbed, name, deadline=self._deadline, on_wait=self._on_wait)
+
+    def start_with_own_ray(self) -> None:
+        """Begin the run with one worker on a Ray that the driver starts and ends; it has no last step."""
+        options = {**_settings(self.testbed, world_size=1), "workers": 1}
+        del options["cluster.address"]
+        self._begin("train", *_words(options), f"--name={self.name}", "--steps=1000000")
+
+    def second_start(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start a run of the same name on a machine while this one lives; its process, and what it prints."""
+        log = self.testbed.folder / "second start.log"
+        settings = {**_settings(self.testbed, world_size=1), "optim.lr": 0.01}
+        return self.testbed.start(["train", *_words(settings), f"--name={self.name}"], log, on=machine), log
+
+    def second_resume(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
+        """Resume this run on a machine while it lives; as above."""
+        log = self.testbed.folder / "second resume.log"
+        return self.testbed.start(["train", "--resume", str(self.run_dir)], log, on=machine), log
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> float:
+        """Send a signal to its driver. Returns the time of it."""
         [driver] = [each for each in self.testbed.machines[0].processes() if " -m runtime train " in f"{each.command} "]
-        os.kill(driver.host_pid, signal.SIGKILL)
+        os.kill(driver.host_pid, number)
         return time.time()
 
     def stop(self) -> None:
@@ -122,27 +146,32 @@ class TargetRun:
 
     def _begin(self, *arguments: str) -> None:
         variables = {FAULTS_VARIABLE: self._faults} if self._faults else {}
-        self._process = self.testbed.start(arguments, self.terminal, **variables)
+        self._process = self.testbed.start(arguments, self.terminal, variables=variables)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self.said().splitlines() if re.search("error|Error", line)]
         return lines[-1] if lines else "it said nothing"
 
 
-def _options(testbed: Testbed, preset: Preset) -> list[str]:
-    settings = {
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def _settings(testbed: Testbed, world_size: int) -> dict[str, Any]:
+    return {
         "config": "tiny",
         "run.dir": testbed.runs,
         "model.num_layers": 2,  # one of them MoE: machines of namespaces share few cores
-        "run.global_batch_size": preset.world_size,
+        "run.global_batch_size": world_size,
         "run.checkpoint_every": CHECKPOINT_EVERY,
-        "run.eval_every": 0,
+        "run.eval_every": EVAL_EVERY,
+        "run.eval_sequences": world_size,
+        "balance.law": "newton",  # which records statistics too
         "data.path": testbed.folder / "source",
         "data.cache_dir": testbed.folder / "text",
         "device": "cpu",
-        "workers": preset.world_size,
+        "workers": world_size,
         "cluster.address": testbed.address,
         "cluster.start_timeout_s": 240,  # a node that was killed is booted meanwhile
         "cluster.collective_timeout_s": COLLECTIVE_TIMEOUT_S,
     }
-    return [f"--{name}={value}" for name, value in settings.items()]

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import runtime
@@ -43,13 +44,24 @@ class Testbed:
         """Start the head and join the other machines to it."""
         cpus = str(self._preset.workers_per_machine)
         self.command(self.machines[0], "cluster", "up", "--bind", self.machines[0].address, "--num-cpus", cpus)
-        for machine in list(self.machines)[1:]:
-            self.join(machine)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.join, list(self.machines)[1:]))
+
+    def restart(self) -> None:
+        """End what is left of the cluster, and start it anew."""
+        self.down()
+        self.up()
+
+    def down(self) -> None:
+        """End the nodes of all machines that are up, the head last."""
+        for machine in reversed(list(self.machines)):
+            if machine.is_up:
+                self.command(machine, "cluster", "down")
 
     def join(self, machine: Machine) -> None:
         """Make a machine, booted and with its link healed if need be, a node of the cluster anew."""
         if not machine.is_up:
-            shutil.rmtree(self._disk(machine), ignore_errors=True)  # its disk is gone as well
+            shutil.rmtree(self.disk(machine), ignore_errors=True)  # its disk is gone as well
             machine.boot()
         self.machines.network.heal(machine.index)
         self.command(machine, "cluster", "down")
@@ -70,26 +82,31 @@ class Testbed:
         if done.returncode:
             raise TestbedFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
-    def start(self, arguments: Sequence[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
-        """Start a command of trimtab on the head."""
-        head = self.machines[0]
-        return head.popen(self._words(arguments), env=self._environment(head) | variables, output=output)
+    def start(
+        self, arguments: Sequence[str], output: Path, *, on: int = 0, variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a command of trimtab on a machine, the head if no other is named."""
+        machine = self.machines[on]
+        return machine.popen(
+            self._words(arguments), env={**self._environment(machine), **(variables or {})}, output=output
+        )
+
+    def disk(self, machine: Machine) -> Path:
+        """Where a machine keeps its temporary files, Ray's among them."""
+        # Not the disk of the machine, whose path is too long for Ray's sockets.
+        return self.folder / str(machine.index)
 
     def _words(self, arguments: Sequence[str]) -> list[str]:
         return ["env", f"--chdir={self.folder}", sys.executable, "-P", "-m", "runtime", *arguments]
 
     def _environment(self, machine: Machine) -> dict[str, str]:
-        disk = self._disk(machine)
+        disk = self.disk(machine)
         disk.mkdir(exist_ok=True)
         # None of the user's clusters, tokens or plans of faults.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TRIMTAB_"))}
         tree = str(Path(runtime.__file__).parents[1])
-        own = {"HOME": str(self.folder), "RAY_TMPDIR": str(disk), "PYTHONPATH": tree, "COLUMNS": "200"}
-        return kept | own | {"PYTHONWARNINGS": "ignore"}
-
-    def _disk(self, machine: Machine) -> Path:
-        # Not the disk of the machine, whose path is too long for Ray's sockets.
-        return self.folder / str(machine.index)
+        own = {"HOME": str(self.folder), "RAY_TMPDIR": str(disk), "TMPDIR": str(disk), "PYTHONPATH": tree}
+        return kept | own | {"COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from runtime.chaos.injections import INJECTIONS
+from runtime.chaos.damage import DAMAGES, Damage
+from runtime.chaos.injections import INJECTIONS, MENDS
 from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark, go_mark
 from runtime.chaos.target import TargetRun, Unfulfilled
 from runtime.chaos.testbed import TestbedFailed
@@ -39,6 +40,10 @@ class Trial:
     said: str = ""
     reason: str = ""
 
+    def fail(self, reason: str) -> None:
+        """It is not as promised after all; the first reason is the one that is told."""
+        self.verdict, self.reason = "FAILED", self.reason or reason
+
     def told(self) -> str:
         """In a line."""
         if self.verdict == "FAILED":
@@ -56,7 +61,7 @@ def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> T
         trial.struck = _fire(run, fault, plan)
         OUTCOMES[fault.kind.outcome](run, trial, before)
     except (Unfulfilled, TestbedFailed) as error:
-        trial.verdict, trial.reason = "FAILED", str(error)
+        trial.fail(str(error))
     trial.redone = len(run.superseded_lines("train")) - superseded
     return trial
 
@@ -122,35 +127,81 @@ def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
 def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """The run ends, says why, and goes on when its user resumes it."""
     since = trial.struck
-    run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
-    if run.exit_code is None:
-        trial.said = run.events("failed", since)[0]["reason"]
-        raise Unfulfilled("the run recovered instead of ending with the promised error")
-    trial.detected_s = time.time() - trial.struck
-    step = None
-    if trial.fault.kind.action == "damage_checkpoint_and_kill_driver":
-        run.resume()
-        run.wait(lambda: run.exit_code is not None, "refusing to resume", RECOVER_S, may_end=True)
-        offered = re.search(r"--step (\d+)", run.said(before))
-        step = int(offered[1]) if offered else None
+    try:
+        run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
+        if run.exit_code is None:
+            trial.said = run.events("failed", since)[0]["reason"]
+            raise Unfulfilled("the run recovered instead of ending with the promised error")
+        trial.detected_s = time.time() - trial.struck
+    finally:  # nothing could go on without it
+        MENDS.get(trial.fault.kind.action, _nothing)(run)
+    if run.exit_code != 1:
+        raise Unfulfilled(f"the run ended with exit code {run.exit_code} instead of 1")
     _keep_promise(run, trial, lambda: run.said(before))
     trial.verdict = "refused"
-    _resume(run, trial, step)
+    _resume(run, trial, None)
+
+
+def _nothing(_: TargetRun) -> None:
+    """What is to be mended of most faults."""
+
+
+def _refuses_to_resume(run: TargetRun, trial: Trial, before: int) -> None:
+    """The driver is gone; to resume is refused, with what is wrong and what can be done, which is then done."""
+    _await_end(run, trial)
+    for damage in DAMAGES[trial.fault.kind.action]:
+        _refuse(run, trial, damage)
+    trial.verdict = "refused"
+    offered = re.search(r"--step (\d+)", run.said(before)) if trial.fault.kind.takes_offer else None
+    _resume(run, trial, int(offered[1]) if offered else None)
+
+
+def _refuse(run: TargetRun, trial: Trial, damage: Damage) -> None:
+    before, since = len(run.said()), time.time()
+    with damage(run, trial.fault) as promise:
+        run.resume()
+        run.wait(
+            lambda: run.exit_code is not None or run.events("resumed", since), "refusing to resume", RECOVER_S,
+            may_end=True,
+        )  # fmt: skip
+        if run.exit_code not in (1, 2):
+            run.stop()
+            raise Unfulfilled(f"{getattr(damage, '__name__', '')}: resuming was not refused")
+        _keep_promise(run, trial, lambda: run.said(before), promise)
 
 
 def _resumes(run: TargetRun, trial: Trial, _: int) -> None:
     """The run's driver is gone, and its workers with it; the user starts it again by its name."""
-    run.wait(lambda: run.exit_code is not None, "the end of the driver", RECOVER_S, may_end=True)
-    trial.detected_s = time.time() - trial.struck
+    _await_end(run, trial)
     trial.verdict = "survived"
     _resume(run, trial, None)
+
+
+def _saves(run: TargetRun, trial: Trial, before: int) -> None:
+    """The run saves what it has and ends well; resumed, it makes nothing anew."""
+    _await_end(run, trial)
+    if run.exit_code or not run.events("interrupted", trial.struck):
+        raise Unfulfilled(f"the run did not save and stop; it ended with exit code {run.exit_code}")
+    _keep_promise(run, trial, lambda: run.said(before))
+    superseded = len(run.superseded_lines("train"))
+    trial.verdict = "survived"
+    _resume(run, trial, None)
+    if again := len(run.superseded_lines("train")) - superseded:
+        raise Unfulfilled(f"{again} steps were lost, although the run was to save before it stopped")
+
+
+def _await_end(run: TargetRun, trial: Trial) -> None:
+    run.wait(lambda: run.exit_code is not None, "the end of the driver", RECOVER_S, may_end=True)
+    trial.detected_s = time.time() - trial.struck
 
 
 OUTCOMES: dict[str, Callable[[TargetRun, Trial, int], None]] = {
     "recovers": _recovers,
     "carries on": _carries_on,
     "refuses": _refuses,
+    "refuses to resume": _refuses_to_resume,
     "resumes": _resumes,
+    "saves": _saves,
 }
 
 
@@ -189,10 +240,10 @@ def _first_step(run: TargetRun, since: float) -> dict[str, Any] | None:
     return next((line for line in run.lines("train") if line["time"] >= since), None)
 
 
-def _keep_promise(run: TargetRun, trial: Trial, text: Callable[[], str]) -> None:
+def _keep_promise(run: TargetRun, trial: Trial, text: Callable[[], str], promise: str | None = None) -> None:
     fault = trial.fault
     node = re.escape(run.testbed.machines[fault.machine].address)
-    pattern = fault.kind.promise.replace("{rank}", str(fault.rank)).replace("{node}", node)
+    pattern = (promise or fault.kind.promise).replace("{rank}", str(fault.rank)).replace("{node}", node)
 
     def find() -> re.Match[str] | None:
         return re.search(pattern, " ".join(text().split()))

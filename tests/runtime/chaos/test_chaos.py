@@ -39,8 +39,12 @@ def test_a_run_comes_through_four_faults_as_if_nothing_had_been_and_nothing_is_l
         assert 0 < trials[name]["detected_s"] < trials[name]["recovered_s"]
         assert 0 < trials[name]["redone"] <= 12
     steps = [json.loads(line)["step"] for line in (out / "kept" / "chaos" / "metrics.jsonl").open()]
-    assert steps[-1] > 48 and found["num_compared"] > len(steps)  # the steps that were made anew are compared too
-    assert found["mismatches"] == []
+    compared = found["num_compared"]
+    assert steps[-1] > 48 and compared["steps and evaluations"] > len(
+        steps
+    )  # those that were made anew are compared too
+    assert compared["records of load and statistics"] > 2 * len(set(steps)) - 2 and compared["tensors"] > 100
+    assert found["mismatches"] == found["leftovers"] == []
     assert (out / "chaos.png").stat().st_size > 10_000
     assert "| 3 | 36 | kill in dispatch | rank 1 | survived |" in (out / "chaos.md").read_text()
     events = [json.loads(line) for line in (out / "kept" / "chaos" / "events.jsonl").open()]

@@ -1,11 +1,10 @@
-"""What chaos makes of records: sameness of two runs, verdicts, and the page of results."""
+"""What chaos makes of records: verdicts and the page of results."""
 
 import json
 import math
 
 from runtime.chaos.plan import PRESETS, make_plan
 from runtime.chaos.results import Results, parts_of
-from runtime.chaos.sameness import differences
 from runtime.chaos.trial import Trial
 
 PLAN = make_plan(PRESETS["full"], 0)
@@ -24,7 +23,8 @@ def results(trials, **more):
         "trials": trials,
         "missed": 0,
         "mismatches": (),
-        "num_compared": 500,
+        "num_compared": {"steps": 500},
+        "leftovers": (),
         "end": "",
     }
     return Results(**values | more)
@@ -36,24 +36,14 @@ def trial(fault, **more):
     return Trial(fault=fault, **given | more)
 
 
-def test_lines_are_the_same_but_for_times():
-    calm = [{"step": 1, "loss": 0.5, "time": 1.0, "step_s": 0.1}, {"step": 2, "loss": 0.25, "bias_checksum": "ab"}]
-    assert differences([{"step": 1, "loss": 0.5, "time": 9.0, "step_s": 7.0}, calm[1]], calm) == {}
-    changed = [{**calm[0], "loss": math.nextafter(0.5, 1)}, {**calm[1], "bias_checksum": "ac"}, {"step": 3}]
-    assert differences(changed, calm) == {
-        1: "loss is 0.5000000000000001, in the calm run 0.5",
-        2: "bias_checksum is ac, in the calm run ab",
-        3: "the calm run has no such step",
-    }
-    assert differences([{"step": 2, "loss": 0.25}], calm) == {2: "bias_checksum is None, in the calm run ab"}
-
-
 def test_anything_that_is_not_as_promised_fails_all_of_it():
     good = [trial(fault) for fault in KILLS]
     assert not results(good).failed
     assert results([*good, trial(KILLS[0], verdict="FAILED")]).failed
     assert results(good, missed=1).failed
     assert results(good, mismatches=("step 3: loss",)).failed
+    assert results(good, leftovers=("process 7",)).failed
+    assert "left behind: process 7" in results(good, leftovers=("process 7",)).summary()
     assert results(good, end="exit code 1").failed
 
 

@@ -1,0 +1,52 @@
+"""Whether two runs hold the same weights and optimizer state, tensor by tensor, bit for bit."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from workers.checkpoint import list_checkpoints, step_of
+from workers.checkpoint_files import CheckpointError
+from workers.tensor_reader import TensorReader
+from workers.training_run import CHECKPOINTS
+
+EXTRA = "values beside the tensors"
+
+Digests = dict[str, str]
+
+
+def checkpoint_digests(run: Path) -> dict[int, Digests]:
+    """A digest of every tensor of each checkpoint of a run by its name, by step; of a damaged one, of none."""
+    return {step_of(path): _digests(path) for path in list_checkpoints(run / CHECKPOINTS)}
+
+
+def weight_flaws(found: dict[int, Digests], calm: dict[int, Digests], last_step: int) -> dict[str, str]:
+    """What differs in those checkpoints that both have; that of the last step must be one of them."""
+    problems = {}
+    for step in sorted({*(found.keys() & calm.keys()), last_step}):
+        ours, theirs = found.get(step, {}), calm.get(step, {})
+        if not ours or not theirs:
+            whose = "the struck run" if not ours else "the calm run"
+            problems[f"checkpoint of step {step}"] = f"{whose} has none that is whole"
+        elif names := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+            problems[f"checkpoint of step {step}"] = f"{len(names)} tensors differ, such as {names[0]}"
+    return problems
+
+
+def _digests(path: Path) -> Digests:
+    try:
+        reader = TensorReader(path)
+    except CheckpointError:
+        return {}
+    tensors = reader.read(reader.shapes)
+    found = {
+        name: hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + _bytes(t)).hexdigest()
+        for name, t in tensors.items()
+    }
+    extra = json.dumps(reader.manifest.extra, sort_keys=True).encode()
+    return found | {EXTRA: hashlib.sha256(extra).hexdigest()}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
