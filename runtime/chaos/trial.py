@@ -126,20 +126,27 @@ def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
 
 def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """The run ends, says why, and goes on when its user resumes it."""
-    since = trial.struck
+    mend = MENDS.get(trial.fault.kind.action, _nothing)
     try:
-        run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
-        if run.exit_code is None:
-            trial.said = run.events("failed", since)[0]["reason"]
-            raise Unfulfilled("the run recovered instead of ending with the promised error")
-        trial.detected_s = time.time() - trial.struck
-    finally:  # nothing could go on without it
-        MENDS.get(trial.fault.kind.action, _nothing)(run)
+        _await_error(run, trial)
+    except Unfulfilled:
+        mend(run)  # all the same: nothing could go on without it
+        raise
+    mend(run)
     if run.exit_code != 1:
         raise Unfulfilled(f"the run ended with exit code {run.exit_code} instead of 1")
     _keep_promise(run, trial, lambda: run.said(before))
     trial.verdict = "refused"
     _resume(run, trial, None)
+
+
+def _await_error(run: TargetRun, trial: Trial) -> None:
+    since = trial.struck
+    run.wait(lambda: run.exit_code is not None or run.events("recovered", since), "ending", RECOVER_S, may_end=True)
+    if run.exit_code is None:
+        trial.said = run.events("failed", since)[0]["reason"]
+        raise Unfulfilled("the run recovered instead of ending with the promised error")
+    trial.detected_s = time.time() - trial.struck
 
 
 def _nothing(_: TargetRun) -> None:
