@@ -13,6 +13,7 @@ from torch import Tensor
 from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.errors import InvalidValue
 from dispatch.hop import Hop
+from dispatch.values import all_gather_values, list_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def make_node_groups(ep_group: dist.ProcessGroup, ranks_per_node: int, timeout: 
             f"ranks_per_node ({ranks_per_node}) must divide ep_size ({len(ranks)}); use one of "
             f"{[size for size in range(1, len(ranks) + 1) if len(ranks) % size == 0]}"
         )
-    all_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(all_ranks, ranks)
+    all_ranks = all_gather_values(ranks, dist.group.WORLD, list_of(int))
     found: dict[str, dist.ProcessGroup] = {}
     # Every rank forms every group, in the same order: torch numbers groups by how many were formed before.
     for members in sorted(set(map(tuple, all_ranks))):

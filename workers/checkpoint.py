@@ -4,23 +4,20 @@ Tensors go through torch.distributed.checkpoint (DCP): a tensor that several ran
 least to write so far. A checkpoint is complete or it is not there: written aside, verified, renamed.
 """
 
+import errno
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from dispatch.values import all_gather_values
+from workers import agreement
 from workers.checkpoint_files import (
     INDEX,
     CheckpointCorrupt,
@@ -40,7 +37,8 @@ from workers.checkpoint_files import (
     sync_folder,
     write_manifest,
 )
-from workers.shares import TensorSpec, specs_of
+from workers.dcp import Piece, read_tensors, write_index, write_share
+from workers.shares import TensorSpec, all_gather_specs, divide
 from workers.state import missing_experts
 
 __all__ = [
@@ -64,6 +62,12 @@ T = TypeVar("T")
 # torch.save's frame around one tensor (1.6 KB) and its entry in the index.
 _OVERHEAD_BYTES = 4096
 
+# What a disk answers that may take the same later: when somebody has made room, or has mended it.
+_WORTH_WAITING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EFBIG}
+)
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskRefused, CheckpointCorrupt)}
+
 
 def save(
     root: Path,
@@ -73,6 +77,7 @@ def save(
     group: Group,
     keep: int = 3,
     world_size: int | None = None,
+    make_room: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `root` and return its folder.
 
@@ -85,6 +90,7 @@ def save(
         keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
         world_size: of the run that had this state, where it is not that of `group`: as many ranks will read their
             random generator states.
+        make_room: called on rank 0 before anything is written, with the bytes that the disk lacks.
 
     Raises:
         DiskRefused: on all ranks, where the disk is full or fails.
@@ -97,19 +103,20 @@ def save(
     final = checkpoint_path(root, step)
     rank, num_ranks = _place(group)
     # A name of its own: a save of a gang that failed may wake up late and remove what it left.
-    tokens = _all_gather(group, secrets.token_hex(4))
-    partial = final.with_name(f".{final.name}.{tokens[0]}.partial")
-    specs = _merge(_all_gather(group, specs_of(tensors)))
+    partial = final.with_name(f".{final.name}.{_name_of_rank_0(group)}.partial")
+    held = all_gather_specs(tensors, group)
+    specs = _merge(held)
     if gaps := _expert_gaps(specs):
         raise CheckpointError(f"refused to save a model without all of its experts: {gaps}")
-    _together(group, f"preparing {partial}", lambda: _prepare(root, partial, specs) if rank == 0 else None)
+    _together(group, f"preparing {partial}", lambda: _prepare(root, partial, specs, make_room) if rank == 0 else None)
     try:
-        with _dcp_errors(f"writing {partial}", group):
-            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            writer = FileSystemWriter(partial)
-            dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        mine = {name: tensors[name] for name in divide(held)[rank]}
+        written = _together(group, f"writing {partial}", lambda: write_share(partial, mine, rank, num_ranks))
+        pieces = [piece for of_rank in all_gather_values(written, group, _read_pieces) for piece in of_rank]
+        _together(group, f"indexing {partial}", lambda: write_index(partial, specs, pieces) if rank == 0 else None)
         digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, num_ranks))
-        files = {name: entry for share in _all_gather(group, digests) for name, entry in share.items()}
+        shares = all_gather_values(digests, group, _read_digests)
+        files = {name: entry for share in shares for name, entry in share.items()}
         manifest = Manifest(step=step, world_size=world_size or num_ranks, files=files, extra=dict(extra))
         _together(group, f"finishing {final}", lambda: _finish(partial, final, manifest, specs) if rank == 0 else None)
     except BaseException:  # also Ctrl-C and a dead peer: earlier checkpoints must not lack the space
@@ -150,11 +157,8 @@ def load(
     saved = _specs_of_index(index)
     same_ranks = manifest.world_size == _place(group)[1]
     mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
-    _check_fit(path, saved, _merge(_all_gather(group, specs_of(mine))), sections)
-    with _dcp_errors(f"reading {path}", group):
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        reader = _CheckedReader(path, index)
-        dcp_load(mine, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    _check_fit(path, saved, _merge(all_gather_specs(mine, group)), sections)
+    _together(group, f"reading {path}", lambda: read_tensors(path, index, mine))
     return manifest.extra
 
 
@@ -201,12 +205,17 @@ def _previous_intact(path: Path, group: Group) -> Path | None:
     return None
 
 
-def _prepare(root: Path, partial: Path, specs: Mapping[str, TensorSpec]) -> None:
+def _prepare(
+    root: Path, partial: Path, specs: Mapping[str, TensorSpec], make_room: Callable[[int], None] | None
+) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".step_*"):  # of a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     needed = sum(spec.num_bytes + _OVERHEAD_BYTES for spec in specs.values())
     free = shutil.disk_usage(root).free
+    if free < needed and make_room is not None:
+        make_room(needed - free)
+        free = shutil.disk_usage(root).free
     if free < needed:
         raise DiskRefused(
             f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {root}; free some space, keep "
@@ -221,7 +230,7 @@ def _digest_share(partial: Path, rank: int, world_size: int) -> dict[str, tuple[
 
 def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec]) -> None:
     """Verify what lies on the disk against what the ranks had, describe it and give it its name."""
-    written = _specs_of_index(read_index(partial, manifest.files))
+    written = _specs_of_index(read_index(partial, manifest.files, own=True))
     if written != specs:
         wrong = sorted(name for name in written.keys() | specs.keys() if written.get(name) != specs.get(name))
         raise CheckpointError(
@@ -263,17 +272,6 @@ def _check_fit(
         )
 
 
-class _CheckedReader(FileSystemReader):
-    """Reads tensors through an index that was read and checked before: DCP's own way is an unrestricted pickle."""
-
-    def __init__(self, path: Path, index: Metadata) -> None:
-        super().__init__(path)
-        self._index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
-
-
 def _specs_of_index(index: Metadata) -> dict[str, TensorSpec]:
     # read_index made sure that every entry is a tensor's.
     entries: Mapping[str, Any] = index.state_dict_metadata
@@ -303,45 +301,36 @@ def _place(group: Group) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def _all_gather(group: Group, value: T) -> list[T]:
-    """The values of all ranks, by rank. Collective."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+def _name_of_rank_0(group: Group) -> str:
+    """A random name, the same on all ranks. Collective."""
+    return all_gather_values(secrets.token_hex(4), group, str)[0]
+
+
+def _read_pieces(value: Any) -> list[Piece]:
+    if any(list(map(type, piece)) != [str, str, int, int] for piece in value):
+        raise TypeError("pieces of tensors are expected")
+    return [tuple(piece) for piece in value]
+
+
+def _read_digests(value: Any) -> dict[str, tuple[int, str]]:
+    if any((type(size), type(sha256)) != (int, str) for size, sha256 in value.values()):
+        raise TypeError("size and sha256 of files are expected")
+    return {name: (size, sha256) for name, (size, sha256) in value.items()}
 
 
 def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
-    """Run local `work`. If it fails on any rank, raise one and the same CheckpointError on all. Collective."""
-    failure: Exception | None = None
-    try:
-        result = work()
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        failure = error
-    failures = {rank: error for rank, error in enumerate(_all_gather(group, failure)) if error is not None}
-    if failures:
-        raise _first(doing, failures)
-    return result
+    """Run local `work`. If it fails on any rank, raise one and the same CheckpointError on all. Collective.
 
+    A bug is raised as it is on the rank that met it, and as PeerFailed on the others.
+    """
+    rank = _place(group)[0]
 
-@contextmanager
-def _dcp_errors(doing: str, group: Group) -> Iterator[None]:
-    try:
-        if group is not None:
-            yield
-            return
-        with warnings.catch_warnings():  # not thread-safe, and only a process on its own is warned
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:  # a BaseException, the same on all ranks
-        raise _first(doing, {rank: cause for rank, (cause, _) in error.failures.items()}) from error
+    def explain(error: Exception) -> CheckpointError | None:
+        if isinstance(error, CheckpointError):
+            return error
+        if not isinstance(error, OSError):
+            return None
+        kind = DiskRefused if error.errno in _WORTH_WAITING else CheckpointError
+        return kind(f"{doing} failed on rank {rank}: {type(error).__name__}: {error}")
 
-
-def _first(doing: str, failures: Mapping[int, BaseException]) -> CheckpointError:
-    rank, cause = min(failures.items())
-    if isinstance(cause, CheckpointError):
-        return cause
-    # DCP makes a RuntimeError of what a full disk answers.
-    kind = DiskRefused if isinstance(cause, OSError | RuntimeError) else CheckpointError
-    return kind(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}")
+    return agreement.together(group, doing, work, kinds=_KINDS, explain=explain)

@@ -11,9 +11,11 @@ Nothing here is collective: workers.checkpoint decides which rank does what.
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -49,6 +51,19 @@ _INDEX_TYPES = frozenset(
 )
 
 
+_NO_INDEX = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or does not fit; the same on all ranks. The message says what to do."""
 
@@ -65,9 +80,10 @@ class CheckpointCorrupt(CheckpointError):
         previous: the newest intact checkpoint before it, None where there is none or where nobody looked.
     """
 
-    def __init__(self, path: Path, file: str, reason: str, previous: Path | None = None) -> None:
-        super().__init__(path, file, reason, previous)  # all of them in args, so that it survives pickling
-        self.path, self.file, self.reason, self.previous = path, file, reason, previous
+    def __init__(self, path: Path | str, file: str, reason: str, previous: Path | str | None = None) -> None:
+        super().__init__(path, file, reason, previous)  # all in args, so that it survives the way between processes
+        self.path, self.file, self.reason = Path(path), file, reason
+        self.previous = None if previous is None else Path(previous)
 
     def __str__(self) -> str:
         way_out = "remove it, or restore the file from a copy"
@@ -136,9 +152,23 @@ def discard(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def enough_to_remove(root: Path, missing_bytes: int) -> list[Path]:
+    """The oldest complete checkpoints that take up so many bytes together; none where all but the newest do not."""
+    paths: list[Path] = []
+    for path in list_checkpoints(root)[:-1]:
+        paths.append(path)
+        missing_bytes -= sum(file.stat().st_size for file in path.iterdir())
+        if missing_bytes <= 0:
+            return paths
+    return []
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest under a checksum of its own and force the folder to disk."""
-    body = json.loads(json.dumps(asdict(manifest), allow_nan=False))  # as a reader will see it: keys are strings
+    try:
+        body = json.loads(json.dumps(asdict(manifest), allow_nan=False))  # as a reader will see it: keys are strings
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the extra values of {path} are not JSON: {error}") from error
     with (path / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({"sha256": _digest_of_json(body), "manifest": body}, file, indent=1)
         file.flush()
@@ -155,12 +185,37 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointCorrupt(path, MANIFEST, "is missing") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorrupt(path, MANIFEST, f"cannot be read ({error})") from error
+    except RecursionError as error:
+        raise CheckpointCorrupt(path, MANIFEST, "cannot be read (it is nested too deeply)") from error
     if sha256 != _digest_of_json(body):
         raise CheckpointCorrupt(path, MANIFEST, "was changed after it was written")
-    if body["format"] != FORMAT:
+    if type(body) is dict and type(body.get("format")) is int and body["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}; use its own version")
-    body["files"] = {name: (size, sha256) for name, (size, sha256) in body["files"].items()}
-    return Manifest(**body)
+    try:
+        return _manifest_of(body)
+    except (TypeError, ValueError, KeyError) as error:
+        # A checksum is no protection: whoever writes the file writes it too.
+        raise CheckpointCorrupt(path, MANIFEST, f"is not a manifest: {error}") from error
+
+
+def _manifest_of(body: Any) -> Manifest:
+    expected = {"step": int, "world_size": int, "files": dict, "extra": dict, "torch": str, "format": int}
+    if type(body) is not dict or body.keys() != expected.keys():
+        raise TypeError(f"it must hold {', '.join(expected)}, and nothing else")
+    for name, kind in expected.items():
+        if type(body[name]) is not kind or (kind is int and body[name] < 0):
+            raise TypeError(f"{name} must be of type {kind.__name__}, and not negative")
+    files = {name: _file_entry(name, entry) for name, entry in body["files"].items()}
+    return Manifest(**{**body, "files": files})
+
+
+def _file_entry(name: str, entry: Any) -> tuple[int, str]:
+    # A name leads out of the folder only with a slash, but for these two.
+    if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
+        raise ValueError(f"{name[:100]!r} is no name of a file in it")
+    if type(entry) is not list or list(map(type, entry)) != [int, str] or entry[0] < 0:
+        raise TypeError(f"of {name[:100]!r} it must hold size and sha256")
+    return entry[0], entry[1]
 
 
 def check_file(path: Path, name: str, size: int, sha256: str) -> None:
@@ -203,36 +258,55 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_index(path: Path, files: dict[str, tuple[int, str]]) -> Metadata:
-    """DCP's index of a checkpoint, if it holds tensors only and points into `files` only. Raises CheckpointCorrupt."""
+def read_index(path: Path, files: dict[str, tuple[int, str]], *, own: bool = False) -> Metadata:
+    """DCP's index of a checkpoint, if it holds tensors only and points into `files` only. Raises CheckpointCorrupt.
+
+    own: this process has just written it.
+    """
     try:
-        with (path / INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
+        raw = (path / INDEX).read_bytes()
+        if not own:
+            _check_claims(raw)
+        index = _IndexUnpickler(io.BytesIO(raw)).load()
         if not isinstance(index, Metadata):
             raise TypeError(f"it holds a {type(index).__name__}")
         refused = _refused_entries(index, files)
     except FileNotFoundError:
         raise CheckpointCorrupt(path, INDEX, "is missing") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+    except _NO_INDEX as error:
         raise CheckpointCorrupt(path, INDEX, f"is not an index of tensors ({error})") from error
     if refused:
         raise CheckpointCorrupt(path, INDEX, f"has entries that are not tensors in this folder: {refused[:3]}")
     return index
 
 
+def _check_claims(raw: bytes) -> None:
+    """Refuse what makes the unpickler allocate more than there is to read: it takes lengths and numbers as they come.
+
+    As long again as reading it, which for an index of the largest models is a few seconds.
+    """
+    for opcode, _, _ in pickletools.genops(raw):  # raises ValueError where a length goes beyond the end
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):  # places in a table that grows to any number in the file
+            raise pickle.UnpicklingError(f"holds {opcode.name}, which DCP does not write")
+
+
 def _refused_entries(index: Metadata, files: dict[str, tuple[int, str]]) -> list[str]:
-    stored = {place for place, info in index.storage_data.items() if _lies_in(info, files)}
+    stored = {place: info.length for place, info in index.storage_data.items() if _lies_in(info, files)}
     refused = [name for name, entry in index.state_dict_metadata.items() if not _is_whole(name, entry, stored)]
-    return refused + [place.fqn for place in index.storage_data.keys() - stored]
+    refused += [place.fqn for place in index.storage_data.keys() - stored.keys()]
+    # What is no text may be built so that its text has no end.
+    return [name[:200] if type(name) is str else f"a {type(name).__name__}" for name in refused]
 
 
-def _is_whole(name: str, entry: Any, stored: set[MetadataIndex]) -> bool:
+def _is_whole(name: str, entry: Any, stored: dict[MetadataIndex, int]) -> bool:
     """Whether a tensor is there in full. DCP reads the parts that an index lists and misses none."""
-    if not isinstance(entry, TensorStorageMetadata):
+    if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
         return False
-    num_elements = sum(chunk.sizes.numel() for chunk in entry.chunks)
-    in_files = all(MetadataIndex(name, chunk.offsets) in stored for chunk in entry.chunks)
-    return in_files and num_elements == entry.size.numel()
+    num_bytes = [chunk.sizes.numel() * entry.properties.dtype.itemsize for chunk in entry.chunks]
+    lengths = [stored.get(MetadataIndex(name, chunk.offsets), -1) for chunk in entry.chunks]
+    # DCP compresses nothing: a part that claims more bytes than its place has would only make a reader take memory.
+    fits = all(0 <= claimed <= length for claimed, length in zip(num_bytes, lengths, strict=True))
+    return fits and sum(num_bytes) == entry.size.numel() * entry.properties.dtype.itemsize
 
 
 def _lies_in(info: Any, files: dict[str, tuple[int, str]]) -> bool:

@@ -10,10 +10,13 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from itertools import chain
+from typing import Any, Self
 
 import psutil
 import torch.distributed as dist
+
+from dispatch.values import all_gather_values
 
 Address = tuple[str, int]
 
@@ -33,9 +36,8 @@ class Connections:
 
         Nobody else in this process may have begun to listen meanwhile.
         """
-        of_ranks: list[frozenset[Address]] = [frozenset()] * dist.get_world_size(group)
-        dist.all_gather_object(of_ranks, listening() - before, group=group)
-        return cls(frozenset().union(*of_ranks))
+        mine = sorted(listening() - before)
+        return cls(frozenset(chain.from_iterable(all_gather_values(mine, group, _read_addresses))))
 
     def abort(self) -> None:
         """Shut down this rank's ends; from any thread. What waits for them here and elsewhere raises RuntimeError."""
@@ -54,6 +56,12 @@ class Connections:
         except Exception:
             self.abort()
             raise
+
+
+def _read_addresses(value: Any) -> list[Address]:
+    if any((type(ip), type(port)) != (str, int) for ip, port in value):
+        raise TypeError("pairs of address and port are expected")
+    return [(ip, port) for ip, port in value]
 
 
 def listening() -> frozenset[Address]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from workers import checkpoint
 from workers.background import Background
 from workers.checkpoint import CheckpointError, DiskRefused
+from workers.checkpoint_files import discard, enough_to_remove
 from workers.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.shares import Block
@@ -92,7 +93,9 @@ class DiskSaver:
             self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
-        """Save and wait for it. On a full disk, until there is room, until `give_up` is set anew, or the time is over.
+        """Save and wait for it, at the price of older checkpoints where the disk has no room for all of them.
+
+        On a full disk until there is room, until `give_up` is set anew, or the time is over.
 
         Raises:
             CheckpointError: on all ranks.
@@ -103,7 +106,7 @@ class DiskSaver:
         self._step, told = live.step, False
         while True:
             try:
-                written = self._job(live)()
+                written = self._job(live, make_room=self._remove_oldest)()
                 break
             except CheckpointError as error:
                 patience_s = begun + self._run.full_disk_wait_s - time.monotonic()
@@ -129,7 +132,7 @@ class DiskSaver:
         self._staging.copy(live.tensors, self._block)
         return replace(live, tensors=self._block.tensors)
 
-    def _job(self, snapshot: Snapshot) -> Callable[[], _Written]:
+    def _job(self, snapshot: Snapshot, make_room: Callable[[int], None] | None = None) -> Callable[[], _Written]:
         # It knows one group only: a thread that waits for a rank that is gone must not keep the other groups open, by
         # which the others learn of it.
         return partial(
@@ -140,7 +143,16 @@ class DiskSaver:
             self._groups.checkpoint_group,
             keep=self._run.keep_checkpoints,
             sync_records=self._sync_records,
+            make_room=make_room,
         )
+
+    def _remove_oldest(self, missing_bytes: int) -> None:
+        """Make room for the last checkpoint, where that can be done and one of the older ones stays. On rank 0."""
+        if paths := enough_to_remove(self._root, missing_bytes):
+            steps = [checkpoint.step_of(path) for path in paths]
+            self._tell("checkpoints_removed", step=self._step, removed=steps, missing_bytes=missing_bytes)
+            for path in paths:
+                discard(path)
 
     def _tell_written(self, written: _Written) -> None:
         self.saved_step = self._step
@@ -162,12 +174,13 @@ def _write(
     *,
     keep: int,
     sync_records: Callable[[], None],
+    make_room: Callable[[int], None] | None,
 ) -> _Written:
     """Collective over `group`."""
     begun = time.monotonic()
     if block is not None:
         block.wait()
     sync_records()  # a checkpoint is never ahead of its records
-    path = checkpoint.save(root, snapshot.step, snapshot.tensors, snapshot.extra, group, keep)
+    path = checkpoint.save(root, snapshot.step, snapshot.tensors, snapshot.extra, group, keep, make_room=make_room)
     num_bytes = 0 if dist.get_rank(group) else sum(file.stat().st_size for file in path.iterdir())
     return _Written(path, num_bytes, time.monotonic() - begun)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispatch.values import all_gather_values
 from workers import checkpoint
 from workers.background import Background
 from workers.checkpoint_files import CheckpointError
@@ -214,8 +215,7 @@ def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.Pro
     Collective. The group may have another size than the gang that had this state.
     """
     shards, tensors, extra = memory.read(step)
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (shards, extra), group=group)
+    gathered = all_gather_values((shards, extra), group, _read_held)
     held = [shards for shards, _ in gathered]
     if newest_recoverable(held) != step:
         names = [f"rank {shard.owner} of {shard.world_size}" for shard in sorted({*chain.from_iterable(held)})]
@@ -224,6 +224,13 @@ def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.Pro
         )
     world_size = next(chain.from_iterable(held)).world_size
     return checkpoint.save(root, step, tensors, next(extra for _, extra in gathered if extra), group, keep, world_size)
+
+
+def _read_held(value: Any) -> tuple[list[HeldShard], dict[str, Any]]:
+    shards, extra = value
+    if type(extra) is not dict or any(type(number) is not int for shard in shards for number in shard):
+        raise TypeError("held shares and the extra values are expected")
+    return [HeldShard(*shard) for shard in shards], extra
 
 
 def _travelling_first(

@@ -5,10 +5,13 @@ so far, and copied into one block that a thread can write or send while the trai
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dispatch.values import all_gather_values
 
 # Of every tensor in a block: any dtype can be read there, and copies do not share a cache line.
 _ALIGN_BYTES = 64
@@ -32,6 +35,23 @@ class TensorSpec(NamedTuple):
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """What each of these tensors is, by its name."""
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def all_gather_specs(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> list[dict[str, TensorSpec]]:
+    """What each rank holds, by rank. Collective over `group`; None for a process on its own."""
+    mine = {name: (spec.shape, str(spec.dtype).removeprefix("torch.")) for name, spec in specs_of(tensors).items()}
+    return all_gather_values(mine, group, _read_specs)
+
+
+def _read_specs(value: dict[str, Any]) -> dict[str, TensorSpec]:
+    return {name: _read_spec(shape, dtype) for name, (shape, dtype) in value.items()}
+
+
+def _read_spec(shape: Any, dtype_name: Any) -> TensorSpec:
+    dtype = getattr(torch, dtype_name)
+    if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in shape):
+        raise TypeError("the shape and the dtype of a tensor are expected")
+    return TensorSpec(tuple(shape), dtype)
 
 
 def divide(held_by_rank: Sequence[Mapping[str, TensorSpec]]) -> list[dict[str, TensorSpec]]:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from workers.parallel import RankGroups
-from workers.shares import Block, TensorSpec, divide, specs_of
+from workers.shares import Block, TensorSpec, all_gather_specs, divide
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Staging:
     def divide(self, tensors: Mapping[str, Tensor]) -> None:
         """Agree on the shares, once: what a rank holds does not change in a run. Collective over checkpoint_group."""
         if not self.shares:
-            self.holds = [{} for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather_object(self.holds, specs_of(tensors), group=self._group)
+            self.holds = all_gather_specs(tensors, self._group)
             self.shares = divide(self.holds)
 
     def copy(self, tensors: Mapping[str, Tensor], block: Block) -> None:

@@ -1,22 +1,18 @@
 """Tensors of a checkpoint one by one, for a process that must not hold all of them."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from workers import checkpoint
 from workers.checkpoint_files import Manifest, read_index
+from workers.dcp import read_tensors
 
 
-class TensorReader(FileSystemReader):
+class TensorReader:
     """Reads what is asked for from a checkpoint whose files were all verified when this was made.
 
     shapes, dtypes: by canonical name. places: file and offset of each, for who reads in the order of the disk.
@@ -29,7 +25,7 @@ class TensorReader(FileSystemReader):
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
-        super().__init__(path)
+        self._path = path
         self.manifest = manifest or checkpoint.verify(path)
         self._index = read_index(path, self.manifest.files)
         entries: dict[str, Any] = self._index.state_dict_metadata
@@ -41,12 +37,5 @@ class TensorReader(FileSystemReader):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, by canonical name, on the CPU. Raises KeyError for one that is not in it."""
         tensors = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load(tensors, storage_reader=self, planner=planner, no_dist=True)
+        read_tensors(self._path, self._index, tensors)
         return tensors
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index that was read and checked before: DCP's own way is an unrestricted pickle."""
-        return self._index

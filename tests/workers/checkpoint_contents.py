@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from workers.checkpoint import _CheckedReader, verify
+from workers.checkpoint import verify
 from workers.checkpoint_files import read_index
+from workers.dcp import read_tensors
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -18,8 +17,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         name: torch.zeros(tuple(entry.size), dtype=entry.properties.dtype)
         for name, entry in index.state_dict_metadata.items()
     }
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp_load(tensors, storage_reader=_CheckedReader(path, index), planner=planner, no_dist=True)
+    read_tensors(path, index, tensors)
     return tensors
 
 

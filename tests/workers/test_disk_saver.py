@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import shutil
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ from tests.workers.checkpoint_contents import differing
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers import disk_saver
 from workers.checkpoint import CheckpointError, list_checkpoints
+from workers.checkpoint_files import enough_to_remove
 from workers.run_log import read_events, read_load_history, read_metrics
 from workers.training_run import CHECKPOINTS
 
@@ -45,9 +47,9 @@ def _hold_the_write_of_step_3_until_step_6(rank, world_size, spec):
     go_on, save = threading.Event(), disk_saver.checkpoint.save
     _at_step(worker, 6, go_on.set)
 
-    def held_back(*args):
+    def held_back(*args, **named):
         assert go_on.wait(20)
-        return save(*args)
+        return save(*args, **named)
 
     disk_saver.checkpoint.save = held_back
     try:
@@ -220,3 +222,38 @@ def test_a_disk_that_stays_full_ends_the_run_on_all_ranks_alike(tmp_path, small_
     first, second = run_ranks(2, _give_up, spec, small_disk)
     assert first == second
     assert list_checkpoints(Path(small_disk) / "asked to" / CHECKPOINTS) == []
+
+
+def _finish_with_room_for_two(rank, world_size, spec, disk):
+    worker = join_worker(replace(spec, run_dir=disk / "run"), rank, world_size, "crowded")
+    if rank == 0:
+        # Less room than a checkpoint of 1.1 MB needs, but not without one of the two that are there.
+        _at_step(worker, 6, lambda: (_wait_for_writer(), _leave_free(disk, 700_000)))
+    return worker.train().completed
+
+
+def _leave_free(disk, num_bytes):
+    with (disk / "ballast").open("wb") as ballast:
+        ballast.write(b"x" * (shutil.disk_usage(disk).free - num_bytes))
+
+
+def test_the_last_checkpoint_takes_the_room_of_the_oldest_and_says_so_before(tmp_path, small_disk):
+    spec = make_spec(tmp_path, steps=6, checkpoint_every=2, keep_checkpoints=3)
+    assert run_ranks(2, _finish_with_room_for_two, spec, small_disk) == [True, True]
+    told = [e for e in read_events(small_disk / "run") if e["event"].startswith("checkpoint")]
+    assert [(e["event"], e["step"]) for e in told] == [
+        ("checkpoint", 2), ("checkpoint", 4), ("checkpoints_removed", 6), ("checkpoint", 6),
+    ]  # fmt: skip
+    assert told[2]["removed"] == [2]
+    # The newest complete one stays until the last is there, whatever that costs.
+    assert [path.name[-1] for path in list_checkpoints(small_disk / "run" / CHECKPOINTS)] == ["4", "6"]
+
+
+def test_nothing_is_removed_where_it_would_not_make_enough_room(tmp_path):
+    for step in (1, 2, 3):
+        path = tmp_path / f"step_0000000{step}"
+        path.mkdir()
+        (path / "file").write_bytes(b"x" * 100)
+    assert [path.name[-1] for path in enough_to_remove(tmp_path, 100)] == ["1"]
+    assert [path.name[-1] for path in enough_to_remove(tmp_path, 101)] == ["1", "2"]
+    assert enough_to_remove(tmp_path, 201) == []

@@ -14,6 +14,7 @@ from dispatch.balance import layout_of, routers_of
 from dispatch.factory import make_dispatcher
 from dispatch.layout import LoadLayout
 from workers import checkpoint
+from workers.agreement import together
 from workers.families.filling import fill
 from workers.families.source import Source, SourceError, open_source
 from workers.model import Decoder, ModelConfig
@@ -60,19 +61,22 @@ def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, wo
 def _import(source: Source, run_dir: Path, config: ModelConfig, group: dist.ProcessGroup) -> ImportedShard:
     before = _reset_peak()
     state, layout = _empty_shard(config, group)
-    failure: SourceError | OSError | None = None
-    try:
-        fill(state, source)
-    except (SourceError, OSError) as error:
-        failure = error
-    failures: list[SourceError | OSError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, failure, group=group)
-    for found in failures:
-        if found is not None:
-            raise found
+    together(
+        group,
+        f"reading {source.folder}",
+        lambda: fill(state, source),
+        kinds={"SourceError": SourceError},
+        explain=_explain,
+    )
     checkpoint.save(run_dir / CHECKPOINTS, 0, state, _extra(config, layout), group)
     shard_bytes = sum(tensor.nbytes for tensor in state.values())
     return ImportedShard(layout, shard_bytes, _peak_bytes() - before)
+
+
+def _explain(error: Exception) -> SourceError | None:
+    if isinstance(error, SourceError):
+        return error
+    return SourceError(str(error)) if isinstance(error, OSError) else None
 
 
 def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[str, Tensor], LoadLayout]:

@@ -1,0 +1,78 @@
+"""Small plain values between ranks: msgpack over tensors, bounded, and never a pickle.
+
+torch's `all_gather_object` unpickles what the other ranks send: who gets a word in there runs code on every rank.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgpack
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# The names, shapes and dtypes of 500,000 tensors fit, ten times those of the largest published model.
+MAX_VALUE_BYTES = 1 << 26
+_UNEXPECTED = (TypeError, ValueError, KeyError, AttributeError)
+
+
+class BadValue(RuntimeError):
+    """A rank sent a value that is too large, or not what the others expect."""
+
+
+def all_gather_values(
+    value: Any, group: dist.ProcessGroup | None, read: Callable[[Any], T], max_bytes: int = MAX_VALUE_BYTES
+) -> list[T]:
+    """The values of all ranks, by rank.
+
+    Args:
+        value: of None, bool, int, float, str, bytes, list, tuple and dict with keys of str; tuples arrive as lists.
+        group: of any backend; None for a process on its own.
+        read: makes of a received value what is meant; raises where it cannot, one of _UNEXPECTED.
+
+    Raises:
+        BadValue: a value is larger than `max_bytes`, is no msgpack, or `read` does not take it. On all ranks.
+
+    Collective.
+    """
+    raw = bytes(msgpack.packb(value))
+    return [_read(rank, part, read) for rank, part in enumerate(_all_gather_bytes(raw, group, max_bytes))]
+
+
+def _all_gather_bytes(raw: bytes, group: dist.ProcessGroup | None, max_bytes: int) -> list[bytes]:
+    if group is None:
+        return [raw]
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    # Lengths go first: a receiver makes room only for what it may be sent.
+    mine = torch.tensor([len(raw)], device=device)
+    gathered = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    lengths = [int(length) for length in gathered]
+    for rank, length in enumerate(lengths):  # the same on all ranks, so that all raise or none does
+        if not 0 <= length <= max_bytes:
+            raise BadValue(f"rank {rank} of the group would send {length} bytes; at most {max_bytes} are taken")
+    padded = torch.frombuffer(bytearray(raw.ljust(max(lengths), b"\0")), dtype=torch.uint8).to(device)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return [part.cpu().numpy().tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
+
+
+def _read(rank: int, raw: bytes, read: Callable[[Any], T]) -> T:
+    try:
+        return read(msgpack.unpackb(raw, strict_map_key=True, max_ext_len=0))
+    except (TypeError, ValueError, KeyError, msgpack.UnpackException) as error:
+        raise BadValue(
+            f"rank {rank} of the group sent what is not expected: {type(error).__name__}: {error}"
+        ) from error
+
+
+def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
+    """Reads a list of values of one type; a bool is no int."""
+
+    def read(value: Any) -> list[T]:
+        if type(value) is not list or any(type(item) is not kind for item in value):
+            raise TypeError(f"a list of {kind.__name__} is expected")
+        return value
+
+    return read
