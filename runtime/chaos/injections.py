@@ -8,17 +8,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from runtime.chaos.own_ray import kill_own_ray_and_driver
 from runtime.chaos.plan import ChaosFault
+from runtime.chaos.second_writer import second_writer
 from runtime.chaos.target import TargetRun, Unfulfilled
 from workers.checkpoint import list_checkpoints
-from workers.run_log import read_events
 from workers.training_run import CHECKPOINTS
 
 DELAY_S, JITTER_S, LOSS = 0.01, 0.002, 0.01
@@ -26,7 +24,6 @@ BITS_PER_S = 10 * 10**6
 BRIEFLY_S = 3.0  # Less than what it takes the head to declare a node dead, and than the bound of a collective.
 STEPS_UNDER = 4  # Steps that a run is to make on a bad link.
 NOTICE_S = 120.0  # For a failure to be noticed, and for a few steps.
-REFUSE_S = 60.0  # For a command to say that it will not do what it was asked for: it has only to import torch.
 RAYLET, GCS, AGENTS = r"\S*/raylet/raylet ", r"\S*/gcs/gcs_server ", r"ray::(DashboardAgent|RuntimeEnvAgent)"
 ASIDE = "aside"  # Where the copy of a run directory lies, beside it.
 
@@ -90,24 +87,6 @@ def restore_run_directory(run: TargetRun) -> None:
     run.run_dir.with_name(ASIDE).rename(run.run_dir)
     if new:
         raise Unfulfilled(f"a new folder was made in the place of the run directory, with {', '.join(new)}")
-
-
-def second_writer(run: TargetRun, fault: ChaosFault) -> float:
-    """Two more drivers want to write the same run, on a machine each. Both are to be refused, and to change nothing."""
-    before, at = _settings(run), time.time()
-    machines = (fault.machine, (fault.machine + 1) % len(run.testbed.machines))
-    others = [run.second_start(machines[0]), run.second_resume(machines[1])]
-    for process, log in others:
-        run.wait(partial(_has_ended, process), "refusing a second writer", REFUSE_S)
-        said = " ".join(log.read_text().split())
-        if process.returncode not in (1, 2) or not re.search(fault.kind.promise, said):
-            raise Unfulfilled(f"a second writer ended with exit code {process.returncode}, saying: {said[-300:]}")
-    events = [event["event"] for event in read_events(run.run_dir) if event["time"] >= at]
-    if wrong := {"started", "resumed", "failed", "gave_up", "interrupted"}.intersection(events):
-        raise Unfulfilled(f"a second writer wrote {', '.join(sorted(wrong))} into the events")
-    if _settings(run) != before:
-        raise Unfulfilled("a second writer changed config.yaml")
-    return at
 
 
 def hole_in_record(run: TargetRun, _: ChaosFault) -> float:
@@ -242,14 +221,6 @@ def _copy(run_dir: Path, target: Path) -> None:
             continue
         return
     raise Unfulfilled(f"{run_dir} could not be copied while the run writes")
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    return process.poll() is not None
-
-
-def _settings(run: TargetRun) -> bytes:
-    return (run.run_dir / "config.yaml").read_bytes()
 
 
 def _host_pid(run: TargetRun, rank: int) -> int:

@@ -9,6 +9,7 @@ from runtime.chaos.leftovers import still_there_of, temporary_files
 from runtime.chaos.plan import ChaosFault
 from runtime.chaos.record import read_record
 from runtime.chaos.sameness import differences
+from runtime.chaos.second_writer import refuse
 from runtime.chaos.target import TargetRun, Unfulfilled
 
 STEPS = 6  # Made between two faults: one checkpoint, and some after it.
@@ -29,6 +30,8 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
     own = run.sibling(f"own{fault.number}")
     try:
         own.start_with_own_ray()
+        own.wait(own.run_dir.exists, "its start", START_S)
+        refuse(own, lambda: [own.second_start(0)])
         _train(own)
         _lose_ray(own)
         own.resume()

@@ -13,6 +13,7 @@ from typing import Any
 
 from dispatch.errors import UserError
 from runtime.chaos.leftovers import Leftovers
+from runtime.chaos.machines import MachineProcess
 from runtime.chaos.plan import CHECKPOINT_EVERY, EVAL_EVERY, Preset
 from runtime.chaos.testbed import Testbed
 from runtime.compare.run_pool import last_step
@@ -77,9 +78,14 @@ class TargetRun:
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> float:
         """Send a signal to its driver. Returns the time of it."""
-        [driver] = [each for each in self.testbed.machines[0].processes() if " -m runtime train " in f"{each.command} "]
+        [driver] = self.drivers()
         os.kill(driver.host_pid, number)
         return time.time()
+
+    def drivers(self) -> list[MachineProcess]:
+        """All that train on the testbed, in the order of the machines: this run's, unless another was started."""
+        everybody = [each for machine in self.testbed.machines if machine.is_up for each in machine.processes()]
+        return [each for each in everybody if " -m runtime train " in each.command]
 
     def stop(self) -> None:
         """End it if it still runs, without waiting for it to save."""
