@@ -3,16 +3,19 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
 from dispatch.errors import InvalidValue
+from runtime import train_help
 from runtime.config import TrainConfig, check_resume, cross_check, flatten
 from runtime.run_dir import CONFIG_FILE, find_run
 from runtime.yaml_text import load_yaml, read_bounded
@@ -26,7 +29,6 @@ SHORT_OPTIONS = {
 }
 MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
-USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | --resume RUN [--step N] [...]"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
     except argparse.ArgumentError as error:
         raise InvalidValue(f"{error}; see `trimtab train --help`") from error
     config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
+    _answer_help(arguments, config_name, resume_name)
     if resume_name is None:
         if step is not None:
             raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
@@ -136,6 +139,18 @@ def config_to_yaml(config: TrainConfig) -> str:
     return str(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
+def _answer_help(arguments: Sequence[str], config_name: str | None, resume_name: str | None) -> None:
+    asked = next((index for index, argument in enumerate(arguments) if argument in train_help.OPTIONS), None)
+    if asked is None:
+        return
+    named = [word for word in arguments[asked + 1 : asked + 2] if not word.startswith("-")]
+    file = None if resume_name is None else find_run(resume_name) / CONFIG_FILE
+    defaults = load_config(config_name or BASE_PRESET) if file is None else config_from_yaml_file(file)
+    presets = ", ".join(sorted(_find_presets()))
+    sys.stdout.write(train_help.help_text([arguments[asked], *named], defaults, presets))
+    raise SystemExit(0)
+
+
 def _lengthen(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return SHORT_OPTIONS.get(option, option) + equals + value
@@ -155,15 +170,13 @@ def _source_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
-    presets = ", ".join(sorted(_find_presets()))
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {presets}. Without it: {BASE_PRESET}.")
-    parser.add_argument("--resume", metavar="RUN", help="Go on with this run: its directory, or its name in runs/.")
-    parser.add_argument("--step", metavar="N", type=int, help="With --resume: checkpoint of step N, not the newest.")
+    parser.add_argument("--config")
+    parser.add_argument("--resume")
+    parser.add_argument("--step", type=int)
     return parser
 
 
 def _settings_parser(base: TrainConfig, **options: Any) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults(flatten(base))
@@ -171,15 +184,7 @@ def _settings_parser(base: TrainConfig, **options: Any) -> ArgumentParser:
 
 
 def _parse_options(arguments: Sequence[str], base: TrainConfig) -> TrainConfig:
-    short = ", ".join(f"{short} for {long}" for short, long in SHORT_OPTIONS.items())
-    parser = _settings_parser(
-        base,
-        prog="trimtab train",
-        usage=USAGE,
-        description="Train a model. Options override the file; defaults below are those of the file that was chosen.",
-        epilog=f"Short forms: {short}.",
-        parents=[_source_parser()],
-    )
+    parser = _settings_parser(base, prog="trimtab train", parents=[_source_parser()])
     try:
         return _build(parser, parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
@@ -242,14 +247,19 @@ def _explain(error: argparse.ArgumentError) -> str:
     hint = _setting_types(TrainConfig).get(place[1])
     if hint is None:
         return f"--{place[1]} is a section: give its settings one by one, as in --{place[1]}.SETTING VALUE"
-    return f"{place[1]} is {message.rpartition('Got value: ')[2]!r}; it must be {_describe(hint)}"
+    given = re.split(r"(?:Got|Given) value: ", message)[-1]
+    return f"{place[1]} is {given!r}; it must be {_describe(hint)}"
 
 
 def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is UnionType:
+        return " or ".join(_describe(each) for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is tuple:
+        return {float: "a list of numbers, as [0.5,0.5]"}.get(get_args(hint)[0], "a list of texts, as [a,b]")
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(hint) or str(hint).replace("None", "null")
+    return words.get(hint, "names and numbers, as {beta: 0.9}")
 
 
 def _suggest(key: str, dashes: str = "") -> str:

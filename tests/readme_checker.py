@@ -132,7 +132,7 @@ def _subcommand(rest: list[str]) -> str:
 @functools.cache
 def _options_of(subcommand: str) -> frozenset[str] | None:
     """Options in the help of a subcommand ("" is the command itself); None where it does not exist."""
-    arguments = [*subcommand.split(), "--help"]
+    arguments = [*subcommand.split(), "--help-all" if subcommand == "train" else "--help"]
     code = f"import sys; from runtime.cli import main; sys.exit(main({arguments!r}))"
     env = {**os.environ, "COLUMNS": "250", "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.check_default_run import complaints
 from tests.readme_checker import ROOT, broken_commands, broken_links, broken_paths, line_of_first_command
+from tests.synthetic_run import make_run
+from workers.run_log import METRICS
 
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev]'"
 PLACE_OF_A_MACHINE = re.compile(r"(?<![\w./:~-])/(?:home|Users|root|work|mnt|scratch)/\w")
@@ -114,3 +117,23 @@ def test_first_command_is_found_by_its_line() -> None:
 def test_a_place_of_a_machine_is_seen_and_an_address_is_not() -> None:
     assert PLACE_OF_A_MACHINE.search("run " + "/home" + "/me/trimtab")
     assert not PLACE_OF_A_MACHINE.search("https://example.org/home/page and docs/work/x and ~/work/x")
+
+
+def test_continuous_integration_runs_the_first_commands_of_the_readme_as_they_stand_there() -> None:
+    start = (ROOT / "README.md").read_text().partition("\n## Start\n")[2].partition("```sh\n")[2].partition("```")[0]
+    printed = [line.partition("#")[0].strip() for line in start.splitlines()]
+    run = [re.split(r" 2>&1 | && ", line)[0] for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert printed == ["make train", "make test", "make test-slow"]
+    assert [line for line in run if line in printed] == printed
+
+
+def test_the_look_at_the_default_run_finds_what_is_missing_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert complaints(run) == ["there is no report.html"]
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    lost = re.sub(r'"tokens_returned": \d+', '"tokens_returned": 7', lines[7])
+    (run / METRICS).write_text("".join([*lines[:7], lost, *lines[9:]]))
+    assert complaints(run)[:2] == [
+        "Tokens lost: not good, or not there",
+        "steps of metrics.jsonl: 59, not each of 1 to 60 once and in order",
+    ]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import pytest
 import runtime
 from dispatch.errors import UserError
 from runtime.cli import COMMANDS, main
+from runtime.config import flatten
 from runtime.config_file import load_config
 from workers.generation import SamplingConfig
 
@@ -99,6 +101,9 @@ def test_report_prints_where_it_wrote(
         (["train", "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
         (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file or preset"),
         (["train", "--config"], "--config: expected one argument"),
+        (["train", "--balance.rate", "nan"], "balance.rate is 'nan'; it must be a number"),
+        (["train", "--data.mix", "[a]"], "data.mix is 'a'; it must be a list of numbers, as [0.5,0.5]"),
+        (["train", "--help", "mode"], "--help mode: there is no such section; choose from run, model, balance, "),
         (["train", "--workers", "3"], "run.global_batch_size (16) must be a multiple of cluster.num_workers (3)"),
         (["train", "--data.tokenizer", "/no/file"], "data.tokenizer /no/file cannot be read"),
         (["eval"], "RUN"),
@@ -224,21 +229,45 @@ def test_no_command_is_without_a_test_of_it_alone() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
+    [[], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
-    written = capsys.readouterr().out
-    assert "trimtab" in written
-    if command == ["train"]:
-        for words in ("--model.moe.top_k", "Experts chosen by each token", "--config FILE", "--device", "paper-1b"):
-            assert words in written
+    assert "trimtab" in capsys.readouterr().out
 
 
-def test_help_of_train_shows_the_defaults_of_the_chosen_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", "tiny", "--help"]) == 0
-    steps = load_config("tiny").run.steps
-    assert f"Optimizer steps. (type: int, default: {steps})" in " ".join(capsys.readouterr().out.split())
+def help_of_train(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["train", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_train_is_a_page_with_what_people_use_first(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of_train(capsys, "--help")
+    assert 20 <= len(text.splitlines()) <= 30
+    for words in ("--name NAME", "--data.path PATH", "presets", "optimizer steps (400)", "--help-all"):
+        assert words.replace("presets", "compare, paper-1b, small, tiny") in text
+
+
+def test_every_setting_has_its_words_and_its_default_in_the_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of_train(capsys, "--help-all", "--config", "tiny")
+    options = re.findall(r"^  (--[a-z]+\.[\w.]+)", text, re.MULTILINE)
+    assert options == [f"--{key}" for key in flatten(load_config("tiny"))]
+    words = " ".join(text.split())
+    for found in (
+        "--run.dtype {float32,bfloat16} Number format of the computation; weights",
+        "float32 with either (float32)",
+        f"--run.steps N Optimizer steps ({load_config('tiny').run.steps})",  # of the chosen file
+        "--balance.rate X Step of the bias, in the law's own unit; empty: the law's default (not set)",
+        "--balance.options {NAME: X} Further constants",
+        "--model.moe.top_k N Experts chosen by each token",
+    ):
+        assert found in words
+    assert not re.search(r"CONFIG|\(type:", text)
+
+
+def test_help_of_a_section_is_that_section_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of_train(capsys, "--help", "optim")
+    assert set(re.findall(r"^  --(\w+)\.", text, re.MULTILINE)) == {"optim"}
 
 
 # The wall clock of a shared machine says little: what costs seconds is the import of torch and Ray.
