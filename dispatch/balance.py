@@ -51,7 +51,8 @@ def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
     if num_groups > 1 and not config.entry.group_limited:
         raise InvalidValue(
             f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
-            f"{num_groups}): its histogram does not see the limit; use balance.law newton, or num_groups 1"
+            f"{num_groups}): it does not see that a bias moves tokens between groups too; use balance.law adaptive, or "
+            "num_groups 1"
         )
 
 

@@ -66,8 +66,14 @@ def _floor_of(trace: Trace, step: int, side: range) -> float:
 
 
 def _balancing_bias(scores_TE: Tensor, choice: Choice) -> Tensor:
-    """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate."""
-    config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(NUM_ROUNDS)]
+    """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate.
+
+    Where groups limit the choice, `newton` swings and `adaptive` finds its own gain.
+    """
+    if choice.num_groups > 1:
+        config = [BalanceConfig(law="adaptive")] * NUM_ROUNDS
+    else:
+        config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(NUM_ROUNDS)]
     layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
     player = Player(config[0], layout, choice)
     for round_, each in enumerate(config, 1):

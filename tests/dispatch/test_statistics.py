@@ -119,11 +119,11 @@ def test_without_a_law_that_asks_nothing_is_counted_or_kept():
     assert read_counts({"router": router}).shape == (8,)
 
 
-@pytest.mark.parametrize("law", ["quantile", "warm"])
+@pytest.mark.parametrize("law", ["newton", "quantile", "warm"])
 def test_laws_that_do_not_see_group_limits_are_refused_with_them(law):
-    with pytest.raises(ValueError, match=r"limited to groups .*newton"):
+    with pytest.raises(ValueError, match=r"limited to groups .*use balance\.law adaptive"):
         _router(law, num_groups=4, groups_kept=2)
-    _router("newton", num_groups=4, groups_kept=2)
+    _router("adaptive", num_groups=4, groups_kept=2)
 
 
 def test_an_unknown_statistic_is_named_with_those_there_are():

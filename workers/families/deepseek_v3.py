@@ -17,7 +17,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("topk_method", "noaux_tc")
     settings.expect("moe_layer_freq", 1)
     settings.expect("rope_interleave", True, None)
-    num_groups = settings.whole("n_group", default=1)
+    num_groups = settings.whole("n_group", default=8)
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),
         hidden=settings.whole("hidden_size"),
@@ -27,14 +27,14 @@ def read_config(settings: Settings) -> ModelConfig:
         num_kv_heads=settings.whole("num_attention_heads"),
         attention="latent",
         latent=LatentConfig(
-            query_rank=settings.whole("q_lora_rank", default=0),
+            query_rank=settings.whole("q_lora_rank", default=1536, null=0),
             kv_rank=settings.whole("kv_lora_rank"),
             nope_dim=settings.whole("qk_nope_head_dim"),
             rope_dim=settings.whole("qk_rope_head_dim"),
             value_dim=settings.whole("v_head_dim"),
         ),
         dense_ffn_hidden=settings.whole("intermediate_size"),
-        num_mtp_layers=settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=0),
+        num_mtp_layers=settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=1),
         max_seq_len=settings.whole("max_position_embeddings"),
         rope_theta=settings.rope_theta(1e4),
         yarn=settings.yarn(scales_scores=True),
@@ -44,13 +44,13 @@ def read_config(settings: Settings) -> ModelConfig:
             num_experts=settings.whole("n_routed_experts", "num_local_experts"),
             top_k=settings.whole("num_experts_per_tok"),
             ffn_hidden=settings.whole("moe_intermediate_size"),
-            num_shared_experts=settings.whole("n_shared_experts", default=0),
+            num_shared_experts=settings.whole("n_shared_experts", default=1),
             score="sigmoid",
             num_groups=num_groups,
-            groups_kept=settings.whole("topk_group", default=1),
+            groups_kept=settings.whole("topk_group", default=4),
             scores_per_group=2,  # of DeepSeek's own code; the paper's top_k / groups_kept is 2 as well at full size
             normalize_weights=settings.flag("norm_topk_prob", default=True),
-            route_scale=settings.number("routed_scaling_factor", default=1.0),
+            route_scale=settings.number("routed_scaling_factor", default=2.5),
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig
 from workers.families.base import Family, Part, expert_parts, grouped_query_parts
 from workers.families.settings import Settings
@@ -10,8 +11,14 @@ from workers.model import ModelConfig
 
 def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a MixtralConfig."""
-    settings.expect("sliding_window", None)
     settings.expect("hidden_act", "silu")
+    max_seq_len = settings.whole("max_position_embeddings")
+    window = settings.whole("sliding_window", default=max_seq_len, null=max_seq_len)
+    if window < max_seq_len:  # a wider one reaches every token
+        raise InvalidValue(
+            f"{settings.where}: sliding_window is {window}, and only null or at least max_position_embeddings "
+            f"({max_seq_len}) is supported"
+        )
     hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),
@@ -19,12 +26,12 @@ def read_config(settings: Settings) -> ModelConfig:
         num_layers=settings.whole("num_hidden_layers"),
         num_dense_layers=0,
         num_heads=num_heads,
-        num_kv_heads=settings.whole("num_key_value_heads", default=num_heads),
-        head_dim=settings.whole("head_dim", default=hidden // num_heads),
-        max_seq_len=settings.whole("max_position_embeddings"),
+        num_kv_heads=settings.whole("num_key_value_heads", default=8, null=num_heads),
+        head_dim=settings.whole("head_dim", default=hidden // num_heads, null=hidden // num_heads),
+        max_seq_len=max_seq_len,
         rope_theta=settings.rope_theta(1e6),
         yarn=settings.yarn(scales_scores=False),
-        norm_eps=settings.number("rms_norm_eps"),
+        norm_eps=settings.number("rms_norm_eps", default=1e-5),
         tie_embeddings=settings.flag("tie_word_embeddings", default=False),
         moe=MoEConfig(
             num_experts=settings.whole("num_local_experts", "num_experts"),

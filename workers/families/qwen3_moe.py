@@ -26,7 +26,7 @@ def read_config(settings: Settings) -> ModelConfig:
         num_dense_layers=len(dense),
         num_heads=num_heads,
         num_kv_heads=settings.whole("num_key_value_heads"),
-        head_dim=settings.whole("head_dim", default=hidden // num_heads),
+        head_dim=settings.whole("head_dim", default=hidden // num_heads, null=hidden // num_heads),
         query_key_norm="head",
         dense_ffn_hidden=settings.whole("intermediate_size"),
         max_seq_len=settings.whole("max_position_embeddings"),

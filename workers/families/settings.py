@@ -14,29 +14,30 @@ class Settings:
     """The values of one config.json; `where` names it in errors.
 
     Settings that have two names, as of the hub and as transformers writes them, are asked for by both: the first that
-    is there and not null counts.
+    is there and not null counts. `default`, where none is there, must be that of transformers; `null`, where one is
+    there and null, what transformers makes of that: None is refused.
     """
 
     values: Mapping[str, Any]
     where: str
 
-    def whole(self, *names: str, default: int | None = None) -> int:
+    def whole(self, *names: str, default: int | None = None, null: int | None = None) -> int:
         """A whole number, at least 0. Raises ValueError where it is missing without a default, or something else."""
-        value = self._first(names, default)
+        value = self._first(names, default, null)
         if type(value) is not int or value < 0:
             raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a whole number, at least 0")
         return value
 
-    def number(self, *names: str, default: float | None = None) -> float:
+    def number(self, *names: str, default: float | None = None, null: float | None = None) -> float:
         """A finite number. Raises ValueError as `whole`."""
-        value = self._first(names, default)
+        value = self._first(names, default, null)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a finite number")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
-        """True or false. Raises ValueError as `whole`."""
-        value = self._first((name,), default)
+        """True or false; null is false, as in transformers. Raises ValueError as `whole`."""
+        value = self._first((name,), default, False)
         if not isinstance(value, bool):
             raise InvalidValue(f"{self.where}: {name} is {value!r}; it must be true or false")
         return value
@@ -66,12 +67,12 @@ class Settings:
             raise InvalidValue(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
         inner = Settings(rope, f"{self.where}: rope scaling")
         factor = inner.number("factor")
-        over_all = inner.number("mscale_all_dim", default=0.0)
+        over_all = inner.number("mscale_all_dim", default=0.0, null=0.0)
         return YarnConfig(
             factor=factor,
             original_max_seq_len=inner.whole("original_max_position_embeddings"),
-            beta_fast=inner.number("beta_fast", default=32.0),
-            beta_slow=inner.number("beta_slow", default=1.0),
+            beta_fast=inner.number("beta_fast", default=32.0, null=32.0),
+            beta_slow=inner.number("beta_slow", default=1.0, null=1.0),
             truncate=inner.flag("truncate", default=True),
             magnitude=_magnitude(inner, factor, over_all),
             score_factor=_mscale(factor, over_all) ** 2 if scales_scores and over_all else 1.0,
@@ -84,20 +85,22 @@ class Settings:
             raise InvalidValue(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
         return rope
 
-    def _first(self, names: tuple[str, ...], default: Any) -> Any:
+    def _first(self, names: tuple[str, ...], default: Any, null: Any) -> Any:
         for name in names:
             if self.values.get(name) is not None:
                 return self.values[name]
-        if default is None:
-            raise InvalidValue(f"{self.where}: {' or '.join(names)} is missing")
-        return default
+        is_there = any(name in self.values for name in names)
+        value = null if is_there else default
+        if value is None:
+            raise InvalidValue(f"{self.where}: {' or '.join(names)} is {'null' if is_there else 'missing'}")
+        return value
 
 
 def _magnitude(rope: Settings, factor: float, over_all: float) -> float:
     # The rule of transformers: as given, else a quotient of two mscales, else the paper's 0.1 ln(factor) + 1.
-    mscale = rope.number("mscale", default=0.0)
+    mscale = rope.number("mscale", default=0.0, null=0.0)
     derived = _mscale(factor, mscale) / _mscale(factor, over_all) if mscale and over_all else _mscale(factor, 1.0)
-    return rope.number("attention_factor", default=derived)
+    return rope.number("attention_factor", default=derived, null=derived)
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -190,10 +190,15 @@ def _check_parts(source: Source) -> None:
 
 
 def _allowed_dtypes(source: Source) -> Iterable[torch.dtype]:
-    """That of config.json, and fp32, which some tensors are kept in. Without an entry in config.json: any."""
+    """That of config.json, and fp32, which some tensors are kept in.
+
+    Any where config.json says fp32, which holds every value of the others, or nothing.
+    """
     name = source.settings.values.get("dtype") or source.settings.values.get("torch_dtype")
     wanted = getattr(torch, str(name), None)
-    return (wanted, torch.float32) if isinstance(wanted, torch.dtype) else tuple(_DTYPES.values())
+    if not isinstance(wanted, torch.dtype) or wanted == torch.float32:
+        return tuple(_DTYPES.values())
+    return wanted, torch.float32
 
 
 def _check_dtype(source: Source, tensor: StoredTensor, allowed: Iterable[torch.dtype]) -> None:

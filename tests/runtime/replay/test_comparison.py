@@ -9,11 +9,14 @@ from rich.console import Console
 
 from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
+from dispatch.load_metrics import max_vio
+from dispatch.selection import choose_experts, count_by_expert
 from runtime.replay.chart import write_chart
 from runtime.replay.comparison import Comparison, compare
 from runtime.replay.figures import first_balanced
-from runtime.replay.floors import _floor_of, floor_by_step
+from runtime.replay.floors import _balancing_bias, _floor_of, floor_by_step
 from runtime.replay.play import Played
+from runtime.replay.simulation import RouterSimulation
 from runtime.replay.table import as_table
 from runtime.replay.trace import Choice
 
@@ -105,6 +108,14 @@ def test_the_practical_floor_is_high_where_the_router_moves() -> None:
 def test_a_step_is_not_balanced_by_a_bias_that_has_seen_it() -> None:
     # Of two steps the first leans: 7 of 8 of its tokens prefer one expert, and the other step knows nothing of that.
     assert _floor_of(MovingTrace(None), 19, range(19, 21)) == pytest.approx(0.75, abs=0.1)
+
+
+def test_the_practical_floor_knows_a_balancing_bias_where_groups_limit_the_choice() -> None:
+    choice = Choice(top_k=6, num_groups=8, groups_kept=3, scores_per_group=2)
+    trace = RouterSimulation(seed=1, num_steps=8, shift_step=None, num_experts=32, choice=choice, num_sequences=64)
+    scores_TE = torch.cat([trace.scores(step)[0][::4] for step in trace.steps])
+    topk_ids_TK = choose_experts(scores_TE, _balancing_bias(scores_TE, choice), choice.top_k, **choice.groups)
+    assert max_vio(count_by_expert(topk_ids_TK, 32)) < 0.05
 
 
 def text_of(comparison: Comparison) -> str:

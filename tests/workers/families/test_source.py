@@ -68,6 +68,7 @@ def widen(folder: Path) -> None:
 
 
 def to_half(folder: Path) -> None:
+    set_config(dtype="bfloat16")(folder)
     change_tensors(file_of(folder, EXPERT), lambda tensors: tensors.update({EXPERT: tensors[EXPERT].half()}))
 
 
@@ -118,7 +119,7 @@ def folder(intact: Path, tmp_path: Path) -> Path:
         (remove_everywhere, rf"lacks {EXPERT}"),
         (remove_file, r"model-0000\d-of-0000\d\.safetensors cannot be read"),
         (widen, rf"\.safetensors: {EXPERT} is F64; weights must be one of F32, BF16, F16, F8_E4M3"),
-        (to_half, rf"\.safetensors: {EXPERT} is F16, and config.json says float32"),
+        (to_half, rf"\.safetensors: {EXPERT} is F16, and config.json says bfloat16"),
         (transpose, rf"\.safetensors: {EXPERT} is \(32, 16\), and by config.json \(16, 32\)"),
         (add_tensor, r"\.safetensors holds model\.layers\.1\.mlp\.experts\.16\.up_proj\.weight, which a Deepseek"),
         (climb_out, r"index\.json points to '\.\./x'"),
@@ -128,7 +129,7 @@ def folder(intact: Path, tmp_path: Path) -> Path:
         (set_config(architectures=["XForCausalLM"]), r"architectures \['XForCausalLM'\] is not supported"),
         (set_config(hidden_act="gelu"), r"config\.json: hidden_act is 'gelu', and only 'silu' is supported"),
         (set_config(num_hidden_layers="3"), r"config\.json: num_hidden_layers is '3'; it must be a whole number"),
-        (set_config(moe_intermediate_size=None), r"config\.json: moe_intermediate_size is missing"),
+        (set_config(moe_intermediate_size=None), r"config\.json: moe_intermediate_size is null"),
         (set_config(rope_parameters={"rope_type": "longrope"}), r"rope scaling is 'longrope', and only"),
     ],
 )
@@ -136,6 +137,12 @@ def test_damage_is_named_before_anything_is_read(damage: Callable[[Path], object
     damage(folder)
     with pytest.raises(ValueError, match=message):
         open_source(folder)
+
+
+def test_narrow_weights_are_read_where_config_json_says_fp32(folder: Path) -> None:
+    to_half(folder)
+    set_config(dtype="float32")(folder)
+    assert open_source(folder).tensors[EXPERT].dtype == torch.float16
 
 
 def import_code(folder: Path, run: Path, *options: str, workers: int = 1) -> int:
