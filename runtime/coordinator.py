@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dispatch.laws import Law, make_law
+from workers.leader import CoordinatorUnreachable
 from workers.wire import (
     MAX_MESSAGE_BYTES,
     BiasUpdate,
@@ -35,10 +36,14 @@ class CoordinatorPolicy:
     It keeps two states: the base, from which the last update was computed, and that update. A report on the update
     accepts it; a report on the base means that it was not applied (the optimizer skipped the step) or that the report
     came twice, and the update is computed again: with the same load, to the same bytes.
+
+    Args:
+        run_id: the only run that it serves; None serves whoever asks. Never learned from a message: whoever came first
+            would shut out the others.
     """
 
-    def __init__(self) -> None:
-        self._run_id: str | None = None
+    def __init__(self, run_id: str | None = None) -> None:
+        self._run_id = run_id
         self._law: Law | None = None
         self._law_checksum = -1
         self._max_bytes = MAX_MESSAGE_BYTES
@@ -62,7 +67,7 @@ class CoordinatorPolicy:
 
     def _answer(self, report: LoadReport) -> BiasUpdate | NeedState:
         if self._run_id not in (None, report.run_id):
-            raise ValueError(
+            raise WireError(
                 f"this coordinator serves run {self._run_id!r}, not {report.run_id!r}; start one for each run"
             )
         law, base = self._law, self._find_base(report)
@@ -90,7 +95,7 @@ class CoordinatorPolicy:
             # Never less than before, or a small law by mistake would shut out the reports of the true one.
             bound = max_message_bytes(law)
             self._max_bytes = bound if self._law is None else max(self._max_bytes, bound)
-        self._run_id, self._law, self._law_checksum = report.run_id, law, report.law_checksum
+        self._law, self._law_checksum = law, report.law_checksum
         self._held = (base, proposal)
         self._status["reports"] += 1
         self._status["last_step"], self._status["version"] = report.step, proposal.version
@@ -110,13 +115,13 @@ def _sown(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
 class CoordinatorActor:
     """The Ray shell around the policy. Ray restarts it when its process dies; it then starts empty."""
 
-    def __init__(self, law_module: str | None = None) -> None:
+    def __init__(self, run_id: str, law_module: str | None = None) -> None:
         if law_module:
             importlib.import_module(law_module)  # here, since a message may not make this process import anything
         # Ray leaves all GPUs visible to an actor that asked for none: it must not open a context on one.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
-        self._policy = CoordinatorPolicy()
+        self._policy = CoordinatorPolicy(run_id)
 
     def handle(self, raw: bytes) -> bytes:
         return self._policy.handle(raw)
@@ -130,7 +135,7 @@ class CoordinatorActor:
 class CoordinatorClient:
     """The coordinator as rank 0 sees it: bytes → bytes in bounded time. Survives pickling into a worker.
 
-    Raises on a call: ray.exceptions.GetTimeoutError after `timeout_s`, or RayActorError while the actor is away.
+    Raises on a call: CoordinatorUnreachable after `timeout_s`, or while the actor is away.
     """
 
     actor: Any
@@ -138,12 +143,22 @@ class CoordinatorClient:
 
     def __call__(self, raw: bytes) -> bytes:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
-        answer: bytes = ray.get(self.actor.handle.remote(raw), timeout=self.timeout_s)
+        try:
+            answer: bytes = ray.get(self.actor.handle.remote(raw), timeout=self.timeout_s)
+        except RayTaskError:
+            raise  # from inside the coordinator: a bug, with its traceback
+        except RayError as error:
+            # The first line: the others guess at causes.
+            text = str(error).strip().split("\n", 1)[0]
+            raise CoordinatorUnreachable(f"{type(error).__name__}: {text}") from error
         return answer
 
 
-def start_coordinator(law_module: str | None = None, *, actor_class: type[CoordinatorActor] = CoordinatorActor) -> Any:
+def start_coordinator(
+    run_id: str, law_module: str | None = None, *, actor_class: type[CoordinatorActor] = CoordinatorActor
+) -> Any:
     """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
 
     It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
@@ -153,4 +168,4 @@ def start_coordinator(law_module: str | None = None, *, actor_class: type[Coordi
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(actor_class)
-    return remote_class.options(scheduling_strategy=here).remote(law_module)
+    return remote_class.options(scheduling_strategy=here).remote(run_id, law_module)

@@ -82,7 +82,7 @@ def open_gang(
     from runtime.coordinator import CoordinatorClient, start_coordinator
 
     with RaySession.open(config) as session:
-        coordinator = start_coordinator(spec.balance.module) if coordinated else None
+        coordinator = start_coordinator(spec.run_id, spec.balance.module) if coordinated else None
         if coordinator is not None:
             spec = replace(spec, call_coordinator=CoordinatorClient(coordinator, config.coordinator_timeout_s))
         with Gang.launch(config, worker_maker(spec), sizes=sizes, ep_size_of=spec.parallel.ep_size_of) as gang:

@@ -21,6 +21,7 @@ from dispatch.balance import bias_checksum
 from dispatch.board import Board, Started
 from dispatch.collective_errors import CollectiveTimeout
 from dispatch.laws import LawState
+from workers.actor import COLLATERAL_MARKS
 from workers.leader import Event, Leader
 from workers.wire import BiasUpdate, Refusal, VersionedState, WireError, decode, encode
 
@@ -52,6 +53,12 @@ class BiasDiverged(ControlError):
         super().__init__(step, phase, detail)
         self.args = (step, phase, detail, ranks)
         self.ranks = ranks
+
+
+class NoUpdate(ControlError):
+    """Rank 0 could not make the update: a bug in the law or in what it was given. Rank 0's error has the traceback."""
+
+    ranks = (0,)  # whose error comes first in a report on the gang
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,8 +129,8 @@ class ControlRound:
         """Collective: every rank of the group must call it for the same step.
 
         Raises:
-            ControlTimeout: a rank did not come by the deadline. ControlError: a rank is gone, or rank 0 has no update.
-            BiasDiverged: on all ranks together.
+            ControlTimeout: a rank did not come by the deadline. ControlError: a rank is gone.
+            BiasDiverged, NoUpdate: on all ranks together.
         """
         self._seconds = {}
         self._board.step = given.step
@@ -195,7 +202,7 @@ class ControlRound:
         except WireError as error:
             raise ControlError(given.step, "verify", f"rank {self._rank} received a bad update: {error}") from error
         if isinstance(message, Refusal):
-            raise ControlError(given.step, "coordinator", f"rank 0 has no update: {message.reason}") from cause
+            raise NoUpdate(given.step, "coordinator", f"rank 0 has no update: {message.reason}") from cause
         expected = (given.step, given.base.version + 1)
         if not isinstance(message, BiasUpdate) or (message.step, message.version) != expected:
             raise ControlError(given.step, "verify", f"rank {self._rank} received another message: {message}")
@@ -235,5 +242,7 @@ class ControlRound:
             first_line = str(error.__cause__).partition("\n")[0]
             raise ControlTimeout(given.step, phase, f"a rank did not come in time ({first_line})") from error
         except RuntimeError as error:
+            if not any(mark in str(error) for mark in COLLATERAL_MARKS):
+                raise  # a bug, which must not pass for a lost rank
             first_line = str(error).partition("\n")[0]
             raise ControlError(given.step, phase, f"a rank is gone ({first_line})") from error

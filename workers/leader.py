@@ -4,6 +4,7 @@ Both ways give the same bits, because a law is a pure function and each report n
 step is lost and the trajectory does not change when the coordinator dies, restarts, answers late or repeats itself.
 """
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +29,25 @@ from workers.wire import (
 # Each call of a lost coordinator may cost its whole time-out, so retries thin out to one in so many steps.
 MAX_STEPS_BETWEEN_RETRIES = 32
 
+# Of a traceback in an event.
+MAX_TRACE_CHARS = 8000
+
 Event = dict[str, Any]
+
+
+class CoordinatorUnreachable(ConnectionError):
+    """No answer came in time, or the coordinator's process is away."""
+
+
+class BadAnswer(WireError):
+    """The coordinator answered, but not with the update that was asked for."""
 
 
 class Leader:
     """Makes one BiasUpdate a step. Plain Python: no process group, no thread, no clock.
 
-    coordinator: bytes → bytes, bounded in time by itself; whatever it raises counts as lost. None: the law runs here.
+    coordinator: bytes → bytes, bounded in time by itself. An OSError from it, such as CoordinatorUnreachable, says that
+    it is away; anything else that it raises is a bug. Either way the law runs here. None: it always does.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class Leader:
         self._coordinator = coordinator
         self._send_seed = True  # a coordinator starts empty; the first report also spares it the question
         self._lost_since: int | None = None
+        self._told_of_bug = False  # since it was lost
         self._pause = 0  # steps between the last failure and the next try
         self._steps_until_retry = 0
 
@@ -67,7 +81,7 @@ class Leader:
             return self._apply_law(step, base, counts_M), []
         try:
             update = self._ask(self._coordinator, step, base, counts_M)
-        except Exception as error:  # noqa: BLE001 - a process boundary: nothing that happens there may stop the training
+        except Exception as error:  # noqa: BLE001 - a process boundary: nothing beyond it may stop the training
             return self._apply_law(step, base, counts_M), self._note_lost(step, error)
         return update, self._note_answer(step)
 
@@ -81,11 +95,11 @@ class Leader:
         if isinstance(answer, NeedState):
             answer = self._call(coordinator, step, base, counts_M, with_seed=True)
         if isinstance(answer, Refusal):
-            raise WireError(f"the coordinator refused the report: {answer.reason}")
+            raise BadAnswer(f"the coordinator refused the report: {answer.reason}")
         if not isinstance(answer, BiasUpdate) or (answer.step, answer.version) != (step, base.version + 1):
-            raise WireError(f"the coordinator answered another report: {answer}")
+            raise BadAnswer(f"the coordinator answered another report: {answer}")
         if not same_form(answer.state, self._form):
-            raise WireError("the coordinator answered with the state of another law")
+            raise BadAnswer("the coordinator answered with the state of another law")
         return answer
 
     def _call(
@@ -106,20 +120,35 @@ class Leader:
             counts_M=counts_M,
             seed=Seed(config=self._law.config, layout=self._law.layout, state=base.state) if with_seed else None,
         )
-        return decode(coordinator(encode(report)), self._max_bytes)
+        raw = coordinator(encode(report))
+        try:
+            return decode(raw, self._max_bytes)
+        except WireError as error:
+            raise BadAnswer(str(error)) from error
 
     def _note_lost(self, step: int, error: Exception) -> list[Event]:
         self._send_seed = True
         self._pause = min(max(1, 2 * self._pause), MAX_STEPS_BETWEEN_RETRIES)
         self._steps_until_retry = self._pause
-        if self._lost_since is not None:
+        is_bug = not isinstance(error, OSError | BadAnswer)
+        if self._lost_since is not None and (self._told_of_bug or not is_bug):
             return []
-        self._lost_since = step
-        return [{"event": "coordinator_lost", "step": step, "reason": f"{type(error).__name__}: {error}"}]
+        self._lost_since = step if self._lost_since is None else self._lost_since
+        self._told_of_bug = is_bug
+        return [{"event": "coordinator_lost", "step": step, **_cause(error, is_bug=is_bug)}]
 
     def _note_answer(self, step: int) -> list[Event]:
         self._send_seed = False
-        lost_since, self._lost_since, self._pause = self._lost_since, None, 0
+        lost_since, self._lost_since, self._pause, self._told_of_bug = self._lost_since, None, 0, False
         if lost_since is None:
             return []
         return [{"event": "coordinator_back", "step": step, "lost_since_step": lost_since}]
+
+
+def _cause(error: Exception, *, is_bug: bool) -> Event:
+    """What an event says of why there was no answer. A bug must not pass for a process that is away."""
+    text = f"{type(error).__name__}: {error}"
+    if not is_bug:
+        return {"cause": "bad answer" if isinstance(error, BadAnswer) else "unreachable", "reason": text}
+    trace = "".join(traceback.format_exception(error))[-MAX_TRACE_CHARS:]
+    return {"cause": "bug", "reason": f"a bug, not a lost process; please report it: {text}", "trace": trace}

@@ -1,7 +1,7 @@
 """The messages of the control path: msgpack with a strict schema, raw little-endian tensors, size limits, no pickle.
 
 rank 0 → coordinator: LoadReport. Back: BiasUpdate, NeedState or Refusal. rank 0 → all ranks: BiasUpdate or Refusal.
-Every vector carries a crc32, so that a damaged message is refused and not applied.
+A crc32 of all that follows comes first, so that a damaged message is refused as a whole and changes nothing.
 
 Shapes: N = experts of all MoE layers (see dispatch.layout), M = all counts of the law, the load first.
 """
@@ -21,12 +21,13 @@ from torch import Tensor
 from dispatch.laws import BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 # 16 times the routed experts of the largest published model.
 MAX_EXPERTS_TOTAL = 1 << 20
 # Only this bounds what a stranger can make us hold: the histograms of a model of 61 x 256 experts take 119 MiB.
 MAX_MESSAGE_BYTES = 1 << 28
 _MAX_REASON_CHARS = 600
+_SEAL_BYTES = 4
 _MAX_INT = (1 << 63) - 1
 
 
@@ -126,7 +127,12 @@ def same_form(state: LawState, template: LawState) -> bool:
 def encode(message: Message) -> bytes:
     """The bytes of a message: equal messages give equal bytes."""
     kind, write, _ = next(entry for entry in _SCHEMA if type(message).__name__ == entry[0])
-    return bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)}))
+    return sealed(bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)})))
+
+
+def sealed(body: bytes) -> bytes:
+    """A message of these bytes: their crc32, then they."""
+    return zlib.crc32(body).to_bytes(_SEAL_BYTES, "little") + body
 
 
 def decode(raw: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
@@ -135,10 +141,15 @@ def decode(raw: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
     Raises:
         WireError: it is not exactly what `encode` writes, or a number in it is negative, too large or not finite.
     """
+    if not isinstance(raw, bytes):
+        raise WireError(f"a {type(raw).__name__} is no message")
     if len(raw) > max_bytes:
         raise WireError(f"message of {len(raw)} bytes; at most {max_bytes} for the layers of this law")
+    body = raw[_SEAL_BYTES:]
+    if sealed(body) != raw:
+        raise WireError("the message does not match its checksum")
     try:
-        fields = msgpack.unpackb(raw, strict_map_key=True, max_ext_len=0)
+        fields = msgpack.unpackb(body, strict_map_key=True, max_ext_len=0)
     except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"not a msgpack message: {error}") from error
     if not isinstance(fields, dict) or fields.pop("protocol", None) != PROTOCOL_VERSION:
@@ -161,15 +172,14 @@ def _write_report(report: LoadReport) -> dict[str, Any]:
         "state": report.seed.state.to_wire(),
     }
     named = ("run_id", "step", "base_version", "base_checksum", "law_checksum")
-    return {name: getattr(report, name) for name in named} | {"counts": counts, "crc": zlib.crc32(counts), "seed": seed}
+    return {name: getattr(report, name) for name in named} | {"counts": counts, "seed": seed}
 
 
 def _read_report(fields: dict[str, Any]) -> LoadReport:
-    kinds = dict.fromkeys(("step", "base_version", "base_checksum", "law_checksum", "crc"), int)
+    kinds = dict.fromkeys(("step", "base_version", "base_checksum", "law_checksum"), int)
     _check(fields, run_id=str, counts=bytes, seed=(dict, type(None)), **kinds)
-    counts, crc = fields.pop("counts"), fields.pop("crc")
-    if len(counts) % 8 or zlib.crc32(counts) != crc:
-        raise WireError("the counts do not match their checksum")
+    if len(counts := fields.pop("counts")) % 8:
+        raise WireError(f"{len(counts)} bytes are no counts of 8 bytes each")
     counts_M = torch.from_numpy(np.frombuffer(counts, dtype="<i8").astype(np.int64))
     if bool((counts_M < 0).any()):
         raise WireError(f"a count is negative: {int(counts_M.min())}")
@@ -213,16 +223,12 @@ def _read_state(fields: dict[str, Any]) -> LawState:
 
 
 def _write_update(update: BiasUpdate) -> dict[str, Any]:
-    crc = VersionedState(update.version, update.state).checksum
-    return {"step": update.step, "version": update.version, "state": update.state.to_wire(), "crc": crc}
+    return {"step": update.step, "version": update.version, "state": update.state.to_wire()}
 
 
 def _read_update(fields: dict[str, Any]) -> BiasUpdate:
-    _check(fields, step=int, version=int, state=dict, crc=int)
-    update = BiasUpdate(step=fields["step"], version=fields["version"], state=_read_state(fields["state"]))
-    if VersionedState(update.version, update.state).checksum != fields["crc"]:
-        raise WireError("the state does not match its checksum")
-    return update
+    _check(fields, step=int, version=int, state=dict)
+    return BiasUpdate(step=fields["step"], version=fields["version"], state=_read_state(fields["state"]))
 
 
 def _read_need(fields: dict[str, Any]) -> NeedState:

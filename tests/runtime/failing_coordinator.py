@@ -47,7 +47,7 @@ class FailingCoordinator:
 
     @classmethod
     def start(cls, folder: Path) -> "FailingCoordinator":
-        return cls(start_coordinator(actor_class=actor_class_in(folder)), folder)
+        return cls(start_coordinator("run", actor_class=actor_class_in(folder)), folder)
 
     def client(self, timeout_s: float = 1.0) -> CoordinatorClient:
         return CoordinatorClient(self.actor, timeout_s)

@@ -58,7 +58,7 @@ def _same(one: VersionedState, other: VersionedState) -> bool:
 
 
 def test_each_report_on_the_last_update_gives_the_next_one() -> None:  # P10, P16
-    policy, base = CoordinatorPolicy(), START
+    policy, base = CoordinatorPolicy("run"), START
     for step, load_N in enumerate(LOADS):
         expected = _next(step, base, load_N)
         base = _held(_ask(policy, step, base, load_N, seed=step == 0))
@@ -136,11 +136,11 @@ def test_another_rate_is_another_law_even_on_the_same_base() -> None:
 
 
 def test_bad_input_is_refused_with_its_reason_and_changes_nothing() -> None:
-    policy = CoordinatorPolicy()
+    policy = CoordinatorPolicy("run")
     base = _held(_ask(policy, 0, START, LOADS[0], seed=True))
     too_short = LawState(torch.zeros(4))
     bad = {
-        b"junk": "not a msgpack message",
+        b"junk": "does not match its checksum",
         encode(NeedState(step=1)): "not for the coordinator",
         encode(_report(1, base, LOADS[1], run_id="other")): "serves run 'run'",
         encode(_report(1, base, torch.tensor([1, 2]))): r"shape (5,)",

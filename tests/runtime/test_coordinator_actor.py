@@ -25,7 +25,7 @@ def _load(step: int) -> torch.Tensor:
 
 # P16
 def test_a_killed_coordinator_comes_back_and_the_bias_does_not_change_by_a_bit(ray_session: RaySession) -> None:
-    actor = start_coordinator()
+    actor = start_coordinator("run")
     try:
         pid = ray.get(actor.status.remote(), timeout=60)["pid"]
         client = pickle.loads(pickle.dumps(CoordinatorClient(actor, timeout_s=5.0)))  # as it travels into a worker

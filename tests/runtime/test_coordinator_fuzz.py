@@ -26,7 +26,7 @@ def _bits(state: VersionedState) -> tuple[int, int, bytes]:
 @given(st.data(), st.sampled_from(sorted(LAWS)))
 def test_no_bytes_crash_the_coordinator_or_move_the_next_bias(data: st.DataObject, name: str) -> None:  # P16
     law = law_of(name)
-    policy = CoordinatorPolicy()
+    policy = CoordinatorPolicy("run")
     leader = Leader(run_id="run", law=law, coordinator=policy.handle)
     base, messages = VersionedState(0, law.initial_state()), []
     for step in range(3):
@@ -44,7 +44,7 @@ def test_no_bytes_crash_the_coordinator_or_move_the_next_bias(data: st.DataObjec
 @given(st.data(), st.sampled_from(sorted(LAWS)))
 def test_a_coordinator_that_heard_nonsense_first_costs_no_bit(data: st.DataObject, name: str) -> None:  # P16
     law = law_of(name)
-    policy = CoordinatorPolicy()
+    policy = CoordinatorPolicy("run")
     base = VersionedState(0, law.initial_state())
     messages = [encode(report_of(law, 0, base))]
     for raw in data.draw(st.lists(any_of(damaged(messages), hostile_reports()), min_size=1, max_size=4)):
@@ -54,13 +54,32 @@ def test_a_coordinator_that_heard_nonsense_first_costs_no_bit(data: st.DataObjec
     assert _bits(VersionedState(update.version, update.state)) == _bits(_next(law, 1, base))
 
 
-def test_a_refused_first_report_binds_the_coordinator_to_nothing() -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
+def test_a_damaged_first_message_changes_nothing(place: int, new: bytes) -> None:
     law = law_of("sign")
     base = VersionedState(0, law.initial_state())
-    policy = CoordinatorPolicy()
-    bad = report_of(law, 0, base, run_id="other", counts_M=torch.zeros(3, dtype=torch.int64))
-    assert isinstance(decode(policy.handle(encode(bad))), Refusal)
-    assert policy.status()["run_id"] is None
+    good, policy = encode(report_of(law, 0, base)), CoordinatorPolicy()
+    before = policy.status()
+    bad = bytearray(good)
+    at = place % len(bad)
+    bad[at : at + len(new)] = new
+    if bytes(bad) == good:
+        return
+    assert isinstance(decode(policy.handle(bytes(bad))), Refusal)
+    assert policy.status() == {**before, "refused": 1}
+    # As one that heard nothing before: it does not even have a law.
+    assert isinstance(decode(policy.handle(encode(report_of(law, 0, base, seed=None)))), NeedState)
+    assert isinstance(decode(policy.handle(good)), BiasUpdate)
+
+
+def test_a_coordinator_serves_the_run_it_was_started_for_whoever_asks_first() -> None:
+    law = law_of("sign")
+    base = VersionedState(0, law.initial_state())
+    policy = CoordinatorPolicy("run")
+    answer = decode(policy.handle(encode(report_of(law, 0, base, run_id="other"))))
+    assert isinstance(answer, Refusal) and "serves run 'run', not 'other'" in answer.reason
+    assert policy.status()["reports"] == 0
     assert isinstance(decode(policy.handle(encode(report_of(law, 0, base)))), BiasUpdate)
 
 

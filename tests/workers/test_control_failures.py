@@ -22,6 +22,7 @@ from tests.workers.control_ranks import (
     one_step,
 )
 from workers.control import BiasDiverged, ControlError, ControlTimeout
+from workers.control_round import NoUpdate
 
 
 def _touch_the_bias(rank: int, world_size: int, at: str) -> Any:
@@ -66,13 +67,14 @@ def _break_the_law(rank: int, world_size: int) -> Exception | None:
         except ControlError as error:
             assert model.bias_N.equal(before)
             assert (error.__cause__ is not None) == (rank == 0)
-            return ControlError(*error.args)
+            return type(error)(*error.args)
     return None
 
 
 def test_what_breaks_on_rank_0_is_raised_on_every_rank() -> None:
     for error in run_ranks(3, _break_the_law):
-        assert isinstance(error, ControlError) and error.phase == "coordinator"
+        assert isinstance(error, NoUpdate) and error.phase == "coordinator"
+        assert error.ranks == (0,)  # so that a report on the gang begins with the one that has the cause
         assert "AttributeError" in str(error) and "step 1" in str(error)
 
 
@@ -111,6 +113,23 @@ def test_a_coordinator_that_never_answers_cannot_hang_the_step_or_the_close() ->
     for error, waited_s, close_s in run_ranks(2, _one_rank_stays_away, "coordinator"):
         assert isinstance(error, ControlTimeout) and error.phase in ("coordinator", "broadcast")
         assert 0.9 < waited_s < 4.0 and close_s < 2.0
+
+
+def _meet_a_bug(rank: int, world_size: int) -> tuple[str, list[str]]:
+    def buggy(*_: Any) -> Any:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    loop = LiveBias().loop()
+    loop._round._start = buggy  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as caught:
+        one_step(loop, 0, rank)
+    loop.close(wait_s=1.0)
+    return type(caught.value).__name__, [entry.name for entry in caught.traceback]
+
+
+def test_a_bug_in_a_round_does_not_pass_for_a_lost_rank() -> None:
+    [(name, frames)] = run_ranks(1, _meet_a_bug)
+    assert name == "RuntimeError" and "buggy" in frames
 
 
 @pytest.mark.parametrize("error", [ControlError(3, "reduce", "x"), ControlTimeout(3, "reduce", "x"),

@@ -8,7 +8,7 @@ import torch
 from dispatch.laws import BalanceConfig, LawState, make_law
 from dispatch.layout import LoadLayout
 from runtime.coordinator import CoordinatorPolicy
-from workers.leader import MAX_STEPS_BETWEEN_RETRIES, Event, Leader
+from workers.leader import MAX_STEPS_BETWEEN_RETRIES, CoordinatorUnreachable, Event, Leader
 from workers.wire import BiasUpdate, NeedState, Refusal, VersionedState, decode, encode
 
 LAYOUT = LoadLayout(names=("a", "b"), num_experts=(8, 16), balanced=(True, True))  # B9: layers of different size
@@ -115,7 +115,7 @@ def test_the_state_is_sent_once_and_again_only_after_a_loss() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"junk", "not a msgpack message"),
+        (b"junk", "checksum"),
         (encode(Refusal(reason="wrong house")), "wrong house"),
         (encode(NeedState(step=0)), "another report"),  # asks for the state again and again
         (encode(BiasUpdate(step=9, version=1, state=LawState(torch.zeros(24)))), "another report"),
@@ -129,7 +129,26 @@ def test_a_bad_answer_counts_as_lost_and_the_law_is_applied_here(answer: bytes, 
     update, events = _leader(lambda _: answer).next_update(0, base, _load(0))
     expected = make_law(CONFIG, LAYOUT).update(_load(0), base.state, 0)
     assert update.state.bias_N.equal(expected.bias_N) and (update.step, update.version) == (0, 1)
-    assert [event["event"] for event in events] == ["coordinator_lost"] and reason in events[0]["reason"]
+    assert [(event["event"], event["cause"]) for event in events] == [("coordinator_lost", "bad answer")]
+    assert reason in events[0]["reason"] and "trace" not in events[0]
+
+
+def test_a_bug_on_the_way_to_the_coordinator_is_told_as_one_with_its_traceback_and_the_law_goes_on_here() -> None:
+    errors: list[Exception] = [CoordinatorUnreachable("no answer"), TypeError("a bug"), TypeError("again")]
+
+    def failing(_raw: bytes) -> bytes:
+        raise errors.pop(0)
+
+    leader, base, events = _leader(failing), VersionedState(0, make_law(CONFIG, LAYOUT).initial_state()), []
+    for step in range(10):
+        update, news = leader.next_update(step, base, _load(step))
+        events += news
+        expected = make_law(CONFIG, LAYOUT).update(_load(step), base.state, step)
+        assert update.state.bias_N.equal(expected.bias_N)
+    assert not errors
+    assert [(event["step"], event["cause"]) for event in events] == [(0, "unreachable"), (2, "bug")]
+    assert "trace" not in events[0]
+    assert "TypeError: a bug" in events[1]["reason"] and "raise errors.pop(0)" in events[1]["trace"]
 
 
 def test_the_own_mistake_of_the_law_is_not_blamed_on_the_coordinator() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dispatch.laws import LAWS, BalanceConfig, Law, LawState, make_law
 from dispatch.layout import LoadLayout
-from workers.wire import MAX_EXPERTS_TOTAL, LoadReport, Seed, VersionedState, encode, law_checksum
+from workers.wire import MAX_EXPERTS_TOTAL, LoadReport, Seed, VersionedState, encode, law_checksum, sealed
 
 LAYOUT = LoadLayout(names=("a", "b", "c"), num_experts=(4, 2, 3), balanced=(True, True, False))
 ONE_EXPERT, NOTHING = LoadLayout(("a",), (1,), (True,)), LoadLayout((), (), ())
@@ -21,6 +21,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=5,
 )  # fmt: skip
+
+_EDITS = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=4)), min_size=1)
 
 
 def law_of(name: str) -> Law:
@@ -59,12 +61,14 @@ def damaged(messages: list[bytes]) -> st.SearchStrategy[bytes]:
     return st.one_of(
         one,  # repeated, or out of its order
         st.binary(max_size=200),
-        st.builds(_mutated, one, st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=4)), min_size=1)),
+        st.builds(_mutated, one, _EDITS),
         st.builds(lambda raw, share: raw[: int(len(raw) * share)], one, st.floats(0, 1, exclude_max=True)),
         st.builds(lambda first, second: first + second, one, one),
         st.builds(_bent, one, st.lists(st.integers(0, 50), min_size=1, max_size=5), VALUES),
         VALUES.map(pickle.dumps),
         VALUES.map(msgpack.packb),
+        VALUES.map(lambda value: sealed(msgpack.packb(value))),
+        st.builds(lambda raw, edits: sealed(_mutated(raw[4:], edits)), one, _EDITS),  # by one who knows the checksum
         st.sampled_from([b"\x91" * 5000, b"\x81\xa1a" * 5000, b"\xdd\xff\xff\xff\xff", b"\xd4\x05\x01"]),
         one.map(lambda raw: raw + bytes(2 << 20)),
     )  # fmt: skip
@@ -81,7 +85,7 @@ def _mutated(raw: bytes, edits: list[tuple[int, bytes]]) -> bytes:
 
 def _bent(raw: bytes, path: list[int], value: Any) -> bytes:
     """The message with one value, found by walking `path` through its fields, replaced by another."""
-    message = msgpack.unpackb(raw)
+    message = msgpack.unpackb(raw[4:])
     inner: Any = message
     for number, turn in enumerate(path):
         keys = list(inner) if isinstance(inner, dict) else range(len(inner))
@@ -92,7 +96,7 @@ def _bent(raw: bytes, path: list[int], value: Any) -> bytes:
             inner[key] = value
             break
         inner = inner[key]
-    return bytes(msgpack.packb(message))
+    return sealed(msgpack.packb(message))
 
 
 @st.composite

@@ -15,7 +15,7 @@ from cluster.config import ClusterConfig
 from cluster.gang import Gang
 from cluster.session import RaySession
 from runtime.bench.coordinator.case import MODELLED, Case, summed_bytes, update_bytes
-from runtime.bench.coordinator.load import LoadFigures, measure_load, percentile
+from runtime.bench.coordinator.load import RUN_ID, LoadFigures, measure_load, percentile
 from runtime.bench.coordinator.model import Hop, Modelled, model
 from runtime.bench.coordinator.ranks import LIMIT_S, BenchRank, RankFigures
 from runtime.bench.out import new_name
@@ -81,7 +81,7 @@ def measure(case: Case, progress: Progress) -> Measurement:
 def _coordinator() -> Iterator[CoordinatorClient]:
     import ray
 
-    actor = start_coordinator()
+    actor = start_coordinator(RUN_ID)
     try:
         ray.get(actor.status.remote(), timeout=LIMIT_S)
         yield CoordinatorClient(actor, LIMIT_S / 3)
