@@ -21,6 +21,7 @@ from runtime.chaos.plan import Preset
 CLONE_NEWNS = 0x00020000  # of linux/sched.h
 WORK_BYTES = 2**30  # Ray's logs and sockets, the prepared text; memory is taken only for what is in use.
 RUNS_BYTES = 48 * 2**20  # Several times the checkpoints of the runs; small, so that it is soon full.
+START_TRIES = 3
 COMMAND_S = 240.0  # For `cluster up`, `join` and `down`: 10 s on a quiet machine.
 
 
@@ -42,8 +43,7 @@ class Testbed:
 
     def up(self) -> None:
         """Start the head and join the other machines to it."""
-        cpus = str(self._preset.workers_per_machine)
-        self.command(self.machines[0], "cluster", "up", "--bind", self.machines[0].address, "--num-cpus", cpus)
+        self._start_node(self.machines[0], "up", "--bind", self.machines[0].address)
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.join, list(self.machines)[1:]))
 
@@ -64,9 +64,19 @@ class Testbed:
             shutil.rmtree(self.disk(machine), ignore_errors=True)  # its disk is gone as well
             machine.boot()
         self.machines.network.heal(machine.index)
-        self.command(machine, "cluster", "down")
-        cpus = str(self._preset.workers_per_machine)
-        self.command(machine, "cluster", "join", self.machines[0].address, "--num-cpus", cpus)
+        self._start_node(machine, "join", self.machines[0].address)
+
+    def _start_node(self, machine: Machine, *arguments: str) -> None:
+        """Have a machine up or joined, by several tries: Ray's own limits, 30 s each, are short where much else runs."""
+        for last in [False] * (START_TRIES - 1) + [True]:
+            self.command(machine, "cluster", "down")
+            try:
+                self.command(machine, "cluster", *arguments, "--num-cpus", str(self._preset.workers_per_machine))
+            except TestbedFailed:
+                if last:
+                    raise
+            else:
+                return
 
     def command(self, machine: Machine, *arguments: str) -> None:
         """Run a quick command of trimtab on a machine.
