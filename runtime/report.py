@@ -14,8 +14,9 @@ from rich.text import Text
 from dispatch.errors import InvalidValue
 from runtime.chart_style import new_figure, save_png, to_svg
 from runtime.charts import CHARTS, Chart, draw_overview
+from runtime.event_text import event_text
 from runtime.load_map import MAX_LABELS
-from runtime.quantities import duration, three_digits
+from runtime.quantities import duration
 from runtime.report_page import PAGE
 from runtime.run_record import Headline, RunRecord, headlines
 from workers.run_log import Line
@@ -119,17 +120,8 @@ def _event_rows(events: list[Line]) -> Iterator[str]:
     for event in events:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         since = duration(event["time"] - events[0]["time"])
-        details = ", ".join(f"{key} {_detail(value)}" for key, value in event.items() if key not in ("time", "event"))
-        cells = (when, f"+{since}", str(event["event"]).replace("_", " "), details)
+        cells = (when, f"+{since}", str(event["event"]).replace("_", " "), event_text(event))
         yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
-
-
-def _detail(value: Any) -> str:
-    if isinstance(value, list):
-        return "; ".join(map(_detail, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_detail(each)}" for key, each in value.items())
-    return three_digits(value) if isinstance(value, float) else str(value)
 
 
 def _text(value: str) -> str:

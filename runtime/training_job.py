@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.failures import GangFailed
 from runtime.config import TrainConfig
+from runtime.event_text import told_event
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang
 from runtime.live import LiveView
-from runtime.quantities import duration
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from workers import checkpoint
 from workers.checkpoint import CheckpointError
@@ -81,7 +81,7 @@ class TrainingJob:
 
     def tell(self, event: str, **details: Any) -> None:
         append_event(self._run_dir, event, **details)
-        self._view.event(_text(event, details))
+        self._view.event(told_event({"event": event, **details}))
 
     def _pass_on_wish(self, gang: "Gang") -> None:
         if self._signal.stop_requested and not self._told_to_stop:
@@ -123,18 +123,12 @@ class TrainingJob:
         seconds = {name: value for name, value in recovery.seconds.items() if name != "total"}
         seconds |= {"load": self._load_s, "first step": line["time"] - self._called_s - self._load_s}
         total_s = line["time"] - recovery.since
-        append_event(self._run_dir, "recovered", step=line["step"], total_s=total_s, seconds=seconds)
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-        self._view.event(f"recovered: step {line['step']} after {duration(total_s)} ({parts} s)")
+        self.tell("recovered", step=line["step"], total_s=total_s, seconds=seconds)
 
     def _show(self, line: dict[str, Any]) -> None:
         if "event" in line:
-            self._view.event(_text(line["event"], {name: value for name, value in line.items() if name != "event"}))
+            self._view.event(told_event(line))
         elif line["kind"] == "eval":
             self._view.eval(line)
         else:
             self._view.update(line)
-
-
-def _text(event: str, details: dict[str, Any]) -> str:
-    return f"{event.replace('_', ' ')}: " + ", ".join(f"{name} {value}" for name, value in details.items())

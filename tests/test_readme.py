@@ -12,7 +12,7 @@ from tests.synthetic_run import make_run
 from workers.run_log import METRICS
 
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev]'"
-PLACE_OF_A_MACHINE = re.compile(r"(?<![\w./:~-])/(?:home|Users|root|work|mnt|scratch)/\w")
+PLACE_OF_A_MACHINE = re.compile(r"(?<![\w./:~}-])/(?:home|Users|root|work|mnt|scratch)/\w")
 MARKDOWN = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if p.is_file()]
 
 

@@ -44,7 +44,7 @@ USES = (
     Use("train --resume mine --steps 100", "--steps 2", "Step 2 of 2", ("runs/mine/report.html",)),
     Use("export mine OUT", says="OUT", leaves=("OUT/config.json", "OUT/model.safetensors", "OUT/tokenizer.json")),
     Use("plan paper-1b --world 64 --ep 8", says="Fits in 80 GiB: yes"),
-    Use("doctor cluster", says="process groups"),
+    Use("doctor cluster", says="2 ranks on cpu joined"),
     Use("doctor first", says="step_00000016"),
     Use("chaos quick", "--faults 1", "survived" if why_not() is None else str(why_not()),
         ("runs/chaos/chaos.md",) if why_not() is None else (), 0 if why_not() is None else 2),

@@ -103,7 +103,7 @@ _ALL = (
         name="fill disk",
         action="fill_disk",
         outcome="carries on",
-        promise=r"checkpoint failed: step \d+, reason .*(are free|No space left)",
+        promise=r"checkpoint failed: step \d+; .*(are free|No space left)",
         events=("checkpoint_failed", "checkpoint"),
         room=2,
     ),
