@@ -67,7 +67,7 @@ class Testbed:
         self._start_node(machine, "join", self.machines[0].address)
 
     def _start_node(self, machine: Machine, *arguments: str) -> None:
-        """Have a machine up or joined, by several tries: Ray's own limits, 30 s each, are short where much else runs."""
+        """Have a machine up or joined, by several tries: Ray's own limits of 30 s are short where much else runs."""
         for last in [False] * (START_TRIES - 1) + [True]:
             self.command(machine, "cluster", "down")
             try:
