@@ -27,8 +27,8 @@ STARTED = {
     [
         (
             STARTED,
-            "started: step 0; ranks 0 to 1 on 10.0.0.1 (cpu), rank 2 on 10.0.0.2 (cpu); exchange node (2 nodes); "
-             "law sign with rate 0.001; Ray was up after 11.0 s, the workers 13.3 s later",
+            ("started: step 0; ranks 0 to 1 on 10.0.0.1 (cpu), rank 2 on 10.0.0.2 (cpu); exchange node (2 nodes); "
+             "law sign with rate 0.001; Ray was up after 11.0 s, the workers 13.3 s later"),
         ),
         (
             {"event": "checkpoint", "step": 10, "path": "/a/runs/b/checkpoints/step_00000010", "bytes": 1459555,
@@ -38,8 +38,8 @@ STARTED = {
         (
             {"event": "finished", "step": 60, "saved_step": 60, "checkpoint_blocked_s": 0.27,
              "memory_checkpoint_blocked_s": 0.0},
-            "finished: step 60; saved at step 60; training stood still for 270 ms in checkpoints; "
-             "for 0 ms in those in memory",
+            ("finished: step 60; saved at step 60; training stood still for 270 ms in checkpoints; "
+             "for 0 ms in those in memory"),
         ),
         (
             {"event": "recovered", "step": 7, "total_s": 83.2, "seconds": {"back-off": 1.04, "first step": 2.5}},
