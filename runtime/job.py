@@ -215,6 +215,8 @@ def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelS
     sources = ", ".join(
         f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
     )
+    if num_copies := sum(source.num_copies for source in dataset.meta.sources):
+        sources += f"; copies: {num_copies} files, each trained on or held out like the file that it copies"
     start = f"going on from {resume_from}" if resume_from else f"run {run_dir}"
     return (
         f"{start}\n"

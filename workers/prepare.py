@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,7 +151,8 @@ def _write(
     with ExitStack() as stack:
         streams = {name: stack.enter_context((folder / name).open("wb")) for name in names}
         writer = _Writer(streams, encoder, lambda done: progress(done, total))
-        metas = [writer.write_source(source, config.val_fraction) for source in sources]
+        split = split_documents(sources, config.val_fraction)
+        metas = [writer.write_source(source, documents) for source, documents in zip(sources, split, strict=True)]
         for stream in streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -172,10 +173,10 @@ class _Writer:
         self._report = report
         self._num_read = 0
 
-    def write_source(self, source: Source, val_fraction: float) -> SourceMeta:
+    def write_source(self, source: Source, documents: Sequence[Document]) -> SourceMeta:
         totals = {split: SplitSize(0, 0) for split in SPLITS}
         hashes = {file.name: hashlib.sha256() for file in source.files}
-        for document in split_documents(source, val_fraction):
+        for document in documents:
             size = self._write_document(document, hashes[document.file.name].update)
             total = totals[document.split]
             totals[document.split] = SplitSize(
@@ -187,7 +188,8 @@ class _Writer:
         files = tuple(
             FileStamp(file.name, file.num_bytes, file.mtime_ns, hashes[file.name].hexdigest()) for file in source.files
         )
-        return SourceMeta(source.name, str(source.root), **totals, files=files)
+        num_copies = len({document.file.name for document in documents if document.is_copy})
+        return SourceMeta(source.name, str(source.root), **totals, files=files, num_copies=num_copies)
 
     def _write_document(self, document: Document, hash_piece: Callable[[bytes], None]) -> SplitSize:
         tokens, flags = self._streams[shard_name(document.split)], self._streams.get(flags_name(document.split))

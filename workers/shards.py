@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dispatch.errors import InvalidValue
 from workers.text import Split
 
-FORMAT = 1  # to be raised when the same text would give other files
+FORMAT = 2  # to be raised when the same text would give other files
 META_FILE = "meta.json"
 SPLITS: tuple[Split, ...] = ("train", "val")
 REBUILD = "prepare the text again with --data.rebuild true"
@@ -56,12 +56,14 @@ class SourceMeta:
     train: SplitSize
     val: SplitSize
     files: tuple[FileStamp, ...]
+    num_copies: int = 0  # files whose text an earlier one has: they are in the same split as that one
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Read back what `asdict` wrote."""
         sizes = {split: SplitSize(**fields[split]) for split in SPLITS}
-        return cls(fields["name"], fields["root"], **sizes, files=tuple(FileStamp(**file) for file in fields["files"]))
+        files = tuple(FileStamp(**file) for file in fields["files"])
+        return cls(fields["name"], fields["root"], **sizes, files=files, num_copies=fields["num_copies"])
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dispatch.errors import InvalidValue
 from workers.mix import MixSchedule
@@ -39,7 +41,7 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer file of Hugging Face's `tokenizers` (tokenizer.json); none: every byte is a token."""
     val_fraction: float = 0.05
-    """Share of each source's bytes, by whole documents, that is held out for validation."""
+    """Share of each source's bytes, by whole documents, that is held out; copies of a text are never divided."""
     mix: tuple[float, ...] = ()
     """Weights of the sources in every training batch, one a source; empty: all windows in proportion to the text."""
     mix_after: tuple[float, ...] = ()
@@ -105,6 +107,7 @@ class Document:
     start: int
     stop: int
     split: Split
+    is_copy: bool = False  # of a document before it: a link, or another file with the same bytes
 
 
 def find_sources(config: DataConfig) -> tuple[Source, ...]:
@@ -127,22 +130,22 @@ def find_sources(config: DataConfig) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def split_documents(source: Source, val_fraction: float) -> list[Document]:
-    """Divide a source's documents into training and validation, in the order of its files.
+def split_documents(sources: Sequence[Source], val_fraction: float) -> list[list[Document]]:
+    """Divide the documents of each source into training and validation, in the order of its files.
 
     Files are offered to validation in the order of a hash of their names, and taken while they fit in `val_fraction`
     of the bytes: the same on every machine and for every seed, and close to the wanted share although documents differ
-    in size. A source of one file is cut at the end of a line. Each split gets at least one document.
+    in size. A text that several files hold, copies or links, is one offer, and where it goes all of them go, in later
+    sources too: nothing is held out that is also trained on. Only files of equal size are read for that. A source of
+    one file is cut at the end of a line. Each split gets at least one document.
 
     Raises:
-        ValueError: the only file is too short to be cut.
+        ValueError: the only file of a source is too short to be cut or its text is also among the files of another one,
+            or the files of a source are too much alike to be divided.
     """
-    if len(source.files) == 1:
-        file = source.files[0]
-        cut = _find_cut(file, val_fraction)
-        return [Document(file, 0, cut, "train"), Document(file, cut, file.num_bytes, "val")]
-    held_out = _choose_held_out(source.files, val_fraction)
-    return [Document(file, 0, file.num_bytes, "val" if file.name in held_out else "train") for file in source.files]
+    twins = _find_twins(sources)
+    splits: dict[str | Path, Split | None] = {}
+    return [_split_source(source, val_fraction, twins, splits) for source in sources]
 
 
 def read_pieces(document: Document, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
@@ -227,14 +230,80 @@ def _refuse_shared_files(sources: list[Source]) -> None:
                 raise InvalidValue(f"{file.path} belongs to two sources of --data.path, {both}; give each file once")
 
 
-def _choose_held_out(files: tuple[SourceFile, ...], val_fraction: float) -> set[str]:
-    room = val_fraction * sum(file.num_bytes for file in files)
-    chosen: set[str] = set()
-    for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()):
-        if file.num_bytes <= room:
-            chosen.add(file.name)
-            room -= file.num_bytes
-    return chosen or {min(files, key=lambda file: (file.num_bytes, file.name)).name}
+def _find_twins(sources: Sequence[Source]) -> dict[Path, str]:
+    """By path, the digest of each file whose text another file has too."""
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for file in itertools.chain.from_iterable(source.files for source in sources):
+        by_size[file.num_bytes].append(file.path)
+    digests: dict[Path, str] = {}
+    for path in itertools.chain.from_iterable(paths for paths in by_size.values() if len(paths) > 1):
+        with path.open("rb") as stream:
+            digests[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+    counts = Counter(digests.values())
+    return {path: digest for path, digest in digests.items() if counts[digest] > 1}
+
+
+def _split_source(
+    source: Source, val_fraction: float, twins: Mapping[Path, str], splits: dict[str | Path, Split | None]
+) -> list[Document]:
+    """The documents of one source.
+
+    splits: where each text went, by its digest if it has twins, else by its path; None: it was cut. Grows by those of
+    this source.
+    """
+    known = set(splits)
+    if len(source.files) == 1:
+        (file,) = source.files
+        text = twins.get(file.path, file.path)
+        if splits.setdefault(text, None) is not None:
+            raise _cut_and_whole(file.path)
+        cut = _find_cut(file, val_fraction)
+        train = Document(file, 0, cut, "train", is_copy=text in known)
+        return [train, replace(train, start=cut, stop=file.num_bytes, split="val")]
+    texts = {file: twins.get(file.path, file.path) for file in source.files}
+    _choose_held_out(texts, val_fraction, splits)
+    documents = []
+    for file, text in texts.items():
+        split = splits[text]
+        if split is None:
+            raise _cut_and_whole(file.path)
+        documents.append(Document(file, 0, file.num_bytes, split, is_copy=text in known))
+        known.add(text)
+    missing = set(get_args(Split)) - {document.split for document in documents}
+    if missing:
+        raise InvalidValue(
+            f"{source.root} holds no text of its own for the split {missing.pop()!r}: its {len(documents)} files are "
+            "copies of each other or of files of another source; give more text, or leave it out"
+        )
+    return documents
+
+
+def _choose_held_out(
+    texts: Mapping[SourceFile, str | Path], val_fraction: float, splits: dict[str | Path, Split | None]
+) -> None:
+    """Add the texts of one source that `splits` does not know yet; some are held out even where none fits."""
+    sizes: Counter[str | Path] = Counter()
+    # In the order in which they are offered: that of the first of their names.
+    for file in sorted(texts, key=lambda file: _name_hash(file.name)):
+        sizes[texts[file]] += file.num_bytes
+    room = val_fraction * sizes.total() - sum(size for text, size in sizes.items() if splits.get(text) == "val")
+    own = [text for text in sizes if text not in splits]
+    for text in own:
+        splits[text] = "val" if sizes[text] <= room else "train"
+        room -= sizes[text] * (splits[text] == "val")
+    if len(sizes) > 1 and own and not any(splits[text] == "val" for text in sizes):
+        splits[min(own, key=lambda text: sizes[text])] = "val"
+
+
+def _name_hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
+def _cut_and_whole(path: Path) -> InvalidValue:
+    return InvalidValue(
+        f"{path} holds the same text as the only file of another source, which is divided into training and "
+        "validation; give the text once"
+    )
 
 
 def _find_cut(file: SourceFile, val_fraction: float) -> int:

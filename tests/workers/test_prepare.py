@@ -47,6 +47,13 @@ def test_documents_become_tokens_with_an_end_each(config: DataConfig) -> None:
     assert (source.val.num_tokens, source.val.num_text_bytes) == (2, 1)
 
 
+def test_copies_are_counted_and_stay_in_one_split(config: DataConfig) -> None:
+    (Path(config.path[0]) / "d.txt").symlink_to("c.txt")
+    dataset = prepare_dataset(config)
+    assert dataset.val[0].tolist() == [*b"3", EOD, *b"3", EOD] and ord("3") not in dataset.train
+    assert dataset.meta.sources[0].num_copies == Dataset.open(dataset.path).meta.sources[0].num_copies == 1
+
+
 def test_large_vocabulary_gets_wider_tokens(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wide(ByteTokenizer):
         vocab_size, eod_id = 70_001, 70_000

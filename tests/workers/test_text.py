@@ -1,5 +1,8 @@
 """Sources, their files, and what is held out."""
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ def source_of(path: Path, **config: object) -> Source:
 
 
 def held_out(source: Source, val_fraction: float) -> set[str]:
-    return {document.file.name for document in split_documents(source, val_fraction) if document.split == "val"}
+    return {document.file.name for document in split_documents([source], val_fraction)[0] if document.split == "val"}
 
 
 def whole(path: Path) -> Document:
@@ -114,10 +117,43 @@ def test_held_out_files_come_close_to_the_wanted_share_and_never_exceed_it(tmp_p
 
 
 def test_split_depends_on_names_and_sizes_alone(tmp_path: Path) -> None:
-    first = source_of(make_folder(tmp_path / "one", {f"{i}.txt": b"x" * 10 for i in range(20)}))
-    second = source_of(make_folder(tmp_path / "two", {f"{i}.txt": b"y" * 10 for i in reversed(range(20))}))
+    first = source_of(make_folder(tmp_path / "one", {f"{i}.txt": b"x%09d" % i for i in range(20)}))
+    second = source_of(make_folder(tmp_path / "two", {f"{i}.txt": b"y%09d" % i for i in reversed(range(20))}))
     assert held_out(first, 0.2) == held_out(second, 0.2)
     assert len(held_out(first, 0.2)) == 4
+
+
+@pytest.mark.parametrize("how", [os.symlink, os.link, shutil.copy])
+def test_a_text_that_several_files_hold_is_trained_on_or_held_out(tmp_path: Path, how: Callable) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02}.md").write_text(f"document {i:02}\n" * 50)
+        how(tmp_path / f"{i:02}.md", tmp_path / f"again-{i:02}.md")
+    (documents,) = split_documents([source_of(tmp_path)], 0.1)
+    texts = {split: {d.file.path.read_text() for d in documents if d.split == split} for split in ("train", "val")}
+    assert len(texts["val"]) == 4 and not texts["val"] & texts["train"]
+    assert [document.file.name for document in documents if document.is_copy] == [f"again-{i:02}.md" for i in range(40)]
+
+
+def test_a_copy_in_another_source_goes_where_the_text_went(tmp_path: Path) -> None:
+    first = make_folder(tmp_path / "first", {f"{i}": b"text %02d" % i for i in range(30)})
+    second = make_folder(tmp_path / "second", {f"other {i}": b"text %02d" % i for i in range(60)})
+    sources = find_sources(DataConfig(path=(str(first), str(second))))
+    documents = [document for each in split_documents(sources, 0.1) for document in each]
+    texts = {split: {d.file.path.read_bytes() for d in documents if d.split == split} for split in ("train", "val")}
+    assert len(texts["val"]) == 6 and not texts["val"] & texts["train"]
+    assert sum(document.is_copy for document in documents) == 30
+
+
+def test_texts_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"same/a": b"x\n" * 9, "same/b": b"x\n" * 9, "one": b"x\n" * 9, "also": b"x\n" * 9})
+    with pytest.raises(ValueError, match=r"same holds no text of its own for the split 'val': its 2 files are copies"):
+        split_documents([source_of(tmp_path / "same")], 0.1)
+    one, also = source_of(tmp_path / "one"), source_of(tmp_path / "also")
+    make_folder(tmp_path, {"same/c": b"other"})
+    for sources in ([one, source_of(tmp_path / "same")], [source_of(tmp_path / "same"), one]):
+        with pytest.raises(ValueError, match=r"(a|one) holds the same text as the only file of another source"):
+            split_documents(sources, 0.1)
+    assert [[d.start for d in each] for each in split_documents([one, also], 0.1)] == [[0, 16], [0, 16]]
 
 
 def test_each_split_gets_a_document_when_none_fits(tmp_path: Path) -> None:
@@ -128,17 +164,17 @@ def test_each_split_gets_a_document_when_none_fits(tmp_path: Path) -> None:
 def test_single_file_is_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"123456789\n" * 100)  # 5 % of 1000 bytes begin at 950, the end of a line
-    train, val = split_documents(source_of(path), 0.05)
+    train, val = split_documents([source_of(path)], 0.05)[0]
     assert (train.split, train.start, train.stop) == ("train", 0, 950)
     assert (val.split, val.start, val.stop) == ("val", 950, 1000)
-    train, val = split_documents(source_of(path), 0.053)  # 947 lies within a line, which moves to validation
+    train, val = split_documents([source_of(path)], 0.053)[0]  # 947 lies within a line, which moves to validation
     assert train.stop == val.start == 940
 
 
 def test_single_file_of_one_long_line_is_cut_between_characters(tmp_path: Path) -> None:
     path = tmp_path / "line"
     path.write_bytes(b"a\n" + "ä".encode() * 500)  # the far line end must not take the whole file for validation
-    train, val = split_documents(source_of(path), 0.05)
+    train, val = split_documents([source_of(path)], 0.05)[0]
     assert train.stop == val.start == 952
     assert b"".join(read_pieces(val)).decode() == "ä" * 25
 
@@ -146,7 +182,7 @@ def test_single_file_of_one_long_line_is_cut_between_characters(tmp_path: Path) 
 def test_file_too_short_to_divide_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"one \(1 bytes\) is too short"):
-        split_documents(source_of(tmp_path / "one"), 0.05)
+        split_documents([source_of(tmp_path / "one")], 0.05)
 
 
 def test_one_path_needs_no_brackets() -> None:
