@@ -64,7 +64,7 @@ def check_local(config: ClusterConfig, available: Available, model_bytes_per_wor
         raise NotEnoughResources(
             f"{config.num_workers} workers and Ray need about {size_text(needed)} of memory, but only "
             f"{size_text(available.memory_bytes)} are free. Close other programs, lower --cluster.num_workers, or use "
-            "a smaller model"
+            "a smaller model or batch (--run.micro_batch_size)"
         )
 
 

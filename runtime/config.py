@@ -202,8 +202,16 @@ def _check_time_limits(cluster: ClusterConfig) -> None:
 
 def _check_device(cluster: ClusterConfig) -> None:
     # On a joined cluster the GPUs are elsewhere: there the placement of the workers finds out.
-    if cluster.device == "cuda" and cluster.address is None and not torch.cuda.is_available():
+    if cluster.device != "cuda" or cluster.address is not None:
+        return
+    if not torch.cuda.is_available():
         raise InvalidValue(
             "cluster.device is cuda, but torch sees no CUDA device on this machine; use --device cpu, install a CUDA "
             "build of torch, or join a cluster with GPUs by --cluster.address"
+        )
+    workers, gpus = cluster.min_workers or cluster.num_workers, torch.cuda.device_count()
+    if workers * (cluster.gpus_per_worker or 1) > gpus:
+        raise InvalidValue(
+            f"cluster.device is cuda and {workers} workers need {cluster.gpus_per_worker or 1:g} GPU each, but this "
+            f"machine has {gpus}; set --workers {gpus}, use --device cpu, or join a cluster by --cluster.address"
         )

@@ -8,10 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from cluster.access import check_access, find_access
+from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
+from cluster.placement import worker_resources
 from cluster.preflight import check_resources
 from dispatch.errors import InvalidValue
 from runtime.config import TrainConfig, cross_check, feasible_sizes
@@ -23,7 +26,7 @@ from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.say import say
-from runtime.size import ModelSize, model_size, recorded_scores_bytes
+from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.evaluation import Evaluation
@@ -53,11 +56,12 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     if config.cluster.address is not None:
         check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
+    on_cpu = config.cluster.device == "cpu" or not torch.cuda.is_available()
     check_resources(
         config.cluster,
         run_dir,
         run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1) + recorded_scores_bytes(config),
-        model_bytes_per_worker=size.training_bytes_per_rank,
+        model_bytes_per_worker=size.training_bytes_per_rank + on_cpu * batch_bytes_at_least(config),
     )
     dataset = open_data(config, console)
     say(console, _headline(config, run_dir, dataset, size, resume_from))
@@ -210,6 +214,17 @@ def _config_for(run_dir: Path, workers: int | None, device: str | None) -> Train
     return config
 
 
+def _idle_gpus(cluster: ClusterConfig) -> str:
+    """A line that says why this machine's GPUs are left idle, where they are though nobody asked for it."""
+    num_gpus = torch.cuda.device_count() if cluster.address is None and cluster.device == "auto" else 0
+    if not num_gpus or "GPU" in worker_resources(cluster, num_gpus):
+        return ""
+    return (
+        f"\ndevice cpu, because auto takes a GPU for each of {cluster.num_workers} workers and this machine has "
+        f"{num_gpus}; --workers {num_gpus} trains on cuda"
+    )
+
+
 def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None) -> str:
     moe = config.model.moe
     sources = ", ".join(
@@ -224,5 +239,6 @@ def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelS
         f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
         f"layers\ntext   {sources}\n"
         f"law    {config.balance.law}, rate {balance_of(config).rate_at(1):g}"
+        + _idle_gpus(config.cluster)
         + (f"\nscores {recorded_scores_bytes(config) / 1e6:,.1f} MB to come" if config.balance.record else "")
     )

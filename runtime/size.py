@@ -73,6 +73,17 @@ def model_size(config: ModelConfig, ep_size: int) -> ModelSize:
     )
 
 
+def batch_bytes_at_least(config: TrainConfig) -> int:
+    """What a micro-batch takes of a worker's memory at the very least: logits and their gradient, inputs of the layers.
+
+    A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
+    """
+    workers = config.cluster.num_workers
+    sequences = config.run.sequences_per_rank(workers) // config.run.num_micro_batches(workers)
+    per_token = 2 * config.model.vocab_size + config.model.hidden * config.model.num_layers
+    return sequences * config.model.max_seq_len * per_token * 4
+
+
 def recorded_scores_bytes(config: TrainConfig) -> int:
     """What balance.record writes in a run from its first step to its last."""
     if not config.balance.record:

@@ -7,6 +7,8 @@ from dispatch.errors import InvalidValue
 
 MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of lock and partial files, are longer
 
+MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -47,6 +49,10 @@ class RunConfig:
         for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"run.{name} ({getattr(self, name)}) must be at least 1")
+        if self.global_batch_size > MAX_BATCH:
+            raise InvalidValue(
+                f"run.global_batch_size ({self.global_batch_size}) must be at most {MAX_BATCH} sequences"
+            )
         periods = ("eval_every", "checkpoint_every", "memory_checkpoint_every")
         for name in ("seed", "micro_batch_size", *periods, "full_disk_wait_s"):
             if getattr(self, name) < 0:

@@ -126,6 +126,19 @@ def test_wrong_usage_ends_with_2_before_anything_starts(
     assert not job.calls
 
 
+def test_a_batch_that_no_memory_holds_is_refused_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for batch, message in (
+        (10**14, "run.global_batch_size (100000000000000) must be at most 16777216 sequences"),
+        (2**23, "a smaller model or batch (--run.micro_batch_size)"),
+    ):
+        options = ["--run.global_batch_size", str(batch), "--run.dir", str(tmp_path), "--device", "cpu"]
+        assert main(["train", *options]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("outcome", "code", "message"),
     [

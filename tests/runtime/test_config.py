@@ -10,11 +10,12 @@ import torch
 import yaml
 
 from cluster.config import ClusterConfig
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_from_yaml_file, config_to_yaml, load_config, parse_train
-from runtime.job import _config_for
+from runtime.job import _config_for, _idle_gpus
 from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
 from runtime.size import recorded_scores_bytes
@@ -47,6 +48,7 @@ def test_preset_passes_all_checks(name: str) -> None:
 
 def test_paper_preset_passes_all_checks_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     config = load_config("paper-1b")
     cross_check(config)
     # Table 5: 1152 x 2048 tokens a step, 40k steps are close to 100B tokens.
@@ -287,6 +289,25 @@ def test_experts_need_not_divide_evenly(num_experts: int, num_workers: int) -> N
             model__moe__num_experts=num_experts, cluster__num_workers=num_workers, run__global_batch_size=batch
         )
     )
+
+
+def test_more_workers_on_cuda_than_gpus_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InvalidValue, match=r"2 workers need 1 GPU each, but this machine has 1; set --workers 1"):
+        cross_check(with_settings(cluster__device="cuda"))
+    cross_check(with_settings(cluster__device="cuda", cluster__gpus_per_worker=0.5))
+    cross_check(with_settings(cluster__device="cuda", cluster__min_workers=1))  # two are tried, then one
+
+
+def test_gpus_that_are_left_idle_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert (
+        "device cpu, because auto takes a GPU for each of 2 workers and this machine has 1; --workers 1"
+        in _idle_gpus(ClusterConfig(num_workers=2))
+    )
+    for quiet in ({"num_workers": 1}, {"device": "cpu"}, {"address": "auto"}):
+        assert not _idle_gpus(ClusterConfig(**quiet)), quiet
 
 
 def test_cuda_is_refused_on_a_machine_without_it_but_not_on_a_joined_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
