@@ -130,7 +130,9 @@ def open_testbed(preset: Preset) -> Iterator[Testbed]:
     """
     machines = Machines(preset.num_machines)
     _leave_shared_mounts()
-    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=ray_folder()))
+    # Short: a socket's path may have 107 characters, and those of the dashboard of a head whose process has a number of
+    # five digits, as that of a cluster which was started anew, are 92 longer than this folder's.
+    folder = Path(tempfile.mkdtemp(prefix="c-", dir=ray_folder()))
     with contextlib.ExitStack() as stack:
         stack.callback(folder.rmdir)
         for disk, num_bytes in ((folder, WORK_BYTES), (folder / "runs", RUNS_BYTES)):

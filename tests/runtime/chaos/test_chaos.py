@@ -68,7 +68,7 @@ def test_ctrl_c_tears_everything_down(tmp_path):
 
 def assert_nothing_left(folder: Path) -> None:
     """Neither the folder of the testbed, nor a process that names it."""
-    assert folder.name.startswith("chaos-") and not folder.exists()
+    assert folder.name.startswith("c-") and not folder.exists()
     commands = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(folder) in command]
 
