@@ -17,8 +17,10 @@ from cluster.failures import GangFailed
 from cluster.placement import worker_resources
 from cluster.preflight import check_resources
 from dispatch.errors import InvalidValue
+from runtime.cautions import cautions
 from runtime.config import TrainConfig, cross_check, feasible_sizes
 from runtime.config_file import config_from_yaml_file, config_to_yaml
+from runtime.hf.files import FOLDER as IMPORTED
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
 from runtime.live import LiveView
@@ -65,6 +67,8 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     )
     dataset = open_data(config, console)
     say(console, _headline(config, run_dir, dataset, size, resume_from))
+    for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
+        say(console, f"note   {text}")
     with ExitStack() as stack:
         with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
             spec = make_spec(config, run_dir, dataset)

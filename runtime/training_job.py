@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.failures import GangFailed
+from runtime.cautions import Watch
 from runtime.config import TrainConfig
 from runtime.event_text import told_event
 from runtime.interrupt import StopSignal
@@ -41,6 +42,7 @@ class TrainingJob:
         self._config, self._run_dir, self._launched = config, run_dir, launched
         self._resume_from = resume_from and resume_from.absolute()
         self._view, self._signal = view, signal
+        self._watch = Watch(config.balance.law if config.aux.loss == "none" else config.aux.loss)
         self._is_recording = False  # whether rank 0 has ever told something: then the run's own checkpoints count
         self._recovery: Recovery | None = None
         self._called_s = self._load_s = 0.0
@@ -132,3 +134,5 @@ class TrainingJob:
             self._view.eval(line)
         else:
             self._view.update(line)
+            for text in self._watch.notice(line):
+                self.tell("warning", text=text)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
+from runtime.cautions import cautions
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import BASE_PRESET, config_to_yaml, load_config, override
 from runtime.hf.files import FOLDER, TOKENIZER, check_tokenizer, keep_files
@@ -54,7 +55,8 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
     sys.stdout.write(
         f"{run_dir}: {source.family.architecture}, {len(source.tensors):,} tensors; largest shard "
         f"{largest / 1e9:.2f} GB of {len(shards)}, peak memory of a process {peak / 1e9:.2f} GB\n"
-        f"go on with: trimtab train --resume {run_dir}\n"
+        + "".join(f"note: {text}\n" for text in cautions(config, is_imported=True))
+        + f"go on with: trimtab train --resume {run_dir}\n"
     )
     return 0
 

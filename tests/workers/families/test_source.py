@@ -173,6 +173,7 @@ def test_swapped_experts_of_an_export_are_found_by_their_digests(
 ) -> None:
     run, out = folder.parent / "run", folder.parent / "out"
     assert import_code(folder, run) == 0
+    assert "note: the imported model is trained on the built-in demo text" in capsys.readouterr().out
     assert main(["export", str(run), str(out)]) == 0
     file = out / "model.safetensors"
     raw = bytearray(file.read_bytes())
