@@ -77,7 +77,7 @@ class GangFailed(UserError, RuntimeError):
         lines = [f"{self.first.where} failed first, in {self.method}: {self.first.message}"]
         for other in self.failures[1:]:
             lines.append(f"  then {other.where}: {_first_line(other.message)}")
-            if other.kind == "running" and other.trace:
+            if other.kind != "error" and other.trace:
                 lines.append(other.trace)
         if self.first.trace:
             lines.append(self.first.trace)

@@ -21,7 +21,8 @@ from cluster.failures import GangFailed
 from cluster.kill import kill_process
 from cluster.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.session import forwarded_environment
-from cluster.watch import Member, call_all, control, left, wait_for_stacks
+from cluster.stacks import wait_for_stacks
+from cluster.watch import Member, call_all, control, left
 from workers.actor import CONTROL_GROUP, JoinsGang, Place, WorkerActor
 
 STOP_S = 5.0  # For killed processes to be gone.
@@ -332,7 +333,15 @@ class Gang:
             for rank, index in enumerate(order)
         )
         self._members = [
-            Member(rank=row.rank, actor=self._actors[bundle], ip=row.ip, pid=row.pid, device=row.device)
+            Member(
+                rank=row.rank,
+                actor=self._actors[bundle],
+                ip=row.ip,
+                pid=row.pid,
+                device=row.device,
+                node_id=row.node_id,
+                stack_file=self._places[bundle].stack_file,
+            )
             for row, bundle in zip(self.rank_map, self._bundles, strict=True)
         ]
 

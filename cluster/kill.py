@@ -23,7 +23,10 @@ def kill_process(place: Place) -> None:
 
 def _kill(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        # Ray names its processes: the number may be another's by now.
-        if "".join(process.cmdline()[:1]).startswith(f"ray::{WorkerActor.__name__}"):
+        if is_worker(process := psutil.Process(pid)):
             process.kill()
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is one of ours: its number may be another's by now. Ray names its processes."""
+    return "".join(process.cmdline()[:1]).startswith(f"ray::{WorkerActor.__name__}")

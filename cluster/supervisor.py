@@ -16,6 +16,7 @@ from cluster.room import RoomRequest, draining_nodes, preempted_nodes, room_for_
 from dispatch.errors import UserError
 
 POLL_S = 0.2
+MAX_DIAGNOSIS_CHARS = 32_000  # Of what an event says of a failure: a few stacks.
 DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
 
 
@@ -243,8 +244,11 @@ class Supervisor:
 
 
 def _details(failure: GangFailed | ClusterTooSmall) -> dict[str, Any]:
-    reason = str(failure).splitlines()[0]
+    text = str(failure)
+    told = {"reason": text.splitlines()[0]}
     if isinstance(failure, ClusterTooSmall):
-        return {"reason": reason}
+        return told
     first = failure.first
-    return {"reason": reason, "rank": first.rank, "node": first.ip, "pid": first.pid, "kind": first.kind}
+    details = {"rank": first.rank, "node": first.ip, "pid": first.pid, "kind": first.kind}
+    # Also where the run recovers: who looks later needs the stacks and the traceback.
+    return {**told, **details, "diagnosis": text[:MAX_DIAGNOSIS_CHARS]}

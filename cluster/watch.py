@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.activity_watch import ANSWER_S, ActivityWatch
 from cluster.failures import GangFailed, Kind, WorkerFailure, WorkerUnreachable, cause_first
+from cluster.stacks import stacks_of, wait_for_stacks
 from cluster.stall import Stall
 from workers.actor import CONTROL_GROUP, Failure, WorkerActor
 
@@ -32,6 +33,8 @@ class Member:
     ip: str = ""
     pid: int = 0
     device: str = ""
+    node_id: str = ""
+    stack_file: int = -1  # see Place
 
     @property
     def name(self) -> str:
@@ -98,8 +101,11 @@ def _held_up(
     """Every rank's fate where a collective did not end: first the ranks that are to blame."""
     blamed = stall.missing or stall.waiting[:1]
     text = f"CollectiveTimeout: {stall.error}"
+    stacks = stacks_of([member for member in members if member.rank in blamed], stall.silent, ANSWER_S)
     hung = [
-        member.failed("silent" if member.rank in stall.silent else "hung", text, error=stall.error)
+        member.failed(
+            "silent" if member.rank in stall.silent else "hung", text, error=stall.error, trace=stacks[member.rank]
+        )
         for member in members
         if member.rank in blamed
     ]
@@ -174,15 +180,6 @@ def left(call: ray.ObjectRef[Any]) -> bool:
         return not isinstance(ray.get(call, timeout=0), Failure)
     except RayError:
         return False
-
-
-def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.ObjectRef[str] | None]:
-    """Ask all members at once what they are doing; None where no answer came. A dead one answers with an error."""
-    if not members:
-        return []
-    asked: list[Any] = [member.actor.stack.options(concurrency_group=CONTROL_GROUP).remote() for member in members]
-    answered = set(ray.wait(asked, num_returns=len(asked), timeout=timeout_s)[0])
-    return [call if call in answered else None for call in asked]
 
 
 def control(member: Member, method: str, *args: Any, timeout_s: float) -> Any:

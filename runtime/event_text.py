@@ -46,8 +46,15 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
 _CLAUSES["resumed"] = (*_CLAUSES["started"], "read in {load_s}")
 _CLAUSES["interrupted"] = _CLAUSES["finished"]
 # The place of a checkpoint is told by its step; the partner of a worker by docs/recovery.md; the kind by the reason.
-_UNSAID = {"checkpoint": {"path"}, "memory_checkpoints": {"partner_shift"}, "failed": {"kind"}}
-_OF_ANY_LINE = {"time", "event"}
+_UNSAID = {
+    "checkpoint": {"path"},
+    "memory_checkpoints": {"partner_shift"},
+    "failed": {"kind"},
+    "coordinator_lost": {"cause"},
+}
+# Of many lines: the report folds them. The terminal shows that of a bug; an error that ends a run is printed anyway.
+STACKS = ("diagnosis", "trace")
+_OF_ANY_LINE = {"time", "event", *STACKS}
 
 
 def event_text(line: Mapping[str, Any]) -> str:
@@ -64,7 +71,8 @@ def event_text(line: Mapping[str, Any]) -> str:
 
 def told_event(line: Mapping[str, Any]) -> str:
     """An event with its kind, as a line of the terminal."""
-    return f"{str(line['event']).replace('_', ' ')}: {event_text(line)}"
+    text = f"{str(line['event']).replace('_', ' ')}: {event_text(line)}"
+    return f"{text}\n{line['trace'].rstrip()}" if line.get("trace") else text
 
 
 def _shown(name: str, value: Any) -> str:

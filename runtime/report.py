@@ -14,7 +14,7 @@ from rich.text import Text
 from dispatch.errors import InvalidValue
 from runtime.chart_style import new_figure, save_png, to_svg
 from runtime.charts import CHARTS, Chart, draw_overview
-from runtime.event_text import event_text
+from runtime.event_text import STACKS, event_text
 from runtime.load_map import MAX_LABELS
 from runtime.quantities import duration
 from runtime.report_page import PAGE
@@ -120,8 +120,13 @@ def _event_rows(events: list[Line]) -> Iterator[str]:
     for event in events:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         since = duration(event["time"] - events[0]["time"])
-        cells = (when, f"+{since}", str(event["event"]).replace("_", " "), event_text(event))
-        yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+        cells = [_text(cell) for cell in (when, f"+{since}", str(event["event"]).replace("_", " "), event_text(event))]
+        cells[-1] += "".join(_folded(name, event[name]) for name in STACKS if event.get(name))
+        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _folded(title: str, text: Any) -> str:
+    return f"<details><summary>{_text(title)}</summary><pre>{_text(str(text))}</pre></details>"
 
 
 def _text(value: str) -> str:

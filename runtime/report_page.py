@@ -45,6 +45,7 @@ table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
 td {{ padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }}
 td:first-child, .events td:nth-child(2) {{ color: var(--muted); }}
 td:first-child, .events td:nth-child(-n+3) {{ white-space: nowrap; }}
+.events pre {{ white-space: pre-wrap; font-size: 12px; margin: 6px 0; }}
 .config tbody {{ display: block; columns: 2; column-gap: 40px; }}
 .config tr {{ display: flex; justify-content: space-between; break-inside: avoid;
   border-bottom: 1px solid var(--line); }}

@@ -6,9 +6,11 @@ makes the worker, and only that imports torch: thread counts and transport setti
 
 from __future__ import annotations
 
+import faulthandler
 import ipaddress
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -59,7 +61,8 @@ class Place:
 
     `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `interface` the network
     interface that its collectives listen on, `transport` the variables of NCCL, gloo and torch in effect there,
-    `import_s` how long it took to import torch and to build the worker.
+    `import_s` how long it took to import torch and to build the worker, `stack_file` the number of the file, open in
+    the process, to which it writes its stacks on SIGUSR1.
     """
 
     node_id: str
@@ -70,6 +73,7 @@ class Place:
     interface: str = ""
     transport: Mapping[str, str] = field(default_factory=dict)
     import_s: float = 0.0
+    stack_file: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,7 @@ class WorkerActor:
             interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),
             transport={name: os.environ[name] for name in sorted(os.environ) if name.startswith(TRANSPORT_PREFIXES)},
             import_s=time.monotonic() - begun,
+            stack_file=_write_stacks_on_signal(),
         )
 
     def _open_store(self) -> tuple[str, int]:
@@ -208,6 +213,18 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # No such file, or "max": no quota.
         return cores
+
+
+def _write_stacks_on_signal() -> int:
+    """From now on SIGUSR1 appends the stacks of all threads to a file in memory, whose number is returned.
+
+    The handler is C and needs no GIL: it answers also where Python no longer does.
+    """
+    if not hasattr(os, "memfd_create"):  # macOS: nobody could read it from outside
+        return -1
+    number = os.memfd_create("stacks")
+    faulthandler.register(signal.SIGUSR1, number, all_threads=True)
+    return number
 
 
 def _guarded(function: Callable[..., T], *args: Any) -> T | Failure:

@@ -1,5 +1,6 @@
 """A worker without a model, for tests of the gang. Ray's workers import this module by its name."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -72,6 +73,9 @@ class DummyWorker:
 
     def wait(self) -> None:
         assert self.released.wait(60)
+
+    def hold_the_gil(self) -> None:
+        ctypes.PyDLL(None).sleep(120)  # no other thread of this process runs Python meanwhile
 
     def release(self) -> str:
         self.released.set()

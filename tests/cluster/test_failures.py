@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from cluster.failures import GangFailed, WorkerFailure, cause_first
 from cluster.placement import ClusterTooSmall
-from cluster.supervisor import GaveUp
+from cluster.supervisor import GaveUp, _details
 from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 from dispatch.errors import InvalidValue, UserError
 from workers.checkpoint import DiskRefused
@@ -64,6 +64,15 @@ def test_only_an_error_that_no_user_can_mend_is_a_bug_and_shows_its_traceback():
     assert not GangFailed("train", (failure(0, "error", 1.0, collateral=True),)).is_bug
     assert not GaveUp("why", (GangFailed("train", (failure(0, "error", 1.0),)), ClusterTooSmall("no room"))).is_bug
     assert str(GangFailed("train", (replace(failure(0, "error", 1.0), error=DiskRefused("full")),))) == "full"
+
+
+def test_the_event_of_a_failure_keeps_stacks_and_traceback_within_bounds():
+    hung = replace(failure(1, "hung", 0.0), trace="the stack of rank 1")
+    other = replace(failure(0, "running", 0.0), trace="x" * 1_000_000)
+    told = _details(GangFailed("train", (hung, other)))
+    assert told["reason"] == "rank 1 (10.0.0.1, pid 101) failed first, in train: hung 1"
+    assert len(told["diagnosis"]) == 32_000
+    assert "the stack of rank 1" in _details(GangFailed("train", (hung,)))["diagnosis"]
 
 
 def test_only_ranks_whose_call_has_returned_may_be_kept():

@@ -14,10 +14,11 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
 from cluster.gang import Gang
+from cluster.stacks import stacks_of
 from cluster.watch import call_all
 from dispatch.collective_errors import CollectiveTimeout, WrongSplits
 from runtime.launch import worker_maker
-from tests.cluster.dummy_worker import WaitingWorker
+from tests.cluster.dummy_worker import DummyWorker, WaitingWorker
 from tests.workers.training_gang import make_spec
 from workers.faults import Fault
 from workers.parallel import ParallelConfig
@@ -114,6 +115,10 @@ def test_a_rank_that_does_not_come_is_named_with_step_phase_and_layer(tmp_path, 
     assert (outcome.error.step, outcome.error.phase, outcome.error.layer) == (3, *where)
     assert doing in outcome.error.details
     assert outcome.delay_s < BOUND_S + LATE_S + BUSY_S
+    # Its own stack, or why it has none: it is the one that matters.
+    stack = {"sleep": "faults.py", "stop": "is stopped: by a signal", "skip": "training_run.py"}[fault["action"]]
+    assert stack in outcome.failed.first.trace
+    assert outcome.failed.first.trace in str(outcome.failed)
 
 
 # P25
@@ -148,3 +153,14 @@ def test_the_watch_does_not_need_the_time_out_of_the_backend_and_a_slow_rank_is_
     assert caught.value.first.error.missing_ranks == (1,) == (caught.value.first.rank,)
     assert [(f.rank, f.kind) for f in caught.value.failures] == [(1, "hung"), (0, "running")]
     assert caught.value.ranks_to_replace == (0, 1)
+
+
+def test_the_stack_of_a_process_that_holds_the_gil_is_read_from_its_node():
+    with Gang.launch(replace(CONFIG, num_workers=1), DummyWorker) as gang:
+        [member] = gang._members
+        member.actor.call.remote("hold_the_gil")
+        give_up = time.monotonic() + 60
+        stack = ""
+        while "hold_the_gil" not in stack and time.monotonic() < give_up:
+            stack = stacks_of([member], silent=(), timeout_s=1.0)[0]
+        assert "hold_the_gil" in stack and "dummy_worker.py" in stack

@@ -55,6 +55,21 @@ def test_an_event_is_told_in_words(line: dict[str, object], words: str) -> None:
     assert event_text(line) == words.partition(": ")[2]
 
 
+def test_stacks_are_left_to_the_report_but_for_those_of_a_bug() -> None:
+    failed = {"event": "failed", "reason": "rank 1 hung", "diagnosis": "line\nline"}
+    assert (told_event(failed), event_text(failed)) == ("failed: rank 1 hung", "rank 1 hung")
+    bug = {
+        "event": "coordinator_lost",
+        "step": 3,
+        "cause": "bug",
+        "reason": "a bug: KeyError",
+        "trace": "first\nlast\n",
+    }
+    words = "at step 3, rank 0 goes on with the same law by itself; a bug: KeyError"
+    assert told_event(bug) == f"coordinator lost: {words}\nfirst\nlast"
+    assert event_text(bug) == words
+
+
 def test_every_kind_of_event_has_words() -> None:
     sources = [
         path.read_text() for folder in ("workers", "cluster", "runtime") for path in ROOT.glob(f"{folder}/**/*.py")

@@ -1,5 +1,6 @@
 """Runs that lose workers, or their driver, and go on: real Ray, real workers, real kills, a tiny model."""
 
+import html
 import json
 import os
 import signal
@@ -108,6 +109,11 @@ def _check_events(run_dir: Path) -> None:
         ("lost", 1, "silent"),
         ("lost", 0, "died"),
     ]
+    # What was found out about a hang outlives the recovery.
+    assert all(
+        words in failed[2]["diagnosis"] for words in ("missing: rank 1", "waits in it", "is stopped: by a signal")
+    )
+    assert html.escape("is stopped: by a signal") in (run_dir / "report.html").read_text()
     steps = [event["step"] for event in _events(run_dir, "resumed")]
     assert steps[0] == 0 and 8 <= steps[1] < 13 and 10 <= steps[2] < 20 and 16 <= steps[3] < 29
     # The others kept their process; only the one that failed has a new one.

@@ -200,6 +200,17 @@ def test_what_a_user_names_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in source and "&lt;script&gt;" in source and "a&lt;b&gt;&amp;c" in source
 
 
+def test_the_diagnosis_of_a_failure_is_folded_line_by_line_and_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "hung", SyntheticRun(steps=0))
+    with (run / "events.jsonl").open("a") as file:
+        event = {"time": 1.7e9, "event": "failed", "reason": "why", "diagnosis": "first\n  <module> second"}
+        file.write(json.dumps(event) + "\n")
+    source = write_report(run).read_text(encoding="utf-8")
+    assert (
+        "reason why<details><summary>diagnosis</summary><pre>first\n  &lt;module&gt; second</pre></details>" in source
+    )
+
+
 def test_writing_again_gives_the_same_page_and_no_leftover(tmp_path: Path) -> None:
     run = make_run(tmp_path / "plays", SyntheticRun(steps=0))
     first = write_report(run).read_bytes()
