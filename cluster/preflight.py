@@ -17,6 +17,9 @@ WORKER_BYTES = 300 * 2**20
 RAY_DISK_BYTES = 100 * 2**20  # Logs and sockets of a session.
 
 
+TIGHT = 1.5  # free, as a multiple of what will be written: others write too
+
+
 class NotEnoughResources(InvalidValue):
     """This machine lacks memory, shared memory or disk for the run."""
 
@@ -33,8 +36,8 @@ class Available:
 
 def check_resources(
     config: ClusterConfig, run_dir: Path, *, run_disk_bytes: int = 0, model_bytes_per_worker: int = 0
-) -> None:
-    """Raise NotEnoughResources if this machine cannot hold the run.
+) -> str:
+    """Raise NotEnoughResources if this machine cannot hold the run; returns what is tight, "" where nothing is.
 
     Args:
         run_disk_bytes: what the run will write into `run_dir`, which need not exist yet.
@@ -46,6 +49,10 @@ def check_resources(
     check_disk(available.run_disk_bytes, run_disk_bytes, run_dir, "the run", "choose another disk with --run.dir")
     if config.address is None:
         check_local(config, available, model_bytes_per_worker)
+    if available.run_disk_bytes > TIGHT * run_disk_bytes:
+        return ""
+    needed, free = size_text(run_disk_bytes), size_text(available.run_disk_bytes)
+    return f"the disk is tight: the run will write about {needed} to {run_dir}, where {free} are free"
 
 
 def check_local(config: ClusterConfig, available: Available, model_bytes_per_worker: int = 0) -> None:

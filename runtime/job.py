@@ -28,7 +28,7 @@ from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import terminal_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.say import say
-from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes
+from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes, records_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.evaluation import Evaluation
@@ -59,12 +59,14 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
     on_cpu = config.cluster.device == "cpu" or not torch.cuda.is_available()
-    check_resources(
+    tight = check_resources(
         config.cluster,
         run_dir,
-        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1) + recorded_scores_bytes(config),
+        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1) + records_bytes(config),
         model_bytes_per_worker=size.training_bytes_per_rank + on_cpu * batch_bytes_at_least(config),
     )
+    if tight:
+        say(console, tight)
     dataset = open_data(config, console)
     say(console, _headline(config, run_dir, dataset, size, resume_from))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):

@@ -55,6 +55,7 @@ class LiveView:
         self._vios: list[float] = []
         self._left_s = math.nan
         self._printed_s = -math.inf
+        self._saving = ""
         self._live: Live | None = None
         if is_capable if live is None else live:
             self._live = Live(console=self._console, get_renderable=self._frame, refresh_per_second=4)
@@ -90,7 +91,16 @@ class LiveView:
 
     def event(self, text: str) -> None:
         """Show that something happened."""
+        self._saving = ""  # it ends with an event, whichever
         self._print(text)
+
+    def saving(self, text: str) -> None:
+        """Show how far the last checkpoint is, for which the run waits."""
+        now = self._clock()
+        if not self._live and now - self._printed_s >= self._every_s:
+            self._printed_s = now
+            self._print(text)
+        self._saving = text
 
     def __enter__(self) -> Self:
         if self._live:
@@ -112,6 +122,8 @@ class LiveView:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
         bar.add_row(ProgressBar(self._total_steps, step), Text(f"{step}/{self._total_steps}  {times}"))
+        if self._saving:
+            return Group(bar, Text(self._saving))
         if "loss" not in self._line:
             return bar
         return Group(bar, self._figures(is_wide=self._console.width >= MIN_WIDTH))

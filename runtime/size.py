@@ -91,3 +91,11 @@ def recorded_scores_bytes(config: TrainConfig) -> int:
     num_steps = -(-config.run.steps // config.balance.record)
     num_tokens = config.run.global_batch_size * config.model.max_seq_len
     return num_steps * num_tokens * config.model.num_moe_layers * config.model.moe.num_experts * SCORE_BYTES
+
+
+def records_bytes(config: TrainConfig) -> int:
+    """What a run writes beside its checkpoints, from its first step to its last; a few per cent too much."""
+    layers = config.model.num_moe_layers
+    # A line of metrics.jsonl (1.3 KB and a figure for each layer), a record of load/history.bin.
+    of_step = 1500 + 20 * layers + 8 + 12 * layers * config.model.moe.num_experts
+    return config.run.steps * of_step + recorded_scores_bytes(config)

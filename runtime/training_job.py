@@ -1,5 +1,6 @@
 """A training run as its supervisor sees it: from where to go on, what to show, when it is over."""
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,9 @@ from runtime.event_text import told_event
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang
 from runtime.live import LiveView
+from runtime.quantities import byte_size, duration
 from runtime.rank_map import exchange_of, rank_map, rank_table
+from runtime.size import model_size
 from workers import checkpoint
 from workers.checkpoint import CheckpointError
 from workers.run_log import append_event
@@ -47,6 +50,7 @@ class TrainingJob:
         self._recovery: Recovery | None = None
         self._called_s = self._load_s = 0.0
         self._num_seen, self._told_to_stop = 0, False
+        self._saving: tuple[float, int] | None = None  # the last checkpoint: since when, about how many bytes
 
     def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
         ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
@@ -74,6 +78,8 @@ class TrainingJob:
             self._is_recording = True
             self._note_recovery(line)
             self._show(line)
+        if self._saving is not None:
+            self._view.saving(self._save_progress(*self._saving))
 
     def is_over(self, results: list[TrainOutcome]) -> bool:
         return results[0].completed or self._signal.stop_requested
@@ -129,10 +135,22 @@ class TrainingJob:
 
     def _show(self, line: dict[str, Any]) -> None:
         if "event" in line:
+            self._saving = None
             self._view.event(told_event(line))
+        elif line["kind"] == "saving":
+            self._saving = time.monotonic(), model_size(self._config.model, 1).checkpoint_bytes
         elif line["kind"] == "eval":
             self._view.eval(line)
         else:
             self._view.update(line)
             for text in self._watch.notice(line):
                 self.tell("warning", text=text)
+
+    def _save_progress(self, since: float, total_bytes: int) -> str:
+        """How far the last checkpoint is: it is written beside its name, in the run directory."""
+        written = 0
+        with contextlib.suppress(OSError):  # it was renamed meanwhile
+            files = (self._run_dir / CHECKPOINTS).glob(".step_*.partial/*")
+            written = sum(file.stat().st_size for file in files)
+        elapsed = duration(time.monotonic() - since)
+        return f"saving: {byte_size(written)} of about {byte_size(total_bytes)} written, {elapsed}"

@@ -40,7 +40,7 @@ class TrainingRun:
     Args:
         state: what `build_rank` built.
         control: from `state.open_control()`.
-        publish: called on rank 0 with each line and event, for whoever watches.
+        publish: called with each line and event, and before the last checkpoint, for whoever watches rank 0.
         stop_requested: set by this process when it wishes to end.
         memory: of this process, which outlives the gang; None where nobody will read it.
         nodes: the node of each rank; empty where it is not known.
@@ -128,6 +128,7 @@ class TrainingRun:
                 if step < config.steps and not stop:
                     saver.after_step(step, self._snapshot)
             if step > done:
+                self._publish({"kind": "saving", "step": step})
                 saver.save_last(self._snapshot(step), self._stop_requested)
         completed = step >= config.steps
         self.tell("finished" if completed else "interrupted", step=step, **saver.summary())

@@ -1,5 +1,6 @@
 """Checks of memory, shared memory and disk, fed with small numbers."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def test_too_little_disk_for_the_run_names_the_folder():
 
 
 def test_a_run_directory_that_does_not_exist_yet_is_measured_on_its_parents_disk(tmp_path):
-    check_resources(CONFIG, tmp_path / "runs" / "new")
+    assert check_resources(CONFIG, tmp_path / "runs" / "new") == ""
+    free = shutil.disk_usage(tmp_path).free
+    tight = check_resources(CONFIG, tmp_path / "runs" / "new", run_disk_bytes=int(free / 1.2))
+    assert tight.startswith("the disk is tight: the run will write about ")
     with pytest.raises(NotEnoughResources, match=r"choose another disk with --run\.dir"):
         check_resources(CONFIG, tmp_path / "runs" / "new", run_disk_bytes=2**60)
 

@@ -20,6 +20,7 @@ from runtime import job
 from runtime.config import TrainConfig, flatten
 from runtime.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.launch import make_spec, open_gang
+from runtime.size import records_bytes
 from workers.checkpoint import CheckpointCorrupt, list_checkpoints
 from workers.generation import SamplingConfig
 from workers.prepare import prepare_dataset
@@ -71,6 +72,9 @@ def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step_00000010", "step_00000020"]
     assert read_load_history(run_dir).counts.shape == (20, 16)
     assert (run_dir / "report.html").stat().st_size > 10_000
+    records = sum((run_dir / name).stat().st_size for name in ("metrics.jsonl", "load/history.bin"))
+    estimate = records_bytes(config_from_yaml_file(run_dir / "config.yaml"))
+    assert records < estimate < 1.5 * records
     assert list((run_dir / "tensorboard").iterdir())
     assert evals[-1]["val_bits_per_byte"] < evals[0]["val_bits_per_byte"]
     assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0

@@ -138,3 +138,18 @@ def test_a_small_curve_spans_all_steps_in_a_fixed_width() -> None:
     assert _curve([5.0, float("nan"), 5.0]) == "▁▁"
     assert _curve([float("nan")]) == ""
     assert len(_curve([float(step) for step in range(1000)])) == 32
+
+
+def test_the_last_checkpoint_shows_how_far_it_is_until_its_event_comes() -> None:
+    console, clock = pipe(), Clock()
+    with LiveView(4, console=console, every_s=5, clock=clock) as view:
+        view.update({**STEP, "step": 4})
+        for clock.now in (1, 6, 7, 12):
+            view.saving(f"saving: {clock.now} s")
+        view.event("checkpoint: step 4")
+    assert written(console).splitlines()[1:] == ["saving: 6 s", "saving: 12 s", "checkpoint: step 4"]
+    view = LiveView(4, console=screen(), live=True)
+    view.saving("saving: half of it")
+    assert "saving: half of it" in frame(view)
+    view.event("checkpoint: step 4")
+    assert "saving" not in frame(view)
