@@ -3,6 +3,7 @@
 torch's `all_gather_object` unpickles what the other ranks send: who gets a word in there runs code on every rank.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -76,3 +77,22 @@ def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
         return value
 
     return read
+
+
+def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor as a value to send: for what a few tests and measurements exchange, not for training."""
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw.numpy().tobytes()
+
+
+def read_tensor(value: Any) -> torch.Tensor:
+    """What `tensor_value` made a value of."""
+    dtype_name, shape, raw = value
+    dtype = getattr(torch, dtype_name)
+    if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in shape):
+        raise TypeError("the dtype and the shape of a tensor are expected")
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(raw)} bytes are not a tensor of {dtype} {tuple(shape)}")
+    if not raw:  # torch makes no tensor of an empty buffer
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)

@@ -1,8 +1,8 @@
 """The comparison: every case on the ranks beside the slow reference, and what differs by how much."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,7 @@ from dispatch.parity.cases import Batch, Case, draw_batches, draw_weights, is_of
 from dispatch.parity.layers import Adapter, slow_layer
 from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
 from dispatch.placement import ExpertPlacement
-
-T = TypeVar("T")
+from dispatch.values import all_gather_values, read_tensor, tensor_value
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def check(
                 precision.optimizers,
             )
             mine = compare(measured, expected, rank, precision)
-            rows.append(Row(case.name, name, precision, tuple(d for of in _gather(mine, group) for d in of)))
+            rows.append(Row(case.name, name, precision, _of_all_ranks(mine, group)))
     return rows
 
 
@@ -139,7 +138,16 @@ def _references(cases: Sequence[Case], group: dist.ProcessGroup, dtype: str, see
     """What the slow reference does with the global batch of each case; the ranks share the work."""
     rank, ep_size = dist.get_rank(group), dist.get_world_size(group)
     mine = {case.name: _reference(case, ep_size, dtype, seed) for case in cases[rank::ep_size]}
-    return {name: measured for of in _gather(mine, group) for name, measured in of.items()}
+    shares = all_gather_values(_mapped(tensor_value, mine), group, lambda value: _mapped(read_tensor, value), 1 << 30)
+    return {name: measured for share in shares for name, measured in share.items()}
+
+
+def _mapped(change: Callable[[Any], Any], by_case: Mapping[str, Measured]) -> dict[str, Any]:
+    """The same with every tensor changed."""
+    return {
+        case: {column: {name: change(tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
+        for case, whole in by_case.items()
+    }
 
 
 def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
@@ -168,7 +176,6 @@ def _part(whole: Measured, batches: Sequence[Batch], rank: int, placement: Exper
     return {column: {name: part(name, tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
 
 
-def _gather(mine: T, group: dist.ProcessGroup) -> list[T]:
-    by_rank: list[T] = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(by_rank, mine, group=group)
-    return by_rank
+def _of_all_ranks(mine: Sequence[Deviation], group: dist.ProcessGroup) -> tuple[Deviation, ...]:
+    rows = all_gather_values([astuple(each) for each in mine], group, list)
+    return tuple(Deviation(*row) for of_rank in rows for row in of_rank)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.placement import ExpertPlacement
+from dispatch.values import all_gather_values
 from runtime.bench.case import Case
 from runtime.bench.layer_run import LayerRun, Place, Sample, exchange_name, schedules
 from runtime.bench.limits import BareExchange, matmul_flops, matmul_limit
@@ -149,8 +150,7 @@ def _steps(run: LayerRun, inputs: list[tuple[Tensor, Tensor]]) -> None:
 
 def _of_all_ranks(mine: dict[str, list[Sample]], memory: dict[str, int | None], place: Place) -> DtypeSamples:
     every: list[tuple[dict[str, list[Sample]], dict[str, int | None]]]
-    every = [(mine, memory)] * dist.get_world_size(place.group)
-    dist.all_gather_object(every, (mine, memory), group=place.group)
+    every = all_gather_values((mine, memory), place.group, tuple)
     resident = [peaks.get("resident_bytes") for _, peaks in every]
     return DtypeSamples(
         samples={name: [samples[name] for samples, _ in every] for name in mine},

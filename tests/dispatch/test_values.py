@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch.values import BadValue, all_gather_values, list_of
+from dispatch.values import BadValue, all_gather_values, list_of, read_tensor, tensor_value
 from tests.ranks import run_ranks
 
 
@@ -56,3 +56,19 @@ def test_values_of_all_ranks_arrive_by_rank_and_nothing_else_is_taken():
 
 def test_a_process_on_its_own_hears_itself():
     assert all_gather_values((1, 2), None, list_of(int)) == [[1, 2]]
+
+
+def test_a_tensor_comes_back_bit_for_bit_whatever_its_dtype_and_shape():
+    tensors = [
+        torch.tensor(3.5, dtype=torch.bfloat16),
+        torch.tensor([[1.0, float("nan"), -0.0]]),
+        torch.zeros(0, 4, dtype=torch.float64),
+        torch.arange(6).view(2, 3).T,
+    ]
+    for tensor in tensors:
+        [back] = all_gather_values(tensor_value(tensor), None, read_tensor)
+        assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
+        assert tensor_value(back) == tensor_value(tensor)
+    for bad in (("float32", [2], b"1234"), ("float32", [-1], b""), ("load", [1], b"1234"), ("float32", [1 << 40], b"")):
+        with pytest.raises(BadValue):
+            all_gather_values(bad, None, read_tensor)
