@@ -1,17 +1,20 @@
 """The pictures of a run, each drawn into a figure or subfigure of the caller's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch
 
 from runtime.chart_style import (
     SERIES,
     THEME,
+    Values,
     average,
     bin_size,
     new_axes,
@@ -59,7 +62,7 @@ def draw_loss(figure: FigureBase, record: RunRecord) -> None:
         handles += axes.plot(*curve, color=THEME["blue"], marker=marker, ms=4, lw=1.8, label=label)
     if record.evals:
         values = floats(line["val_loss"] for line in record.evals)
-        handles += axes.plot(record.eval_steps, values, "o-", color=THEME["orange"], ms=4, lw=1.2, label="held out")
+        handles += _plot_evals(axes, record.eval_steps, values, color=THEME["orange"], ms=4, lw=1.2, label="held out")
     set_head(axes, "Loss", handles)
 
 
@@ -67,12 +70,24 @@ def draw_bits_per_byte(figure: FigureBase, record: RunRecord) -> None:
     """Held-out bits per byte over steps, for all text and for the first sources."""
     axes = new_axes(figure, "step", "bits per byte")
     whole = floats(line["val_bits_per_byte"] for line in record.evals)
-    handles = axes.plot(record.eval_steps, whole, "o-", color=THEME["ink"], ms=3.5, lw=1.8, label="all text", zorder=3)
+    handles = _plot_evals(
+        axes, record.eval_steps, whole, color=THEME["ink"], ms=3.5, lw=1.8, label="all text", zorder=3
+    )
     per_source = [line.get("val_bits_per_byte_per_source") or {} for line in record.evals]
     for name, color in zip(per_source[-1], SERIES, strict=False):
         values = floats(bits.get(name) for bits in per_source)
-        handles += axes.plot(record.eval_steps, values, "o-", color=THEME[color], ms=3, lw=1.2, label=clip(name))
+        handles += _plot_evals(axes, record.eval_steps, values, color=THEME[color], ms=3, lw=1.2, label=clip(name))
     set_head(axes, "Held-out bits per byte", handles)
+
+
+def _plot_evals(axes: Axes, steps: Sequence[int], values: Values, **look: Any) -> list[Artist]:
+    """A point for each evaluation, joined but for that of the untrained model.
+
+    The loss falls steeply after step 0: a straight line from there to the next evaluation would run where it never was.
+    """
+    joined = slice(1 if len(steps) > 1 and steps[0] == 0 else 0, None)
+    axes.plot(steps, values, "o", **look | {"label": "_"})
+    return list(axes.plot(steps[joined], values[joined], "o-", **look))
 
 
 def draw_max_vio(figure: FigureBase, record: RunRecord) -> None:

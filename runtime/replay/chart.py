@@ -1,9 +1,9 @@
 """Laws side by side as a picture: MaxVio of a batch over the steps of the trace."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
@@ -21,8 +21,9 @@ from runtime.chart_style import (
 )
 from runtime.replay.comparison import Comparison
 
-COLORS = (*SERIES, "ink", "muted")
-FLOOR_STYLES = {"practical floor": "--", "chance floor": ":"}
+# Six colours that can be told apart, then the same with another line: no neighbour looks like the one before it.
+LOOKS = [(color, style) for style in ("-", "--", ":") for color in (*SERIES, "red", "ink")]
+FLOOR_STYLES = {"practical floor": "-", "chance floor": ":"}
 
 
 def write_chart(comparison: Comparison, target: Path) -> None:
@@ -38,8 +39,8 @@ def draw_comparison(figure: FigureBase, comparison: Comparison) -> None:
     axes = new_axes(figure, step_label(len(steps)), "MaxVio_batch (log scale)")
     curves = {label: average(steps, law.max_vio_S) for label, law in comparison.laws.items()}
     handles: list[Artist] = []
-    for (label, curve), color in zip(curves.items(), _colors(len(curves)), strict=True):
-        handles += axes.plot(*curve, color=color, lw=1.6, label=label)
+    for (label, curve), (color, style) in zip(curves.items(), itertools.cycle(LOOKS), strict=False):
+        handles += axes.plot(*curve, color=THEME[color], ls=style, lw=1.6, label=label)
     floors = _draw_floors(axes, comparison)
     set_log_scale(axes, np.concatenate([*(values for _, values in curves.values()), [*comparison.floors.values()]]))
     if comparison.shift_step is not None:
@@ -58,12 +59,6 @@ def _draw_floors(axes: Axes, comparison: Comparison) -> list[Artist]:
     handles: list[Artist] = []
     for name in comparison.floors:
         handles += axes.plot(
-            np.arange(first, last + 1), by_step[name], color=THEME["red"], lw=1.3, ls=FLOOR_STYLES[name], label=name
+            np.arange(first, last + 1), by_step[name], color=THEME["muted"], lw=1.3, ls=FLOOR_STYLES[name], label=name
         )
     return handles
-
-
-def _colors(number: int) -> list[object]:
-    if number <= len(COLORS):
-        return [THEME[name] for name in COLORS[:number]]
-    return list(colormaps["viridis"](np.linspace(0.05, 0.9, number)))

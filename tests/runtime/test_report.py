@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime.chart_style import DARK_THEME, THEME, average
-from runtime.charts import CHARTS
+from runtime.chart_style import DARK_THEME, THEME, average, new_figure
+from runtime.charts import CHARTS, draw_loss
 from runtime.job import report_line
 from runtime.load_map import load_shares
 from runtime.quantities import duration, milliseconds, percent, short, three_digits
@@ -61,6 +61,15 @@ def edit_line(run: Path, number: int, **changes) -> None:
 def whole_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a run with everything in it: drawn once, as that takes a second."""
     return write_report(make_run(tmp_path_factory.mktemp("runs") / "plays", SyntheticRun(skipped_steps=(4, 5))))
+
+
+def test_no_line_joins_the_untrained_model_and_the_next_evaluation(tmp_path: Path) -> None:
+    record = RunRecord.read(make_run(tmp_path / "run"))
+    assert record.eval_steps[0] == 0 and len(record.eval_steps) > 2
+    figure = new_figure(lambda figure: draw_loss(figure, record), (6, 3))
+    points, joined = (line for line in figure.axes[0].lines if line.get_marker() == "o")
+    assert list(points.get_xdata()) == record.eval_steps and points.get_linestyle() == "None"
+    assert list(joined.get_xdata()) == record.eval_steps[1:] and joined.get_label() == "held out"
 
 
 def test_a_whole_run_shows_every_chart_and_figure(whole_report: Path) -> None:

@@ -1,5 +1,6 @@
 """Figures, table and picture of laws, on loads that are written out."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from dispatch.load_metrics import max_vio
 from dispatch.selection import choose_experts, count_by_expert
-from runtime.replay.chart import write_chart
+from runtime.replay.chart import LOOKS, write_chart
 from runtime.replay.comparison import Comparison, compare
 from runtime.replay.figures import first_balanced
 from runtime.replay.floors import _balancing_bias, _floor_of, floor_by_step
@@ -148,8 +149,6 @@ def test_the_picture_shows_every_law_floor_and_the_shift(tmp_path: Path) -> None
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_many_laws_have_colours_of_their_own(tmp_path: Path) -> None:
-    from runtime.replay.chart import _colors
-
-    for number in (1, 6, 12):
-        assert len({str(color) for color in _colors(number)}) == number
+def test_no_two_laws_look_alike() -> None:
+    assert len(LOOKS) == len(set(LOOKS)) >= 12  # ten laws of `bench balance`, and some
+    assert all(before[0] != after[0] for before, after in itertools.pairwise(LOOKS))
