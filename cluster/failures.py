@@ -10,6 +10,8 @@ from dispatch.errors import UserError
 
 Kind = Literal["died", "error", "silent", "hung", "running"]
 
+MAX_DIAGNOSIS_CHARS = 32_000  # Of what an event says of a failure: a few stacks.
+
 # Errors of a rank that waited in vain for another. They name who is missing; the run itself did nothing wrong.
 TIME_OUTS = ("CollectiveTimeout", "ControlTimeout")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from cluster.config import ClusterConfig
-from cluster.failures import GangFailed
+from cluster.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from cluster.gang import Gang
 from cluster.placement import ClusterTooSmall
 from cluster.policy import Decision, GiveUp, Resize, Restart, Retry, cause_of, decide
@@ -16,7 +16,6 @@ from cluster.room import RoomRequest, draining_nodes, preempted_nodes, room_for_
 from dispatch.errors import UserError
 
 POLL_S = 0.2
-MAX_DIAGNOSIS_CHARS = 32_000  # Of what an event says of a failure: a few stacks.
 DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
 
 

@@ -1,6 +1,7 @@
 """What the commands do: train, evaluate and generate, from checked settings to an exit code."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from cluster.access import check_access, find_access
 from cluster.config import ClusterConfig
-from cluster.failures import GangFailed
+from cluster.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from cluster.placement import worker_resources
 from cluster.preflight import check_resources
 from dispatch.errors import InvalidValue
@@ -34,7 +35,7 @@ from workers import checkpoint
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
-from workers.run_log import append_event
+from workers.run_log import METRICS, append_event
 from workers.sampler import Sampler
 from workers.shards import Dataset
 from workers.training_run import CHECKPOINTS, TrainOutcome
@@ -179,10 +180,13 @@ def _watch(
             job.on_poll(gang)
         except BaseException as error:
             if not isinstance(error, (GangFailed, GaveUp)):  # the supervisor has told of these
-                append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+                trace = "".join(traceback.format_exception(error))[-MAX_DIAGNOSIS_CHARS:]
+                append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}", diagnosis=trace)
             if saved := checkpoint.list_checkpoints(run_dir / CHECKPOINTS):
                 step = checkpoint.step_of(saved[-1])
                 view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
+            if isinstance(error, Exception) and (run_dir / METRICS).exists():  # who interrupts, waits for nothing
+                view.event(_report_of_failed(run_dir))
             raise
     return outcomes[0]
 
@@ -193,6 +197,14 @@ def report_line(run_dir: Path) -> str:
         return f"report: {write_report(run_dir)}"
     except OSError as error:
         return f"the report could not be written ({error}); free some space, then: trimtab report {run_dir}"
+
+
+def _report_of_failed(run_dir: Path) -> str:
+    """As `report_line`, for a run whose own error must not be hidden by one of its report."""
+    try:
+        return report_line(run_dir)
+    except Exception as error:  # noqa: BLE001 - see above
+        return f"there is no report ({type(error).__name__}: {error}): trimtab report {run_dir}"
 
 
 def as_recorded(config: TrainConfig) -> TrainConfig:

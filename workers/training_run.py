@@ -11,6 +11,7 @@ import torch
 from dispatch.balance import read_bias
 from dispatch.errors import InvalidValue
 from workers import checkpoint
+from workers.checkpoint_files import MANIFEST, CheckpointCorrupt
 from workers.control import ControlLoop
 from workers.evaluation import evaluate
 from workers.memory_checkpoint import MemoryCheckpoints
@@ -84,6 +85,7 @@ class TrainingRun:
             return self._load_imported(path)
         tensors = self._tensors()
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)
+        self._check_extra(path, extra)
         if extra["data_digest"] != self._state.dataset.digest:
             raise InvalidValue(
                 f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with "
@@ -93,6 +95,17 @@ class TrainingRun:
         self._control.restore(extra["bias_version"], law_state(tensors))
         self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
         return int(extra["step"])
+
+    def _check_extra(self, path: Path, extra: dict[str, Any]) -> None:
+        """Refuse values that no run saves; the same on all ranks."""
+        kinds = {"step": int, "bias_version": int, "data_digest": str, "load_since_eval": list}
+        wrong = [name for name, kind in kinds.items() if type(extra.get(name)) is not kind]
+        if not wrong:
+            loads = extra["load_since_eval"]
+            if len(loads) != self._state.layout.total or any(type(load) is not int or load < 0 for load in loads):
+                wrong = ["load_since_eval"]
+        if wrong:
+            raise CheckpointCorrupt(path, MANIFEST, f"has no {' and no '.join(wrong)} as a run saves it")
 
     def _load_imported(self, path: Path) -> int:
         """Begin with weights and biases of a model from elsewhere, which has no optimizer and no place in the data."""

@@ -11,7 +11,8 @@ from dispatch.schedule import ScheduleConfig
 from runtime.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoint import latest
+from workers.checkpoint import CheckpointCorrupt, latest, read_manifest
+from workers.checkpoint_files import write_manifest
 from workers.evaluation import evaluate
 from workers.generation import SamplingConfig
 from workers.parallel import ParallelConfig
@@ -354,3 +355,21 @@ def test_lines_that_were_told_are_not_kept(tmp_path):
     worker._lines.append(lines[3])
     assert worker.progress(3) == lines[3:]
     assert len(worker._lines) == 1
+
+
+def _resume_forged(rank, world_size, spec):
+    join_worker(spec, rank, world_size, "first").train()
+    path = spec.run_dir / "checkpoints" / "step_00000002"
+    good, told = read_manifest(path), []
+    for wrong in ({"step": "2"}, {"bias_version": None}, {"load_since_eval": [1]}, {"load_since_eval": {}}):
+        write_manifest(path, replace(good, extra={**good.extra, **wrong}))
+        with pytest.raises(CheckpointCorrupt) as caught:
+            join_worker(spec, rank, world_size, f"again {wrong}").train(path)
+        told.append(caught.value.reason)
+    return told
+
+
+def test_extra_values_that_no_run_saves_are_damage_and_no_bug(tmp_path):
+    [told] = run_ranks(1, _resume_forged, make_spec(tmp_path, steps=2))
+    names = ("step", "bias_version", "load_since_eval", "load_since_eval")
+    assert told == [f"has no {name} as a run saves it" for name in names]
