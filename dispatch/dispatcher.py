@@ -77,6 +77,8 @@ class Dispatcher(Protocol):
 
     placement: ExpertPlacement
     ep_rank: int
+    top_k: int | None = None
+    """Experts of a token that the exchange was chosen for; None fits any number."""
     meter: Meter
     recycler: Recycler
 

@@ -45,7 +45,24 @@ def make_dispatcher(
     Raises:
         ValueError: `node` without nodes; `deep_ep` with a payload, or where it cannot work (`dispatch.deep_ep`).
     """
-    meter, recycler = meter or Meter(), recycler or Recycler()
+    dispatcher = _make(
+        num_experts, ep_group, hidden, top_k, exchange, payload, nodes, meter or Meter(), recycler or Recycler()
+    )
+    dispatcher.top_k = top_k
+    return dispatcher
+
+
+def _make(
+    num_experts: int,
+    ep_group: dist.ProcessGroup,
+    hidden: int,
+    top_k: int,
+    exchange: Exchange,
+    payload: Payload,
+    nodes: NodeGroups | None,
+    meter: Meter,
+    recycler: Recycler,
+) -> Dispatcher:
     ep_size = dist.get_world_size(ep_group)
     if exchange == "node" and nodes is None:
         raise InvalidValue("exchange 'node' needs the groups of its nodes; pass nodes=make_node_groups(...)")

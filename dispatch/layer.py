@@ -72,6 +72,11 @@ class MoELayer(nn.Module):
                 f"the dispatcher places {dispatcher.placement.num_experts} experts, the layer has "
                 f"{config.num_experts}; build both with the same num_experts"
             )
+        if dispatcher.top_k not in (None, config.top_k):
+            raise InvalidValue(
+                f"the dispatcher was made for top_k {dispatcher.top_k}, the layer has {config.top_k}; build both with "
+                "the same top_k"
+            )
         self.hidden, self.config, self.dispatcher = hidden, config, dispatcher
         self.name = ""  # see `name_layers`
         self.schedule = schedule or ScheduleConfig()

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--law", default="sign", help="balancing law: sign or none")
     arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it by torchrun: torchrun --nproc-per-node 2 examples/train_layer.py")
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

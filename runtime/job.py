@@ -26,7 +26,7 @@ from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
 from runtime.live import LiveView
 from runtime.rank_map import exchange_of, rank_map, rank_table
-from runtime.report import terminal_summary, write_report
+from runtime.report import print_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.say import say
 from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes, records_bytes
@@ -79,9 +79,11 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
         outcome = _watch(config, run_dir, launched, resume_from, console)
-    console.print(terminal_summary(run_dir))
+    print_summary(run_dir, console)
     say(console, report_line(run_dir))
-    if not outcome.completed:
+    if outcome.completed:
+        say(console, f"next: trimtab generate {run_dir} --prompt TEXT; trimtab train --resume {run_dir} --steps MORE")
+    else:
         say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
     return 0
 

@@ -23,6 +23,11 @@ def three_digits(value: float) -> str:
     return f"{value:.{min(decimals, 4)}f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """1, seed -> '1 seed'; 3, seed -> '3 seeds'."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 83 -> '1:23', 3723 -> '1:02:03'."""
     if not math.isfinite(seconds):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +19,7 @@ from runtime.load_map import MAX_LABELS
 from runtime.quantities import duration
 from runtime.report_page import PAGE
 from runtime.run_record import Headline, RunRecord, headlines
+from runtime.say import say
 from workers.run_log import Line
 
 REPORT = "report.html"
@@ -67,9 +68,18 @@ def write_picture(run_dir: str | Path, target: str | Path, *, dpi: int = 130) ->
     return Path(target)
 
 
-def terminal_summary(run_dir: str | Path) -> RenderableType:
-    """The headline figures as a table for the end of a run in the terminal."""
+def print_summary(run_dir: str | Path, console: Console) -> None:
+    """The headline figures, for the end of a run: a table on a terminal, unbroken lines elsewhere."""
     record = RunRecord.read(run_dir)
+    if console.is_terminal:
+        console.print(_summary_table(record))
+        return
+    say(console, _title(record))
+    for figure in headlines(record):
+        say(console, f"{figure.label:27} {figure.value:>16}  {figure.note}")
+
+
+def _summary_table(record: RunRecord) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -77,7 +87,11 @@ def terminal_summary(run_dir: str | Path) -> RenderableType:
     for figure in headlines(record):
         style = {True: "bold green", False: "bold red", None: "bold"}[figure.verdict]
         table.add_row(figure.label, Text(figure.value, style), figure.note)
-    return Group(Text(f"{record.name}: {record.state}. {_summary(record)}", "bold"), table)
+    return Group(Text(_title(record), "bold"), table)
+
+
+def _title(record: RunRecord) -> str:
+    return f"{record.name}: {record.state}. {_summary(record)}"
 
 
 def _summary(record: RunRecord) -> str:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from cluster.access import check_access, find_access
 from cluster.status import ClusterStatus, JobStatus, NodeStatus, read_status
+from runtime.quantities import counted
 
 
 def show(address: str, console: Console) -> int:
@@ -18,7 +19,9 @@ def show(address: str, console: Console) -> int:
     check_access(access, allow_open=True)
     status = read_status(access)
     alive = sum(node.alive for node in status.nodes)
-    console.print(f"cluster {access.gcs_address}: {alive} nodes alive, {len(status.nodes) - alive} gone", markup=False)
+    console.print(
+        f"cluster {access.gcs_address}: {counted(alive, 'node')} alive, {len(status.nodes) - alive} gone", markup=False
+    )
     token = access.node and access.node.token_file
     console.print(f"token {token}" if token else f"authentication {'on' if access.variables else 'off'}", markup=False)
     console.print(node_table(status))

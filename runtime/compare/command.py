@@ -17,6 +17,7 @@ from runtime.compare.tables import print_tables, write_results
 from runtime.compare.view import CompareView
 from runtime.config_file import load_config, override
 from runtime.interrupt import StopSignal
+from runtime.quantities import counted
 from runtime.say import say
 from runtime.size import model_size
 from workers.actor import usable_cores
@@ -75,8 +76,10 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
         model_bytes_per_worker=size.training_bytes_per_rank,
     )
     job.open_data(base, console)
-    law = f"{len(plan.methods)} methods x {plan.num_seeds} seeds, {base.run.steps} steps each; {jobs} at a time"
-    say(console, f"comparison {plan.out}\n{law}; {len(unfinished)} runs to do")
+    size_of_it = (
+        f"{counted(len(plan.methods), 'method')} x {counted(plan.num_seeds, 'seed')}, {base.run.steps} steps each"
+    )
+    say(console, f"comparison {plan.out}\n{size_of_it}; {jobs} at a time; {counted(len(unfinished), 'run')} to do")
 
 
 def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], bool]:

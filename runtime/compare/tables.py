@@ -46,8 +46,9 @@ def explanation(outcome: Outcome) -> str:
     """What the columns mean, with the numbers of this comparison."""
     most = max(len(method.seeds) for method in outcome.methods)
     origin = f"{FLOOR_FACTOR} times the lowest that any method held, {outcome.floor:.3f}"
+    spread = f"Mean ± standard deviation over {most} seeds" if most > 1 else "Of one seed, so without a deviation"
     sentences = f"""
-        Mean ± standard deviation over {most} seed{"s" * (most > 1)}. Perplexity of a token and bits per byte: held-out
+        {spread}. Perplexity of a token and bits per byte: held-out
         text of all sources after the last step. MaxVio_global: load on that text with the bias of then, as in arXiv
         2408.15664; in the last mix: had its sources the shares that they had in training then. MaxVio_batch: mean of
         the last {100 * LAST_SHARE:.0f} % of the steps; computation batch: of what one

@@ -12,10 +12,10 @@ from runtime.plan.table import print_plan
 
 
 def plan(given: argparse.Namespace) -> int:
-    """Print the plan that these options ask for."""
+    """Print the plan that these options ask for; 1 where a rank does not fit into its device."""
     made = make_plan(read_subject(given))
     if given.json:
         sys.stdout.write(json.dumps(as_json(made, given.memory_gib)) + "\n")
     else:
         print_plan(made, given.memory_gib, Console())
-    return 0
+    return 0 if made.peak_bytes <= given.memory_gib * 2**30 else 1

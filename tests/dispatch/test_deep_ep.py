@@ -27,8 +27,8 @@ from tests.ranks import run_ranks
 NUM_EXPERTS, TOP_K, HIDDEN = 8, 3, 32
 
 
-def _dispatcher(group, buffer):
-    return DeepEPDispatcher(NUM_EXPERTS, group, HIDDEN, TOP_K, buffer)
+def _dispatcher(group, buffer, top_k=TOP_K):
+    return DeepEPDispatcher(NUM_EXPERTS, group, HIDDEN, top_k, buffer)
 
 
 def _integers(num_tokens, generator):
@@ -73,7 +73,7 @@ def _check_parity(group, device, buffer):
     schedules = {"whole": {}, "in chunks": {"num_chunks": 3}, "waiting": {"overlap": False}, "rounds": {"max_rows": 6}}
     adapters = {
         name: lambda case, weights, group, given=given: layer_under_test(
-            case, weights, _dispatcher(group, buffer), ScheduleConfig(**given)
+            case, weights, _dispatcher(group, buffer, case.moe["top_k"]), ScheduleConfig(**given)
         )
         for name, given in schedules.items()
     }

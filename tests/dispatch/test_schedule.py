@@ -9,6 +9,7 @@ import torch.distributed as dist
 from dispatch import exchange
 from dispatch.board import in_backward
 from dispatch.dispatcher import LocalDispatcher
+from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig, MoELayer
 from dispatch.schedule import ScheduleConfig
 from tests.dispatch.kinds import KINDS
@@ -145,3 +146,14 @@ def test_a_batch_within_the_bound_is_not_cut():
 def test_impossible_schedules_are_refused(settings, words):
     with pytest.raises(ValueError, match=rf"{words} \((0|-1)\)"):
         ScheduleConfig(**settings)
+
+
+def test_a_layer_is_refused_on_a_dispatcher_of_another_size():
+    config = MoEConfig(num_experts=8, top_k=2, ffn_hidden=4)
+    dispatcher = LocalDispatcher(8)
+    MoELayer(4, config, dispatcher)
+    dispatcher.top_k = 4  # as `make_dispatcher` notes it
+    with pytest.raises(InvalidValue, match="the dispatcher was made for top_k 4, the layer has 2"):
+        MoELayer(4, config, dispatcher)
+    with pytest.raises(InvalidValue, match="the dispatcher places 6 experts, the layer has 8"):
+        MoELayer(4, config, LocalDispatcher(6))

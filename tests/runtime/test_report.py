@@ -13,7 +13,7 @@ from runtime.charts import CHARTS, draw_loss
 from runtime.job import report_line
 from runtime.load_map import load_shares
 from runtime.quantities import duration, milliseconds, percent, short, three_digits
-from runtime.report import terminal_summary, write_picture, write_report
+from runtime.report import print_summary, write_picture, write_report
 from runtime.run_record import Headline, RunRecord, headlines
 from tests.synthetic_run import SyntheticRun, make_run
 from tests.workers.test_run_log import disk_that_takes
@@ -123,7 +123,7 @@ def test_a_run_that_lacks_something_is_reported_without_it(tmp_path: Path, case:
     page = Page(write_report(run))
     assert {chart.title for chart in CHARTS} - set(page.charts) == missing
     assert page.open == [] and "nan" not in page.shown.lower()
-    Console(quiet=True).print(terminal_summary(run))
+    print_summary(run, Console(quiet=True, force_terminal=True))
 
 
 def test_a_run_without_any_record_is_still_reported(tmp_path: Path) -> None:
@@ -233,11 +233,20 @@ def test_the_picture_is_a_png_and_refuses_a_run_without_curves(tmp_path: Path) -
 
 
 def test_the_terminal_summary_fits_80_columns(tmp_path: Path) -> None:
-    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
-    console.print(terminal_summary(make_run(tmp_path / "plays")))
+    console = Console(width=80, record=True, force_terminal=True, file=(tmp_path / "out").open("w"))
+    print_summary(make_run(tmp_path / "plays"), console)
     text = console.export_text()
     assert "plays: finished. Step 60 of 60, 3 MoE layers of 8 experts, balance.law sign" in text
     assert "60 of 60 steps" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_summary_in_a_pipe_is_neither_broken_nor_padded(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as out:
+        print_summary(make_run(tmp_path / "plays"), Console(width=80, file=out))
+    title, *lines = (tmp_path / "out").read_text().splitlines()
+    assert title == "plays: finished. Step 60 of 60, 3 MoE layers of 8 experts, balance.law sign"
+    assert lines[0].startswith("Held-out bits per byte ") and lines[0].endswith("nats/token")
+    assert max(map(len, lines)) > 80 and [line for line in lines if line != line.rstrip()] == []
 
 
 def test_load_shares_are_relative_to_the_mean_of_the_layer() -> None:

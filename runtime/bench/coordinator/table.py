@@ -22,7 +22,7 @@ sums over ceil(log2 ranks) hops, as designed. Ring: gloo's all-reduce, which run
 cores: beyond that many they wait for each other, which the model does not know."""
 
 
-MODEL_COLUMNS = ("tree\nms", "ring\nms", "tree\nKiB", "ring\nKiB")
+MODEL_COLUMNS = ("ms by\ntree", "ms by\nring", "KiB by\ntree", "KiB by\nring")
 
 
 def show(measured: Measurement) -> None:

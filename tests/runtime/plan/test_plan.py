@@ -15,7 +15,7 @@ DEEPSEEK = str(ROOT / "examples/deepseek-v3.json")
 
 
 def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["plan", *arguments, "--json"]) == 0
+    assert main(["plan", *arguments, "--json"]) in (0, 1)  # 1: does not fit
     values: dict[str, Any] = json.loads(capsys.readouterr().out)
     return values
 
@@ -105,13 +105,13 @@ def test_nodes_decide_what_crosses_the_network(capsys: pytest.CaptureFixture[str
 
 
 def test_conclusion_names_the_largest_parts_and_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64"]) == 0
+    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64"]) == 1
     *_, conclusion = capsys.readouterr().out.strip().split("\n\n")
     words = " ".join(conclusion.split())
     assert words.startswith("Fits in 80 GiB: no, ")
     for part in ("dense parameters with gradients and moments 255 GiB", "--recompute --ep 256", "does not do it yet"):
         assert part in words
-    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64", "--memory-gib", "300"]) == 0
+    assert main(["plan", DEEPSEEK, "--world", "2048", "--ep", "64", "--memory-gib", "300"]) == 1
     assert "That is not enough; shorter sequences (--seq-len)" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "small", "--memory-gib", "2"]) == 0
     assert "Fits in 2 GiB: yes, " in capsys.readouterr().out
