@@ -28,10 +28,12 @@ from runtime.live import LiveView
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import print_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
+from runtime.run_lock import RunLock, hold, hold_new
 from runtime.say import say
 from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes, records_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
+from workers.atomic_file import write_atomically
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
@@ -51,7 +53,21 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     """
     console = Console(highlight=False)
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
-    resume_from = find_checkpoint(run_dir, step) if resume else None
+    with (hold if resume else hold_new)(run_dir, lambda text: say(console, text)) as lock:
+        outcome = _train(config, run_dir, lock, is_resumed=resume is not None, step=step, console=console)
+        print_summary(run_dir, console)
+        say(console, report_line(run_dir))
+    if outcome.completed:
+        say(console, f"next: trimtab generate {run_dir} --prompt TEXT; trimtab train --resume {run_dir} --steps MORE")
+    else:
+        say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+    return 0
+
+
+def _train(
+    config: TrainConfig, run_dir: Path, lock: RunLock, *, is_resumed: bool, step: int | None, console: Console
+) -> TrainOutcome:
+    resume_from = find_checkpoint(run_dir, step) if is_resumed else None
     if resume_from and checkpoint.step_of(resume_from) >= config.run.steps:
         raise InvalidValue(
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
@@ -74,18 +90,11 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
         say(console, f"note   {text}")
     with ExitStack() as stack:
         with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
-            spec = make_spec(config, run_dir, dataset)
+            spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
-        outcome = _watch(config, run_dir, launched, resume_from, console)
-    print_summary(run_dir, console)
-    say(console, report_line(run_dir))
-    if outcome.completed:
-        say(console, f"next: trimtab generate {run_dir} --prompt TEXT; trimtab train --resume {run_dir} --steps MORE")
-    else:
-        say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
-    return 0
+        lock.check()
+        write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
+        return _watch(config, run_dir, lock, launched, resume_from, console)
 
 
 def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers: int | None, device: str | None) -> int:
@@ -162,6 +171,7 @@ def open_data(config: TrainConfig, console: Console) -> Dataset:
 def _watch(
     config: TrainConfig,
     run_dir: Path,
+    lock: RunLock,
     launched: LaunchedGang,
     resume_from: Path | None,
     console: Console,
@@ -176,12 +186,13 @@ def _watch(
     )
     done = checkpoint.step_of(resume_from) if resume_from else 0
     with StopSignal() as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
-        job = TrainingJob(config, run_dir, launched, resume_from, view=view, signal=signal)
+        job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)
         try:
             outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()
             job.on_poll(gang)
         except BaseException as error:
-            if not isinstance(error, (GangFailed, GaveUp)):  # the supervisor has told of these
+            # The supervisor has told of the first two.
+            if not isinstance(error, GangFailed | GaveUp) and lock.is_held():
                 trace = "".join(traceback.format_exception(error))[-MAX_DIAGNOSIS_CHARS:]
                 append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}", diagnosis=trace)
             if saved := checkpoint.list_checkpoints(run_dir / CHECKPOINTS):

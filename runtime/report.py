@@ -20,6 +20,7 @@ from runtime.quantities import duration
 from runtime.report_page import PAGE
 from runtime.run_record import Headline, RunRecord, headlines
 from runtime.say import say
+from workers.atomic_file import write_atomically
 from workers.run_log import Line
 
 REPORT = "report.html"
@@ -44,13 +45,7 @@ def write_report(run_dir: str | Path) -> Path:
         events="\n".join(_event_rows(record.events)),
     )
     target = record.path / REPORT
-    # Beside and renamed: a browser that reloads never shows half a page.
-    aside = target.with_suffix(".tmp")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)  # of a full disk
+    write_atomically(target, page)  # a browser that reloads never shows half a page
     return target
 
 

@@ -26,14 +26,5 @@ def find_run(run: str, runs_dir: str = RUNS_DIR) -> Path:
 
 
 def new_run_dir(runs_dir: str, name: str | None, now: datetime) -> Path:
-    """The directory of a run that starts now; does not create it. Without a name the run is named by the time.
-
-    Raises:
-        ValueError: it exists already.
-    """
-    path = Path(runs_dir).expanduser() / (name or now.strftime("%Y%m%d-%H%M%S"))
-    if path.exists():
-        raise InvalidValue(
-            f"the run directory {path} exists already; choose another --name, remove it, or go on with --resume {path}"
-        )
-    return path
+    """The directory of a run that starts now; does not create it. Without a name the run is named by the time."""
+    return Path(runs_dir).expanduser() / (name or now.strftime("%Y%m%d-%H%M%S"))

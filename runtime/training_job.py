@@ -15,6 +15,7 @@ from runtime.launch import LaunchedGang
 from runtime.live import LiveView
 from runtime.quantities import byte_size, duration
 from runtime.rank_map import exchange_of, rank_map, rank_table
+from runtime.run_lock import RunLock
 from runtime.size import model_size
 from workers import checkpoint
 from workers.checkpoint import CheckpointError
@@ -36,13 +37,14 @@ class TrainingJob:
         self,
         config: TrainConfig,
         run_dir: Path,
+        lock: RunLock,
         launched: LaunchedGang,
         resume_from: Path | None,
         *,
         view: LiveView,
         signal: StopSignal,
     ) -> None:
-        self._config, self._run_dir, self._launched = config, run_dir, launched
+        self._config, self._run_dir, self._lock, self._launched = config, run_dir, lock, launched
         self._resume_from = resume_from and resume_from.absolute()
         self._view, self._signal = view, signal
         self._watch = Watch(config.balance.law if config.aux.loss == "none" else config.aux.loss)
@@ -71,6 +73,7 @@ class TrainingJob:
         return -1 if newest is None else checkpoint.step_of(newest)
 
     def on_poll(self, gang: "Gang") -> None:
+        self._lock.check()
         self._pass_on_wish(gang)
         lines = gang.control(0, "progress", self._num_seen)
         self._num_seen += len(lines)
@@ -88,7 +91,8 @@ class TrainingJob:
         return self._signal.stop_requested
 
     def tell(self, event: str, **details: Any) -> None:
-        append_event(self._run_dir, event, **details)
+        if self._lock.is_held():  # else the event may be that it is not
+            append_event(self._run_dir, event, **details)
         self._view.event(told_event({"event": event, **details}))
 
     def _pass_on_wish(self, gang: "Gang") -> None:

@@ -22,6 +22,13 @@ class AppendFile:
         """Bytes that wait in memory for space."""
         return len(self._backlog)
 
+    def is_in_place(self) -> bool:
+        """Whether its path still leads to this file."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
     def write(self, data: bytes) -> int:
         """Append `data` after everything that still waits. Never raises OSError; see `trouble`."""
         if self._fd < 0:

@@ -27,6 +27,7 @@ from workers.model import Decoder, ModelConfig
 from workers.optimizer import OptimConfig, build_optimizer
 from workers.parallel import ParallelConfig, RankGroups
 from workers.run_config import RunConfig
+from workers.run_fence import RunFence
 from workers.sampler import Sampler
 from workers.shards import Dataset
 
@@ -38,8 +39,8 @@ class WorkerSpec:
     data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
     mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. record_scores_every:
     steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a wire message to the
-    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law. faults:
-    what is to go wrong, for tests.
+    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law. fence:
+    shows whether run_dir is still this run's, where it has an owner. faults: what is to go wrong, for tests.
     """
 
     run_dir: Path
@@ -57,6 +58,7 @@ class WorkerSpec:
     control_timeout_s: float = 60.0
     record_scores_every: int = 0
     call_coordinator: Callable[[bytes], bytes] | None = None
+    fence: RunFence | None = None
     faults: tuple[Fault, ...] = ()
 
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
 from workers.append_file import AppendFile, move_tail
+from workers.run_fence import RunFence, lost
 from workers.scalars import ScalarFile
 from workers.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
 
@@ -56,9 +57,10 @@ class RunLog:
         on_warning: Callable[[str], None],
         tensorboard: bool,
         has_statistic: bool,
+        fence: RunFence | None,
     ) -> None:
         """Open the files for appending; use `create`."""
-        self._layout = layout
+        self._path, self._layout, self._fence = path, layout, fence
         self._record = _record_dtype(layout)
         self._on_warning = on_warning
         self._warned = False
@@ -84,10 +86,12 @@ class RunLog:
         on_warning: Callable[[str], None] = _logger.warning,
         tensorboard: bool = True,
         has_statistic: bool = False,
+        fence: RunFence | None = None,
     ) -> Self:
         """Start the records of a run, or go on with them after `resume_step` optimizer steps.
 
-        has_statistic: the law counts more than the load, and `load` will be given that too.
+        has_statistic: the law counts more than the load, and `load` will be given that too. fence: shows whether the
+        directory is still this run's, where it has an owner.
 
         Resuming moves every later line and record to *.superseded files, so that steps stay unique.
 
@@ -110,10 +114,16 @@ class RunLog:
             on_warning=on_warning,
             tensorboard=tensorboard,
             has_statistic=has_statistic,
+            fence=fence,
         )
 
     def train(self, line: Mapping[str, Any]) -> None:
-        """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing."""
+        """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing.
+
+        Raises:
+            RunDirectoryLost: the directory is no longer this run's; nothing was written.
+        """
+        self.check()
         self._metrics_line("train", line)
 
     def eval(self, line: Mapping[str, Any]) -> None:
@@ -133,10 +143,21 @@ class RunLog:
             self._write(self._statistics, pack_statistic(step, statistic))
 
     def sync(self) -> None:
-        """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records."""
+        """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records.
+
+        Raises RunDirectoryLost as `train` does.
+        """
+        self.check()
         for file in self._files:
             file.sync()
         self._tell_trouble()
+
+    def check(self) -> None:
+        """Raise RunDirectoryLost where the files that are open are no longer those of the directory, or not ours."""
+        if self._fence is not None:
+            self._fence.check()
+        if not self._metrics.is_in_place():
+            raise lost(self._path, f"{METRICS} was removed or replaced")
 
     def close(self) -> None:
         """Close the files. What a full disk still did not take is lost, with a warning. Repeating it is harmless."""

@@ -221,6 +221,8 @@ class Worker:
     def _open_log(self, resume_step: int | None) -> AbstractContextManager[RunLog | None]:
         if self._state.groups.rank:
             return nullcontext()
+        if self._spec.fence is not None:
+            self._spec.fence.check()
         if resume_step is not None:
             checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
             set_aside_later_scores(self._spec.run_dir, resume_step)
@@ -230,6 +232,7 @@ class Worker:
             resume_step,
             on_warning=self._warn,
             has_statistic=self._state.law.statistic is not None,
+            fence=self._spec.fence,
         )
 
     def _open_scores(self, done: int) -> AbstractContextManager[ScoreLog | None]:

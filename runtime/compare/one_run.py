@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from runtime import job
@@ -17,6 +18,8 @@ from runtime.config import TrainConfig
 from runtime.config_file import config_to_yaml
 from runtime.launch import make_spec, open_ranks
 from runtime.run_dir import CONFIG_FILE
+from runtime.run_lock import hold, hold_new, refuse_if_owned
+from workers.atomic_file import write_atomically
 from workers.prepare import prepare_dataset
 from workers.run_log import append_event
 from workers.training_run import TrainOutcome
@@ -43,15 +46,17 @@ def train_alone(config: TrainConfig, run_dir: Path, resume_from: Path | None) ->
     Leaves the run directory of `trimtab train`, but for the report.
     """
     dataset = prepare_dataset(config.data)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG_FILE).write_text(config_to_yaml(config))
-    try:
-        with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
-            _on_end_of_input(lambda: ranks.run("request_stop"))
-            outcomes: list[TrainOutcome] = ranks.run("train", resume_from and resume_from.absolute(), None)
-    except BaseException as error:
-        append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
-        raise
+    with (hold if resume_from else hold_new)(run_dir, print) as lock:
+        write_atomically(run_dir / CONFIG_FILE, config_to_yaml(config))
+        spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
+        try:
+            with open_ranks(config.cluster, spec) as ranks:
+                _on_end_of_input(lambda: ranks.run("request_stop"))
+                outcomes: list[TrainOutcome] = ranks.run("train", resume_from and resume_from.absolute(), None)
+        except BaseException as error:
+            if lock.is_held():
+                append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+            raise
     return outcomes[0]
 
 
@@ -59,6 +64,7 @@ def _start_of(plan: ComparePlan, key: RunKey) -> Path | None:
     """The checkpoint to go on from. A run that has none begins again: what it left would be repeated to the bit."""
     run_dir = plan.run_dir(key)
     if plan.newest_checkpoint(key) is None:
+        refuse_if_owned(run_dir)
         shutil.rmtree(run_dir, ignore_errors=True)
         return None
     return job.find_checkpoint(run_dir, None)

@@ -12,6 +12,7 @@ from runtime.compare.methods import Method, parse_methods, with_values
 from runtime.config import TrainConfig, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_to_yaml
 from runtime.yaml_text import load_yaml, read_bounded
+from workers.atomic_file import write_atomically
 from workers.checkpoint import list_checkpoints
 from workers.run_log import EVENTS, read_events
 from workers.training_run import CHECKPOINTS
@@ -62,9 +63,7 @@ class ComparePlan:
             "seeds": self.num_seeds,
             "settings": load_yaml(config_to_yaml(self.base)),
         }
-        partial = self.out / f"{PLAN_FILE}.partial"
-        partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        partial.replace(self.out / PLAN_FILE)
+        write_atomically(self.out / PLAN_FILE, yaml.safe_dump(values, sort_keys=False))
 
     @property
     def runs(self) -> Iterator[RunKey]:

@@ -402,12 +402,8 @@ def test_run_is_found_by_path_and_by_name(tmp_path: Any) -> None:
         find_run("frist", str(tmp_path / "runs"))
 
 
-def test_new_run_refuses_a_directory_that_exists(tmp_path: Any) -> None:
-    now = datetime(2026, 3, 4, 5, 6, 7)
-    assert new_run_dir(str(tmp_path), None, now).name == "20260304-050607"
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match=r"exists already; choose another --name, remove it, or go on with --resume"):
-        new_run_dir(str(tmp_path), "mine", now)
+def test_a_new_run_without_a_name_is_named_by_the_time(tmp_path: Any) -> None:
+    assert new_run_dir(str(tmp_path), None, datetime(2026, 3, 4, 5, 6, 7)).name == "20260304-050607"
 
 
 @pytest.mark.parametrize(
