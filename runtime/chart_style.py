@@ -53,6 +53,7 @@ _TEXT_SIZE, _TITLE_SIZE = 8.5, 10.5
 def new_figure(draw: Callable[[FigureBase], None], size: tuple[float, float], *, facecolor: str = "none") -> Figure:
     """A figure of `size` inches, drawn by `draw` in the common style."""
     style: dict[Any, Any] = {
+        "text.parse_math": False,  # a layer may be called $x$
         "font.family": ["DejaVu Sans"], "font.size": _TEXT_SIZE, "axes.labelsize": _TEXT_SIZE,
         "legend.fontsize": _TEXT_SIZE, "xtick.labelsize": _TEXT_SIZE, "ytick.labelsize": _TEXT_SIZE,
         "text.color": THEME["ink"], "axes.labelcolor": THEME["muted"], "axes.edgecolor": THEME["grey"],

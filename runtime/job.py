@@ -37,6 +37,7 @@ from workers.atomic_file import write_atomically
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
+from workers.record_check import find_holes, new_holes
 from workers.run_log import METRICS, append_event
 from workers.sampler import Sampler
 from workers.shards import Dataset
@@ -49,7 +50,7 @@ BETWEEN_TEXTS = "---\n"
 def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
 
-    Everything that can be refused is refused before a process starts and before the run directory exists.
+    Everything that can be refused is refused before a process starts, and leaves no run directory behind.
     """
     console = Console(highlight=False)
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
@@ -72,6 +73,8 @@ def _train(
         raise InvalidValue(
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
         )
+    if resume_from and not config.run.accept_holes:
+        refuse_holes(run_dir, resume_from)
     if config.cluster.address is not None:
         check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.parallel.resolve(config.cluster.num_workers))
@@ -156,6 +159,23 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     return path
 
 
+def refuse_holes(run_dir: Path, resume_from: Path) -> None:
+    """Raise InvalidValue where the records lack steps before the checkpoint, and no event of the run says so yet."""
+    step = checkpoint.step_of(resume_from)
+    holes = new_holes(run_dir, find_holes(run_dir, step))
+    if not holes:
+        return
+    first = min((hole.steps[0] for hole in holes if hole.steps), default=step + 1)
+    saved = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run_dir / CHECKPOINTS)]
+    before = max((each for each in saved if each < first), default=None)
+    earlier = f"go on from before it with --step {before}, or " if before is not None and before < step else ""
+    raise InvalidValue(
+        f"the records of {run_dir} have a hole before step {step}, from which the run would go on: "
+        f"{'; '.join(map(str, holes))}. Restore the file from a copy, or {earlier}go on without these records, which "
+        "the events and the report will say, with --run.accept_holes true"
+    )
+
+
 def open_data(config: TrainConfig, console: Console) -> Dataset:
     """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches."""
     with console.status("preparing the text") as status:
@@ -228,7 +248,8 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
         name and str(Path(name).expanduser().absolute()) for name in (data.tokenizer, data.chat_template)
     )
     recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
-    return replace(config, data=recorded)
+    # What is accepted once was not accepted for the next hole.
+    return replace(config, data=recorded, run=replace(config.run, accept_holes=False))
 
 
 def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:

@@ -21,7 +21,7 @@ from runtime.report_page import PAGE
 from runtime.run_record import Headline, RunRecord, headlines
 from runtime.say import say
 from workers.atomic_file import write_atomically
-from workers.run_log import Line
+from workers.record_lines import Line
 
 REPORT = "report.html"
 _VERDICTS = {True: "good", False: "bad", None: "plain"}

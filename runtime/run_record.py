@@ -4,17 +4,22 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from dispatch.errors import InvalidValue
 from runtime.quantities import duration, milliseconds, percent, short, three_digits
-from workers.run_log import Line, LoadHistory, read_events, read_load_history, read_metrics
+from runtime.run_dir import CONFIG_FILE
+from runtime.yaml_text import load_yaml, read_bounded
+from workers.record_lines import Line
+from workers.run_log import LoadHistory, read_events, read_load_history, read_metrics
 
 MAX_VIO_DEFINITION = "MaxVio = max(load) / mean(load) − 1 over the experts of a layer"
+MAX_GAPS = 5  # that are named
 MAX_VIO_STEPS = 50  # the headline averages over this many last steps
 ASSIGNMENT_FIELDS = ("tokens_routed", "tokens_sent", "tokens_received", "tokens_returned")
 
@@ -35,9 +40,7 @@ class RunRecord:
         """Read a run directory, also while the run goes on. Raises ValueError where there is none."""
         path = Path(path)
         train, evals = read_metrics(path)
-        config_file = path / "config.yaml"
-        config = yaml.safe_load(config_file.read_text()) if config_file.exists() else None
-        return cls(path, config or {}, train, evals, read_events(path), read_load_history(path))
+        return cls(path, _read_config(path / CONFIG_FILE), train, evals, read_events(path), read_load_history(path))
 
     @property
     def name(self) -> str:
@@ -51,7 +54,7 @@ class RunRecord:
     @property
     def law(self) -> str:
         """Name of the balancing law, '' where the configuration does not say."""
-        return str((self.config.get("balance") or {}).get("law", ""))
+        return str(self.config.get("balance", {}).get("law", ""))
 
     @property
     def has_moe(self) -> bool:
@@ -61,7 +64,8 @@ class RunRecord:
     @property
     def total_steps(self) -> int | None:
         """Steps that the run was to make."""
-        return (self.config.get("run") or {}).get("steps")
+        steps = self.config.get("run", {}).get("steps")
+        return steps if type(steps) is int else None
 
     @property
     def state(self) -> str:
@@ -87,6 +91,15 @@ class RunRecord:
         """Steps whose gradient was not finite."""
         return [line["step"] for line in self.train if line.get("skipped")]
 
+    @cached_property
+    def missing_steps(self) -> list[range]:
+        """Steps before the last one that the metrics or the load history lack."""
+        last = int(self.steps.max(initial=0))
+        whole = np.intersect1d(self.steps, self.history.steps)
+        # A run that was killed between its two files has a last line without a record.
+        known = [0, *whole[whole < last].tolist(), last]
+        return [range(before + 1, after) for before, after in pairwise(known) if after > before + 1]
+
     @property
     def recoveries(self) -> list[Line]:
         """The events of the recoveries that reached a next step."""
@@ -101,6 +114,21 @@ class RunRecord:
         """MaxVio_batch: (training lines, layers)."""
         num_layers = len(self.history.layout.names)
         return np.array([floats(line["max_vio_batch_per_layer"]) for line in self.train]).reshape(-1, num_layers)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings as sections; {} where the file is missing. Raises InvalidValue where it holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        config = load_yaml(read_bounded(path)) or {}
+    except (ValueError, OSError) as error:
+        raise InvalidValue(
+            f"{path} is damaged: {error}; restore it, or remove it to have a report without it"
+        ) from error
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        raise InvalidValue(f"{path} is damaged: it must hold sections such as 'model:' with settings below them")
+    return config
 
 
 @dataclass(frozen=True)
@@ -156,12 +184,19 @@ def _max_vio(record: RunRecord) -> Headline:
 def _lost_tokens(record: RunRecord) -> Headline:
     counts = np.array([[line.get(field) or 0 for field in ASSIGNMENT_FIELDS] for line in record.train], np.int64)
     lost = counts.max(1) - counts.min(1)
+    missing = record.missing_steps
+    gap = ""
+    if missing:
+        shown = [f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in missing[:MAX_GAPS]]
+        gap = f"; the record lacks {sum(map(len, missing)):,} steps: {', '.join(shown)}"
+        gap += ", ..." if len(missing) > MAX_GAPS else ""
     if not lost.any():
         total = f"{counts[:, 0].sum():,} (token, expert) assignments"
-        note = f"of {total}: routed = sent = received = returned on all {len(lost)} steps"
-        return Headline("Tokens lost", "0", note, verdict=bool(counts.all()))
+        steps = f"all {len(lost)} steps" if not missing else f"the {len(lost)} recorded steps"
+        note = f"of {total}: routed = sent = received = returned on {steps}{gap}"
+        return Headline("Tokens lost", "0", note, verdict=bool(counts.all()) and not missing)
     first = record.steps[lost > 0][0]
-    note = f"assignments; the counts differ on {(lost > 0).sum()} of {len(lost)} steps, first at step {first}"
+    note = f"assignments; the counts differ on {(lost > 0).sum()} of {len(lost)} steps, first at step {first}{gap}"
     return Headline("Tokens lost", f"{lost.sum():,}", note, verdict=False)
 
 
@@ -189,6 +224,8 @@ def _checksums(record: RunRecord) -> Headline:
 def _control_wait(record: RunRecord) -> Headline:
     wait, step = record.column("control_wait_s"), record.column("step_s")
     note = f"of the step: {milliseconds(_mean(wait))} of {milliseconds(_mean(step))}, mean"
+    if (known := wait[np.isfinite(wait)]).size:  # single waits on a busy machine make the mean
+        note += f"; median {milliseconds(float(np.median(known)))}, worst {milliseconds(float(known.max()))}"
     return Headline("Waiting for the coordinator", percent(_mean(wait) / _mean(step)), note)
 
 

@@ -1,7 +1,10 @@
 """Appending to a file that must not stop a training run, and cutting it back when the run resumes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from workers.atomic_file import write_atomically
 
 
 class AppendFile:
@@ -79,3 +82,25 @@ def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) 
             os.fsync(target.fileno())
     if offset < size:
         os.truncate(path, offset)
+
+
+def keep_parts(path: Path, aside: Path, kept: Sequence[tuple[int, int]], *, num_lost_bytes: int = 0) -> None:
+    """Leave the parts `kept` of `path`, from their first byte to before their last, and move the rest to `aside`.
+
+    The last `num_lost_bytes` are moved nowhere. A crash leaves bytes twice at worst.
+    """
+    size, end = path.stat().st_size - num_lost_bytes, 0
+    gaps = []
+    for start, stop in kept:
+        if start > end:
+            gaps.append((end, start))
+        end = stop
+    if gaps:
+        raw = path.read_bytes()
+        with aside.open("ab") as target:
+            target.write(b"".join(raw[start:stop] for start, stop in [*gaps, (end, size)]))
+            target.flush()
+            os.fsync(target.fileno())
+        write_atomically(path, b"".join(raw[start:stop] for start, stop in kept))
+    else:
+        move_tail(path, aside, end, num_lost_bytes=num_lost_bytes)

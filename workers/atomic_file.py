@@ -5,16 +5,16 @@ import secrets
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a new file beside `path` and rename it: a reader sees the old content or the new one, whole.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content`, a text in UTF-8, to a new file beside `path` and rename it: readers see the old or the new one.
 
     The name is random and must be new: a symbolic link that lies there already is never followed.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         aside.replace(path)

@@ -45,6 +45,9 @@ class RunConfig:
     on_bias_mismatch: Literal["stop", "repair"] = "stop"
     """When the bias of a rank was changed by something else: stop, or repair it from the law's state and go on."""
 
+    accept_holes: bool = False
+    """Go on with --resume though records of earlier steps are damaged or missing; the events then say which."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "eval_sequences", "keep_checkpoints"):
             if getattr(self, name) < 1:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
-from workers.append_file import AppendFile, move_tail
+from workers.append_file import AppendFile, keep_parts
+from workers.record_lines import Line, complete_lines, is_sound, sort_lines
 from workers.run_fence import RunFence, lost
 from workers.scalars import ScalarFile
 from workers.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
@@ -26,8 +27,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LAYOUT = "load/layout.json"
 HISTORY = "load/history.bin"
-
-Line = dict[str, Any]
+MAX_TIME = 4e9  # of events, Unix seconds: the year 2096
 
 _logger = logging.getLogger(__name__)
 
@@ -209,13 +209,18 @@ def read_metrics(path: str | Path) -> tuple[list[Line], list[Line]]:
     Raises:
         ValueError: no run is there, or a line other than the last is damaged.
     """
-    lines = _read_lines(Path(path) / METRICS)
+    lines = _read_lines(Path(path) / METRICS, is_sound)
     return [line for line in lines if line["kind"] == "train"], [line for line in lines if line["kind"] == "eval"]
 
 
 def read_events(path: str | Path) -> list[Line]:
     """Events of a run, oldest first. Raises ValueError as `read_metrics` does."""
-    return _read_lines(Path(path) / EVENTS)
+    return _read_lines(Path(path) / EVENTS, _is_event)
+
+
+def _is_event(line: Line) -> bool:
+    seconds = line.get("time")
+    return isinstance(line.get("event"), str) and isinstance(seconds, int | float) and 0 <= seconds < MAX_TIME
 
 
 def read_load_history(path: str | Path) -> LoadHistory:
@@ -240,27 +245,15 @@ def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
     return np.dtype([("step", "<i8"), ("counts", "<i8", (layout.total,)), ("bias", "<f4", (layout.total,))])
 
 
-def _read_lines(path: Path) -> list[Line]:
+def _read_lines(path: Path, is_sound: Callable[[Line], bool]) -> list[Line]:
     if not path.exists():
         raise InvalidValue(f"{path.parent} is not a run directory: it has no {path.name}; give a folder as runs/NAME")
     lines = []
-    for number, (_, line) in enumerate(_complete_lines(path.read_bytes()), 1):
-        if line is None:
+    for number, (_, line) in enumerate(complete_lines(path.read_bytes()), 1):
+        if line is None or not is_sound(line):
             raise InvalidValue(f"{path}, line {number} is damaged; the rest can be read when you delete that line")
         lines.append(line)
     return lines
-
-
-def _complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
-    """Offset and content of each line that ends in a newline, as a torn last one does not. None: no JSON object."""
-    offset = 0
-    for text in raw.split(b"\n")[:-1]:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        yield offset, line if isinstance(line, dict) else None
-        offset += len(text) + 1
 
 
 def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
@@ -270,25 +263,26 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
             f"{path} recorded {stored.num_experts} experts in {stored.names}, and the model has {layout.num_experts} "
             f"in {layout.names}; resume with the run's own model settings"
         )
-    _move_lines(path / METRICS, lambda line: line["step"] <= step)
-    _move_lines(path / EVENTS, lambda _: True)
+    raw = (path / METRICS).read_bytes()
+    _move_lines(path / METRICS, raw, sort_lines(raw, step).kept)
+    raw = (path / EVENTS).read_bytes()
+    whole = [offset for offset, line in complete_lines(raw) if line is not None]
+    _move_lines(path / EVENTS, raw, [(offset, raw.index(b"\n", offset) + 1) for offset in whole])
     dtype = _record_dtype(layout)
-    num_kept = int(np.searchsorted(read_load_history(path).steps, step, side="right"))
+    steps = read_load_history(path).steps
+    kept = [number * dtype.itemsize for number in np.flatnonzero(steps <= step).tolist()]
     # An incomplete record is no use to anyone, and would shift those that follow it.
     lost = (path / HISTORY).stat().st_size % dtype.itemsize
     aside = path / "load" / "history.superseded.bin"
-    move_tail(path / HISTORY, aside, num_kept * dtype.itemsize, num_lost_bytes=lost)
+    keep_parts(path / HISTORY, aside, [(start, start + dtype.itemsize) for start in kept], num_lost_bytes=lost)
     cut_back_statistics(path, step)
 
 
-def _move_lines(path: Path, keep: Callable[[Line], bool]) -> None:
-    """Move everything from the first line that is damaged or not to be kept; steps increase, so later lines go too."""
-    raw = path.read_bytes()
-    end_of_lines = raw.rfind(b"\n") + 1
-    cut = next((at for at, line in _complete_lines(raw) if line is None or not keep(line)), end_of_lines)
+def _move_lines(path: Path, raw: bytes, kept: Sequence[tuple[int, int]]) -> None:
+    """Leave the lines of `raw` that are kept, and move all others aside."""
     aside = path.with_name(f"{path.stem}.superseded.jsonl")
-    move_tail(path, aside, cut)
-    if raw[cut:] and not raw.endswith(b"\n"):
+    keep_parts(path, aside, kept)
+    if raw and not raw.endswith(b"\n"):
         with aside.open("ab") as file:
             file.write(b"\n")
 

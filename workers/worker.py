@@ -22,6 +22,7 @@ from workers.generation import SamplingConfig, Speed, generate
 from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.parallel import join_groups, local_device
 from workers.rank_state import RankState, WorkerSpec, build_rank
+from workers.record_check import find_holes, new_holes
 from workers.run_log import METRICS, RunLog
 from workers.score_log import ScoreLog, ScoreShape, set_aside_later_scores
 from workers.state import canonical_state
@@ -223,10 +224,12 @@ class Worker:
             return nullcontext()
         if self._spec.fence is not None:
             self._spec.fence.check()
+        holes = []
         if resume_step is not None:
+            holes = new_holes(self._spec.run_dir, find_holes(self._spec.run_dir, resume_step))
             checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
             set_aside_later_scores(self._spec.run_dir, resume_step)
-        return RunLog.create(
+        log = RunLog.create(
             self._spec.run_dir,
             self._state.layout,
             resume_step,
@@ -234,6 +237,9 @@ class Worker:
             has_statistic=self._state.law.statistic is not None,
             fence=self._spec.fence,
         )
+        for hole in holes:  # the user accepted it, or the run itself goes on after a failure
+            log.event("record_hole", **hole.event())
+        return log
 
     def _open_scores(self, done: int) -> AbstractContextManager[ScoreLog | None]:
         spec, groups = self._spec, self._state.groups

@@ -8,7 +8,8 @@ from dispatch.laws import BalanceConfig
 from runtime.config_file import config_from_yaml_file
 from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE
-from workers.run_log import Line, read_events
+from workers.record_lines import Line
+from workers.run_log import read_events
 
 
 @dataclass(frozen=True)

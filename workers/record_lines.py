@@ -1,0 +1,70 @@
+"""The lines of metrics.jsonl and events.jsonl, and which of them a run that resumes keeps. Needs no torch."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+Line = dict[str, Any]
+
+MAX_STEP = 2**53  # no run makes more, and readers of JSON in other languages have no larger exact number
+
+
+class SortedLines(NamedTuple):
+    """Lines of metrics.jsonl up to a step.
+
+    kept: where they start and stop, in bytes. bad: numbers of those that are damaged or out of order, while steps lack
+    or kept lines follow. steps: of training.
+    """
+
+    kept: list[tuple[int, int]]
+    bad: list[int]
+    steps: set[int]
+
+
+def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
+    """Offset and content of each line that ends in a newline, as a torn last one does not. None: no JSON object."""
+    offset = 0
+    for text in raw.split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        yield offset, line if isinstance(line, dict) else None
+        offset += len(text) + 1
+
+
+def is_sound(line: Line) -> bool:
+    """Whether a line of metrics.jsonl says what it is of."""
+    step = line.get("step")
+    return line.get("kind") in ("train", "eval") and type(step) is int and 0 <= step <= MAX_STEP
+
+
+def sort_lines(raw: bytes, step: int) -> SortedLines:
+    """Which lines of metrics.jsonl belong to the steps up to `step`."""
+    kept: list[tuple[int, int]] = []
+    bad: list[int] = []
+    late: list[int] = []  # of later steps: they are bad if lines that are kept follow
+    steps: set[int] = set()
+    newest, last_kept = 0, 0
+    for number, (offset, line) in enumerate(complete_lines(raw), 1):
+        if (
+            line is None
+            or not is_sound(line)
+            or line["step"] < newest
+            or (line["kind"] == "train" and line["step"] in steps)
+        ):
+            bad.append(number)
+        elif line["step"] > step:
+            late.append(number)
+        else:
+            bad, late = bad + late, []
+            newest, last_kept = line["step"], number
+            kept.append((offset, raw.index(b"\n", offset) + 1))
+            if line["kind"] == "train":
+                steps.add(line["step"])
+    is_short = len(steps) < step
+    return SortedLines(kept, sorted(number for number in bad if number < last_kept or is_short), steps)
+
+
+def _is_out_of_order(line: Line, newest: int, steps: set[int]) -> bool:
+    return line["step"] < newest or (line["kind"] == "train" and line["step"] in steps)
