@@ -1,4 +1,4 @@
-"""The gang: one actor a rank, in a stable order, joined by a store on rank 0, watched, and ended together."""
+"""The gang: one actor a rank, in a stable order, joined through Ray's calls, watched, and ended together."""
 
 from __future__ import annotations
 
@@ -281,6 +281,7 @@ class Gang:
         # Beside what runs: who still waits for one that is gone, or cut off, fails at once and comes to `leave`.
         for bundle in bundles:
             self._actors[bundle].control.options(concurrency_group=CONTROL_GROUP).remote("abort")
+            self._actors[bundle].mailbox.options(concurrency_group=CONTROL_GROUP).remote("close", self._epoch)
         calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)
@@ -348,13 +349,11 @@ class Gang:
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
         self._epoch += 1
-        leader = self._members[0]
-        # The store lives on a placed worker: the head node may be one that ranks cannot reach.
-        [address] = call_all([leader], "open_store", [leader.actor.open_store.remote()], limit_s=limit_s)
         timeout_s = self._config.collective_timeout_s
         nodes = node_of_ranks([row.ip for row in self.rank_map])
+        actors = [member.actor for member in self._members]
         joins = [
-            member.actor.join.remote(row.rank, nodes, address, self._epoch, timeout_s, row.num_threads)
+            member.actor.join.remote(row.rank, nodes, actors, self._epoch, timeout_s, row.num_threads)
             for member, row in zip(self._members, self.rank_map, strict=True)
         ]
         call_all(self._members, "join", joins, limit_s=limit_s)

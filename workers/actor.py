@@ -7,7 +7,6 @@ makes the worker, and only that imports torch: thread counts and transport setti
 from __future__ import annotations
 
 import faulthandler
-import ipaddress
 import os
 import pickle
 import signal
@@ -16,11 +15,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from workers.mailbox import Mailbox
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ CONTROL_GROUP = "ctl"  # Calls in this concurrency group are answered while a lo
 # What steers the transport of a rank: forwarded from the driver, and recorded as it is in effect.
 TRANSPORT_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
-# What a rank says when another one has gone: gloo, TCPStore and NCCL. It fails too, but it is not the cause.
+# What a rank says when another one has gone: gloo, the store and NCCL. It fails too, but it is not the cause.
 COLLATERAL_MARKS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -106,30 +107,31 @@ class WorkerActor:
         self._pickled_make_worker = pickled_make_worker
         self._worker: Any = None
         self._store: Store | None = None
+        self._mailbox = Mailbox()
         self._thread_id = 0
 
     def start(self) -> Place | Failure:
         """Import torch, build the worker, and say where it lives."""
         return _guarded(self._start)
 
-    def open_store(self) -> tuple[str, int] | Failure:
-        """Open the gang's rendezvous on this rank's own address, on a free port that nobody else can take."""
-        return _guarded(self._open_store)
-
     def join(
         self,
         rank: int,
         nodes: tuple[int, ...],
-        address: tuple[str, int],
+        actors: Sequence[Any],
         epoch: int,
         timeout_s: float,
         num_threads: int,
     ) -> Any:
         """Hand the worker its rank and the store of this epoch. All ranks must call it together.
 
-        nodes: the index of each rank's machine, by rank: as many as there are ranks.
+        nodes, actors: the index of each rank's machine, and its actor, by rank: as many as there are ranks.
         """
-        return _guarded(self._join, rank, nodes, address, epoch, timeout_s, num_threads)
+        return _guarded(self._join, rank, nodes, actors, epoch, timeout_s, num_threads)
+
+    def mailbox(self, method: str, *args: Any) -> Any:
+        """Run a method of this rank's mailbox, for another rank that joins, or to end a join that cannot succeed."""
+        return methodcaller(method, *args)(self._mailbox)
 
     def call(self, method: str, *args: Any) -> Any:
         """Run a method of the worker. All such calls of a rank run one after the other on one thread."""
@@ -170,39 +172,24 @@ class WorkerActor:
             stack_file=_write_stacks_on_signal(),
         )
 
-    def _open_store(self) -> tuple[str, int]:
-        import ray
-        from torch._C._distributed_c10d import TCPStore  # torch.distributed hides it from type checkers
-
-        ip = ray.util.get_node_ip_address()
-        family = socket.AF_INET6 if ipaddress.ip_address(ip).version == 6 else socket.AF_INET
-        # Bound here, since TCPStore by itself listens on every interface; port 0, since a probed port may be taken.
-        listener = socket.create_server((ip, 0), family=family)
-        port = int(listener.getsockname()[1])
-        handle = listener.detach()
-        self._store = TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
-        return ip, port
-
     def _join(
         self,
         rank: int,
         nodes: tuple[int, ...],
-        address: tuple[str, int],
+        actors: Sequence[Any],
         epoch: int,
         timeout_s: float,
         num_threads: int,
     ) -> object:
         import torch
-        from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+        from workers.gang_store import GangStore
 
         torch.set_num_threads(num_threads)
-        if rank:  # rank 0 has just opened it; whatever a process held of the epoch before is closed by this
-            self._store = TCPStore(*address, is_master=False)
-        if self._store is None:
-            raise RuntimeError("rank 0 must open the store before all join it")
         # A gang that is formed again must not read the keys of the one before.
-        store = PrefixStore(f"epoch{epoch}", self._store)
-        return self._worker.join(rank=rank, world_size=len(nodes), store=store, timeout_s=timeout_s, nodes=nodes)
+        self._mailbox.open(epoch)
+        self._store = GangStore(self._mailbox, epoch, rank, actors)  # kept: torch calls it later too
+        return self._worker.join(rank=rank, world_size=len(nodes), store=self._store, timeout_s=timeout_s, nodes=nodes)
 
 
 def usable_cores() -> int:
