@@ -13,16 +13,22 @@ from typing import Any
 
 from dispatch.errors import InvalidValue
 from runtime.choices import Choices, choice_parser, chosen
+from runtime.consent import import_named
 from runtime.failure import told
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
+
+OF_RUNS = ("eval", "generate", "export", "report", "replay", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process by default, and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return COMMANDS[chosen(_command_parser(), arguments)](arguments[1:])
+        command = chosen(_command_parser(), arguments)
+        # Here it is consent for what a run names; to those that train it is a setting too.
+        given = import_named(arguments[1:]) if command in OF_RUNS else arguments[1:]
+        return COMMANDS[command](given)
     except SystemExit as stop:  # argparse has answered --help, or said what is wrong
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -179,6 +185,7 @@ def _compare(arguments: Sequence[str]) -> int:
     from runtime.compare.options import parse_options
 
     options = parse_options(arguments)
+    import_named(options.settings)
     from runtime.compare.command import compare
 
     return compare(options)

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from dispatch.errors import InvalidValue
 from runtime import train_help
 from runtime.config import TrainConfig, check_resume, cross_check, flatten
+from runtime.consent import check_consent, import_named
 from runtime.run_dir import CONFIG_FILE, find_run
 from runtime.yaml_text import load_yaml, read_bounded
 
@@ -51,6 +52,7 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
         SystemExit: --help was asked for and answered.
     """
     arguments = _fill_in([_lengthen(argument) for argument in arguments])
+    import_named(arguments)
     try:
         source = vars(_source_parser().parse_known_args(arguments)[0])
     except argparse.ArgumentError as error:
@@ -89,7 +91,7 @@ def load_config(name: str) -> TrainConfig:
         ValueError: it is missing, unreadable or wrong; names the file.
     """
     base = config_from_yaml_file(_find_config(BASE_PRESET))
-    return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base)
+    return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base, is_trusted=True)
 
 
 def is_preset(name: str) -> bool:
@@ -97,10 +99,10 @@ def is_preset(name: str) -> bool:
     return name in _find_presets()
 
 
-def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
     """`config_from_yaml` for a file, whose path its errors name."""
     try:
-        return config_from_yaml(read_bounded(path), base)
+        return config_from_yaml(read_bounded(path), base, is_trusted=is_trusted)
     except OSError as error:
         raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -109,8 +111,10 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None) -> TrainC
         raise InvalidValue(f"{path}: {error}") from error
 
 
-def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
+def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
     """Settings from YAML. What the text leaves out has the value in `base`, or the dataclass's default.
+
+    is_trusted: the user gave the text; its balance.module is imported. Otherwise that takes `check_consent`.
 
     Raises:
         ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
@@ -119,6 +123,8 @@ def config_from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
     if not isinstance(values, Mapping):
         raise InvalidValue(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
     flat = _flatten_known(values)
+    if not is_trusted:
+        check_consent(flat.get("balance.module"))
     # Texts were read as YAML already; the parser must not do it again.
     parser = _settings_parser(base or TrainConfig(), parser_mode="json")
     try:

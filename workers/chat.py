@@ -57,10 +57,9 @@ class ChatTemplate:
         self._special_tokens = special_tokens or {}
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidValue(
-                f"the chat template of {place} is not valid: {error}; give another by --data.chat_template FILE"
-            ) from error
+        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError, SyntaxError, ValueError) as error:
+            problem = f"the chat template of {place} is not valid: {_reason(error)}"
+            raise InvalidValue(f"{problem}; give another by --data.chat_template FILE") from error
 
     def pieces(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
         """The text of a conversation, cut where what is learned begins and ends.
@@ -89,8 +88,10 @@ class ChatTemplate:
     def _render(self, messages: Sequence[dict[str, Any]], *, asks: bool = False) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=asks, **self._special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except InvalidValue as error:  # its own raise_exception
             raise InvalidValue(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # The template is a program of others, and this is its boundary.
+            raise InvalidValue(f"the chat template refuses these messages: {_reason(error)}") from error
 
 
 class _GenerationTag(Extension):
@@ -192,6 +193,10 @@ def _lines_before(document: Document) -> int:
 
 def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
 
 
 def _refuse(message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
 from runtime.config_file import config_from_yaml_file
+from runtime.consent import check_consent
 from runtime.launch import balance_of
 from runtime.run_dir import CONFIG_FILE
 from workers.record_lines import Line
@@ -39,5 +40,6 @@ def balance_at(starts: list[Start], step: int) -> BalanceConfig:
 
 def _balance_of(event: Line, run: Path) -> BalanceConfig:
     if "balance" in event:
+        check_consent(event["balance"].get("module"))
         return BalanceConfig(**event["balance"])
     return balance_of(config_from_yaml_file(run / CONFIG_FILE))

@@ -150,3 +150,22 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
     learned = [mask for each in expected for mask in each["assistant_masks"]]
     assert (dataset.train_flags & TARGET).tolist() == learned
     assert 0 < sum(learned) < len(learned)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ '%(x)s' % {} }}", "KeyError"),
+        ("{% for i in range(200000) %}{% endfor %}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_fails_refuses_the_messages_with_its_reason(source: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"the chat template refuses these messages: {reason}"):
+        ChatTemplate(source, "test").pieces(TURNS)
+
+
+def test_a_template_that_cannot_be_parsed_is_not_valid() -> None:
+    with pytest.raises(ValueError, match=r"the chat template of test is not valid: RecursionError"):
+        ChatTemplate("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "test")

@@ -79,6 +79,7 @@ def open_source(folder: Path) -> Source:
     family = family_of(settings)
     tensors = _open_files(folder)
     config = family.read_config(settings)
+    _check_counts(config, len(tensors), folder)
     if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
         config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
     block = _fp8_block(settings)
@@ -87,13 +88,24 @@ def open_source(folder: Path) -> Source:
     return source
 
 
+def _check_counts(config: ModelConfig, num_tensors: int, folder: Path) -> None:
+    """Refuse more layers or experts than the files have tensors: to list their names could take for ever."""
+    num_moe_layers = max(1, config.num_layers - config.num_dense_layers)
+    num_needed = config.num_layers + num_moe_layers * config.moe.num_experts
+    if num_needed > num_tensors:
+        raise SourceError(
+            f"{folder / CONFIG} tells of {config.num_layers} layers with {config.moe.num_experts} experts, and the "
+            f"files hold {num_tensors} tensors; fetch the directory again"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises SourceError, which names it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise SourceError(f"{path} must hold names and values, not {values!r:.60}")

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +199,13 @@ def test_errors_survive_pickling() -> None:
     import pickle
 
     assert str(pickle.loads(pickle.dumps(SourceError("file: tensor")))) == "file: tensor"
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_routed_experts"])
+def test_more_layers_or_experts_than_the_files_can_hold_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    folder = write_directory(tmp_path / "model", "deepseek_v3")
+    change_json(folder / "config.json", lambda values: values.update({name: 10**9}))
+    begun = time.process_time()
+    with pytest.raises(SourceError, match=r"(1000000000 layers with|with 1000000000 experts).*the files hold"):
+        open_source(folder)
+    assert time.process_time() - begun < 5
