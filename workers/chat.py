@@ -15,6 +15,7 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dispatch.errors import InvalidValue
@@ -28,6 +29,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+MAX_PRODUCT = 10**6
 KINDS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
@@ -50,7 +52,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, place: str, special_tokens: dict[str, str] | None = None) -> None:
         extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         self.name = hashlib.sha256(json.dumps([source, special_tokens or {}]).encode()).hexdigest()[:16]
@@ -92,6 +94,18 @@ class ChatTemplate:
             raise InvalidValue(f"the chat template refuses these messages: {error}") from error
         except Exception as error:  # The template is a program of others, and this is its boundary.
             raise InvalidValue(f"the chat template refuses these messages: {_reason(error)}") from error
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Products and powers are bounded: 'a' * 10**10 would take all memory, and no template needs either."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [abs(value) if isinstance(value, int | float) else len(value) for value in (left, right)]
+        if operator == "**" or sizes[0] * sizes[1] > MAX_PRODUCT:
+            raise InvalidValue(f"it computes {left!r:.20} {operator} {right!r:.20}; at most {MAX_PRODUCT} is allowed")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationTag(Extension):

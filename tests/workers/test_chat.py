@@ -155,6 +155,8 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
+        ("{{ 'a' * 10000000000 }}", r"it computes 'a' \* 10000000000"),
+        ("{{ 9 ** 9999999 }}", r"it computes 9 \*\* 9999999"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
         ("{{ '%(x)s' % {} }}", "KeyError"),
         ("{% for i in range(200000) %}{% endfor %}", "OverflowError"),
