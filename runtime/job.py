@@ -34,6 +34,7 @@ from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_s
 from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.atomic_file import write_atomically
+from workers.checkpoint import CheckpointError
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
@@ -107,6 +108,7 @@ def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers:
     path = find_checkpoint(run_dir, step)
     dataset = open_data(config, console)
     with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
+        path = still_there(path, run_dir, step)
         results: list[Evaluation] = ranks.run("evaluate", path.absolute(), sequences or config.run.eval_sequences)
     result = results[0]
     say(
@@ -134,6 +136,7 @@ def generate(
     path = find_checkpoint(run_dir, step)
     dataset = open_data(config, console)
     with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
+        path = still_there(path, run_dir, step)
         results: list[Continuations] = ranks.run("generate", path.absolute(), list(prompts), sampling)
     texts = {index: text for result in results for index, text in result.texts.items()}
     whole_texts = [f"{prompt}{texts[index]}\n" for index, prompt in enumerate(prompts)]
@@ -155,8 +158,18 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     path = found.get(max(found) if step is None else step)
     if path is None:
         raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
-    checkpoint.verify(path)
+    try:
+        checkpoint.verify(path)
+    except CheckpointError:
+        if step is not None or path.is_dir():
+            raise
+        return find_checkpoint(run_dir, None)  # a run in training has removed it meanwhile, and saved newer ones
     return path
+
+
+def still_there(path: Path, run_dir: Path, step: int | None) -> Path:
+    """A checkpoint that was found, or the newest one where a run in training has removed that since."""
+    return path if path.is_dir() else find_checkpoint(run_dir, step)
 
 
 def refuse_holes(run_dir: Path, resume_from: Path) -> None:

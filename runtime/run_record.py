@@ -16,12 +16,18 @@ from runtime.quantities import duration, milliseconds, percent, short, three_dig
 from runtime.run_dir import CONFIG_FILE
 from runtime.yaml_text import load_yaml, read_bounded
 from workers.record_lines import Line
-from workers.run_log import LoadHistory, read_events, read_load_history, read_metrics
+from workers.run_log import METRICS, LoadHistory, read_events, read_load_history, read_metrics
 
 MAX_VIO_DEFINITION = "MaxVio = max(load) / mean(load) − 1 over the experts of a layer"
 MAX_GAPS = 5  # that are named
 MAX_VIO_STEPS = 50  # the headline averages over this many last steps
 ASSIGNMENT_FIELDS = ("tokens_routed", "tokens_sent", "tokens_received", "tokens_returned")
+NUMBERS = (
+    *ASSIGNMENT_FIELDS, "loss", "max_vio_batch", "max_vio_floor", "control_wait_s", "step_s", "tokens_per_s",
+    "grad_norm", "dispatch_s", "experts_s", "combine_s", "bias_update_s", "val_loss", "val_bits_per_byte",
+    "max_vio_global",
+)  # fmt: skip
+MAX_NUMBER = 2**53  # sums of them stay far below the end of int64
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class RunRecord:
         """Read a run directory, also while the run goes on. Raises ValueError where there is none."""
         path = Path(path)
         train, evals = read_metrics(path)
+        for line in train + evals:
+            _check_numbers(path, line)
         return cls(path, _read_config(path / CONFIG_FILE), train, evals, read_events(path), read_load_history(path))
 
     @property
@@ -114,6 +122,19 @@ class RunRecord:
         """MaxVio_batch: (training lines, layers)."""
         num_layers = len(self.history.layout.names)
         return np.array([floats(line["max_vio_batch_per_layer"]) for line in self.train]).reshape(-1, num_layers)
+
+
+def _check_numbers(path: Path, line: Line) -> None:
+    """Raise InvalidValue where a field that is drawn or summed up is no number that fits."""
+    for name in NUMBERS:
+        value = line.get(name)
+        is_count = name in ASSIGNMENT_FIELDS
+        if value is not None and not (isinstance(value, int if is_count else int | float) and abs(value) < MAX_NUMBER):
+            raise InvalidValue(
+                f"{path / METRICS} is damaged: {name} of step {line['step']} is {value!r:.40}; restore it from a copy"
+            )
+    if line["kind"] == "train" and not isinstance(line.get("max_vio_batch_per_layer"), list):
+        raise InvalidValue(f"{path / METRICS} is damaged: step {line['step']} has no list max_vio_batch_per_layer")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class CheckpointCorrupt(CheckpointError):
         way_out = "remove it, or restore the file from a copy"
         if self.previous is not None:
             run, step = self.previous.parent.parent, step_of(self.previous)
-            way_out = f"step {step} before it is intact: resume with --resume {run} --step {step}"
+            way_out = f"step {step} before it is intact: take it by --step {step}, or resume with "
+            way_out += f"--resume {run} --step {step}"
         return f"checkpoint {self.path} is damaged: {self.file} {self.reason}; {way_out}"
 
 

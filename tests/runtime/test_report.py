@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dispatch.errors import InvalidValue
 from runtime.chart_style import DARK_THEME, THEME, average, new_figure
 from runtime.charts import CHARTS, draw_loss
 from runtime.job import report_line
@@ -284,3 +285,45 @@ def test_a_full_disk_costs_the_report_and_says_how_to_get_it(tmp_path: Path) -> 
     assert line.endswith(f"free some space, then: trimtab report {run}")
     assert (run / "report.html").read_text() == "the one before"
     assert not (run / "report.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.yaml", lambda _: "- a\n- list\n"),
+        ("config.yaml", lambda _: "run: !!python/object:os.system {}\n"),
+        ("config.yaml", lambda _: "run: &run\n  run: *run\n"),
+        ("config.yaml", lambda _: "run: [1,\n"),
+        ("events.jsonl", lambda text: text + '{"event": "started"}\n'),
+        ("events.jsonl", lambda text: text + '{"event": "started", "time": 1e300}\n'),
+        ("metrics.jsonl", lambda text: text + '{"step": 61}\n'),
+        ("metrics.jsonl", lambda text: re.sub(r'"tokens_routed": \d+', '"tokens_routed": 1e30', text)),
+    ],
+)
+def test_a_damaged_run_folder_ends_in_one_line_that_names_the_file(tmp_path: Path, file: str, change) -> None:
+    run = make_run(tmp_path / "run", SyntheticRun(steps=3))
+    (run / file).write_text(change((run / file).read_text()))
+    with pytest.raises(InvalidValue, match=rf"{file}.* damaged") as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_name_is_no_formula_and_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SyntheticRun(steps=3))
+    layout = run / "load/layout.json"
+    layout.write_text(layout.read_text().replace("layers.1.moe", r"$\\frac{1$"))
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("report.tmp", "report.html"):
+        (run / name).symlink_to(victim)
+    page = write_report(run)
+    assert victim.read_text() == "mine" and not page.is_symlink() and "frac{1" in page.read_text()
+
+
+def test_missing_steps_stand_beside_the_lost_tokens(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SyntheticRun(steps=8))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] not in (3, 4, 6)))
+    lost = figures(run)["Tokens lost"]
+    assert lost.value == "0" and lost.verdict is False
+    assert lost.note.endswith("on the 5 recorded steps; the record lacks 3 steps: 3 to 4, 6")
