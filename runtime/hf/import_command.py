@@ -42,7 +42,7 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
     config = _configure(source, run_dir, arguments)
     partial = run_dir.with_name(f".{run_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed import left
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o700, parents=True)
     try:
         shards = _read_shards(source, partial, config)
         _describe(source, partial, config, shards)

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dispatch.layout import LoadLayout
+from workers.run_fence import RunDirectoryLost
 from workers.run_log import RunLog, read_events, read_load_history, read_metrics
 
 LAYOUT = LoadLayout(("layers.1.moe", "layers.2.moe"), (2, 3), (True, False))  # N = 5
@@ -218,3 +220,14 @@ def test_tensorboard_shows_scalars_by_layer_and_forgets_superseded_steps(tmp_pat
 def test_reading_a_run_needs_no_torch() -> None:
     code = "import sys, workers.run_log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_whose_directory_was_replaced_writes_no_more(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with new_log(run) as log:
+        write_steps(log, 1)
+        run.rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", run)
+        with pytest.raises(RunDirectoryLost, match=r"metrics\.jsonl was removed or replaced"):
+            log.train({"step": 2})
+    assert steps_of(run) == steps_of(tmp_path / "moved") == [1]
