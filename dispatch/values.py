@@ -1,13 +1,14 @@
-"""Small plain values between ranks: msgpack over tensors, bounded, and never a pickle.
+"""Small plain values between ranks: JSON over tensors, bounded, and never a pickle.
 
 torch's `all_gather_object` unpickles what the other ranks send: who gets a word in there runs code on every rank.
 """
 
+import base64
+import json
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import msgpack
 import torch
 import torch.distributed as dist
 
@@ -28,16 +29,16 @@ def all_gather_values(
     """The values of all ranks, by rank.
 
     Args:
-        value: of None, bool, int, float, str, bytes, list, tuple and dict with keys of str; tuples arrive as lists.
+        value: of None, bool, int, float, str, list, tuple and dict with keys of str; tuples arrive as lists.
         group: of any backend; None for a process on its own.
         read: makes of a received value what is meant; raises where it cannot, one of _UNEXPECTED.
 
     Raises:
-        BadValue: a value is larger than `max_bytes`, is no msgpack, or `read` does not take it. On all ranks.
+        BadValue: a value is larger than `max_bytes`, is no JSON, or `read` does not take it. On all ranks.
 
     Collective.
     """
-    raw = bytes(msgpack.packb(value))
+    raw = json.dumps(value).encode()
     return [_read(rank, part, read) for rank, part in enumerate(_all_gather_bytes(raw, group, max_bytes))]
 
 
@@ -61,8 +62,8 @@ def _all_gather_bytes(raw: bytes, group: dist.ProcessGroup | None, max_bytes: in
 
 def _read(rank: int, raw: bytes, read: Callable[[Any], T]) -> T:
     try:
-        return read(msgpack.unpackb(raw, strict_map_key=True, max_ext_len=0))
-    except (TypeError, ValueError, KeyError, msgpack.UnpackException) as error:
+        return read(json.loads(raw))
+    except (*_UNEXPECTED, RecursionError) as error:  # the last from lists in lists without end
         raise BadValue(
             f"rank {rank} of the group sent what is not expected: {type(error).__name__}: {error}"
         ) from error
@@ -79,15 +80,20 @@ def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
     return read
 
 
-def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
+def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
     """A tensor as a value to send: for what a few tests and measurements exchange, not for training."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw.numpy().tobytes()
+    return (
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(tensor.shape),
+        base64.b64encode(raw.numpy().tobytes()).decode(),
+    )
 
 
 def read_tensor(value: Any) -> torch.Tensor:
     """What `tensor_value` made a value of."""
-    dtype_name, shape, raw = value
+    dtype_name, shape, text = value
+    raw = base64.b64decode(text, validate=True)
     dtype = getattr(torch, dtype_name)
     if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in shape):
         raise TypeError("the dtype and the shape of a tensor are expected")

@@ -1,8 +1,8 @@
 """Plain values between ranks: what is sent arrives, and nothing else is taken."""
 
+import base64
 import pickle
 
-import msgpack
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,9 +33,9 @@ def _take(rank, world_size):
     refused = []
     for raw in (
         pickle.dumps(_Evil()),
-        msgpack.packb(msgpack.ExtType(1, b"x")),
+        b"[" * 1000,  # deeper than Python's stack
         b"",
-        msgpack.packb([True]),  # no int
+        b"[true]",  # no int
         b"x" * 1001,
     ):
         if rank == 0:
@@ -69,6 +69,12 @@ def test_a_tensor_comes_back_bit_for_bit_whatever_its_dtype_and_shape():
         [back] = all_gather_values(tensor_value(tensor), None, read_tensor)
         assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
         assert tensor_value(back) == tensor_value(tensor)
-    for bad in (("float32", [2], b"1234"), ("float32", [-1], b""), ("load", [1], b"1234"), ("float32", [1 << 40], b"")):
+    four_bytes = base64.b64encode(b"1234").decode()
+    for bad in (
+        ("float32", [2], four_bytes),
+        ("float32", [-1], ""),
+        ("load", [1], four_bytes),
+        ("float32", [1 << 40], ""),
+    ):
         with pytest.raises(BadValue):
             all_gather_values(bad, None, read_tensor)
