@@ -80,6 +80,7 @@ def _changed(path: Path, change: Callable[[bytes], bytes]) -> Iterator[None]:
 
 
 def _files(folder: Path) -> set[tuple[str, bytes]]:
+    """Names and contents, but for the lock, which a start that is refused holds for a moment."""
     return {
-        (path.name, path.read_bytes()) for path in folder.iterdir() if path.is_file() and path.name != "events.jsonl"
+        (path.name, path.read_bytes()) for path in folder.iterdir() if path.is_file() and "run.lock." not in path.name
     }

@@ -121,7 +121,7 @@ _ALL = (
         name="remove run directory",
         action="remove_run_directory",
         outcome="refuses",
-        promise=r"run directory",
+        promise=r"the run directory \S+ is no longer this run's",
         room=2,
     ),
     Kind(

@@ -17,6 +17,8 @@ _OF_CLUSTER = re.compile(
     r"$|ray::(IDLE|DashboardAgent|RuntimeEnvAgent)|ray-dashboard-"
     r"|\S*/ray/|\S+ .*(-m ray\.|/ray/|from multiprocessing\.)"
 )
+# Torch keeps a cache, and Ray's dashboard, where it is killed, its sockets.
+_OF_OTHERS = re.compile("torchinductor_|pymp-")
 
 
 class Leftovers:
@@ -100,7 +102,7 @@ def _anything(testbed: Testbed) -> list[str]:
 
 def temporary_files(testbed: Testbed, machine: Machine) -> list[Path]:
     """What lies where a machine's processes keep such files, but for the folder of its nodes where that is empty."""
-    found = sorted(testbed.disk(machine).iterdir())
+    found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OF_OTHERS.match(path.name))
     return [path for path in found if not (path.name == f"trimtab-{os.getuid()}" and not any(path.iterdir()))]
 
 

@@ -14,7 +14,7 @@ from runtime.chaos.target import TargetRun, Unfulfilled
 from workers.run_log import EVENTS, read_events
 
 REFUSE_S = 60.0  # For a command to say that it will not do what it was asked for: it has only to import torch.
-PROMISE = r"(runs already|already runs|is running|in use|is written|already holds a run|exists already)"
+PROMISE = r"is being written by pid \d+ on |exists already; choose another --name"
 Other = tuple[subprocess.Popen[bytes], Path]  # and what it prints
 OF_ANOTHER = {"started", "resumed", "failed", "gave_up", "interrupted", "finished"}
 

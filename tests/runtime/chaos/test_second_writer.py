@@ -10,7 +10,7 @@ import pytest
 from runtime.chaos.second_writer import Other, refuse
 from runtime.chaos.target import TargetRun, Unfulfilled
 
-REFUSED = "echo error: the run chaos is running, pid 7; exit 2"
+REFUSED = "echo error: chaos is being written by pid 7 on machine0 since 1; exit 2"
 
 
 class Run(TargetRun):
@@ -46,7 +46,7 @@ def test_a_driver_that_says_why_and_changes_nothing_is_refused(run):
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo the run chaos is running", "exit code 0"),
+        ("echo chaos is being written by pid 7 on machine0", "exit code 0"),
         ("echo Traceback; exit 1", "exit code 1, saying: Traceback"),
         (f"echo 'steps: 6' > config.yaml; {REFUSED}", "changed config.yaml"),
     ],
