@@ -96,6 +96,6 @@ def recorded_scores_bytes(config: TrainConfig) -> int:
 def records_bytes(config: TrainConfig) -> int:
     """What a run writes beside its checkpoints, from its first step to its last; a few per cent too much."""
     layers = config.model.num_moe_layers
-    # A line of metrics.jsonl (1.3 KB and a figure for each layer), a record of load/history.bin.
-    of_step = 1500 + 20 * layers + 8 + 12 * layers * config.model.moe.num_experts
+    # A line of metrics.jsonl: 0.9 KB and a figure for each layer. In load/: count, bias and statistic of each expert.
+    of_step = 1000 + 20 * layers + 16 * layers * config.model.moe.num_experts
     return config.run.steps * of_step + recorded_scores_bytes(config)
