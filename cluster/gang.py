@@ -20,6 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.failures import GangFailed
 from cluster.kill import kill_process
 from cluster.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
+from cluster.ray_watch import RayWatch
 from cluster.session import forwarded_environment
 from cluster.stacks import wait_for_stacks
 from cluster.watch import Member, call_all, control, left
@@ -52,7 +53,8 @@ class RankPlace:
 class Gang:
     """All ranks of a run. Use it as a context manager, or call `stop`: nothing of it outlives that.
 
-    `rank_map` says where each rank lives, `startup_s` where the time of the last start went.
+    `rank_map` says where each rank lives, `startup_s` where the time of the last start went, `ray_watch` whether
+    its Ray still lives: all that waits for ranks raises RayDied where it does not.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Gang:
         self._epoch = -1
         self.rank_map: tuple[RankPlace, ...] = ()
         self.startup_s: dict[str, float] = {}
+        self.ray_watch = RayWatch.of_this_process()
 
     @classmethod
     def launch(
@@ -133,6 +136,7 @@ class Gang:
         *args: Any,
         poll_s: float = 0.2,
         on_poll: Callable[[], None] | None = None,
+        on_ray_died: Callable[[], None] | None = None,
         limit_s: float = math.inf,
         keep: bool = False,
     ) -> list[Any]:
@@ -141,18 +145,20 @@ class Gang:
         Args:
             on_poll: called about every `poll_s` on this thread while the ranks work, for a live view and for Ctrl-C;
                 it may use `control`.
+            on_ray_died: makes the ranks end this call early, so that they can save; RayDied comes after that.
             keep: leave the processes as they are after a failure, for `form_again`.
         Raises:
             GangFailed: with the first cause; the gang is stopped then, since the ranks no longer agree on anything.
         """
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
-            return call_all(
+            return self._call_all(
                 self._members,
                 method,
                 calls,
                 poll_s=poll_s,
                 on_poll=on_poll,
+                on_ray_died=on_ray_died,
                 limit_s=limit_s,
                 bound_s=self._config.collective_timeout_s,
             )
@@ -236,6 +242,8 @@ class Gang:
         actors, self._actors, self._places = self._actors, {}, {}
         if group is None or not ray.is_initialized():
             return
+        if not self.ray_watch.can_be_asked():
+            return  # All below would block. The actors end with the processes of Ray, or with the driver.
         for actor in actors.values():
             ray.kill(actor)
         # A call to a dead actor ends in an error: when all have, the processes are gone and their memory is free.
@@ -255,8 +263,13 @@ class Gang:
         for size in larger:
             wait_s = self._config.replace_timeout_s
             with contextlib.suppress(ClusterTooSmall):
-                return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s))
-        return reserve(replace(self._config, num_workers=smallest))
+                return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s), self.ray_watch.check)
+        return reserve(replace(self._config, num_workers=smallest), self.ray_watch.check)
+
+    def _call_all(
+        self, members: Sequence[Member], method: str, calls: Sequence[ray.ObjectRef[Any]], **options: Any
+    ) -> list[Any]:
+        return call_all(members, method, calls, check_ray=self.ray_watch.check, **options)
 
     def _kill_silent(self, failed: GangFailed) -> None:
         for failure in failed.failures:
@@ -308,7 +321,7 @@ class Gang:
         begun = time.monotonic()
         # Until the ranks are known, a member's rank is its bundle.
         members = [Member(rank=bundle, actor=self._actors[bundle]) for bundle in starting]
-        places: list[Place] = call_all(members, "start", list(starting.values()), limit_s=limit_s)
+        places: list[Place] = self._call_all(members, "start", list(starting.values()), limit_s=limit_s)
         self._places |= dict(zip(starting, places, strict=True))
         self.startup_s["processes and imports"] = time.monotonic() - begun
         self.startup_s["of these imports"] = max((place.import_s for place in places), default=0.0)
@@ -356,7 +369,7 @@ class Gang:
             member.actor.join.remote(row.rank, nodes, actors, self._epoch, timeout_s, row.num_threads)
             for member, row in zip(self._members, self.rank_map, strict=True)
         ]
-        call_all(self._members, "join", joins, limit_s=limit_s)
+        self._call_all(self._members, "join", joins, limit_s=limit_s)
         self.startup_s["join"] = time.monotonic() - begun
 
 

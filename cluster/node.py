@@ -19,10 +19,11 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from cluster.access import Access, check_access
+from cluster.deferred_signals import stop_signals_deferred
+from cluster.local_ray import OBJECT_STORE_BYTES
 from cluster.node_state import LOG_FILE, NodeState, forget, live_nodes, node_folder, read_nodes
 from cluster.probe import check_answers
 from cluster.processes import end, process_of
-from cluster.session import OBJECT_STORE_BYTES, ctrl_c_deferred
 from cluster.token import check_token, ensure_token, token_environment
 from dispatch.errors import InvalidValue, UserError
 
@@ -127,7 +128,7 @@ def start(options: NodeOptions, on_wait: Callable[[str], None] = lambda _: None)
     folder = node_folder(options.address)
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted start may have left one without a state
     folder.mkdir(mode=0o700)
-    with ctrl_c_deferred():  # until it is on record, so that there is always somebody who can end it
+    with stop_signals_deferred():  # until it is on record, so that there is always somebody who can end it
         node = _launch(options)
     try:
         _wait_usable(node, on_wait)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # A Ray of our own is not shared: its CPUs are a number to schedule by, and any number of workers shall fit.
 LOCAL_CPUS = 0.01
+LOOK_S = 1  # Between two looks whether Ray still lives, while workers wait for a place.
 
 
 class ClusterTooSmall(UserError, RuntimeError):
@@ -63,10 +65,11 @@ def _amounts(resources: Mapping[str, float], names: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in names)
 
 
-def reserve(config: ClusterConfig) -> PlacementGroup:
+def reserve(config: ClusterConfig, check_ray: Callable[[], None]) -> PlacementGroup:
     """Reserve one bundle a worker, close together where they fit.
 
     Raises:
+        RayDied: by `check_ray`, which is called every LOOK_S.
         ClusterTooSmall: at once if the cluster could never hold them; after `start_timeout_s` if others use it.
     """
     import ray
@@ -77,7 +80,10 @@ def reserve(config: ClusterConfig) -> PlacementGroup:
     demand = worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
     check_fits(config, demand, nodes)
     group: PlacementGroup = placement_group([demand] * config.num_workers, strategy="PACK")
-    if not group.wait(config.start_timeout_s):
+    deadline = time.monotonic() + config.start_timeout_s
+    while not (placed := group.wait(LOOK_S)) and time.monotonic() < deadline:
+        check_ray()
+    if not placed:
         remove_placement_group(group)
         free = _amounts(ray.available_resources(), demand)
         raise ClusterTooSmall(

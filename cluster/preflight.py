@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ClusterConfig
+from cluster.local_ray import OBJECT_STORE_BYTES
 from cluster.node_state import ray_folder
-from cluster.session import OBJECT_STORE_BYTES
 from dispatch.errors import InvalidValue
 
 # Measured on Linux with ray 2.60 and torch 2.13 (CPU): Ray's own processes, and one worker before it holds a model.

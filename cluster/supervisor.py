@@ -104,6 +104,7 @@ class Supervisor:
         Raises:
             GangFailed: the job itself raised an error, or the first failure is not to be recovered from.
             GaveUp: the policy ended it after that.
+            RayDied: Ray itself has died, and with it the means to replace anybody.
         """
         decision: Decision | None = None
         try:
@@ -128,7 +129,9 @@ class Supervisor:
         self._move = None
         self._ask_for_more()
         arguments = self._job.arguments(self._gang, recovery)
-        return self._gang.run("train", *arguments, poll_s=POLL_S, on_poll=self._poll, keep=True)
+        return self._gang.run(
+            "train", *arguments, poll_s=POLL_S, on_poll=self._poll, on_ray_died=self._save_and_stop, keep=True
+        )
 
     def _form(self, decision: Decision) -> None:
         self._end_request()
@@ -150,6 +153,7 @@ class Supervisor:
     def _after(self, failure: GangFailed | ClusterTooSmall) -> Decision:
         """Decide, tell, and wait as long as was decided. Raises where that is the end."""
         self._note_time(failure)
+        self._gang.ray_watch.wait_until_it_can_be_asked()
         saved_step = self._job.saved_step()
         if self._history and saved_step > self._history[-1].saved_step:
             self._failures = []
@@ -200,6 +204,9 @@ class Supervisor:
     def _poll(self) -> None:
         self._job.on_poll(self._gang)
         now = time.monotonic()
+        is_due = now >= min(self._next_drain_look, self._next_growth_look)
+        if not is_due or not self._gang.ray_watch.can_be_asked():
+            return
         if self._move is None and now >= self._next_drain_look:
             self._next_drain_look = now + DRAIN_LOOK_S
             self._leave_draining_nodes()
@@ -232,14 +239,17 @@ class Supervisor:
 
     def _make_way(self, world_size: int, reason: str) -> None:
         """Have the gang save and stop, to go on with another number of workers or in another place."""
-        self._gang.control(0, "request_stop")
+        self._save_and_stop()
         self._move = Resize(world_size=world_size)
         self._job.tell("moving", workers=world_size, workers_before=self._world_size, reason=reason)
 
+    def _save_and_stop(self) -> None:
+        self._gang.control(0, "request_stop")
+
     def _end_request(self) -> None:
-        if self._request is not None:
-            self._request.end()
-            self._request = None
+        request, self._request = self._request, None
+        if request is not None and self._gang.ray_watch.can_be_asked():
+            request.end()
 
 
 def _details(failure: GangFailed | ClusterTooSmall) -> dict[str, Any]:

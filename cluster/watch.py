@@ -15,12 +15,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.activity_watch import ANSWER_S, ActivityWatch
 from cluster.failures import GangFailed, Kind, WorkerFailure, WorkerUnreachable, cause_first
+from cluster.ray_watch import RayDied
 from cluster.stacks import stacks_of, wait_for_stacks
 from cluster.stall import Stall
 from workers.actor import CONTROL_GROUP, Failure, WorkerActor
 
 # After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
 GRACE_S = 1.0
+RAY_DIED_S = 20.0  # For a last step and its checkpoint: Ray's client aborts the driver 60 s after it lost its head.
 SURE = 0.9  # A wait that ended in a time-out of torch, whose clock started a moment later, lasted at least this much.
 
 
@@ -52,14 +54,19 @@ def call_all(
     *,
     poll_s: float = 0.2,
     on_poll: Callable[[], None] | None = None,
+    check_ray: Callable[[], None] = lambda: None,
+    on_ray_died: Callable[[], None] | None = None,
     limit_s: float = math.inf,
     bound_s: float = math.inf,
 ) -> list[Any]:
     """Results by rank of `calls`, one for each member.
 
     Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
+    `check_ray` is called as often and raises RayDied. Where `on_ray_died` makes the ranks end their calls, they get
+    RAY_DIED_S for that: they may outlive Ray, and what they made need not be lost.
 
     Raises:
+        RayDied: from `check_ray`.
         GangFailed: a rank died or raised, `limit_s` passed, or a collective lasted longer than `bound_s`; within a few
             seconds of it, whatever the other ranks do.
     """
@@ -69,7 +76,9 @@ def call_all(
     results: dict[int, Any] = {}
     failures: list[WorkerFailure] = []
     deadline = time.monotonic() + limit_s
+    ray_check = _RayCheck(check_ray, on_ray_died)
     while pending and stall is None and time.monotonic() < deadline:
+        deadline = min(deadline, ray_check.look())
         done, _ = ray.wait(list(pending), timeout=poll_s)
         for call in done:
             member = pending.pop(call)
@@ -85,6 +94,7 @@ def call_all(
         # A rank that hangs must not hold up the watch in a call that waits for it.
         if on_poll is not None and not failures and (watch is None or watch.all_answer):
             _poll(on_poll)
+    ray_check.end()
     if failures or pending:
         if watch is not None and stall is None and failures and all(failure.collateral for failure in failures):
             stall = watch.judge(SURE * bound_s)
@@ -93,6 +103,32 @@ def call_all(
             raise GangFailed(method, _with_last_words(cause_first([*failures, *rest]), watch))
         raise GangFailed(method, _held_up(stall, members, failures, list(pending.values())))
     return [results[member.rank] for member in members]
+
+
+class _RayCheck:
+    """Lets the ranks end their calls, where they can be told to, before it raises RayDied."""
+
+    def __init__(self, check_ray: Callable[[], None], on_ray_died: Callable[[], None] | None) -> None:
+        self._check, self._tell = check_ray, on_ray_died
+        self._died: RayDied | None = None
+        self._deadline = math.inf
+
+    def look(self) -> float:
+        """The time by which all must have ended: never, while Ray lives."""
+        if self._died is None:
+            try:
+                self._check()
+            except RayDied as died:
+                if self._tell is None:
+                    raise
+                self._died, self._deadline = died, time.monotonic() + RAY_DIED_S
+                _poll(self._tell)
+        return self._deadline
+
+    def end(self) -> None:
+        """However the calls have ended: what Ray's death did to them is no failure of a rank."""
+        if self._died is not None:
+            raise self._died
 
 
 def _held_up(

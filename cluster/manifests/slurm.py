@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 
+from cluster.local_ray import OBJECT_STORE_BYTES
 from cluster.manifests.plan import ManifestPlan
 from cluster.node import HEALTH_CHECKS
-from cluster.session import OBJECT_STORE_BYTES
 
 NODE_WAIT_S = 300  # Ray's 30 s are too short where a file system answers slowly.
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.local_ray import OBJECT_STORE_BYTES
 from cluster.preflight import size_text
-from cluster.session import OBJECT_STORE_BYTES
 from runtime.doctor.survey import DRIVER, Link, NodeFacts, Survey
 from runtime.quantities import milliseconds, short
 

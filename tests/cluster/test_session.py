@@ -15,12 +15,12 @@ import pytest
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.deferred_signals import stop_signals_deferred
+from cluster.local_ray import auth_token
 from cluster.session import (
     ClusterUnreachable,
     RaySession,
-    _auth_token,
     check_answers,
-    ctrl_c_deferred,
     forwarded_environment,
 )
 from tests.ray_fixture import ROOT
@@ -101,7 +101,7 @@ def test_ctrl_c_reaches_the_driver_alone_so_that_the_gang_can_save_and_nothing_i
 
 def test_joining_by_address_trains_there_and_leaves_that_ray_running(ray_session):
     address = ray.get_runtime_context().gcs_address
-    variables = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_auth_token())
+    variables = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=auth_token())
     joined = subprocess.run(
         [sys.executable, "-c", JOIN, address], env=variables, capture_output=True, text=True, timeout=90, check=False
     )
@@ -112,12 +112,12 @@ def test_joining_by_address_trains_there_and_leaves_that_ray_running(ray_session
 def test_ctrl_c_while_ray_starts_is_kept_until_it_has_started_and_then_acts():
     reached = []
     with pytest.raises(KeyboardInterrupt):
-        with ctrl_c_deferred():
+        with stop_signals_deferred():
             signal.raise_signal(signal.SIGINT)
             reached.append("end of start")
         reached.append("after")
     assert reached == ["end of start"]
-    with pytest.raises(KeyboardInterrupt), ctrl_c_deferred():
+    with pytest.raises(KeyboardInterrupt), stop_signals_deferred():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         reached.append("end of start after two")
