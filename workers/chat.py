@@ -6,30 +6,30 @@ A line is one of {"messages": [{"role": ..., "content": ...}, ...]}, of which th
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import IO, Any, cast
 
 from dispatch.errors import InvalidValue
+from workers.chat_rendering import ASSISTANT
 from workers.text import Document, read_pieces
 from workers.tokenizer import SETTINGS_FILE, read_settings
 
-ASSISTANT = "assistant"
 TEMPLATE_FILE = "chat_template.jinja"
 # For models that bring no template.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-MAX_PRODUCT = 10**6
+# Far above what a conversation takes, of milliseconds and a few times its own size.
+MAX_CPU_S = 5.0
+MAX_BYTES = 2**30
+RENDERING = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from workers.chat_rendering import serve; serve()"
 KINDS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
@@ -44,24 +44,37 @@ class Piece:
 class ChatTemplate:
     """Writes messages out as the model knows them, with a template of Jinja as Hugging Face's tokenizers have it.
 
-    It runs in a sandbox: a template comes with a model, from wherever that is.
+    A template comes with a model, from wherever that is: it runs in Jinja's sandbox, in a process of its own, whose
+    memory is bounded, and its time of the processor for each conversation.
 
     Raises:
         ValueError: the template is not valid.
     """
 
-    def __init__(self, source: str, place: str, special_tokens: dict[str, str] | None = None) -> None:
-        extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        self.name = hashlib.sha256(json.dumps([source, special_tokens or {}]).encode()).hexdigest()[:16]
-        self._special_tokens = special_tokens or {}
-        try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError, SyntaxError, ValueError) as error:
-            problem = f"the chat template of {place} is not valid: {_reason(error)}"
-            raise InvalidValue(f"{problem}; give another by --data.chat_template FILE") from error
+    def __init__(
+        self,
+        source: str,
+        place: str,
+        special_tokens: dict[str, str] | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_cpu_s: float = MAX_CPU_S,
+    ) -> None:
+        tokens = special_tokens or {}
+        self.name = hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest()[:16]
+        self._max_cpu_s = max_cpu_s
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
+            # It finds its modules where this process does, whatever brought them there.
+            [sys.executable, "-P", "-c", RENDERING, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._questions, self._answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
+        first = {"source": source, "special_tokens": tokens, "max_bytes": max_bytes, "max_cpu_s": max_cpu_s}
+        if problem := self._ask(first).get("error"):
+            problem = f"the chat template of {place} is not valid: {problem}"
+            raise InvalidValue(f"{problem}; give another by --data.chat_template FILE")
 
     def pieces(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
         """The text of a conversation, cut where what is learned begins and ends.
@@ -70,52 +83,35 @@ class ChatTemplate:
         the token that ends the turn, without its header.
 
         Raises:
-            ValueError: the template refuses the messages, or writes earlier turns otherwise once later ones follow.
+            ValueError: the template refuses the messages, takes too much time or memory, or writes earlier turns
+                otherwise once later ones follow.
         """
-        whole, done, pieces = self._render(messages), "", []
-        for index, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            asked = self._render(messages[:index], asks=True)
-            answered = self._render(messages[: index + 1])
-            if not (asked.startswith(done) and answered.startswith(asked) and whole.startswith(answered)):
-                raise InvalidValue(
-                    f"the chat template does not write message {index + 1} as a continuation of those before it, so "
-                    "that what is learned cannot be told; give another by --data.chat_template FILE"
-                )
-            pieces += [Piece(asked[len(done) :], False), Piece(answered[len(asked) :], True)]
-            done = answered
-        return [*pieces, Piece(whole[len(done) :], False)]
+        answer = self._ask(messages)
+        if problem := answer.get("error"):
+            raise InvalidValue(f"the chat template refuses these messages: {problem}")
+        return [Piece(text, is_learned) for text, is_learned in answer["pieces"]]
 
-    def _render(self, messages: Sequence[dict[str, Any]], *, asks: bool = False) -> str:
+    def _ask(self, question: object) -> dict[str, Any]:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=asks, **self._special_tokens)
-        except InvalidValue as error:  # its own raise_exception
-            raise InvalidValue(f"the chat template refuses these messages: {error}") from error
-        except Exception as error:  # The template is a program of others, and this is its boundary.
-            raise InvalidValue(f"the chat template refuses these messages: {_reason(error)}") from error
+            self._questions.write(json.dumps(question).encode() + b"\n")
+            self._questions.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and the end says why
+        answer = self._answers.readline()
+        return json.loads(answer) if answer else {"error": self._why_it_ended()}
+
+    def _why_it_ended(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGPROF:
+            return f"it took more than {self._max_cpu_s:g} s"
+        if code < 0:
+            return f"it ended its process by {signal.Signals(-code).name}"
+        raise RuntimeError(f"the process of the chat template ended with exit code {code}")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Products and powers are bounded: 'a' * 10**10 would take all memory, and no template needs either."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [abs(value) if isinstance(value, int | float) else len(value) for value in (left, right)]
-        if operator == "**" or sizes[0] * sizes[1] > MAX_PRODUCT:
-            raise InvalidValue(f"it computes {left!r:.20} {operator} {right!r:.20}; at most {MAX_PRODUCT} is allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(Extension):
-    """Lets templates mark what the assistant writes, as those of Hugging Face may; it is found without that here."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
@@ -159,7 +155,7 @@ def read_conversations(document: Document, template: ChatTemplate) -> Iterator[l
 def _parse(line: bytes, template: ChatTemplate) -> list[Piece]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidValue(f"this is not JSON ({error}); data.format chat reads one JSON object a line") from None
     if not isinstance(value, dict):
         raise InvalidValue(f"this is {type(value).__name__}, not an object; a line must be {KINDS}")
@@ -207,11 +203,3 @@ def _lines_before(document: Document) -> int:
 
 def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-
-
-def _refuse(message: str) -> None:
-    raise InvalidValue(message)

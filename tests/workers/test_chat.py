@@ -1,6 +1,7 @@
 """What of a conversation is learned, by ids written out, and lines that cannot be read."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ CHATML = (
     "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
 )
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def _prepare(folder: Path, lines: list[object], **settings: str) -> Dataset:
@@ -155,8 +158,16 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{{ 'a' * 10000000000 }}", r"it computes 'a' \* 10000000000"),
-        ("{{ 9 ** 9999999 }}", r"it computes 9 \*\* 9999999"),
+        ("{{ 'a' * 10000000000 }}", "it took more than 128 MB of memory"),
+        ("{{ 'a'.center(10000000000) }}", "it took more than 128 MB of memory"),
+        (
+            "{% set n = namespace(s='aa') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "it took .* MB",
+        ),
+        (LOOP, "it took more than 0.5 s$"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}", "it took .* s$"),
+        ("{{ (messages | length) ** 99999999 }}", "it took more than 0.5 s$"),
+        ("{{ raise_exception('no ' * 9999) }}", r"(no ){100,333}n?$"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
         ("{{ '%(x)s' % {} }}", "KeyError"),
         ("{% for i in range(200000) %}{% endfor %}", "OverflowError"),
@@ -165,9 +176,22 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
 )
 def test_a_template_that_fails_refuses_the_messages_with_its_reason(source: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"the chat template refuses these messages: {reason}"):
-        ChatTemplate(source, "test").pieces(TURNS)
+        ChatTemplate(source, "test", max_bytes=2**27, max_cpu_s=0.5).pieces(TURNS)
 
 
 def test_a_template_that_cannot_be_parsed_is_not_valid() -> None:
     with pytest.raises(ValueError, match=r"the chat template of test is not valid: RecursionError"):
         ChatTemplate("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "test")
+    with pytest.raises(ValueError, match=r"the chat template of test is not valid: it took more than 0.5 s; give"):
+        ChatTemplate("{{ 9 ** 99999999 }}", "test", max_cpu_s=0.5)
+
+
+def test_the_time_is_for_each_conversation_and_an_end_is_told_again() -> None:
+    source = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{PLAIN_TEMPLATE}"
+    template = ChatTemplate(source, "test", max_cpu_s=0.3)
+    begun = time.process_time()
+    while time.process_time() - begun < 0.1:
+        assert len(template.pieces(TURNS)) == 5
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"it took more than 0\.3 s"):
+            template.pieces([{"role": "user", "content": "loop"}])
