@@ -93,7 +93,12 @@ _ALL = (
     Kind(name="kill node", action="kill_node", promise=_LOST, strikes_node=True),
     Kind(name="kill raylet", action="kill_raylet", promise=_LOST, strikes_node=True),
     Kind(name="kill agents", action="kill_agents", promise=_LOST, strikes_node=True),
-    Kind(name="kill gcs", action="kill_gcs", outcome="refuses", promise=r"Ray.*--resume \S*chaos"),
+    Kind(
+        name="kill gcs",
+        action="kill_gcs",
+        outcome="refuses",
+        promise=r"Ray.*go on with: trimtab train --resume \S*chaos",
+    ),
     Kind(name="cut link", action="cut_link", promise=_LOST, strikes_node=True),
     _link("cut link briefly", "cut_link_briefly"),
     _link("delay frames", "delay_frames"),
