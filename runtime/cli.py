@@ -1,7 +1,8 @@
 """The command `trimtab`: choose a subcommand, read its options, hand over, turn what happened into an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 a bug in Trimtab. torch and Ray are imported by the
-subcommands alone, and only after their options were read, so that help and mistakes are answered at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 a bug in Trimtab, 130, 143 or 129 stopped by Ctrl-C,
+SIGTERM or SIGHUP. torch and Ray are imported by the subcommands alone, and only after their options were read, so that
+help and mistakes are answered at once.
 """
 
 import argparse
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dispatch.errors import InvalidValue
+from dispatch.own_packages import check_not_hidden
 from runtime.choices import Choices, choice_parser, chosen
 from runtime.consent import import_named
 from runtime.failure import told
+from runtime.interrupt import Stopped, stop_signals_raise
+from runtime.lasting_output import lasting_output
 from runtime.option_types import number, whole
 from runtime.run_dir import find_run
 
@@ -24,16 +28,23 @@ OF_RUNS = ("eval", "generate", "export", "report", "replay", "plan", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process by default, and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    with lasting_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
-        command = chosen(_command_parser(), arguments)
-        # Here it is consent for what a run names; to those that train it is a setting too.
-        given = import_named(arguments[1:]) if command in OF_RUNS else arguments[1:]
-        return COMMANDS[command](given)
+        with stop_signals_raise():
+            check_not_hidden()
+            command = chosen(_command_parser(), arguments)
+            # Here it is consent for what a run names; to those that train it is a setting too.
+            given = import_named(arguments[1:]) if command in OF_RUNS else arguments[1:]
+            return COMMANDS[command](given)
     except SystemExit as stop:  # argparse has answered --help, or said what is wrong
         return int(stop.code or 0)
-    except KeyboardInterrupt:
+    except Stopped as stop:
         sys.stderr.write("trimtab: stopped\n")
-        return 1
+        return stop.exit_code
     except Exception as error:  # noqa: BLE001 the boundary of the process: whatever it is must be told
         text, code = told(error, arguments)
         sys.stderr.write(text)

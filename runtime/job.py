@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from runtime.hf.files import FOLDER as IMPORTED
 from runtime.interrupt import StopSignal
 from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
 from runtime.live import LiveView
+from runtime.quantities import counted
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import print_summary, write_report
 from runtime.run_dir import CONFIG_FILE, new_run_dir
@@ -56,18 +57,26 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     console = Console(highlight=False)
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     with (hold if resume else hold_new)(run_dir, lambda text: say(console, text)) as lock:
-        outcome = _train(config, run_dir, lock, is_resumed=resume is not None, step=step, console=console)
+        stop = StopSignal()
+        outcome = _train(config, run_dir, lock, stop, is_resumed=resume is not None, step=step, console=console)
         print_summary(run_dir, console)
         say(console, report_line(run_dir))
     if outcome.completed:
         say(console, f"next: trimtab generate {run_dir} --prompt TEXT; trimtab train --resume {run_dir} --steps MORE")
-    else:
-        say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
-    return 0
+        return 0
+    say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+    return stop.exit_code
 
 
 def _train(
-    config: TrainConfig, run_dir: Path, lock: RunLock, *, is_resumed: bool, step: int | None, console: Console
+    config: TrainConfig,
+    run_dir: Path,
+    lock: RunLock,
+    stop: StopSignal,
+    *,
+    is_resumed: bool,
+    step: int | None,
+    console: Console,
 ) -> TrainOutcome:
     resume_from = find_checkpoint(run_dir, step) if is_resumed else None
     if resume_from and checkpoint.step_of(resume_from) >= config.run.steps:
@@ -93,12 +102,12 @@ def _train(
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
     with ExitStack() as stack:
-        with console.status(f"starting Ray and {config.cluster.num_workers} workers"):
+        with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
         lock.check()
         write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
-        return _watch(config, run_dir, lock, launched, resume_from, console)
+        return _watch(config, run_dir, lock, stop, launched, resume_from, console)
 
 
 def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers: int | None, device: str | None) -> int:
@@ -201,10 +210,19 @@ def open_data(config: TrainConfig, console: Console) -> Dataset:
     return dataset
 
 
+def _status(console: Console, text: str) -> AbstractContextManager[object]:
+    """Says what is being waited for: with a spinner on a terminal, elsewhere in a line."""
+    if console.is_terminal:
+        return console.status(text)
+    say(console, text)
+    return nullcontext()
+
+
 def _watch(
     config: TrainConfig,
     run_dir: Path,
     lock: RunLock,
+    stop: StopSignal,
     launched: LaunchedGang,
     resume_from: Path | None,
     console: Console,
@@ -218,7 +236,7 @@ def _watch(
         console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
     )
     done = checkpoint.step_of(resume_from) if resume_from else 0
-    with StopSignal() as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
+    with stop as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
         job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)
         try:
             outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()

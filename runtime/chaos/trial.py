@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from runtime.chaos.injections import INJECTIONS, MENDS
 from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark, go_mark
 from runtime.chaos.target import TargetRun, Unfulfilled
 from runtime.chaos.testbed import TestbedFailed
+from runtime.interrupt import exit_code_of
 
 REACH_S = 600.0  # For the run to come to the step of a fault.
 RECOVER_S = 300.0  # From a fault to the next new step.
@@ -185,9 +187,9 @@ def _resumes(run: TargetRun, trial: Trial, _: int) -> None:
 
 
 def _saves(run: TargetRun, trial: Trial, before: int) -> None:
-    """The run saves what it has and ends well; resumed, it makes nothing anew."""
+    """The run saves what it has and stops in order; resumed, it makes nothing anew."""
     _await_end(run, trial)
-    if run.exit_code or not run.events("interrupted", trial.struck):
+    if run.exit_code != exit_code_of(signal.SIGHUP) or not run.events("interrupted", trial.struck):
         raise Unfulfilled(f"the run did not save and stop; it ended with exit code {run.exit_code}")
     _keep_promise(run, trial, lambda: run.said(before))
     superseded = len(run.superseded_lines("train"))

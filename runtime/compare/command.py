@@ -24,20 +24,20 @@ from workers.actor import usable_cores
 
 
 def compare(options: CompareOptions) -> int:
-    """Train what is missing and show what there is. Returns the exit code: 1 where a run failed."""
+    """Train what is missing and show what there is. Returns 1 where a run failed, 130 where it was stopped."""
     console = Console(highlight=False)
     plan = plan_of(options)
     jobs = _num_jobs(plan, options.jobs)
     unfinished = [key for key in plan.runs if not plan.is_finished(key)]
     _check(plan, unfinished, jobs, console)
     plan.write()
-    failed, stopped = _train(plan, unfinished, jobs, console) if unfinished else ([], False)
+    failed, stop_code = _train(plan, unfinished, jobs, console) if unfinished else ([], 0)
     _show_results(plan, options.threshold, console)
     for run in failed:
         say(console, f"failed: {run.key}: {run.reason} (all of it: {plan.log_file(run.key)})")
-    if stopped or failed:
+    if stop_code or failed:
         say(console, f"go on with: trimtab compare --resume --out {plan.out}")
-    return 1 if failed else 0
+    return 1 if failed else stop_code
 
 
 def plan_of(options: CompareOptions) -> ComparePlan:
@@ -82,8 +82,8 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
     say(console, f"comparison {plan.out}\n{size_of_it}; {jobs} at a time; {counted(len(unfinished), 'run')} to do")
 
 
-def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], bool]:
-    """Train what is not finished. Returns the runs that failed, and whether a stop was requested."""
+def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], int]:
+    """Train what is not finished. Returns the runs that failed, and the exit code of a stop, 0 without one."""
     failed: list[EndedRun] = []
     threads = max(1, usable_cores() // (jobs * plan.base.cluster.num_workers))
     with (
@@ -106,7 +106,7 @@ def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
             view.ended(run)
 
         pool.run(unfinished, stop_requested=lambda: signal.stop_requested, on_poll=show, on_end=end)
-        return failed, signal.stop_requested
+        return failed, signal.exit_code
 
 
 def _show_results(plan: ComparePlan, threshold: float | None, console: Console) -> None:

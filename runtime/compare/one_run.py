@@ -16,6 +16,7 @@ from runtime import job
 from runtime.compare.plan import ComparePlan, RunKey
 from runtime.config import TrainConfig
 from runtime.config_file import config_to_yaml
+from runtime.interrupt import exit_code_of
 from runtime.launch import make_spec, open_ranks
 from runtime.run_dir import CONFIG_FILE
 from runtime.run_lock import hold, hold_new, refuse_if_owned
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     if config.cluster.num_workers > 1 or config.cluster.address is not None:
         # The way a user stops it: job.train saves on the first SIGINT.
         _on_end_of_input(lambda: os.kill(os.getpid(), signal.SIGINT))
-        return job.train(config, resume=run_dir if resume_from else None, step=None)
+        code = job.train(config, resume=run_dir if resume_from else None, step=None)
+        return 0 if code == exit_code_of(signal.SIGINT) else code
     train_alone(config, run_dir, resume_from)
     return 0
 

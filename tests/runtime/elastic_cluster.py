@@ -38,7 +38,7 @@ def main(run_dir: Path, arguments: list[str]) -> int:
         run = subprocess.Popen([*command, *arguments])
         try:
             _live_through(cluster, nodes, run_dir, run)
-            return run.wait(120)
+            return 0 if run.wait(120) == 130 else 1  # stopped by Ctrl-C, in order
         finally:
             if run.poll() is None:
                 run.send_signal(signal.SIGINT)

@@ -144,10 +144,10 @@ def test_a_batch_that_no_memory_holds_is_refused_before_ray_starts(
     [
         (1, 1, ""),
         (UserError("rank 1 died at step 3"), 1, "trimtab train: error: rank 1 died at step 3\n"),
-        (KeyboardInterrupt(), 1, "trimtab: stopped\n"),
+        (KeyboardInterrupt(), 130, "trimtab: stopped\n"),
     ],
 )
-def test_failure_ends_with_1_and_its_message(
+def test_failure_ends_with_1_a_stop_with_130_and_its_message(
     outcome: Any, code: int, message: str, job: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job.outcome = outcome

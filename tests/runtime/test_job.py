@@ -264,7 +264,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
         _wait_for_step(process, tmp_path / "runs" / "cut", 1)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 130, output
     assert "--resume" in output
     (saved,) = list_checkpoints(tmp_path / "runs" / "cut" / "checkpoints")
     step = int(saved.name.removeprefix("step_"))
