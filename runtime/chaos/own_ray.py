@@ -11,6 +11,7 @@ from runtime.chaos.record import read_record
 from runtime.chaos.sameness import differences
 from runtime.chaos.second_writer import refuse
 from runtime.chaos.target import TargetRun, Unfulfilled
+from runtime.interrupt import exit_code_of
 
 STEPS = 6  # Made between two faults: one checkpoint, and some after it.
 START_S, END_S = 240.0, 120.0
@@ -44,7 +45,7 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
         own.wait(lambda: own.exit_code is not None, "saving and stopping", END_S, may_end=True)
     finally:
         own.stop()
-    if own.exit_code:
+    if own.exit_code != exit_code_of(signal.SIGTERM):
         raise Unfulfilled(f"asked to stop, it ended with exit code {own.exit_code}")
     _check_record(own)
     if left := still_there_of(run.testbed, head, *before):
