@@ -1,5 +1,6 @@
 """`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads."""
 
+import secrets
 import shutil
 import sys
 from dataclasses import replace
@@ -46,8 +47,8 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
             f"{family.architecture} has none: without it tokens go to other experts than in training. Train with "
             "--balance.law none, or give --drop-bias to export all the same"
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # A name of its own: another export to the same name must not write into it, nor remove it.
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
     try:
         dtypes = read_dtypes(run_dir)

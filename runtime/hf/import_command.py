@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -40,8 +41,8 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
         raise InvalidValue(f"{run_dir} exists already; choose another name, or remove it")
     source = open_source(folder)
     config = _configure(source, run_dir, arguments)
-    partial = run_dir.with_name(f".{run_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed import left
+    # A name of its own: another import to the same name must not write into it, nor remove it.
+    partial = run_dir.with_name(f".{run_dir.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(mode=0o700, parents=True)
     try:
         shards = _read_shards(source, partial, config)

@@ -14,7 +14,11 @@ def family_of(settings: Settings) -> Family:
     """The family of a config.json. Raises ValueError, with those that are supported, for any other."""
     model_type, architectures = settings.values.get("model_type"), settings.values.get("architectures") or []
     family: Family | None = FAMILIES.get(str(model_type))
-    if family is None or (architectures and family.architecture not in architectures):
+    if (
+        family is None
+        or not isinstance(architectures, list)
+        or (architectures and family.architecture not in architectures)
+    ):
         known = ", ".join(f"{each.model_type} ({each.architecture})" for each in FAMILIES.values())
         raise InvalidValue(
             f"{settings.where}: model_type {model_type!r} with architectures {architectures} is not supported; "

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dispatch.layer import MoEConfig
 from workers.attention import LatentConfig
 from workers.families.base import Family, Part, expert_parts, feed_forward_parts
-from workers.families.settings import Settings
+from workers.families.settings import MOST_LAYERS, MOST_POSITIONS, Settings
 from workers.model import ModelConfig
 
 
@@ -17,14 +17,14 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("topk_method", "noaux_tc")
     settings.expect("moe_layer_freq", 1)
     settings.expect("rope_interleave", True, None)
-    num_groups = settings.whole("n_group", default=8)
+    num_groups = settings.whole("n_group", default=8, least=1)
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),
         hidden=settings.whole("hidden_size"),
-        num_layers=settings.whole("num_hidden_layers"),
+        num_layers=settings.whole("num_hidden_layers", most=MOST_LAYERS),
         num_dense_layers=settings.whole("first_k_dense_replace"),
-        num_heads=settings.whole("num_attention_heads"),
-        num_kv_heads=settings.whole("num_attention_heads"),
+        num_heads=settings.whole("num_attention_heads", least=1),
+        num_kv_heads=settings.whole("num_attention_heads", least=1),
         attention="latent",
         latent=LatentConfig(
             query_rank=settings.whole("q_lora_rank", default=1536, null=0),
@@ -35,7 +35,7 @@ def read_config(settings: Settings) -> ModelConfig:
         ),
         dense_ffn_hidden=settings.whole("intermediate_size"),
         num_mtp_layers=settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=1),
-        max_seq_len=settings.whole("max_position_embeddings"),
+        max_seq_len=settings.whole("max_position_embeddings", most=MOST_POSITIONS),
         rope_theta=settings.rope_theta(1e4),
         yarn=settings.yarn(scales_scores=True),
         norm_eps=settings.number("rms_norm_eps", default=1e-6),

@@ -5,25 +5,25 @@ from collections.abc import Iterator
 from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig
 from workers.families.base import Family, Part, expert_parts, grouped_query_parts
-from workers.families.settings import Settings
+from workers.families.settings import MOST_LAYERS, MOST_POSITIONS, Settings
 from workers.model import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a MixtralConfig."""
     settings.expect("hidden_act", "silu")
-    max_seq_len = settings.whole("max_position_embeddings")
-    window = settings.whole("sliding_window", default=max_seq_len, null=max_seq_len)
+    max_seq_len = settings.whole("max_position_embeddings", most=MOST_POSITIONS)
+    window = settings.whole("sliding_window", default=max_seq_len, null=max_seq_len, most=MOST_POSITIONS)
     if window < max_seq_len:  # a wider one reaches every token
         raise InvalidValue(
             f"{settings.where}: sliding_window is {window}, and only null or at least max_position_embeddings "
             f"({max_seq_len}) is supported"
         )
-    hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
+    hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads", least=1)
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),
         hidden=hidden,
-        num_layers=settings.whole("num_hidden_layers"),
+        num_layers=settings.whole("num_hidden_layers", most=MOST_LAYERS),
         num_dense_layers=0,
         num_heads=num_heads,
         num_kv_heads=settings.whole("num_key_value_heads", default=8, null=num_heads),

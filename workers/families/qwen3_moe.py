@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dispatch.errors import InvalidValue
 from dispatch.layer import MoEConfig
 from workers.families.base import Family, Part, expert_parts, grouped_query_parts
-from workers.families.settings import Settings
+from workers.families.settings import MOST_LAYERS, MOST_POSITIONS, Settings
 from workers.model import ModelConfig
 
 
@@ -16,20 +16,22 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("use_sliding_window", False)
     settings.expect("decoder_sparse_step", 1)
     dense = settings.values.get("mlp_only_layers") or []
-    if sorted(dense) != list(range(len(dense))):
-        raise InvalidValue(f"{settings.where}: mlp_only_layers is {dense}, and only the first layers can be dense")
-    hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
+    if not isinstance(dense, list) or set(map(str, dense)) != set(map(str, range(len(dense)))):
+        raise InvalidValue(
+            f"{settings.where}: mlp_only_layers is {dense!r:.60}, and only the first layers can be dense"
+        )
+    hidden, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads", least=1)
     return ModelConfig(
         vocab_size=settings.whole("vocab_size"),
         hidden=hidden,
-        num_layers=settings.whole("num_hidden_layers"),
+        num_layers=settings.whole("num_hidden_layers", most=MOST_LAYERS),
         num_dense_layers=len(dense),
         num_heads=num_heads,
         num_kv_heads=settings.whole("num_key_value_heads"),
         head_dim=settings.whole("head_dim", default=hidden // num_heads, null=hidden // num_heads),
         query_key_norm="head",
         dense_ffn_hidden=settings.whole("intermediate_size"),
-        max_seq_len=settings.whole("max_position_embeddings"),
+        max_seq_len=settings.whole("max_position_embeddings", most=MOST_POSITIONS),
         rope_theta=settings.rope_theta(1e4),
         yarn=settings.yarn(scales_scores=False),
         norm_eps=settings.number("rms_norm_eps", default=1e-6),

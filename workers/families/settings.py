@@ -8,6 +8,12 @@ from typing import Any
 from dispatch.errors import InvalidValue
 from workers.attention import YarnConfig
 
+# More than any model has, and so little that a product of three sizes, in bytes, is a number of 64 bits.
+MOST = 10**6
+MOST_POSITIONS = 10**9
+MOST_LAYERS = 1000
+MOST_NUMBER = 1e30
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,18 +27,24 @@ class Settings:
     values: Mapping[str, Any]
     where: str
 
-    def whole(self, *names: str, default: int | None = None, null: int | None = None) -> int:
-        """A whole number, at least 0. Raises ValueError where it is missing without a default, or something else."""
+    def whole(
+        self, *names: str, default: int | None = None, null: int | None = None, least: int = 0, most: int = MOST
+    ) -> int:
+        """A whole number from `least` to `most`. Raises ValueError where it is missing, or something else."""
         value = self._first(names, default, null)
-        if type(value) is not int or value < 0:
-            raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a whole number, at least 0")
+        if type(value) is not int or not least <= value <= most:
+            rule = f"it must be a whole number, at least {least} and at most {most}"
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r:.60}; {rule}")
         return value
 
-    def number(self, *names: str, default: float | None = None, null: float | None = None) -> float:
-        """A finite number. Raises ValueError as `whole`."""
+    def number(
+        self, *names: str, default: float | None = None, null: float | None = None, least: float = -MOST_NUMBER
+    ) -> float:
+        """A number from `least` to MOST_NUMBER. Raises ValueError as `whole`."""
         value = self._first(names, default, null)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidValue(f"{self.where}: {names[0]} is {value!r}; it must be a finite number")
+        if type(value) not in (int, float) or not least <= value <= MOST_NUMBER:
+            rule = f"it must be a number, at least {least:g} and at most {MOST_NUMBER:g}"
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r:.60}; {rule}")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -51,7 +63,9 @@ class Settings:
 
     def rope_theta(self, default: float) -> float:
         """Base of the rotary angles."""
-        return float(self._rope().get("rope_theta") or self.values.get("rope_theta") or default)
+        inner = Settings(self._rope(), f"{self.where}: rope scaling")
+        outer = self.number("rope_theta", default=default, null=default)
+        return inner.number("rope_theta", default=outer, null=outer)
 
     def yarn(self, *, scales_scores: bool) -> YarnConfig:
         """The stretching of rotary positions. scales_scores: mscale_all_dim also multiplies scores, as in DeepSeek-V3.
@@ -67,10 +81,10 @@ class Settings:
             raise InvalidValue(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
         inner = Settings(rope, f"{self.where}: rope scaling")
         factor = inner.number("factor")
-        over_all = inner.number("mscale_all_dim", default=0.0, null=0.0)
+        over_all = inner.number("mscale_all_dim", default=0.0, null=0.0, least=0.0)
         return YarnConfig(
             factor=factor,
-            original_max_seq_len=inner.whole("original_max_position_embeddings"),
+            original_max_seq_len=inner.whole("original_max_position_embeddings", most=MOST_POSITIONS),
             beta_fast=inner.number("beta_fast", default=32.0, null=32.0),
             beta_slow=inner.number("beta_slow", default=1.0, null=1.0),
             truncate=inner.flag("truncate", default=True),
@@ -98,7 +112,7 @@ class Settings:
 
 def _magnitude(rope: Settings, factor: float, over_all: float) -> float:
     # The rule of transformers: as given, else a quotient of two mscales, else the paper's 0.1 ln(factor) + 1.
-    mscale = rope.number("mscale", default=0.0, null=0.0)
+    mscale = rope.number("mscale", default=0.0, null=0.0, least=0.0)
     derived = _mscale(factor, mscale) / _mscale(factor, over_all) if mscale and over_all else _mscale(factor, 1.0)
     return rope.number("attention_factor", default=derived, null=derived)
 

@@ -79,10 +79,10 @@ def open_source(folder: Path) -> Source:
     family = family_of(settings)
     tensors = _open_files(folder)
     config = family.read_config(settings)
+    block = _fp8_block(settings)
     _check_counts(config, len(tensors), folder)
     if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
         config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
-    block = _fp8_block(settings)
     source = Source(folder, family, config, settings, tensors, block)
     _check_parts(source)
     return source
@@ -172,6 +172,10 @@ def _fp8_block(settings: Settings) -> tuple[int, int] | None:
     quantization = settings.values.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise SourceError(
+            f"{settings.where}: quantization_config is {quantization!r:.60}; it must hold names and values"
+        )
     inner = Settings(quantization, f"{settings.where}: quantization_config")
     inner.expect("quant_method", "fp8")
     inner.expect("fmt", "e4m3")

@@ -1,9 +1,21 @@
 """What a config.json leaves out means here what it means to transformers."""
 
-import pytest
-import transformers
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+import torch
+import transformers
+from safetensors.torch import save
+
+from dispatch.errors import InvalidValue
+from runtime.plan.command import plan
+from runtime.plan.options import plan_parser
+from tests.workers.families.hugging_face import make_model
 from workers.families import FAMILIES, Settings
+from workers.families.source import open_source
 
 CONFIGS = {
     "deepseek_v3": transformers.DeepseekV3Config,
@@ -51,3 +63,44 @@ def test_a_window_as_long_as_the_model_is_no_window() -> None:
     assert wide == read_config(Settings(values, "config.json"))
     with pytest.raises(ValueError, match=r"sliding_window is 4095, and only null or at least max_position_embeddings"):
         read_config(Settings(values | {"sliding_window": 4095}, "config.json"))
+
+
+ABSURD: tuple[object, ...] = (10**18, 10**400, 1e300, -1, 1.5, True, "8", [8], {}, None, [])
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
+OTHERS: dict[str, tuple[object, ...]] = {
+    "num_hidden_layers": (*ABSURD, 10**9),
+    "num_experts_per_tok": ABSURD,
+    "rms_norm_eps": (10**400, 1e300, "x", [1], True, -1),
+    "architectures": (1.5, True, {"a": 1}),
+    "rope_parameters": (7, "x", *({"rope_type": "default", "rope_theta": bad} for bad in ("x", [1], 10**400, -1))),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_absurd_value_is_refused_at_once_by_import_and_plan(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(save({"model.norm.weight": torch.zeros(2)}))
+    file = tmp_path / "config.json"
+    good = make_model(name, torch.float32).config.to_dict() | {"architectures": [FAMILIES[name].architecture]}
+    experts = next(key for key in ("n_routed_experts", "num_local_experts", "num_experts") if key in good)
+    special = {"deepseek_v3": {"n_group": (0, 10**18)}, "qwen3_moe": {"mlp_only_layers": (1, [1], ["a", 0], [[]])}}
+
+    def import_and_plan(**changes: object) -> list[str]:
+        file.write_text(json.dumps(good | changes))
+        return [_refusal(open_source, tmp_path), _refusal(plan, plan_parser().parse_args([str(file), "--world=2"]))]
+
+    assert [error.split()[-2:] for error in import_and_plan()] == [["directory", "again"], []]  # it lacks the tensors
+    begun = time.process_time()
+    for key, values in (dict.fromkeys((*SIZES, experts), ABSURD) | OTHERS | special.get(name, {})).items():
+        for value in values:
+            imported, planned = import_and_plan(**{key: value})
+            assert imported == planned != "", (key, value)
+    assert "quantization_config is [1]" in import_and_plan(quantization_config=[1])[0]
+    assert time.process_time() - begun < 20  # for some 200 refusals
+
+
+def _refusal(use: Callable[..., object], *arguments: object) -> str:
+    try:
+        use(*arguments)
+    except InvalidValue as error:
+        return str(error)
+    return ""
