@@ -1,4 +1,6 @@
-"""The TCP connections of gloo's groups, to break them all at once.
+"""The TCP connections of gloo's groups: to refuse those of strangers, and to break them all at once.
+
+gloo lets whoever connects take the place of a rank: all it asks for is a small number. So ranks compare what they hold.
 
 gloo closes a group only when nothing of it is under way. After a death that need not come: those who survive wait for
 each other, each with another group, until their time-outs. A connection that is shut down ends what waits for it at
@@ -6,6 +8,7 @@ both ends, in milliseconds. (torch's ProcessGroup.abort does nothing on gloo, as
 """
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -15,10 +18,16 @@ from typing import Any, Self
 
 import psutil
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
+from dispatch.errors import UserError
 from dispatch.values import all_gather_values
 
 Address = tuple[str, int]
+
+
+class StrangerConnected(UserError, RuntimeError):
+    """Somebody who is no rank of the gang holds a connection to one of its groups."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,36 @@ class Connections:
         except Exception:
             self.abort()
             raise
+
+
+def refuse_strangers(before: frozenset[Address], store: Store, rank: int, world_size: int) -> None:
+    """See that every connection to a gloo group made since `before` was `listening()` comes from a rank of the gang.
+
+    The ranks tell each other through `store`, since a stranger could lie in a group that it is in. Nobody may have used
+    the groups yet: what a stranger sends there would fail the use, or keep it waiting, before it is known why.
+
+    Raises:
+        StrangerConnected: on all ranks.
+
+    Collective. It cannot tell a connection that took a rank's place from one that merely stands open.
+    """
+    listeners = listening() - before
+    held = psutil.Process().net_connections("tcp")
+    # In any other state: a stranger that has closed its end may have been heard.
+    ends = [(each.laddr, each.raddr) for each in held if each.status != psutil.CONN_LISTEN]
+    accepted = [end for end in ends if end[0] in listeners]
+    made = [local for local, _ in ends if local not in listeners]
+    store.set(f"connections/{rank}", json.dumps([accepted, made]))
+    told = [json.loads(store.get(f"connections/{each}")) for each in range(world_size)]
+    of_ranks = {tuple(local) for _, made in told for local in made}
+    for taker, (accepted, _) in enumerate(told):
+        for (ip, port), stranger in accepted:
+            if tuple(stranger) not in of_ranks:
+                raise StrangerConnected(
+                    f"{stranger[0]} port {stranger[1]} is connected to rank {taker} at {ip} port {port}, where only"
+                    " ranks of this gang may be; a stranger could send false tensors, so the gang does not start. Find"
+                    " that process (ss -tnp), keep it from the ports of this machine, and start again"
+                )
 
 
 def _read_addresses(value: Any) -> list[Address]:

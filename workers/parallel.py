@@ -15,7 +15,7 @@ from dispatch.factory import Exchange
 from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.payload import Payload
 from dispatch.schedule import ScheduleConfig
-from workers.connections import Connections, listening
+from workers.connections import Connections, listening, refuse_strangers
 
 # NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
 NCCL_MARGIN_S = 30.0
@@ -139,7 +139,7 @@ def join_groups(
     ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
 
     EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
-    Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`.
+    Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`. Raises StrangerConnected.
     """
     on_cuda = device.type == "cuda"
     timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
@@ -159,6 +159,9 @@ def join_groups(
     mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
     for group in mesh.get_all_groups():
         _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
+    nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
+    # NCCL opens connections as it likes, and not by gloo's rules: on CUDA only the groups below are looked at.
+    before_gloo = listening() if on_cuda else before
     groups = RankGroups(
         rank=rank,
         world_size=world_size,
@@ -171,10 +174,11 @@ def join_groups(
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=control_timeout),
-        nodes=make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None,
+        nodes=nodes,
         checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
+    refuse_strangers(before_gloo, store, rank, world_size)
     _exercise(groups)
     return replace(groups, connections=Connections.since(before, groups.control_group))
 
