@@ -41,6 +41,7 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
     "recovering": ("with {workers} of {workers_before} workers", "after a pause of {back_off_s}"),
     "recovered": ("step {step} after {total_s}", "{seconds}"),
     "moving": ("from {workers_before} to {workers} workers", "{reason}"),
+    "record_hole": ("{file}", "damaged lines {lines}", "missing steps {steps}"),
     "imported": ("{architecture} from {source}",),
 }
 _CLAUSES["resumed"] = (*_CLAUSES["started"], "read in {load_s}")

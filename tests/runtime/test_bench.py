@@ -230,7 +230,7 @@ def test_a_result_never_replaces_another(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([], "TARGET"),
-        (["dispach"], "invalid choice: 'dispach' (choose from 'dispatch'"),
+        (["dispach"], "'dispach' is no target; did you mean dispatch?"),
         (["coordinator", "--rounds", "0"], "--rounds: '0' must be a whole number of at least 1"),
         (["coordinator", "--law", "sine"], "balance.law is 'sine'; it must be one of adaptive, multiplicative"),
         (["coordinator", "--experts", "20000"], "--layers (61) x --experts (20000) must be at most 1048576 together"),

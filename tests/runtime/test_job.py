@@ -311,6 +311,7 @@ def test_bad_input_is_named_before_anything_starts(arguments, said, tmp_path, ca
     names["broken"] = tmp_path / "broken.yaml"
     names["broken"].write_text("run: [1, 2\n")
     (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "metrics.jsonl").write_text("")
     filled = [argument.format(**names) for argument in arguments]
     base = [] if filled[0].startswith("--resume") else _arguments(tmp_path)
     if filled[0].startswith("--data.path"):

@@ -115,7 +115,7 @@ def test_no_manifest_opens_the_dashboard_installs_at_start_or_holds_a_secret(arg
         ((*KUBERAY, "--name", "No_Name"), "small letters"),
         ((*RAY_UP, "--worker", "node7"), "'node7' must be an IPv4 address"),
         ((*RAY_UP, "--", *TRAIN), "trimtab submit"),
-        (("helm",), "invalid choice: 'helm'"),
+        (("helm",), "'helm' is no kind; choose from kuberay, slurm, ray-up"),
     ],
 )
 def test_what_the_nodes_would_refuse_is_refused_here(arguments, message, capsys):

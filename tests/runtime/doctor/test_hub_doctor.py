@@ -86,11 +86,9 @@ def _hub_zero_bias(folder: Path) -> None:
     change_hub(folder, HUB_BIAS, torch.zeros_like)
 
 
-def _hub_narrow_bias(folder: Path) -> None:
-    change_hub(folder, HUB_BIAS, lambda bias: bias.bfloat16())
-
-
 def _hub_wide(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
     change_hub(folder, HUB_EXPERT, lambda tensor: tensor.half())
 
 
@@ -116,8 +114,7 @@ def _hub_forget(folder: Path) -> None:
         (_hub_twin, "experts.9.down_proj.weight has the same bytes as"),
         (_hub_poison, f"{HUB_EXPERT} has NaN or infinite values: 512 of 512"),
         (_hub_zero_bias, f"{HUB_BIAS} is zero for every expert"),
-        (_hub_narrow_bias, f"{HUB_BIAS} is BF16, and config.json says float32"),
-        (_hub_wide, f"{HUB_EXPERT} is F16, and config.json says float32"),
+        (_hub_wide, f"{HUB_EXPERT} is F16, and config.json says bfloat16"),
         (_hub_cut, f"{HUB_EXPERT} is (31, 16), and by config.json (32, 16)"),
         (_hub_truncate, "is damaged: "),
         (_hub_forget, f"holds {HUB_EXPERT}, but model.safetensors.index.json names no file for it"),
