@@ -20,7 +20,7 @@ from runtime.failure import told
 from runtime.interrupt import Stopped, stop_signals_raise
 from runtime.lasting_output import lasting_output
 from runtime.option_types import number, whole
-from runtime.run_dir import find_run
+from runtime.run_dir import RUNS_DIR_VARIABLE, find_run, place_of_run
 
 OF_RUNS = ("eval", "generate", "export", "report", "replay", "plan", "doctor")
 
@@ -66,18 +66,24 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser = _run_parser("eval", _evaluate)
     parser.add_argument("--sequences", type=whole(1), help="sequences to evaluate (as in training)")
     _add_worker_options(parser)
+    parser.add_argument("--data.path", metavar="PATH", help="where the run's text lies now; it is compared by content")
+    parser.add_argument("--data.cache_dir", metavar="DIR", help="where its prepared tokens are kept")
     run, options = _parse(parser, arguments)
-    from runtime import job
+    places = {name: options.pop(name) for name in ("data.path", "data.cache_dir")}
+    from runtime import inference
 
-    return job.evaluate(run, **options)
+    settings = [f"--{name}={value}" for name, value in places.items() if value is not None]
+    return inference.evaluate(run, settings=settings, **options)
 
 
 def _generate(arguments: Sequence[str]) -> int:
     """Continue texts with a run's model."""
     parser = _run_parser("generate", _generate)
-    texts = parser.add_mutually_exclusive_group(required=True)
+    texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", dest="prompts", help="text to continue; again for more")
-    texts.add_argument("--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line")
+    texts.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line; - or neither: standard input"
+    )
     parser.add_argument("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
     parser.add_argument(
         "--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)"
@@ -94,13 +100,14 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     _add_worker_options(parser)
     run, options = _parse(parser, arguments)
-    if (path := options.pop("prompts_file")) is not None:
-        options["prompts"] = _lines(path)
-    from runtime import job
+    path = options.pop("prompts_file")
+    if options["prompts"] is None:
+        options["prompts"] = _read_prompts(path)
+    from runtime import inference
     from workers.generation import SamplingConfig
 
     sampling = SamplingConfig(**{field: options.pop(field) for field in SamplingConfig.__dataclass_fields__})
-    return job.generate(run, sampling=sampling, **options)
+    return inference.generate(run, sampling=sampling, **options)
 
 
 def _import(arguments: Sequence[str]) -> int:
@@ -113,11 +120,12 @@ def _import(arguments: Sequence[str]) -> int:
         epilog="Settings are those of `trimtab train`, such as --model.max_seq_len 512 or --data.path TEXT.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="directory with config.json and safetensors files")
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of the run to make")
+    parser.add_argument("run", metavar="RUN", help="the run to make: its directory, or its name in the folder of runs")
+    _add_runs_dir(parser)
     places, settings = parser.parse_known_args(arguments)
     from runtime.hf.import_command import import_model
 
-    return import_model(places.folder, places.run, settings)
+    return import_model(places.folder, place_of_run(places.run, places.runs_dir), settings)
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -263,29 +271,45 @@ def _command_parser() -> argparse.ArgumentParser:
 
 def _run_parser(name: str, command: Callable[[Sequence[str]], int]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"trimtab {name}", description=command.__doc__, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in runs/")
+    parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in the folder of runs")
+    _add_runs_dir(parser)
     return parser
+
+
+def _add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs-dir",
+        "--run.dir",
+        dest="runs_dir",
+        metavar="DIR",
+        help=f"the folder of runs (the environment variable {RUNS_DIR_VARIABLE}, or runs)",
+    )
 
 
 def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=whole(0), help="checkpoint to load (the newest)")
-    parser.add_argument("--workers", type=whole(1), help="expert workers (as in training)")
+    parser.add_argument("--workers", type=whole(1), help="expert workers, with Ray (one, in this process)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     options = vars(parser.parse_args(arguments))
-    return find_run(options.pop("run")), options
+    return find_run(options.pop("run"), options.pop("runs_dir")), options
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises InvalidValue where it cannot be read or has none."""
+def _read_prompts(path: Path | None) -> list[str]:
+    """The lines of a file, or of standard input, that are not empty. Raises InvalidValue where there are none."""
+    if path is None and sys.stdin.isatty():
+        raise InvalidValue("there is nothing to continue; give --prompt TEXT, --prompts-file FILE, or pipe lines in")
+    is_piped = path is None or str(path) == "-"
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        text = sys.stdin.buffer.read().decode() if is_piped else Path(str(path)).read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidValue(f"--prompts-file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"{path} is not UTF-8 text: {error}") from error
+        raise InvalidValue(f"{'standard input' if is_piped else path} is not UTF-8 text: {error}") from error
+    lines = [line for line in text.splitlines() if line]
     if not lines:
-        raise InvalidValue(f"{path} has no text to continue; write one prompt a line")
+        place = "standard input" if is_piped else path
+        raise InvalidValue(f"{place} has no text to continue; write one prompt a line, or give --prompt TEXT")
     return lines

@@ -23,7 +23,6 @@ from workers.tokenizer import load_tokenizer
 # on resume: more steps, other workers and devices, another learning rate.
 FIXED_SETTINGS = (
     "run.name",
-    "run.dir",
     "run.seed",
     "run.global_batch_size",
     "model",
@@ -40,6 +39,8 @@ FIXED_SETTINGS = (
     "optim.freeze",
     "balance.law",
 )
+# These name the text by its place; a run that knows its text by content (runtime/run_data.py) compares that.
+PLACES_OF_TEXT = ("data.path", "data.suffixes")
 # Inside a fixed section, yet without influence on any result.
 FREE_SETTINGS = ("model.recompute",)
 
@@ -138,17 +139,20 @@ def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
     return True
 
 
-def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
+def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool = False) -> None:
     """Refuse to go on with a run under settings that its checkpoint or its place in the data contradict.
+
+    text_may_move: the text is compared by its content, so that it may lie elsewhere.
 
     Raises:
         ValueError: names each such setting with both values.
     """
     before, after = flatten(saved), flatten(wanted)
+    free = {*FREE_SETTINGS, *(PLACES_OF_TEXT if text_may_move else ())}
     changed = [
         f"{key} (was {before[key]!r}, now {after[key]!r})"
         for key in before
-        if before[key] != after[key] and key not in FREE_SETTINGS and _is_fixed(key)
+        if before[key] != after[key] and key not in free and _is_fixed(key)
     ]
     if changed:
         raise InvalidValue(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
@@ -171,6 +175,12 @@ def _is_fixed(key: str) -> bool:
 def _check_vocabulary(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.vocab_size < tokenizer.vocab_size:
+        if getattr(tokenizer, "eod_is_added", False) and config.model.vocab_size == tokenizer.vocab_size - 1:
+            raise InvalidValue(
+                f"nothing names the token that ends a text for {config.data.tokenizer}, so one more id than "
+                f"model.vocab_size ({config.model.vocab_size}) would be needed; name it as eos_token in a "
+                f"tokenizer_config.json beside it, or set --model.vocab_size {tokenizer.vocab_size} for a new model"
+            )
         raise InvalidValue(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
             f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"

@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import UnionType
@@ -18,7 +18,8 @@ from dispatch.errors import InvalidValue
 from runtime import train_help
 from runtime.config import TrainConfig, check_resume, cross_check, flatten
 from runtime.consent import check_consent, import_named
-from runtime.run_dir import CONFIG_FILE, find_run
+from runtime.run_data import at_home, knows_its_text
+from runtime.run_dir import CONFIG_FILE, RUNS_DIR, default_runs_dir, find_run
 from runtime.yaml_text import load_yaml, read_bounded
 
 BASE_PRESET = "small"
@@ -62,15 +63,18 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
     if resume_name is None:
         if step is not None:
             raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
-        config = _parse_options(arguments, load_config(config_name or BASE_PRESET))
+        base = load_config(config_name or BASE_PRESET)
+        if base.run.dir == RUNS_DIR:
+            base = replace(base, run=replace(base.run, dir=default_runs_dir()))
+        config = _parse_options(arguments, base)
         cross_check(config)
         return TrainRequest(config, None, None)
     if config_name is not None:
         raise InvalidValue("--resume takes the settings of the run, so --config cannot be given with it; leave one out")
-    run_dir = find_run(resume_name)
-    saved = config_from_yaml_file(run_dir / CONFIG_FILE)
+    run_dir = find_run(resume_name, _runs_dir_of(arguments))
+    saved = read_run_config(run_dir)
     config = _parse_options(arguments, saved)
-    check_resume(saved, config)
+    check_resume(saved, config, text_may_move=knows_its_text(run_dir))
     cross_check(config)
     return TrainRequest(config, run_dir, step)
 
@@ -109,6 +113,12 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_tru
         raise InvalidValue(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
     except InvalidValue as error:
         raise InvalidValue(f"{path}: {error}") from error
+
+
+def read_run_config(run_dir: Path) -> TrainConfig:
+    """The settings of a run, with the copies of tokenizer and chat template that are in it, wherever it lies now."""
+    config = config_from_yaml_file(run_dir / CONFIG_FILE)
+    return replace(config, data=at_home(config.data, run_dir))
 
 
 def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
@@ -180,6 +190,14 @@ def _source_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume")
     parser.add_argument("--step", type=int)
     return parser
+
+
+def _runs_dir_of(arguments: Sequence[str]) -> str | None:
+    """The folder of runs that options name, in which --resume looks for its run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run.dir", dest="runs_dir")
+    runs_dir: str | None = parser.parse_known_args(arguments)[0].runs_dir
+    return runs_dir
 
 
 def _settings_parser(base: TrainConfig, **options: Any) -> ArgumentParser:

@@ -1,13 +1,10 @@
-"""What the commands do: train, evaluate and generate, from checked settings to an exit code."""
+"""What `trimtab train` does, from checked settings to an exit code."""
 
-import sys
 import traceback
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,15 +16,16 @@ from cluster.placement import worker_resources
 from cluster.preflight import check_resources
 from dispatch.errors import InvalidValue
 from runtime.cautions import cautions
-from runtime.config import TrainConfig, cross_check, feasible_sizes
-from runtime.config_file import config_from_yaml_file, config_to_yaml
+from runtime.config import TrainConfig, feasible_sizes
+from runtime.config_file import config_to_yaml
 from runtime.hf.files import FOLDER as IMPORTED
 from runtime.interrupt import StopSignal
-from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang, open_ranks
+from runtime.launch import LaunchedGang, balance_of, make_spec, open_gang
 from runtime.live import LiveView
 from runtime.quantities import counted
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import print_summary, write_report
+from runtime.run_data import keep_data, knows_its_text, open_run_data
 from runtime.run_dir import CONFIG_FILE, new_run_dir
 from runtime.run_lock import RunLock, hold, hold_new
 from runtime.say import say
@@ -36,17 +34,12 @@ from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.atomic_file import write_atomically
 from workers.checkpoint import CheckpointError
-from workers.evaluation import Evaluation
-from workers.generation import SamplingConfig, Speed
 from workers.prepare import prepare_dataset
 from workers.record_check import find_holes, new_holes
 from workers.run_log import METRICS, append_event
 from workers.sampler import Sampler
 from workers.shards import Dataset
 from workers.training_run import CHECKPOINTS, TrainOutcome
-from workers.worker import Continuations
-
-BETWEEN_TEXTS = "---\n"
 
 
 def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
@@ -97,7 +90,7 @@ def _train(
     )
     if tight:
         say(console, tight)
-    dataset = open_data(config, console)
+    dataset = open_data(config, console, run_dir if resume_from else None)
     say(console, _headline(config, run_dir, dataset, size, resume_from))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
@@ -106,52 +99,10 @@ def _train(
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
         lock.check()
+        if knows_its_text(run_dir) or resume_from is None or checkpoint.step_of(resume_from) == 0:
+            config = replace(config, data=keep_data(run_dir, config.data, dataset))
         write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
         return _watch(config, run_dir, lock, stop, launched, resume_from, console)
-
-
-def evaluate(run_dir: Path, *, sequences: int | None, step: int | None, workers: int | None, device: str | None) -> int:
-    """Measure a checkpoint of a run on the held-out text and print the result."""
-    console = Console(highlight=False)
-    config = _config_for(run_dir, workers, device)
-    path = find_checkpoint(run_dir, step)
-    dataset = open_data(config, console)
-    with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
-        path = still_there(path, run_dir, step)
-        results: list[Evaluation] = ranks.run("evaluate", path.absolute(), sequences or config.run.eval_sequences)
-    result = results[0]
-    say(
-        console,
-        f"{path}: {result.val_bits_per_byte:.4f} bits per byte, loss {result.val_loss:.4f} "
-        f"on {result.num_tokens:,} held-out tokens ({result.eval_s:.1f} s)",
-    )
-    for source, bits in result.val_bits_per_byte_per_source.items():
-        say(console, f"  {source:12} {bits:.4f} bits per byte")
-    return 0
-
-
-def generate(
-    run_dir: Path,
-    *,
-    prompts: Sequence[str],
-    sampling: SamplingConfig,
-    step: int | None,
-    workers: int | None,
-    device: str | None,
-) -> int:
-    """Continue prompts with a checkpoint of a run; print each with its continuation, and the speed on stderr."""
-    console = Console(stderr=True, highlight=False)
-    config = _config_for(run_dir, workers, device)
-    path = find_checkpoint(run_dir, step)
-    dataset = open_data(config, console)
-    with open_ranks(config.cluster, make_spec(config, run_dir, dataset)) as ranks:
-        path = still_there(path, run_dir, step)
-        results: list[Continuations] = ranks.run("generate", path.absolute(), list(prompts), sampling)
-    texts = {index: text for result in results for index, text in result.texts.items()}
-    whole_texts = [f"{prompt}{texts[index]}\n" for index, prompt in enumerate(prompts)]
-    sys.stdout.write(BETWEEN_TEXTS.join(whole_texts))
-    say(console, str(Speed.of_all([result.speed for result in results])))
-    return 0
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
@@ -198,13 +149,20 @@ def refuse_holes(run_dir: Path, resume_from: Path) -> None:
     )
 
 
-def open_data(config: TrainConfig, console: Console) -> Dataset:
-    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches."""
+def open_data(config: TrainConfig, console: Console, run_dir: Path | None = None) -> Dataset:
+    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches.
+
+    run_dir: of a run that has begun: its text is known by its content.
+    """
     with console.status("preparing the text") as status:
-        dataset = prepare_dataset(
-            config.data,
-            lambda done, total: status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB"),
-        )
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+        if run_dir is None:
+            dataset = prepare_dataset(config.data, progress)
+        else:
+            dataset = open_run_data(run_dir, config.data, progress)
     run = config.run
     Sampler(dataset, config.model.max_seq_len, run.global_batch_size, run.seed, config.data.mix_schedule)
     return dataset
@@ -281,20 +239,6 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
     # What is accepted once was not accepted for the next hole.
     return replace(config, data=recorded, run=replace(config.run, accept_holes=False))
-
-
-def _config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainConfig:
-    """The run's settings, on other workers or another device where the user asks for it."""
-    config = config_from_yaml_file(run_dir / CONFIG_FILE)
-    changes: dict[str, Any] = {} if device is None else {"device": device}
-    if workers is not None:
-        changes["num_workers"] = workers
-        config = replace(config, parallel=replace(config.parallel, ep_size=0))
-    if changes:  # an exchange is chosen for the ranks and devices of the run
-        config = replace(config, parallel=replace(config.parallel, exchange="auto", ranks_per_node=0))
-    config = replace(config, cluster=replace(config.cluster, **changes))
-    cross_check(config)
-    return config
 
 
 def _idle_gpus(cluster: ClusterConfig) -> str:

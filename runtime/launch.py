@@ -37,13 +37,13 @@ class LaunchedGang:
     gang_s: float  # from then until all ranks had joined
 
 
-def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset) -> WorkerSpec:
-    """What every rank of this run is told, but for the way to the coordinator."""
+def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset | None) -> WorkerSpec:
+    """What every rank of this run is told, but for the way to the coordinator. dataset: None for generation alone."""
     return WorkerSpec(
         # Absolute: a worker has a working directory of its own.
         run_dir=run_dir.absolute(),
         run_id=run_dir.name,
-        data_dir=dataset.path,
+        data_dir=None if dataset is None else dataset.path,
         tokenizer=config.data.tokenizer and str(Path(config.data.tokenizer).expanduser().absolute()),
         run=config.run,
         mix=config.data.mix_schedule,

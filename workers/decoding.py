@@ -1,12 +1,15 @@
 """The sequences that one rank continues together, and what the model reads of them in each forward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from workers.attention import KeyValueCache
+
+# Called with the index of a sequence and a token that was added to it.
+OnToken = Callable[[int, int], None]
 
 
 @dataclass
@@ -36,12 +39,20 @@ class DecodingBatch:
         sequences: of one token or more.
         max_new_tokens: after these a sequence ends, or at eod_id before, which is not added.
         max_seq_len: longest sequence that the model reads. One that outgrows it goes on from the last half of that.
+        on_token: is told of each token that is added.
     """
 
     def __init__(
-        self, sequences: Sequence[DecodingSequence], *, max_new_tokens: int, max_seq_len: int, eod_id: int
+        self,
+        sequences: Sequence[DecodingSequence],
+        *,
+        max_new_tokens: int,
+        max_seq_len: int,
+        eod_id: int,
+        on_token: OnToken | None = None,
     ) -> None:
         self.running = list(sequences)
+        self._on_token = on_token or (lambda _index, _token_id: None)
         self._max_new_tokens, self._max_seq_len, self._eod_id = max_new_tokens, max_seq_len, eod_id
         for sequence in sequences:
             sequence.first = max(0, len(sequence.ids) - max_seq_len)
@@ -77,6 +88,7 @@ class DecodingBatch:
             if token_id != self._eod_id:
                 sequence.ids.append(token_id)
                 sequence.new_ids.append(token_id)
+                self._on_token(sequence.index, token_id)
             if token_id != self._eod_id and len(sequence.new_ids) < self._max_new_tokens:
                 rows.append(row)
         if len(rows) < len(self.running):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.errors import InvalidValue
-from workers.decoding import DecodingBatch, DecodingSequence
+from workers.decoding import DecodingBatch, DecodingSequence, OnToken
 from workers.model import Decoder
 from workers.parallel import RankGroups
 
@@ -84,10 +84,11 @@ def generate(
     *,
     eod_id: int,
     autocast: AbstractContextManager[None],
+    on_token: OnToken | None = None,
 ) -> Generated:
     """Continue this rank's share of the prompts, every world_size-th. A prompt has one token or more.
 
-    A text that outgrows max_seq_len goes on from the last half of that.
+    A text that outgrows max_seq_len goes on from the last half of that. on_token: is told of each new token.
 
     Collective: all ranks make the same number of forwards. A rank whose prompts are finished, or that has none, takes
     part with an empty batch, so that its experts serve the others.
@@ -104,6 +105,7 @@ def generate(
             max_new_tokens=sampling.max_new_tokens,
             max_seq_len=model.config.max_seq_len,
             eod_id=eod_id,
+            on_token=on_token,
         )
         with autocast:  # around all steps: it keeps its casts of the weights until it is left
             _continue(model, batch, sampling, groups, speed)

@@ -18,6 +18,7 @@ from workers.shards import (
     META_FILE,
     REBUILD,
     SPLITS,
+    DataDamaged,
     Dataset,
     DatasetMeta,
     FileStamp,
@@ -29,7 +30,7 @@ from workers.shards import (
     stamp_file,
     token_dtype,
 )
-from workers.text import DataConfig, Document, Source, find_sources, split_documents
+from workers.text import DataConfig, Document, Source, TextMissing, find_sources, split_documents
 from workers.tokenizer import Tokenizer, load_tokenizer
 
 SPARE_BYTES = 1 << 20  # for meta.json, and so as not to fill the last block
@@ -72,6 +73,60 @@ def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dat
         way_out = "see that the text can be read, and that data.cache_dir can be written and has space"
         raise InvalidValue(f"the text could not be prepared under {cache_dir}: {error}; {way_out}") from error
     return dataset
+
+
+def reopen_dataset(config: DataConfig, digest: str, progress: Progress | None = None) -> Dataset:
+    """Open the tokens that a run has read before, known by their digest: its text may lie elsewhere now, or be gone.
+
+    Prepared tokens of that digest are enough where the text is gone, or is the same at another place.
+
+    Raises:
+        DataChanged: the text gives other tokens.
+        TextMissing: neither the text nor tokens of that digest are there.
+        ValueError: as of `prepare_dataset`.
+    """
+    cache_dir = Path(config.cache_dir).expanduser().resolve()
+    prepared = None if config.rebuild else _find_prepared(cache_dir, digest)
+    try:
+        if prepared is not None and _holds(prepared, find_sources(config)):
+            return prepared
+        dataset = prepare_dataset(config, progress)
+    except TextMissing as error:
+        if prepared is not None:
+            return prepared
+        raise TextMissing(
+            f"{error.args[0].partition(';')[0]}, and no folder in {cache_dir} holds the tokens of the run (digest "
+            f"{digest[:12]}); give the text's place by --data.path, or that of the tokens by --data.cache_dir"
+        ) from error
+    if dataset.digest != digest:
+        raise DataChanged(
+            f"the tokens of {', '.join(source.root for source in dataset.meta.sources)} have the digest "
+            f"{dataset.digest[:12]}, those of the run {digest[:12]}: this is other text than the run's; give the place "
+            "of the run's text by --data.path, or start a new run"
+        )
+    return dataset
+
+
+def _find_prepared(cache_dir: Path, digest: str) -> Dataset | None:
+    """The intact tokens in `cache_dir` that have a digest, whatever text they were made from."""
+    for path in sorted(cache_dir.glob(f"data-*/{META_FILE}")):
+        try:
+            if DatasetMeta.read(path.parent).digest == digest:
+                return Dataset.open(path.parent)
+        except (DataDamaged, OSError):  # this one is not wanted, or is made again from the text
+            continue
+    return None
+
+
+def _holds(dataset: Dataset, sources: tuple[Source, ...]) -> bool:
+    """Whether prepared tokens are those of these sources: of files with the same names and content."""
+    if len(sources) != len(dataset.meta.sources):
+        return False
+    try:
+        _refuse_changed_sources(dataset, sources)
+    except (DataChanged, OSError):  # preparing the text says what is wrong with it
+        return False
+    return True
 
 
 def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:

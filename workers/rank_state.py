@@ -36,16 +36,17 @@ from workers.shards import Dataset
 class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
-    data_dir: prepared tokens (workers.prepare). tokenizer: the file that made them, None for bytes.
-    mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step. record_scores_every:
-    steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a wire message to the
-    coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply the law. fence:
-    shows whether run_dir is still this run's, where it has an owner. faults: what is to go wrong, for tests.
+    data_dir: prepared tokens (workers.prepare), None for ranks that only generate. tokenizer: the file that made them,
+    None for bytes. mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step.
+    record_scores_every: steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a
+    wire message to the coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply
+    the law. fence: shows whether run_dir is still this run's, where it has an owner. faults: what is to go wrong, for
+    tests.
     """
 
     run_dir: Path
     run_id: str
-    data_dir: Path
+    data_dir: Path | None
     tokenizer: str | None
     run: RunConfig
     mix: MixSchedule = field(default_factory=MixSchedule)
@@ -68,14 +69,29 @@ class RankState:
 
     spec: WorkerSpec
     groups: RankGroups
-    dataset: Dataset
-    sampler: Sampler
+    text: tuple[Dataset, Sampler] | None
     meter: Meter
     model: Decoder
     optimizer: torch.optim.AdamW
     routers: dict[str, Router]
     law: Law
     control_board: Board
+
+    @property
+    def dataset(self) -> Dataset:
+        """The text, of ranks that were given any."""
+        return self._text[0]
+
+    @property
+    def sampler(self) -> Sampler:
+        """What each rank reads of the text at each step."""
+        return self._text[1]
+
+    @property
+    def _text(self) -> tuple[Dataset, Sampler]:
+        if self.text is None:
+            raise RuntimeError("these ranks were built without text: they can only generate")
+        return self.text
 
     @property
     def layout(self) -> LoadLayout:
@@ -109,7 +125,7 @@ class RankState:
 
 def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     """Open the data and build model and optimizer, with initial weights that do not depend on the layout of ranks."""
-    dataset = Dataset.open(spec.data_dir)
+    text = None if spec.data_dir is None else _open_text(spec, spec.data_dir)
     control_board = Board()
     if spec.faults:
         groups.board.trigger = control_board.trigger = FaultPlan(spec.faults, groups.rank, spec.run_dir)
@@ -123,8 +139,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     return RankState(
         spec=spec,
         groups=groups,
-        dataset=dataset,
-        sampler=Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix),
+        text=text,
         meter=meter,
         model=model,
         optimizer=build_optimizer(model, spec.optim),
@@ -132,6 +147,11 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         law=law,
         control_board=control_board,
     )
+
+
+def _open_text(spec: WorkerSpec, data_dir: Path) -> tuple[Dataset, Sampler]:
+    dataset = Dataset.open(data_dir)
+    return dataset, Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix)
 
 
 def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:

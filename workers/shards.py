@@ -76,6 +76,12 @@ class DatasetMeta:
     shards: tuple[FileStamp, ...]  # one or two per split, tokens and flags: of all sources, one after the other
     format: int = FORMAT
 
+    @property
+    def digest(self) -> str:
+        """Equal for equal token streams, wherever their text lay."""
+        content = [self.vocab_size, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def to_json(self) -> str:
         """Text of meta.json."""
         return json.dumps(asdict(self), indent=1)
@@ -176,8 +182,7 @@ class Dataset:
     @property
     def digest(self) -> str:
         """Equal for equal token streams: a resumed run can tell whether it reads what it read before."""
-        content = [self.vocab_size, *(shard.sha256 for shard in self.meta.shards)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self.meta.digest
 
     def bits_per_byte(
         self, nats_per_source: Sequence[float], tokens_per_source: Sequence[int]

