@@ -1,10 +1,12 @@
 """The command line: what it hands over, its exit codes, and how quickly it answers."""
 
 import errno
+import io
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,9 +16,10 @@ import pytest
 
 import runtime
 from dispatch.errors import UserError
-from runtime.cli import COMMANDS, main
+from runtime.cli import COMMANDS, _read_prompts, main
 from runtime.config import flatten
 from runtime.config_file import load_config
+from runtime.hf.import_command import _with_batch_of_any_workers, import_model
 from workers.generation import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +29,7 @@ BENCHES = [["bench", "dispatch"], ["bench", "coordinator"]]
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for runtime.job; `calls` holds what it was given, `outcome` is returned or raised."""
+    """Stands for runtime.job and runtime.inference; `calls` holds what it was given, `outcome` is returned or raised."""
     fake = SimpleNamespace(calls=[], outcome=0)
 
     def record(*args: Any, **options: Any) -> int:
@@ -36,7 +39,8 @@ def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.outcome
 
     fake.train = fake.evaluate = fake.generate = record
-    monkeypatch.setattr(runtime, "job", fake, raising=False)
+    for module in ("job", "inference"):
+        monkeypatch.setattr(runtime, module, fake, raising=False)
     return fake
 
 
@@ -68,7 +72,7 @@ def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Pa
     for texts in (["--prompt", "To be", "--prompt", ""], ["--prompts-file", str(prompts)]):
         assert main(["generate", str(run), *texts, "--temperature", "0", "--seed", "3"]) == 0
     common = {"step": None, "workers": None, "device": None}
-    assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None})
+    assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None, "settings": []})
     sampling = SamplingConfig(max_new_tokens=200, temperature=0.0, top_p=0.95, seed=3, batch_size=32)
     for call, prompts in zip(job.calls[1:], (["To be", ""], ["second", "third"]), strict=True):
         assert call == ((run,), {**common, "prompts": prompts, "sampling": sampling})
@@ -318,3 +322,25 @@ def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> Non
         timeout=60,
     )
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_prompts_come_from_standard_input_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ([], ["--prompts-file", "-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("eins\n\nzwö\n".encode())))
+        assert _read_prompts(Path(given[1]) if given else None) == ["eins", "zwö"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(ValueError, match="standard input has no text to continue; write one prompt a line"):
+        _read_prompts(None)
+
+
+def test_a_name_of_the_hub_is_told_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="hf download deepseek-ai/DeepSeek-V3 --local-dir DeepSeek-V3"):
+        import_model(Path("deepseek-ai/DeepSeek-V3"), tmp_path / "foo", [])
+
+
+def test_an_import_takes_any_number_of_workers() -> None:
+    config = load_config("small")  # a batch of 32
+    config = replace(config, cluster=replace(config.cluster, num_workers=3))
+    assert _with_batch_of_any_workers(config, []).run.global_batch_size == 33
+    assert _with_batch_of_any_workers(config, ["--run.global_batch_size=32"]) == config  # refused by its rule

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,15 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.placement import ClusterTooSmall
-from runtime import job
+from cluster.session import RaySession
+from runtime import inference, job
+from runtime.cli import main
 from runtime.config import TrainConfig, flatten
 from runtime.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.launch import make_spec, open_gang
+from runtime.new_text import NewText
 from runtime.size import records_bytes
+from tests.workers.test_tokenizer import write_tokenizer
 from workers.checkpoint import CheckpointCorrupt, list_checkpoints
 from workers.generation import SamplingConfig
 from workers.prepare import prepare_dataset
@@ -129,10 +134,10 @@ def test_the_rank_map_says_who_holds_which_experts(run_dir):
 def test_eval_and_generate_agree_on_one_worker_and_on_two(run_dir, capsys, ray_session):
     outputs = []
     for workers in (1, 2):
-        assert job.evaluate(run_dir, sequences=8, step=None, workers=workers, device="cpu") == 0
+        assert inference.evaluate(run_dir, sequences=8, step=None, workers=workers, device="cpu") == 0
         prompts, sampling = ["def dispatch(", "", "import"], SamplingConfig(max_new_tokens=8)
         options = {"prompts": prompts, "sampling": sampling, "step": 10, "device": "cpu"}
-        assert job.generate(run_dir, workers=workers, **options) == 0
+        assert inference.generate(run_dir, workers=workers, **options) == 0
         captured = capsys.readouterr()
         outputs.append(captured.out)
         # The empty prompt is an end of document, one token; nothing ends before 8 new ones unless a document does.
@@ -144,6 +149,60 @@ def test_eval_and_generate_agree_on_one_worker_and_on_two(run_dir, capsys, ray_s
     assert texts[0].count("\n---\n") == 2
     assert texts[0].split("\n---\n")[2].startswith("import")
     assert float(bits[0]) == pytest.approx(read_metrics(run_dir)[1][-1]["val_bits_per_byte"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_and_its_text_can_be_taken_elsewhere(tmp_path, monkeypatch, capsys, ray_session):
+    text, moved = tmp_path / "text", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "dispatch", text, ignore=shutil.ignore_patterns("__pycache__"))
+    settings = ("--config", "tiny", "--steps", "3", "--device", "cpu", "--data.tokenizer")
+    tokenizer = write_tokenizer(tmp_path / "words.json", {"[UNK]": 0, "def": 1, "self": 2})
+    monkeypatch.setenv("TRIMTAB_RUNS_DIR", str(tmp_path / "runs"))
+    assert main(["train", "--name", "own", *settings, str(tokenizer), *_places(text, tmp_path / "cache")]) == 0
+    # Nothing is left where the run was made.
+    moved.mkdir()
+    for path in (tmp_path / "runs", text, tmp_path / "cache"):
+        path.rename(moved / path.name)
+    tokenizer.unlink()
+    monkeypatch.setenv("TRIMTAB_RUNS_DIR", str(moved / "runs"))
+    monkeypatch.setattr(RaySession, "open", lambda _config: pytest.fail("Ray is not needed"))
+    assert main(["generate", "own", "--prompt", "def", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+    monkeypatch.setattr(NewText, "add", _add_and_interrupt)
+    prompt = "def " * 200  # more than the 64 tokens that the model reads
+    assert main(["generate", "own", "--prompt", prompt, "--temperature", "0"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith(prompt) and len(captured.out) > len(prompt) + 1  # what there was is not lost
+    assert "has 200 tokens and the model reads 64: its first 136 are left out" in captured.err
+    assert "stopped after 3 new tokens" in captured.err
+    assert main(["eval", "own"]) == 2
+    assert re.search(r"text does not exist.*holds the tokens of the run.*--data.path", capsys.readouterr().err)
+    assert main(["eval", "own", f"--data.cache_dir={moved / 'cache'}"]) == 0  # prepared tokens are enough
+    assert main(["eval", "own", *_places(moved / "text", tmp_path / "new")]) == 0
+    from_cache, from_text = re.findall(r"([\d.]+) bits per byte, loss", capsys.readouterr().out)
+    assert from_cache == from_text
+    monkeypatch.undo()
+    (run,) = (moved / "runs").iterdir()
+    resume = ["train", "--resume", str(run), "--steps", "4"]
+    assert main([*resume, *_places(ROOT / "cluster", tmp_path / "new")]) == 2
+    assert "this is other text than the run's" in capsys.readouterr().err
+    assert main([*resume, *_places(moved / "text", tmp_path / "new")]) == 0
+    assert read_metrics(run)[0][-1]["step"] == 4
+    recorded = config_from_yaml_file(run / "config.yaml").data
+    assert (recorded.path, recorded.tokenizer) == ((str(moved / "text"),), str(run / "tokenizer" / "words.json"))
+
+
+_add = NewText.add
+
+
+def _add_and_interrupt(new: NewText, index: int, token_id: int) -> None:
+    _add(new, index, token_id)
+    if new.num_tokens == 3:
+        raise KeyboardInterrupt
+
+
+def _places(text: Path, cache: Path) -> tuple[str, ...]:
+    return f"--data.path={text}", f"--data.cache_dir={cache}"
 
 
 @pytest.mark.slow

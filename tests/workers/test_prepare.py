@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from workers import prepare
-from workers.prepare import DataChanged, check_free_space, prepare_dataset
+from workers.prepare import DataChanged, check_free_space, prepare_dataset, reopen_dataset
 from workers.shards import DataDamaged, Dataset
-from workers.text import DataConfig
+from workers.text import DataConfig, TextMissing
 from workers.tokenizer import ByteTokenizer
 
 EOD = 256
@@ -45,6 +45,23 @@ def test_documents_become_tokens_with_an_end_each(config: DataConfig) -> None:
     (source,) = dataset.meta.sources
     assert (source.train.num_tokens, source.train.num_text_bytes) == (14, 12)
     assert (source.val.num_tokens, source.val.num_text_bytes) == (2, 1)
+
+
+def test_the_tokens_of_a_run_are_known_by_content_wherever_the_text_lies(config: DataConfig, tmp_path: Path) -> None:
+    digest = prepare_dataset(config).digest
+    text, moved = Path(config.path[0]), tmp_path / "moved"
+    text.rename(moved)
+    assert reopen_dataset(config, digest).digest == digest  # the prepared tokens are enough
+    elsewhere = DataConfig(path=(str(moved),), cache_dir=config.cache_dir)
+    assert reopen_dataset(elsewhere, digest).path == reopen_dataset(config, digest).path  # not prepared again
+    anew = DataConfig(path=(str(moved),), cache_dir=str(tmp_path / "other"))
+    assert reopen_dataset(anew, digest).digest == digest
+    with pytest.raises(TextMissing, match=rf"does not exist, and no folder in .* \(digest {digest[:12]}\); give"):
+        reopen_dataset(DataConfig(path=config.path, cache_dir=str(tmp_path / "none")), digest)
+    (moved / "a.txt").write_text("something else")
+    changed = DataConfig(path=(str(moved),), cache_dir=str(tmp_path / "third"))
+    with pytest.raises(DataChanged, match=rf"those of the run {digest[:12]}: this is other text"):
+        reopen_dataset(changed, digest)
 
 
 def test_copies_are_counted_and_stay_in_one_split(config: DataConfig) -> None:

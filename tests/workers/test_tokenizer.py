@@ -17,6 +17,18 @@ def write_tokenizer(path: Path, vocab: dict[str, int]) -> Path:
     return path
 
 
+def test_the_configuration_of_a_model_names_the_end_where_the_tokenizer_does_not(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "tokenizer.json", {"[UNK]": 0, "day": 1, "</s>": 2})
+    added = load_tokenizer(str(file))
+    assert (added.vocab_size, added.eod_id) == (4, 3)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
+    named = load_tokenizer(str(file))
+    assert (named.vocab_size, named.eod_id) == (3, 2)
+    # An id that the tokenizer lacks cannot end a document.
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert load_tokenizer(str(file)).name == added.name
+
+
 def test_bytes_survive_the_round_trip() -> None:
     tokenizer = load_tokenizer(None)
     ids = tokenizer.encode("Grüße 😀\n")
