@@ -29,7 +29,7 @@ BENCHES = [["bench", "dispatch"], ["bench", "coordinator"]]
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for runtime.job and runtime.inference; `calls` holds what it was given, `outcome` is returned or raised."""
+    """Stands for runtime.job and .inference; `calls` holds what it was given, `outcome` is returned or raised."""
     fake = SimpleNamespace(calls=[], outcome=0)
 
     def record(*args: Any, **options: Any) -> int:
@@ -113,7 +113,7 @@ def test_report_prints_where_it_wrote(
         (["eval"], "RUN"),
         (["eval", "no-such-run"], "there is no run 'no-such-run'"),
         (["eval", "x", "--workers", "0"], "--workers: '0' must be a whole number of at least 1"),
-        (["generate", "x"], "--prompt"),
+        (["generate", "x"], "there is no run 'x'"),
         (["generate", "x", "--prompt", "a", "--top-p", "nan"], "--top-p: 'nan' must be a number from 0.01 to 1"),
         (["generate", "x", "--prompt", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["train", "--name", "n" * 300], "run.name 'nnnnnnnnnnnnnnnnnnnn'... must have at most 200 bytes"),
@@ -340,7 +340,7 @@ def test_a_name_of_the_hub_is_told_from_a_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_an_import_takes_any_number_of_workers() -> None:
-    config = load_config("small")  # a batch of 32
+    config = load_config("small")  # a batch of 16
     config = replace(config, cluster=replace(config.cluster, num_workers=3))
-    assert _with_batch_of_any_workers(config, []).run.global_batch_size == 33
-    assert _with_batch_of_any_workers(config, ["--run.global_batch_size=32"]) == config  # refused by its rule
+    assert _with_batch_of_any_workers(config, []).run.global_batch_size == 18
+    assert _with_batch_of_any_workers(config, ["--run.global_batch_size=16"]) == config  # refused by its rule

@@ -156,7 +156,8 @@ def test_a_run_and_its_text_can_be_taken_elsewhere(tmp_path, monkeypatch, capsys
     text, moved = tmp_path / "text", tmp_path / "elsewhere"
     shutil.copytree(ROOT / "dispatch", text, ignore=shutil.ignore_patterns("__pycache__"))
     settings = ("--config", "tiny", "--steps", "3", "--device", "cpu", "--data.tokenizer")
-    tokenizer = write_tokenizer(tmp_path / "words.json", {"[UNK]": 0, "def": 1, "self": 2})
+    words = {"[UNK]": 0, "def": 1, **{f"word{index}": index for index in range(2, 256)}}
+    tokenizer = write_tokenizer(tmp_path / "words.json", words)
     monkeypatch.setenv("TRIMTAB_RUNS_DIR", str(tmp_path / "runs"))
     assert main(["train", "--name", "own", *settings, str(tokenizer), *_places(text, tmp_path / "cache")]) == 0
     # Nothing is left where the run was made.
@@ -166,6 +167,7 @@ def test_a_run_and_its_text_can_be_taken_elsewhere(tmp_path, monkeypatch, capsys
     tokenizer.unlink()
     monkeypatch.setenv("TRIMTAB_RUNS_DIR", str(moved / "runs"))
     monkeypatch.setattr(RaySession, "open", lambda _config: pytest.fail("Ray is not needed"))
+    capsys.readouterr()
     assert main(["generate", "own", "--prompt", "def", "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith("def")
     monkeypatch.setattr(NewText, "add", _add_and_interrupt)
