@@ -11,7 +11,7 @@ from rich.console import Console
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import override, read_run_config
 from runtime.job import find_checkpoint, open_data, still_there
-from runtime.launch import make_spec, open_ranks
+from runtime.launch import make_spec, open_ranks, runs_in_process
 from runtime.new_text import NewText
 from runtime.say import say
 from workers.evaluation import Evaluation
@@ -20,7 +20,6 @@ from workers.tokenizer import Tokenizer, load_tokenizer
 from workers.worker import Continuations
 
 BETWEEN_TEXTS = "---\n"
-INTERRUPTED = 130  # what shells return for a command that Ctrl-C ended
 
 
 def evaluate(
@@ -68,28 +67,29 @@ def generate(
 ) -> int:
     """Continue prompts with a checkpoint of a run; print each with its continuation, and the speed on stderr.
 
-    A single text appears on a terminal as it comes. Ctrl-C prints what there is and returns 130. Neither the training
-    text nor its prepared tokens are needed.
+    A single text appears on a terminal as it comes. Ctrl-C prints what there is before it ends the command. Neither
+    the training text nor its prepared tokens are needed.
     """
     console = Console(stderr=True, highlight=False)
     config = config_for(run_dir, workers, device)
     path = find_checkpoint(run_dir, step)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _warn_of_long_prompts(prompts, tokenizer, config.model.max_seq_len, console)
-    is_streamed = len(prompts) == 1 and config.cluster.num_workers == 1 and sys.stdout.isatty()
+    # A function cannot be sent to other processes for every token.
+    is_here = runs_in_process(config.cluster)
+    is_streamed = len(prompts) == 1 and is_here and sys.stdout.isatty()
     with NewText(tokenizer, prompts, sys.stdout if is_streamed else None, console) as new:
         try:
             with open_ranks(config.cluster, make_spec(config, run_dir, None)) as ranks:
                 path = still_there(path, run_dir, step)
-                # A function cannot be sent to other processes for every token.
-                told = (new.add,) if config.cluster.num_workers == 1 else ()
+                told = (new.add,) if is_here else ()
                 results: list[Continuations] = ranks.run("generate", path.absolute(), list(prompts), sampling, *told)
         except KeyboardInterrupt:
             new.finish()
             if not is_streamed:
                 sys.stdout.write(_joined(prompts, new.texts()))
             say(console, f"stopped after {new.num_tokens:,} new tokens")
-            return INTERRUPTED
+            raise
         new.finish()
     if not is_streamed:
         sys.stdout.write(_joined(prompts, {index: text for result in results for index, text in result.texts.items()}))

@@ -89,10 +89,15 @@ def open_gang(
             yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
 
 
+def runs_in_process(config: ClusterConfig) -> bool:
+    """Whether `open_ranks` needs no other process."""
+    return config.num_workers == 1 and config.address is None
+
+
 @contextmanager
 def open_ranks(config: ClusterConfig, spec: WorkerSpec) -> Iterator[Ranks]:
     """Ranks for work without a coordinator: this process where one worker is asked for, else a gang."""
-    if config.num_workers > 1 or config.address is not None:
+    if not runs_in_process(config):
         with open_gang(config, spec, coordinated=False) as launched:
             yield launched.gang
         return
