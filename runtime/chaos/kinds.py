@@ -97,7 +97,7 @@ _ALL = (
         name="kill gcs",
         action="kill_gcs",
         outcome="refuses",
-        promise=r"Ray.*go on with: trimtab train --resume \S*chaos",
+        promise=r"go on with: trimtab train --resume \S+ .*Ray.* (on this machine has died|has not answered for \d+ s)",
     ),
     Kind(name="cut link", action="cut_link", promise=_LOST, strikes_node=True),
     _link("cut link briefly", "cut_link_briefly"),

@@ -15,7 +15,7 @@ from runtime.interrupt import exit_code_of
 
 STEPS = 6  # Made between two faults: one checkpoint, and some after it.
 START_S, END_S = 240.0, 120.0
-PROMISE = r"--resume \S*own"
+PROMISE = r"go on with: trimtab train --resume \S*own.*Ray's gcs_server \(pid \d+\) on this machine has died"
 
 
 def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:

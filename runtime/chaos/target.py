@@ -60,10 +60,10 @@ class TargetRun:
         return TargetRun(self.testbed, name, deadline=self._deadline, on_wait=self._on_wait)
 
     def start_with_own_ray(self) -> None:
-        """Begin the run with one worker on a Ray that the driver starts and ends; it has no last step."""
+        """Begin the run with one worker on a Ray that the driver starts and ends; nobody waits for its end."""
         options = {**_settings(self.testbed, world_size=1), "workers": 1}
         del options["cluster.address"]
-        self._begin("train", *_words(options), f"--name={self.name}", "--steps=1000000")
+        self._begin("train", *_words(options), f"--name={self.name}", "--steps=5000")
 
     def second_start(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
         """Start a run of the same name on a machine while this one lives; its process, and what it prints."""
