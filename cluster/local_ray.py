@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 # Ray refuses less than 75 MiB. Tokens and weights never travel through the object store, so nothing needs more.
 OBJECT_STORE_BYTES = 80 * 2**20
 LOG_LINES = 15
+COMPLAINT = re.compile(r"\[[-\d]+ [\d:,]+ [WECF] ")  # [date time,ms severity pid thread]
 
 
 class RayNotStarted(UserError, RuntimeError):
@@ -90,12 +92,14 @@ def _start(config: ClusterConfig, folder: Path) -> None:
 
 
 def _end_of_logs(folder: Path) -> str:
-    """What Ray's processes said last."""
-    lines = []
-    for name in ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out"):
-        for path in folder.glob(f"r/session_*/logs/{name}"):
-            lines += [f"  {name}: {line}" for line in path.read_text(errors="replace").splitlines()[-LOG_LINES:]]
-    return "\n".join(["Its logs end with:", *lines]) if lines else "It has written no log."
+    """What Ray's processes complained of last: in their .out files that is a warning or worse among statistics."""
+    told = []
+    for path in sorted(folder.glob("r/session_2*/logs/*")):  # session_latest is a link to one of these
+        if path.name in ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out"):
+            lines = path.read_text(errors="replace").splitlines()
+            lines = [line for line in lines if path.suffix == ".err" or COMPLAINT.match(line)]
+            told += [f"  {path.name}: {line}" for line in lines[-LOG_LINES:]]
+    return "\n".join(["Its logs end with:", *told]) if told else "Its logs hold no complaint."
 
 
 @contextmanager

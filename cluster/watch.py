@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from workers.actor import CONTROL_GROUP, Failure, WorkerActor
 
 # After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
 GRACE_S = 1.0
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray puts them into the texts of its errors.
 RAY_DIED_S = 20.0  # For a last step and its checkpoint: Ray's client aborts the driver 60 s after it lost its head.
 SURE = 0.9  # A wait that ended in a time-out of torch, whose clock started a moment later, lasted at least this much.
 
@@ -44,7 +46,8 @@ class Member:
         return f"rank {self.rank} ({where})"
 
     def failed(self, kind: Kind, message: str, **details: Any) -> WorkerFailure:
-        return WorkerFailure(rank=self.rank, ip=self.ip, pid=self.pid, kind=kind, message=message, **details)
+        plain = COLOURS.sub("", message)
+        return WorkerFailure(rank=self.rank, ip=self.ip, pid=self.pid, kind=kind, message=plain, **details)
 
 
 def call_all(

@@ -95,3 +95,13 @@ def test_errors_about_collectives_survive_pickling():
         "step 120, combine of layers.7.moe: no end after 30.0 s; missing: rank 3; "
         "if it only needs longer, raise the bound"
     )
+
+
+def test_the_colours_of_rays_texts_do_not_reach_our_messages():
+    from cluster.watch import Member
+
+    message = "creation task, \x1b[36mray::WorkerActor.__init__()\x1b[39m failed"
+    assert (
+        Member(rank=0, actor=None).failed("died", message).message
+        == "creation task, ray::WorkerActor.__init__() failed"
+    )
