@@ -12,8 +12,9 @@ Kind = Literal["died", "error", "silent", "hung", "running"]
 
 MAX_DIAGNOSIS_CHARS = 32_000  # Of what an event says of a failure: a few stacks.
 
-# Errors of a rank that waited in vain for another. They name who is missing; the run itself did nothing wrong.
-TIME_OUTS = ("CollectiveTimeout", "ControlTimeout")
+# Errors of a rank that waited in vain for another, or that met a stranger in its place: the run did nothing wrong, and
+# the next try may succeed.
+OF_OTHERS = ("CollectiveTimeout", "ControlTimeout", "StrangerConnected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class WorkerFailure:
     @property
     def is_own_error(self) -> bool:
         """Whether the rank raised on its own account, and not because it lost or missed another one."""
-        return self.kind == "error" and not self.collateral and type(self.error).__name__ not in TIME_OUTS
+        return self.kind == "error" and not self.collateral and type(self.error).__name__ not in OF_OTHERS
 
     @property
     def is_bug(self) -> bool:
@@ -74,7 +75,7 @@ class GangFailed(UserError, RuntimeError):
         return tuple(sorted(failure.rank for failure in self.failures if failure.kind != "error"))
 
     def __str__(self) -> str:
-        if self.first.is_own_error and isinstance(self.first.error, UserError):
+        if not self.first.collateral and isinstance(self.first.error, UserError):
             return str(self.first.error)  # written for the user: neither rank nor traceback says more
         lines = [f"{self.first.where} failed first, in {self.method}: {self.first.message}"]
         for other in self.failures[1:]:

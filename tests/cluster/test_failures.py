@@ -9,6 +9,7 @@ from cluster.supervisor import GaveUp, _details
 from dispatch.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 from dispatch.errors import InvalidValue, UserError
 from workers.checkpoint import DiskRefused
+from workers.connections import StrangerConnected
 from workers.control import ControlTimeout
 
 
@@ -59,6 +60,8 @@ def test_only_an_error_that_no_user_can_mend_is_a_bug_and_shows_its_traceback():
         failed = GangFailed("train", (replace(failure(0, "error", 1.0), error=error, trace="the traceback"),))
         assert (failed.is_bug, GaveUp("why", (failed,)).is_bug) == (error in bugs, error in bugs), repr(error)
         assert ("the traceback" in str(failed)) == (not isinstance(error, UserError)), repr(error)
+    stranger = replace(failure(0, "error", 1.0), error=StrangerConnected("10.0.0.9 is none of us"))
+    assert not stranger.is_own_error and str(GangFailed("join", (stranger,))) == "10.0.0.9 is none of us"
     for other in ("died", "silent", "hung"):
         assert not GangFailed("train", (failure(0, other, 1.0),)).is_bug
     assert not GangFailed("train", (failure(0, "error", 1.0, collateral=True),)).is_bug
