@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from dispatch.errors import UserError
 COMMAND_S = 10.0  # For one command of iproute2 or util-linux: they take milliseconds.
 TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 KINDS = ("--net", "--pid", "--mount", "--uts")
+
+# The first process of a PID namespace inherits all orphans: where SIGCHLD is ignored the kernel reaps them. As zombies
+# they would pass for alive: a worker of Ray trains on for a minute beside such a raylet. (dash cannot ignore it.)
+_REAP = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); sys.stdin.read()"
 
 
 class NamespaceError(UserError, RuntimeError):
@@ -70,9 +75,9 @@ class Holder:
             kinds: options of unshare, of KINDS.
             setup, on_end: shell commands in the namespaces, before it is ready and after it was asked to end.
         """
-        # The first process of a PID namespace inherits all orphans: with SIGCHLD ignored the kernel reaps them. A shell
-        # that is to go on afterwards needs the signal.
-        wait = f"cat > /dev/null\n{on_end}" if on_end else "trap '' CHLD\nexec cat > /dev/null"
+        wait = (
+            f"cat > /dev/null\n{on_end}" if on_end else f"exec {shlex.join([sys.executable, '-S', '-E', '-c', _REAP])}"
+        )
         script = f"trap '' INT TERM HUP\nset -e\n{setup}\necho ready\n{wait}"
         with_pids = ["--mount-proc"] if "--pid" in kinds else []
         self._process = subprocess.Popen(  # noqa: S603 A script of this package.

@@ -35,12 +35,10 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
         refuse(own, lambda: [own.second_start(0)])
         _train(own)
         _lose_ray(own)
-        own.resume()
-        _train(own)
+        _train_on(own)
         own.kill()
         own.wait(lambda: own.exit_code is not None, "the end of its driver", END_S, may_end=True)
-        own.resume()
-        _train(own)
+        _train_on(own)
         own.kill(signal.SIGTERM)
         own.wait(lambda: own.exit_code is not None, "saving and stopping", END_S, may_end=True)
     finally:
@@ -54,8 +52,19 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
 
 
 def _train(own: TargetRun) -> None:
+    own.wait(lambda: own.step, "training on a Ray of its own", START_S)
     first = own.step
-    own.wait(lambda: own.step >= first + STEPS, "training on a Ray of its own", START_S)
+    own.wait(lambda: own.step >= first + STEPS, "training on", START_S)
+
+
+def _train_on(own: TargetRun) -> None:
+    """What its dead driver has left must be gone then: workers that go on without it would write its record too."""
+    at = time.time()
+    own.resume()
+    own.wait(lambda: own.events("resumed", at), "resuming on a Ray of its own", START_S)
+    _train(own)
+    if left := own.leftovers.still_there():
+        raise Unfulfilled(f"a dead driver with a Ray of its own left {'; '.join(left)}")
 
 
 def _lose_ray(own: TargetRun) -> None:

@@ -170,6 +170,11 @@ def test_processes_are_listed_with_their_number_on_the_host_and_no_others(machin
     wait_until(lambda: not any(each.command.endswith("marked") for each in machines[2].processes()))
 
 
+def test_orphans_that_ended_are_reaped_so_that_nobody_takes_them_for_alive(machines):
+    machines[2].run(["sh", "-c", "setsid sh -c 'sleep 0.01 & exec sleep 0.02 marked' & sleep 0.01"])
+    wait_until(lambda: machines[2].run(["sh", "-c", "cat /proc/[0-9]*/comm"]).stdout.count("sleep") == 0)
+
+
 def test_two_sets_of_machines_with_the_same_addresses_do_not_meet(machines):
     with Machines(3) as others:
         assert others[1].address == machines[1].address
