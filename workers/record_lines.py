@@ -47,12 +47,7 @@ def sort_lines(raw: bytes, step: int) -> SortedLines:
     steps: set[int] = set()
     newest, last_kept = 0, 0
     for number, (offset, line) in enumerate(complete_lines(raw), 1):
-        if (
-            line is None
-            or not is_sound(line)
-            or line["step"] < newest
-            or (line["kind"] == "train" and line["step"] in steps)
-        ):
+        if line is None or not is_sound(line) or _is_out_of_order(line, newest, steps):
             bad.append(number)
         elif line["step"] > step:
             late.append(number)
