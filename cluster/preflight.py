@@ -15,8 +15,6 @@ from dispatch.errors import InvalidValue
 RAY_BYTES = 700 * 2**20
 WORKER_BYTES = 300 * 2**20
 RAY_DISK_BYTES = 100 * 2**20  # Logs and sockets of a session.
-
-
 TIGHT = 1.5  # free, as a multiple of what will be written: others write too
 
 

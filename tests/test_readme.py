@@ -116,7 +116,7 @@ def test_first_command_is_found_by_its_line() -> None:
 
 def test_a_place_of_a_machine_is_seen_and_an_address_is_not() -> None:
     assert PLACE_OF_A_MACHINE.search("run " + "/home" + "/me/trimtab")
-    assert not PLACE_OF_A_MACHINE.search("https://example.org/home/page and docs/work/x and ~/work/x")
+    assert not PLACE_OF_A_MACHINE.search("https://example.org/mnt/page and docs/mnt/x and ~/scratch/x")
 
 
 def test_continuous_integration_runs_the_first_commands_of_the_readme_as_they_stand_there() -> None:
