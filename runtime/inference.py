@@ -10,9 +10,9 @@ from rich.console import Console
 
 from runtime.config import TrainConfig, cross_check
 from runtime.config_file import override, read_run_config
-from runtime.job import find_checkpoint, open_data, still_there
 from runtime.launch import make_spec, open_ranks, runs_in_process
 from runtime.new_text import NewText
+from runtime.run_inputs import find_checkpoint, open_data, still_there
 from runtime.say import say
 from workers.evaluation import Evaluation
 from workers.generation import SamplingConfig, Speed

@@ -25,19 +25,17 @@ from runtime.live import LiveView
 from runtime.quantities import counted
 from runtime.rank_map import exchange_of, rank_map, rank_table
 from runtime.report import print_summary, write_report
-from runtime.run_data import keep_data, knows_its_text, open_run_data
+from runtime.run_data import keep_data, knows_its_text
 from runtime.run_dir import CONFIG_FILE, new_run_dir
+from runtime.run_inputs import find_checkpoint, open_data
 from runtime.run_lock import RunLock, hold, hold_new
 from runtime.say import say
 from runtime.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes, records_bytes
 from runtime.training_job import TrainingJob
 from workers import checkpoint
 from workers.atomic_file import write_atomically
-from workers.checkpoint import CheckpointError
-from workers.prepare import prepare_dataset
 from workers.record_check import find_holes, new_holes
 from workers.run_log import METRICS, append_event
-from workers.sampler import Sampler
 from workers.shards import Dataset
 from workers.training_run import CHECKPOINTS, TrainOutcome
 
@@ -105,33 +103,6 @@ def _train(
         return _watch(config, run_dir, lock, stop, launched, resume_from, console)
 
 
-def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """The newest checkpoint of a run or that of `step`, verified file by file.
-
-    Raises:
-        ValueError: there is none, or none of that step; names those there are.
-        CheckpointCorrupt: it is damaged; offers the newest intact one before it.
-    """
-    found = {checkpoint.step_of(path): path for path in checkpoint.list_checkpoints(run_dir / CHECKPOINTS)}
-    if not found:
-        raise InvalidValue(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
-    path = found.get(max(found) if step is None else step)
-    if path is None:
-        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
-    try:
-        checkpoint.verify(path)
-    except CheckpointError:
-        if step is not None or path.is_dir():
-            raise
-        return find_checkpoint(run_dir, None)  # a run in training has removed it meanwhile, and saved newer ones
-    return path
-
-
-def still_there(path: Path, run_dir: Path, step: int | None) -> Path:
-    """A checkpoint that was found, or the newest one where a run in training has removed that since."""
-    return path if path.is_dir() else find_checkpoint(run_dir, step)
-
-
 def refuse_holes(run_dir: Path, resume_from: Path) -> None:
     """Raise InvalidValue where the records lack steps before the checkpoint, and no event of the run says so yet."""
     step = checkpoint.step_of(resume_from)
@@ -147,25 +118,6 @@ def refuse_holes(run_dir: Path, resume_from: Path) -> None:
         f"{'; '.join(map(str, holes))}. Restore the file from a copy, or {earlier}go on without these records, which "
         "the events and the report will say, with --run.accept_holes true"
     )
-
-
-def open_data(config: TrainConfig, console: Console, run_dir: Path | None = None) -> Dataset:
-    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches.
-
-    run_dir: of a run that has begun: its text is known by its content.
-    """
-    with console.status("preparing the text") as status:
-
-        def progress(done: int, total: int) -> None:
-            status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
-
-        if run_dir is None:
-            dataset = prepare_dataset(config.data, progress)
-        else:
-            dataset = open_run_data(run_dir, config.data, progress)
-    run = config.run
-    Sampler(dataset, config.model.max_seq_len, run.global_batch_size, run.seed, config.data.mix_schedule)
-    return dataset
 
 
 def _status(console: Console, text: str) -> AbstractContextManager[object]:

@@ -18,6 +18,7 @@ from runtime.compare.view import CompareView
 from runtime.config_file import load_config, override
 from runtime.interrupt import StopSignal
 from runtime.quantities import counted
+from runtime.run_inputs import open_data
 from runtime.say import say
 from runtime.size import model_size
 from workers.actor import usable_cores
@@ -75,7 +76,7 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
         run_disk_bytes=size.checkpoint_bytes * (base.run.keep_checkpoints + 1) * len(unfinished),
         model_bytes_per_worker=size.training_bytes_per_rank,
     )
-    job.open_data(base, console)
+    open_data(base, console)
     size_of_it = (
         f"{counted(len(plan.methods), 'method')} x {counted(plan.num_seeds, 'seed')}, {base.run.steps} steps each"
     )

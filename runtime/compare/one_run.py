@@ -19,6 +19,7 @@ from runtime.config_file import config_to_yaml
 from runtime.interrupt import exit_code_of
 from runtime.launch import make_spec, open_ranks
 from runtime.run_dir import CONFIG_FILE
+from runtime.run_inputs import find_checkpoint
 from runtime.run_lock import hold, hold_new, refuse_if_owned
 from workers.atomic_file import write_atomically
 from workers.prepare import prepare_dataset
@@ -69,7 +70,7 @@ def _start_of(plan: ComparePlan, key: RunKey) -> Path | None:
         refuse_if_owned(run_dir)
         shutil.rmtree(run_dir, ignore_errors=True)
         return None
-    return job.find_checkpoint(run_dir, None)
+    return find_checkpoint(run_dir, None)
 
 
 def _on_end_of_input(stop: Callable[[], object]) -> None:

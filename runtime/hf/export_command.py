@@ -10,8 +10,8 @@ from dispatch.errors import InvalidValue
 from runtime.config_file import config_from_yaml_file
 from runtime.hf.files import FOLDER, copy_back, read_dtypes
 from runtime.hf.import_command import check_same_model
-from runtime.job import find_checkpoint
 from runtime.run_dir import CONFIG_FILE
+from runtime.run_inputs import find_checkpoint
 from workers.families import Settings, family_of
 from workers.families.source import CONFIG, read_json
 from workers.families.writing import moved_biases, write_weights

@@ -24,6 +24,7 @@ from runtime.config import TrainConfig, flatten
 from runtime.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.launch import make_spec, open_gang
 from runtime.new_text import NewText
+from runtime.run_inputs import find_checkpoint
 from runtime.size import records_bytes
 from tests.workers.test_tokenizer import write_tokenizer
 from workers.checkpoint import CheckpointCorrupt, list_checkpoints
@@ -246,12 +247,12 @@ def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(folder, run_
     try:
         newest.write_bytes(content[:-100])
         with pytest.raises(CheckpointCorrupt, match=r"step 10 before it is intact.*--step 10"):
-            job.find_checkpoint(run_dir, None)
-        assert job.find_checkpoint(run_dir, 10).name == "step_00000010"
+            find_checkpoint(run_dir, None)
+        assert find_checkpoint(run_dir, 10).name == "step_00000010"
     finally:
         newest.write_bytes(content)
     with pytest.raises(ValueError, match=r"no checkpoint of step 7; it has 10, 20"):
-        job.find_checkpoint(run_dir, 7)
+        find_checkpoint(run_dir, 7)
 
 
 def test_a_cluster_without_the_resources_says_what_is_missing(folder, ray_session):
