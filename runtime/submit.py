@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 import urllib.error
@@ -21,6 +22,7 @@ from cluster.access import Access, find_access, own_variables
 from cluster.probe import ClusterUnreachable, TokenRefused, authenticated
 from cluster.token import default_token_file, token_environment
 from dispatch.errors import InvalidValue, UserError
+from runtime.interrupt import exit_code_of
 
 # What is no code: history, environments, results. Patterns as in .gitignore, which is followed too.
 EXCLUDED = (".git", "/.venv*", "/runs", "/data", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis")
@@ -56,7 +58,7 @@ def submit(arguments: Sequence[str]) -> int:
             _say(
                 f"\n{job_id} goes on; follow it: trimtab submit --logs {job_id}; end it: trimtab submit --stop {job_id}"
             )
-            return 1
+            return exit_code_of(signal.SIGINT)
 
 
 def upload_bytes(folder: Path) -> int:

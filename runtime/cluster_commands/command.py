@@ -1,7 +1,6 @@
 """`trimtab cluster ACTION`: start, join, show and end a cluster of one's own machines; manifests for others."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,7 +149,6 @@ def _start(given: argparse.Namespace, *, address: str, head: str | None, **ports
         ray_arguments=given.ray_arguments,
         **ports,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: an interrupted start leaves nothing behind
     console = Console(highlight=False, stderr=True)
     try:
         with console.status("starting Ray") as shown:

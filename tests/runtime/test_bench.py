@@ -339,7 +339,7 @@ def test_an_interrupted_measurement_leaves_no_process_and_no_traceback(early: bo
                 pass
             bench.send_signal(signal.SIGINT)
         out, err = bench.communicate(timeout=30)
-    assert (bench.returncode, out, err) == (1, "", "trimtab: stopped\n")
+    assert (bench.returncode, out, err) == (130, "", "trimtab: stopped\n")
     wait_until(lambda: not session_of(bench.pid))
     assert not list(tmp_path.iterdir())
 

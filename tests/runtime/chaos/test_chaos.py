@@ -61,7 +61,7 @@ def test_ctrl_c_tears_everything_down(tmp_path):
         assert len(family) > 10
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=60)[0]
-    assert process.returncode == 1, told
+    assert process.returncode == 130, told
     psutil.wait_procs(family, timeout=10)
     assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 

@@ -288,7 +288,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_end_it(cluster, tree):
             break
     submitting.send_signal(signal.SIGINT)
     output, errors = submitting.communicate(timeout=30)
-    assert (submitting.returncode, errors) == (1, "")
+    assert (submitting.returncode, errors) == (130, "")
     job = output.split("trimtab submit --stop ")[1].split()[0]
     assert f"{job}  RUNNING" in cluster.place.run("submit", "--list").stdout
     assert cluster.place.run("submit", "--stop", job).returncode == 0
