@@ -313,7 +313,7 @@ def test_down_ends_one_node_or_all_and_nothing_else(cluster, bystander):
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not (nodes(cluster.place) / "127.0.0.3").exists()
     assert [p for p in cluster.place.processes() if "127.0.0.3" in " ".join(p.cmdline())] == []
-    assert wait_for(lambda: "1 nodes alive, 1 gone" in cluster.place.run("cluster", "status").stdout)
+    assert wait_for(lambda: "1 node alive, 1 gone" in cluster.place.run("cluster", "status").stdout)
     ended = cluster.place.run("cluster", "down")
     assert (ended.returncode, ended.stdout.split(" at ")[0]) == (0, "ended the head")
     assert cluster.place.processes() == []
