@@ -30,7 +30,7 @@ STEPS, SHIFT = 60, 31
 def settings(folder: Path, *more: str) -> list[str]:
     """Options that a run of `train` and the runs of `compare` have in common: two sources, their mix shifts."""
     return [
-        "--config=tiny", "--workers=1", "--device=cpu", f"--steps={STEPS}",
+        "--config=tiny", "--workers=1", "--cluster.threads_per_worker=1", "--device=cpu", f"--steps={STEPS}",
         f"--data.path=[{ROOT / 'dispatch'},{ROOT / 'workers'}]", "--data.suffixes=[.py]",
         f"--data.cache_dir={folder / 'cache'}", "--data.mix=[0.75,0.25]", "--data.mix_after=[0.25,0.75]",
         f"--data.shift_at={SHIFT}", "--run.checkpoint_every=0", *more,
