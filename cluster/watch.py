@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +104,7 @@ def call_all(
         if stall is None:
             rest = _fate_of_the_rest(list(pending.values()), limit_s)
             raise GangFailed(method, _with_last_words(cause_first([*failures, *rest]), watch))
-        raise GangFailed(method, _held_up(stall, members, failures, list(pending.values())))
+        raise GangFailed(method, _held_up(stall, members, failures, pending))
     return [results[member.rank] for member in members]
 
 
@@ -135,12 +135,17 @@ class _RayCheck:
 
 
 def _held_up(
-    stall: Stall, members: Sequence[Member], failures: Sequence[WorkerFailure], pending: Sequence[Member]
+    stall: Stall,
+    members: Sequence[Member],
+    failures: Sequence[WorkerFailure],
+    pending: Mapping[ray.ObjectRef[Any], Member],
 ) -> tuple[WorkerFailure, ...]:
     """Every rank's fate where a collective did not end: first the ranks that are to blame."""
     blamed = stall.missing or stall.waiting[:1]
     text = f"CollectiveTimeout: {stall.error}"
     stacks = stacks_of([member for member in members if member.rank in blamed], stall.silent, ANSWER_S)
+    # Where the wait of a blamed rank has ended too, it runs nothing any more: its own error says where it was.
+    stacks |= {each.rank: each.trace for each in (*failures, *_ended(pending)) if each.rank in blamed and each.trace}
     hung = [
         member.failed(
             "silent" if member.rank in stall.silent else "hung", text, error=stall.error, trace=stacks[member.rank]
@@ -149,10 +154,18 @@ def _held_up(
         if member.rank in blamed
     ]
     # Who did not answer a moment ago is not asked again: that would take as long once more.
-    silent = [m.failed("silent", "does not answer") for m in pending if m.rank in stall.silent and m.rank not in blamed]
-    rest = [m for m in pending if m.rank not in stall.silent and m.rank not in blamed]
+    others = [member for member in pending.values() if member.rank not in blamed]
+    silent = [member.failed("silent", "does not answer") for member in others if member.rank in stall.silent]
+    rest = [member for member in others if member.rank not in stall.silent]
     returned = [failure for failure in failures if failure.rank not in blamed]
     return (*hung, *cause_first([*returned, *silent, *_fate_of_the_rest(rest, math.inf)]))
+
+
+def _ended(pending: Mapping[ray.ObjectRef[Any], Member]) -> list[WorkerFailure]:
+    """Failures of calls that have come since they were last looked for."""
+    done = ray.wait(list(pending), num_returns=len(pending), timeout=0)[0] if pending else []
+    outcomes = [_outcome(pending[call], call) for call in done]
+    return [outcome for outcome in outcomes if isinstance(outcome, WorkerFailure)]
 
 
 def _with_last_words(failures: tuple[WorkerFailure, ...], watch: ActivityWatch | None) -> tuple[WorkerFailure, ...]:
