@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.chaos.machines import Machine
+from runtime.chaos.machines import Machine, MachineProcess
 from runtime.chaos.testbed import Testbed
 from workers.training_run import CHECKPOINTS
 
@@ -50,10 +50,14 @@ class Leftovers:
         return [*(alive[pid] for pid in sorted(self._processes & alive.keys())), *map(str, sorted(partial))]
 
 
+def _line(machine: Machine, process: MachineProcess) -> str:
+    return f"process {process.pid} of {machine.name}: {process.command[:200]}"
+
+
 def run_processes(testbed: Testbed) -> dict[int, str]:
     """Processes of all machines but for those of the cluster: what each is, by its number on the host."""
     return {
-        process.host_pid: f"process {process.pid} of {machine.name}: {process.command[:100]}"
+        process.host_pid: _line(machine, process)
         for machine in testbed.machines
         if machine.is_up
         for process in machine.processes()
@@ -69,7 +73,7 @@ def still_there_of(
     def look() -> list[str]:
         new = [each for each in machine.processes() if each.host_pid not in pids and each.command]
         return [
-            *(f"process {each.pid} of {machine.name}: {each.command[:100]}" for each in new),
+            *(_line(machine, each) for each in new),
             *(str(path) for path in temporary_files(testbed, machine) if path not in files),
             *(f"shared memory {name}" for name in machine.shared_memory() if name not in shared_memory),
         ]
@@ -93,7 +97,7 @@ def _anything(testbed: Testbed) -> list[str]:
         if not machine.is_up:
             continue
         here = f"of {machine.name}"
-        found += [f"process {each.pid} {here}: {each.command[:100]}" for each in machine.processes() if each.command]
+        found += [_line(machine, each) for each in machine.processes() if each.command]
         found += [f"port {port} {here} is open" for port in machine.listening()]
         found += [f"shared memory {name} {here}" for name in machine.shared_memory()]
         found += [str(path) for path in temporary_files(testbed, machine)]

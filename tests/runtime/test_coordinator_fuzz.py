@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dispatch.laws import LAWS, BalanceConfig, Law, make_law
 from runtime.coordinator import CoordinatorPolicy
-from tests.workers.wire_fuzz import LAYOUT, any_of, counts_of, damaged, hostile_reports, law_of, report_of
+from tests.workers.wire_fuzz import LAYOUT, counts_of, hostile, law_of, report_of
 from workers.leader import Leader
 from workers.wire import BiasUpdate, NeedState, Refusal, VersionedState, decode, encode
 
@@ -36,7 +36,7 @@ def test_no_bytes_crash_the_coordinator_or_move_the_next_bias(data: st.DataObjec
         # No event: it was the coordinator that answered, and not the leader's own law in its place.
         assert _bits(VersionedState(update.version, update.state)) == _bits(expected) and not events
         base = expected
-        for raw in data.draw(st.lists(any_of(damaged(messages), hostile_reports()), max_size=4)):
+        for raw in data.draw(st.lists(hostile(messages), max_size=4)):
             assert isinstance(decode(policy.handle(raw)), ANSWERS)
 
 
@@ -47,7 +47,7 @@ def test_a_coordinator_that_heard_nonsense_first_costs_no_bit(data: st.DataObjec
     policy = CoordinatorPolicy("run")
     base = VersionedState(0, law.initial_state())
     messages = [encode(report_of(law, 0, base))]
-    for raw in data.draw(st.lists(any_of(damaged(messages), hostile_reports()), min_size=1, max_size=4)):
+    for raw in data.draw(st.lists(hostile(messages), min_size=1, max_size=4)):
         assert isinstance(decode(policy.handle(raw)), ANSWERS)
     leader = Leader(run_id="run", law=law, coordinator=policy.handle)
     update, _ = leader.next_update(1, base, counts_of(law, 1))

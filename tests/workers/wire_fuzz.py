@@ -55,8 +55,13 @@ def any_of(*strategies: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.sampled_from(range(len(strategies))).flatmap(lambda number: strategies[number])
 
 
+def forged(messages: list[bytes]) -> st.SearchStrategy[bytes]:
+    """These messages with other bytes and a checksum that fits them: what no accident makes, and no reader can tell."""
+    return st.builds(lambda raw, edits: sealed(_mutated(raw[4:], edits)), st.sampled_from(messages), _EDITS)
+
+
 def damaged(messages: list[bytes]) -> st.SearchStrategy[bytes]:
-    """What a broken sender, network or stranger could make of these messages, and what has nothing to do with them."""
+    """What a broken sender or network could make of these messages, and what has nothing to do with them."""
     one = st.sampled_from(messages)
     return st.one_of(
         one,  # repeated, or out of its order
@@ -68,10 +73,14 @@ def damaged(messages: list[bytes]) -> st.SearchStrategy[bytes]:
         VALUES.map(pickle.dumps),
         VALUES.map(msgpack.packb),
         VALUES.map(lambda value: sealed(msgpack.packb(value))),
-        st.builds(lambda raw, edits: sealed(_mutated(raw[4:], edits)), one, _EDITS),  # by one who knows the checksum
         st.sampled_from([b"\x91" * 5000, b"\x81\xa1a" * 5000, b"\xdd\xff\xff\xff\xff", b"\xd4\x05\x01"]),
         one.map(lambda raw: raw + bytes(2 << 20)),
     )  # fmt: skip
+
+
+def hostile(messages: list[bytes]) -> st.SearchStrategy[bytes]:
+    """All of that: what a coordinator must answer, and forget."""
+    return any_of(damaged(messages), forged(messages), hostile_reports())
 
 
 def _mutated(raw: bytes, edits: list[tuple[int, bytes]]) -> bytes:

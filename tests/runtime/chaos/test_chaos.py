@@ -80,4 +80,4 @@ def test_what_cannot_be_played_is_refused(capsys):
     assert "at least 2" in capsys.readouterr().err
     refusal = "import os; from runtime.chaos.options import parse_options; os.setuid(65534); parse_options(['quick'])"
     done = subprocess.run([sys.executable, "-c", refusal], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "ValueError: machines need root: they are network namespaces" in done.stderr
+    assert "InvalidValue: machines need root: they are network namespaces" in done.stderr
