@@ -142,9 +142,8 @@ def _watch(
 
     gang = launched.gang
     say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
-    say(
-        console, f"Ray was up after {launched.ray_s:.1f} s, the {gang.world_size} workers {launched.gang_s:.1f} s later"
-    )
+    workers = counted(gang.world_size, "worker")
+    say(console, f"Ray was up after {launched.ray_s:.1f} s, {workers} {launched.gang_s:.1f} s later")
     done = checkpoint.step_of(resume_from) if resume_from else 0
     with stop as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
         job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)

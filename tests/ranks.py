@@ -6,6 +6,7 @@ server keeps the environment it was started with: pass values as arguments, not 
 
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -194,6 +195,7 @@ def _rank_main(
     rank: int, world_size: int, job: bytes, pipe: Connection, store: str, stack_file: str, collective_timeout_s: float
 ) -> None:
     """The whole life of a rank's process."""
+    gc.freeze()  # what the server has imported stays: to look at all of it takes half a second a collection
     import torch
     import torch.distributed as dist
 
