@@ -233,7 +233,9 @@ def _pace(rank: int, world_size: int, num_steps: int, backward_s: float) -> tupl
 
 
 def test_the_control_hides_behind_the_backward_and_costs_little() -> None:
-    for waits, main_cpu_s, thread_cpu_s in run_ranks(2, _pace, 20, 0.05):
-        # Measured with four busy processes a core: median wait 0.03 ms, CPU 1.2 to 1.9 ms.
-        assert sorted(waits)[len(waits) // 2] < 0.01
-        assert main_cpu_s + thread_cpu_s < 0.005
+    backward_s = 0.05
+    for waits, main_cpu_s, thread_cpu_s in run_ranks(2, _pace, 20, backward_s):
+        # Far from what is measured with four busy processes a core, a wait of 0.03 ms and 1 to 5 ms of CPU: what does not
+        # hide, or asks again and again instead of waiting, takes all of the backward.
+        assert sorted(waits)[len(waits) // 2] < backward_s / 2
+        assert main_cpu_s + thread_cpu_s < backward_s / 2
