@@ -235,7 +235,7 @@ def _pace(rank: int, world_size: int, num_steps: int, backward_s: float) -> tupl
 def test_the_control_hides_behind_the_backward_and_costs_little() -> None:
     backward_s = 0.05
     for waits, main_cpu_s, thread_cpu_s in run_ranks(2, _pace, 20, backward_s):
-        # Far from what is measured with four busy processes a core, a wait of 0.03 ms and 1 to 5 ms of CPU: what does not
-        # hide, or asks again and again instead of waiting, takes all of the backward.
+        # With four busy processes a core the wait is 0.03 ms and the CPU time 1 to 5 ms. A control that does not hide,
+        # or that polls instead of waiting, takes all of the backward.
         assert sorted(waits)[len(waits) // 2] < backward_s / 2
         assert main_cpu_s + thread_cpu_s < backward_s / 2
