@@ -30,6 +30,8 @@ class Kind:
     """carries on: the run's events that say that the fault was noticed, and that it is over."""
     room: int = 1
     """Distance to the next fault in units of the plan: what takes effect slowly needs more."""
+    is_bug: bool = False
+    """refuses: whether what ends the run is an error of the code, told as a bug and with the exit code of one."""
     takes_offer: bool = False
     """refuses to resume: whether the run then goes on from the step that the error offers."""
     strikes_node: bool = False
@@ -54,7 +56,7 @@ def _kill_in(phase: str) -> Kind:
 
 
 def _error(name: str, action: str, phase: str, promise: str, amount: float = 0.0) -> Kind:
-    return Kind(name=name, action=action, phase=phase, amount=amount, outcome="refuses", promise=promise)
+    return Kind(name=name, action=action, phase=phase, amount=amount, outcome="refuses", promise=promise, is_bug=True)
 
 
 def _link(name: str, action: str) -> Kind:

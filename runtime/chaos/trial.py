@@ -13,6 +13,7 @@ from runtime.chaos.injections import INJECTIONS, MENDS
 from runtime.chaos.plan import CHECKPOINT_EVERY, UNIT, ChaosFault, fired_mark, go_mark
 from runtime.chaos.target import TargetRun, Unfulfilled
 from runtime.chaos.testbed import TestbedFailed
+from runtime.failure import BUG_CODE
 from runtime.interrupt import exit_code_of
 
 REACH_S = 600.0  # For the run to come to the step of a fault.
@@ -135,8 +136,8 @@ def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
         mend(run)  # all the same: nothing could go on without it
         raise
     mend(run)
-    if run.exit_code != 1:
-        raise Unfulfilled(f"the run ended with exit code {run.exit_code} instead of 1")
+    if run.exit_code != (expected := BUG_CODE if trial.fault.kind.is_bug else 1):
+        raise Unfulfilled(f"the run ended with exit code {run.exit_code} instead of {expected}")
     _keep_promise(run, trial, lambda: run.said(before))
     trial.verdict = "refused"
     _resume(run, trial, None)
