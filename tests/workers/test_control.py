@@ -235,7 +235,7 @@ def _pace(rank: int, world_size: int, num_steps: int, backward_s: float) -> tupl
 def test_the_control_hides_behind_the_backward_and_costs_little() -> None:
     backward_s = 0.05
     for waits, main_cpu_s, thread_cpu_s in run_ranks(2, _pace, 20, backward_s):
-        # With four busy processes a core the wait is 0.03 ms and the CPU time 1 to 5 ms. A control that does not hide,
-        # or that polls instead of waiting, takes all of the backward.
-        assert sorted(waits)[len(waits) // 2] < backward_s / 2
+        # With four busy processes a core: median wait 0.03 ms; CPU 1 to 2 ms, 5 on a slow machine. A control that polls
+        # instead of waiting takes all of the backward.
+        assert sorted(waits)[len(waits) // 2] < 0.01
         assert main_cpu_s + thread_cpu_s < backward_s / 2
