@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from workers.families import Settings, family_of
-from workers.families.importing import ImportedShard, import_shard
-from workers.families.source import open_source
+from workers.model.families import Settings, family_of
+from workers.model.families.importing import ImportedShard, import_shard
+from workers.model.families.source import open_source
 
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dispatch import looped_experts
-from dispatch.all_to_all import AllToAllDispatcher
-from dispatch.dispatcher import LocalDispatcher
-from dispatch.layer import MoEConfig, MoELayer
-from dispatch.placement import ExpertPlacement
-from dispatch.recycler import Recycler
-from dispatch.schedule import ScheduleConfig
-from runtime.bench.limits import Shape, matmul_limit
+from dispatch.config import MoEConfig, ScheduleConfig
+from dispatch.exchange.all_to_all import AllToAllDispatcher
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.experts import looped as looped_experts
+from dispatch.layer import MoELayer
+from runtime.commands.bench.dispatch.limits import Shape, matmul_limit
 
 Candidate: TypeAlias = Callable[[Tensor], None]
 
@@ -94,16 +94,16 @@ def measure(
     return seconds
 
 
-class FreshMemory(Recycler):
+class FreshMemory(BufferPool):
     """What the layer does without recycling: every tensor is new."""
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """See `Recycler.empty`."""
+        """See `BufferPool.empty`."""
         return like.new_empty(shape, dtype=dtype or like.dtype)
 
 
 def with_constant(step: Candidate, name: str, value: int) -> Candidate:
-    """The same step while a constant of `dispatch.looped_experts` has another value."""
+    """The same step while a constant of `dispatch.experts.looped` has another value."""
 
     def run(x: Tensor) -> None:
         kept = getattr(looped_experts, name)
@@ -131,7 +131,7 @@ def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int, *, choices:
 
     found = {"matmul limit": limit, "trimtab": step()}
     if choices:
-        found["fresh memory"] = step(recycler=FreshMemory())
+        found["fresh memory"] = step(buffer_pool=FreshMemory())
         found["3 chunks"] = step(ScheduleConfig(num_chunks=3))
     if choices and dtype == torch.bfloat16:
         found["rows not filled up"] = with_constant(step(), "BF16_ROWS", 1)

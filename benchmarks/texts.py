@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.text import DataConfig, find_sources
+from workers.data.text import DataConfig, find_sources
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From router counts to one load vector and from one bias vector back to the routers.
+"""Counts of all routers as one vector, one bias vector back to the routers, and `LossFreeBalancer` around both.
 
 All MoE layers of a model travel as one flat vector, so that a step costs one small reduction whatever the number of
 layers, and layers may have different numbers of experts or balancing off.
@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dispatch.errors import InvalidValue
-from dispatch.laws import BalanceConfig, Law, LawState, make_law
-from dispatch.laws.registry import STATISTIC_SCALE
+from dispatch.laws import STATISTIC_SCALE, BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
-from dispatch.router import Router
+from dispatch.routing.router import Router
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
@@ -36,7 +35,7 @@ def layout_of(routers: Mapping[str, Router]) -> LoadLayout:
 
 
 def attach_law(routers: Mapping[str, Router], law: Law) -> None:
-    """Let the routers count what the law asks for and use its bias as it means it. Before the first forward.
+    """Make the routers count what the law asks for and apply its bias its way. Call it before the first forward.
 
     Raises:
         ValueError: a router is limited to groups, and the law is not fit for that.
@@ -47,7 +46,7 @@ def attach_law(routers: Mapping[str, Router], law: Law) -> None:
 
 
 def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
-    """Refuse a law that is not fit for routing that is limited to groups. Raises ValueError, which names `place`."""
+    """Refuse a law that cannot balance group-limited routing. Raises InvalidValue, which names `place`."""
     if num_groups > 1 and not config.entry.group_limited:
         raise InvalidValue(
             f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
@@ -57,7 +56,7 @@ def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
 
 
 def read_counts(routers: Mapping[str, Router]) -> Tensor:
-    """What this rank counted since the last reset: int64 (M,) on the CPU, a copy. Waits for the device once.
+    """Copy what this rank counted since the last reset: int64 (M,) on the CPU. Waits for the device once.
 
     M: the load of all layers, N, then what the law attached, layer by layer as (E, W).
     """
@@ -74,7 +73,7 @@ def reset_counts(routers: Mapping[str, Router]) -> None:
 
 
 def read_bias(routers: Mapping[str, Router]) -> Tensor:
-    """The live biases: fp32 (N,) on the CPU, a copy. Waits for the device once."""
+    """Copy the biases that the routers use now: fp32 (N,) on the CPU. Waits for the device once."""
     biases = [router.expert_bias_E for router in routers.values()]
     return torch.cat(biases).cpu() if biases else torch.zeros(0, dtype=torch.float32)
 
@@ -113,12 +112,33 @@ def bias_checksum(bias_N: Tensor) -> int:
 
 @dataclass
 class LossFreeBalancer:
-    """Bias-based balancing for a training loop of one's own, without a coordinator.
+    """Moves the selection biases of a model's MoE layers in your own training loop (arXiv 2408.15664, algorithm 1).
 
-    Call `step()` once after every optimizer step, on every rank of `group` together: it sums the counts of the step
-    over the group, applies the law and sets the biases, identically on all ranks. One all-reduce of the law's counts.
-    `group=None` means this process alone; pass `torch.distributed.group.WORLD` for all ranks. Source: arXiv 2408.15664,
-    algorithm 1.
+    Make it after the model and before the first forward, and call `step()` once after every optimizer step.
+
+    Args:
+        model: a module with one or more `MoELayer` in it.
+        config: the law and its rate.
+        group: the ranks whose counts are summed, usually `torch.distributed.group.WORLD`; None for this process alone.
+    Raises:
+        ValueError: the model has no MoE layer.
+        InvalidValue: the law does not fit the layers' routing, or needs a horizon that `config` does not give.
+
+    Examples:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from dispatch import BalanceConfig, LossFreeBalancer, MoEConfig, MoELayer, make_dispatcher
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> dispatcher = make_dispatcher(num_experts=4, ep_group=dist.group.WORLD, hidden=8, top_k=1)
+        >>> layer = MoELayer(8, MoEConfig(num_experts=4, top_k=1, ffn_hidden=8), dispatcher)
+        >>> balancer = LossFreeBalancer(layer, BalanceConfig(law="sign", rate=1e-3), dist.group.WORLD)
+        >>> layer(torch.ones(100, 8)).sum().backward()  # equal tokens all choose the same expert
+        >>> load = balancer.step()
+        >>> load.sort().values
+        tensor([  0,   0,   0, 100])
+        >>> layer.router.expert_bias_E[load.argmax()]  # the busiest expert's bias falls
+        tensor(-0.0015)
+        >>> dist.destroy_process_group()
     """
 
     model: nn.Module
@@ -129,14 +149,20 @@ class LossFreeBalancer:
         self.routers = routers_of(self.model)
         if not self.routers:
             raise ValueError("the model has no Router: build it with dispatch.layer.MoELayer before the balancer")
-        self.law = make_law(self.config, layout_of(self.routers))
+        self.law = Law(self.config, layout_of(self.routers))
         attach_law(self.routers, self.law)
         self.state: LawState = self.law.initial_state()
         write_state(self.routers, self.state)
         self.num_steps = 0
 
     def step(self) -> Tensor:
-        """Sum, update, reset. Returns the global load of the step, int64 (N,) on the CPU."""
+        """Sum the counts since the last call over the group, move every bias by the law, and reset the counts.
+
+        Collective over the group: one all-reduce of integers. All ranks get the same biases, bit for bit.
+
+        Returns:
+            The global load: int64 (N,) on the CPU, N the number of experts of all MoE layers, in module order.
+        """
         device = next(iter(self.routers.values())).tokens_per_expert_E.device
         counts_M = read_counts(self.routers).to(device)
         if self.group is not None:

@@ -3,64 +3,48 @@
 Shapes: T tokens on this rank (may be 0, may differ by rank), H hidden.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.board import Board
-from dispatch.dispatcher import Dispatcher
+from dispatch.config import MoEConfig, ScheduleConfig
+from dispatch.diagnosis.activity_tracker import ActivityTracker
 from dispatch.errors import InvalidValue
-from dispatch.experts import Experts
-from dispatch.router import Router, RouterConfig
-from dispatch.schedule import ScheduleConfig, mix
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEConfig(RouterConfig):
-    """One mixture-of-experts layer."""
-
-    ffn_hidden: int = 128
-    """Inner width of an expert."""
-    num_shared_experts: int = 1
-    """Experts that every token passes, computed as one feed-forward of this multiple of ffn_hidden; 0 for none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ffn_hidden < 1 or self.num_shared_experts < 0:
-            raise InvalidValue(
-                f"ffn_hidden ({self.ffn_hidden}) must be at least 1 and num_shared_experts ({self.num_shared_experts}) "
-                "at least 0"
-            )
-
-
-class SwiGLU(nn.Module):
-    """Dense feed-forward down(silu(gate(x)) * up(x)), for dense layers and shared experts; keeps the shape of x."""
-
-    def __init__(self, hidden: int, ffn_hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, ffn_hidden, bias=False)
-        self.up_proj = nn.Linear(hidden, ffn_hidden, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype rules as nn.Linear."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
+from dispatch.exchange.dispatcher import Dispatcher
+from dispatch.experts.dense import SwiGLU
+from dispatch.experts.stacked import Experts
+from dispatch.routing.router import Router
+from dispatch.schedule import run_experts
 
 
 class MoELayer(nn.Module):
-    """A drop-in feed-forward whose experts are spread over the ranks of the dispatcher's EP group.
+    """A feed-forward of many experts, spread over the ranks of an expert-parallel (EP) group. No token is dropped.
+
+    Forward and backward are collective over the EP group: every rank must call them, also a rank without tokens.
+    Expert parameters differ between ranks (`expert_parameters` lists them); all others must be equal on all ranks, and
+    their gradients summed over the ranks by the caller. `LossFreeBalancer` moves the bias after each optimizer step.
 
     Args:
-        hidden: width of a token.
+        hidden: width of a token's vector.
         config: sizes and routing.
-        dispatcher: how rows travel; it decides which experts this rank holds.
-        schedule: the order of its work.
+        dispatcher: sends tokens to their experts, and determines which experts this rank holds.
+        schedule: chunks, overlap and the bound on memory; the default is one chunk, with overlap and without a bound.
+    Raises:
+        InvalidValue: the dispatcher was made for another num_experts or top_k than `config` has.
 
-    Forward and backward are collective over the EP group: every rank calls them, also with zero tokens. No token is
-    dropped. Move the bias once per optimizer step with `dispatch.balance`.
+    Examples:
+        One process, so a group of one rank; under torchrun it is `torch.distributed.group.WORLD`.
+
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from dispatch import MoEConfig, MoELayer, make_dispatcher
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> dispatcher = make_dispatcher(num_experts=8, ep_group=dist.group.WORLD, hidden=32, top_k=2)
+        >>> layer = MoELayer(32, MoEConfig(num_experts=8, top_k=2, ffn_hidden=64), dispatcher)
+        >>> layer(torch.randn(4, 10, 32)).shape
+        torch.Size([4, 10, 32])
+        >>> layer.router.tokens_per_expert_E.sum()  # 40 tokens, 2 experts each
+        tensor(80)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -82,50 +66,47 @@ class MoELayer(nn.Module):
         self.schedule = schedule or ScheduleConfig()
         self.router = Router(hidden, config)
         expert_ids = dispatcher.placement.owned_by(dispatcher.ep_rank)
-        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter, dispatcher.recycler)
+        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter, dispatcher.buffer_pool)
         shared_hidden = config.ffn_hidden * config.num_shared_experts
-        self.shared_experts = SwiGLU(hidden, shared_hidden) if shared_hidden else None
+        self.shared_experts = SwiGLU(hidden, shared_hidden, config.shared_gate) if shared_hidden else None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """Mix the experts' outputs for every token.
+        """Compute the weighted sum of the chosen experts' outputs, plus the shared experts', for every token.
 
         Args:
-            x: (..., hidden), float; (B, S, hidden) are B sequences, (T, hidden) one. Under autocast rows travel and
-                experts compute in the autocast dtype.
-            token_mask: (...) bool, False for padding; padding is computed but not counted in the load.
+            x: (..., hidden), floating point. (B, S, hidden) are B sequences, (T, hidden) is one. Under autocast, rows
+                travel and experts compute in the autocast dtype. The number of tokens may be 0 and differ by rank.
+            token_mask: (...) bool, the shape of x without its last dimension; False marks padding, which is computed
+                but not counted in the load. None counts every token.
         Returns:
-            (..., hidden) in the compute dtype.
+            The shape of x, in the compute dtype: the autocast dtype under autocast, else the dtype of x.
+        Raises:
+            ValueError: the last dimension of x is not `hidden`.
         """
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
-        board = self.dispatcher.meter.board
-        board.layer = self.name
-        if board.leaves_out("dispatch"):
-            return torch.zeros_like(x)
+        self.dispatcher.meter.tracker.layer = self.name
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T, x.shape[:-2].numel())
-        y_TH = mix(
-            _to_compute_dtype(x_TH),
-            topk_ids_TK,
-            topk_weights_TK,
-            self.dispatcher,
-            self.experts,
-            self.schedule,
-            lambda: None if self.shared_experts is None else self.shared_experts(x_TH),
-        )
+
+        def shared() -> Tensor | None:
+            return None if self.shared_experts is None else self.shared_experts(x_TH)
+
+        rows_TH = _to_compute_dtype(x_TH)
+        y_TH = run_experts(rows_TH, topk_ids_TK, topk_weights_TK, self.dispatcher, self.experts, self.schedule, shared)
         return y_TH.reshape(x.shape)
 
 
-def name_layers(model: nn.Module, board: Board) -> None:
-    """Let the MoE layers of a model know their names, and the board their order: errors then say which layer.
+def name_layers(model: nn.Module, tracker: ActivityTracker) -> None:
+    """Let the MoE layers of a model know their names, and the tracker their order: errors then say which layer.
 
     Without it errors leave the layer out, and a rank that skips one is not noticed at once.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     for name, layer in layers.items():
         layer.name = name
-    board.layers = tuple(layers)
+    tracker.layers = tuple(layers)
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:

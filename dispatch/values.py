@@ -1,4 +1,4 @@
-"""Small plain values between ranks: JSON over tensors, bounded, and never a pickle.
+"""Small plain values between ranks, JSON over tensors, bounded and never a pickle; and between device and host.
 
 torch's `all_gather_object` unpickles what the other ranks send: who gets a word in there runs code on every rank.
 """
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -102,3 +103,10 @@ def read_tensor(value: Any) -> torch.Tensor:
     if not raw:  # torch makes no tensor of an empty buffer
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+
+
+def host_lists(*tensors: Tensor) -> list[Any]:
+    """The tensors as nested lists. Waits for the device, once for all of them."""
+    host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = host.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]

@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dispatch.balance import LossFreeBalancer
-from dispatch.experts import expert_parameters
-from dispatch.factory import make_dispatcher
-from dispatch.laws import BalanceConfig
-from dispatch.layer import MoEConfig, MoELayer
-from dispatch.load_metrics import max_vio
+from dispatch import (
+    BalanceConfig,
+    LossFreeBalancer,
+    MoEConfig,
+    MoELayer,
+    expert_parameters,
+    make_dispatcher,
+    max_vio,
+)
 
 HIDDEN, TOKENS = 32, 512
 

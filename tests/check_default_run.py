@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from runtime.run_record import RunRecord, headlines
+from runtime.report.run_record import RunRecord, headlines
 
 GOOD = ("Held-out bits per byte", "Tokens lost", "Bias checksums equal")
 

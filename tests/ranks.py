@@ -80,7 +80,7 @@ class _Rank:
             self.error, self.ended_at = payload, moment
 
 
-def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: float = 60.0) -> list[T]:
+def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: float = 300.0) -> list[T]:
     """Call `fn(rank, world_size, *args)` in `world_size` processes and return the results by rank.
 
     The default process group (gloo on loopback, one thread a rank) is ready when `fn` starts. `fn` is a module-level

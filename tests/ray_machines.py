@@ -1,4 +1,4 @@
-"""A real Ray cluster of several machines (runtime.chaos.machines) on this host: about 20 s for three."""
+"""A real Ray cluster of several machines (runtime.commands.chaos.machines) on this host: about 20 s for three."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.chaos.machines import Machine, Machines
+from runtime.commands.chaos.machines import Machine, Machines
 from tests.ray_fixture import ROOT
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -17,6 +17,7 @@ HEALTH = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
+    "RAY_worker_niceness": "0",
     "RAY_health_check_failure_threshold": "5",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dispatch.layout import LoadLayout
-from workers.run_log import RunLog
+from workers.record.run_log import RunLog
 
 PHASES_S = {"dispatch_s": 0.021, "experts_s": 0.052, "combine_s": 0.017, "bias_update_s": 3e-4, "control_wait_s": 6e-4}
 

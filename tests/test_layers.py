@@ -1,6 +1,7 @@
 """Imports go one way: dispatch <- workers <- cluster <- runtime, and dispatch needs torch only."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ def complaints_about(source: str, package: str) -> list[str]:
             complaints.append(f"line {line}: relative import")
         elif top in (*LAYERS, "tests", "benchmarks", "examples") and top not in allowed:
             complaints.append(f"line {line}: {package} must not import {module}")
-        elif package == "dispatch" and top not in allowed and top != "torch" and top not in sys.stdlib_module_names:
+        # Triton comes with torch's CUDA builds; `dispatch/kernels` is imported only where it does.
+        elif package == "dispatch" and top not in (*allowed, "torch", "triton", *sys.stdlib_module_names):
             complaints.append(f"line {line}: dispatch needs torch only, not {module}")
     return complaints
 
@@ -54,6 +56,116 @@ def test_the_check_sees_each_kind_of_wrong_import() -> None:
     assert complaints_about("from tests.ranks import run_ranks", "runtime") != []
     assert complaints_about("import os, torch.nn\nfrom dispatch.layer import MoELayer", "dispatch") == []
     assert complaints_about("import ray\nfrom workers.worker import Worker", "cluster") == []
+
+
+def imports_of(sources: dict[str, str]) -> dict[str, list[str]]:
+    """For each module, of those given as name and source, which of the others it imports, anywhere in its source."""
+    graph: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        found = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # `from a.b import c` imports the module a.b.c where there is one, else a.b for a name in it.
+                found |= {
+                    inner if (inner := f"{node.module}.{alias.name}") in sources else node.module
+                    for alias in node.names
+                }
+        graph[name] = sorted(found & sources.keys() - {name})
+    return graph
+
+
+def circle_in(graph: dict[str, list[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; empty if there are none."""
+    left = {name: set(imported) for name, imported in graph.items()}
+    while free := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in free:
+            del left[name]
+    if not left:
+        return []
+    path = [next(iter(left))]
+    while path[-1] not in path[:-1]:
+        path.append(min(left[path[-1]] & left.keys()))
+    return path[path.index(path[-1]) :]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, list[str]]:
+    """Every module of the four packages and what it imports."""
+    files = [file for package in LAYERS for file in (ROOT / package).rglob("*.py")]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return imports_of({name: file.read_text() for name, file in zip(names, files, strict=True)})
+
+
+def test_no_modules_import_each_other_in_a_circle(graph: dict[str, list[str]]) -> None:
+    # Also not for types, nor inside a function: who reads one of them would have to read them all.
+    assert len(graph) > 100
+    assert circle_in(graph) == []
+
+
+# What nearly all of a package imports, which the picture in docs/architecture.md leaves out, as it says.
+BELOW_ALL = {
+    "dispatch": {"config", "errors", "values", "layout", "diagnosis", "public", "own_packages", "registry"},
+    "workers": {"run_config"},
+    "cluster": {"config", "machine"},
+    "runtime": {"settings", "runs", "terminal"},
+}
+
+
+def drawn_arrows(text: str) -> set[tuple[str, str, str]]:
+    """The arrows of the picture: package, room, and the room that it imports from."""
+    arrows, package = set(), ""
+    for line in text[text.index("```mermaid") :].splitlines():
+        words = line.split()
+        if words[:1] == ["subgraph"]:
+            package = words[1]
+        elif words[:1] == ["end"]:
+            package = ""
+        elif package and "-->" in words:
+            room = re.sub(r"\w+\[(\w+)\]", r"\1", words[0])
+            arrows |= {(package, room, other) for other in words[2:] if other != "&"}
+    return arrows
+
+
+def test_the_picture_of_the_architecture_shows_every_import_between_rooms(graph: dict[str, list[str]]) -> None:
+    arrows = set()
+    for name, imported in graph.items():
+        package, *inner = name.split(".")
+        for other in (each.split(".") for each in imported):
+            if inner and other[0] == package and len(other) > 1 and other[1] not in BELOW_ALL[package]:
+                arrows.add((package, inner[0], other[1]))
+    arrows = {arrow for arrow in arrows if arrow[1] not in (arrow[2], "__main__", *BELOW_ALL[arrow[0]])}
+    assert drawn_arrows((ROOT / "docs" / "architecture.md").read_text()) == arrows
+
+
+def test_the_docstring_of_a_room_names_every_file_in_it() -> None:
+    rooms = [
+        each for package in LAYERS[:3] for each in (ROOT / package).rglob("__init__.py") if each.parent.parent != ROOT
+    ]
+    assert len(rooms) > 15
+    unnamed = {}
+    for room in rooms:
+        told = re.findall(r"`([\w.]+)`", ast.get_docstring(ast.parse(room.read_text())) or "")
+        files = {file.stem for file in room.parent.glob("*.py")} - {"__init__", "__main__"}
+        if lacking := files - {name.partition(".")[0] for name in told}:
+            unnamed[str(room.parent.relative_to(ROOT))] = sorted(lacking)
+    assert unnamed == {}
+
+
+def test_the_check_sees_a_circle() -> None:
+    sources = {
+        "a.one": "def f():\n    from a import two",
+        "a.two": "import torch\nfrom a.three import x",
+        "a.three": "if TYPE_CHECKING:\n    import a.one",
+        "a.four": "from a.one import f",
+    }
+    assert circle_in(imports_of(sources)) in (
+        ["a.one", "a.two", "a.three", "a.one"],
+        ["a.two", "a.three", "a.one", "a.two"],
+        ["a.three", "a.one", "a.two", "a.three"],
+    )
+    assert circle_in(imports_of(sources | {"a.three": ""})) == []
 
 
 def test_each_package_is_the_one_of_this_tree(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.check_default_run import complaints
 from tests.readme_checker import ROOT, broken_commands, broken_links, broken_paths, line_of_first_command
 from tests.synthetic_run import make_run
-from workers.run_log import METRICS
+from workers.record.run_log import METRICS
 
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev]'"
 PLACE_OF_A_MACHINE = re.compile(r"(?<![\w./:~}-])/(?:home|Users|root|work|mnt|scratch)/\w")
@@ -20,6 +20,11 @@ def test_readme_names_only_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
     complaints = broken_links(text) + broken_paths(text) + broken_commands(text)
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/how-to-add.md", "docs/architecture.md"])
+def test_the_pages_for_developers_name_only_paths_that_exist(name: str) -> None:
+    assert broken_paths((ROOT / name).read_text()) == []
 
 
 def test_readme_is_short_and_starts_with_a_command() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.readme_checker import ROOT, code_blocks
-from tests.workers.families.directories import write_directory
+from tests.workers.model.families.directories import write_directory
 
 TRIMTAB = Path(sys.executable).parent / "trimtab"
 
@@ -48,7 +48,7 @@ USES = (
     Use("plan paper-1b --world 64 --ep 8", says="Fits in 80 GiB: yes"),
     Use("doctor cluster", says="2 ranks on cpu joined"),
     Use("doctor first", says="step_00000016"),
-    Use("chaos quick", typed_in="tests/runtime/chaos/test_chaos.py"),
+    Use("chaos quick", typed_in="tests/runtime/commands/chaos/test_chaos.py"),
     Use("train --name scored --balance.record 10", "--config tiny --steps 20", "Step 20 of 20", (
         "runs/scored/report.html",)),
     Use("replay scored --law sign:u=0.003", says="sign", leaves=("runs/scored/replay.json", "runs/scored/replay.png")),
@@ -80,7 +80,7 @@ def test_no_command_of_the_readme_is_left_out() -> None:
 def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
     write_directory(tmp_path / "MODEL", "qwen3_moe")
     (tmp_path / "my-texts").mkdir()
-    (tmp_path / "my-texts" / "design.txt").write_text((ROOT / "docs" / "design.md").read_text() * 4)
+    (tmp_path / "my-texts" / "design.txt").write_text((ROOT / "docs" / "laws.md").read_text() * 4)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for use in USES:
         if use.typed_in:

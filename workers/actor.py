@@ -21,35 +21,21 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from workers.mailbox import Mailbox
+from workers.gang.collateral import is_collateral
+from workers.gang.mailbox import Mailbox
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-CONTROL_GROUP = "ctl"  # Calls in this concurrency group are answered while a long call runs.
 
 # What steers the transport of a rank: forwarded from the driver, and recorded as it is in effect.
 TRANSPORT_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
-# What a rank says when another one has gone: gloo, the store and NCCL. It fails too, but it is not the cause.
-COLLATERAL_MARKS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "Timed out waiting",
-    "Operation timed out!",
-    "Application timeout",
-    "DistNetworkError",
-    "DistStoreError",
-    "DistBackendError",
-)
-
 
 class JoinsGang(Protocol):
-    """What the actor asks of a worker; all else goes through `call` and `control` by name."""
+    """The one method that the actor itself calls on a worker; `call` and `control` reach the others by name."""
 
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...]) -> object:
         """nodes: the index of each rank's machine, by rank."""
@@ -57,7 +43,7 @@ class JoinsGang(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WorkerLocation:
     """Where an actor landed.
 
     `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `interface` the network
@@ -93,7 +79,7 @@ class Failure:
         return cls(
             message=f"{type(error).__name__}: {error}",
             trace=trace,
-            collateral=any(mark in trace for mark in COLLATERAL_MARKS),
+            collateral=is_collateral(trace),
             time_s=time.time(),
             error=error if _survives_pickling(error) else None,
         )
@@ -110,8 +96,8 @@ class WorkerActor:
         self._mailbox = Mailbox()
         self._thread_id = 0
 
-    def start(self) -> Place | Failure:
-        """Import torch, build the worker, and say where it lives."""
+    def start(self) -> WorkerLocation | Failure:
+        """Import torch, build the worker, and return where it runs."""
         return _guarded(self._start)
 
     def join(
@@ -123,30 +109,30 @@ class WorkerActor:
         timeout_s: float,
         num_threads: int,
     ) -> Any:
-        """Hand the worker its rank and the store of this epoch. All ranks must call it together.
+        """Give the worker its rank and the store of this epoch. All ranks must call it together.
 
         nodes, actors: the index of each rank's machine, and its actor, by rank: as many as there are ranks.
         """
         return _guarded(self._join, rank, nodes, actors, epoch, timeout_s, num_threads)
 
     def mailbox(self, method: str, *args: Any) -> Any:
-        """Run a method of this rank's mailbox, for another rank that joins, or to end a join that cannot succeed."""
+        """Call a method of this rank's mailbox, for another rank that joins, or to end a join that cannot succeed."""
         return methodcaller(method, *args)(self._mailbox)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method of the worker. All such calls of a rank run one after the other on one thread."""
+        """Call a method of the worker. The calls of a rank run one after the other, on one thread."""
         return _guarded(methodcaller(method, *args), self._worker)
 
     def control(self, method: str, *args: Any) -> Any:
-        """Run a quick method of the worker beside the one that is running: to ask for progress or for a stop."""
+        """Call a quick method of the worker while another runs, to ask for progress or for a stop."""
         return _guarded(methodcaller(method, *args), self._worker)
 
     def stack(self) -> str:
-        """The stack of the running call, for a report on a gang that hangs."""
+        """Return the stack of the running call, for a report on a gang that hangs."""
         frame = sys._current_frames().get(self._thread_id)  # noqa: SLF001
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
-    def _start(self) -> Place:
+    def _start(self) -> WorkerLocation:
         import ray
 
         context = ray.get_runtime_context()
@@ -160,7 +146,7 @@ class WorkerActor:
         make_worker: Callable[[], JoinsGang] = pickle.loads(self._pickled_make_worker)  # noqa: S301
         self._worker = make_worker()
         self._thread_id = threading.get_ident()
-        return Place(
+        return WorkerLocation(
             node_id=context.get_node_id(),
             ip=ip,
             gpu_ids=gpu_ids,
@@ -183,7 +169,7 @@ class WorkerActor:
     ) -> object:
         import torch
 
-        from workers.gang_store import GangStore
+        from workers.gang.gang_store import GangStore
 
         torch.set_num_threads(num_threads)
         # A gang that is formed again must not read the keys of the one before.
@@ -203,11 +189,11 @@ def usable_cores() -> int:
 
 
 def _write_stacks_on_signal() -> int:
-    """From now on SIGUSR1 appends the stacks of all threads to a file in memory, whose number is returned.
+    """Have SIGUSR1 append the stacks of all threads to a file in memory. Returns the file's descriptor.
 
     The handler is C and needs no GIL: it answers also where Python no longer does.
     """
-    if not hasattr(os, "memfd_create"):  # macOS: nobody could read it from outside
+    if not hasattr(os, "memfd_create"):  # macOS: no /proc to read it through
         return -1
     number = os.memfd_create("stacks")
     faulthandler.register(signal.SIGUSR1, number, all_threads=True)

@@ -41,7 +41,8 @@ class RunConfig:
     full_disk_wait_s: float = 600.0
     """How long the last checkpoint is tried again when the disk does not take it, before the run fails."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the computation; weights, router and optimizer are float32 with either."""
+    """Number format of the computation; weights, router and optimizer are float32 with either. A preset that trains on
+    the GPUs of this machine takes bfloat16."""
     on_bias_mismatch: Literal["stop", "repair"] = "stop"
     """When the bias of a rank was changed by something else: stop, or repair it from the law's state and go on."""
 

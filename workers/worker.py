@@ -13,30 +13,33 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from dispatch.activity import Activity
-from workers import checkpoint
-from workers.checkpoint import CheckpointCorrupt
-from workers.decoding import OnToken
-from workers.evaluation import Evaluation, evaluate
-from workers.exchange_choice import choose_exchange
-from workers.generation import SamplingConfig, Speed, generate
-from workers.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
-from workers.parallel import join_groups, local_device
-from workers.rank_state import RankState, WorkerSpec, build_rank
-from workers.record_check import find_holes, new_holes
-from workers.run_log import METRICS, RunLog
-from workers.score_log import ScoreLog, ScoreShape, set_aside_later_scores
-from workers.state import canonical_state
-from workers.tokenizer import load_tokenizer
-from workers.training import autocast
-from workers.training_run import CHECKPOINTS, TrainingRun, TrainOutcome
+from dispatch.diagnosis.activity import Activity
+from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint import CheckpointCorrupt
+from workers.checkpoints.checkpoint_files import CHECKPOINTS
+from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
+from workers.checkpoints.state import canonical_state
+from workers.data.tokenizer import load_tokenizer
+from workers.gang.exchange_choice import choose_exchange
+from workers.gang.parallel import join_groups, local_device
+from workers.generation.decoding import OnToken
+from workers.generation.generate import SamplingConfig, Speed, generate
+from workers.record.record_check import find_holes, new_holes
+from workers.record.run_log import METRICS, RunLog
+from workers.record.score_log import ScoreLog, ScoreShape, set_aside_later_scores
+from workers.training.evaluation import Evaluation, evaluate
+from workers.training.faults import FaultPlan, install
+from workers.training.outcome import TrainOutcome
+from workers.training.rank_state import RankState, build_rank
+from workers.training.training_run import TrainingRun
+from workers.training.worker_spec import WorkerSpec
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """New text of this rank's share of the prompts, by index of the prompt, and how fast it came."""
+    """Continuations of this rank's share of the prompts, by index of the prompt, and the speed of generation."""
 
     texts: dict[int, str]
     speed: Speed
@@ -48,8 +51,6 @@ class Worker:
     `progress`, `activity` and `request_stop` may be called from another thread meanwhile.
     """
 
-    _state: RankState
-
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
@@ -58,6 +59,13 @@ class Worker:
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
         self._nodes: tuple[int, ...] = ()
+        self._joined: RankState | None = None  # between `join` and `leave`
+
+    @property
+    def _state(self) -> RankState:
+        if self._joined is None:
+            raise RuntimeError("the worker is in no gang: call join first")
+        return self._joined
 
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
         """Form the process groups, and build data, model and optimizer. All ranks call it together.
@@ -79,6 +87,7 @@ class Worker:
             hidden=spec.model.hidden,
             top_k=spec.model.moe.top_k,
         )
+        spec = replace(spec, parallel=replace(spec.parallel, exchange=choice.exchange))
         self._nodes = nodes
         groups = join_groups(
             rank=rank,
@@ -89,7 +98,7 @@ class Worker:
             timeout_s=timeout_s,
             ranks_per_node=choice.ranks_per_node,
         )
-        self._state = build_rank(spec, groups)
+        self._joined = build_rank(spec, groups)
 
     def train(
         self, resume_from: Path | None = None, start: Mapping[str, Any] | None = None, again: bool = False
@@ -114,6 +123,9 @@ class Worker:
                 memory=self._memory,
                 nodes=self._nodes,
             )
+            if self._spec.faults:
+                plan = FaultPlan(self._spec.faults, state.groups.rank, self._spec.run_dir)
+                install(plan, run.trainer, state.control_tracker)
             begun = time.monotonic()
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
@@ -148,7 +160,7 @@ class Worker:
             state.groups,
             batch_size=max(1, run.global_batch_size // world_size // run.num_micro_batches(world_size)),
             num_sequences=num_sequences,
-            autocast=autocast(self._spec.run.dtype, state.groups.device),
+            autocast=state.autocast(),
         )
 
     def generate(
@@ -164,23 +176,23 @@ class Worker:
             sampling,
             state.groups,
             eod_id=tokenizer.eod_id,
-            autocast=autocast(self._spec.run.dtype, state.groups.device),
+            autocast=state.autocast(),
             on_token=on_token,
         )
         texts = {index: tokenizer.decode(tokens) for index, tokens in generated.new_ids.items()}
         return Continuations(texts, generated.speed)
 
     def held_checkpoints(self) -> list[HeldShard]:
-        """What this process has in memory of the last gang that it was in. Quick, from any thread, without a gang."""
+        """Memory checkpoints that this process holds from its last gang. Quick; any thread; needs no gang."""
         return self._memory.held()
 
     def write_held(self, step: int) -> Path:
-        """Write the checkpoint of a step that is in memory to the disk, to resume from it like from any other.
+        """Write a memory checkpoint to the disk, so that the run can resume from it as from any other.
 
         Raises:
-            CheckpointError: on all ranks: some of it is in no process, or the disk does not take it.
+            CheckpointError: on all ranks, if a share is in no process, or the disk does not take it.
 
-        Collective over a gang of any size, after `join`; processes that have nothing of it take part.
+        Collective over a gang of any size, after `join`; processes that hold no share of it take part too.
         """
         return write_held(
             self._memory,
@@ -191,9 +203,9 @@ class Worker:
         )
 
     def progress(self, since: int) -> list[dict[str, Any]]:
-        """Metrics and events of this run from the `since`-th on; only rank 0 has any.
+        """Return metrics and events of this run from number `since` on; only rank 0 has any.
 
-        Who asks has those before: they are let go, or a long run would keep them all.
+        Earlier ones are dropped, or a long run would keep them all: the caller has them already.
         """
         num_known = max(0, since - self._num_taken)
         del self._lines[:num_known]  # the training thread only appends
@@ -201,25 +213,25 @@ class Worker:
         return list(self._lines)
 
     def request_stop(self) -> None:
-        """Save and stop after the step under way, on all ranks."""
+        """Ask all ranks to save and stop after the current step."""
         self._stop_requested.set()
 
     def abort(self) -> None:
-        """Break the connections to all other ranks: what waits for one of them fails. From any thread."""
-        if (state := self.__dict__.get("_state")) is not None:  # once: the other thread may give it up
+        """Break the connections to all other ranks: calls that wait for one of them fail. From any thread."""
+        if (state := self._joined) is not None:  # read once: the other thread may leave
             state.groups.connections.abort()
 
     def activity(self) -> dict[str, Activity]:
-        """What this rank is in, by thread, or was when it left its gang; nothing before it joins. From any thread."""
-        state: RankState | None = self.__dict__.get("_state")  # once, as in `abort`
+        """Activity of each thread, now or when the rank left its gang; empty before it joins. From any thread."""
+        state = self._joined  # read once, as in `abort`
         return self._last_words if state is None else state.activity()
 
     def leave(self) -> None:
-        """Leave the process groups and let go of all that was built for them. Repeating it is harmless."""
-        self._last_words = self.activity()  # a gang that failed is asked who waited for whom
+        """Leave the process groups and free all that was built for them. Repeating it is harmless."""
+        self._last_words = self.activity()  # the driver still asks a failed gang which rank waited for which
         self.abort()
         # Cycles of objects that hold a group keep it.
-        self.__dict__.pop("_state", None)
+        self._joined = None
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

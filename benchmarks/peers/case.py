@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dispatch.placement import ExpertPlacement
-from runtime.bench.limits import Shape
+from dispatch.exchange.placement import ExpertPlacement
+from runtime.commands.bench.dispatch.limits import Shape
 
 HOTTEST_OVER_MEAN = 3.7
 """Load of the busiest expert over the mean load in a skewed race."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.peers.case import LayerWeights, experts_of_rank
-from runtime.bench.limits import Shape
+from runtime.commands.bench.dispatch.limits import Shape
 
 
 @dataclass(frozen=True)

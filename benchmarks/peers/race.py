@@ -26,8 +26,8 @@ from benchmarks.peers.case import (
 )
 from benchmarks.peers.contestant import Builder, Setting
 from benchmarks.peers.meters import WireMeter
-from runtime.bench.limits import matmul_limit
-from runtime.bench.memory import peak_allocated_bytes, peak_resident_bytes
+from runtime.commands.bench.dispatch.limits import matmul_limit
+from runtime.commands.bench.dispatch.memory import peak_allocated_bytes, peak_resident_bytes
 
 LIMIT = "matmul limit"
 T = TypeVar("T")

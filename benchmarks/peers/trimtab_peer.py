@@ -2,8 +2,9 @@
 
 from benchmarks.peers.case import LayerWeights
 from benchmarks.peers.contestant import Contestant, Setting, from_gate_up, gradient
-from dispatch.factory import make_dispatcher
-from dispatch.layer import MoEConfig, MoELayer
+from dispatch.config import MoEConfig
+from dispatch.exchange.factory import make_dispatcher
+from dispatch.layer import MoELayer
 
 
 def build(setting: Setting, weights: LayerWeights) -> Contestant:

@@ -20,11 +20,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks.soak.memory import Track, Tracks, wait_until_gone
-from cluster.session import RaySession
-from runtime import job
-from runtime.config_file import parse_train
-from runtime.run_record import RunRecord, headlines
-from workers.run_log import read_metrics
+from cluster.ray.session import RaySession
+from runtime.job import job
+from runtime.report.run_record import RunRecord, headlines
+from runtime.settings.config_file import parse_train
+from workers.record.run_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 MAX_MIB = 1.0  # in 1,000 steps: 1 GiB in a million

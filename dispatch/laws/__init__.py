@@ -1,13 +1,13 @@
 """Balancing laws: pure functions from the load of one step and a small state to the next bias. See docs/laws.md.
 
-A law never sees tokens, ranks or gradients. The same load and state give the same bits in any world size and reduction
-order: counts are int64, means are exact (`math.fsum`), and every result is rounded to fp32 once.
+Begin with a rule in `rules` (`sign` is the published one): what a law does to one layer, and `register_law` for one of
+your own. `law` applies the configured rule to all layers and holds its settings and state; `load_metrics` measures how
+even a load is. A law never sees tokens, ranks or gradients. The same load and state give the same bits in any world
+size and reduction order: counts are int64, means are exact (`math.fsum`), and every result is rounded to fp32 once.
 """
 
-from dispatch.laws import rules as _rules  # registers the laws that come with us
-from dispatch.laws.config import BalanceConfig
-from dispatch.laws.law import Law, LawState, make_law
-from dispatch.laws.registry import LAWS, LawEntry, LayerLoad, LayerState, register_law
+from dispatch.laws.law import BalanceConfig, Law, LawState
+from dispatch.laws.rules import LAWS, STATISTIC_SCALE, LawEntry, LayerLoad, LayerState, register_law
 
 __all__ = [
     "BalanceConfig",
@@ -17,8 +17,6 @@ __all__ = [
     "LawState",
     "LayerLoad",
     "LayerState",
-    "make_law",
+    "STATISTIC_SCALE",
     "register_law",
 ]
-
-del _rules

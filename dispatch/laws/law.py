@@ -1,22 +1,96 @@
-"""A law at work on all MoE layers of a model, and its serialisable state.
+"""A balancing law: which one a run uses, its work on all MoE layers of a model, and its state.
 
-Shapes: N experts of all MoE layers, E of one, W integers an expert of the law's statistic, M = N (1 + W) counts.
+Shapes: N experts of all MoE layers, E of one, W integers per expert of the law's statistic, M = N (1 + W) counts.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dispatch.laws.config import BalanceConfig
-from dispatch.laws.registry import LayerLoad, LayerState
+from dispatch.errors import InvalidValue
+from dispatch.laws.rules import LAWS, LawEntry, LayerLoad, LayerState
 from dispatch.layout import LoadLayout
-from dispatch.statistics import make_statistic
+from dispatch.registry import checked_options, is_number
+from dispatch.routing.statistics import make_statistic
 
 _WIRE_DTYPES = {"<f4": torch.float32, "<i8": torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Which law moves the selection bias, and how fast.
+
+    Raises:
+        InvalidValue: the law is not known, `module` cannot be imported, or a value is out of its range. It is also a
+            ValueError.
+
+    Examples:
+        >>> from dispatch import BalanceConfig
+        >>> BalanceConfig(law="sign").rate_at(step=1)
+        0.001
+        >>> BalanceConfig(law="sign", schedule="linear", horizon=10).rate_at(step=5)
+        0.0005
+    """
+
+    law: Annotated[str, LAWS] = "adaptive"
+    """Rule that turns the load of a step into the next bias; docs/laws.md describes each."""
+    rate: float | None = None
+    """Step of the bias, in the law's own unit; empty: the law's default."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Further constants of the law, such as {"beta": 0.9}; docs/laws.md lists them."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate changes over the run: constant, or falling to zero linearly or as half a cosine."""
+    zero_last: float = 0.0
+    """Last part of the run in which the bias does not move, in 0 to 1 (0.034 in DeepSeek-V3); the schedule ends before
+    it."""
+    horizon: int = 0
+    """Number of steps that the schedule and zero_last refer to; 0 takes that of the run."""
+    module: str | None = None
+    """Python module that registers laws of your own; imported in every process, on every node."""
+
+    def __post_init__(self) -> None:
+        LAWS.check(self.law, self.module)
+        if self.rate is not None and not (is_number(self.rate) and self.rate >= 0):
+            raise InvalidValue(
+                f"balance.rate ({self.rate}) must be a finite number, at least 0; the law's own is {self.entry.rate}"
+            )
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise InvalidValue(f"balance.schedule is {self.schedule!r}; it must be constant, linear or cosine")
+        if not (is_number(self.zero_last) and 0 <= self.zero_last <= 1):
+            raise InvalidValue(f"balance.zero_last ({self.zero_last}) must be between 0 and 1; 0.034 in DeepSeek-V3")
+        if type(self.horizon) is not int or self.horizon < 0:
+            raise InvalidValue(
+                f"balance.horizon ({self.horizon}) must be a whole number of steps, 0 for those of the run"
+            )
+        options = checked_options("balance.options", f"law {self.law!r}", self.options, self.entry.options)
+        object.__setattr__(self, "options", options)
+
+    @property
+    def entry(self) -> LawEntry:
+        """The law as it was registered."""
+        return LAWS.find(self.law, self.module)
+
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether the rate depends on the length of the run."""
+        return self.schedule != "constant" or self.zero_last > 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the rate of the update after `step`, counted from 1. If `needs_horizon`, `horizon` must be set."""
+        rate = self.entry.rate if self.rate is None else self.rate
+        if not self.needs_horizon:
+            return rate
+        end = self.horizon * (1 - self.zero_last)
+        if step >= end and (self.zero_last or self.schedule != "constant"):
+            return 0.0
+        left = 1 - step / end
+        return {"constant": rate, "linear": rate * left, "cosine": rate * (1 - math.cos(math.pi * left)) / 2}[
+            self.schedule
+        ]
 
 
 @dataclass(frozen=True)
@@ -29,6 +103,10 @@ class LawState:
 
     bias_N: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> "LawState":
+        """With tensors of its own."""
+        return LawState(self.bias_N.clone(), {name: value.clone() for name, value in self.extras.items()})
 
     def to_wire(self) -> dict[str, Any]:
         """Plain str, bytes and lists, fit for msgpack or JSON-with-bytes; no pickle."""
@@ -74,6 +152,32 @@ class Law:
         }
         return LawState(torch.zeros(total, dtype=torch.float32), extras)
 
+    def fits(self, state: LawState) -> bool:
+        """Whether the state is one of this law on these layers: the same vectors by name, dtype and length."""
+
+        # The bias apart from the extras, none of which may stand in for it, whatever its name.
+        def form(of: LawState) -> tuple[Any, dict[str, Any]]:
+            extras = {name: (value.dtype, value.shape) for name, value in of.extras.items()}
+            return (of.bias_N.dtype, of.bias_N.shape), extras
+
+        return form(state) == form(self.initial_state())
+
+    def check_state(self, state: LawState) -> None:
+        """Refuse a state that the law cannot go on from.
+
+        Raises:
+            InvalidValue: it belongs to another law or other layers. ValueError: its bias is not finite.
+        """
+        if not self.fits(state):
+            own = self.initial_state()
+            raise InvalidValue(
+                f"a law state with {len(state.bias_N)} biases and {sorted(state.extras)} does not fit this run's law, "
+                f"which has {len(own.bias_N)} and {sorted(own.extras)}; keep the balance and model settings of the run "
+                "that saved it"
+            )
+        if not bool(state.bias_N.isfinite().all()):
+            raise ValueError("the bias is not finite; initialise or load the model before the control loop")
+
     def update(self, counts_M: Tensor, state: LawState, step: int) -> LawState:
         """The state after a step, counted from 1. Does not modify its arguments.
 
@@ -115,11 +219,6 @@ class Law:
         if state.bias_N.dtype != torch.float32 or state.bias_N.shape != (self.layout.total,):
             got = f"{state.bias_N.dtype} {tuple(state.bias_N.shape)}"
             raise ValueError(f"bias must be float32 of shape ({self.layout.total},), got {got}")
-
-
-def make_law(config: BalanceConfig, layout: LoadLayout) -> Law:
-    """The law that `config` names, for the layers of `layout`."""
-    return Law(config, layout)
 
 
 def _centred(bias_E: Tensor) -> Tensor:

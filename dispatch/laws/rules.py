@@ -1,16 +1,139 @@
-"""The laws that come with Trimtab. Formulas and sources: docs/laws.md.
+"""What a rule of balancing is, how it is registered as a law, and the laws that come with Trimtab (docs/laws.md).
 
-Shapes: E experts of one layer. In the comments c is the load of an expert, m the mean load of its layer, b its bias,
-v = (m - c) / m its relative lack of load.
+Shapes: E experts of one layer, W integers per expert of the law's statistic (0 without one). In the comments of the
+rules c is the load of an expert, m the mean load of its layer, b its bias, v = (m - c) / m its relative lack of load.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dispatch.laws.registry import STATISTIC_SCALE, LayerLoad, LayerState, register_law
-from dispatch.statistics import histogram_range
+from dispatch.registry import Registry, options_of
+from dispatch.routing.statistics import histogram_range
+
+# The per-layer extra of this name reaches the routers with the bias: a statistic may depend on it.
+STATISTIC_SCALE = "statistic_scale"
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What the routers of one layer counted in one step, summed over all ranks: the input of a law."""
+
+    tokens_E: Tensor
+    """Tokens that chose each expert: int64 (num_experts,)."""
+    statistic_EW: Tensor
+    """What the law's statistic counted: int64 (num_experts, W); W is 0 for a law without one."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Bias and further state of one layer: what a law takes and returns."""
+
+    bias_E: Tensor
+    """The selection bias that routed the step: float64 (num_experts,)."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further state by name, float64: (num_experts,) if registered in `per_expert`, (1,) if in `per_layer`."""
+
+    def moved_by(self, delta_E: Tensor, **extras: Tensor) -> "LayerState":
+        """Return a new state: the bias plus `delta_E`, and the named extras replaced."""
+        return LayerState(self.bias_E + delta_E, {**self.extras, **extras})
+
+
+Rule = Callable[..., LayerState]
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawEntry:
+    """A law as registered.
+
+    rule: (load, state, rate, **options) -> LayerState. rate: default step. options: constants of the rule and their
+    defaults. per_expert, per_layer: initial values of its extras. statistic: name in dispatch.routing.statistics, or
+    None. multiplies: experts are chosen by score * (1 + bias) instead of score + bias. group_limited: fit for it.
+    """
+
+    name: str
+    rule: Rule
+    rate: float
+    options: Mapping[str, float]
+    per_expert: Mapping[str, float]
+    per_layer: Mapping[str, float]
+    statistic: str | None
+    multiplies: bool
+    group_limited: bool
+
+    @property
+    def summary(self) -> str:
+        """First line of the rule's docstring."""
+        return (self.rule.__doc__ or "").partition("\n")[0]
+
+
+LAWS: Registry[LawEntry] = Registry("balance.law")
+
+
+def register_law(
+    name: str,
+    *,
+    rate: float,
+    per_expert: Mapping[str, float] | None = None,
+    per_layer: Mapping[str, float] | None = None,
+    statistic: str | None = None,
+    multiplies: bool = False,
+    group_limited: bool = True,
+) -> Callable[[AnyRule], AnyRule]:
+    """Register the decorated function, a rule, as a law that `balance.law` can name.
+
+    The rule is called once a step for each balanced layer that routed a token, with a `LayerLoad`, a `LayerState` and
+    the rate of the step, and returns the next `LayerState`. Its keyword-only arguments, which are floats with
+    defaults, become `balance.options`. It must be pure: the same bits for the same arguments, and nothing modified.
+    The returned bias is then centred to mean zero (if the law multiplies, divided by the mean of 1 + bias) and rounded
+    to fp32. The first bias is 0. With a rate of 0 the rule is not called, and the state stays.
+
+    Args:
+        name: the value of `balance.law`.
+        rate: default of `balance.rate`, in the unit of the rule.
+        per_expert: names and initial values of further state, one number for each expert.
+        per_layer: names and initial values of further state, one number for the layer.
+        statistic: what the routers count beside the load: "near_cutoff" or "cutoff_histogram"; None for nothing.
+        multiplies: experts are chosen by score * (1 + bias) instead of score + bias.
+        group_limited: whether the law also balances routing that is limited to groups of experts.
+    Raises:
+        InvalidValue: another function is registered under this name.
+
+    Examples:
+        >>> from dispatch import LayerLoad, LayerState, register_law
+        >>> @register_law("lack", rate=0.01)
+        ... def lack(load: LayerLoad, state: LayerState, rate: float, *, power: float = 1.0) -> LayerState:
+        ...     mean = load.tokens_E.double().mean()
+        ...     lack_E = (mean - load.tokens_E) / mean
+        ...     return state.moved_by(rate * lack_E.sign() * lack_E.abs() ** power)
+
+        >>> import torch
+        >>> load = LayerLoad(torch.tensor([30, 10]), statistic_EW=torch.zeros(2, 0, dtype=torch.int64))
+        >>> lack(load, LayerState(torch.zeros(2, dtype=torch.float64)), rate=0.01).bias_E
+        tensor([-0.0050,  0.0050], dtype=torch.float64)
+    """
+
+    def register(rule: AnyRule) -> AnyRule:
+        entry = LawEntry(
+            name=name,
+            rule=rule,
+            rate=rate,
+            options=options_of(rule),
+            per_expert=dict(per_expert or {}),
+            per_layer=dict(per_layer or {}),
+            statistic=statistic,
+            multiplies=multiplies,
+            group_limited=group_limited,
+        )
+        LAWS.register(name, entry, rule)
+        return rule
+
+    return register
 
 
 @register_law("none", rate=0.0)
@@ -109,7 +232,8 @@ def adaptive(
         gain = min(max(gain * (1 + correlation) / (1 + gain / 2), least_gain), 1.0)
     scale, next_scale = _scales(load, state)
     slope_E, known_E = _slope(load, scale), state.extras["slope"]
-    # Chance that loads an expert also brings tokens near its cutoff: a slope of one step would move with the lack.
+    # One step's slope estimate is correlated with its load noise, since chance that loads an expert also brings tokens
+    # near its cutoff: so average it over steps.
     slope_E = slope_E if starts else known_E + 0.2 * (slope_E - known_E)
     step_E = _trusted(rate * gain * lack_E / _usable(slope_E, scale), next_scale)
     scalars = {STATISTIC_SCALE: _scalar(next_scale), "gain": _scalar(gain), "noise": _scalar(noise)}
@@ -168,7 +292,7 @@ def _slope(load: LayerLoad, scale: float) -> Tensor:
 
 
 def _usable(slope_E: Tensor, scale: float) -> Tensor:
-    """Without zeros: an expert that nobody nearly chose moves as if a fiftieth of a mean load were near."""
+    """Clamp slopes away from zero: an expert with no token near its cutoff moves as if 1/50 of a mean load were."""
     return slope_E.clamp_min(0.02 / (2 * scale))
 
 

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 -m dispatch.parity                the same under a launcher
     python -m dispatch.parity --ep 2 --layer my.adapter:build     your layer
 
-Every case is run on the EP ranks and, in float64 on the same global batch, by `dispatch.reference` in one process, and
-compared: outputs, load counts, the gradient of the input and of every weight, the gradient norm, the weights after one
-step of SGD with lr=1 and after five of AdamW while the sign law moves the bias.
+Every case is run on the EP ranks and, in float64 on the same global batch, by `dispatch.parity.reference` in one
+process, and compared: outputs, load counts, the gradient of the input and of every weight, the gradient norm, the
+weights after one step of SGD with lr=1 and after five of AdamW while the sign law moves the bias.
 
 Your layer comes in by one function, an `Adapter`. It gets the case, the initial weights of all experts under the names
 of `dispatch.parity.cases.shapes`, and the EP group; it returns the layer and how its tensors are read. With a layer
@@ -33,4 +33,7 @@ whose experts are w1, w2 and w3 of shape (local experts, out, in):
 
 Fused or transposed tensors are taken apart in `read` (`gate, up = pick(moe.w13).chunk(2, 1)`), one tensor an expert is
 stacked there (`torch.stack([pick(p) for p in ...])`). `--cases` picks those that your layer can do.
+
+The files: `command` and `launch` start the ranks, `cases` and `workloads` draw inputs and weights, `layers` builds the
+layer under test, `reference` is the slow layer of one process, `measure` runs either, and `check` compares the two.
 """

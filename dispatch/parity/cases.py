@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dispatch.layer import MoEConfig
-from dispatch.workloads import WORKLOADS, Workload, tokens_that_choose
+from dispatch.config import MoEConfig
+from dispatch.parity.workloads import WORKLOADS, Workload, tokens_that_choose
 
 NUM_EXPERTS = 8  # of every case: not divisible by 3, 5, 6 and 7 ranks
 
@@ -41,7 +41,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CaseInputs:
     """Inputs of one rank and the gradient of its outputs, x_TH and cotangent_TH, both float64 on the CPU."""
 
     x_TH: Tensor
@@ -70,6 +70,8 @@ CASES: tuple[Case, ...] = (
     Case(name="expert-without-tokens", bias=((3, -50.0),)),
     Case(name="all-to-one-expert", moe={"top_k": 1}, bias=((5, 50.0),)),
     Case(name="all-to-first-rank", bias=((0, 50.0), (1, 50.0))),
+    # Whole multiples of 16 bytes in every dtype, as torch's grouped matmul asks for; all others are no multiples.
+    Case(name="aligned-widths", hidden=16, moe={"top_k": 3, "ffn_hidden": 8}),
     *(_workload_case(name, step=7) for name in WORKLOADS),  # the step in which W7 bursts
 )
 
@@ -104,7 +106,7 @@ def draw_weights(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]
     return weights
 
 
-def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: int) -> list[Batch]:
+def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: int) -> list[CaseInputs]:
     """The batch of every rank; together they are the global batch. Values are exact in the dtype of the experts."""
     dtype, batches = weights["expert_gate"].dtype, []
     workload = _workload(case, ep_size, seed)
@@ -116,7 +118,7 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
         if workload:
             ids_TK = workload.route(rank, case.step).topk_ids_TK
             x_TH = tokens_that_choose(ids_TK, weights["router"].double(), seed=1000 * seed + rank)
-        batches.append(Batch(x_TH.to(dtype).double(), cotangent_TH.to(dtype).double()))
+        batches.append(CaseInputs(x_TH.to(dtype).double(), cotangent_TH.to(dtype).double()))
     return batches
 
 

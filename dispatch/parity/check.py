@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispatch.parity.cases import Batch, Case, draw_batches, draw_weights, is_of_experts
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.parity.cases import Case, CaseInputs, draw_batches, draw_weights, is_of_experts
 from dispatch.parity.layers import Adapter, slow_layer
 from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
-from dispatch.placement import ExpertPlacement
 from dispatch.values import all_gather_values, read_tensor, tensor_value
 
 
@@ -153,17 +153,17 @@ def _mapped(change: Callable[[Any], Any], by_case: Mapping[str, Measured]) -> di
 def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
     weights, batches = _draw(case, ep_size, dtype, seed)
     exact = {name: weight.double() for name, weight in weights.items()}
-    together = Batch(torch.cat([b.x_TH for b in batches]), torch.cat([b.cotangent_TH for b in batches]))
+    together = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.cotangent_TH for b in batches]))
     optimizers = PRECISIONS[dtype].optimizers
     return measure(lambda: slow_layer(case, exact), case, together, len(together.x_TH), None, optimizers)
 
 
-def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Tensor], list[Batch]]:
+def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Tensor], list[CaseInputs]]:
     weights = draw_weights(case, getattr(torch, dtype), seed)
     return weights, draw_batches(case, ep_size, weights, seed)
 
 
-def _part(whole: Measured, batches: Sequence[Batch], rank: int, placement: ExpertPlacement) -> Measured:
+def _part(whole: Measured, batches: Sequence[CaseInputs], rank: int, placement: ExpertPlacement) -> Measured:
     """What of the reference this rank has to show: its tokens, its experts, everything else whole."""
     first = sum(len(batch.x_TH) for batch in batches[:rank])
     tokens, ids = slice(first, first + len(batches[rank].x_TH)), placement.owned_by(rank)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from dispatch.errors import InvalidValue
-from dispatch.launch import RankFailed, launch, launched_world_size
 from dispatch.parity.cases import CASES, NUM_EXPERTS
 from dispatch.parity.check import PRECISIONS, Deviation, Row, check
+from dispatch.parity.launch import RankFailed, launch, launched_world_size
 from dispatch.parity.layers import VARIANTS, Adapter, adapter_of
 from dispatch.parity.measure import COLUMNS
 

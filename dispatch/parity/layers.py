@@ -14,15 +14,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatch.dispatcher import Dispatcher
-from dispatch.experts import Experts, expert_parameters
-from dispatch.factory import Exchange, make_dispatcher
+from dispatch.config import ScheduleConfig
+from dispatch.exchange.dispatcher import Dispatcher
+from dispatch.exchange.factory import make_dispatcher
+from dispatch.exchange.node_groups import NodeGroups, make_node_groups
+from dispatch.exchange.registry import BACKENDS
+from dispatch.experts.stacked import Experts, expert_parameters
 from dispatch.layer import MoELayer
-from dispatch.node_aware import NodeGroups, make_node_groups
 from dispatch.parity.cases import Case, is_of_experts
-from dispatch.reference import reference_moe
-from dispatch.schedule import ScheduleConfig
-from dispatch.selection import count_by_expert
+from dispatch.parity.reference import reference_moe
+from dispatch.routing.selection import count_by_expert
 
 Pick: TypeAlias = Callable[[nn.Parameter], Tensor]
 
@@ -55,17 +56,24 @@ Adapter: TypeAlias = Callable[[Case, Mapping[str, Tensor], dist.ProcessGroup], L
 class Variant:
     """A way to spread and to order our layer; of ranks_per_node what divides the number of ranks is taken."""
 
-    exchange: Exchange
+    exchange: str
     ranks_per_node: int = 0
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 # In an EP group of one rank all exchanges are the local dispatcher.
+_ALONE = {
+    name: Variant(exchange=name) for name, backend in BACKENDS.items() if backend.automatic and not backend.needs_nodes
+}
+_OVER_NODES = {
+    f"{name}s-of-{size}": Variant(exchange=name, ranks_per_node=size)
+    for name, backend in BACKENDS.items()
+    if backend.automatic and backend.needs_nodes
+    for size in (1, 2)
+}
 VARIANTS: Mapping[str, Variant] = {
-    "assignment": Variant(exchange="assignment"),
-    "rank": Variant(exchange="rank"),
-    "nodes-of-1": Variant(exchange="node", ranks_per_node=1),
-    "nodes-of-2": Variant(exchange="node", ranks_per_node=2),
+    **_ALONE,
+    **_OVER_NODES,
     "assignment-waiting": Variant(exchange="assignment", schedule=ScheduleConfig(overlap=False)),
     "rank-in-chunks": Variant(exchange="rank", schedule=ScheduleConfig(num_chunks=3)),
     "nodes-in-chunks": Variant(exchange="node", ranks_per_node=2, schedule=ScheduleConfig(num_chunks=2)),
@@ -129,7 +137,7 @@ def _read_experts(experts: Experts, pick: Pick) -> dict[str, Tensor]:
 
 
 class SlowLayer(nn.Module):
-    """`dispatch.reference` with shared experts, weights and counts as a module: all experts in one process."""
+    """`dispatch.parity.reference` with shared experts, weights and counts as a module: all experts in one process."""
 
     def __init__(self, case: Case, weights: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
 """What a layer does with one batch: outputs, gradients, and weights after optimizer steps, as float64 on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dispatch.laws import BalanceConfig, LawState, make_law
+from dispatch.laws import BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
-from dispatch.parity.cases import Batch, Case
+from dispatch.parity.cases import Case, CaseInputs
 from dispatch.parity.layers import LayerUnderTest
 
 COLUMNS = ("outputs", "dx", "gradients", "weights")
@@ -27,40 +27,44 @@ OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer
 def measure(
     build: Callable[[], LayerUnderTest],
     case: Case,
-    batch: Batch,
+    batch: CaseInputs,
     num_global_tokens: int,
     group: dist.ProcessGroup | None,
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
 ) -> Measured:
-    """Run fresh copies of a layer on this rank's batch. Collective over `group`; None: one process has all tokens."""
-    layer = _fresh(build, case)
-    y_TH, grad_x_TH = _backward(layer, batch, num_global_tokens, group)
-    gradients = layer.read(_gradient) | {"norm": _gradient_norm(layer, group)}
-    measured: Measured = {
-        "outputs": {"y": y_TH, "load": _take_load(layer, group)},
-        "dx": {"dx": grad_x_TH},
-        "gradients": gradients,
-        "weights": {},
-    }
-    for name in optimizers:
-        weights = _train(_fresh(build, case), batch, num_global_tokens, group, *OPTIMIZERS[name])
-        measured["weights"] |= {f"{tensor} after {name}": weight for tensor, weight in weights.items()}
-    return {
-        column: {name: tensor.detach().double().cpu().clone() for name, tensor in tensors.items()}
-        for column, tensors in measured.items()
-    }
-
-
-def _fresh(build: Callable[[], LayerUnderTest], case: Case) -> LayerUnderTest:
+    """Run a layer on this rank's batch. Collective over `group`; None: one process has all tokens."""
     layer = build()
     for expert, value in case.bias:
         layer.expert_bias_E[expert] = value
     layer.tokens_per_expert_E.zero_()
-    return layer
+    y_TH, grad_x_TH = _backward(layer, batch, num_global_tokens, group)
+    load_E = _take_load(layer, group)
+    measured: Measured = {
+        "outputs": {"y": y_TH, "load": load_E},
+        "dx": {"dx": grad_x_TH},
+        "gradients": layer.read(_gradient) | {"norm": _gradient_norm(layer, group)},
+        "weights": {},
+    }
+    measured = {column: _exact(tensors) for column, tensors in measured.items()}
+    start = [(parameter.detach().clone(), parameter.grad) for parameter in _trained(layer)]
+    bias_E = layer.expert_bias_E.clone()
+    for name in optimizers:
+        for parameter, (weight, grad) in zip(_trained(layer), start, strict=True):
+            parameter.data.copy_(weight)
+            parameter.grad = grad
+        layer.expert_bias_E.copy_(bias_E)
+        weights = _train(layer, load_E, batch, num_global_tokens, group, *OPTIMIZERS[name])
+        measured["weights"] |= _exact({f"{tensor} after {name}": weight for tensor, weight in weights.items()})
+    return measured
+
+
+def _exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in float64 on the CPU."""
+    return {name: tensor.detach().double().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _backward(
-    layer: LayerUnderTest, batch: Batch, num_global_tokens: int, group: dist.ProcessGroup | None
+    layer: LayerUnderTest, batch: CaseInputs, num_global_tokens: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of this rank's part of the mean over the global batch; sums dense gradients over ranks."""
     of = layer.expert_parameters[0]
@@ -108,20 +112,26 @@ def _take_load(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor
 
 def _train(
     layer: LayerUnderTest,
-    batch: Batch,
+    load_E: Tensor,
+    batch: CaseInputs,
     num_global_tokens: int,
     group: dist.ProcessGroup | None,
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     num_steps: int,
 ) -> dict[str, Tensor]:
-    """Weights and bias after some steps on the same batch, the bias moving by the sign law from zero."""
+    """Weights and bias after some steps on the same batch, the bias moving by the sign law from zero.
+
+    The gradients and `load_E` of the first step are there already.
+    """
     optimizer = make_optimizer(_trained(layer))
-    law = make_law(BALANCE, LoadLayout(("layer",), (len(layer.expert_bias_E),), (True,)))
+    law = Law(BALANCE, LoadLayout(("layer",), (len(layer.expert_bias_E),), (True,)))
     state: LawState = law.initial_state()
     for step in range(num_steps):
-        optimizer.zero_grad()
-        _backward(layer, batch, num_global_tokens, group)
+        if step > 0:
+            optimizer.zero_grad()
+            _backward(layer, batch, num_global_tokens, group)
+            load_E = _take_load(layer, group)
         optimizer.step()
-        state = law.update(_take_load(layer, group), state, step)
+        state = law.update(load_E, state, step)
         layer.expert_bias_E.copy_(state.bias_N)
     return layer.read(lambda parameter: parameter.detach()) | {"bias": layer.expert_bias_E}

@@ -18,8 +18,8 @@ from benchmarks.peers.oracle import refusal
 from benchmarks.peers.race import LIMIT, Entry, Outcome, run_case
 from benchmarks.peers.registry import ENTRANTS
 from benchmarks.peers.report import as_markdown, as_text, outcome_from_json, summary
-from runtime.bench.limits import Shape
-from runtime.bench.memory import peak_allocated_bytes, peak_resident_bytes
+from runtime.commands.bench.dispatch.limits import Shape
+from runtime.commands.bench.dispatch.memory import peak_allocated_bytes, peak_resident_bytes
 from tests.ranks import run_ranks
 
 SMALL = Case(
@@ -162,7 +162,7 @@ def test_memory_is_the_peak_of_the_step_not_its_sum() -> None:
         del second, third
 
     assert peak_allocated_bytes(step) == 24 * MIB
-    assert 24 * MIB <= peak_resident_bytes(step) < 34 * MIB
+    assert 23 * MIB < peak_resident_bytes(step) < 34 * MIB  # pages of others may be let go meanwhile
 
 
 def test_skewed_tokens_load_the_hottest_expert_as_asked() -> None:

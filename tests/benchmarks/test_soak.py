@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.soak.memory import MIN_STEPS, Track
-from dispatch.laws.registry import LAWS, LayerLoad, LayerState
+from dispatch.laws import LAWS, LayerLoad, LayerState
 
 
 def test_growth_is_told_per_thousand_steps_and_without_the_warm_up() -> None:
@@ -28,7 +28,7 @@ def test_a_short_life_tells_nothing() -> None:
 def test_the_ragged_law_is_pure_and_leaves_experts_without_tokens() -> None:
     from benchmarks.soak.ragged_law import ragged
 
-    del LAWS["ragged"]  # it is for the soak alone: other tests take every law that is registered
+    LAWS.forget("ragged")  # it is for the soak alone: other tests take every law that is registered
     load = LayerLoad(torch.full((8,), 10), torch.zeros(8, 0, dtype=torch.int64))
     state = LayerState(torch.zeros(8, dtype=torch.float64), {"draws": torch.zeros(1, dtype=torch.float64)})
     spreads = []

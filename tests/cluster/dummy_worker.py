@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from dispatch.activity import Activity
-from dispatch.board import Board
+from dispatch.diagnosis.activity import Activity
+from dispatch.diagnosis.activity_tracker import ActivityTracker
 
 MARK_AT_IMPORT = os.environ.get("TRIMTAB_TEST_MARK")
 
@@ -109,15 +109,15 @@ class WaitingWorker(DummyWorker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.board = Board()
+        self.tracker = ActivityTracker()
 
     def meet(self, sleep_s: float) -> int:
         """Sum 1 over the ranks; rank 1 comes later."""
         if self.rank == 1:
             time.sleep(sleep_s)
         value = torch.ones(1)
-        self.board.run(dist.all_reduce, value, group=dist.group.WORLD)
+        self.tracker.run(dist.all_reduce, value, group=dist.group.WORLD)
         return int(value)
 
     def activity(self) -> dict[str, Activity]:
-        return {"training": self.board.read()}
+        return {"training": self.tracker.read()}

@@ -13,10 +13,11 @@ from dispatch.balance import (
     routers_of,
     write_bias,
 )
-from dispatch.dispatcher import LocalDispatcher
+from dispatch.config import MoEConfig, RouterConfig
+from dispatch.exchange.local import LocalDispatcher
 from dispatch.laws import LAWS, BalanceConfig
-from dispatch.layer import MoEConfig, MoELayer
-from dispatch.router import Router, RouterConfig
+from dispatch.layer import MoELayer
+from dispatch.routing.router import Router
 from tests.ranks import run_ranks
 
 

@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch.all_to_all import AllToAllDispatcher
-from dispatch.dispatcher import LocalDispatcher
-from dispatch.experts import EXPERT_WEIGHTS, grouped_swiglu
-from dispatch.launch import launch
-from dispatch.layer import MoEConfig, MoELayer
+from dispatch.config import MoEConfig
+from dispatch.exchange.all_to_all import AllToAllDispatcher
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.exchange.payload import decode_fp8, encode_fp8
+from dispatch.experts.grouped import grouped_swiglu
+from dispatch.experts.stacked import EXPERT_WEIGHTS
+from dispatch.layer import MoELayer
 from dispatch.parity.cases import Case
 from dispatch.parity.check import check
 from dispatch.parity.command import main
+from dispatch.parity.launch import launch
 from dispatch.parity.layers import VARIANTS, adapter_of
-from dispatch.payload import decode_fp8, encode_fp8
 
 pytestmark = pytest.mark.gpu
 
@@ -57,9 +59,9 @@ def test_grouped_matmul_in_bf16_is_near_fp32_also_without_rows():
             arrived.bfloat16(),
             handle,
             *(parameter.bfloat16() for parameter in parameters),
-            recycler=layer.experts.recycler,
+            buffer_pool=layer.experts.buffer_pool,
         )
-        full = layer.experts(arrived, handle)
+        full = layer.experts.compute(arrived, handle)
         assert half.shape == (num_tokens, 64)
         assert (half.float() - full).norm() <= 2e-2 * full.norm()
 

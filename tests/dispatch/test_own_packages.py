@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.search_path import job_config
+from cluster.machine.search_path import job_config
 from dispatch.own_packages import ROOT, check_not_hidden, hiding_module
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch import exchange
-from dispatch.board import in_backward
-from dispatch.dispatcher import LocalDispatcher
+from dispatch.config import MoEConfig, ScheduleConfig
+from dispatch.diagnosis.activity_tracker import PendingCollective, in_backward
 from dispatch.errors import InvalidValue
-from dispatch.layer import MoEConfig, MoELayer
-from dispatch.schedule import ScheduleConfig
-from tests.dispatch.kinds import KINDS
+from dispatch.exchange import token_exchange as exchange
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.layer import MoELayer
+from tests.dispatch.exchange.kinds import KINDS
+from tests.dispatch.order import hear_experts
 from tests.ranks import run_ranks
 
 HIDDEN, NUM_EXPERTS = 16, 8
@@ -44,7 +45,7 @@ def _schedules_on_ranks(rank, world_size, kind):
     return outcomes
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("rank", 2), ("assignment", 2), ("rank", 3), ("two ranks a node", 4)])
+@pytest.mark.parametrize(("kind", "world_size"), [("rank", 2), ("assignment", 2), ("rank", 3), ("node, 2 a node", 4)])
 def test_overlap_changes_no_bit_and_chunks_only_the_rounding(kind, world_size):  # P7
     for outcomes in run_ranks(world_size, _schedules_on_ranks, kind):
         plain = outcomes[1, False]
@@ -63,13 +64,16 @@ def _order_on_ranks(rank, world_size, overlap):
         events.append(letter)
         return call(*args, **kwargs)
 
-    exchange.Route.start = functools.partialmethod(lambda self, *a, c=exchange.Route.start: noted("s", c, self, *a))
-    exchange.Flight.wait = functools.partialmethod(lambda self, *a, c=exchange.Flight.wait: noted("w", c, self, *a))
+    exchange.SplitSizes.start = functools.partialmethod(
+        lambda self, *a, c=exchange.SplitSizes.start: noted("s", c, self, *a)
+    )
+    wait = PendingCollective.wait
+    PendingCollective.wait = lambda self: noted("w", wait, self) if self.what.splits else wait(self)  # only of rows
     schedule = ScheduleConfig(num_chunks=2, overlap=overlap)
     layer = MoELayer(HIDDEN, CONFIG, KINDS["rank"](NUM_EXPERTS, dist.group.WORLD), schedule)
-    for part, letter in ((layer.experts, "e"), (layer.shared_experts, "h")):
-        part.register_forward_pre_hook(lambda *_, letter=letter: events.append(letter))
-        part.register_full_backward_pre_hook(lambda *_, letter=letter: events.append(letter.upper()))
+    hear_experts(layer, events)
+    layer.shared_experts.register_forward_pre_hook(lambda *_: events.append("h"))
+    layer.shared_experts.register_full_backward_pre_hook(lambda *_: events.append("H"))
     y = layer(torch.randn(20, HIDDEN, requires_grad=True))
     events.append("|")
     y.sum().backward()
@@ -95,8 +99,8 @@ def _rounds_on_ranks(rank, world_size, kind):
     rows, dispatcher = [], KINDS[kind](NUM_EXPERTS, dist.group.WORLD)
     finish = dispatcher.finish_dispatch
 
-    def noted(under_way):
-        arrived, handle = finish(under_way)
+    def noted(pending):
+        arrived, handle = finish(pending)
         rows.append((in_backward(), len(handle.sources_R)))
         return arrived, handle
 
@@ -106,7 +110,7 @@ def _rounds_on_ranks(rank, world_size, kind):
     return plain, bounded, rows, (reading.routed, reading.received, reading.busiest_rows)
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("rank", 2), ("assignment", 3), ("two ranks a node", 4)])
+@pytest.mark.parametrize(("kind", "world_size"), [("rank", 2), ("assignment", 3), ("node, 2 a node", 4)])
 def test_a_bound_on_rows_is_kept_in_rounds_and_no_token_is_dropped(kind, world_size):  # P17
     results = run_ranks(world_size, _rounds_on_ranks, kind)
     for plain, bounded, rows, _ in results:
@@ -125,7 +129,7 @@ def test_a_bound_on_rows_is_kept_in_rounds_and_no_token_is_dropped(kind, world_s
 def test_rounds_keep_to_the_bound_without_other_ranks_and_stop_at_single_tokens():
     rows, dispatcher = [], LocalDispatcher(NUM_EXPERTS)
     finish = dispatcher.finish_dispatch
-    dispatcher.finish_dispatch = lambda under_way: rows.append(len(under_way.rows[1].sources_R)) or finish(under_way)
+    dispatcher.finish_dispatch = lambda pending: rows.append(len(pending.state[1].sources_R)) or finish(pending)
     for bound, most in ((9, 9), (1, CONFIG.top_k)):  # one token brings 3 rows, which no number of rounds makes fewer
         rows.clear()
         layer = MoELayer(HIDDEN, CONFIG, dispatcher, ScheduleConfig(max_rows=bound))

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-import runtime
+import runtime.commands
+import runtime.job
 from dispatch.errors import UserError
-from runtime.cli import COMMANDS, _read_prompts, main
-from runtime.config import flatten
-from runtime.config_file import load_config
-from runtime.hf.import_command import _with_batch_of_any_workers, import_model
-from workers.generation import SamplingConfig
+from runtime.cli import COMMANDS, main
+from runtime.commands.generate import read_prompts
+from runtime.commands.hf.import_model import _with_batch_of_any_workers, import_model
+from runtime.settings.config import flatten
+from runtime.settings.config_file import load_config
+from workers.generation.generate import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +31,7 @@ BENCHES = [["bench", "dispatch"], ["bench", "coordinator"]]
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for runtime.job and .inference; `calls` holds what it was given, `outcome` is returned or raised."""
+    """Stands for what trains and what infers; `calls` holds what it was given, `outcome` is returned or raised."""
     fake = SimpleNamespace(calls=[], outcome=0)
 
     def record(*args: Any, **options: Any) -> int:
@@ -39,8 +41,8 @@ def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.outcome
 
     fake.train = fake.evaluate = fake.generate = record
-    for module in ("job", "inference"):
-        monkeypatch.setattr(runtime, module, fake, raising=False)
+    monkeypatch.setattr(runtime.job, "job", fake, raising=False)
+    monkeypatch.setattr(runtime.commands, "inference", fake, raising=False)
     return fake
 
 
@@ -90,9 +92,9 @@ def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.Captu
 def test_report_prints_where_it_wrote(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = ModuleType("runtime.report")
+    fake = ModuleType("runtime.report.report")
     fake.write_report = lambda path: path / "report.html"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "runtime.report", fake)
+    monkeypatch.setitem(sys.modules, "runtime.report.report", fake)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run}/report.html\n"
 
@@ -272,7 +274,7 @@ def test_every_setting_has_its_words_and_its_default_in_the_whole_help(capsys: p
     words = " ".join(text.split())
     for found in (
         "--run.dtype {float32,bfloat16} Number format of the computation; weights",
-        "float32 with either (float32)",
+        "takes bfloat16 (float32)",
         f"--run.steps N Optimizer steps ({load_config('tiny').run.steps})",  # of the chosen file
         "--balance.rate X Step of the bias, in the law's own unit; empty: the law's default (not set)",
         "--balance.options {NAME: X} Further constants",
@@ -327,10 +329,10 @@ def test_quick_answers_import_neither_torch_nor_ray(arguments: list[str]) -> Non
 def test_prompts_come_from_standard_input_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ([], ["--prompts-file", "-"]):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("eins\n\nzwö\n".encode())))
-        assert _read_prompts(Path(given[1]) if given else None) == ["eins", "zwö"]
+        assert read_prompts(Path(given[1]) if given else None) == ["eins", "zwö"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(ValueError, match="standard input has no text to continue; write one prompt a line"):
-        _read_prompts(None)
+        read_prompts(None)
 
 
 def test_a_name_of_the_hub_is_told_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

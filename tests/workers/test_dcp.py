@@ -1,11 +1,13 @@
-"""What torch's writer says when it fails, and what becomes of it: only a full disk may be told as a full disk."""
+"""Writing a rank's share: what it takes, and that of what torch says when it fails only a full disk is told as one."""
 
 import errno
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from workers import dcp
+from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
+from workers.checkpoints import dcp
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,9 @@ def test_the_error_of_the_system_behind_that_of_torch_is_told(tmp_path):
     error.__cause__ = OSError(errno.EIO, "Input/output error", "/disk/file")
     told = dcp._system_error(error, tmp_path)
     assert isinstance(told, OSError) and (told.errno, told.filename) == (errno.EIO, "/disk/file")
+
+
+def test_writing_views_of_one_tensor_holds_one_copy_at_a_time(tmp_path):
+    stack = torch.zeros(8, 100_000)
+    share = {f"model.{index}": row for index, row in enumerate(stack)}
+    assert peak_allocated_bytes(lambda: dcp.write_share(tmp_path, share, 0)) < 2 * stack[0].nbytes

@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dispatch.config import MoEConfig
 from dispatch.laws import BalanceConfig
-from dispatch.layer import MoEConfig
-from runtime.coordinator import CoordinatorPolicy
-from workers.model import ModelConfig
-from workers.optimizer import OptimConfig
-from workers.parallel import ParallelConfig
-from workers.prepare import prepare_dataset
-from workers.rank_state import WorkerSpec
+from runtime.job.coordinator import CoordinatorPolicy
+from workers.checkpoints.slices import Slice
+from workers.checkpoints.state import canonical_state
+from workers.data.prepare import prepare_dataset
+from workers.data.text import DataConfig
+from workers.gang.parallel import ParallelConfig
+from workers.model.decoder import ModelConfig
 from workers.run_config import RunConfig
-from workers.state import canonical_state
-from workers.text import DataConfig
+from workers.training.optimizer import OptimConfig
+from workers.training.worker_spec import WorkerSpec
 from workers.worker import Worker
 
 LINES = [
@@ -93,7 +94,12 @@ def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None,
 def whole_state(worker) -> dict[str, torch.Tensor]:
     """Parameters, biases and moments of all ranks by canonical name, the same on every rank."""
     state = worker._state
-    mine = {name: tensor.clone() for name, tensor in canonical_state(state.model, state.optimizer).items()}
+    tensors = canonical_state(state.model, state.optimizer, state.spec.optim.entry.initial_state)
+    mine = {name: tensor.clone() for name, tensor in tensors.items()}
     parts = [None] * state.groups.world_size
     dist.all_gather_object(parts, mine, group=state.groups.control_group)
-    return {name: tensor for part in parts for name, tensor in sorted(part.items())}
+    held = {Slice.of_key(key): tensor for part in parts for key, tensor in part.items()}
+    whole: dict[str, list[torch.Tensor]] = {}
+    for part, tensor in sorted(held.items(), key=lambda each: each[0][:2]):
+        whole.setdefault(part.name, []).append(tensor)
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in whole.items()}

@@ -1,0 +1,394 @@
+"""The gang: one actor a rank, in a stable order, joined through Ray's calls, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self, cast
+
+import ray
+from ray import cloudpickle
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig
+from cluster.gang.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
+from cluster.ray.ray_watch import RayWatch
+from cluster.ray.session import forwarded_environment
+from cluster.watch.calls import call_all, control, left
+from cluster.watch.failures import GangFailed
+from cluster.watch.kill import kill_process
+from cluster.watch.member import Member
+from cluster.watch.stacks import wait_for_stacks
+from workers.actor import JoinsGang, WorkerActor, WorkerLocation
+from workers.gang.mailbox import CONTROL_GROUP
+
+STOP_S = 5.0  # For killed processes to be gone.
+# For a kept process to end its call and leave its groups: some ten milliseconds, as its connections are broken.
+# Replacements start meanwhile.
+LEAVE_S = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """One row of the rank map."""
+
+    rank: int
+    ip: str
+    node_id: str
+    gpu_ids: tuple[int, ...]
+    pid: int
+    num_threads: int
+    interface: str
+    transport: Mapping[str, str]
+
+    @property
+    def device(self) -> str:
+        return "cuda " + ",".join(map(str, self.gpu_ids)) if self.gpu_ids else "cpu"
+
+
+class Gang:
+    """All ranks of a run. Use it as a context manager, or call `stop`: nothing of it outlives that.
+
+    `rank_map` says where each rank lives, `startup_s` where the time of the last start went, `ray_watch` whether
+    its Ray still lives: all that waits for ranks raises RayDied where it does not.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        make_worker: Callable[[], JoinsGang],
+        env: Mapping[str, str],
+        ep_size_of: Callable[[int], int],
+    ) -> None:
+        """Start nothing yet; use `launch`."""
+        self._config = config
+        self._env = dict(env)
+        self._make_worker: bytes = cloudpickle.dumps(make_worker)
+        self._ep_size_of = ep_size_of
+        self._group: PlacementGroup | None = None
+        self._actors: dict[int, ActorHandle[WorkerActor]] = {}  # by bundle, as are the places
+        self._places: dict[int, WorkerLocation] = {}
+        self._members: list[Member] = []
+        self._bundles: list[int] = []  # by rank, as are the members
+        self._epoch = -1
+        self.rank_map: tuple[RankPlace, ...] = ()
+        self.startup_s: dict[str, float] = {}
+        self.ray_watch = RayWatch.of_this_process()
+
+    @classmethod
+    def launch(
+        cls,
+        config: ClusterConfig,
+        make_worker: Callable[[], JoinsGang],
+        env: Mapping[str, str] | None = None,
+        *,
+        sizes: Sequence[int] = (),
+        ep_size_of: Callable[[int], int] = lambda _: 1,
+    ) -> Gang:
+        """Place the actors, start all at once, and join them into one world.
+
+        Args:
+            make_worker: called without arguments in each actor, after `env` is set there. It travels by pickle: a
+                function that imports torch inside spares the driver that import.
+            env: variables for the workers, over the forwarded ones of the driver.
+            sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
+            ep_size_of: of a number of workers, how many neighbouring ranks shall share a machine (`rank_order`).
+        Raises:
+            ClusterTooSmall: the workers do not fit.
+            GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
+        """
+        gang = cls(config, make_worker, forwarded_environment() | dict(env or {}), ep_size_of)
+        try:
+            gang.form(sizes or (config.num_workers,))
+        except BaseException:  # Ctrl-C included: no actor may outlive a failed launch.
+            gang.stop()
+            raise
+        return gang
+
+    @property
+    def world_size(self) -> int:
+        return len(self._members)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the gang holds a placement group: false after `stop`, or when `form` found no capacity."""
+        return self._group is not None
+
+    @property
+    def num_places(self) -> int:
+        """Bundles of the placement group, also those lost with a node, which Ray places again when a node is back."""
+        return self._group.bundle_count if self._group else 0
+
+    def num_living_places(self) -> int:
+        """Bundles of the placement group that lie on living nodes."""
+        if self._group is None:
+            return 0
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in placement_group_table(self._group)["bundles_to_node_id"].values())
+
+    def run(
+        self,
+        method: str,
+        *args: Any,
+        poll_s: float = 0.2,
+        on_poll: Callable[[], None] | None = None,
+        on_ray_died: Callable[[], None] | None = None,
+        limit_s: float = math.inf,
+        keep: bool = False,
+    ) -> list[Any]:
+        """Call a method of every rank's worker and return the results by rank.
+
+        Args:
+            on_poll: called about every `poll_s` on this thread while the ranks work, for a live view and for Ctrl-C;
+                it may use `control`.
+            on_ray_died: makes the ranks end this call early, so that they can save; RayDied comes after that.
+            keep: leave the processes as they are after a failure, for `form_again`.
+        Raises:
+            GangFailed: with the first cause; the gang is stopped then, since the ranks no longer agree on anything.
+        """
+        calls = [member.actor.call.remote(method, *args) for member in self._members]
+        try:
+            return self._call_all(
+                self._members,
+                method,
+                calls,
+                poll_s=poll_s,
+                on_poll=on_poll,
+                on_ray_died=on_ray_died,
+                limit_s=limit_s,
+                bound_s=self._config.collective_timeout_s,
+            )
+        except Exception:
+            if not keep:
+                self.stop()
+            raise
+
+    def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
+        """Call a quick method of one rank's worker, also while `run` is busy.
+
+        Raises:
+            WorkerUnreachable: no answer within `timeout_s`.
+            GangFailed: the method raised.
+        """
+        return control(self._members[rank], method, *args, timeout_s=timeout_s)
+
+    def form(self, sizes: Sequence[int]) -> None:
+        """Start new processes in a new place, as many as the first of `sizes` that the cluster holds, and join them.
+
+        Raises:
+            ClusterTooSmall: not even the last of them fits.
+            GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
+        """
+        self.stop()
+        begun = time.monotonic()
+        self._group = self._reserve(sizes)
+        self.startup_s = {"place": time.monotonic() - begun}
+        limit_s = self._config.start_timeout_s
+        self._start_in(range(self._group.bundle_count), limit_s)
+        self._join(limit_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def form_again(self, failed: GangFailed, limit_s: float) -> None:
+        """After `run(keep=True)` failed: replace the lost processes in their bundles, and join all ranks anew.
+
+        A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
+        can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
+
+        Raises:
+            GangFailed: a replacement did not start within `limit_s`, or a rank failed to join.
+        """
+        begun = time.monotonic()
+        self._kill_silent(failed)
+        kept = self._kept_bundles(failed)
+        # The slow part first: replacements start while the others leave.
+        starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
+        starting |= {bundle: self._restart(bundle) for bundle in set(kept) - set(self._leave(kept))}
+        self.startup_s = {"leave": time.monotonic() - begun}
+        self._await_starts(starting, limit_s)
+        self._join(self._config.start_timeout_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def shrink(self, failed: GangFailed, world_size: int) -> None:
+        """After `run(keep=True)` failed: join `world_size` of the processes left, with their memory checkpoints.
+
+        If too few are left, a new gang of that size is formed. It keeps the processes that `form_again` would keep.
+
+        Raises:
+            ClusterTooSmall, GangFailed: as `form`.
+        """
+        begun = time.monotonic()
+        self._kill_silent(failed)
+        kept = self._kept_bundles(failed)
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        kept = self._leave(kept)[:world_size]
+        if len(kept) < world_size:
+            self.form((world_size,))
+            return
+        for bundle in set(self._actors) - set(kept):
+            self._end(bundle)
+        self.startup_s = {"leave": time.monotonic() - begun}
+        self._assign_ranks()
+        self._join(self._config.start_timeout_s)
+        self.startup_s["total"] = time.monotonic() - begun
+
+    def stop(self) -> None:
+        """End all actors and remove the placement group. Waits until they are gone, at most STOP_S; may be repeated."""
+        group, self._group = self._group, None
+        actors, self._actors, self._places = self._actors, {}, {}
+        if group is None or not ray.is_initialized():
+            return
+        if not self.ray_watch.can_be_asked():
+            return  # All below would block. The actors end with the processes of Ray, or with the driver.
+        for actor in actors.values():
+            ray.kill(actor)
+        # A call to a dead actor ends in an error: when all have, the processes are gone and their memory is free.
+        wait_for_stacks([Member(rank=bundle, actor=actor) for bundle, actor in actors.items()], STOP_S)
+        remove_placement_group(group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _reserve(self, sizes: Sequence[int]) -> PlacementGroup:
+        *larger, smallest = sizes
+        for size in larger:
+            wait_s = self._config.replace_timeout_s
+            with contextlib.suppress(ClusterTooSmall):
+                return reserve(replace(self._config, num_workers=size, start_timeout_s=wait_s), self.ray_watch.check)
+        return reserve(replace(self._config, num_workers=smallest), self.ray_watch.check)
+
+    def _call_all(
+        self, members: Sequence[Member], method: str, calls: Sequence[ray.ObjectRef[Any]], **options: Any
+    ) -> list[Any]:
+        return call_all(members, method, calls, check_ray=self.ray_watch.check, **options)
+
+    def _kill_silent(self, failed: GangFailed) -> None:
+        for failure in failed.failures:
+            if failure.kind == "silent" and failed.method != "start":
+                kill_process(self._places[self._bundles[failure.rank]])
+
+    def _kept_bundles(self, failed: GangFailed) -> list[int]:
+        """Bundles of the processes that may join again, by rank: not the dead, nor those that do not answer or hang.
+
+        One that still runs may wait for one of these in a collective: it returns once that is killed, or `_leave` ends
+        its chance.
+        """
+        if any(place.gpu_ids for place in self._places.values()):
+            return []
+        # In `start`, lost ranks have no location yet, and the others were not called.
+        lost = {failure.rank for failure in failed.failures if failure.kind not in ("error", "running")}
+        ranks = [rank for rank in range(len(self._bundles)) if failed.method == "start" or rank not in lost]
+        return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
+
+    def _leave(self, bundles: Sequence[int]) -> list[int]:
+        """Have these processes leave their groups; returns those that did, in the same order."""
+        # While calls still run: a rank that waits for one that is gone or cut off then fails at once and comes to
+        # `leave`.
+        for bundle in bundles:
+            self._actors[bundle].control.options(concurrency_group=CONTROL_GROUP).remote("abort")
+            self._actors[bundle].mailbox.options(concurrency_group=CONTROL_GROUP).remote("close", self._epoch)
+        calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
+        if calls:
+            ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)
+        return [bundle for bundle, call in calls.items() if left(call)]
+
+    def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
+        """Replace the process of a bundle; returns the new one's call of `start`."""
+        self._end(bundle)
+        group = self._group or _no_group()
+        self._actors[bundle] = _create_actor(group, bundle, self._env, self._make_worker)
+        call: ray.ObjectRef[Any] = self._actors[bundle].start.remote()
+        return call
+
+    def _end(self, bundle: int) -> None:
+        self._places.pop(bundle, None)
+        if bundle in self._actors:
+            ray.kill(self._actors.pop(bundle))
+
+    def _start_in(self, bundles: Iterable[int], limit_s: float) -> None:
+        # All are created before any is waited for.
+        self._await_starts({bundle: self._restart(bundle) for bundle in bundles}, limit_s)
+
+    def _await_starts(self, starting: dict[int, ray.ObjectRef[Any]], limit_s: float) -> None:
+        begun = time.monotonic()
+        # Until the ranks are known, a member's rank is its bundle.
+        members = [Member(rank=bundle, actor=self._actors[bundle]) for bundle in starting]
+        places: list[WorkerLocation] = self._call_all(members, "start", list(starting.values()), limit_s=limit_s)
+        self._places |= dict(zip(starting, places, strict=True))
+        self.startup_s["processes and imports"] = time.monotonic() - begun
+        self.startup_s["of these imports"] = max((place.import_s for place in places), default=0.0)
+        self._assign_ranks()
+
+    def _assign_ranks(self) -> None:
+        bundles = sorted(self._places)
+        places = [self._places[bundle] for bundle in bundles]
+        threads = threads_of(places, self._config.threads_per_worker)
+        order = rank_order(places, self._ep_size_of(len(places)))
+        self._bundles = [bundles[index] for index in order]
+        self.rank_map = tuple(
+            RankPlace(
+                rank=rank,
+                ip=places[index].ip,
+                node_id=places[index].node_id,
+                gpu_ids=places[index].gpu_ids,
+                pid=places[index].pid,
+                num_threads=threads[index],
+                interface=places[index].interface,
+                transport=places[index].transport,
+            )
+            for rank, index in enumerate(order)
+        )
+        self._members = [
+            Member(
+                rank=row.rank,
+                actor=self._actors[bundle],
+                ip=row.ip,
+                pid=row.pid,
+                device=row.device,
+                node_id=row.node_id,
+                stack_file=self._places[bundle].stack_file,
+            )
+            for row, bundle in zip(self.rank_map, self._bundles, strict=True)
+        ]
+
+    def _join(self, limit_s: float) -> None:
+        begun = time.monotonic()
+        self._epoch += 1
+        timeout_s = self._config.collective_timeout_s
+        nodes = node_of_ranks([row.ip for row in self.rank_map])
+        actors = [member.actor for member in self._members]
+        joins = [
+            member.actor.join.remote(row.rank, nodes, actors, self._epoch, timeout_s, row.num_threads)
+            for member, row in zip(self._members, self.rank_map, strict=True)
+        ]
+        self._call_all(self._members, "join", joins, limit_s=limit_s)
+        self.startup_s["join"] = time.monotonic() - begun
+
+
+def _no_group() -> PlacementGroup:
+    raise RuntimeError("the gang was stopped")
+
+
+def _create_actor(
+    group: PlacementGroup, bundle: int, env: dict[str, str], pickled_make_worker: bytes
+) -> ActorHandle[WorkerActor]:
+    demand = group.bundle_specs[bundle]
+    actor_class = cast("Any", ray.remote)(concurrency_groups={CONTROL_GROUP: 1})(WorkerActor)
+    actor: ActorHandle[WorkerActor] = actor_class.options(
+        num_cpus=demand["CPU"],
+        num_gpus=demand.get("GPU", 0),
+        max_restarts=0,  # A rank that Ray restarted by itself would wait for a world that is gone.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+    ).remote(env, pickled_make_worker)
+    return actor

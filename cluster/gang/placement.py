@@ -1,0 +1,129 @@
+"""Where the workers go: what they ask for, whether the cluster has it, and which rank each becomes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_address
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from cluster.config import ClusterConfig
+from dispatch.errors import UserError
+from workers.actor import WorkerLocation
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+# A Ray of our own is not shared: its CPUs are a number to schedule by, and any number of workers shall fit.
+LOCAL_CPUS = 0.01
+LOOK_S = 1  # Between two looks whether Ray still lives, while workers wait for a place.
+
+
+class ClusterTooSmall(UserError, RuntimeError):
+    """The workers do not fit on the cluster."""
+
+
+def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str, float]:
+    """What one worker reserves; a GPU also decides that it computes on cuda.
+
+    With device `auto` a worker gets a GPU only if all can have one: a gang has one kind of device.
+    """
+    cpus = LOCAL_CPUS if config.address is None else config.cpus_per_worker
+    gpus = config.gpus_per_worker
+    if config.device == "cpu":
+        gpus = 0.0
+    elif gpus is None:
+        gpus = 1.0 if config.device == "cuda" or num_cluster_gpus >= config.num_workers else 0.0
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise ClusterTooSmall unless all workers fit on the nodes (address to resources) when nothing else runs there."""
+    room = sum(num_workers_on(demand, resources) for resources in nodes.values())
+    if room >= config.num_workers:
+        return
+    supply = "; ".join(f"{node}: {_amounts(resources, demand)}" for node, resources in sorted(nodes.items()))
+    advice = [f"set cluster.num_workers to {room} or less"] if room else []
+    advice += ["lower cluster.cpus_per_worker"] if config.address is not None else []
+    advice += ["set cluster.device to cpu"] if "GPU" in demand else []
+    raise ClusterTooSmall(
+        f"{config.num_workers} workers need {_amounts(demand, demand)} each, but the cluster has room for {room} "
+        f"({supply or 'no nodes'}). Add nodes, or {', or '.join(advice)}"
+    )
+
+
+def num_workers_on(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Count the workers that a node with these resources holds when nothing else runs there."""
+    # The small term absorbs rounding: 1.0 CPU must hold ten workers of 0.1.
+    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items())
+
+
+def _amounts(resources: Mapping[str, float], names: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in names)
+
+
+def reserve(config: ClusterConfig, check_ray: Callable[[], None]) -> PlacementGroup:
+    """Reserve one bundle a worker, close together where they fit.
+
+    Raises:
+        RayDied: by `check_ray`, which is called every LOOK_S.
+        ClusterTooSmall: at once if the cluster could never hold them; after `start_timeout_s` if others use it.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = {f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": node["Resources"] for node in alive}
+    demand = worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
+    check_fits(config, demand, nodes)
+    group: PlacementGroup = placement_group([demand] * config.num_workers, strategy="PACK")
+    deadline = time.monotonic() + config.start_timeout_s
+    while not (placed := group.wait(LOOK_S)) and time.monotonic() < deadline:
+        check_ray()
+    if not placed:
+        remove_placement_group(group)
+        free = _amounts(ray.available_resources(), demand)
+        raise ClusterTooSmall(
+            f"{config.num_workers} workers need {_amounts(demand, demand)} each; after {config.start_timeout_s:g} s "
+            f"the whole cluster has only {free} free. "
+            "Stop what else runs there, or raise cluster.start_timeout_s to wait longer"
+        )
+    return group
+
+
+def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:
+    """Bundle indices in rank order: by node address as a number, then GPU, then bundle.
+
+    Whole expert-parallel groups of each node come first, then the remaining workers of all nodes: `ep_size`
+    neighbours, counted from rank 0, share a node wherever it has that many.
+
+    Placement groups promise no order and node ids change with every start. Expert shards follow ranks, so the same
+    machines must give the same ranks again.
+    """
+
+    def key(bundle: int) -> tuple[int, int, tuple[int, ...], int]:
+        address = ip_address(places[bundle].ip)
+        return address.version, int(address), places[bundle].gpu_ids, bundle
+
+    whole, rest = [], []
+    for _, on_node in groupby(sorted(range(len(places)), key=key), lambda bundle: places[bundle].ip):
+        bundles = list(on_node)
+        in_groups = len(bundles) // ep_size * ep_size
+        whole += bundles[:in_groups]
+        rest += bundles[in_groups:]
+    return whole + rest
+
+
+def node_of_ranks(ips: Sequence[str]) -> tuple[int, ...]:
+    """The index of each rank's machine by rank, in the order in which machines first appear."""
+    index = {ip: number for number, ip in enumerate(dict.fromkeys(ips))}
+    return tuple(index[ip] for ip in ips)
+
+
+def threads_of(places: Sequence[WorkerLocation], threads_per_worker: int) -> list[int]:
+    """Compute threads of each worker: as set, or its node's cores divided by the workers there, at least 1."""
+    num_on_node = Counter(place.node_id for place in places)
+    return [threads_per_worker or max(1, place.num_cores // num_on_node[place.node_id]) for place in places]

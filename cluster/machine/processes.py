@@ -1,0 +1,100 @@
+"""Processes of this machine, told apart by number and start time, so that none is ended that somebody else started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process. `started`, in clock ticks since boot, tells it from a later process with the same number."""
+
+    pid: int
+    started: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; a zombie does not."""
+        now = _stat(self.pid)
+        return now is not None and now.process == self and now.state != "Z"
+
+
+@dataclass(frozen=True)
+class _Stat:
+    process: Process
+    state: str
+    parent: int
+    session: int
+
+
+def process_of(pid: int) -> Process | None:
+    """The process that has this number now; None if there is none."""
+    found = _stat(pid)
+    return None if found is None else found.process
+
+
+def family(leader: Process) -> list[Process]:
+    """Living processes of the session that `leader` opened, and all their descendants, also in other sessions.
+
+    Members of a session outlive its leader and keep its number from being given out again; a leader of another start
+    time therefore means that nobody is left.
+    """
+    everybody = [stat for pid in _pids() if (stat := _stat(pid)) is not None]
+    if any(stat.process.pid == leader.pid and stat.process != leader for stat in everybody):
+        return []
+    members = {stat.process.pid for stat in everybody if stat.session == leader.pid}
+    while more := {stat.process.pid for stat in everybody if stat.parent in members} - members:
+        members |= more
+    return [stat.process for stat in everybody if stat.process.pid in members and stat.state != "Z"]
+
+
+def end(leader: Process, patience_s: float) -> list[Process]:
+    """Ask `leader` to end its family, wait `patience_s`, and kill the rest. Returns the processes that were killed.
+
+    May be repeated, and works after a crash of the leader.
+    """
+    members = family(leader)
+    if leader.alive:
+        _signal(leader, signal.SIGTERM)
+    left = wait_gone(members, patience_s)
+    # Again by session: a process that was started while the others ended is not among the members above.
+    left = [process for process in {*left, *family(leader)} if process.alive]
+    for process in left:
+        _signal(process, signal.SIGKILL)
+    wait_gone(left, patience_s)
+    return left
+
+
+def wait_gone(processes: Iterable[Process], limit_s: float) -> list[Process]:
+    """Wait until all have ended, at most `limit_s`, and return those that have not."""
+    deadline = time.monotonic() + limit_s
+    while (left := [process for process in processes if process.alive]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold anything; after it: state, parent, group, session, ... and, 22nd, the start.
+    fields = text.rpartition(")")[2].split()
+    return _Stat(Process(pid, int(fields[19])), fields[0], int(fields[1]), int(fields[3]))

@@ -1,1 +1,0 @@
-"""Files that let Kubernetes, Slurm or `ray up` start a cluster and train on it, made from one plan."""

@@ -1,0 +1,125 @@
+"""Quick questions to a Ray head: does it demand a token, take ours, know a node? Ray's own answers may take 20 s.
+
+Ray's client reads mode and token once a process; both are read again here, under the environment of the question.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.machine.node_state import NodeState
+from cluster.machine.token import WITHOUT, token_environment
+from dispatch.errors import UserError
+
+ANSWER_LIMIT_S = 3.0
+AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+class ClusterUnreachable(UserError, ConnectionError):
+    """No Ray answers at the address that was asked for."""
+
+
+class TokenRefused(ClusterUnreachable):
+    """The cluster demands a token, and this process has none or another."""
+
+
+def check_answers(address: str, timeout_s: float = 3.0) -> None:
+    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise ClusterUnreachable(f'cluster.address ({address!r}) must be HOST:PORT of a Ray head, or "auto"')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"nothing answers at {address} ({error}): see with `trimtab cluster status` on the head that it is up, and "
+            "that this machine reaches its port. Training without --cluster.address starts a Ray on this machine"
+        ) from error
+
+
+@contextmanager
+def authenticated(variables: dict[str, str]) -> Iterator[None]:
+    """Have Ray's client in this process use these authentication variables, and no others, within the block."""
+    before = {name: os.environ.pop(name) for name in AUTH_VARIABLES if name in os.environ}
+    os.environ.update(variables)
+    read_again()
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        read_again()
+
+
+def read_again() -> None:
+    """Have Ray's client read authentication mode and token from the environment again."""
+    # From a module of Cython that Ray ships without types.
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def connect(gcs_address: str) -> Any:
+    """A client of the head's control store (ray's GcsClient) with the environment's token. Answers in milliseconds.
+
+    Raises:
+        TokenRefused: it wants another token. ClusterUnreachable: nobody listens there, or no Ray.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RpcError
+
+    check_answers(gcs_address)  # Ray itself would wait for half a minute for somebody to listen
+    try:
+        return GcsClient(address=gcs_address)
+    except AuthenticationError as error:
+        raise TokenRefused(f"the cluster at {gcs_address} demands its token") from error
+    except RpcError as error:
+        raise ClusterUnreachable(f"what listens at {gcs_address} is no Ray head: {error}") from error
+
+
+def demands_token(gcs_address: str) -> bool:
+    """Whether the cluster refuses clients without a token."""
+    with authenticated(WITHOUT):
+        try:
+            connect(gcs_address)
+        except TokenRefused:
+            return True
+        return False
+
+
+def missing_part(node: NodeState) -> str | None:
+    """Say which part of a starting node is still missing; None once it takes work."""
+    from ray.exceptions import RpcError
+
+    with authenticated(token_environment(None if node.token_file is None else Path(node.token_file))):
+        try:
+            nodes = connect(node.gcs_address).get_all_node_info(timeout=ANSWER_LIMIT_S).values()
+        except (ClusterUnreachable, RpcError):
+            return f"the head at {node.gcs_address} does not answer"
+    # ALIVE is 0 in Ray's GcsNodeInfo.
+    if not any(each.node_manager_address == node.address and each.state == 0 for each in nodes):
+        return f"node {node.address} has not registered at {node.gcs_address}"
+    if node.dashboard is not None and not _answers(f"{node.dashboard}/api/version"):
+        return f"the job API does not answer at {node.dashboard}"
+    return None
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=ANSWER_LIMIT_S).close()  # noqa: S310 http, built by us
+    except urllib.error.HTTPError as refusal:
+        return refusal.code == 401  # it is there, and demands a token
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""Notices that the driver's Ray has died: Ray's own client retries for a minute, then aborts the driver."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Self
+
+from cluster.machine.processes import PROC, Process, process_of
+from cluster.ray.probe import ClusterUnreachable, check_answers
+from dispatch.errors import UserError
+
+# Below the 60 s after which Ray's client aborts the driver, closing included. A head that restarts may take this long.
+HEAD_SILENT_S = 30.0
+PROBE_EVERY_S = 2.0
+PROBE_S = 1.0
+ESSENTIAL = ("gcs_server", "raylet")
+
+
+class RayDied(UserError, RuntimeError):
+    """An essential Ray process has ended: no worker can be placed, called or replaced any more."""
+
+
+class RayWatch:
+    """Looks after the Ray processes that the driver depends on.
+
+    Args:
+        processes: those of this machine, by Ray's names for them.
+        head: HOST:PORT of a cluster that was joined, None for a Ray of the driver's own.
+    """
+
+    def __init__(self, processes: dict[str, Process], head: str | None) -> None:
+        self._processes, self._head = processes, head
+        self._silent_since: float | None = None
+        self._next_probe = 0.0
+
+    @classmethod
+    def of_this_process(cls) -> Self:
+        """Watch the Ray that this process is connected to."""
+        import ray
+
+        node: Any = ray._private.worker._global_node  # noqa: SLF001 Ray has no public way to ask.
+        started = node.all_processes
+        found = {name: started[name][0].process.pid for name in ESSENTIAL if name in started}
+        head = None if found else node.gcs_address
+        if not found and (raylet := _pid_with(f"--raylet_socket_name={node.raylet_socket_name}")) is not None:
+            found = {"raylet": raylet}
+        # A pid without a process died already: its start time is of no matter.
+        return cls({name: process_of(pid) or Process(pid, -1) for name, pid in found.items()}, head)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this Ray counts as dead; None while it lives, or may come back."""
+        for name, process in self._processes.items():
+            if not process.alive:
+                return (
+                    f"Ray's {name} (pid {process.pid}) on this machine has died: it crashed, or something killed it, "
+                    "such as the kernel for lack of memory (see dmesg)"
+                )
+        if self._silent_since is None or time.monotonic() - self._silent_since < HEAD_SILENT_S:
+            return None
+        return f"the head of the Ray cluster at {self._head} has not answered for {HEAD_SILENT_S:.0f} s"
+
+    def check(self) -> None:
+        """Raise RayDied if it has died. Costs some 50 us, and a connection to a joined head every PROBE_EVERY_S."""
+        if self._head is not None and time.monotonic() >= self._next_probe:
+            self.can_be_asked()
+        if (reason := self.reason) is not None:
+            raise RayDied(reason)
+
+    def can_be_asked(self) -> bool:
+        """Whether Ray's head would answer now. If not, any call of Ray's client blocks for up to a minute."""
+        if self._head is not None:
+            self._probe(self._head)
+        return self._silent_since is None and self.reason is None
+
+    def wait_until_it_can_be_asked(self) -> None:
+        """Wait until Ray's head answers. Raises RayDied if it does not come back."""
+        while not self.can_be_asked():
+            self.check()
+            time.sleep(PROBE_S)
+
+    def _probe(self, head: str) -> None:
+        now = time.monotonic()
+        self._next_probe = now + PROBE_EVERY_S
+        try:
+            check_answers(head, PROBE_S)
+        except ClusterUnreachable:
+            self._silent_since = self._silent_since or now
+        else:
+            self._silent_since = None
+
+
+def _pid_with(argument: str) -> int | None:
+    """The process of this machine that was started with this argument."""
+    for path in PROC.glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_text(errors="replace").split("\0")
+        except OSError:  # it has just ended
+            continue
+        if argument in arguments:
+            return int(path.parent.name)
+    return None

@@ -1,0 +1,100 @@
+"""Start a Ray of our own on this machine, or join one by address; leave it as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.config import ClusterConfig
+from cluster.machine.deferred_signals import stop_signals_deferred
+from cluster.machine.search_path import job_config
+from cluster.ray.access import check_access, find_access
+from cluster.ray.local_ray import local_ray
+from cluster.ray.probe import ClusterUnreachable, authenticated, check_answers
+from workers.actor import TRANSPORT_PREFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySession:
+    """A connection to Ray.
+
+    `owned` is true when closing it ends the Ray processes; `open_s` is how long opening took.
+    """
+
+    owned: bool
+    open_s: float
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: ClusterConfig) -> Iterator[RaySession]:
+        """Yield a session on a new local Ray, on the one at `config.address`, or on the one this process already uses.
+
+        Raises:
+            ClusterUnreachable: nothing usable answers at `config.address`.
+            RayNotStarted: no Ray came up on this machine.
+
+        Open it on a thread that outlives the session: the kernel ends a local Ray with the thread that started it.
+        Ctrl-C and a hang-up of the terminal are safe at any time: only the driver sees them. Ray masks SIGINT for its
+        processes, and those of a local one are in sessions of their own.
+        """
+        import ray  # Takes half a second: imported only to open a session.
+
+        begun = time.monotonic()
+        if ray.is_initialized():
+            yield cls(owned=False, open_s=0.0)
+            return
+        with local_ray(config) if config.address is None else _joined_ray(config):
+            yield cls(owned=config.address is None, open_s=time.monotonic() - begun)
+
+
+@contextmanager
+def _joined_ray(config: ClusterConfig) -> Iterator[None]:
+    import ray
+
+    access = find_access(config.address or "auto")
+    check_access(access, allow_open=config.allow_without_token)
+    host, _, port = access.gcs_address.rpartition(":")
+    if host in ("127.0.0.1", "localhost"):
+        _stay_on_loopback(host, port)
+    with authenticated(dict(access.variables)):
+        try:
+            with stop_signals_deferred():
+                ray.init(
+                    address=access.gcs_address,
+                    # Where a machine has several addresses, the node of this driver is the one that we started.
+                    _node_ip_address=access.node and access.node.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    job_config=job_config(),
+                )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterUnreachable(
+                f"cannot join the Ray cluster at {access.gcs_address}: {error}\nThe driver must run on a node of the "
+                "cluster, with the cluster's Ray version and token: start it there, or use `trimtab submit`"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _stay_on_loopback(host: str, port: str) -> None:
+    """Ray would take this machine's outer address instead, and retry for minutes where only loopback listens."""
+    from ray._private import ray_constants, services
+
+    try:
+        check_answers(f"{services.resolve_ip_for_localhost(host)}:{port}")
+    except ClusterUnreachable:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def forwarded_environment() -> dict[str, str]:
+    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them.
+
+    Only what steers the transport of a rank: the whole environment would carry launcher variables (SLURM_, PMI_) along.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(TRANSPORT_PREFIXES)}

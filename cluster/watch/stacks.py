@@ -1,0 +1,91 @@
+"""Fetches the stack of a rank that hangs: from the rank if it answers, else by a task on its node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.watch.kill import is_worker
+from workers.gang.mailbox import CONTROL_GROUP
+
+if TYPE_CHECKING:
+    from cluster.watch.member import Member
+
+MAX_STACK_CHARS = 8000  # of one rank
+OUTSIDE_S = 4.0  # for a process on the rank's node to start and to look
+DUMP_S = 1.0  # for the rank's own signal handler to write; it needs neither Python nor the GIL
+
+
+def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.ObjectRef[str] | None]:
+    """Ask all members at once for their stack; None where no answer came. A dead one answers with an error."""
+    if not members:
+        return []
+    asked: list[Any] = [member.actor.stack.options(concurrency_group=CONTROL_GROUP).remote() for member in members]
+    answered = set(ray.wait(asked, num_returns=len(asked), timeout=timeout_s)[0])
+    return [call if call in answered else None for call in asked]
+
+
+def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: float) -> dict[int, str]:
+    """Stacks by rank; "" where none could be had. Takes at most `timeout_s` plus OUTSIDE_S.
+
+    silent: ranks that have not answered other questions, and are not asked again.
+    """
+    stacks = dict.fromkeys((member.rank for member in members), "")
+    able = [member for member in members if member.rank not in silent]
+    for member, answer in zip(able, wait_for_stacks(able, timeout_s), strict=True):
+        with contextlib.suppress(RayError):
+            stacks[member.rank] = "" if answer is None else ray.get(answer)
+    calls = {_ask_node(member): member.rank for member in members if not stacks[member.rank] and member.node_id}
+    if calls:
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=OUTSIDE_S)[0]:
+            with contextlib.suppress(RayError):  # Its node is gone.
+                stacks[calls[call]] = ray.get(call)
+    return {rank: stack[:MAX_STACK_CHARS] for rank, stack in stacks.items()}
+
+
+def _ask_node(member: Member) -> Any:
+    here = NodeAffinitySchedulingStrategy(member.node_id, soft=False)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=here)
+    return look.remote(member.pid, member.stack_file)
+
+
+def _look(pid: int, stack_file: int) -> str:
+    """The stacks of all threads of a process on this machine, or why there are none."""
+    try:
+        process = psutil.Process(pid)
+        state = process.status()
+        if not is_worker(process):
+            return ""
+        if state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+            return (
+                f"process {pid} is stopped: by a signal, a debugger or with its container; kill -CONT {pid} ends that"
+            )
+        found = _dump(pid, Path(f"/proc/{pid}/fd/{stack_file}"))
+        return found or f"process {pid} is in state {state!r} and did not take a signal within {DUMP_S:g} s"
+    except (psutil.Error, OSError) as error:
+        return f"process {pid} could not be looked at: {error}"
+
+
+def _dump(pid: int, path: Path) -> str:
+    """Have a process write its stacks, see `WorkerActor.start`, and read them."""
+    with path.open("rb") as file:
+        before = file.seek(0, os.SEEK_END)
+        os.kill(pid, signal.SIGUSR1)
+        deadline, size = time.monotonic() + DUMP_S, before
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            grown = os.fstat(file.fileno()).st_size
+            if grown == size > before:  # it has stopped growing
+                break
+            size = grown
+        return file.read(MAX_STACK_CHARS).decode(errors="replace")

@@ -1,0 +1,232 @@
+"""Tracks what a rank is in: its phase and its collectives in flight, so that the driver can explain a hang.
+
+A rank that hangs cannot say where. Each thread that starts collectives therefore keeps an `ActivityTracker`, which only
+this thread writes, without a lock: a few attributes a phase. Other threads `read` it; the driver compares the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dispatch.diagnosis.activity import MOE_PHASES, Activity, Collective, Splits
+from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits, place_text, ranks_text
+
+_IN_BACKWARD = {phase: f"backward {phase}" for phase in MOE_PHASES}
+_WITH_LAYER = frozenset([*MOE_PHASES, *_IN_BACKWARD.values()])
+_LAYERS = 1 << 20  # more than any model has
+# What gloo and NCCL say. "Application timeout" is of an exchange whose pair of ranks ran out of time in another one.
+_TIMED_OUT = ("timed out", "Timed out", "timeout")
+_HISTORY = 24  # collectives; a layer has about eight
+
+
+def in_backward() -> bool:
+    """True inside an autograd backward pass: in a forward, that means activation recompute."""
+    # The same test that torch.utils.checkpoint makes for its own bookkeeping.
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - no public name
+
+
+@dataclass(eq=False, slots=True)
+class PendingCollective:
+    """A collective under way on a tracker. what: where it was started, and by whom; its `waited_s` is set by `read`."""
+
+    tracker: ActivityTracker
+    what: Collective
+    began: float
+    work: Any = None
+    args: tuple[Any, ...] = ()  # the backend reads and writes these tensors until the end
+    failed: float = 0.0
+    waited_for: bool = False
+    ended: bool = False
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Wait for the backend: on CUDA the current stream does, not the host.
+
+        Raises:
+            CollectiveTimeout: the backend gave up; this rank's view, which does not know who is missing.
+        """
+        try:
+            if timeout is None:
+                self.work.wait()
+            else:
+                self.work.wait(timeout)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self.waited_for, self.args = True, ()
+        self.tracker.close_ended()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended, or ended in an error: then it stays, as this rank's last word."""
+        return not self.ended and (self.work is None or bool(self.failed) or not self.work.is_completed())
+
+    def read(self, now: float) -> Collective:
+        """A copy for another process."""
+        return replace(self.what, waited_s=(self.failed or now) - self.began)
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        self.failed = time.monotonic()
+        if not any(text in str(error) for text in _TIMED_OUT):
+            error.add_note(f"in {self.what} ({self.what.op})")
+            return error
+        return CollectiveTimeout(
+            step=self.what.step,
+            layer=self.what.layer,
+            phase=self.what.phase,
+            waited_s=self.failed - self.began,
+            missing_ranks=None,
+            setting="the time-out of its process group",
+        )
+
+
+@dataclass(eq=False)
+class ActivityTracker:
+    """The place of one thread of a rank and its collectives under way; every collective of a step is started by it.
+
+    layers: the names of the model's MoE layers, in order (`dispatch.layer.name_layers`).
+    """
+
+    layers: tuple[str, ...] = ()
+    step: int = 0
+    layer: str = ""
+    phase: str = "idle"
+    since: float = field(default_factory=time.monotonic)
+    _started: dict[str, int] = field(default_factory=dict)
+    _open: list[PendingCollective] = field(default_factory=list)
+    _recent: deque[Collective] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    # By name, since a tracker that held the groups would keep them, and their store, from ending with the gang.
+    _members: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def set_phase(self, phase: str) -> None:
+        """Say what this thread does from now on."""
+        self.phase = _IN_BACKWARD[phase] if phase in _IN_BACKWARD and in_backward() else phase
+        self.since = time.monotonic()
+
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Enter a phase and go back to the one before. An exception leaves the tracker as it is: the last word."""
+        before = self.phase
+        self.set_phase(phase)
+        yield
+        self.phase, self.since = before, time.monotonic()
+
+    @property
+    def shown_layer(self) -> str:
+        """The layer, in the phases that belong to one."""
+        return self.layer if self.phase in _WITH_LAYER else ""
+
+    def start(
+        self,
+        op: Callable[..., Any],
+        *args: Any,
+        group: dist.ProcessGroup,
+        splits: Splits | None = None,
+    ) -> PendingCollective:
+        """Start a collective of torch.distributed, which must be waited for.
+
+        Raises:
+            WrongSplits: they are not what this rank announced.
+        """
+        self.close_ended()
+        started = self._note(op.__name__, group, splits)
+        if splits is not None and splits.sent != splits.announced:
+            raise WrongSplits(
+                step=self.step,
+                layer=self.shown_layer,
+                phase=self.phase,
+                rank=dist.get_rank(),
+                announced=splits.announced,
+                sent=splits.sent,
+            )
+        started.args, started.work = args, op(*args, group=group, async_op=True)
+        return started
+
+    def run(self, op: Callable[..., Any], *args: Any, group: dist.ProcessGroup) -> None:
+        """Start a collective and wait for it."""
+        self.start(op, *args, group=group).wait()
+
+    @property
+    def place_number(self) -> int:
+        """Step and MoE layer as one int64, the same on all ranks that are in the same place."""
+        return self.step * _LAYERS + (self.layers.index(self.layer) + 1 if self.layer in self.layers else 0)
+
+    def check_met(self, places: list[int], groups: list[dist.ProcessGroup]) -> None:
+        """Raise RanksDiverged unless all ranks of the groups, whose places these are, are where this one is."""
+        mine = self.place_number
+        if all(place == mine for place in places):
+            return
+        ranks = [rank for group in groups for rank in dist.get_process_group_ranks(group)]
+        raise self._diverged(dict(zip(ranks, places, strict=True)))
+
+    def _diverged(self, place_of: dict[int, int]) -> RanksDiverged:
+        counts = Counter(place_of.values()).most_common()
+        # Without a majority those behind are taken to be right: a rank that leaves something out is ahead.
+        usual = min(place for place, count in counts if count == counts[0][1])
+        text_of = {place: self._text_of(place) for place, _ in counts}
+        where = "; ".join(
+            f"{ranks_text(sorted(rank for rank, at in place_of.items() if at == place))} at {text}"
+            for place, text in sorted(text_of.items())
+        )
+        odd = sorted(rank for rank, place in place_of.items() if place != usual)
+        step, layer = divmod(usual, _LAYERS)
+        return RanksDiverged(
+            step=step, layer=self.layers[layer - 1] if layer else "", phase=self.phase, ranks=odd, details=where
+        )
+
+    def _text_of(self, place: int) -> str:
+        step, layer = divmod(place, _LAYERS)
+        return place_text(step, self.phase, self.layers[layer - 1] if layer else "")
+
+    def close_ended(self) -> None:
+        """Let go of the collectives that were waited for and have ended: their work would keep their tensors alive."""
+        still_open = []
+        for started in self._open:
+            if started.waited_for and not started.is_open:
+                started.ended, started.work = True, None
+            else:
+                still_open.append(started)
+        self._open = still_open
+
+    def read(self) -> Activity:
+        """A snapshot, from any thread."""
+        now = time.monotonic()
+        waits_in = next((started for started in self._open if started.is_open), None)
+        return Activity(
+            step=self.step,
+            layer=self.shown_layer,
+            phase=self.phase,
+            phase_s=now - self.since,
+            waits_in=None if waits_in is None else waits_in.read(now),
+            started=dict(self._started),
+            recent={(each.group, each.index): str(each) for each in tuple(self._recent)},
+        )
+
+    def _note(self, op: str, group: dist.ProcessGroup, splits: Splits | None) -> PendingCollective:
+        name = group.group_name
+        if name not in self._members:
+            self._members[name] = tuple(dist.get_process_group_ranks(group))
+        index = self._started[name] = self._started.get(name, 0) + 1
+        what = Collective(
+            op=op,
+            group=name,
+            index=index,
+            members=self._members[name],
+            step=self.step,
+            layer=self.shown_layer,
+            phase=self.phase,
+            waited_s=0.0,
+            splits=splits,
+        )
+        started = PendingCollective(self, what, time.monotonic())
+        # A new list each time, never changed in place: another thread may be reading the old one.
+        self._open = [*self._open, started]
+        self._recent.append(what)
+        return started

@@ -1,0 +1,319 @@
+"""The exchange by DeepEP (github.com/deepseek-ai/DeepEP), for NVIDIA GPUs where the package `deep_ep` is installed.
+
+Its normal kernels send a row for each (token, rank), by NVLink inside a node and RDMA between nodes, and add up what
+comes back. Written against the interface of `deep_ep.Buffer` in version 2.1.0; not yet run on a GPU: docs/testing.md.
+
+Shapes: T tokens of a chunk on this rank (may be 0), K top-k, H hidden, Q rows that arrive (may be 0), C chunks, E
+experts, L local experts, P EP ranks.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.diagnosis.meter import Meter
+from dispatch.errors import InvalidValue
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.dispatcher import (
+    ChunkPlan,
+    Dispatcher,
+    DispatchHandle,
+    PendingCombine,
+    PendingDispatch,
+    check_shapes,
+    chunks_of,
+)
+from dispatch.exchange.exchange_group import fan_out
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.exchange.registry import BackendContext, ExchangeShape, one_row_a_rank, register_backend
+from dispatch.exchange.token_exchange import Arriving, LinkKind, PendingRows
+from dispatch.routing.selection import count_by_expert
+
+# Limits of the kernels of 2.1.0, where most are device assertions, which kill the process.
+EP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for these DeepEP has settings
+MAX_TOP_K = 32  # a warp copies the ids of a row, a lane each
+MAX_LOCAL_EXPERTS = 128  # a thread each
+NODE_RANKS = 8  # up to these, all ranks are taken to share a node
+# Bulk copies take half a row of 16-byte words inside a node, a whole one in 512 bytes between nodes, and at most what a
+# warp has of shared memory: (granule, largest) of a row's bf16 elements.
+HIDDEN_IN_NODE, HIDDEN_BETWEEN_NODES = (16, 8176), (256, 7936)
+
+
+def check_available() -> None:
+    """Raise ValueError, naming what is missing, unless this machine has a CUDA device and `deep_ep`."""
+    missing = [] if torch.cuda.is_available() else ["a CUDA device that torch sees"]
+    if importlib.util.find_spec("deep_ep") is None:
+        missing.append("the package deep_ep (install it from github.com/deepseek-ai/DeepEP)")
+    if missing:
+        raise InvalidValue(f"exchange 'deep_ep' needs {' and '.join(missing)}; install that, or take exchange 'auto'")
+
+
+def check_sizes(num_experts: int, ep_size: int, *, hidden: int, top_k: int) -> None:
+    """Raise ValueError where DeepEP has no kernel for the layer."""
+    granule, largest = HIDDEN_IN_NODE if ep_size <= NODE_RANKS else HIDDEN_BETWEEN_NODES
+    rules = {
+        f"ep_size ({ep_size}) must be one of {', '.join(map(str, EP_SIZES))}": ep_size in EP_SIZES,
+        f"num_experts ({num_experts}) must be a multiple of ep_size ({ep_size})": num_experts % ep_size == 0,
+        f"num_experts ({num_experts}) must be at most {MAX_LOCAL_EXPERTS} a rank": (
+            num_experts <= MAX_LOCAL_EXPERTS * ep_size
+        ),
+        f"top_k ({top_k}) must be at most {MAX_TOP_K}": top_k <= MAX_TOP_K,
+        f"hidden ({hidden}) must be a multiple of {granule} and at most {largest} with {ep_size} ranks": (
+            hidden % granule == 0 and hidden <= largest
+        ),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise InvalidValue(f"exchange 'deep_ep': {'; '.join(broken)}; change that, or take exchange 'auto'")
+
+
+def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
+    """The `deep_ep.Buffer` of this rank on the current CUDA device, for bf16 rows; one serves all layers of a model.
+
+    Raises:
+        ValueError: CUDA or the package is missing, or torch's settings are not those that DeepEP works under.
+
+    Collective over `ep_group`, after the checks.
+    """
+    check_available()
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        raise InvalidValue(
+            "exchange 'deep_ep' cannot work while deterministic algorithms fill uninitialised memory, which would "
+            "overwrite rows that arrive; set torch.utils.deterministic.fill_uninitialized_memory = False"
+        )
+    buffers, ep_size, row_bytes = importlib.import_module("deep_ep").Buffer, dist.get_world_size(ep_group), 2 * hidden
+    configs = buffers.get_dispatch_config(ep_size), buffers.get_combine_config(ep_size)
+    return buffers(
+        ep_group,
+        max(config.get_nvl_buffer_size_hint(row_bytes, ep_size) for config in configs),
+        max(config.get_rdma_buffer_size_hint(row_bytes, ep_size) for config in configs),
+    )
+
+
+@dataclass(frozen=True)
+class DeepEPExchange:
+    """Carries rows the way that one chunk's rows have gone, there and back.
+
+    handle: DeepEP's. ids_QK: local ids, -1 where an assignment is another rank's; not to be read before the rows have
+    arrived. counts_L: rows of each local expert. sizes: rows for and from other ranks, int64 on the device.
+    """
+
+    buffer: Any
+    handle: Any
+    ids_QK: Tensor
+    counts_L: list[int]
+    sizes: tuple[Tensor, Tensor]
+    meter: Meter
+    link: LinkKind
+
+    @torch.no_grad()
+    def send(self, rows_TH: Tensor) -> list[Arriving]:
+        """Start to send rows where their tokens went: rows_QH. The sizes are known: the host does not wait."""
+        rows_TH = rows_TH.contiguous()
+        rows_QH, *_, event = self.buffer.dispatch(rows_TH, handle=self.handle, async_finish=True)
+        self.count_bytes(self.sizes[0], rows_TH)
+        return [(rows_QH, partial(_wait, event, (rows_TH,)))]
+
+    @torch.no_grad()
+    def send_back(self, rows_QH: Tensor, weights_QK: Tensor | None = None) -> list[Arriving]:
+        """Start to return rows, to be added up by token: y_TH, and with weights their sums (T, K) likewise."""
+        sent = tuple(tensor.contiguous() for tensor in (rows_QH, weights_QK) if tensor is not None)
+        y_TH, sums_TK, event = self.buffer.combine(
+            sent[0], self.handle, topk_weights=None if weights_QK is None else sent[1], async_finish=True
+        )
+        self.count_bytes(self.sizes[1], *sent)
+        arriving: list[Arriving] = [(y_TH, partial(_wait, event, sent))]
+        return arriving if weights_QK is None else [*arriving, (sums_TK, None)]
+
+    def count_bytes(self, num_rows: Tensor, *tensors: Tensor) -> None:
+        """Count that `num_rows` rows of the tensors go to other ranks."""
+        row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
+        self.meter.count_bytes(num_rows * row_bytes, self.link)
+
+
+_Started = tuple[PendingRows, DeepEPExchange]
+
+
+@dataclass
+class DeepEPDispatcher(Dispatcher):
+    """One row for each (token, rank), carried and added up by DeepEP on a stream of its own.
+
+    Where the host waits: in `start_dispatch`, once a chunk, and nowhere else. DeepEP learns how many rows will arrive
+    only when they leave, so that `plan` cuts the batch and waits for nothing. With one chunk that is one host
+    synchronisation a layer; backward has none, since it goes ways that are known. bf16 rows and fp32 weights only.
+
+    buffer: a `deep_ep.Buffer`; opened if not given. Share the dispatcher among the layers of a model, and with it the
+    buffer.
+
+    Raises:
+        ValueError: DeepEP has no kernel for these sizes, or cannot work here; before any communication.
+    """
+
+    num_experts: int
+    ep_group: dist.ProcessGroup
+    hidden: int
+    top_k: int
+    buffer: Any = None
+    meter: Meter = field(default_factory=Meter)
+    buffer_pool: BufferPool = field(default_factory=BufferPool)
+
+    def __post_init__(self) -> None:
+        ep_size = dist.get_world_size(self.ep_group)
+        check_sizes(self.num_experts, ep_size, hidden=self.hidden, top_k=self.top_k)
+        self.placement = ExpertPlacement(self.num_experts, ep_size)
+        self.ep_rank = dist.get_rank(self.ep_group)
+        self.link: LinkKind = "node" if ep_size <= NODE_RANKS else "network"
+        self.buffer = self.buffer or open_buffer(self.ep_group, self.hidden)
+
+    def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
+        """See `Dispatcher.plan`; neither collective nor waiting, and without counts."""
+        return [
+            ChunkPlan(chunk_TK.contiguous(), [], layer=self.meter.tracker.layer)
+            for chunk_TK in chunks_of(topk_ids_TK, num_chunks)
+        ]
+
+    def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
+        """See `Dispatcher.max_rows_and_tokens`. One reduction, of each chunk's rows by expert and tokens by rank."""
+        tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(self._ep_size)] for plan in plans]
+        rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
+        sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
+        self.meter.tracker.run(dist.all_reduce, sizes_CX, group=self.ep_group)
+        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (self._ep_size, -1))
+        most = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()])
+        rows, num_tokens = most.tolist()
+        return rows, num_tokens
+
+    @property
+    def _ep_size(self) -> int:
+        return self.placement.ep_size
+
+    def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
+        """See `Dispatcher.start_dispatch`. Waits for the device, and for the other ranks, to learn the sizes.
+
+        Raises:
+            ValueError: also where rows are not bf16 or weights not fp32.
+        """
+        check_shapes(x_TH, plan.topk_ids_TK, topk_weights_TK)
+        if (x_TH.dtype, topk_weights_TK.dtype) != (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"exchange 'deep_ep' takes bfloat16 rows and float32 weights, not {x_TH.dtype} and "
+                f"{topk_weights_TK.dtype}; compute in bfloat16 (run.dtype), or take another exchange"
+            )
+        with self.meter.span("dispatch", x_TH.device):
+            exchange, arriving = self._first_dispatch(x_TH, topk_weights_TK, plan)
+        self.meter.count(routed=plan.topk_ids_TK.numel(), sent=plan.topk_ids_TK.numel())
+        rows = PendingRows.start(
+            x_TH,
+            topk_weights_TK,
+            span=partial(self.meter.span, "dispatch", x_TH.device),
+            send=lambda *_: arriving,  # it has left, or the sizes would not be known
+            receive=_unchanged,
+            send_gradients=exchange.send_back,
+            receive_gradients=_unchanged,
+        )
+        return PendingDispatch(plan, (rows, exchange))
+
+    @torch.no_grad()
+    def _first_dispatch(
+        self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan
+    ) -> tuple[DeepEPExchange, list[Arriving]]:
+        sent = rows_TH, weights_TK, ids_TK = x_TH.contiguous(), topk_weights_TK.contiguous(), plan.topk_ids_TK
+        per_rank_P, per_node, per_expert_E, is_in_rank_TP, _ = self.buffer.get_dispatch_layout(ids_TK, self.num_experts)
+        # THE host synchronisation: DeepEP spins until the counts of arriving rows, written by the device into host
+        # memory, are there; `counts_L` is made of them, and the tensors of received rows are allocated by them.
+        rows_QH, ids_QK, weights_QK, counts_L, handle, event = self.buffer.dispatch(
+            rows_TH,
+            num_tokens_per_rank=per_rank_P,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=is_in_rank_TP,
+            num_tokens_per_expert=per_expert_E,
+            topk_idx=ids_TK,
+            topk_weights=weights_TK,
+            async_finish=True,
+        )
+        own = per_rank_P[self.ep_rank].to(torch.int64)
+        sizes = per_rank_P.sum() - own, len(rows_QH) - own
+        exchange = DeepEPExchange(self.buffer, handle, ids_QK, counts_L, sizes, self.meter, self.link)
+        exchange.count_bytes(sizes[0], *sent)
+        return exchange, [(rows_QH, partial(_wait, event, sent)), (weights_QK, None)]
+
+    def finish_dispatch(self, pending: PendingDispatch[_Started]) -> tuple[Tensor, DispatchHandle[DeepEPExchange]]:
+        """See `Dispatcher.finish_dispatch`."""
+        rows, exchange = pending.state
+        rows_QH, weights_QK = rows.finish()
+        num_local = self.placement.num_local_experts[self.ep_rank]
+        with self.meter.span("dispatch", rows_QH.device):
+            # DeepEP marks the assignments of other ranks by -1; `fan_out` wants blanks to be larger than all ids.
+            ids_QK = exchange.ids_QK.masked_fill(exchange.ids_QK < 0, num_local).to(torch.uint8)
+            sources_R, weights_R = fan_out(ids_QK, weights_QK, sum(exchange.counts_L))
+        self.meter.count(received=len(sources_R))
+        return rows_QH, DispatchHandle(exchange.counts_L, sources_R, weights_R, len(rows_QH), exchange)
+
+    def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[DeepEPExchange]) -> PendingCombine[PendingRows]:
+        """See `Dispatcher.start_combine`.
+
+        Raises:
+            ValueError: the handle is of another kind of dispatcher.
+        """
+        exchange = handle.combine_state
+        if not isinstance(exchange, DeepEPExchange):
+            raise ValueError("this handle is of another kind of dispatcher; combine with the one that dispatched")
+        self.meter.count(returned=len(handle.row_weights_R))
+        return PendingCombine(
+            PendingRows.start(
+                sums_QH,
+                span=partial(self.meter.span, "combine", sums_QH.device),
+                send=exchange.send_back,
+                receive=_unchanged,
+                send_gradients=exchange.send,
+                receive_gradients=_unchanged,
+            )
+        )
+
+    def finish_combine(self, pending: PendingCombine[PendingRows]) -> Tensor:
+        """See `Dispatcher.finish_combine`."""
+        (y_TH,) = pending.state.finish()
+        return y_TH
+
+
+def _unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
+def _wait(event: Any, _sent: tuple[Tensor, ...]) -> None:
+    """Let the current stream wait. DeepEP reads what was sent until then, so that a pending wait keeps it alive."""
+    event.current_stream_wait()
+
+
+def _check(shape: ExchangeShape) -> None:
+    if shape.payload != "compute":
+        raise InvalidValue(
+            f"payload {shape.payload!r} is not for exchange 'deep_ep', which sends bf16 rows; take 'compute'"
+        )
+    if shape.device == "cpu" or shape.dtype not in (None, "bfloat16"):
+        raise InvalidValue(
+            f"exchange 'deep_ep' sends bf16 rows between CUDA devices, but cluster.device is {shape.device} and "
+            f"run.dtype {shape.dtype}; set --device cuda --run.dtype bfloat16, or take exchange 'auto'"
+        )
+    check_sizes(shape.num_experts, shape.ep_size, hidden=shape.hidden, top_k=shape.top_k)
+    if shape.runs_here:
+        check_available()
+
+
+@register_backend("deep_ep", hops=one_row_a_rank, check=_check, automatic=False, replayable=False)
+def _deep_ep(context: BackendContext) -> Dispatcher:
+    shape = context.shape
+    return DeepEPDispatcher(
+        shape.num_experts,
+        context.ep_group,
+        shape.hidden,
+        shape.top_k,
+        meter=context.meter,
+        buffer_pool=context.buffer_pool,
+    )

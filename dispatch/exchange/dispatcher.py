@@ -1,0 +1,160 @@
+"""Dispatchers: how each token's row reaches its experts and how the results come back.
+
+Shapes: T tokens of a chunk on this rank (may be 0, may differ by rank), K top-k, H hidden, E experts, L experts of this
+rank, P EP ranks, Q rows that arrive, R rows of the local experts (a copy each; both may be 0).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from dispatch.diagnosis.meter import Meter
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.exchange.row_map import RowMap
+
+StateT = TypeVar("StateT")
+
+
+@dataclass(frozen=True)
+class DispatchHandle(Generic[StateT]):
+    """All that the experts, `combine` and backward need of one dispatch.
+
+    tokens_per_local_expert_L: rows of each local expert; sums to R.
+    sources_R: the arrived row that each expert row is a copy of, int64, expert rows in order of local expert.
+    row_weights_R: the combine weight of each expert row, with its gradient; the experts apply it.
+    num_arrived: Q.
+    combine_state: private to the dispatcher, whose `combine` needs it and refuses that of another kind.
+    """
+
+    tokens_per_local_expert_L: list[int]
+    sources_R: Tensor
+    row_weights_R: Tensor
+    num_arrived: int
+    combine_state: StateT
+
+    @functools.cached_property
+    def expert_rows(self) -> RowMap:
+        """The copies themselves, for experts that want a tensor of all rows."""
+        return RowMap.of(self.sources_R, self.num_arrived)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Where the tokens of one chunk go, sizes known on the host.
+
+    splits: for each group, rows to and from each of its ranks. tokens_per_local_expert_L: rows that each local expert
+    will get from all ranks; empty where an exchange learns them only as rows leave, but the handle of a finished
+    dispatch always has them. layer: the MoE layer, to name it where a rank waits.
+    """
+
+    topk_ids_TK: Tensor
+    tokens_per_local_expert_L: list[int]
+    splits: tuple[tuple[list[int], list[int]], ...] = ()
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class PendingDispatch(Generic[StateT]):
+    """A dispatch that has started and is not awaited yet. state: private to the dispatcher."""
+
+    plan: ChunkPlan
+    state: StateT
+
+
+@dataclass(frozen=True)
+class PendingCombine(Generic[StateT]):
+    """A combine that has started and is not awaited yet. state: private to the dispatcher."""
+
+    state: StateT
+
+
+class Dispatcher(Protocol):
+    """One way to send tokens to their experts and back, in halves, so that a layer can compute while rows travel.
+
+    A layer calls `plan`, then for each chunk `start_dispatch`, `finish_dispatch`, the experts, `start_combine` and
+    `finish_combine`. `dispatch` and `combine` do the same at once. Each call is collective over the EP group, in
+    backward too: every rank makes the same calls in the same order, also without tokens. Several chunks may be in
+    flight. Shapes: T tokens of a chunk on this rank, K experts of a token, H hidden, Q rows that arrive here.
+    """
+
+    placement: ExpertPlacement
+    ep_rank: int
+    top_k: int | None = None
+    """Experts of a token that the exchange was chosen for; None if it fits any number."""
+    exchange: str = "none"
+    """The name that `make_dispatcher` chose it by; "none" where nothing is sent."""
+    meter: Meter
+    buffer_pool: BufferPool
+
+    def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
+        """Cut the batch into `num_chunks` chunks and exchange the number of rows that each rank will send.
+
+        Args:
+            topk_ids_TK: int64 (T, K) in [0, num_experts), K different experts for each token.
+            num_chunks: at least 1; with fewer tokens than chunks some are empty.
+
+        Waits for the device once, whatever the number of chunks: the backends take split sizes as host integers.
+        """
+        ...
+
+    def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
+        """Return the most expert rows and the most tokens that one of the chunks has on any rank.
+
+        The same on all ranks. It costs a reduction and waits for the device; only `ScheduleConfig.max_rows` needs it.
+        What stands here is this rank's part, which implementations reduce.
+        """
+        rows = max(sum(plan.tokens_per_local_expert_L) for plan in plans)
+        return rows, max(len(plan.topk_ids_TK) for plan in plans)
+
+    def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[Any]:
+        """Start to send a chunk's rows to their experts.
+
+        Args:
+            x_TH: floating point (T, H).
+            topk_weights_TK: combine weights, floating point (T, K); they need not sum to 1.
+            plan: the chunk, from `plan`.
+        Raises:
+            ValueError: the shapes of x, weights and planned ids do not fit together.
+        """
+        ...
+
+    def finish_dispatch(self, pending: PendingDispatch[Any]) -> tuple[Tensor, DispatchHandle[Any]]:
+        """Wait for the rows: (Q, H), each as often as it was sent, and a handle that tells which expert needs which."""
+        ...
+
+    def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> PendingCombine[Any]:
+        """Start to send back the sum of the local experts' outputs for each arrived row: (Q, H)."""
+        ...
+
+    def finish_combine(self, pending: PendingCombine[Any]) -> Tensor:
+        """Wait for the results, and sum them for each token: (T, H)."""
+        ...
+
+    def dispatch(
+        self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> tuple[Tensor, DispatchHandle[Any]]:
+        """Plan, send and wait, for the whole batch as one chunk."""
+        check_shapes(x_TH, topk_ids_TK, topk_weights_TK)
+        (plan,) = self.plan(topk_ids_TK)
+        return self.finish_dispatch(self.start_dispatch(x_TH, topk_weights_TK, plan))
+
+    def combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> Tensor:
+        """Send back and wait: (T, H)."""
+        return self.finish_combine(self.start_combine(sums_QH, handle))
+
+
+def chunks_of(topk_ids_TK: Tensor, num_chunks: int) -> tuple[Tensor, ...]:
+    """`num_chunks` neighbouring runs of nearly equal length; some are empty where there are fewer tokens."""
+    return topk_ids_TK.tensor_split([len(topk_ids_TK) * chunk // num_chunks for chunk in range(1, num_chunks)])
+
+
+def check_shapes(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
+    """Raise ValueError unless the three fit together."""
+    if topk_ids_TK.shape != topk_weights_TK.shape or x_TH.dim() != 2 or len(x_TH) != len(topk_ids_TK):
+        raise ValueError(
+            f"x {tuple(x_TH.shape)}, topk_ids {tuple(topk_ids_TK.shape)} and topk_weights "
+            f"{tuple(topk_weights_TK.shape)} must be (T, hidden), (T, top_k) and (T, top_k)"
+        )

@@ -1,0 +1,56 @@
+"""The process groups of ranks that share a node, and of those at one place in each node. G ranks of a node."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dispatch.errors import InvalidValue
+from dispatch.values import all_gather_values, list_of
+
+
+@dataclass(frozen=True)
+class NodeGroups:
+    """The two groups of an EP rank: those of its node, and those at its place in the other nodes.
+
+    EP ranks are numbered node by node: rank r is the (r % G)-th of node r // G.
+    """
+
+    network_group: dist.ProcessGroup
+    local_group: dist.ProcessGroup
+
+
+def make_node_groups(ep_group: dist.ProcessGroup, ranks_per_node: int, timeout: timedelta | None = None) -> NodeGroups:
+    """Form the process groups that the exchange `node` needs: across nodes, and inside each node.
+
+    Collective over the default group: every rank of the job must call it, whichever EP group it is in. Neighbouring
+    ranks of an EP group are taken to be on one node.
+
+    Args:
+        ep_group: the EP group of this rank.
+        ranks_per_node: ranks of an EP group on one node.
+        timeout: of collectives in the new groups; None for torch's default.
+    Raises:
+        InvalidValue: ranks_per_node does not divide the size of the EP group. It is also a ValueError.
+    """
+    ranks = dist.get_process_group_ranks(ep_group)
+    if ranks_per_node < 1 or len(ranks) % ranks_per_node:
+        raise InvalidValue(
+            f"ranks_per_node ({ranks_per_node}) must divide ep_size ({len(ranks)}); use one of "
+            f"{[size for size in range(1, len(ranks) + 1) if len(ranks) % size == 0]}"
+        )
+    all_ranks = all_gather_values(ranks, dist.group.WORLD, list_of(int))
+    found: dict[str, dist.ProcessGroup] = {}
+    # Every rank forms every group, in the same order: torch numbers groups by how many were formed before.
+    for members in sorted(set(map(tuple, all_ranks))):
+        for start in range(0, len(members), ranks_per_node):
+            _form("local", members[start : start + ranks_per_node], timeout, found)
+        for place in range(ranks_per_node):
+            _form("network", members[place::ranks_per_node], timeout, found)
+    return NodeGroups(found["network"], found["local"])
+
+
+def _form(kind: str, members: tuple[int, ...], timeout: timedelta | None, found: dict[str, dist.ProcessGroup]) -> None:
+    group = dist.new_group(list(members), timeout=timeout)
+    if dist.get_rank() in members and group is not None:
+        found[kind] = group

@@ -1,0 +1,50 @@
+"""How a row is coded while it travels: as it is, or as fp8.
+
+Shapes: T rows (may be 0), H hidden, B bytes of a coded row.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Payload = Literal["compute", "fp8"]
+
+TILE = 128  # elements that share a scale
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0  # the largest number of e4m3
+
+
+def encode_fp8(rows_TH: Tensor) -> Tensor:
+    """Code rows as e4m3 with an fp32 scale for each tile of 128 elements: uint8 (T, B), B = H + 4 * ceil(H / 128).
+
+    As DeepSeek-V3 sends activations to their experts (arXiv 2412.19437, section 3.3). After `decode_fp8` an element x
+    of a tile with largest magnitude m is off by at most max(|x| / 16, m / 458752): half a unit of 3 mantissa bits, or
+    half the smallest subnormal 2^-9 times the scale m / 448. Codes travel as bytes, since gloo knows no fp8.
+    """
+    num_rows, hidden = rows_TH.shape
+    num_tiles = -(-hidden // TILE)
+    tiles = F.pad(rows_TH.float(), (0, num_tiles * TILE - hidden)).view(num_rows, num_tiles, TILE)
+    # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which may be a bit off the
+    # quotient that a CPU computes, and codes would depend on the device.
+    largest = tiles.abs().amax(2)
+    scales = largest / largest.new_full((), _FP8_MAX)
+    scales = torch.where(scales > 0, scales, 1.0)  # a tile of zeros, or one that underflows
+    codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).flatten(1)[:, :hidden]
+    return torch.cat(
+        [codes.clone(memory_format=torch.contiguous_format).view(torch.uint8), scales.view(torch.uint8)], 1
+    )
+
+
+def decode_fp8(coded_TB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Rows in `dtype`, (T, H), from what `encode_fp8` made."""
+    # Clones, since contiguous() leaves the stride of a single row, which no other dtype can view.
+    codes = (
+        coded_TB[:, :hidden]
+        .clone(memory_format=torch.contiguous_format)
+        .view(_FP8)
+        .to(torch.promote_types(dtype, torch.float32))
+    )
+    scales = coded_TB[:, hidden:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (codes * scales.repeat_interleave(TILE, 1)[:, :hidden]).to(dtype)

@@ -1,0 +1,155 @@
+"""The exchanges by name: how each is built, where it can work, and what it sends. Imports no torch, for `--help`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from dispatch.registry import Registry
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from dispatch.diagnosis.meter import Meter
+    from dispatch.exchange.buffer_pool import BufferPool
+    from dispatch.exchange.dispatcher import Dispatcher
+    from dispatch.exchange.node_groups import NodeGroups
+    from dispatch.exchange.payload import Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeShape:
+    """What an exchange has to carry, known before a process starts; `ep_size` is at least 2.
+
+    device: "cpu", "cuda" or "auto", and dtype as run.dtype; None where they are not known yet. runs_here: whether this
+    machine is one of those that exchange.
+    """
+
+    num_experts: int
+    ep_size: int
+    hidden: int
+    top_k: int
+    payload: "Payload" = "compute"
+    device: str | None = None
+    dtype: str | None = None
+    runs_here: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendContext:
+    """What a dispatcher is built from. nodes: not None for a backend that needs nodes."""
+
+    shape: ExchangeShape
+    ep_group: "dist.ProcessGroup"
+    nodes: "NodeGroups | None"
+    meter: "Meter"
+    buffer_pool: "BufferPool"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Over how many ranks and nodes the experts of a token lie, on average. Neighbouring ranks share a node.
+
+    experts_P, experts_N: experts of each rank and of each node.
+    """
+
+    experts_P: tuple[int, ...]
+    experts_N: tuple[int, ...]
+    ranks_per_node: int
+    top_k: int
+    ranks_per_token: float
+    nodes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hop:
+    """One exchange of rows, for one token of the sender.
+
+    rows: those that stay on their rank among them. network, node: shares of the rows that leave the sender's node, and
+    that go to another rank of it. ids_per_row: expert ids, with their weights, that a row carries; num_ids: how many
+    different ones there are.
+    """
+
+    rows: float
+    network: float
+    node: float
+    ids_per_row: int
+    num_ids: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """An exchange as registered, see `register_backend`."""
+
+    build: Callable[[BackendContext], "Dispatcher"]
+    hops: Callable[[Spread], list[Hop]]
+    check: Callable[[ExchangeShape], None]
+    automatic: bool
+    needs_nodes: bool
+    replayable: bool
+
+
+# Each with the module that registers it.
+BACKENDS: Registry[Backend] = Registry(
+    "parallel.exchange",
+    {
+        "rank": "dispatch.exchange.all_to_all",
+        "assignment": "dispatch.exchange.all_to_all",
+        "node": "dispatch.exchange.node_aware",
+        "deep_ep": "dispatch.exchange.deep_ep",
+    },
+    besides=("auto",),
+)
+
+Build = TypeVar("Build", bound=Callable[[BackendContext], "Dispatcher"])
+
+
+def works_everywhere(shape: ExchangeShape) -> None:
+    """The check of an exchange that takes every device, dtype, payload and size."""
+
+
+def register_backend(
+    name: str,
+    *,
+    hops: Callable[[Spread], list[Hop]],
+    check: Callable[[ExchangeShape], None] = works_everywhere,
+    automatic: bool = True,
+    needs_nodes: bool = False,
+    replayable: bool = True,
+) -> Callable[[Build], Build]:
+    """Make a function that builds a `Dispatcher` an exchange that `parallel.exchange` can name.
+
+    Args:
+        hops: the exchanges that a row goes through, in order; none where there is nothing for it to do. `auto` and
+            `trimtab plan` count bytes by them.
+        check: raises InvalidValue, with a way out, for what the exchange cannot carry. It is called before a process
+            starts, and again when the dispatcher is built.
+        automatic: whether `auto` may choose it.
+        needs_nodes: whether it needs the groups of `make_node_groups`.
+        replayable: whether torch's all-to-all can repeat its messages bare, as `trimtab bench dispatch` does.
+    """
+
+    def register(build: Build) -> Build:
+        backend = Backend(
+            build=build, hops=hops, check=check, automatic=automatic, needs_nodes=needs_nodes, replayable=replayable
+        )
+        BACKENDS.register(name, backend, build)
+        return build
+
+    return register
+
+
+def one_row_a_rank(spread: Spread) -> list[Hop]:
+    """A row for each rank that a token needs, with the ids of its experts."""
+    return [_between_ranks(spread, spread.ranks_per_token, spread.top_k)]
+
+
+def one_row_an_assignment(spread: Spread) -> list[Hop]:
+    """A row for each expert of a token."""
+    return [_between_ranks(spread, spread.top_k, 1)]
+
+
+def _between_ranks(spread: Spread, rows: float, ids_per_row: int) -> Hop:
+    num_ranks = len(spread.experts_P)
+    # Of all ranks, these shares are off the sender's node, and on its node but not itself.
+    off, near = (num_ranks - spread.ranks_per_node) / num_ranks, (spread.ranks_per_node - 1) / num_ranks
+    return Hop(rows=rows, network=off, node=near, ids_per_row=ids_per_row, num_ids=max(spread.experts_P))

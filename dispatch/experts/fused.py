@@ -1,0 +1,128 @@
+"""The experts of one rank as one node of autograd: grouped matmuls and few kernels around them. The path of CUDA.
+
+Shapes: Q arrived rows (may be 0), R expert rows, a copy of an arrived row for each of its experts (may be 0), H hidden,
+F ffn_hidden, G = 2F, L local experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dispatch.diagnosis.meter import Meter
+from dispatch.exchange.dispatcher import DispatchHandle
+from dispatch.exchange.row_map import RowMap
+from dispatch.experts.grouped_matmul import Groups, takes_grouped_mm
+
+# Up to this many rows one kernel reads a matrix for each of them, where torch has no grouped matmul: one prompt's
+# tokens. More of them share the reading, in a matmul for each expert.
+FEW_ROWS = 64
+
+
+def fused_swiglu(
+    arrived_QH: Tensor, handle: DispatchHandle[Any], gate_up_LGH: Tensor, down_LHF: Tensor, meter: Meter
+) -> Tensor:
+    """down(silu(gate) * up * weight) of every expert on its rows, summed per arrived row: (Q, H).
+
+    In the dtype of the arrived rows, which is that of the weights. Where Triton serves; waits for nothing.
+    """
+    groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
+    rows = handle.expert_rows
+    sums_QH: Tensor = FusedSwiGLU.apply(
+        arrived_QH,
+        handle.row_weights_R,
+        gate_up_LGH,
+        down_LHF,
+        rows.source_of_copy_A,
+        rows.copies_by_source_A,
+        rows.first_S,
+        groups.ends_L,
+        groups.counts_L,
+        meter,
+    )
+    return sums_QH
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """The node. Of what it computes it keeps gate and up before the activation; backward computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arrived_QH: Tensor,
+        row_weights_R: Tensor,
+        gate_up_LGH: Tensor,
+        down_LHF: Tensor,
+        source_of_copy_R: Tensor,
+        copies_by_source_R: Tensor,
+        first_Q: Tensor,
+        ends_L: Tensor,
+        counts_L: tuple[int, ...],
+        meter: Meter,
+    ) -> Tensor:
+        from dispatch.kernels.swiglu import weighted_swiglu
+
+        rows, groups = RowMap(source_of_copy_R, copies_by_source_R, first_Q), Groups(counts_L, ends_L)
+        gate_up_RG = _gate_up(arrived_QH, gate_up_LGH, rows, groups)
+        ctx.save_for_backward(
+            arrived_QH,
+            row_weights_R,
+            gate_up_LGH,
+            down_LHF,
+            source_of_copy_R,
+            copies_by_source_R,
+            first_Q,
+            ends_L,
+            gate_up_RG,
+        )
+        ctx.counts_L, ctx.meter, ctx.has_overwritten = counts_L, meter, False
+        return rows.sum_of(_down(weighted_swiglu(gate_up_RG, row_weights_R), down_LHF, groups))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.meter.span("experts", grad_sums_QH.device):
+            return *_backward(ctx, grad_sums_QH), *[None] * 6
+
+
+def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of arrived rows, row weights, and the two stacks of expert weights, as far as they are wanted."""
+    from dispatch.kernels.swiglu import weighted_swiglu_backward_
+
+    arrived_QH, row_weights_R, gate_up_LGH, down_LHF, *maps, ends_L, gate_up_RG = ctx.saved_tensors
+    rows, groups, wanted = RowMap(*maps), Groups(ctx.counts_L, ends_L), ctx.needs_input_grad
+    if ctx.has_overwritten:  # a second backward through a graph that was retained
+        gate_up_RG = _gate_up(arrived_QH, gate_up_LGH, rows, groups)
+    grad_out_RH = rows.copy_of(grad_sums_QH)
+    inner_RF = groups.mm(grad_out_RH, down_LHF)
+    # In place, which spares 3F elements a row: the gradient of inner becomes inner; gate and up, their own gradient.
+    ctx.has_overwritten = True
+    grad_row_weights_R = weighted_swiglu_backward_(gate_up_RG, row_weights_R, inner_RF)
+    grad_down_LHF = groups.outer(grad_out_RH, inner_RF) if wanted[3] else None
+    del grad_out_RH, inner_RF
+    grad_gate_up_LGH = groups.outer(gate_up_RG, rows.copy_of(arrived_QH)) if wanted[2] else None
+    grad_arrived_QH = rows.sum_of(groups.mm(gate_up_RG, gate_up_LGH)) if wanted[0] else None
+    return grad_arrived_QH, grad_row_weights_R.to(row_weights_R.dtype), grad_gate_up_LGH, grad_down_LHF
+
+
+def _gate_up(arrived_QH: Tensor, gate_up_LGH: Tensor, rows: RowMap, groups: Groups) -> Tensor:
+    """Gate and up of every expert row before the activation, (R, G)."""
+    if _are_few(len(rows.source_of_copy_A), arrived_QH, gate_up_LGH.shape[1]):
+        from dispatch.kernels.few_rows import few_rows_mm
+
+        return few_rows_mm(arrived_QH, rows.source_of_copy_A, groups.ends_L, gate_up_LGH)
+    return groups.mm(rows.copy_of(arrived_QH), gate_up_LGH.transpose(1, 2))
+
+
+def _down(inner_RF: Tensor, down_LHF: Tensor, groups: Groups) -> Tensor:
+    """The outputs of every expert row, (R, H)."""
+    if _are_few(len(inner_RF), inner_RF, down_LHF.shape[1]):
+        from dispatch.kernels.few_rows import few_rows_mm
+
+        return few_rows_mm(inner_RF, None, groups.ends_L, down_LHF)
+    return groups.mm(inner_RF, down_LHF.transpose(1, 2))
+
+
+def _are_few(num_rows: int, rows: Tensor, other_width: int) -> bool:
+    return num_rows <= FEW_ROWS and not takes_grouped_mm(rows, other_width)

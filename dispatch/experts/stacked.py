@@ -1,0 +1,93 @@
+"""The experts of one rank as one stacked SwiGLU: two tensors, not L modules.
+
+Shapes: Q arrived rows (may be 0), R expert rows, a copy for each of its experts (may be 0), H hidden, F ffn_hidden,
+G = 2F, L local experts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dispatch.diagnosis.meter import Meter
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.dispatcher import DispatchHandle
+from dispatch.experts.fused import fused_swiglu
+from dispatch.experts.grouped import few_enough, grouped_swiglu
+from dispatch.experts.looped import LoopedSwiGLU
+from dispatch.experts.weight_grads import ExpertWeights, WeightGrads
+from dispatch.kernels.serving import triton_serves
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+
+Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # arrived rows and their handle to sums that go back, (Q, H)
+LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # the exchange around it: x_TH, topk_weights_TK to y_TH
+
+
+class Experts(nn.Module):
+    """`expert_ids` of a layer: down(silu(gate(x)) * up(x) * row weight) on the rows of each expert.
+
+    gate_up_proj is (L, 2F, H), the gate first, down_proj is (L, H, F), row i belonging to expert_ids[i]. The combine
+    weight is applied on the inner activation, which is the same sum and spares keeping the outputs for backward.
+    """
+
+    def __init__(self, hidden: int, ffn_hidden: int, expert_ids: range, meter: Meter, buffer_pool: BufferPool) -> None:
+        super().__init__()
+        self.expert_ids, self.meter, self.buffer_pool = expert_ids, meter, buffer_pool
+        num_local = len(expert_ids)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * ffn_hidden, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_local, hidden, ffn_hidden))
+        if not self.gate_up_proj.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of variance 1 / fan-in; needed after `to_empty`."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def forward(self, x_TH: Tensor, topk_weights_TK: Tensor, layer_call: LayerCall) -> Tensor:
+        """A layer call, exchanges included: FSDP gathers sharded weights once for all chunks, also in backward."""
+        return layer_call(x_TH, topk_weights_TK, partial(self.compute, weights=self.weights(x_TH.dtype)))
+
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """What the chunks of one layer call share: the weights in `dtype`, cast once."""
+        grads = WeightGrads(self.buffer_pool)
+        return ExpertWeights(*grads.share(self.gate_up_proj.to(dtype), self.down_proj.to(dtype)), grads)
+
+    def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            arrived_QH: what `dispatch` returned with the handle; its dtype is the compute dtype.
+            weights: of this call, where it has several chunks.
+        Returns:
+            For each arrived row the sum of its experts' weighted outputs, (Q, H). An expert without rows gets zero
+            gradients, not None.
+        """
+        weights = weights or self.weights(arrived_QH.dtype)
+        gate_up_LGH, down_LHF, grads = weights.gate_up_LGH, weights.down_LHF, weights.grads
+        counts_L = tuple(handle.tokens_per_local_expert_L)
+        with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
+            if triton_serves(arrived_QH):
+                return fused_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, self.meter)
+            if few_enough(arrived_QH, len(handle.sources_R), self.down_proj.shape[2]):
+                return grouped_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, buffer_pool=self.buffer_pool)
+            sums_QH: Tensor = LoopedSwiGLU.apply(
+                arrived_QH, handle.row_weights_R, gate_up_LGH, down_LHF, handle.sources_R, counts_L, grads, self.meter
+            )
+            return sums_QH
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the expert weights of `model` by parameter name: the only parameters that differ between EP ranks.
+
+    Every other gradient must be summed over all ranks; an expert's only over the ranks that hold a replica of it.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: getattr(module, name)
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name in EXPERT_WEIGHTS
+    }

@@ -1,0 +1,78 @@
+"""The stacked expert weights of one layer call, and their gradients, added up in place over its chunks.
+
+Shapes: L local experts, H hidden, F ffn_hidden, G = 2F.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispatch.exchange.buffer_pool import BufferPool
+
+
+@dataclass
+class WeightGrads:
+    """Where the chunks of one layer call leave their weight gradients.
+
+    Left to autograd, every chunk would fill a stacked tensor of its own, to be added to the others afterwards.
+    """
+
+    buffer_pool: BufferPool
+    _stacks: tuple[Tensor, ...] = ()
+    _written: set[tuple[int, int]] = field(default_factory=set)
+
+    def share(self, gate_up_LGH: Tensor, down_LHF: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights as the chunks take them; their backward, after that of all chunks, returns what was added."""
+        shared: tuple[Tensor, Tensor] = _Share.apply(gate_up_LGH, down_LHF, self)
+        return shared
+
+    def add(self, which: int, expert: int, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> None:
+        """Add left @ right to the gradient of an expert's gate and up (which = 0) or down (1) of `weights`."""
+        if not self._stacks:
+            self._stacks = tuple(self.buffer_pool.empty(*stack.shape, like=stack) for stack in weights)
+        target = self._stacks[which][expert]
+        if (which, expert) in self._written:
+            target.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=target)
+            self._written.add((which, expert))
+
+    def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
+        """The sums, and what autograd brought itself; zero for an expert without rows. The next pass starts anew."""
+        if not self._stacks:
+            pairs = zip(weights, by_autograd, strict=True)
+            return [torch.zeros_like(stack) if grad is None else grad for stack, grad in pairs]
+        stacks, written = self._stacks, self._written
+        self._stacks, self._written = (), set()
+        for which, (stack, grad) in enumerate(zip(stacks, by_autograd, strict=True)):
+            for expert in range(len(stack)):
+                if (which, expert) not in written:
+                    stack[expert].zero_()
+            if grad is not None:
+                stack.add_(grad)
+        return list(stacks)
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of one layer call in its compute dtype, shared by its chunks, and where their gradients gather."""
+
+    gate_up_LGH: Tensor
+    down_LHF: Tensor
+    grads: WeightGrads
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_LGH: Tensor, down_LHF: Tensor, grads: WeightGrads) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.grads = grads
+        ctx.save_for_backward(gate_up_LGH, down_LHF)
+        return gate_up_LGH.view_as(gate_up_LGH), down_LHF.view_as(down_LHF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *ctx.grads.take(ctx.saved_tensors, grads), None

@@ -1,0 +1,128 @@
+"""SwiGLU times the combine weight of a row, forward and backward, each in one pass over memory.
+
+Shapes: R rows (may be 0), F ffn_hidden, G = 2F, the gate first. With inner = silu(g) u w and s = sigmoid(g):
+dL/dw = sum(P silu(g) u),  dL/du = P silu(g) w,  dL/dg = P u w silu'(g),  silu'(g) = s + silu(g) (1 - s),
+P being the gradient of inner. All in fp32 (fp64 for fp64), whatever the dtype of the rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dispatch.kernels.launch import current_device, wide_dtype
+
+NUM_WARPS = 4
+TILE = 1024  # elements: with 4 warps, 16 bytes of bf16 a thread; wider dtypes take two or four accesses
+
+
+def weighted_swiglu(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight, (R, F). weights_R: any float dtype; strides of gate_up_RG as of a new tensor."""
+    num_rows, num_inner, rows, columns = _sizes(gate_up_RG)
+    inner_RF = gate_up_RG.new_empty(num_rows, num_inner)
+    if num_rows:
+        with current_device(gate_up_RG):
+            _forward[triton.cdiv(num_rows, rows), triton.cdiv(num_inner, columns)](
+                gate_up_RG,
+                weights_R.contiguous(),
+                inner_RF,
+                num_rows,
+                num_inner,
+                rows,
+                columns,
+                wide_dtype(gate_up_RG),
+                num_warps=NUM_WARPS,
+            )
+    return inner_RF
+
+
+def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_RF: Tensor) -> Tensor:
+    """Overwrite gate_up_RG by its gradient, grad_inner_RF by inner, as forward gave it; the gradient of the weights.
+
+    Returns:
+        grad_weights_R: in fp32 (fp64 for fp64), a row's sum in fixed order.
+    """
+    num_rows, num_inner, rows, columns = _sizes(gate_up_RG)
+    grad_weights_R = weights_R.new_empty(num_rows, dtype=torch.promote_types(gate_up_RG.dtype, torch.float32))
+    if num_rows:
+        with current_device(gate_up_RG):
+            _backward[(triton.cdiv(num_rows, rows),)](
+                gate_up_RG,
+                weights_R.contiguous(),
+                grad_inner_RF,
+                grad_weights_R,
+                num_rows,
+                num_inner,
+                rows,
+                columns,
+                wide_dtype(gate_up_RG),
+                num_warps=NUM_WARPS,
+            )
+    return grad_weights_R
+
+
+def _sizes(gate_up_RG: Tensor) -> tuple[int, int, int, int]:
+    """R and F, and rows and columns of a tile: columns that divide F where 64, 128 or 256 do."""
+    num_rows, num_inner = len(gate_up_RG), gate_up_RG.shape[1] // 2
+    even = num_inner & -num_inner
+    columns = min(256, triton.next_power_of_2(num_inner), max(64, even))
+    return num_rows, num_inner, TILE // columns, columns
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward(
+    gate_up,
+    weights,
+    inner,
+    num_rows,
+    NUM_INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
+    # Gate and up of a row lie NUM_INNER apart: two contiguous streams in, one out.
+    at = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
+    gate = tl.load(at, mask=here, other=0.0).to(WIDE)
+    up = tl.load(at + NUM_INNER, mask=here, other=0.0).to(WIDE)
+    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(WIDE)
+    value = gate * tl.sigmoid(gate) * up * weight[:, None]
+    tl.store(inner + row[:, None] * NUM_INNER + column[None, :], value.to(inner.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward(
+    gate_up,
+    weights,
+    grad_inner,
+    grad_weights,
+    num_rows,
+    NUM_INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    # A program has whole rows, so that the sum for the weight stays in its registers: no atomics, a fixed order.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(WIDE)[:, None]
+    grad_weight = tl.zeros([ROWS, COLUMNS], WIDE)
+    for start in range(0, NUM_INNER, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        here = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
+        at_gate = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
+        at_inner = grad_inner + row[:, None] * NUM_INNER + column[None, :]
+        gate = tl.load(at_gate, mask=here, other=0.0).to(WIDE)
+        up = tl.load(at_gate + NUM_INNER, mask=here, other=0.0).to(WIDE)
+        grad = tl.load(at_inner, mask=here, other=0.0).to(WIDE)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        grad_weight += grad * silu * up
+        grad *= weight
+        # Each element was read by the thread that now overwrites it.
+        grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(at_gate, grad_gate.to(gate_up.dtype.element_ty), mask=here)
+        tl.store(at_gate + NUM_INNER, (grad * silu).to(gate_up.dtype.element_ty), mask=here)
+        tl.store(at_inner, (silu * up * weight).to(grad_inner.dtype.element_ty), mask=here)
+    tl.store(grad_weights + row, tl.sum(grad_weight, 1), mask=row < num_rows)

@@ -1,1 +1,0 @@
-"""Measurements of Trimtab on the machine at hand: `trimtab bench`."""

@@ -1,1 +1,0 @@
-"""Faults for tests: machines that can be killed, cut off and slowed down, on one host."""

@@ -1,0 +1,26 @@
+"""What `trimtab bench coordinator` has measured: for its tables, its picture and its record."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtime.commands.bench.coordinator.case import ControlCase
+from runtime.commands.bench.coordinator.load import LoadFigures
+from runtime.commands.bench.coordinator.model import HopCost, Modelled
+from runtime.commands.bench.coordinator.ranks import RankFigures
+
+FUNCTION, ACTOR = "function", "actor"  # where the coordinator runs: in the process of the leader, or in its own
+
+
+@dataclass(frozen=True)
+class ControlMeasurement:
+    """Everything that was measured, and the model based on it. hop: None if there is only one rank."""
+
+    case: ControlCase
+    loads: dict[str, LoadFigures]
+    ranks: RankFigures
+    hop: HopCost | None
+    modelled: list[Modelled]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures and samples as plain values."""
+        return asdict(self)

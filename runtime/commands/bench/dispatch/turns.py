@@ -1,0 +1,159 @@
+"""One rank's part of `trimtab bench dispatch`: layer and limits take turns, with fresh tokens in every round.
+
+The order is A B C, then C B A. The bare all-to-all comes right after the layer, whose messages of this very round it
+repeats.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.values import all_gather_values
+from runtime.commands.bench.dispatch.case import LayerCase
+from runtime.commands.bench.dispatch.layer_run import LayerRun, RankContext, Sample, schedules
+from runtime.commands.bench.dispatch.limits import BareExchange, matmul_flops, matmul_limit
+from runtime.commands.bench.dispatch.memory import peak_allocated_bytes, peak_cuda_bytes, peak_resident_bytes
+from runtime.commands.bench.progress import BenchProgress
+
+LAYER, MATMULS, EXCHANGE = "layer", "matmuls", "all-to-all"
+Turn = Callable[[Tensor, Tensor], dict[str, Sample]]
+
+
+@dataclass(frozen=True)
+class DtypeSamples:
+    """What was measured in one dtype; all ranks get the same.
+
+    samples: by candidate, then rank, then round. Memory is the largest of the ranks, above weights and inputs;
+    resident_bytes is None where the system does not tell.
+    """
+
+    samples: dict[str, list[list[Sample]]]
+    allocated_bytes: int
+    resident_bytes: int | None
+
+
+@dataclass(frozen=True)
+class LayerMeasurement:
+    """The results of a whole benchmark. exchange: the one that was used."""
+
+    exchange: str
+    by_dtype: dict[str, DtypeSamples]
+
+
+def measure(group: dist.ProcessGroup, device: torch.device, case: LayerCase) -> LayerMeasurement | None:
+    """Measure on this rank. Collective; rank 0 returns the samples of all ranks, the others None."""
+    torch.set_num_threads(case.threads)
+    place = RankContext.of(case, group, device)
+    progress = BenchProgress(silent=place.rank != 0)
+    exchange, by_dtype = "none", {}
+    for number, dtype_name in enumerate(case.dtypes, 1):
+        head = f"[{number}/{len(case.dtypes)}] {dtype_name}"
+        progress.say(f"{head}: memory")
+        exchange, by_dtype[dtype_name] = _measure_dtype(
+            case, getattr(torch, dtype_name), place, partial(progress.count, head, case.rounds)
+        )
+    progress.end()
+    return LayerMeasurement(exchange, by_dtype) if place.rank == 0 else None
+
+
+def _measure_dtype(
+    case: LayerCase, dtype: torch.dtype, place: RankContext, tell: Callable[[int], None]
+) -> tuple[str, DtypeSamples]:
+    build = {name: partial(LayerRun.build, case, dtype, schedule, place) for name, schedule in schedules(case).items()}
+    memory = _memory(build[LAYER], place.device)
+    runs = {name: make() for name, make in build.items()}
+    turns = [_matmul_turn(case, dtype, place), *(_layer_turn(name, run) for name, run in runs.items())]
+    mine: dict[str, list[Sample]] = {}
+    for round_index in range(case.rounds + 1):  # the first warms up
+        tell(round_index)
+        x_TH, grad_TH = runs[LAYER].draw(round_index)
+        for turn in turns[:: -1 if round_index % 2 else 1]:
+            for name, sample in turn(x_TH, grad_TH).items():
+                mine.setdefault(name, []).extend([sample] if round_index else [])
+    return runs[LAYER].layer.dispatcher.exchange, _of_all_ranks(mine, memory, place)
+
+
+def _matmul_turn(case: LayerCase, dtype: torch.dtype, place: RankContext) -> Turn:
+    shape = case.shape
+    num_local = ExpertPlacement(shape.num_experts, case.workers).num_local_experts[place.rank]
+    run = matmul_limit(shape, num_local, case.workers, dtype, place.device)
+    num_rows = num_local * shape.rows_per_expert(case.workers)
+    flops = float(matmul_flops(num_rows, shape.hidden, shape.ffn_hidden))
+
+    def turn(x_TH: Tensor, _grad_TH: Tensor) -> dict[str, Sample]:
+        return {MATMULS: _timed(partial(run, x_TH), place) | {"flops": flops}}
+
+    return turn
+
+
+def _layer_turn(name: str, run: LayerRun) -> Turn:
+    """A step of the layer; of the main one then its exchanges alone."""
+    bare = BareExchange(run.place.device)
+
+    def turn(x_TH: Tensor, grad_TH: Tensor) -> dict[str, Sample]:
+        sample = _timed(partial(run.step, x_TH, grad_TH), run.place)
+        sample |= run.account()
+        run.clear(x_TH)
+        if name != LAYER or run.case.workers == 1:
+            return {name: sample}
+        bare.prepare(run.messages)
+        return {name: sample, EXCHANGE: _timed(bare.run, run.place) | {"bytes": float(bare.sent_bytes)}}
+
+    return turn
+
+
+def _timed(action: Callable[[], object], place: RankContext) -> Sample:
+    """Seconds of the wall clock, and of the CPU in all threads of this process, gloo's included."""
+    dist.barrier(place.group)
+    _synchronize(place.device)
+    began_wall, began_cpu = time.perf_counter(), time.process_time()
+    action()
+    _synchronize(place.device)
+    return {"wall_s": time.perf_counter() - began_wall, "cpu_s": time.process_time() - began_cpu}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _memory(build: Callable[[], LayerRun], device: torch.device) -> dict[str, int | None]:
+    """Peaks of the first two steps of a new layer: what it keeps from one step for the next is in them too."""
+    peaks: dict[str, int | None] = {}
+    for name, measure_peak in _peak_measures(device).items():
+        run = build()
+        inputs = [run.draw(step) for step in range(2)]
+        peaks[name] = None
+        with contextlib.suppress(OSError):  # where /proc may not be written
+            peaks[name] = measure_peak(partial(_steps, run, inputs))
+    return peaks
+
+
+def _peak_measures(device: torch.device) -> dict[str, Callable[[Callable[[], object]], int]]:
+    if device.type == "cuda":
+        return {"allocated_bytes": peak_cuda_bytes}
+    return {"allocated_bytes": peak_allocated_bytes, "resident_bytes": peak_resident_bytes}
+
+
+def _steps(run: LayerRun, inputs: list[tuple[Tensor, Tensor]]) -> None:
+    for x_TH, grad_TH in inputs:
+        run.step(x_TH, grad_TH)
+        run.clear(x_TH)
+
+
+def _of_all_ranks(mine: dict[str, list[Sample]], memory: dict[str, int | None], place: RankContext) -> DtypeSamples:
+    every: list[tuple[dict[str, list[Sample]], dict[str, int | None]]]
+    every = all_gather_values((mine, memory), place.group, tuple)
+    resident = [peaks.get("resident_bytes") for _, peaks in every]
+    return DtypeSamples(
+        samples={name: [samples[name] for samples, _ in every] for name in mine},
+        allocated_bytes=max(peaks["allocated_bytes"] or 0 for _, peaks in every),
+        resident_bytes=None if None in resident else max(peak or 0 for peak in resident),
+    )

@@ -1,0 +1,79 @@
+"""`trimtab chaos PRESET`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dispatch.errors import InvalidValue
+from runtime.commands.command import CommandParser
+from runtime.commands.options import number, whole
+
+if TYPE_CHECKING:
+    from runtime.commands.chaos.plan import ChaosOptions
+
+HELP = "Strike a run with faults by a plan, and see whether it comes through."
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the options; one that is not given is None."""
+    from runtime.commands.chaos.kinds import KINDS
+    from runtime.commands.chaos.plan import PRESETS
+
+    sizes = "\n".join(
+        f"  {name:6} {each.num_faults} faults of {len(each.kinds)} kinds, {each.num_machines} machines with "
+        f"{each.workers_per_machine} workers each, {each.minutes:g} min at most"
+        for name, each in PRESETS.items()
+    )
+    parser.description = (
+        "Train on several machines of network namespaces here (needs root), strike the run by a seeded "
+        "plan, and compare it with an undisturbed one."
+    )
+    parser.epilog = f"presets:\n{sizes}\n\nfaults: {', '.join(KINDS)}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("preset", metavar="PRESET", choices=PRESETS, help="see below")
+    add("--seed", type=whole(0), default=0, help="of the plan and of the run (%(default)s)")
+    add("--faults", type=whole(1), help="their number (that of the preset)")
+    add("--machines", type=whole(2), help="machines; the first is the head and runs the driver")
+    add("--workers-per-machine", type=whole(1), help="expert workers of each")
+    add("--minutes", type=number(1, 1440), help="longest duration of all of it")
+    add("--out", type=Path, default=Path("runs/chaos"), help="folder of chaos.md, .json and .png (%(default)s)")
+    add("--keep", action="store_true", help="copy both run directories and what they printed to OUT/kept")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a preset to its end or its limit and write the results. Returns 1 if anything was not as promised."""
+    checked = checked_options(options)
+    from runtime.commands.chaos.campaign import run_campaign
+
+    return run_campaign(checked)
+
+
+def checked_options(options: argparse.Namespace) -> "ChaosOptions":
+    """What the command line asks for.
+
+    Raises:
+        InvalidValue: sizes that no plan can have, or a system without network namespaces.
+    """
+    from dataclasses import replace
+
+    from runtime.commands.chaos.namespaces import why_not
+    from runtime.commands.chaos.plan import PRESETS, ChaosOptions
+
+    changes = {
+        "num_faults": options.faults,
+        "num_machines": options.machines,
+        "workers_per_machine": options.workers_per_machine,
+        "minutes": options.minutes,
+    }
+    preset = replace(PRESETS[options.preset], **{name: value for name, value in changes.items() if value is not None})
+    if (reason := why_not()) is not None:
+        raise InvalidValue(reason)
+    return ChaosOptions(
+        name=options.preset,
+        preset=preset,
+        seed=options.seed,
+        out=options.out,
+        keep=options.keep,
+        command=options.command_line,
+    )

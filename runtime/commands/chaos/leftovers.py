@@ -1,0 +1,117 @@
+"""Finds processes, memory and files that a run has left on its machines after its driver ended."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.commands.chaos.machines import Machine, MachineProcess
+from runtime.commands.chaos.testbed import Testbed
+from workers.checkpoints.checkpoint_files import CHECKPOINTS
+
+LEAVE_S = 20.0  # For processes to end, and for the next checkpoint to remove what is left of the one before.
+POLL_S = 0.1
+# Of the cluster, which outlives a run; without a command line: it has ended, and nobody has asked for its exit code.
+_OF_CLUSTER = re.compile(
+    r"$|ray::(IDLE|DashboardAgent|RuntimeEnvAgent)|ray-dashboard-"
+    r"|\S*/ray/|\S+ .*(-m ray\.|/ray/|from multiprocessing\.)"
+)
+# Torch keeps a cache, and Ray's dashboard, where it is killed, its sockets.
+_OF_OTHERS = re.compile("torchinductor_|pymp-")
+
+
+class Leftovers:
+    """Looks for what drivers that are gone have left; `note` it before a run is resumed."""
+
+    def __init__(self, testbed: Testbed, run_dir: Path) -> None:
+        self._testbed, self._run_dir = testbed, run_dir
+        self._processes: set[int] = set()
+        self._partial: set[Path] = set()
+
+    def note(self) -> None:
+        """Remember what is there while no driver runs: the next start, or its next checkpoint, is to end it."""
+        self._processes = set(run_processes(self._testbed))
+        self._partial = set(partial_checkpoints(self._run_dir))
+
+    def still_there(self) -> list[str]:
+        """What was noted and is there although the run goes on. Waits for it to go, at most LEAVE_S."""
+        return _once_gone(self._noted)
+
+    def after_the_end(self) -> list[str]:
+        """Whatever of the run is there although its driver has ended well. Waits as above."""
+        return _once_gone(
+            lambda: [*run_processes(self._testbed).values(), *map(str, partial_checkpoints(self._run_dir))]
+        )
+
+    def _noted(self) -> list[str]:
+        alive = run_processes(self._testbed)
+        partial = self._partial.intersection(partial_checkpoints(self._run_dir))
+        return [*(alive[pid] for pid in sorted(self._processes & alive.keys())), *map(str, sorted(partial))]
+
+
+def _line(machine: Machine, process: MachineProcess) -> str:
+    return f"process {process.pid} of {machine.name}: {process.command[:200]}"
+
+
+def run_processes(testbed: Testbed) -> dict[int, str]:
+    """Processes of all machines but for those of the cluster: what each is, by its number on the host."""
+    return {
+        process.host_pid: _line(machine, process)
+        for machine in testbed.machines
+        if machine.is_up
+        for process in machine.processes()
+        if not _OF_CLUSTER.match(process.command)
+    }
+
+
+def still_there_of(
+    testbed: Testbed, machine: Machine, pids: set[int], files: list[Path], shared_memory: list[str]
+) -> list[str]:
+    """What has come to a machine since its processes, temporary files and shared memory were these. Waits as above."""
+
+    def look() -> list[str]:
+        new = [each for each in machine.processes() if each.host_pid not in pids and each.command]
+        return [
+            *(_line(machine, each) for each in new),
+            *(str(path) for path in temporary_files(testbed, machine) if path not in files),
+            *(f"shared memory {name}" for name in machine.shared_memory() if name not in shared_memory),
+        ]
+
+    return _once_gone(look)
+
+
+def partial_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of checkpoints that were never complete."""
+    return sorted((run_dir / CHECKPOINTS).glob(".step_*"))
+
+
+def after_the_cluster(testbed: Testbed) -> list[str]:
+    """What is there although the cluster was ended: processes, open ports, shared memory, files of Ray."""
+    return _once_gone(lambda: _anything(testbed))
+
+
+def _anything(testbed: Testbed) -> list[str]:
+    found = []
+    for machine in testbed.machines:
+        if not machine.is_up:
+            continue
+        here = f"of {machine.name}"
+        found += [_line(machine, each) for each in machine.processes() if each.command]
+        found += [f"port {port} {here} is open" for port in machine.listening()]
+        found += [f"shared memory {name} {here}" for name in machine.shared_memory()]
+        found += [str(path) for path in temporary_files(testbed, machine)]
+    return found
+
+
+def temporary_files(testbed: Testbed, machine: Machine) -> list[Path]:
+    """What lies where a machine's processes keep such files, but for the folder of its nodes where that is empty."""
+    found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OF_OTHERS.match(path.name))
+    return [path for path in found if not (path.name == f"trimtab-{os.getuid()}" and not any(path.iterdir()))]
+
+
+def _once_gone(look: Callable[[], list[str]]) -> list[str]:
+    give_up = time.monotonic() + LEAVE_S
+    while (left := look()) and time.monotonic() < give_up:
+        time.sleep(POLL_S)
+    return left

@@ -1,0 +1,108 @@
+"""Compares the record of a run with that of an undisturbed one: steps, evaluations, loads and statistics."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.commands.chaos.record import Record, Stored
+from runtime.report.run_record import ASSIGNMENT_FIELDS
+
+Line = Mapping[str, Any]
+
+
+def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> dict[str, str]:
+    """What is wrong with a record beside that of the undisturbed run, by the place of it. Empty: nothing.
+
+    Everything is compared bit for bit, but times; what was made anew too. Nothing may be missing or there twice.
+
+    Args:
+        num_assignments: (token, expert) pairs of each step.
+        whole: the run is over, so that its record must end where the other one does.
+    """
+    problems = dict.fromkeys(found.damage, "it was whole when it was written")
+    for kind, name in (("train", "step"), ("eval", "evaluation after step")):
+        lines = [line for line in (*found.lines_made_anew, *found.lines) if line["kind"] == kind]
+        differing = differences(lines, [line for line in calm.lines if line["kind"] == kind])
+        problems |= {f"{name} {step}": text for step, text in differing.items()}
+    problems |= dict(_wrong_counts(found, num_assignments))
+    for name, stored, made_anew, expected in (
+        ("history.bin", found.loads, found.loads_made_anew, calm.loads),
+        ("statistics.bin", found.statistics, found.statistics_made_anew, calm.statistics),
+    ):
+        problems |= dict(_differing_records(name, (*made_anew, *stored), dict(expected)))
+    return problems | dict(_wrong_orders(found, calm, whole))
+
+
+def differences(lines: Iterable[Line], calm: Iterable[Line]) -> dict[int, str]:
+    """The first field in which a line differs from the calm run's of the same step, by step.
+
+    Fields of time are left out, all others are compared bit for bit: losses, norms, loads, bias, tokens.
+    """
+    expected = {line["step"]: line for line in calm}
+    found = {}
+    for line in lines:
+        step = line["step"]
+        if step not in expected:
+            found[step] = "the calm run has no such step"
+        elif name := _first_difference(line, expected[step]):
+            found[step] = f"{name} is {line.get(name)}, in the calm run {expected[step].get(name)}"
+    return found
+
+
+def _first_difference(line: Line, calm: Line) -> str | None:
+    names = [name for name in line.keys() | calm.keys() if name not in ("time", "mfu") and not name.endswith("_s")]
+    return next((name for name in sorted(names) if line.get(name) != calm.get(name)), None)
+
+
+def _wrong_counts(found: Record, num_assignments: int) -> Iterator[tuple[str, str]]:
+    """Tokens that were lost, or counted twice, in both runs alike too."""
+    for line in (*found.lines_made_anew, *found.lines):
+        if line["kind"] == "train" and (
+            wrong := [name for name in ASSIGNMENT_FIELDS if line.get(name) != num_assignments]
+        ):
+            yield f"step {line['step']}", f"{wrong[0]} is {line.get(wrong[0])}, and the batch has {num_assignments}"
+    for step, raw in (*found.loads_made_anew, *found.loads):
+        num_counted = int(np.frombuffer(raw, "<i8", (len(raw) - 8) // 12, 8).sum())
+        if num_counted != num_assignments:
+            yield f"history.bin, step {step}", f"it counts {num_counted}, and the batch has {num_assignments}"
+
+
+def _differing_records(
+    name: str, stored: Iterable[tuple[int, bytes]], expected: Mapping[int, bytes]
+) -> Iterator[tuple[str, str]]:
+    for step, raw in stored:
+        if raw != expected.get(step):
+            yield f"{name}, step {step}", "the record is not that of the calm run"
+
+
+def _wrong_orders(found: Record, calm: Record, whole: bool) -> Iterator[tuple[str, str]]:
+    """Gaps and repetitions: each file must begin as the calm run's does, and go as far as the others."""
+    lines = [(line["kind"], line["step"]) for line in found.lines]
+    # A run that goes on writes its line first, then the load, then the statistic.
+    last_step = max((step for kind, step in lines if kind == "train"), default=0) - 1
+    if text := _disorder(lines, [(line["kind"], line["step"]) for line in calm.lines], 0, whole):
+        yield "order of metrics.jsonl", text
+    for name, stored, expected in (
+        ("history.bin", found.loads, calm.loads),
+        ("statistics.bin", found.statistics, calm.statistics),
+    ):
+        if text := _disorder(_steps(stored), _steps(expected), min(last_step, len(expected)), whole):
+            yield f"order of {name}", text
+
+
+def _steps(stored: Stored) -> list[tuple[str, int]]:
+    return [("step", step) for step, _ in stored]
+
+
+def _disorder(
+    found: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]], num_owed: int, whole: bool
+) -> str | None:
+    for place, (ours, theirs) in enumerate(zip(found, expected, strict=False), 1):
+        if ours != theirs:
+            return f"{ours[0]} {ours[1]} is at place {place}, where {theirs[0]} {theirs[1]} belongs"
+    if len(found) > len(expected):
+        return f"{found[len(expected)][0]} {found[len(expected)][1]} is behind the end"
+    if len(found) < (len(expected) if whole else num_owed):
+        return f"{expected[len(found)][0]} {expected[len(found)][1]} is missing, and what follows it"
+    return None

@@ -1,0 +1,61 @@
+"""Starts further drivers on a run that is being written. Each must be refused, and the run must stay unharmed."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from runtime.commands.chaos.plan import ChaosFault
+from runtime.commands.chaos.target import TargetRun, Unfulfilled
+from workers.record.run_log import EVENTS, read_events
+
+REFUSE_S = 60.0  # For a command to say that it will not do what it was asked for: it has only to import torch.
+PROMISE = r"is being written by pid \d+ on |exists already; choose another --name"
+Other = tuple[subprocess.Popen[bytes], Path]  # and what it prints
+OF_ANOTHER = {"started", "resumed", "failed", "gave_up", "interrupted", "finished"}
+
+
+def second_writer(run: TargetRun, fault: ChaosFault) -> float:
+    """Two more drivers, on a machine each."""
+    at = time.time()
+    machines = (fault.machine, (fault.machine + 1) % len(run.testbed.machines))
+    refuse(run, lambda: [run.second_start(machines[0]), run.second_resume(machines[1])])
+    if wrong := OF_ANOTHER.intersection(each["event"] for each in read_events(run.run_dir) if each["time"] >= at):
+        raise Unfulfilled(f"a second writer wrote {', '.join(sorted(wrong))} into {EVENTS}")
+    return at
+
+
+def refuse(run: TargetRun, start: Callable[[], Sequence[Other]]) -> None:
+    """Start other drivers and see them refused, while the settings of the run stay as they are.
+
+    Raises:
+        Unfulfilled: one was not refused, did not say why, or changed the settings; none of them lives then.
+    """
+    settings = run.run_dir / "config.yaml"
+    before = settings.read_bytes() if settings.exists() else None
+    own = {driver.host_pid for driver in run.drivers()}
+    others = start()
+    try:
+        _await_refusals(run, others)
+    finally:
+        for driver in run.drivers():
+            if driver.host_pid not in own:
+                os.kill(driver.host_pid, signal.SIGKILL)
+    if before is not None and settings.read_bytes() != before:
+        raise Unfulfilled(f"a second writer changed {settings.name}")
+
+
+def _await_refusals(run: TargetRun, others: Sequence[Other]) -> None:
+    for process, log in others:
+        run.wait(partial(_has_ended, process), "refusing a second writer", REFUSE_S)
+        said = " ".join(log.read_text(errors="replace").split())
+        if process.returncode not in (1, 2) or not re.search(PROMISE, said):
+            raise Unfulfilled(f"a second writer ended with exit code {process.returncode}, saying: {said[-300:]}")
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is not None

@@ -1,0 +1,124 @@
+"""What is wrong with a checkpoint, and what its tensors say about themselves: values, copies of experts, biases."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.commands.doctor.cluster.judge import Severity
+from runtime.terminal.quantities import byte_size
+
+BIAS = ".router.expert_bias_E"  # how the name of a selection bias ends, in our state
+
+# A bias is centred in float64 and rounded to fp32: half a unit in the last place of each, and the mean of those.
+CENTRE_TOLERANCE = 2**-22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One finding. tensor: empty if the whole file is concerned. An error would spoil a run, a warning may."""
+
+    severity: Severity = "error"
+    file: str
+    tensor: str = ""
+    problem: str
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies."""
+
+    file: str
+    tensor: str
+
+
+@dataclass
+class TensorWatch:
+    """Checks one tensor after the other without keeping it, and collects what is wrong."""
+
+    found: list[Damage] = field(default_factory=list)
+    num_tensors: int = 0
+    num_bytes: int = 0
+    num_experts: int = 0
+    bias_range: tuple[float, float] | None = None
+    _digests: dict[tuple[torch.Size, bytes], TensorPlace] = field(default_factory=dict)
+
+    def see(self, tensor: Tensor, place: TensorPlace) -> None:
+        """Any tensor of weights or moments: it must be finite."""
+        self.num_tensors += 1
+        self.num_bytes += tensor.nbytes
+        if not tensor.is_floating_point():
+            return
+        finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # fp8 has no isfinite
+        if not bool(finite.all()):
+            count = finite.numel() - int(finite.sum())
+            self.damage(place, f"has NaN or infinite values: {count} of {finite.numel()}")
+
+    def see_expert(self, tensor: Tensor, place: TensorPlace) -> None:
+        """A weight of one expert: no other expert of any layer has the same bytes, unless one was saved for both.
+
+        That is what ranks leave behind that name their experts by local id (KempnerForge #202).
+        """
+        self.num_experts += 1
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        first = self._digests.setdefault((tensor.shape, hashlib.sha256(data.numpy().data).digest()), place)
+        if first is not place:
+            self.damage(place, f"has the same bytes as {first.tensor}: one expert was saved for both")
+
+    def see_biases(
+        self, biases: dict[TensorPlace, Tensor], *, moved: bool, centred: bool, narrow: Severity = "error"
+    ) -> None:
+        """The selection biases of all layers.
+
+        moved: a law has moved them, so that none can be zero. centred: it keeps their mean at zero. narrow: how bad it
+        is that one is not fp32.
+        """
+        for place, bias in biases.items():
+            if bias.dtype != torch.float32:
+                problem = f"is {_name(bias.dtype)}; a bias must be float32, or steps of 0.001 are lost in rounding"
+                self.damage(place, problem, narrow)
+            wide = bias.double()
+            if not bool(wide.isfinite().all()):
+                continue
+            low, high = self.bias_range or (0.0, 0.0)
+            self.bias_range = (min(low, float(wide.min())), max(high, float(wide.max())))
+            if moved and not bool(wide.any()):
+                self.damage(place, "is zero for every expert, in a model whose bias was trained: it was lost or reset")
+            elif centred and abs(float(wide.mean())) > CENTRE_TOLERANCE * float(wide.abs().max()):
+                self.damage(place, f"has the mean {float(wide.mean()):.3g}; the law keeps it at zero")
+
+    def damage(self, place: TensorPlace, problem: str, severity: Severity = "error") -> None:
+        """Record a finding."""
+        self.found.append(Damage(severity=severity, file=place.file, tensor=place.tensor, problem=problem))
+
+    def facts(self, expert_names: Iterable[str]) -> dict[str, str]:
+        """What was seen, for people; `expert_names`: of all weights of experts."""
+        num_layers = len({name.rpartition(".experts.")[0] for name in expert_names})
+        facts = {
+            "tensors": str(self.num_tensors),
+            "size": byte_size(self.num_bytes),
+            "experts": f"{self.num_experts} weights in {num_layers} layers",
+        }
+        if self.bias_range is not None:
+            facts["biases"] = "from {:.4g} to {:.4g}".format(*self.bias_range)
+        return facts
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What was examined and found. facts: figures of the whole checkpoint by name, for people to read."""
+
+    subject: str
+    facts: dict[str, str]
+    found: list[Damage]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is no error; warnings are allowed."""
+        return not any(damage.severity == "error" for damage in self.found)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,67 @@
+"""`trimtab generate RUN`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dispatch.errors import InvalidValue
+from runtime.commands.command import CommandParser
+from runtime.commands.options import add_run, add_worker_options, number, run_of, whole
+
+HELP = "Continue texts with a run's model."
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the options."""
+    add_run(parser)
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", action="append", dest="prompts", help="text to continue; again for more")
+    texts.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line; - or neither: standard input"
+    )
+    add = parser.add_argument
+    add("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
+    add("--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)")
+    add("--top-p", type=number(0.01, 1), default=0.95, help="sample from the likeliest of this sum (%(default)s)")
+    add("--seed", type=whole(0), default=0, help="seed of the samples (%(default)s)")
+    add("--batch-size", type=whole(1), default=32, help="prompts that a worker continues at once (%(default)s)")
+    add_worker_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generate and return the exit code."""
+    run_dir = run_of(options)
+    prompts = read_prompts(options.prompts_file) if options.prompts is None else options.prompts
+    from runtime.commands import inference
+    from workers.generation.generate import SamplingConfig
+
+    return inference.generate(
+        run_dir,
+        prompts=prompts,
+        sampling=SamplingConfig(**{field: getattr(options, field) for field in SamplingConfig.__dataclass_fields__}),
+        step=options.step,
+        workers=options.workers,
+        device=options.device,
+    )
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The lines that are not empty, of a file, or of standard input where the path is None or "-".
+
+    Raises:
+        InvalidValue: there is no such line, or no text to read.
+    """
+    if path is None and sys.stdin.isatty():
+        raise InvalidValue("there is nothing to continue; give --prompt TEXT, --prompts-file FILE, or pipe lines in")
+    is_piped = path is None or str(path) == "-"
+    try:
+        text = sys.stdin.buffer.read().decode() if is_piped else Path(str(path)).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidValue(f"--prompts-file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{'standard input' if is_piped else path} is not UTF-8 text: {error}") from error
+    lines = [line for line in text.splitlines() if line]
+    if not lines:
+        place = "standard input" if is_piped else path
+        raise InvalidValue(f"{place} has no text to continue; write one prompt a line, or give --prompt TEXT")
+    return lines

@@ -1,0 +1,63 @@
+"""`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads."""
+
+import secrets
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dispatch.errors import InvalidValue
+from runtime.commands.hf.import_model import check_same_model
+from runtime.report.hf_files import FOLDER, copy_back, read_dtypes
+from runtime.report.run_inputs import find_checkpoint
+from runtime.runs.run_dir import CONFIG_FILE
+from runtime.settings.config_file import config_from_yaml_file
+from workers.checkpoints.tensor_reader import TensorReader
+from workers.model.families import Settings, family_of
+from workers.model.families.source import CONFIG, read_json
+from workers.model.families.writing import moved_biases, write_weights
+
+
+def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bool, max_file_bytes: int) -> int:
+    """Write a checkpoint as config.json, tokenizer and safetensors files. The directory appears when it is complete.
+
+    step: of the checkpoint, None for the newest. drop_bias: leave out a selection bias that the family does not have.
+
+    Raises:
+        ValueError: the directory exists, the run was not imported, or its bias has moved and would be lost.
+        CheckpointCorrupt: the checkpoint is damaged.
+    """
+    if folder.exists():
+        raise InvalidValue(f"{folder} exists already; choose another name, or remove it")
+    if not (run_dir / FOLDER / CONFIG).is_file():
+        raise InvalidValue(
+            f"{run_dir} was not imported: the model of its configuration is not of a family that transformers knows; "
+            "runs that `trimtab import` made can be exported"
+        )
+    settings = Settings(read_json(run_dir / FOLDER / CONFIG), str(run_dir / FOLDER / CONFIG))
+    family = family_of(settings)
+    config = config_from_yaml_file(run_dir / CONFIG_FILE).model
+    # config.json may speak of a MTP layer that the files did not bring.
+    of_files = replace(family.read_config(settings), num_mtp_layers=config.num_mtp_layers)
+    check_same_model(config, of_files, settings.where)
+    reader = TensorReader(find_checkpoint(run_dir, step))
+    if not family.has_bias and not drop_bias and (moved := moved_biases(reader)):
+        raise InvalidValue(
+            f"{len(moved)} routers of {run_dir} have a selection bias, the first is {moved[0]}, and "
+            f"{family.architecture} has none: without it tokens go to other experts than in training. Train with "
+            "--balance.law none, or give --drop-bias to export all the same"
+        )
+    # A name of its own: another export to the same name must not write into it, nor remove it.
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        dtypes = read_dtypes(run_dir)
+        parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
+        write_weights(partial, parts, dtypes, reader, max_file_bytes)
+        copy_back(run_dir, partial)
+        partial.rename(folder)
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sys.stdout.write(f"{folder}: {family.architecture}, step {reader.manifest.step} of {run_dir}\n")
+    return 0

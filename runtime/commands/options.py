@@ -1,0 +1,62 @@
+"""Options that several subcommands share, and types for argparse. Imports neither torch nor Ray."""
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.runs.run_dir import RUNS_DIR_VARIABLE, find_run
+from runtime.settings.consent import add_consent
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A whole number of at least `low`."""
+
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
+        return int(text)
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low} to {high}")
+
+    return read
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Let the command line name a run, which `run_of` then finds."""
+    parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in the folder of runs")
+    add_runs_dir(parser)
+    add_consent(parser)
+
+
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Let the command line say in which folder runs lie."""
+    parser.add_argument(
+        "--runs-dir",
+        "--run.dir",
+        dest="runs_dir",
+        metavar="DIR",
+        help=f"the folder of runs (the environment variable {RUNS_DIR_VARIABLE}, or runs)",
+    )
+
+
+def run_of(options: argparse.Namespace) -> Path:
+    """The directory of the run that was named. Raises InvalidValue where there is none."""
+    return find_run(options.run, options.runs_dir)
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Let the command line say which checkpoint is loaded, and on which workers."""
+    parser.add_argument("--step", type=whole(0), help="checkpoint to load (the newest)")
+    parser.add_argument("--workers", type=whole(1), help="expert workers, with Ray (one, in this process)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")

@@ -1,0 +1,4 @@
+"""`trimtab plan`: memory of each rank and bytes on the network before anything starts.
+
+`subject.py` reads what is planned, `activations.py` and `traffic.py` compute, `plan.py` adds up, `table.py` prints.
+"""

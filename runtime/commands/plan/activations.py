@@ -1,0 +1,231 @@
+"""Bytes that a micro-batch of one rank keeps for backward, part by part, and the scratch beside them.
+
+The counts are those of kernels on CPUs, which a test compares with torch's own record of saved tensors. On CUDA
+the fused RMSNorm keeps a little less. Attention is taken to be fused, as on CUDA in bf16 with any head and on CPUs with
+heads of one width: no (S, S) matrix is kept.
+
+Counts of a token, times T; letters: H hidden, F inner width of an expert, K top-k, E experts, L experts of this rank, R
+expert rows, Q arrived rows, W expert ids a row, b bytes of an element in the compute dtype. The residual stream and all
+norms are fp32 with any dtype. An index is int64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.model.decoder import ModelConfig
+
+FP32, INDEX = 4, 8
+MAX_RUN = 2048  # rows of an expert that the looped experts compute at once (dispatch.experts.looped)
+Parts = dict[str, float]
+HEAD, CAST, AT_LOSS, IN_BACKWARD = (
+    "head and loss",
+    "weights in the compute dtype",
+    "at the loss",
+    "in backward of a layer",
+)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward of a rank works on, under balanced load.
+
+    expert_rows, arrived_rows: of one MoE layer; a rank that exchanges nothing has its own tokens for arrived rows.
+    ids_per_row: expert ids and weights that travel with a row. experts: how they are computed (dispatch.experts): fused
+    on CUDA; on CPUs grouped, which keeps a copy of each expert row, or looped, one after the other.
+    """
+
+    tokens: int
+    seq_len: int
+    num_local_experts: int
+    expert_rows: float
+    arrived_rows: float
+    ids_per_row: int
+    element_bytes: int
+    experts: Literal["fused", "grouped", "looped"]
+    exchanges: bool
+
+    @property
+    def casts(self) -> bool:
+        """Whether the compute dtype is not that of the weights."""
+        return self.element_bytes != FP32
+
+
+def attention_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """The attention of one layer with the norm before it."""
+    per_token = _latent(config, batch) if config.attention == "latent" else _grouped_query(config, batch)
+    num_norms = 3 if config.post_norms else 1  # with those of both outputs
+    return batch.tokens * (num_norms * _norm(config.hidden) + per_token)
+
+
+def dense_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """A dense feed-forward with the norm before it."""
+    own_input = 0 if batch.casts else FP32 * config.hidden
+    per_token = own_input + _swiglu(config.hidden, config.dense_ffn_hidden, batch)
+    return batch.tokens * (_norm(config.hidden) + per_token)
+
+
+def router_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """The router and the shared experts of one layer with the norm before them."""
+    moe = config.moe
+    choice = INDEX * moe.top_k + FP32 * moe.num_experts
+    if moe.normalize_weights:
+        choice += FP32 * moe.top_k * (3 if moe.score == "sigmoid" else 1)
+    shared = _swiglu(config.hidden, moe.ffn_hidden * moe.num_shared_experts, batch) if moe.num_shared_experts else 0
+    if moe.shared_gate:  # what it multiplies, and itself; autocast makes a copy of its input
+        shared += batch.element_bytes * (config.hidden * (2 if batch.casts else 1) + 1)
+    return batch.tokens * (_norm(config.hidden) + FP32 * config.hidden + choice + shared)
+
+
+def expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """Rows and inner activations of this rank's routed experts in one layer."""
+    hidden, inner, size = config.hidden, config.moe.ffn_hidden, batch.element_bytes
+    rows, arrived = batch.expert_rows, batch.arrived_rows
+    gathered = (INDEX + FP32) * arrived * batch.ids_per_row  # the order of all assignments of arrived rows, and weights
+    if batch.experts == "grouped":
+        per_row = size * (hidden + 3 * inner) + FP32
+        return gathered + rows * per_row + FP32 * batch.num_local_experts
+    # The tokens themselves, uncast, are kept by the router already.
+    kept_rows = size * hidden * arrived if batch.exchanges or batch.casts else 0
+    if batch.experts == "fused":
+        maps = INDEX * (2 * rows + arrived) + FP32 * batch.num_local_experts
+        return gathered + kept_rows + maps + rows * (FP32 + 2 * size * inner)
+    return gathered + kept_rows + rows * (INDEX + size + 2 * size * inner)
+
+
+def row_map_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """Indices of one layer that its exchange and its experts hold; torch does not count them as saved tensors."""
+    held = INDEX * (2 * batch.expert_rows + batch.arrived_rows) if batch.experts == "grouped" else 0.0
+    if batch.exchanges:
+        held += INDEX * (2 * batch.arrived_rows + batch.tokens) + config.moe.top_k * batch.arrived_rows
+    return held
+
+
+def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """The weights of this rank's routed experts of one layer in the compute dtype, kept where that is another."""
+    weights = 3 * batch.num_local_experts * config.hidden * config.moe.ffn_hidden
+    return batch.element_bytes * weights if batch.casts else 0
+
+
+def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """Ids, targets and angles, the last norm, and the log-probabilities of the vocabulary in fp32; MTP has its own."""
+    head = INDEX + batch.element_bytes * config.hidden + FP32 * config.vocab_size
+    num_heads = 1 + config.num_mtp_layers
+    per_token = INDEX + _norm(config.hidden) + num_heads * head
+    return batch.tokens * per_token + 8 * batch.seq_len * config.rotary_dim / 2 + num_heads * FP32
+
+
+def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
+    """What the layer for multi-token prediction keeps besides a layer: three norms and the input of its projection."""
+    # Without autocast the decoder's output is what its head keeps already.
+    shared = 0 if batch.casts else FP32 * config.hidden
+    return batch.tokens * (3 * _norm(config.hidden) - shared + 2 * batch.element_bytes * config.hidden)
+
+
+def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Parts:
+    """What is kept from forward to backward, by part. cast_dense: elements of `ParameterCounts.cast`."""
+    num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
+    num_windows = sum(map(config.has_window, range(config.num_layers)))  # each layer keeps its mask as what it adds
+    head = head_bytes(config, batch)
+    cast_head = batch.element_bytes * config.hidden * config.vocab_size if batch.casts else 0
+    if config.recompute:
+        # The head is outside of what is recomputed; all other casts are made again.
+        num_inputs = config.num_layers + config.num_mtp_layers * (2 if batch.casts else 1)
+        inputs = FP32 * batch.tokens * config.hidden * num_inputs + bool(num_windows) * batch.seq_len**2
+        return {"inputs of the layers": inputs, HEAD: head, CAST: (1 + config.num_mtp_layers) * cast_head}
+    # Cast for each use, and MTP uses the head once more.
+    cast = (batch.element_bytes * cast_dense if batch.casts else 0) + config.num_mtp_layers * cast_head
+    mtp = {"multi-token prediction": mtp_bytes(config, batch)} if config.num_mtp_layers else {}
+    return {
+        "attention": num_layers * attention_bytes(config, batch) + num_windows * batch.element_bytes * batch.seq_len**2,
+        "dense feed-forward": config.num_dense_layers * dense_bytes(config, batch),
+        "router and shared experts": num_moe * router_bytes(config, batch),
+        "routed experts": num_moe * expert_bytes(config, batch),
+        HEAD: head,
+        CAST: cast + num_moe * cast_expert_bytes(config, batch),
+        "row maps": num_moe * row_map_bytes(config, batch),
+        **mtp,
+    }
+
+
+def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
+    """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
+    logits = FP32 * batch.tokens * config.vocab_size
+    has_moe = config.num_moe_layers > 0
+    layer = max(_expert_scratch(config, batch) if has_moe else 0, _dense_scratch(config, batch))
+    if not config.recompute:
+        return {AT_LOSS: 2 * logits, IN_BACKWARD: layer}
+    feed_forward = dense_bytes(config, batch) if config.num_dense_layers else 0.0
+    if has_moe:
+        moe = sum(part(config, batch) for part in (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes))
+        feed_forward = max(feed_forward, moe)
+    again = attention_bytes(config, batch) + feed_forward + config.num_mtp_layers * mtp_bytes(config, batch)
+    return {AT_LOSS: 2 * logits, IN_BACKWARD: again + layer}
+
+
+def peak_bytes(saved: Parts, scratch: Parts) -> float:
+    """The most of both at one moment: all that is kept at the loss, all but the head later."""
+    kept = total(saved)
+    return kept + max(scratch[AT_LOSS], scratch[IN_BACKWARD] - saved[HEAD])
+
+
+def total(parts: Mapping[str, float]) -> float:
+    """The sum of the parts."""
+    return sum(parts.values())
+
+
+def _norm(width: float, rows: int = 1) -> float:
+    """RMSNorm: its input, the reciprocal root of each row, and the normalised input before its weight."""
+    return FP32 * (2 * width + rows)
+
+
+def _swiglu(hidden: int, inner: int, batch: MicroBatch) -> float:
+    """gate, silu(gate), up and their product; autocast makes a copy of the input for each of two matmuls."""
+    return batch.element_bytes * (4 * inner + (2 * hidden if batch.casts else 0))
+
+
+def _grouped_query(config: ModelConfig, batch: MicroBatch) -> float:
+    heads, kv_heads, width, size = config.num_heads, config.num_kv_heads, config.head_width, batch.element_bytes
+    rotated = (heads + kv_heads) * width
+    kept: float = size * (
+        config.hidden + rotated + kv_heads * width
+    )  # the input, and the product that the values are cut of
+    if config.query_key_norm != "none":
+        rows = heads + kv_heads if config.query_key_norm == "head" else 2
+        # Under autocast the norm widens its input first; else that is the product itself.
+        kept += _norm(rotated, rows) if batch.casts else FP32 * (rotated + rows)
+    if config.clip_qkv:
+        kept += size * (kv_heads * width + (rotated if config.query_key_norm != "none" else 0))
+    if config.attention_gate:  # the sigmoid, and its product with the output; autocast makes a copy of its input
+        kept += size * (2 * heads * width + (config.hidden if batch.casts else 0))
+    return kept + size * (rotated + heads * width) + FP32 * heads
+
+
+def _latent(config: ModelConfig, batch: MicroBatch) -> float:
+    sizes, heads, size = config.latent, config.num_heads, batch.element_bytes
+    score_width = sizes.nope_dim + sizes.rope_dim
+    kept: float = size * config.hidden * (2 if batch.casts else 1)  # queries and keys each cast their input
+    # Without autocast the norm keeps what the latent is cut of, with the shared key.
+    kept += _norm(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * sizes.kv_rank
+    if sizes.query_rank:
+        kept += _norm(sizes.query_rank) + size * sizes.query_rank
+    kept += size * heads * (2 * score_width + sizes.nope_dim + sizes.value_dim)  # queries, keys, and keys with values
+    return kept + size * heads * sizes.value_dim + FP32 * heads
+
+
+def _expert_scratch(config: ModelConfig, batch: MicroBatch) -> float:
+    """Gradients of the weights, tensors as wide as an arrived row, and scratch of the rows (docs/performance.md)."""
+    hidden, inner, size = config.hidden, config.moe.ffn_hidden, batch.element_bytes
+    weights = 3 * batch.num_local_experts * inner * hidden
+    if batch.experts == "fused":
+        rows = batch.expert_rows * (hidden + inner)
+    elif batch.experts == "grouped":
+        rows = batch.expert_rows * (2 * hidden + 7 * inner)
+    else:
+        rows = min(batch.expert_rows, MAX_RUN) * (3 * hidden + 4 * inner)
+    widened = FP32 * weights if batch.casts else 0
+    return size * (weights + 6 * batch.arrived_rows * hidden + rows) + widened
+
+
+def _dense_scratch(config: ModelConfig, batch: MicroBatch) -> float:
+    return batch.element_bytes * batch.tokens * (4 * config.dense_ffn_hidden + 4 * config.hidden)

@@ -1,0 +1,221 @@
+"""The plan: memory of a rank and bytes of a step, from settings alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.exchange.registry import BACKENDS, one_row_a_rank
+from runtime.commands.plan.activations import FP32, MicroBatch, Parts, peak_bytes, saved_bytes, scratch_bytes
+from runtime.commands.plan.subject import Subject
+from runtime.commands.plan.traffic import Layout, Traffic, exchange_traffic, gradient_bytes, spread_of
+from runtime.settings.config import TrainConfig
+from runtime.settings.size import ModelSize, ParameterCounts, count_parameters, model_size
+from runtime.settings.states import Held, state_bytes, whole_elements
+from workers.gang.exchange_choice import choose_exchange
+from workers.training.gradients import BUCKET_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would need, of the rank that holds most experts.
+
+    saved: kept from forward to backward of a micro-batch. scratch: the largest of each kind that is held besides.
+    bucket_bytes: of gradients under way between ranks, after the last backward. traffic: by exchange, those that are
+    possible. gradients: bytes that a ring sends to sum those of the dense parameters and of the experts, and to gather
+    their weights where they are sharded.
+    """
+
+    subject: Subject
+    size: ModelSize
+    counts: ParameterCounts
+    rank_experts: int
+    num_local_experts: int
+    state: dict[str, Held]
+    saved: Parts
+    scratch: Parts
+    bucket_bytes: float
+    exchange: str
+    traffic: dict[str, Traffic]
+    gradients: dict[str, float]
+
+    @property
+    def states(self) -> Held:
+        """Weights, gradients and optimizer state, and what sharding gathers."""
+        return Held(*(sum(part) for part in zip(*self.state.values(), strict=True)))
+
+    @property
+    def state_bytes(self) -> float:
+        """Of the dense parameters and the experts together."""
+        return sum(self.states)
+
+    @property
+    def peak_bytes(self) -> float:
+        """At most this much is held at once: state, and activations with their scratch or a bucket of gradients."""
+        return self.state_bytes + max(peak_bytes(self.saved, self.scratch), self.bucket_bytes)
+
+    @property
+    def sent_bytes(self) -> float:
+        """By a rank in a step, over whichever link."""
+        return self.traffic[self.exchange].total.total + sum(self.gradients.values())
+
+    def largest_parts(self) -> list[tuple[str, float]]:
+        """Names and bytes, the largest first."""
+        parts = {
+            "dense parameters with gradients and moments": self.states.dense,
+            "routed experts with gradients and moments": self.states.experts,
+            **{f"activations: {name}": size for name, size in self.saved.items()},
+            "scratch": max(self.scratch.values()),
+        }
+        return sorted(parts.items(), key=lambda part: -part[1])
+
+
+def make_plan(subject: Subject) -> Plan:
+    """Plan it. Takes a moment, and no memory to speak of."""
+    config, world_size = subject.config, subject.config.cluster.num_workers
+    ep_size = config.parallel.resolve(world_size)
+    counts = count_parameters(config.model)
+    layout = Layout(ExpertPlacement(config.model.moe.num_experts, ep_size), min(subject.ranks_per_node, ep_size))
+    exchange = _exchange(subject)
+    batch = micro_batch(config, layout, exchange)
+    step_tokens = batch.tokens * config.run.num_micro_batches(world_size)
+    whole = whole_elements(config, counts)
+    return Plan(
+        subject=subject,
+        size=model_size(config.model, config.optim),
+        counts=counts,
+        rank_experts=whole.experts,
+        num_local_experts=batch.num_local_experts,
+        state=state_bytes(config, counts),
+        saved=saved_bytes(config.model, batch, counts.cast),
+        scratch=scratch_bytes(config.model, batch),
+        bucket_bytes=_bucket_bytes(config, counts, batch, world_size),
+        exchange=exchange,
+        traffic=exchange_traffic(
+            config.model,
+            layout,
+            step_tokens,
+            exchange,
+            element_bytes=batch.element_bytes,
+            payload=config.parallel.payload,
+        ),
+        gradients=_gradient_bytes(config, counts, whole.experts),
+    )
+
+
+def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, experts_of_rank: int) -> dict[str, float]:
+    """Of a step, to sum gradients and, where they are sharded, to gather weights."""
+    world_size = config.cluster.num_workers
+    dense, root = (gradient_bytes(elements, world_size) for elements in (counts.dense, counts.root))
+    experts = gradient_bytes(experts_of_rank, world_size // config.parallel.resolve(world_size))
+    if config.parallel.shard != "full":  # a reduce-scatter and a gather cost what a sum costs
+        return {"dense": dense, "experts": experts}
+    # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
+    num_micro = config.run.num_micro_batches(world_size)
+    return {"dense": num_micro * (1.5 * dense - 0.5 * root), "experts": num_micro * 1.5 * experts}
+
+
+def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatch:
+    """What a rank computes at once under balanced load: the rank with most experts, on CUDA."""
+    model, moe, world_size = config.model, config.model.moe, config.cluster.num_workers
+    sequences = config.run.sequences_per_rank(world_size) // config.run.num_micro_batches(world_size)
+    tokens, num_local = sequences * model.max_seq_len, max(layout.of_ranks)
+    alone, spread = len(layout.of_ranks) == 1, spread_of(moe, layout)
+    # An exchange over nodes has no hops where one node holds all ranks; its rows then come as those of ranks.
+    last = (BACKENDS[exchange].hops(spread) or one_row_a_rank(spread))[-1]
+    is_bf16 = config.run.dtype == "bfloat16"
+    return MicroBatch(
+        tokens=tokens,
+        seq_len=model.max_seq_len,
+        num_local_experts=num_local,
+        expert_rows=tokens * moe.top_k * len(layout.of_ranks) * num_local / moe.num_experts,
+        arrived_rows=tokens * (1.0 if alone else last.rows),
+        ids_per_row=moe.top_k if alone else last.ids_per_row,
+        element_bytes=2 if is_bf16 else FP32,
+        experts="fused",
+        exchanges=not alone,
+    )
+
+
+def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
+    """Other settings of the same run that need less memory on a rank, each with its plan, and all of them together."""
+    config, subject = plan.subject.config, plan.subject
+    changes: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
+    if not config.model.recompute:
+        changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute=True))
+    share = config.run.sequences_per_rank(config.cluster.num_workers)
+    if share // config.run.num_micro_batches(config.cluster.num_workers) > 1:
+        changes["--micro-batch 1"] = lambda c: replace(c, run=replace(c.run, micro_batch_size=1))
+    if config.parallel.shard != "full" and config.cluster.num_workers > 1:
+        changes["--shard full"] = lambda c: replace(c, parallel=replace(c.parallel, shard="full"))
+    ep_size = max(ep_sizes(subject))
+    if ep_size > config.parallel.resolve(config.cluster.num_workers):
+        changes[f"--ep {ep_size}"] = lambda c: replace(c, parallel=replace(c.parallel, ep_size=ep_size))
+    plans = [(name, make_plan(replace(subject, config=change(config)))) for name, change in changes.items()]
+    if len(changes) > 1:
+        for change in changes.values():
+            config = change(config)
+        plans.append((" ".join(changes), make_plan(replace(subject, config=config))))
+    return [(name, other) for name, other in plans if other.peak_bytes < plan.peak_bytes]
+
+
+def _exchange(subject: Subject) -> str:
+    """As a run would choose it."""
+    config, world_size = subject.config, subject.config.cluster.num_workers
+    nodes = [rank // subject.ranks_per_node for rank in range(world_size)]
+    moe = config.model.moe
+    sizes = {"num_experts": moe.num_experts, "hidden": config.model.hidden, "top_k": moe.top_k}
+    chosen = choose_exchange(config.parallel, nodes, world_size, **sizes).exchange
+    return "rank" if chosen == "auto" else chosen  # auto: nothing travels
+
+
+def _bucket_bytes(config: TrainConfig, counts: ParameterCounts, batch: MicroBatch, world_size: int) -> float:
+    """The copy of a bucket of gradients that is summed, or of one larger tensor (workers.training.gradients)."""
+    if world_size == 1 or config.parallel.shard != "none":
+        return 0.0  # counted with what is gathered
+    stack = 2 * batch.num_local_experts * config.model.hidden * config.model.moe.ffn_hidden
+    return max(min(BUCKET_BYTES, FP32 * counts.dense), FP32 * max(counts.largest_dense, stack))
+
+
+def ep_sizes(subject: Subject) -> list[int]:
+    """How many ranks can share the experts: divisors of all ranks whose groups lie alike on their nodes."""
+    world_size, size = subject.config.cluster.num_workers, subject.ranks_per_node
+    most = min(world_size, subject.config.model.moe.num_experts)
+    return [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
+
+
+def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
+    """The plan as JSON values; sizes in bytes."""
+    config = plan.subject.config
+    return {
+        "config": plan.subject.name,
+        "world_size": config.cluster.num_workers,
+        "ep_size": config.parallel.resolve(config.cluster.num_workers),
+        "ranks_per_node": plan.subject.ranks_per_node,
+        "global_batch_size": config.run.global_batch_size,
+        "micro_batches": config.run.num_micro_batches(config.cluster.num_workers),
+        "seq_len": config.model.max_seq_len,
+        "dtype": config.run.dtype,
+        "shard": config.parallel.shard,
+        "recompute": config.model.recompute,
+        "optimizer": config.optim.name,
+        "notes": list(plan.subject.notes),
+        "parameters": {"total": plan.size.total, "active": plan.size.active},
+        "parameters_of_rank": {"dense": plan.counts.dense, "experts": plan.rank_experts},
+        "state_bytes": {name: held._asdict() for name, held in plan.state.items()},
+        "activation_bytes": {name: round(size) for name, size in plan.saved.items()},
+        "scratch_bytes": {name: round(size) for name, size in plan.scratch.items()},
+        "bucket_bytes": round(plan.bucket_bytes),
+        "peak_bytes": round(plan.peak_bytes),
+        "memory_gib": memory_gib,
+        "fits": plan.peak_bytes <= memory_gib * 2**30,
+        "exchange": plan.exchange,
+        "all_to_all_bytes": {
+            name: {
+                way: {"network": round(links.network), "node": round(links.node)}
+                for way, links in (("forward", each.forward), ("backward", each.backward))
+            }
+            for name, each in plan.traffic.items()
+        },
+        "gradient_bytes": {name: round(size) for name, size in plan.gradients.items()},
+    }

@@ -1,0 +1,51 @@
+"""`trimtab replay RUN`."""
+
+import argparse
+from pathlib import Path
+
+from runtime.commands.command import CommandParser
+from runtime.commands.options import add_run, number, run_of, whole
+
+HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the options."""
+    add_run(parser)
+    add = parser.add_argument
+    add(
+        "--law",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
+    )
+    add("--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)")
+    add(
+        "--shift",
+        type=whole(1),
+        metavar="STEP",
+        help="training step from which the text is another (as in data.shift_at)",
+    )
+    add(
+        "--first",
+        type=whole(1),
+        metavar="STEP",
+        help="training step at which the laws begin, without bias (the first)",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay and return the exit code."""
+    run_dir = run_of(options)
+    from runtime.commands.replay.replay import replay
+
+    return replay(
+        run_dir,
+        laws=options.law,
+        threshold=options.threshold,
+        shift=options.shift,
+        first=options.first,
+        out=options.out,
+    )

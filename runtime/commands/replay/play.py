@@ -1,0 +1,95 @@
+"""Laws in closed loop on a trace: each chooses the experts of every step by its own bias, and learns from what it did.
+
+Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dispatch.errors import InvalidValue
+from dispatch.laws import STATISTIC_SCALE, BalanceConfig, Law, LawState
+from dispatch.layout import LoadLayout
+from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
+from dispatch.routing.statistics import RouterChoice
+from runtime.commands.replay.trace import Choice, Trace
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one law did on a trace."""
+
+    config: BalanceConfig
+    counts: NDArray[np.int64]  # (S, N)
+    bias: NDArray[np.float32]  # (S, N), what chose at each step
+    regret: NDArray[np.float64]  # (S,), 1 - scores of the chosen / scores of the best, over all layers
+
+
+class Player:
+    """One law on its way through a trace; `step` once for each step, in order."""
+
+    def __init__(self, config: BalanceConfig, layout: LoadLayout, choice: Choice) -> None:
+        self.law: Law = Law(config, layout)
+        self.state: LawState = self.law.initial_state()
+        self._layout, self._choice = layout, choice
+        self._rows: list[tuple[Tensor, Tensor, float]] = []
+
+    def step(self, step: int, scores: list[Tensor]) -> None:
+        """Choose by the law's bias and update it, as a training step would."""
+        loads, statistics, chosen, best = [], [], 0.0, 0.0
+        for layer, (where, scores_TE) in enumerate(zip(self._layout.slices, scores, strict=True)):
+            routing = self._route(layer, scores_TE, self.state.bias_N[where])
+            loads.append(count_by_expert(routing.topk_ids_TK, scores_TE.shape[1]))
+            if self.law.statistic is not None:
+                statistics.append(self.law.statistic.count(routing, None).flatten())
+            chosen += float(scores_TE.gather(1, routing.topk_ids_TK).sum(dtype=torch.float64))
+            best += float(scores_TE.topk(self._choice.top_k, dim=1).values.sum(dtype=torch.float64))
+        load_N = torch.cat(loads)
+        self._rows.append((load_N, self.state.bias_N, 1 - chosen / best if best else 0.0))
+        self.state = self.law.update(torch.cat([load_N, *statistics]), self.state, step)
+
+    def _route(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> RouterChoice:
+        choice = self._choice
+        biased_TE = biased_scores(scores_TE, bias_E, multiplies=self.law.entry.multiplies, **choice.groups)
+        scales = self.state.extras.get(STATISTIC_SCALE)
+        scale = torch.zeros(()) if scales is None else scales[layer]
+        return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, choice.top_k), bias_E, scale)
+
+    def played(self) -> Played:
+        """Return everything so far."""
+        loads, biases, regrets = zip(*self._rows, strict=True)
+        return Played(
+            self.law.config, torch.stack(loads).numpy(), torch.stack(biases).numpy(), np.array(regrets, np.float64)
+        )
+
+
+def play(
+    trace: Trace, laws: Mapping[str, BalanceConfig], on_step: Callable[[int], None] = lambda _: None
+) -> dict[str, Played]:
+    """Play all laws side by side: the scores of a step are read once. `on_step` hears of each step that is done.
+
+    Raises:
+        ValueError: a law is not fit for the trace's groups.
+    """
+    for config in laws.values():
+        if trace.choice.num_groups > 1 and not config.entry.group_limited:
+            raise InvalidValue(
+                f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
+            )
+    players = {label: Player(config, trace.layout, trace.choice) for label, config in laws.items()}
+    for step in trace.steps:
+        scores = trace.scores(step)
+        for player in players.values():
+            player.step(step, scores)
+        on_step(step)
+    return {label: player.played() for label, player in players.items()}
+
+
+def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDArray[np.float64]:
+    """MaxVio of every step, mean over the layers: (S,)."""
+    layers = [counts[:, where].max(1) / np.maximum(counts[:, where].mean(1), 1e-300) - 1 for where in slices]
+    return np.asarray(np.mean(layers, axis=0), np.float64)

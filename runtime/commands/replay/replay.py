@@ -1,0 +1,116 @@
+"""Recomputes the bias of a run, and plays other laws on the router scores that it recorded."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from dispatch.errors import InvalidValue
+from dispatch.laws import BalanceConfig
+from runtime.commands.replay.chart import write_chart
+from runtime.commands.replay.comparison import Comparison, compare
+from runtime.commands.replay.history import Reproduction, reproduce_bias
+from runtime.commands.replay.play import Played, play
+from runtime.commands.replay.score_trace import NoScoresError, RecordedTrace
+from runtime.commands.replay.specs import parse_law
+from runtime.commands.replay.starts import read_starts
+from runtime.commands.replay.table import as_table
+from runtime.commands.replay.trace import Trace
+from runtime.terminal.say import say
+
+DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, and ours
+NAME = "replay"
+
+
+def replay(
+    run: Path,
+    *,
+    laws: Sequence[str],
+    threshold: float | None,
+    shift: int | None,
+    first: int | None,
+    out: Path | None,
+) -> int:
+    """Check the run's own bias, play the laws on its recorded scores, print and write what came out.
+
+    Returns the exit code: 1 where the bias was not reproduced.
+
+    Raises:
+        ValueError: a law, the shift or the first step is wrong, or laws were asked for and the run has no scores.
+    """
+    chosen = {spec: parse_law(spec) for spec in laws or DEFAULT_LAWS}
+    console = Console(highlight=False)
+    reproduction = reproduce_bias(run)
+    say(console, str(reproduction))
+    try:
+        trace = RecordedTrace(run, shift, first)
+    except NoScoresError as error:
+        if laws:
+            raise
+        say(console, str(error))
+        return _exit_code(reproduction)
+    with one_thread():
+        comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
+    console.print(as_table(comparison))
+    for path in _write(out or run, comparison, reproduction, trace):
+        say(console, str(path))
+    return _exit_code(reproduction)
+
+
+def _exit_code(reproduction: Reproduction) -> int:
+    return 0 if reproduction.is_exact else 1
+
+
+def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, BalanceConfig]:
+    """The law that the run ended with, then the others; it is not played twice."""
+    own = read_starts(run)[-1].balance
+    label = f"{own.law}:{'u' if own.law == 'sign' else 'rate'}={own.rate_at(1):g}, the run's own"
+    return {label: own, **{spec: config for spec, config in chosen.items() if not _same(config, own)}}
+
+
+def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
+    return replace(left, rate=left.rate_at(1) if not left.needs_horizon else left.rate) == replace(
+        right, rate=right.rate_at(1) if not right.needs_horizon else right.rate
+    )
+
+
+def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+    """`play` with a bar on the terminal."""
+    num_steps = len(trace.steps)
+    # A rate that falls over the run falls over the trace.
+    laws = {
+        label: replace(config, horizon=config.horizon or num_steps) if config.needs_horizon else config
+        for label, config in laws.items()
+    }
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"playing {len(laws)} laws", total=num_steps)
+        return play(trace, laws, lambda step: progress.update(task, completed=step))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: several threads would gain little, and on a busy machine cost ten times the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> Iterator[Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidValue(f"--out {folder} cannot be made: {error.strerror}; give a folder to write to") from error
+    values = {"own_bias": asdict(reproduction), "training_steps": trace.training_steps, **comparison.to_json()}
+    record = folder / f"{NAME}.json"
+    record.write_text(json.dumps(values, allow_nan=False) + "\n")
+    yield record
+    write_chart(comparison, picture := folder / f"{NAME}.png")
+    yield picture

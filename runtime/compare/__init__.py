@@ -1,1 +1,0 @@
-"""`trimtab compare`: ways of balancing, compared in training."""

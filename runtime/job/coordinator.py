@@ -1,0 +1,170 @@
+"""The coordinator: turns the global load of each step into the next bias.
+
+It holds nothing that rank 0 could not send it again, so its death costs no step: a restarted one asks for the state
+(NeedState) and goes on. The policy is plain Python; the actor around it only carries bytes.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dispatch.laws import Law
+from workers.control.leader import CoordinatorUnreachable
+from workers.control.wire import (
+    MAX_MESSAGE_BYTES,
+    BiasUpdate,
+    LoadReport,
+    NeedState,
+    Refusal,
+    Seed,
+    VersionedState,
+    WireError,
+    decode,
+    encode,
+    law_checksum,
+    max_message_bytes,
+)
+
+
+class CoordinatorPolicy:
+    """Decides the answer to each message of one run. Starts empty; the first report with a seed gives it law and state.
+
+    It keeps two states: the base, from which the last update was computed, and that update. A report on the update
+    accepts it; a report on the base means that it was not applied (the optimizer skipped the step) or that the report
+    came twice, and the update is computed again: with the same load, to the same bytes.
+
+    Args:
+        run_id: the only run that it serves; None serves whoever asks. Never learned from a message: whoever came first
+            would shut out the others.
+    """
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self._run_id = run_id
+        self._law: Law | None = None
+        self._law_checksum = -1
+        self._max_bytes = MAX_MESSAGE_BYTES
+        self._held: tuple[VersionedState, ...] = ()  # the base and the update computed from it
+        self._status: dict[str, int] = {"reports": 0, "refused": 0, "reseeds": 0, "last_step": -1, "version": -1}
+
+    def handle(self, raw: bytes) -> bytes:
+        """Answer one LoadReport with a BiasUpdate, NeedState or Refusal. Bad input is refused and changes nothing."""
+        try:
+            report = decode(raw, self._max_bytes)
+            if not isinstance(report, LoadReport):
+                raise WireError(f"a {type(report).__name__} is not for the coordinator")
+            return encode(self._answer(report))
+        except (ValueError, ArithmeticError) as error:  # the second from a law, of numbers beyond all measure
+            self._status["refused"] += 1
+            return encode(Refusal(reason=str(error)))
+
+    def status(self) -> dict[str, Any]:
+        """For people: run_id, reports, refused, reseeds after the first, last_step, version proposed last."""
+        return {"run_id": self._run_id, **self._status}
+
+    def _answer(self, report: LoadReport) -> BiasUpdate | NeedState:
+        if self._run_id not in (None, report.run_id):
+            raise WireError(
+                f"this coordinator serves run {self._run_id!r}, not {report.run_id!r}; start one for each run"
+            )
+        law, base = self._law, self._find_base(report)
+        if base is None and report.seed is not None:
+            law, base = _sown(report, report.seed)
+        if base is None or law is None:
+            return NeedState(step=report.step)
+        state = law.update(report.counts_M, base.state, report.step)
+        if not all(bool(value.isfinite().all()) for value in (state.bias_N, *state.extras.values())):
+            raise ValueError(f"law {law.config.law!r} answers these counts with a state that is not finite")
+        # Nothing of a report that was refused is kept: only here does the coordinator change.
+        self._keep(report, law, base, VersionedState(base.version + 1, state))
+        return BiasUpdate(step=report.step, version=base.version + 1, state=state)
+
+    def _find_base(self, report: LoadReport) -> VersionedState | None:
+        # The checksum decides, not the number: a run that went back to a checkpoint reaches the same numbers again.
+        if report.law_checksum != self._law_checksum:
+            return None
+        wanted = (report.base_version, report.base_checksum)
+        return next((held for held in self._held if (held.version, held.checksum) == wanted), None)
+
+    def _keep(self, report: LoadReport, law: Law, base: VersionedState, proposal: VersionedState) -> None:
+        if law is not self._law:
+            self._status["reseeds"] += self._law is not None
+            # Never less than before, or a small law by mistake would shut out the reports of the true one.
+            bound = max_message_bytes(law)
+            self._max_bytes = bound if self._law is None else max(self._max_bytes, bound)
+        self._law, self._law_checksum = law, report.law_checksum
+        self._held = (base, proposal)
+        self._status["reports"] += 1
+        self._status["last_step"], self._status["version"] = report.step, proposal.version
+
+
+def _sown(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
+    """The law and the base that a report brings along."""
+    law = Law(seed.config, seed.layout)
+    base = VersionedState(report.base_version, seed.state)
+    if not law.fits(seed.state):
+        raise ValueError(f"the seed's state is not one of law {seed.config.law!r} for {seed.layout.total} experts")
+    if (base.checksum, law_checksum(seed.config, seed.layout)) != (report.base_checksum, report.law_checksum):
+        raise ValueError("the seed does not match the checksums of its report")
+    return law, base
+
+
+class CoordinatorActor:
+    """The Ray shell around the policy. Ray restarts it when its process dies; it then starts empty."""
+
+    def __init__(self, run_id: str, law_module: str | None = None) -> None:
+        if law_module:
+            importlib.import_module(law_module)  # here, since a message may not make this process import anything
+        # Ray leaves all GPUs visible to an actor that asked for none: it must not open a context on one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.set_num_threads(1)
+        self._policy = CoordinatorPolicy(run_id)
+
+    def handle(self, raw: bytes) -> bytes:
+        return self._policy.handle(raw)
+
+    def status(self) -> dict[str, Any]:
+        """The policy's status and the process that answers, for people and for tests that kill it."""
+        return {**self._policy.status(), "pid": os.getpid()}
+
+
+@dataclass(frozen=True)
+class CoordinatorClient:
+    """The coordinator as rank 0 sees it: bytes → bytes in bounded time. Survives pickling into a worker.
+
+    Raises on a call: CoordinatorUnreachable after `timeout_s`, or while the actor is away.
+    """
+
+    actor: Any
+    timeout_s: float
+
+    def __call__(self, raw: bytes) -> bytes:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            answer: bytes = ray.get(self.actor.handle.remote(raw), timeout=self.timeout_s)
+        except RayTaskError:
+            raise  # from inside the coordinator: a bug, with its traceback
+        except RayError as error:
+            # The first line: the others guess at causes.
+            text = str(error).strip().split("\n", 1)[0]
+            raise CoordinatorUnreachable(f"{type(error).__name__}: {text}") from error
+        return answer
+
+
+def start_coordinator(
+    run_id: str, law_module: str | None = None, *, actor_class: type[CoordinatorActor] = CoordinatorActor
+) -> Any:
+    """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
+
+    It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(actor_class)
+    return remote_class.options(scheduling_strategy=here).remote(run_id, law_module)

@@ -1,0 +1,226 @@
+"""What `trimtab train` does, from checked settings to an exit code."""
+
+import traceback
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cluster.config import ClusterConfig
+from cluster.gang.placement import worker_resources
+from cluster.gang.preflight import check_resources
+from cluster.ray.access import check_access, find_access
+from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
+from dispatch.errors import InvalidValue
+from runtime.job.launch import LaunchedGang, balance_of, make_spec, open_gang
+from runtime.job.live import LiveView
+from runtime.job.rank_map import exchange_of, rank_map, rank_table
+from runtime.job.training_job import TrainingJob
+from runtime.report.hf_files import FOLDER as IMPORTED
+from runtime.report.run_inputs import find_checkpoint, open_data
+from runtime.runs.run_data import keep_data, knows_its_text
+from runtime.runs.run_dir import CONFIG_FILE, new_run_dir
+from runtime.runs.run_lock import RunLock, hold, hold_new
+from runtime.settings.cautions import cautions
+from runtime.settings.config import TrainConfig, feasible_sizes
+from runtime.settings.config_file import config_to_yaml
+from runtime.settings.size import ModelSize, batch_bytes_at_least, model_size, recorded_scores_bytes, records_bytes
+from runtime.settings.states import training_bytes
+from runtime.terminal.interrupt import StopSignal
+from runtime.terminal.quantities import counted
+from runtime.terminal.say import say
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints, step_of
+from workers.data.shards import Dataset
+from workers.record.atomic_file import write_atomically
+from workers.record.record_check import find_holes, new_holes
+from workers.record.run_log import METRICS, append_event
+from workers.training.outcome import TrainOutcome
+
+
+def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
+    """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
+
+    Everything that can be refused is refused before a process starts, and leaves no run directory behind.
+    """
+    console = Console(highlight=False)
+    run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
+    with (hold if resume else hold_new)(run_dir, lambda text: say(console, text)) as lock:
+        stop = StopSignal()
+        outcome = _train(config, run_dir, lock, stop, is_resumed=resume is not None, step=step, console=console)
+        from runtime.report.report import print_summary  # imports matplotlib, for which no run should start later
+
+        print_summary(run_dir, console)
+        say(console, report_line(run_dir))
+    if outcome.completed:
+        say(console, f"next: trimtab generate {run_dir} --prompt TEXT; trimtab train --resume {run_dir} --steps MORE")
+        return 0
+    say(console, f"stopped after step {outcome.step}, saved; go on with: trimtab train --resume {run_dir}")
+    return stop.exit_code
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: Path,
+    lock: RunLock,
+    stop: StopSignal,
+    *,
+    is_resumed: bool,
+    step: int | None,
+    console: Console,
+) -> TrainOutcome:
+    resume_from = find_checkpoint(run_dir, step) if is_resumed else None
+    if resume_from and step_of(resume_from) >= config.run.steps:
+        raise InvalidValue(
+            f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
+        )
+    if resume_from and not config.run.accept_holes:
+        refuse_holes(run_dir, resume_from)
+    if config.cluster.address is not None:
+        check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
+    size = model_size(config.model, config.optim)
+    on_cpu = config.cluster.device == "cpu" or not torch.cuda.is_available()
+    tight = check_resources(
+        config.cluster,
+        run_dir,
+        run_disk_bytes=size.checkpoint_bytes * (config.run.keep_checkpoints + 1) + records_bytes(config),
+        model_bytes_per_worker=training_bytes(config) + on_cpu * batch_bytes_at_least(config),
+    )
+    if tight:
+        say(console, tight)
+    dataset = open_data(config, console, run_dir if resume_from else None)
+    say(console, _headline(config, run_dir, dataset, size, resume_from))
+    for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
+        say(console, f"note   {text}")
+    with ExitStack() as stack:
+        with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
+            spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
+            launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
+        lock.check()
+        if knows_its_text(run_dir) or resume_from is None or step_of(resume_from) == 0:
+            config = replace(config, data=keep_data(run_dir, config.data, dataset))
+        write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
+        return _watch(config, run_dir, lock, stop, launched, resume_from, console)
+
+
+def refuse_holes(run_dir: Path, resume_from: Path) -> None:
+    """Raise InvalidValue where the records lack steps before the checkpoint, and no event of the run says so yet."""
+    step = step_of(resume_from)
+    holes = new_holes(run_dir, find_holes(run_dir, step))
+    if not holes:
+        return
+    first = min((hole.steps[0] for hole in holes if hole.steps), default=step + 1)
+    saved = [step_of(path) for path in list_checkpoints(run_dir / CHECKPOINTS)]
+    before = max((each for each in saved if each < first), default=None)
+    earlier = f"go on from before it with --step {before}, or " if before is not None and before < step else ""
+    raise InvalidValue(
+        f"the records of {run_dir} have a hole before step {step}, from which the run would go on: "
+        f"{'; '.join(map(str, holes))}. Restore the file from a copy, or {earlier}go on without these records, which "
+        "the events and the report will say, with --run.accept_holes true"
+    )
+
+
+def _status(console: Console, text: str) -> AbstractContextManager[object]:
+    """Says what is being waited for: with a spinner on a terminal, elsewhere in a line."""
+    if console.is_terminal:
+        return console.status(text)
+    say(console, text)
+    return nullcontext()
+
+
+def _watch(
+    config: TrainConfig,
+    run_dir: Path,
+    lock: RunLock,
+    stop: StopSignal,
+    launched: LaunchedGang,
+    resume_from: Path | None,
+    console: Console,
+) -> TrainOutcome:
+    """Keep the training going until it is over; show what happens."""
+    from cluster.gang.supervisor import GaveUp, Supervisor
+
+    gang = launched.gang
+    say(console, rank_table(rank_map(config, gang), exchange_of(config, gang)))
+    workers = counted(gang.world_size, "worker")
+    say(console, f"Ray was up after {launched.ray_s:.1f} s, {workers} {launched.gang_s:.1f} s later")
+    done = step_of(resume_from) if resume_from else 0
+    with stop as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
+        job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)
+        try:
+            outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()
+            job.on_poll(gang)
+        except BaseException as error:
+            # The supervisor has told of the first two.
+            if not isinstance(error, GangFailed | GaveUp) and lock.is_held():
+                trace = "".join(traceback.format_exception(error))[-MAX_DIAGNOSIS_CHARS:]
+                append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}", diagnosis=trace)
+            if saved := list_checkpoints(run_dir / CHECKPOINTS):
+                step = step_of(saved[-1])
+                view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
+            if isinstance(error, Exception) and (run_dir / METRICS).exists():  # who interrupts, waits for nothing
+                view.event(_report_of_failed(run_dir))
+            raise
+    return outcomes[0]
+
+
+def report_line(run_dir: Path) -> str:
+    """Write the report of a run that is over; where it is, or how to get it when the disk does not take it."""
+    from runtime.report.report import write_report
+
+    try:
+        return f"report: {write_report(run_dir)}"
+    except OSError as error:
+        return f"the report could not be written ({error}); free some space, then: trimtab report {run_dir}"
+
+
+def _report_of_failed(run_dir: Path) -> str:
+    """As `report_line`, for a run whose own error must not be hidden by one of its report."""
+    try:
+        return report_line(run_dir)
+    except Exception as error:  # noqa: BLE001 - see above
+        return f"there is no report ({type(error).__name__}: {error}): trimtab report {run_dir}"
+
+
+def as_recorded(config: TrainConfig) -> TrainConfig:
+    """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
+    data = config.data
+    paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)
+    tokenizer, template = (
+        name and str(Path(name).expanduser().absolute()) for name in (data.tokenizer, data.chat_template)
+    )
+    recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
+    # What is accepted once was not accepted for the next hole.
+    return replace(config, data=recorded, run=replace(config.run, accept_holes=False))
+
+
+def _idle_gpus(cluster: ClusterConfig) -> str:
+    """A line that says why this machine's GPUs are left idle, where they are though nobody asked for it."""
+    num_gpus = torch.cuda.device_count() if cluster.address is None and cluster.device == "auto" else 0
+    if not num_gpus or "GPU" in worker_resources(cluster, num_gpus):
+        return ""
+    return (
+        f"\ndevice cpu, because auto takes a GPU for each of {cluster.num_workers} workers and this machine has "
+        f"{num_gpus}; --workers {num_gpus} trains on cuda"
+    )
+
+
+def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None) -> str:
+    moe = config.model.moe
+    sources = ", ".join(
+        f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
+    )
+    if num_copies := sum(source.num_copies for source in dataset.meta.sources):
+        sources += f"; copies: {num_copies} files, each trained on or held out like the file that it copies"
+    start = f"going on from {resume_from}" if resume_from else f"run {run_dir}"
+    return (
+        f"{start}\n"
+        f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
+        f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
+        f"layers\ntext   {sources}\n"
+        f"law    {config.balance.law}, rate {balance_of(config).rate_at(1):g}"
+        + _idle_gpus(config.cluster)
+        + (f"\nscores {recorded_scores_bytes(config) / 1e6:,.1f} MB to come" if config.balance.record else "")
+    )

@@ -1,1 +1,0 @@
-"""`trimtab replay`: laws on recorded or simulated scores, without training."""

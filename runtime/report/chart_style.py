@@ -1,0 +1,151 @@
+"""The common look of all charts: colours, axes, legends, smoothing, and the way into a page or a PNG.
+
+Nothing here knows of runs. No pyplot: it keeps figures alive and has a state of its own.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+# The palette of Okabe and Ito, safe for colour-blind readers. Charts use these colours and no others but those of a
+# colour map, so that a page can put another colour in the place of each.
+THEME = {
+    "ink": "#1b1f24",
+    "muted": "#667080",
+    "grid": "#e3e6ea",
+    "blue": "#0072b2",
+    "orange": "#d98200",
+    "green": "#009e73",
+    "red": "#d55e00",
+    "pink": "#c06a9a",
+    "grey": "#b4bac2",
+}
+DARK_THEME = {
+    "ink": "#e8eaed",
+    "muted": "#9aa4b2",
+    "grid": "#2c323a",
+    "blue": "#4aa8e0",
+    "orange": "#f0a830",
+    "green": "#2cc295",
+    "red": "#f5793a",
+    "pink": "#e08fbf",
+    "grey": "#5b6470",
+}
+SERIES = ("blue", "orange", "green", "pink")
+MAX_POINTS = 120  # a longer line is averaged: more cannot be told apart
+
+Values = NDArray[np.float64]
+
+_TEXT_SIZE, _TITLE_SIZE = 8.5, 10.5
+
+
+def new_figure(draw: Callable[[FigureBase], None], size: tuple[float, float], *, facecolor: str = "none") -> Figure:
+    """A figure of `size` inches, drawn by `draw` in the common style."""
+    style: dict[Any, Any] = {
+        "text.parse_math": False,  # a layer may be called $x$
+        "font.family": ["DejaVu Sans"], "font.size": _TEXT_SIZE, "axes.labelsize": _TEXT_SIZE,
+        "legend.fontsize": _TEXT_SIZE, "xtick.labelsize": _TEXT_SIZE, "ytick.labelsize": _TEXT_SIZE,
+        "text.color": THEME["ink"], "axes.labelcolor": THEME["muted"], "axes.edgecolor": THEME["grey"],
+        "xtick.color": THEME["grey"], "ytick.color": THEME["grey"], "xtick.labelcolor": THEME["muted"],
+        "ytick.labelcolor": THEME["muted"], "axes.facecolor": "none",
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained", facecolor=facecolor)
+        draw(figure)
+    return figure
+
+
+def write_png(draw: Callable[[FigureBase], None], size: tuple[float, float], target: Path, *, dpi: int = 130) -> None:
+    """Write a figure of `size` inches on white as PNG, drawn by `draw` in the common style."""
+    new_figure(draw, size, facecolor="#ffffff").savefig(target, format="png", dpi=dpi)
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """SVG for inside a page: text as text in the page's font, each colour of THEME as the CSS variable of its name."""
+    buffer = io.StringIO()
+    # The salt keeps the ids of several pictures on one page apart, and equal from run to run.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "svg.image_inline": True}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Without a size of its own the picture takes the width that the page gives it.
+    svg = re.sub(r'^(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    for name, color in THEME.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return svg
+
+
+def new_axes(figure: FigureBase, x_label: str, y_label: str) -> Axes:
+    """One plot for curves over steps."""
+    axes: Axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color=THEME["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def set_title(axes: Axes, title: str, pad: float = 6) -> None:
+    """A title above the left edge."""
+    axes.set_title(title, loc="left", fontsize=_TITLE_SIZE, fontweight="bold", pad=pad)
+
+
+def set_head(axes: Axes, title: str, handles: Sequence[Artist]) -> None:
+    """Title and legend above the axes, where no curve can run through them."""
+    columns = 4 if len(handles) <= 4 else 3
+    set_title(axes, title, pad=8 + 14 * -(-len(handles) // columns))
+    axes.legend(
+        handles=list(handles), loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False,
+        borderaxespad=0.1, borderpad=0.2, handlelength=1.3, handletextpad=0.5, columnspacing=1.3,
+    )  # fmt: skip
+
+
+def set_log_scale(axes: Axes, values: Values) -> None:
+    """A log scale around the positive ones of `values`, with plain numbers. Linear where there is none."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not positive.size:
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(positive.min() / 1.2, positive.max() * 1.2)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def bin_size(num_values: int, max_points: int = MAX_POINTS) -> int:
+    """Steps that one point of `average` stands for."""
+    return max(1, -(-num_values // max_points))
+
+
+def average(x: NDArray[np.int64], y: Values, max_points: int = MAX_POINTS) -> tuple[Values, Values]:
+    """At most `max_points` points, each the mean of equally many steps; NaN where a whole bin is NaN."""
+    starts = np.arange(0, len(x), bin_size(len(x), max_points))
+    if not starts.size:
+        return np.zeros(0), np.zeros(0)
+    known = np.isfinite(y)
+    totals, counts = np.add.reduceat(np.where(known, y, 0.0), starts), np.add.reduceat(known.astype(float), starts)
+    means = np.divide(totals, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+    middles = np.add.reduceat(x.astype(float), starts) / np.add.reduceat(np.ones(len(x)), starts)
+    return middles, means
+
+
+def step_label(num_steps: int, max_points: int = MAX_POINTS) -> str:
+    """Label of an x axis whose curves went through `average`."""
+    size = bin_size(num_steps, max_points)
+    return f"step (each point is the mean of {size})" if size > 1 else "step"

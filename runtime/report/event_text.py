@@ -1,0 +1,122 @@
+"""Events of a run in words, for the terminal and the report: rounded figures with units, nothing twice."""
+
+import string
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from runtime.terminal.quantities import byte_size, duration, milliseconds, three_digits
+
+# By kind, the clauses to say. One is left out where the event lacks a field of it; fields of no clause follow as they
+# are, so that nothing is hidden but what _UNSAID names.
+_CLAUSES: dict[str, tuple[str, ...]] = {
+    "started": (
+        "step {step}",
+        "{rank_map}",
+        "{exchange}",
+        "{balance}",
+        "Ray was up after {ray_s}, the workers {gang_s} later",
+    ),
+    "checkpoint": ("step {step}", "{bytes} written in {write_s}", "training stood still for {blocked_s}"),
+    "checkpoint_failed": ("step {step}", "{reason}"),
+    "checkpoint_waits": ("step {step}", "{reason}", "trying again for {for_s}"),
+    "checkpoints_removed": ("steps {removed}, to make room for step {step}", "{missing_bytes} were missing"),
+    "memory_checkpoints": (
+        "from step {step} on, each worker keeps {bytes} in memory, and sends {sent_bytes} of it to its partner",
+    ),
+    "memory_checkpoint_failed": ("{reason}",),
+    "memory_checkpoint_unusable": ("step {step}", "{reason}"),
+    "finished": (
+        "step {step}",
+        "saved at step {saved_step}",
+        "training stood still for {checkpoint_blocked_s} in checkpoints",
+        "for {memory_checkpoint_blocked_s} in those in memory",
+    ),
+    "warning": ("{text}",),
+    "coordinator_lost": ("at step {step}, rank 0 goes on with the same law by itself", "{reason}"),
+    "coordinator_back": ("at step {step}, lost since step {lost_since_step}",),
+    "bias_repaired": ("at step {step}, on rank {ranks}",),
+    "failed": ("{reason}", "rank {rank} on {node}, pid {pid}", "cause: {cause}"),
+    "gave_up": ("{reason}",),
+    "recovering": ("with {workers} of {workers_before} workers", "after a pause of {back_off_s}"),
+    "recovered": ("step {step} after {total_s}", "{seconds}"),
+    "moving": ("from {workers_before} to {workers} workers", "{reason}"),
+    "record_hole": ("{file}", "damaged lines {lines}", "missing steps {steps}"),
+    "imported": ("{architecture} from {source}",),
+}
+_CLAUSES["resumed"] = (*_CLAUSES["started"], "read in {load_s}")
+_CLAUSES["interrupted"] = _CLAUSES["finished"]
+# The place of a checkpoint is told by its step; the partner of a worker by docs/recovery.md; the kind by the reason.
+_UNSAID = {
+    "checkpoint": {"path"},
+    "memory_checkpoints": {"partner_shift"},
+    "failed": {"kind"},
+    "coordinator_lost": {"cause"},
+}
+# Of many lines: the report folds them. The terminal shows that of a bug; an error that ends a run is printed anyway.
+STACKS = ("diagnosis", "trace")
+_OF_ANY_LINE = {"time", "event", *STACKS}
+
+
+def event_text(line: Mapping[str, Any]) -> str:
+    """What an event says, without its kind and time."""
+    kind, said, clauses = str(line["event"]), set[str](), list[str]()
+    for clause in _CLAUSES.get(kind, ()):
+        fields = {name for _, name, _, _ in string.Formatter().parse(clause) if name}
+        if all(line.get(name) is not None for name in fields):
+            clauses.append(clause.format_map({name: _shown(name, line[name]) for name in fields}))
+        said |= fields
+    rest = [name for name in line if name not in said | _UNSAID.get(kind, set()) | _OF_ANY_LINE]
+    return "; ".join([*clauses, *(f"{name.replace('_', ' ')} {_shown(name, line[name])}" for name in rest)])
+
+
+def told_event(line: Mapping[str, Any]) -> str:
+    """An event with its kind, as a line of the terminal."""
+    text = f"{str(line['event']).replace('_', ' ')}: {event_text(line)}"
+    return f"{text}\n{line['trace'].rstrip()}" if line.get("trace") else text
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _OF_SECTIONS[name](value) if name in _OF_SECTIONS else _pairs(value, of_seconds=name == "seconds")
+    if isinstance(value, list | tuple):
+        is_map = name == "rank_map" and value and isinstance(value[0], Mapping)
+        return _ranks(value) if is_map else ", ".join(_shown(name, each) for each in value)
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    return _number(name, value) if is_number else str(value)
+
+
+def _pairs(values: Mapping[str, Any], *, of_seconds: bool) -> str:
+    return ", ".join(f"{name} {_shown('_s' if of_seconds else name, value)}" for name, value in values.items())
+
+
+def _exchange(values: Mapping[str, Any]) -> str:
+    return f"exchange {values['exchange']} ({values['reason']})"
+
+
+def _law(values: Mapping[str, Any]) -> str:
+    rate = values.get("rate")
+    return f"law {values['law']}" + ("" if rate is None else f" with rate {rate:g}")
+
+
+_OF_SECTIONS = {"exchange": _exchange, "balance": _law}
+
+
+def _number(name: str, value: Any) -> str:
+    if name.endswith("_s"):
+        return milliseconds(value) if value < 60 else duration(value)
+    if name.endswith("bytes"):
+        return byte_size(value)
+    return three_digits(value) if isinstance(value, float) else str(value)
+
+
+def _ranks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which ranks are on which node; neighbouring ranks of a node stand together."""
+    parts = []
+    for node, neighbours in groupby(rows, lambda row: row["node"]):
+        of_node = list(neighbours)
+        first, last = of_node[0]["rank"], of_node[-1]["rank"]
+        devices = ", ".join(dict.fromkeys(str(row["device"]) for row in of_node))
+        who = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        parts.append(f"{who} on {node} ({devices})")
+    return ", ".join(parts)

@@ -1,0 +1,56 @@
+"""The folder `hf` of an imported run: all of a directory of Hugging Face but its weights, for the way back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from workers.model.families.source import CONFIG, DTYPE_NAMES, INDEX, ModelDirectory, SourceError, read_json
+
+FOLDER = "hf"
+TOKENIZER = "tokenizer.json"
+DTYPES = "tensor_dtypes.json"
+# What belongs to a tokenizer, a chat or generation. Code (*.py) is left behind: it would be run by whoever loads it.
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_LARGEST_BYTES = 100 * 2**20
+
+
+def keep_files(source: ModelDirectory, run_dir: Path) -> None:
+    """Copy config.json, tokenizer and generation settings, and note the dtype of each tensor."""
+    folder = run_dir / FOLDER
+    folder.mkdir()
+    for file in sorted(source.folder.iterdir()):
+        if file.suffix in _SUFFIXES and file.name != INDEX and file.is_file() and file.stat().st_size < _LARGEST_BYTES:
+            shutil.copyfile(file, folder / file.name)
+    dtypes = {name: DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()}
+    (folder / DTYPES).write_text(json.dumps(dtypes, indent=0) + "\n")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a directory without a tokenizer that Trimtab can read. Raises SourceError."""
+    if not (folder / TOKENIZER).is_file():
+        raise SourceError(
+            f"{folder / TOKENIZER} is missing: text would have other ids than the model knows; fetch it as well, or "
+            "give another by --data.tokenizer FILE"
+        )
+
+
+def read_dtypes(run_dir: Path) -> dict[str, torch.dtype]:
+    """Read in which dtype each tensor was stored; fp8 becomes bf16, as its scales are gone."""
+    by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": torch.bfloat16}
+    return {name: by_name[dtype] for name, dtype in read_json(run_dir / FOLDER / DTYPES).items()}
+
+
+def copy_back(run_dir: Path, folder: Path) -> None:
+    """Put the kept files into an export; config.json without fp8, where the weights were."""
+    for file in sorted((run_dir / FOLDER).iterdir()):
+        if file.name not in (DTYPES, CONFIG):
+            shutil.copyfile(file, folder / file.name)
+    config = read_json(run_dir / FOLDER / CONFIG)
+    if config.pop("quantization_config", None) is None:
+        shutil.copyfile(run_dir / FOLDER / CONFIG, folder / CONFIG)
+        return
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = "bfloat16"
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,61 @@
+"""What a command reads of a run: its checkpoint and its text. Needs no matplotlib, whose import takes a second."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from dispatch.errors import InvalidValue
+from runtime.runs.run_data import open_run_data
+from runtime.settings.config import TrainConfig
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError, list_checkpoints, step_of
+from workers.data.prepare import prepare_dataset
+from workers.data.sampler import Sampler
+from workers.data.shards import Dataset
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The newest checkpoint of a run or that of `step`, verified file by file.
+
+    Raises:
+        ValueError: there is none, or none of that step; names those there are.
+        CheckpointCorrupt: it is damaged; offers the newest intact one before it.
+    """
+    found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
+    if not found:
+        raise InvalidValue(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
+    path = found.get(max(found) if step is None else step)
+    if path is None:
+        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
+    from workers.checkpoints.checkpoint import verify  # imports DCP, which takes a second
+
+    try:
+        verify(path)
+    except CheckpointError:
+        if step is not None or path.is_dir():
+            raise
+        return find_checkpoint(run_dir, None)  # a run in training has removed it meanwhile, and saved newer ones
+    return path
+
+
+def still_there(path: Path, run_dir: Path, step: int | None) -> Path:
+    """A checkpoint that was found, or the newest one where a run in training has removed that since."""
+    return path if path.is_dir() else find_checkpoint(run_dir, step)
+
+
+def open_data(config: TrainConfig, console: Console, run_dir: Path | None = None) -> Dataset:
+    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches.
+
+    run_dir: of a run that has begun: its text is known by its content.
+    """
+    with console.status("preparing the text") as status:
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"preparing the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+        if run_dir is None:
+            dataset = prepare_dataset(config.data, progress)
+        else:
+            dataset = open_run_data(run_dir, config.data, progress)
+    run = config.run
+    Sampler(dataset, config.model.max_seq_len, run.global_batch_size, run.seed, config.data.mix_schedule)
+    return dataset

@@ -1,0 +1,54 @@
+"""Where runs lie: find one, or name a new one. Imports neither torch nor Ray: `--help` stays quick."""
+
+import difflib
+import os
+from datetime import datetime
+from pathlib import Path
+
+from dispatch.errors import InvalidValue
+
+RUNS_DIR = "runs"
+RUNS_DIR_VARIABLE = "TRIMTAB_RUNS_DIR"
+CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"  # which text the run reads, by content
+
+
+def default_runs_dir() -> str:
+    """The folder of runs, unless an option names another."""
+    return os.environ.get(RUNS_DIR_VARIABLE) or RUNS_DIR
+
+
+def place_of_run(run: str, runs_dir: str | None = None) -> Path:
+    """The directory of a run of this name. A bare name lies in the folder of runs; a path with a slash is itself."""
+    path = Path(run).expanduser()
+    return path if path.is_absolute() or os.sep in run or run in (".", "..") else _folder(runs_dir) / run
+
+
+def find_run(run: str, runs_dir: str | None = None) -> Path:
+    """The directory of a run, given as a path, or as its name in `runs_dir` or the current folder.
+
+    Raises:
+        InvalidValue: no such run, with the names of those that are there; or two of that name.
+    """
+    folder = _folder(runs_dir)
+    places = list(dict.fromkeys((place_of_run(run, runs_dir), Path(run).expanduser())))
+    found = [path for path in places if (path / CONFIG_FILE).is_file()]
+    if len(found) == 2 and not found[0].samefile(found[1]):
+        raise InvalidValue(f"{run!r} names two runs, {found[0]} and ./{run}; give the path of the one that is meant")
+    if found:
+        return found[0]
+    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    near = difflib.get_close_matches(Path(run).name, names, n=3)
+    known = f"did you mean {' or '.join(near)}?" if near else f"runs in {folder}/: {', '.join(names) or 'none'}"
+    looked = f"neither {places[0]} nor {places[1]} holds" if len(places) == 2 else f"{places[0]} does not hold"
+    elsewhere = f"; for runs in another folder give its path, or set {RUNS_DIR_VARIABLE}"
+    raise InvalidValue(f"there is no run {run!r}: {looked} a {CONFIG_FILE}; {known}{elsewhere}")
+
+
+def _folder(runs_dir: str | None) -> Path:
+    return Path(runs_dir or default_runs_dir()).expanduser()
+
+
+def new_run_dir(runs_dir: str, name: str | None, now: datetime) -> Path:
+    """The directory of a run that starts now; does not create it. Without a name the run is named by the time."""
+    return Path(runs_dir).expanduser() / (name or now.strftime("%Y%m%d-%H%M%S"))

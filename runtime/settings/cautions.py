@@ -1,0 +1,84 @@
+"""What a user should hear of a run without asking: of its settings before it starts, of its figures while it trains.
+
+Everything here decides; whoever calls it tells.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.settings.config import TrainConfig
+
+WINDOW = 20  # steps that must agree
+# The load of a batch swings by chance, and in the first steps of a router by more: only what is far above is told.
+FAR_ABOVE_FLOOR, LEAST_TOLD = 5.0, 1.0
+RISEN = 1.1  # of the loss, against the best window so far
+
+
+def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
+    """Say in sentences what is doubtful about the settings. is_imported: by `trimtab import`, with its weights."""
+    again = "import it again" if is_imported else "start a new run"
+    said = []
+    if is_imported and not config.data.path:
+        said.append(
+            f"the imported model is trained on the built-in demo text, with optim.lr {config.optim.lr:g}; {again} with "
+            "--data.path, and a rate that fits, such as --optim.lr 1e-5, to train it on yours"
+        )
+    is_steered = config.balance.law != "none" or config.aux.loss != "none" or "router" in config.optim.freeze
+    has_moe = config.model.num_dense_layers < config.model.num_layers
+    if has_moe and not is_steered:
+        limit = ", whose bias the files of some families cannot hold" if is_imported else ""
+        said.append(
+            f"nothing balances the load of the experts (balance.law none, aux.loss none); to balance it, {again} with "
+            f"--aux.loss global_batch, or with --balance.law adaptive{limit}"
+        )
+    return said
+
+
+class Watch:
+    """Looks at the training lines of a run and says once what has gone wrong in the last WINDOW of them."""
+
+    def __init__(self, law: str) -> None:
+        self._law = law
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
+        self._best_loss = math.inf
+        self._told: set[str] = set()
+
+    def notice(self, line: Mapping[str, Any]) -> list[str]:
+        """Take a training line of metrics.jsonl, and return what has to be said now and was not said before."""
+        self._lines.append(line)
+        if len(self._lines) < WINDOW:
+            return []
+        found = {"loss": self._loss(), "dead": self._dead_experts(), "imbalance": self._imbalance()}
+        new = {name: text for name, text in found.items() if text and name not in self._told}
+        self._told |= new.keys()
+        return list(new.values())
+
+    def _mean(self, field: str) -> float:
+        """NaN where a step has no number."""
+        values = [line.get(field) for line in self._lines]
+        return math.nan if None in values else math.fsum(values) / WINDOW  # type: ignore[arg-type] # no None is left
+
+    def _loss(self) -> str:
+        if not any(math.isfinite(line.get("loss") or math.nan) for line in self._lines):
+            return f"no loss of the last {WINDOW} steps is a finite number; a lower optim.lr may help"
+        mean, best = self._mean("loss"), self._best_loss
+        if math.isfinite(mean):
+            self._best_loss = min(best, mean)
+        if mean > RISEN * best:
+            return f"the loss has risen to {mean:.3g}, mean of {WINDOW} steps, from {best:.3g} at its best"
+        return ""
+
+    def _dead_experts(self) -> str:
+        # Where a batch has few tokens for each expert, some get none by chance.
+        dead = min(line.get("dead_experts") or 0 for line in self._lines)
+        if dead and self._mean("max_vio_floor") < LEAST_TOLD:
+            return f"in each of the last {WINDOW} steps, {dead} or more experts got no token"
+        return ""
+
+    def _imbalance(self) -> str:
+        vio, floor = self._mean("max_vio_batch"), self._mean("max_vio_floor")
+        if self._law == "none" and vio > max(LEAST_TOLD, FAR_ABOVE_FLOOR * floor):
+            return f"MaxVio is {vio:.3g}, mean of {WINDOW} steps, and {floor:.2g} by chance; nothing balances the load"
+        return ""

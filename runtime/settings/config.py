@@ -1,0 +1,246 @@
+"""What a run is: the settings of every part in one place, and the rules that hold between the parts."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from dispatch.balance import check_groups
+from dispatch.errors import InvalidValue
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.exchange.registry import ExchangeShape
+from dispatch.laws import BalanceConfig
+from workers.data.text import DataConfig
+from workers.data.tokenizer import load_tokenizer
+from workers.gang.parallel import ParallelConfig
+from workers.model.decoder import ModelConfig
+from workers.run_config import RunConfig
+from workers.training.aux_losses import AuxLossConfig
+from workers.training.optimizer import OptimConfig
+
+# What the directory, the checkpoint, the place in the data and the law's state depend on. Everything else may change
+# on resume: more steps, other workers and devices, another learning rate.
+FIXED_SETTINGS = (
+    "run.name",
+    "run.seed",
+    "run.global_batch_size",
+    "model",
+    "data.path",
+    "data.suffixes",
+    "data.tokenizer",
+    "data.val_fraction",
+    "data.mix",
+    "data.mix_after",
+    "data.shift_at",
+    "data.format",
+    "data.pack_documents",
+    "data.chat_template",
+    "optim.freeze",
+    "optim.name",
+    "balance.law",
+)
+# These name the text by its place; a run that knows its text by content (runtime/runs/run_data.py) compares that.
+PLACES_OF_TEXT = ("data.path", "data.suffixes")
+# Inside a fixed section, yet without influence on any result.
+FREE_SETTINGS = ("model.recompute",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBalanceConfig(BalanceConfig):
+    """How the selection bias of a run follows the load, and what is recorded for trying other laws on it."""
+
+    record: int = 0
+    """Record the router scores of every so many steps, for `trimtab replay`; without a number, of every step; 0 off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.record) is not int or self.record < 0:
+            raise InvalidValue(
+                f"balance.record ({self.record}) must be a whole number: 1 records every step, 10 each tenth, 0 none"
+            )
+
+    @property
+    def of_law(self) -> BalanceConfig:
+        """The settings of the law, on which all ranks must agree."""
+        return BalanceConfig(**{each.name: getattr(self, each.name) for each in fields(BalanceConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run: length, batch, rhythm, name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model: size and shape of the decoder."""
+    balance: RunBalanceConfig = field(default_factory=RunBalanceConfig)
+    """Balance: how the selection bias follows the load."""
+    aux: AuxLossConfig = field(default_factory=AuxLossConfig)
+    """Auxiliary losses: other ways to balance, to compare with; off."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data: the text, and how it becomes tokens."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer: which one, and its learning rate."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel: how the ranks divide the model."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Cluster: where the ranks run."""
+
+
+def cross_check(config: TrainConfig) -> None:
+    """Check the rules between sections, before anything starts. Reads the tokenizer file, if there is one.
+
+    Raises:
+        ValueError: names the settings, their values, the rule between them and a way out.
+    """
+    world_size = config.cluster.num_workers
+    config.run.num_micro_batches(world_size)
+    ep_size = config.parallel.resolve(world_size)
+    if config.model.num_dense_layers == config.model.num_layers:
+        raise InvalidValue(
+            f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
+            "balance; lower it, so that at least one layer is a mixture of experts"
+        )
+    if config.model.attention == "latent" and (config.model.query_key_norm != "none" or config.model.clip_qkv):
+        raise InvalidValue(
+            f"model.query_key_norm ({config.model.query_key_norm}) and model.clip_qkv ({config.model.clip_qkv}) have "
+            "no effect on latent attention; leave them out, or set --model.attention grouped_query"
+        )
+    ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
+    check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
+    _check_vocabulary(config)
+    if config.model.num_mtp_layers and config.data.has_documents:
+        raise InvalidValue(
+            f"model.num_mtp_layers ({config.model.num_mtp_layers}) predicts across the ends of documents, which "
+            "data.format chat and data.pack_documents keep apart; set --model.num_mtp_layers 0, or train on plain text"
+        )
+    _check_device(config.cluster)
+    _check_time_limits(config.cluster)
+    if config.parallel.backend is not None and ep_size > 1:
+        config.parallel.backend.check(_exchange_shape(config, ep_size))
+
+
+def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """Numbers of workers that the run can have, the largest first: between its bounds, and with equal shares of work.
+
+    Takes `cluster.num_workers` itself for granted: see `cross_check`.
+    """
+    cluster = config.cluster
+    bounds = range(cluster.min_workers or cluster.num_workers, (cluster.max_workers or cluster.num_workers) + 1)
+    return tuple(size for size in reversed(bounds) if size == cluster.num_workers or _is_feasible(config, size))
+
+
+def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
+    cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
+    try:
+        cross_check(replace(config, cluster=cluster, parallel=config.parallel.at(num_workers)))
+    except InvalidValue:
+        return False
+    return True
+
+
+def on_gpus_of_this_machine(config: TrainConfig, chosen: Collection[str]) -> TrainConfig:
+    """A worker for each GPU of this machine, as many as the other settings allow, in bf16.
+
+    chosen: names of settings that stay as they are. Without a GPU, on `device cpu` and on a joined cluster all stay.
+    """
+    cluster, gpus = config.cluster, torch.cuda.device_count()
+    if not gpus or cluster.device == "cpu" or cluster.address is not None or cluster.gpus_per_worker is not None:
+        return config
+    if "cluster.num_workers" not in chosen:
+        feasible = (size for size in range(gpus, 0, -1) if _is_feasible(config, size))
+        config = replace(config, cluster=replace(cluster, num_workers=next(feasible, cluster.num_workers)))
+    if "run.dtype" not in chosen and config.cluster.num_workers <= gpus:
+        config = replace(config, run=replace(config.run, dtype="bfloat16"))
+    return config
+
+
+def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool = False) -> None:
+    """Refuse settings under which a run cannot resume: its checkpoint or its position in the data contradict them.
+
+    text_may_move: the text is compared by its content, so that it may lie elsewhere.
+
+    Raises:
+        ValueError: names each such setting with both values.
+    """
+    before, after = flatten(saved), flatten(wanted)
+    free = {*FREE_SETTINGS, *(PLACES_OF_TEXT if text_may_move else ())}
+    changed = [
+        f"{key} (was {before[key]!r}, now {after[key]!r})"
+        for key in before
+        if before[key] != after[key] and key not in free and _is_fixed(key)
+    ]
+    if changed:
+        raise InvalidValue(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings below a dataclass by dotted name: {"model.moe.top_k": 4, ...}."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        name = prefix + entry.name
+        flat |= flatten(value, f"{name}.") if is_dataclass(value) else {name: value}
+    return flat
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_SETTINGS)
+
+
+def _check_vocabulary(config: TrainConfig) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        if getattr(tokenizer, "eod_is_added", False) and config.model.vocab_size == tokenizer.vocab_size - 1:
+            raise InvalidValue(
+                f"nothing names the token that ends a text for {config.data.tokenizer}, so one more id than "
+                f"model.vocab_size ({config.model.vocab_size}) would be needed; name it as eos_token in a "
+                f"tokenizer_config.json beside it, or set --model.vocab_size {tokenizer.vocab_size} for a new model"
+            )
+        raise InvalidValue(
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
+            f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"
+        )
+
+
+def _exchange_shape(config: TrainConfig, ep_size: int) -> ExchangeShape:
+    return ExchangeShape(
+        num_experts=config.model.moe.num_experts,
+        ep_size=ep_size,
+        hidden=config.model.hidden,
+        top_k=config.model.moe.top_k,
+        payload=config.parallel.payload,
+        device=config.cluster.device,
+        dtype=config.run.dtype,
+        runs_here=config.cluster.address is None,  # else the workers' machines are others
+    )
+
+
+def _check_time_limits(cluster: ClusterConfig) -> None:
+    # A step asks the coordinator twice at most, and the other ranks meanwhile wait in a collective.
+    if cluster.collective_timeout_s <= 2 * cluster.coordinator_timeout_s:
+        raise InvalidValue(
+            f"cluster.collective_timeout_s ({cluster.collective_timeout_s:g}) must be more than twice "
+            f"cluster.coordinator_timeout_s ({cluster.coordinator_timeout_s:g}), or a slow coordinator would end the "
+            f"run; lower --cluster.coordinator_timeout_s, or set --cluster.collective_timeout_s "
+            f"{3 * cluster.coordinator_timeout_s:g}"
+        )
+
+
+def _check_device(cluster: ClusterConfig) -> None:
+    # On a joined cluster the GPUs are elsewhere: there the placement of the workers finds out.
+    if cluster.device != "cuda" or cluster.address is not None:
+        return
+    if not torch.cuda.is_available():
+        raise InvalidValue(
+            "cluster.device is cuda, but torch sees no CUDA device on this machine; use --device cpu, install a CUDA "
+            "build of torch, or join a cluster with GPUs by --cluster.address"
+        )
+    workers, gpus = cluster.min_workers or cluster.num_workers, torch.cuda.device_count()
+    if workers * (cluster.gpus_per_worker or 1) > gpus:
+        raise InvalidValue(
+            f"cluster.device is cuda and {workers} workers need {cluster.gpus_per_worker or 1:g} GPU each, but this "
+            f"machine has {gpus}; set --workers {gpus}, use --device cpu, or join a cluster by --cluster.address"
+        )

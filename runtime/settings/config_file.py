@@ -1,0 +1,317 @@
+"""Settings as text: YAML files, presets and the options of `trimtab train`, each checked against the dataclasses."""
+
+import argparse
+import difflib
+import functools
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from dispatch.errors import InvalidValue
+from runtime.runs.run_data import at_home, knows_its_text
+from runtime.runs.run_dir import CONFIG_FILE, RUNS_DIR, default_runs_dir, find_run
+from runtime.settings import train_help
+from runtime.settings.config import TrainConfig, check_resume, cross_check, flatten, on_gpus_of_this_machine
+from runtime.settings.consent import check_consent, import_named
+from runtime.settings.yaml_text import load_yaml, read_bounded
+
+BASE_PRESET = "small"
+SHORT_OPTIONS = {
+    "--name": "--run.name",
+    "--steps": "--run.steps",
+    "--workers": "--cluster.num_workers",
+    "--device": "--cluster.device",
+}
+MAX_LENGTH_OF_NO_TEXT = 40
+VALUES_IF_BARE = {"--balance.record": "1"}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a command line of `trimtab train` asks for.
+
+    resume: directory of the run to go on with; None starts a new one. step: its checkpoint; None takes the newest.
+    """
+
+    config: TrainConfig
+    resume: Path | None
+    step: int | None
+
+
+def parse_train(arguments: Sequence[str]) -> TrainRequest:
+    """Read the command line of `trimtab train`. Options override the settings of a file or run; all rules are checked.
+
+    Raises:
+        InvalidValue: wrong usage or configuration, with the way out.
+        SystemExit: --help was asked for and answered.
+    """
+    arguments = _fill_in([_lengthen(argument) for argument in arguments])
+    import_named(arguments)
+    try:
+        source = vars(_source_parser().parse_known_args(arguments)[0])
+    except argparse.ArgumentError as error:
+        raise InvalidValue(f"{error}; see `trimtab train --help`") from error
+    config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
+    _answer_help(arguments, config_name, resume_name)
+    if resume_name is None:
+        if step is not None:
+            raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
+        base = load_config(config_name or BASE_PRESET)
+        if base.run.dir == RUNS_DIR:
+            base = replace(base, run=replace(base.run, dir=default_runs_dir()))
+        config = _parse_options(arguments, base)
+        if is_preset(config_name or BASE_PRESET):  # a preset says nothing of the machine, where a file may
+            config = on_gpus_of_this_machine(config, {each.removeprefix("--").split("=")[0] for each in arguments})
+        cross_check(config)
+        return TrainRequest(config, None, None)
+    if config_name is not None:
+        raise InvalidValue("--resume takes the settings of the run, so --config cannot be given with it; leave one out")
+    run_dir = find_run(resume_name, _runs_dir_of(arguments))
+    saved = read_run_config(run_dir)
+    config = _parse_options(arguments, saved)
+    check_resume(saved, config, text_may_move=knows_its_text(run_dir))
+    cross_check(config)
+    return TrainRequest(config, run_dir, step)
+
+
+def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """Override settings by options of a command line; rules between sections are not checked yet.
+
+    Raises:
+        ValueError: wrong usage or configuration, with the way out.
+    """
+    return _parse_options([_lengthen(argument) for argument in arguments], config)
+
+
+def load_config(name: str) -> TrainConfig:
+    """Load a preset by name or a YAML file by path. What the file leaves out has the value of the preset `small`.
+
+    Raises:
+        ValueError: it is missing, unreadable or wrong; names the file.
+    """
+    base = _base_preset()
+    return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base, is_trusted=True)
+
+
+@functools.cache
+def _base_preset() -> TrainConfig:
+    """BASE_PRESET, from which every file takes what it leaves out. Read once, since that takes 0.2 s."""
+    return config_from_yaml_file(_find_config(BASE_PRESET))
+
+
+def is_preset(name: str) -> bool:
+    """Whether a preset has this name."""
+    return name in _find_presets()
+
+
+def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
+    """Call `config_from_yaml` with the text of a file; errors name its path."""
+    try:
+        return config_from_yaml(read_bounded(path), base, is_trusted=is_trusted)
+    except OSError as error:
+        raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{path} is not text (byte {error.start}); a configuration is a YAML file") from error
+    except InvalidValue as error:
+        raise InvalidValue(f"{path}: {error}") from error
+
+
+def read_run_config(run_dir: Path) -> TrainConfig:
+    """Read the settings of a run; tokenizer and chat template are the run's own copies, wherever it lies now."""
+    config = config_from_yaml_file(run_dir / CONFIG_FILE)
+    return replace(config, data=at_home(config.data, run_dir))
+
+
+def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
+    """Settings from YAML. What the text leaves out has the value in `base`, or the dataclass's default.
+
+    is_trusted: the user gave the text; its balance.module is imported. Otherwise that takes `check_consent`.
+
+    Raises:
+        ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
+    """
+    values = load_yaml(text)
+    if not isinstance(values, Mapping):
+        raise InvalidValue(f"must hold sections such as 'model:' with settings below them, not {values!r:.60}")
+    flat = _flatten_known(values)
+    if not is_trusted:
+        check_consent(flat)
+    # Texts were read as YAML already; the parser must not do it again.
+    parser = _settings_parser(base or TrainConfig(), parser_mode="json")
+    try:
+        namespace = parser.parse_object(flat)
+    except argparse.ArgumentError as error:
+        raise InvalidValue(_explain(error)) from error
+    except RecursionError:
+        raise InvalidValue("a text in it looks like JSON that is nested too deep; give plain values") from None
+    for key, value in flat.items():
+        # YAML tells the text "null" from null; the parser, made for command lines, does not.
+        if isinstance(value, str) and namespace[key] is None:
+            namespace[key] = value
+    return _build(parser, namespace)
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """Write all values as YAML, from which `config_from_yaml` makes an equal configuration."""
+    return str(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def _answer_help(arguments: Sequence[str], config_name: str | None, resume_name: str | None) -> None:
+    asked = next((index for index, argument in enumerate(arguments) if argument in train_help.OPTIONS), None)
+    if asked is None:
+        return
+    named = [word for word in arguments[asked + 1 : asked + 2] if not word.startswith("-")]
+    file = None if resume_name is None else find_run(resume_name) / CONFIG_FILE
+    defaults = load_config(config_name or BASE_PRESET) if file is None else config_from_yaml_file(file)
+    presets = ", ".join(sorted(_find_presets()))
+    sys.stdout.write(train_help.help_text([arguments[asked], *named], defaults, presets))
+    raise SystemExit(0)
+
+
+def _lengthen(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return SHORT_OPTIONS.get(option, option) + equals + value
+
+
+def _fill_in(arguments: Sequence[str]) -> list[str]:
+    """Give the options of VALUES_IF_BARE their value where they have none, since the parser needs one."""
+    filled = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        bare = argument in VALUES_IF_BARE and following.startswith("--")
+        filled.append(f"{argument}={VALUES_IF_BARE[argument]}" if bare else argument)
+    return filled
+
+
+def _source_parser() -> argparse.ArgumentParser:
+    """Options that say where the settings come from; those not given are absent from the namespace."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config")
+    parser.add_argument("--resume")
+    parser.add_argument("--step", type=int)
+    return parser
+
+
+def _runs_dir_of(arguments: Sequence[str]) -> str | None:
+    """The folder of runs that options name, in which --resume looks for its run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run.dir", dest="runs_dir")
+    runs_dir: str | None = parser.parse_known_args(arguments)[0].runs_dir
+    return runs_dir
+
+
+def _settings_parser(base: TrainConfig, **options: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults(flatten(base))
+    return parser
+
+
+def _parse_options(arguments: Sequence[str], base: TrainConfig) -> TrainConfig:
+    parser = _settings_parser(base, prog="trimtab train", parents=[_source_parser()])
+    try:
+        return _build(parser, parser.parse_args(list(arguments)))
+    except argparse.ArgumentError as error:
+        raise InvalidValue(_explain(error)) from error
+
+
+def _build(parser: ArgumentParser, namespace: Namespace) -> TrainConfig:
+    for key, hint in _setting_types(TrainConfig).items():
+        # The parser takes null for "not given" and lets it pass for any type.
+        if namespace[key] is None and type(None) not in get_args(hint):
+            raise InvalidValue(f"{key} is empty (null); give a value, or leave it out")
+    built = parser.instantiate(namespace)
+    return TrainConfig(**{section: built[section] for section in get_type_hints(TrainConfig)})
+
+
+def _setting_types(section: Any, prefix: str = "") -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(section).items():
+        types |= _setting_types(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
+    return types
+
+
+def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Settings of a YAML document by dotted name. Raises ValueError for one that does not exist."""
+    hints = get_type_hints(section)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise InvalidValue(f"unknown setting {key}{_suggest(key)}")
+        if not is_dataclass(hints[name]):
+            flat[key] = _checked_text(key, value, hints[name])
+        elif isinstance(value, Mapping):
+            flat |= _flatten_known(value, hints[name], f"{key}.")
+        else:
+            raise InvalidValue(f"{key} is a section: it must hold settings below it, not {value!r:.60}")
+    return flat
+
+
+def _checked_text(key: str, value: Any, hint: Any) -> Any:
+    """The value; raises ValueError for a text, alone or in a list, that is too long for a number or a choice.
+
+    The parser reads such a text as YAML once more, in any mode, and writes into its message what aliases make of it.
+    """
+    if hint is not str and str not in get_args(hint):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and len(text) > MAX_LENGTH_OF_NO_TEXT:
+                raise InvalidValue(f"{key} is {text!r:.60}...; it must be {_describe(hint)}")
+    return value
+
+
+def _explain(error: argparse.ArgumentError) -> str:
+    """Word the parser's message as ours: the value, the rule and a way out."""
+    message = " ".join(str(error).split())
+    if unknown := re.match(r"unrecognized arguments: --([\w.-]+)", message):
+        return f"unknown option --{unknown[1]}{_suggest(unknown[1], '--')}"
+    place = re.match(r'Parser key "([\w.]+)": ', message)
+    if place is None:
+        return f"{message}; see `trimtab train --help`"
+    hint = _setting_types(TrainConfig).get(place[1])
+    if hint is None:
+        return f"--{place[1]} is a section: give its settings one by one, as in --{place[1]}.SETTING VALUE"
+    given = re.split(r"(?:Got|Given) value: ", message)[-1]
+    return f"{place[1]} is {given!r}; it must be {_describe(hint)}"
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is UnionType:
+        return " or ".join(_describe(each) for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is tuple:
+        return {float: "a list of numbers, as [0.5,0.5]"}.get(get_args(hint)[0], "a list of texts, as [a,b]")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint, "names and numbers, as {beta: 0.9}")
+
+
+def _suggest(key: str, dashes: str = "") -> str:
+    known = [*get_type_hints(TrainConfig), *_setting_types(TrainConfig)]
+    near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
+    return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else "; see `trimtab train --help`"
+
+
+def _find_presets() -> dict[str, Path]:
+    installed = Path(__file__).parents[1] / "configs"  # where a wheel has them
+    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _find_config(name: str) -> Path:
+    presets = _find_presets()
+    path = presets.get(name, Path(name).expanduser())
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, presets, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"give a YAML file or a preset: {', '.join(sorted(presets))}"
+    raise InvalidValue(f"--config {name}: there is no such file or preset; {hint}")

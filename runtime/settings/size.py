@@ -1,0 +1,116 @@
+"""How large a model is, before it is built."""
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.experts.stacked import expert_parameters
+from runtime.settings.config import TrainConfig
+from workers.model.decoder import Decoder, ModelConfig
+from workers.model.meta_device import meta_device
+from workers.record.score_log import SCORE_BYTES
+from workers.training.optimizer import OptimConfig
+
+FP32 = 4  # bytes of a weight and of its gradient, whatever run.dtype is
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of the whole model and those that one token passes, and bytes of a checkpoint."""
+
+    total: int
+    active: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements by what becomes of them.
+
+    dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
+    compute dtype. largest_dense: of the largest dense tensor. dense_shapes: of every dense tensor. root: embedding,
+    last norm and head. largest_block: dense ones of a block.
+    """
+
+    dense: int
+    experts: int
+    cast: int
+    largest_dense: int
+    dense_shapes: tuple[tuple[int, ...], ...]
+    root: int
+    largest_block: int
+
+    def of_rank(self, config: ModelConfig, ep_size: int) -> int:
+        """Expert parameters of the rank that holds most experts."""
+        num_experts = config.moe.num_experts
+        return self.experts * max(ExpertPlacement(num_experts, ep_size).num_local_experts) // num_experts
+
+
+@functools.lru_cache(maxsize=4)  # a model of 60 layers takes a moment, and a plan asks several times
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Count on the meta device: no memory, a moment."""
+    with meta_device():
+        model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    experts = sum(prod(shapes.pop(name)) for name in expert_parameters(model))
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    units: dict[str, int] = defaultdict(int)  # what sharding gathers together
+    for name, size in sizes.items():
+        first, second, *_ = name.split(".")
+        units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size
+    linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
+    if config.tie_embeddings:
+        linear.append(model.token_embedding.weight.numel())
+    return ParameterCounts(
+        dense=sum(sizes.values()),
+        experts=experts,
+        cast=sum(linear),
+        largest_dense=max(sizes.values()),
+        dense_shapes=tuple(shapes.values()),
+        root=units.pop(""),
+        largest_block=max(units.values()),
+    )
+
+
+def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
+    """Total and active parameters, and the bytes of a checkpoint: weights and optimizer state."""
+    counts = count_parameters(config)
+    total = counts.dense + counts.experts
+    return ModelSize(
+        total=total,
+        active=counts.dense + counts.experts * config.moe.top_k // config.moe.num_experts,
+        checkpoint_bytes=(FP32 + optim.entry.state_bytes) * total,
+    )
+
+
+def batch_bytes_at_least(config: TrainConfig) -> int:
+    """What a micro-batch takes of a worker's memory at the very least: logits and their gradient, inputs of the layers.
+
+    A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
+    """
+    workers = config.cluster.num_workers
+    sequences = config.run.sequences_per_rank(workers) // config.run.num_micro_batches(workers)
+    per_token = 2 * config.model.vocab_size + config.model.hidden * config.model.num_layers
+    return sequences * config.model.max_seq_len * per_token * 4
+
+
+def recorded_scores_bytes(config: TrainConfig) -> int:
+    """What balance.record writes in a run from its first step to its last."""
+    if not config.balance.record:
+        return 0
+    num_steps = -(-config.run.steps // config.balance.record)
+    num_tokens = config.run.global_batch_size * config.model.max_seq_len
+    return num_steps * num_tokens * config.model.num_moe_layers * config.model.moe.num_experts * SCORE_BYTES
+
+
+def records_bytes(config: TrainConfig) -> int:
+    """What a run writes beside its checkpoints, from its first step to its last; a few per cent too much."""
+    layers = config.model.num_moe_layers
+    # A line of metrics.jsonl: 0.9 KB and a figure for each layer. In load/: count, bias and statistic of each expert.
+    of_step = 1000 + 20 * layers + 16 * layers * config.model.moe.num_experts
+    return config.run.steps * of_step + recorded_scores_bytes(config)

@@ -1,0 +1,71 @@
+"""Bytes of the states that a rank keeps from step to step, by how they are sharded."""
+
+from math import prod
+from typing import NamedTuple
+
+from runtime.settings.config import TrainConfig
+from runtime.settings.size import FP32, ParameterCounts, count_parameters
+
+
+class Held(NamedTuple):
+    """Of one kind, in dense parameters and in routed experts: elements, or their bytes."""
+
+    dense: int
+    experts: int
+
+    def times(self, factor: int) -> "Held":
+        """That many of each, such as bytes of an element."""
+        return Held(self.dense * factor, self.experts * factor)
+
+
+GATHERED = "gathered weights and their gradients"
+
+
+def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
+    """Elements that the rank with most experts computes with."""
+    return Held(counts.dense, counts.of_rank(config.model, config.parallel.resolve(config.cluster.num_workers)))
+
+
+def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
+    """Elements of which the rank with most keeps the optimizer's state. Rows are shared out, of experts whole ones."""
+    whole, num_ranks = whole_elements(config, counts), config.cluster.num_workers
+    if config.parallel.shard == "none":
+        return whole
+    dense = sum(-(-rows // num_ranks) * prod(row) for rows, *row in counts.dense_shapes)
+    edp_size = num_ranks // config.parallel.resolve(num_ranks)
+    one_expert = counts.experts // config.model.moe.num_experts  # in all layers
+    num_stacked = whole.experts // one_expert if one_expert else 0  # experts of a layer
+    return Held(dense, -(-num_stacked // edp_size) * one_expert)
+
+
+def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
+    """Weights, gradients and optimizer state, all fp32 whatever run.dtype is; and what sharding gathers, at most."""
+    own, optimizer = own_elements(config, counts), config.optim.entry
+    states = {
+        "weights": own.times(FP32),
+        "gradients": own.times(FP32),
+        optimizer.state_label: own.times(optimizer.state_bytes),
+    }
+    if config.parallel.shard != "none" and config.cluster.num_workers > 1:
+        states[GATHERED] = _gathered(config, counts).times(FP32)
+    return states
+
+
+def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
+    """Whole weights and gradients at the worst moment. An estimate: not all of it is there at once."""
+    num_ranks = config.cluster.num_workers
+    whole, root, block = whole_elements(config, counts), counts.root, counts.largest_block
+    layer = whole.experts // max(config.model.num_moe_layers, 1)
+    if num_ranks == config.parallel.resolve(num_ranks):
+        whole, layer = whole._replace(experts=0), 0  # experts with one holder are not sharded
+    # Gradients of a unit are there twice: as backward made them, and flat, as they are sent.
+    if config.parallel.shard == "full":  # weights of the root, a block and the next; gradients of the root and a block
+        return Held(2 * root + max(4 * block, root), 3 * layer)
+    if config.run.num_micro_batches(num_ranks) > 1:
+        return Held(2 * whole.dense + max(block, root), 2 * whole.experts + layer)
+    return Held(whole.dense + root + max(2 * block, root), whole.experts + 2 * layer)
+
+
+def training_bytes(config: TrainConfig) -> int:
+    """All that `state_bytes` counts."""
+    return sum(map(sum, state_bytes(config, count_parameters(config.model)).values()))

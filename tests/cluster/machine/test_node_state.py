@@ -1,0 +1,82 @@
+"""The folder that says which processes are ours is ours alone, and short enough for sockets."""
+
+import os
+import subprocess
+
+import pytest
+
+from cluster.machine.node_state import (
+    NodeState,
+    NodeStillThere,
+    forget,
+    live_nodes,
+    node_folder,
+    nodes_folder,
+    ray_folder,
+    read_nodes,
+)
+from cluster.machine.processes import Process, process_of
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    link = ray_folder() / f"tt-{os.getpid()}"  # pytest's own path is too long for sockets
+    link.symlink_to(tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", str(link))
+    yield
+    link.unlink()
+
+
+def node(address: str, leader: Process, *, is_head: bool) -> NodeState:
+    node_folder(address).mkdir()
+    state = NodeState(
+        address=address, gcs_address="10.0.0.1:6379", is_head=is_head, dashboard=None, token_file=None, leader=leader
+    )
+    state.write()
+    return state
+
+
+def test_nodes_are_read_back_head_first_and_the_crashed_are_not_live():
+    crashed = node("10.0.0.1", Process(2**22 - 1, 1), is_head=False)
+    head = node("10.0.0.2", process_of(os.getpid()), is_head=True)
+    assert read_nodes() == [head, crashed]
+    assert live_nodes() == [head]
+    forget(crashed)
+    assert read_nodes() == [head]
+
+
+def test_who_only_looks_leaves_no_folder_behind(tmp_path):
+    assert read_nodes() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_with_processes_is_not_forgotten():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        state = node("10.0.0.3", process_of(process.pid), is_head=True)
+        with pytest.raises(NodeStillThere, match=f"{process.pid}.* do not end"):
+            forget(state)
+        assert read_nodes() == [state]
+        process.kill()
+    forget(state)
+    assert read_nodes() == []
+
+
+def test_a_folder_that_others_can_write_is_refused():
+    nodes_folder().chmod(0o777)
+    with pytest.raises(ValueError, match="only you can use"):
+        read_nodes()
+
+
+def test_a_file_that_is_no_state_is_named():
+    folder = node_folder("10.0.0.4")
+    folder.mkdir()
+    (folder / "node.json").write_text('{"address": "10.0.0.4"}')
+    with pytest.raises(ValueError, match=r"10\.0\.0\.4/node\.json is not a state file"):
+        read_nodes()
+
+
+def test_a_folder_too_long_for_sockets_is_refused(monkeypatch, tmp_path):
+    (long := tmp_path / ("x" * 60)).mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(ValueError, match="set RAY_TMPDIR to a shorter one"):
+        node_folder("10.0.0.1")

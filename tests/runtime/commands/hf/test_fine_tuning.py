@@ -1,0 +1,30 @@
+"""A model of Hugging Face, fine-tuned on conversations with parts of it frozen, and written back."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.ranks import run_ranks
+from tests.runtime.commands.hf.test_round_trip import _train_all, all_tensors, export, import_run
+from tests.workers.model.families.directories import write_directory
+
+FROZEN = {"router": (".mlp.gate.",), "experts": (".mlp.experts.",)}
+
+
+def test_a_tuned_model_differs_from_the_imported_one_in_what_was_not_frozen(tmp_path: Path) -> None:
+    source = write_directory(tmp_path / "source", "deepseek_v3")
+    lines = [{"prompt": f"w{2 + n % 50} w{2 + n * 7 % 57}", "completion": f"w{2 + n * n % 53}"} for n in range(80)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = ["--data.path", str(tmp_path / "chat.jsonl"), "--data.cache_dir", str(tmp_path / "cache")]
+    data += ["--data.format", "chat", "--data.val_fraction", "0.3", "--balance.law", "sign"]
+    for part in FROZEN:
+        import_run(source, tmp_path / f"run {part}", *data, "--optim.freeze", f"[{part}]")
+    run_ranks(2, _train_all, tmp_path)
+    before = all_tensors(source)
+    for part, names in FROZEN.items():
+        export(tmp_path / f"run {part}", tmp_path / part)
+        after = all_tensors(tmp_path / part)
+        kept = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+        # The bias of a frozen router is under its name, .mlp.gate.e_score_correction_bias; other biases move.
+        assert kept == {name for name in before if any(each in name for each in names)}, part

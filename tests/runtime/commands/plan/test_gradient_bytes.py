@@ -1,0 +1,45 @@
+"""The plan's sums of gradients and gathers of weights against what collectives of a real step are given."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from benchmarks.sharding import RingBytes, planned_bytes
+from cluster.config import ClusterConfig
+from runtime.settings.config import TrainConfig
+from tests.ranks import run_ranks
+from tests.workers.training_gang import join_worker, make_spec
+from workers.gang.parallel import ParallelConfig, Shard
+from workers.training.step import Trainer
+from workers.training.worker_spec import WorkerSpec
+
+NORM_BYTES = 8 * 2  # of the gradient, in float64
+
+
+def sent_bytes(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]:
+    found = []
+    for spec in specs:
+        state = join_worker(spec, rank, world_size, spec.parallel.shard)._state
+        parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
+        with state.open_control() as control:
+            shard = spec.parallel.shard
+            trainer = Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux, shard=shard)
+            with RingBytes() as counted:
+                trainer.step(1)
+        found.append(counted.by_group_size.total())
+    return found
+
+
+def test_gradients_and_gathered_weights_cost_what_the_plan_says(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, global_batch_size=16, micro_batch_size=2)  # two micro-batches
+    spec = replace(spec, model=replace(spec.model, vocab_size=260))
+    modes: tuple[Shard, ...] = get_args(Shard)
+    specs = [replace(spec, parallel=ParallelConfig(shard=shard, ep_size=2, exchange="rank")) for shard in modes]
+    for by_mode in run_ranks(4, sent_bytes, specs):
+        for each, counted in zip(specs, by_mode, strict=True):
+            cluster = ClusterConfig(num_workers=4)
+            config = TrainConfig(run=each.run, model=each.model, parallel=each.parallel, cluster=cluster)
+            planned = planned_bytes(config).total()
+            assert counted == pytest.approx(planned, abs=NORM_BYTES), each.parallel.shard

@@ -1,0 +1,110 @@
+"""A run on a cluster whose nodes die, come, and are taken back: other numbers of workers, the same training."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runtime.job.launch import make_spec, open_ranks
+from runtime.settings.config import feasible_sizes
+from tests.runtime.job.test_job import ROOT, _arguments, _config
+from workers.data.prepare import prepare_dataset
+from workers.gang.parallel import ParallelConfig
+from workers.record.run_log import read_events, read_metrics
+
+SETTINGS = (
+    "--name=elastic",
+    "--steps=100000",  # stopped by Ctrl-C
+    "--run.checkpoint_every=0",
+    "--run.memory_checkpoint_every=2",
+    "--run.eval_every=0",
+    "--run.global_batch_size=8",
+    "--model.max_seq_len=256",
+    "--cluster.min_workers=1",
+    "--cluster.grow_every_s=1",
+)
+
+
+# P23
+@pytest.mark.slow
+def test_a_run_shrinks_grows_and_moves_with_its_nodes_and_trains_the_same(tmp_path):
+    run_dir = tmp_path / "runs" / "elastic"
+    command = [sys.executable, "-m", "tests.runtime.job.elastic_cluster", run_dir, *_arguments(tmp_path, *SETTINGS)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=560
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ("started", "failed", "recovering", "moving", "interrupted", "resumed", "recovered")
+    events = [event for event in read_events(run_dir) if event["event"] in names]
+    recovery, move = ["failed", "recovering", "resumed", "recovered"], ["moving", "interrupted", "resumed", "recovered"]
+    assert [event["event"] for event in events] == ["started", *recovery, *move, *move, "interrupted"]
+    moves = [(event["workers_before"], event["workers"]) for event in events if "workers_before" in event]
+    assert moves == [(2, 1), (1, 2), (2, 2)]
+    assert [event["reason"] for event in events if event["event"] == "moving"] == [
+        "the cluster has room for more",
+        "a node is being taken back",
+    ]
+    # The one that was left had the state of both in its memory; nothing was on the disk.
+    (from_memory,) = [event for event in read_events(run_dir) if event.get("from_memory")]
+    assert from_memory["step"] == next(event["step"] for event in events if event["event"] == "resumed") >= 2
+    _check_same_training(run_dir, tmp_path)
+
+
+def _check_same_training(run_dir: Path, folder: Path) -> None:
+    elastic = [(line["step"], line["loss"]) for line in read_metrics(run_dir)[0]]
+    last = elastic[-1][0]
+    assert [step for step, _ in elastic] == list(range(1, last + 1))
+    static = _train_on_one_worker(folder, last)[:last]
+    # The sums of a step are made in another order on other ranks, in float32.
+    assert [loss for _, loss in elastic] == pytest.approx(static, rel=1e-4)
+
+
+def _train_on_one_worker(folder: Path, num_steps: int) -> list[float]:
+    """Losses of the same run without Ray, at one size, for at least so many steps."""
+    config = _config(folder, *SETTINGS, "--name=static", "--workers=1", "--cluster.min_workers=0")
+    run_dir = folder / "runs" / "static"
+    run_dir.mkdir()
+
+    def losses() -> list[float]:
+        written = (run_dir / "metrics.jsonl").exists()
+        return [line["loss"] for line in read_metrics(run_dir)[0]] if written else []
+
+    with open_ranks(config.cluster, make_spec(config, run_dir, prepare_dataset(config.data))) as ranks:
+
+        def stop_in_time() -> None:
+            while len(losses()) < num_steps:
+                time.sleep(0.2)
+            ranks.run("request_stop")
+
+        thread = threading.Thread(target=stop_in_time, daemon=True)
+        thread.start()
+        ranks.run("train")
+    return losses()
+
+
+def test_sizes_between_the_bounds_share_the_batch_equally_and_leave_no_rank_without_experts(tmp_path):
+    config = _config(tmp_path, "--run.global_batch_size=24", "--workers=4")  # 8 experts
+
+    def sizes(min_workers: int, max_workers: int, **run) -> tuple[int, ...]:
+        cluster = replace(config.cluster, min_workers=min_workers, max_workers=max_workers)
+        return feasible_sizes(replace(config, cluster=cluster, run=replace(config.run, **run)))
+
+    assert sizes(0, 0) == (4,)
+    assert sizes(1, 0) == (4, 3, 2, 1)
+    assert sizes(2, 24) == (8, 6, 4, 3, 2)
+    assert sizes(1, 0, micro_batch_size=6) == (4, 2, 1)  # three workers would have 8 sequences each
+
+
+def test_an_ep_size_that_no_longer_divides_the_ranks_is_chosen_anew():
+    parallel = ParallelConfig(ep_size=4, ranks_per_node=2, exchange="node")
+    assert parallel.at(8) is parallel
+    assert parallel.at(6) == replace(parallel, ep_size=3, ranks_per_node=0, exchange="auto")
+    assert parallel.at(2) == replace(parallel, ep_size=2)
+    assert ParallelConfig().at(5) == ParallelConfig()
+    assert [ParallelConfig(ep_size=4).at(size).resolve(size) for size in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 3, 4]

@@ -1,0 +1,82 @@
+"""What a rank keeps from step to step, as torch's storages have it, against what `trimtab plan` says."""
+
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+
+from dispatch.config import MoEConfig
+from dispatch.exchange.factory import make_dispatcher
+from runtime.settings.config import ClusterConfig, TrainConfig
+from runtime.settings.size import count_parameters
+from runtime.settings.states import GATHERED, state_bytes
+from tests.ranks import run_ranks
+from tests.workers.training.test_gradients import form_groups
+from workers.gang.parallel import ParallelConfig, RankGroups
+from workers.gang.sharded import local_rows
+from workers.model.decoder import Decoder, ModelConfig, token_nll_sum
+from workers.model.init import init_weights
+from workers.training.gradients import reduce_gradients
+from workers.training.optimizer import OptimConfig, build_optimizer
+from workers.training.sharding import set_sync, shard_states
+
+MODEL = ModelConfig(
+    vocab_size=101,
+    hidden=64,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    dense_ffn_hidden=96,
+    moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden=32),
+)
+LAYOUTS = [(shard, ep_size, "adamw") for shard in ("none", "optimizer", "full") for ep_size in (1, 2, 4)]
+LAYOUTS.append(("full", 2, "adamw_bf16"))
+
+
+def measure(rank: int, world_size: int) -> list[dict[str, int]]:
+    """By layout the bytes of weights, gradients and moments of this rank after a step."""
+    found = []
+    for shard, ep_size, optimizer in LAYOUTS:
+        groups = form_groups(rank, world_size, ep_size)
+        with torch.device("meta"):
+            model = Decoder(MODEL, lambda groups=groups: make_dispatcher(8, groups.ep_group, hidden=64, top_k=2))
+        shard_states(model, groups, shard)
+        model.to_empty(device="cpu")
+        init_weights(model, seed=0)
+        found.append(step(model, groups, shard, OptimConfig(name=optimizer)))
+    return found
+
+
+def step(model: Decoder, groups: RankGroups, shard: str, optim: OptimConfig) -> dict[str, int]:
+    optimizer = build_optimizer(model, optim)
+    set_sync(model, shard, is_last=True)
+    ids = torch.arange(32).view(1, 32)
+    token_nll_sum(model(ids), ids).backward()
+    reduce_gradients(model, groups)
+    optimizer.step()
+    parameters = list(model.parameters())
+    moments = chain.from_iterable(state.values() for state in optimizer.state.values())
+    return {
+        "weights": storage_bytes(parameters),
+        "gradients": storage_bytes([p.grad for p in parameters]),
+        optim.entry.state_label: storage_bytes(list(moments)),
+    }
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    storages = [local_rows(tensor)[0].untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_a_rank_keeps_the_bytes_of_the_plan() -> None:
+    by_rank = run_ranks(4, measure)
+    base = TrainConfig(model=MODEL, cluster=ClusterConfig(num_workers=4))
+    for index, (shard, ep_size, optimizer) in enumerate(LAYOUTS):
+        parallel = ParallelConfig(ep_size=ep_size, shard=shard)
+        config = replace(base, parallel=parallel, optim=OptimConfig(name=optimizer))
+        planned = {name: sum(held) for name, held in state_bytes(config, count_parameters(MODEL)).items()}
+        planned.pop(GATHERED, None)
+        most = {name: max(found[index][name] for found in by_rank) for name in planned}
+        assert most == pytest.approx(planned, rel=0.02), (shard, ep_size, optimizer)

@@ -1,0 +1,43 @@
+"""Settings of the ranks that contradict themselves or the number of ranks are refused with a way out."""
+
+import pytest
+
+from workers.gang.parallel import ParallelConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ep_size": -1}, r"parallel.ep_size \(-1\) must be 0 \(all workers\) or a positive number"),
+        (
+            {"exchange": "ring"},
+            "parallel.exchange is 'ring'; it must be one of auto, rank, assignment, node, deep_ep",
+        ),
+        ({"payload": "int4"}, "parallel.payload is 'int4'; it must be one of compute, fp8"),
+        (
+            {"ranks_per_node": -2},
+            r"parallel.ranks_per_node \(-2\) must be 0 \(as they are placed\) or a positive number",
+        ),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        ({"ep_size": 3}, 4, r"parallel.ep_size \(3\) must divide the number of workers \(4\); use one of \[1, 2, 4\]"),
+        ({"ranks_per_node": 4, "ep_size": 2}, 4, r"ranks_per_node \(4\) must divide parallel.ep_size \(2\)"),
+        ({"ranks_per_node": 3}, 4, r"ranks_per_node \(3\) must divide parallel.ep_size \(4\)"),
+    ],
+)
+def test_ranks_that_do_not_divide_are_refused(settings, world_size, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings).resolve(world_size)
+
+
+def test_all_workers_are_one_expert_parallel_group_unless_told_otherwise():
+    assert ParallelConfig().resolve(6) == 6
+    assert ParallelConfig(ep_size=2, exchange="node", ranks_per_node=1).resolve(6) == 2

@@ -1,0 +1,132 @@
+"""What a config.json leaves out means here what it means to transformers."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save
+
+from dispatch.errors import InvalidValue
+from runtime.commands.command import run_command
+from tests.workers.model.families.hugging_face import make_model
+from workers.model.families import FAMILIES, Settings
+from workers.model.families.source import open_source
+
+# Where the defaults of transformers are not those of a model: half of 42 dimensions is odd, and null are no experts.
+OWN = {
+    "glm4_moe": {"head_dim": 128},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_setting_that_is_left_out_is_that_of_transformers_or_refused(name: str) -> None:
+    values = transformers.CONFIG_MAPPING["deepseek_v3" if name == "kimi_k2" else name](**OWN.get(name, {})).to_dict()
+    read_config = FAMILIES[name].read_config
+    whole = read_config(Settings(values, "config.json"))
+    refused = []
+    for key in values:
+        try:
+            cut = read_config(
+                Settings({other: value for other, value in values.items() if other != key}, "config.json")
+            )
+        except ValueError as error:
+            assert key in str(error) and "is missing" in str(error), error
+            refused.append(key)
+            continue
+        assert cut == whole, key
+    assert "vocab_size" in refused and "rms_norm_eps" not in refused  # the loop does take keys away
+
+
+def test_null_is_what_transformers_makes_of_it() -> None:
+    values = transformers.DeepseekV3Config().to_dict() | {"q_lora_rank": None, "norm_topk_prob": None}
+    config = FAMILIES["deepseek_v3"].read_config(Settings(values, "config.json"))
+    assert config.latent.query_rank == 0 and not config.moe.normalize_weights
+    values = transformers.MixtralConfig().to_dict() | {"num_key_value_heads": None}
+    assert FAMILIES["mixtral"].read_config(Settings(values, "config.json")).num_kv_heads == 32
+    with pytest.raises(ValueError, match=r"config\.json: n_group is null"):
+        FAMILIES["deepseek_v3"].read_config(
+            Settings(transformers.DeepseekV3Config().to_dict() | {"n_group": None}, "config.json")
+        )
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name() -> None:
+    assert replace(FAMILIES["kimi_k2"], model_type="deepseek_v3") == FAMILIES["deepseek_v3"]
+
+
+def test_a_window_as_long_as_the_model_is_no_window() -> None:
+    values = transformers.MixtralConfig(max_position_embeddings=4096).to_dict()
+    read_config = FAMILIES["mixtral"].read_config
+    wide = read_config(Settings(values | {"sliding_window": 4096}, "config.json"))
+    assert wide == read_config(Settings(values, "config.json"))
+    assert replace(read_config(Settings(values | {"sliding_window": 4095}, "config.json")), sliding_window=0) == wide
+
+
+def test_windows_that_do_not_return_regularly_are_refused() -> None:
+    values = transformers.CONFIG_MAPPING["exaone_moe"](num_hidden_layers=5, sliding_window_pattern=2).to_dict()
+    read_config = FAMILIES["exaone_moe"].read_config
+    assert [read_config(Settings(values, "config.json")).has_window(index) for index in range(5)] == [1, 0, 1, 0, 1]
+    full, window = "full_attention", "sliding_attention"
+    for kinds in ([window, full, full, full, window], ["chunked"], 7):
+        with pytest.raises(ValueError, match="layer_types is"):
+            read_config(Settings(values | {"layer_types": kinds}, "config.json"))
+    all_full = read_config(Settings(values | {"layer_types": [full] * 5}, "config.json"))
+    assert not all_full.sliding_window
+
+
+# They read the same settings by the same functions; kimi_k2 is deepseek_v3.
+SLOWER = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(FAMILIES.keys() - {"deepseek_v3", "kimi_k2", "mixtral", "qwen3_moe"})
+]
+ABSURD: tuple[object, ...] = (10**18, 10**400, 1e300, -1, 1.5, True, "8", [8], {}, None, [])
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
+OTHERS: dict[str, tuple[object, ...]] = {
+    "num_hidden_layers": (*ABSURD, 10**9),
+    "rms_norm_eps": (10**400, 1e300, "x", [1], True, -1),
+    "architectures": (1.5, True, {"a": 1}),
+    "rope_parameters": (7, "x", *({"rope_type": "default", "rope_theta": bad} for bad in ("x", [1], 10**400, -1))),
+}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "qwen3_moe", *SLOWER])
+def test_an_absurd_value_is_refused_at_once_by_import_and_plan(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(save({"model.norm.weight": torch.zeros(2)}))
+    file = tmp_path / "config.json"
+    good = make_model(name, torch.float32).config.to_dict() | {"architectures": [FAMILIES[name].architecture]}
+    experts = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+    sizes = (
+        *SIZES,
+        *(next(key for key in keys if key in good) for keys in (experts, ("moe_k", "num_experts_per_tok"))),
+    )
+    if name == "solar_open":  # it has no dense layers, whose width this is
+        sizes = tuple(key for key in sizes if key != "intermediate_size")
+    special = {"deepseek_v3": {"n_group": (0, 10**18)}, "qwen3_moe": {"mlp_only_layers": (1, [1], ["a", 0], [[]])}}
+    special["glm4_moe_lite"] = {"mlp_layer_types": (1, [1], ["dense"], [["dense"]], ["sparse", "dense", "sparse"])}
+
+    def import_and_plan(**changes: object) -> list[str]:
+        file.write_text(json.dumps(good | changes))
+        plan = ("runtime.commands.plan.command", "trimtab plan", [str(file), "--world=2"])
+        return [_refusal(open_source, tmp_path), _refusal(run_command, *plan)]
+
+    assert [error.split()[-2:] for error in import_and_plan()] == [["directory", "again"], []]  # it lacks the tensors
+    begun = time.process_time()
+    for key, values in (dict.fromkeys(sizes, ABSURD) | OTHERS | special.get(name, {})).items():
+        for value in values:
+            imported, planned = import_and_plan(**{key: value})
+            assert imported == planned != "", (key, value)
+    assert "quantization_config is [1]" in import_and_plan(quantization_config=[1])[0]
+    assert time.process_time() - begun < 20  # for some 200 refusals
+
+
+def _refusal(use: Callable[..., object], *arguments: object) -> str:
+    try:
+        use(*arguments)
+    except InvalidValue as error:
+        return str(error)
+    return ""

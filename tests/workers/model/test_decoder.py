@@ -1,0 +1,402 @@
+"""The decoder, its attention and its initial weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.balance import read_counts, routers_of
+from dispatch.config import MoEConfig
+from dispatch.diagnosis.meter import Meter
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.dispatcher import Dispatcher
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.exchange.placement import ExpertPlacement
+from dispatch.experts.stacked import expert_parameters
+from workers.model.attention import GroupedQueryAttention, LatentConfig, positions_of, rotary_table, rotate
+from workers.model.decoder import Decoder, ModelConfig, after_next, token_nll, token_nll_sum
+from workers.model.init import init_weights
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden": 24,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "dense_ffn_hidden": 20,
+    "max_seq_len": 16,
+    "moe": MoEConfig(num_experts=8, top_k=2, ffn_hidden=10),
+}
+
+
+class PlacedDispatcher(LocalDispatcher):
+    """Holds the experts of one rank of a larger group; only for building models, it cannot dispatch."""
+
+    def __init__(self, num_experts: int, ep_size: int, ep_rank: int) -> None:
+        self.placement = ExpertPlacement(num_experts, ep_size)
+        self.ep_rank = ep_rank
+        self.meter, self.buffer_pool = Meter(), BufferPool()
+
+
+def build(
+    make_dispatcher: Callable[[], Dispatcher] = lambda: LocalDispatcher(8), *, seed: int = 0, **overrides: Any
+) -> Decoder:
+    model = Decoder(ModelConfig(**{**SMALL, **overrides}), make_dispatcher)
+    init_weights(model, seed)
+    return model
+
+
+def tokens(batch: int = 2, seq_len: int = 7, seed: int = 0) -> Tensor:
+    return torch.randint(11, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def test_rotation_is_a_rotation_of_each_pair_by_position_times_frequency() -> None:
+    x = torch.randn(1, 5, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = rotate(x, rotary_table(5, 6, 100.0, device=CPU, dtype=torch.float64))
+    for position in range(5):
+        for pair in range(3):
+            angle = position * 100.0 ** (-2 * pair / 6)
+            real, imaginary = x[0, position, :, 2 * pair], x[0, position, :, 2 * pair + 1]
+            expected = torch.stack(
+                [
+                    real * math.cos(angle) - imaginary * math.sin(angle),
+                    real * math.sin(angle) + imaginary * math.cos(angle),
+                ]
+            )
+            actual = turned[0, position, :, 2 * pair : 2 * pair + 2].T
+            torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_rotated_scores_depend_on_the_distance_alone() -> None:
+    table = rotary_table(20, 8, 1e4, device=CPU, dtype=torch.float64)
+    query, key = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    queries, keys = rotate(query.expand(1, 20, 1, 8), table)[0, :, 0], rotate(key.expand(1, 20, 1, 8), table)[0, :, 0]
+    scores = queries @ keys.T
+    for distance in range(-19, 20):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-12, atol=1e-14)
+    assert scores[0].unique().numel() == 20  # distance matters at all
+
+
+def test_rotary_angles_of_far_positions_are_exact_in_fp32() -> None:
+    table = rotary_table(100_001, 4, 1e4, device=CPU, dtype=torch.float32)
+    assert table.dtype == torch.complex64
+    angle = 100_000 * 1e4**-0.5
+    assert abs(table[-1, 1].item() - complex(math.cos(angle), math.sin(angle))) < 1e-7
+
+
+def test_grouped_queries_equal_plain_attention_with_repeated_keys_and_values() -> None:
+    torch.manual_seed(0)
+    attention = GroupedQueryAttention(24, num_heads=6, num_kv_heads=2).double()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    rotary = rotary_table(5, 4, 1e4, device=CPU, dtype=torch.float64)
+    queries, keys, values = (x @ attention.qkv_proj.weight.T).view(2, 5, 10, 4).split([6, 2, 2], dim=2)
+    queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+    # query heads 0 1 2 read key head 0, query heads 3 4 5 read key head 1
+    keys, values = keys.repeat_interleave(3, dim=2), values.repeat_interleave(3, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / 2.0  # sqrt(head_dim)
+    scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(2) @ attention.out_proj.weight.T
+    torch.testing.assert_close(attention(x, rotary), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_attention_gradient_is_exact_in_float64() -> None:
+    torch.manual_seed(0)
+    attention = GroupedQueryAttention(8, num_heads=2, num_kv_heads=1).double()
+    rotary = rotary_table(3, 4, 1e4, device=CPU, dtype=torch.float64)
+    x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+    # Finite differences of 1e-6 show any step that rounds to fp32.
+    assert torch.autograd.gradcheck(lambda value: attention(value, rotary), (x,), rtol=1e-6, atol=1e-8)
+
+
+# --- the decoder -------------------------------------------------------------------------------------------------
+
+
+def test_first_layers_are_dense_and_the_others_are_mixtures() -> None:
+    model = build(num_dense_layers=2)
+    names = {name for name, _ in model.named_parameters()}
+    assert list(routers_of(model)) == ["layers.2.moe.router"]
+    assert {"layers.0.ffn.gate_proj.weight", "layers.1.ffn.down_proj.weight"} <= names
+    assert list(expert_parameters(model)) == [f"layers.2.moe.experts.{n}_proj" for n in ("gate_up", "down")]
+
+
+def test_untrained_model_predicts_nearly_uniformly() -> None:
+    model = build()
+    logits = model(tokens())
+    assert logits.shape == (2, 7, 11)
+    loss = token_nll(logits, tokens(seed=1)).mean().item()
+    assert abs(loss - math.log(11)) < 0.7
+
+
+def test_future_tokens_change_neither_earlier_logits_nor_earlier_routing() -> None:  # B39
+    model = build().double()
+    chosen: list[Tensor] = []
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda _module, _args, output: chosen.append(output[0].view(1, 8, 2)))
+    ids = tokens(1, 8)
+    permuted = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], dim=1)
+    assert not torch.equal(ids, permuted)
+    before, routing_before = model(ids), list(chosen)
+    chosen.clear()
+    after = model(permuted)
+    torch.testing.assert_close(after[:, :4], before[:, :4], rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(after[:, 4:], before[:, 4:])
+    for earlier, later in zip(routing_before, chosen, strict=True):
+        assert torch.equal(earlier[:, :4], later[:, :4])
+
+
+def test_trailing_padding_is_not_counted_and_changes_no_real_token() -> None:  # B5
+    model = build().double()
+    ids = tokens(2, 6)
+    expected = model(ids)
+    load = read_counts(routers_of(model))
+    for router in routers_of(model).values():
+        router.tokens_per_expert_E.zero_()
+    padded = F.pad(ids, (0, 3))
+    mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (0, 3))
+    actual = model(padded, token_mask=mask)[:, :6]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(read_counts(routers_of(model)), load)
+    assert load.sum() == 2 * (2 * 6) * 2  # MoE layers x tokens x top_k
+
+
+@pytest.mark.parametrize("attention", ["grouped_query", "latent"])
+def test_padding_anywhere_changes_no_real_token(attention: str) -> None:  # B5
+    latent = LatentConfig(query_rank=6, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6)
+    model = build(attention=attention, latent=latent).double()
+    ids, other = tokens(2, 6), tokens(2, 3, seed=5)
+    expected = model(ids)
+    load = read_counts(routers_of(model))
+    for router in routers_of(model).values():
+        router.tokens_per_expert_E.zero_()
+    # Two before, one within, none after: what stands there is any token.
+    padded = torch.cat([other[:, :2], ids[:, :3], other[:, 2:], ids[:, 3:]], dim=1)
+    mask = torch.tensor([False, False, True, True, True, False, True, True, True]).expand(2, 9)
+    actual = model(padded, token_mask=mask, positions=positions_of(mask))
+    torch.testing.assert_close(actual[mask].view(2, 6, -1), expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(read_counts(routers_of(model)), load)
+    # A sequence of padding alone is finite, and so are its gradients.
+    nothing = torch.zeros(2, 9, dtype=torch.bool)
+    model(padded, token_mask=nothing, positions=positions_of(nothing)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_window_ends_where_a_document_begins() -> None:
+    model = build(sliding_window=3, full_attention_every=2, rotate_full_attention=False)
+    ids = tokens(1, 12)
+    starts = torch.tensor([[0] * 5 + [5] * 7])
+    apart = torch.cat([model(ids[:, :5]), model(ids[:, 5:])], dim=1)
+    torch.testing.assert_close(model(ids, document_starts=starts), apart)
+    assert not torch.allclose(build()(ids), model(ids))
+
+
+def test_given_positions_of_whole_sequences_are_the_default() -> None:
+    model = build().double()
+    positions = torch.arange(7).expand(2, 7)
+    torch.testing.assert_close(model(tokens(), positions=positions), model(tokens()), rtol=1e-12, atol=1e-14)
+
+
+def test_recompute_of_a_mtp_layer_changes_nothing() -> None:
+    results = []
+    for recompute in (False, True):
+        model = build(recompute=recompute, num_mtp_layers=1)
+        logits, further = model(tokens(), next_ids=tokens(seed=1))
+        (token_nll_sum(logits, tokens(seed=1)) + token_nll_sum(further, after_next(tokens(seed=1)))).backward()
+        results.append((further, [p.grad for p in model.parameters()], read_counts(routers_of(model))))
+    (further, gradients, load), (further_2, gradients_2, load_2) = results
+    assert torch.equal(further, further_2)
+    assert torch.equal(load, load_2)
+    assert all(torch.equal(one, two) for one, two in zip(gradients, gradients_2, strict=True))
+
+
+def test_targets_of_the_mtp_layer_are_one_token_further() -> None:
+    assert after_next(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, -100]]
+
+
+def test_tied_embeddings_are_one_parameter_and_start_with_small_logits() -> None:
+    model = build(tie_embeddings=True)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    assert abs(token_nll(model(tokens()), tokens(seed=1)).mean().item() - math.log(11)) < 0.7
+
+
+def test_an_empty_batch_goes_forward_and_backward() -> None:
+    model = build()
+    token_nll_sum(model(tokens(0, 5)), tokens(0, 5)).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_float64_model_stays_float64_throughout() -> None:
+    model = build().double()
+    dtypes: set[torch.dtype] = set()
+
+    def collect(_module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            dtypes.add(output.dtype)
+
+    for module in model.modules():
+        module.register_forward_hook(collect)
+    loss = token_nll_sum(model(tokens()), tokens(seed=1))
+    assert dtypes == {torch.float64}
+    assert loss.dtype == torch.float64
+
+
+def test_bf16_autocast_gives_fp32_logits_close_to_fp32_and_fp32_gradients() -> None:
+    model = build()
+    with torch.no_grad():
+        exact = model(tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens())
+        loss = token_nll_sum(logits, tokens(seed=1))
+    assert logits.dtype == loss.dtype == torch.float32
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_too_long_a_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"17 tokens is longer than max_seq_len \(16\)"):
+        build()(tokens(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"hidden": 0}, r"hidden \(0\) must be at least 1"),
+        ({"num_dense_layers": 4}, r"num_dense_layers \(4\) must be between 0 and num_layers \(3\)"),
+        ({"hidden": 30}, r"hidden \(30\) must be a multiple of 2 \* num_heads \(2 \* 6\)"),
+        ({"num_kv_heads": 4}, r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"),
+        ({"head_dim": 3}, r"head_dim \(3\) must be even"),
+        ({"partial_rotary_factor": 0.0}, r"partial_rotary_factor \(0.0\) must be above 0, at most 1"),
+        ({"attention": "sparse"}, r"attention is 'sparse'; it must be one of grouped_query, latent"),
+        ({"query_key_norm": "layer"}, r"query_key_norm is 'layer'; it must be one of none, head, all"),
+        ({"clip_qkv": -1.0}, r"clip_qkv \(-1.0\) must be at least 0"),
+        ({"sliding_window": -1}, r"sliding_window \(-1\) and full_attention_every \(0\) must be at least 0"),
+        (
+            {"sliding_window": 4, "num_mtp_layers": 1},
+            r"sliding_window \(4\) must be 0 with latent attention or",
+        ),
+        ({"num_mtp_layers": 2}, r"num_mtp_layers \(2\) must be 0 or 1"),
+        ({"rope_theta": 0.0}, r"rope_theta \(0.0\) must be above 0"),
+        ({"norm_eps": float("nan")}, r"norm_eps \(nan\) must be above 0"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**SMALL, **override})
+
+
+# --- loss --------------------------------------------------------------------------------------------------------
+
+
+def test_nll_is_the_negative_log_of_the_targets_probability() -> None:
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]], dtype=torch.float64)
+    targets = torch.tensor([[0, 1]])
+    # probabilities of the targets: 1 / 4 and 1 / 5
+    expected = torch.tensor([[math.log(4.0), math.log(5.0)]], dtype=torch.float64)
+    torch.testing.assert_close(token_nll(logits, targets), expected, rtol=1e-14, atol=0)
+    assert token_nll_sum(logits, targets).item() == pytest.approx(math.log(20.0), rel=1e-14)
+    assert token_nll(logits, torch.tensor([[-100, 1]]))[0, 0] == 0
+
+
+def test_nll_of_bf16_logits_is_summed_in_fp32() -> None:
+    logits = torch.zeros(1, 1000, 4, dtype=torch.bfloat16)
+    total = token_nll_sum(logits, torch.zeros(1, 1000, dtype=torch.int64))
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(1000 * math.log(4.0), rel=1e-6)
+
+
+# --- initial weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ep_size", [2, 3, 4])
+def test_initial_weights_are_the_same_at_any_ep_size(ep_size: int) -> None:
+    whole = dict(build().named_parameters())
+    for ep_rank in range(ep_size):
+        shard = build(lambda rank=ep_rank: PlacedDispatcher(8, ep_size, rank))  # type: ignore[misc]
+        owned = ExpertPlacement(8, ep_size).owned_by(ep_rank)
+        experts = expert_parameters(shard)
+        for name, parameter in shard.named_parameters():
+            expected = whole[name][owned.start : owned.stop] if name in experts else whole[name]
+            assert torch.equal(parameter, expected), name
+
+
+def test_every_tensor_and_expert_has_its_own_weights_scaled_by_fan_in() -> None:
+    model = build(hidden=48, dense_ffn_hidden=96)
+    parameters = dict(model.named_parameters())
+    experts = parameters["layers.1.moe.experts.gate_up_proj"]
+    assert not torch.equal(experts[0], experts[1])
+    assert not torch.equal(experts, parameters["layers.2.moe.experts.gate_up_proj"])
+    assert not torch.equal(
+        experts, dict(build(hidden=48, seed=1).named_parameters())["layers.1.moe.experts.gate_up_proj"]
+    )
+    assert experts.std().item() == pytest.approx(48**-0.5, rel=0.05)
+    # 6 projections write into the residual stream of 3 layers
+    assert parameters["layers.0.ffn.down_proj.weight"].std().item() == pytest.approx((96 * 6) ** -0.5, rel=0.05)
+    assert parameters["layers.0.attention.out_proj.weight"].std().item() == pytest.approx((48 * 6) ** -0.5, rel=0.05)
+    assert parameters["token_embedding.weight"].std().item() == pytest.approx(1.0, rel=0.1)
+    assert torch.equal(parameters["norm.weight"], torch.ones(48))
+
+
+def test_a_model_built_on_meta_equals_one_built_directly() -> None:  # B27
+    direct = build()
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**SMALL), lambda: LocalDispatcher(8))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:  # what to_empty may leave there
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 7)
+    init_weights(model, seed=0)
+    for (name, actual), expected in zip(model.state_dict().items(), direct.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected), name
+    for router in routers_of(model).values():
+        assert not any(buffer.any() for buffer in router.buffers())
+    assert torch.equal(model(tokens()), direct(tokens()))
+
+
+# --- recompute ---------------------------------------------------------------------------------------------------
+
+
+def test_recompute_changes_neither_outputs_nor_gradients_nor_names_nor_counts() -> None:  # B2, B28, parity 6
+    results = []
+    for recompute in (False, True):
+        model = build(recompute=recompute)
+        logits = model(tokens())
+        token_nll_sum(logits, tokens(seed=1)).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((logits, gradients, read_counts(routers_of(model)), list(model.state_dict())))
+    (logits, gradients, load, names), (logits_2, gradients_2, load_2, names_2) = results
+    assert torch.equal(logits, logits_2)
+    assert gradients.keys() == gradients_2.keys()
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert torch.equal(gradient, gradients_2[name]), name  # type: ignore[arg-type]
+    assert torch.equal(load, load_2)
+    assert load.sum() == 2 * 14 * 2
+    assert names == names_2
+
+
+def test_recompute_keeps_fewer_activations_and_evaluates_alike() -> None:
+    saved = {}
+    for recompute in (False, True):
+        model = build(recompute=recompute)
+        sizes: list[int] = []
+
+        def note_size(tensor: Tensor, kept: list[int] = sizes) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
+            model(tokens())
+        saved[recompute] = sum(sizes)
+    assert saved[True] < saved[False] / 2
+    with torch.no_grad():
+        assert torch.equal(build(recompute=True).eval()(tokens()), build().eval()(tokens()))

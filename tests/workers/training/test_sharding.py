@@ -1,0 +1,167 @@
+"""Sharded states against one process, in float64: gradients, norms and weights do not depend on who holds what."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dispatch.balance import read_counts, routers_of
+from dispatch.config import MoEConfig, ScheduleConfig
+from dispatch.exchange.all_to_all import AllToAllDispatcher
+from dispatch.exchange.dispatcher import Dispatcher
+from dispatch.exchange.local import LocalDispatcher
+from dispatch.experts.stacked import Experts
+from tests.ranks import run_ranks
+from tests.workers.training.test_gradients import form_groups
+from workers.gang.parallel import RankGroups
+from workers.gang.sharded import local_rows
+from workers.model.decoder import Decoder, ModelConfig, after_next, token_nll_sum
+from workers.model.freezing import freeze
+from workers.model.init import init_weights
+from workers.training.aux_losses import AuxLossConfig, AuxLosses
+from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
+from workers.training.optimizer import OptimConfig, build_optimizer
+from workers.training.sharding import set_sync, shard_states
+
+RTOL = 1e-10
+NUM_EXPERTS, STEPS, BATCH = 10, 5, 6  # on EP 4: 3, 3, 2 and 2 experts
+ROWS = [[0, 5], [1, 2, 3], [], [4]]  # of the global batch, by rank: uneven, and a rank without tokens
+NO_AUX = AuxLossConfig()
+VOCABULARY = 11  # its rows do not divide by 4
+SEQUENCE = AuxLossConfig(loss="sequence", alpha=0.1, z_alpha=0.01)
+KINDS = {
+    "plain": {},
+    "sequence and z-loss": {"aux": SEQUENCE},
+    "global batch loss": {"aux": replace(SEQUENCE, loss="global_batch")},
+    "tied, frozen attention, MTP": {"tie_embeddings": True, "num_mtp_layers": 1, "frozen": ("attention", "norms")},
+}
+
+Found = dict[str, Tensor | list[float]]
+
+
+def build(groups: RankGroups, shard: str, schedule: ScheduleConfig, frozen: tuple[str, ...], **model: Any) -> Decoder:
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden=8,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        dense_ffn_hidden=10,
+        max_seq_len=8,
+        moe=MoEConfig(num_experts=NUM_EXPERTS, top_k=2, ffn_hidden=6),
+        **model,
+    )
+
+    def dispatcher() -> Dispatcher:
+        one_rank = groups.ep_size == 1
+        return LocalDispatcher(NUM_EXPERTS) if one_rank else AllToAllDispatcher(NUM_EXPERTS, groups.ep_group)
+
+    with torch.device("meta"):
+        decoder = Decoder(config, dispatcher, schedule).double()
+    shard_states(decoder, groups, shard)
+    decoder.to_empty(device="cpu")
+    init_weights(decoder, seed=3)
+    freeze(decoder, frozen)
+    return decoder
+
+
+def loss_of(model: Decoder, ids: Tensor, targets: Tensor) -> Tensor:
+    if not model.config.num_mtp_layers:
+        return token_nll_sum(model(ids), targets)
+    logits, further = model(ids, next_ids=targets)
+    return token_nll_sum(logits, targets) + 0.3 * token_nll_sum(further, after_next(targets))
+
+
+def train(
+    groups: RankGroups, rows: list[int], shard: str, num_micro: int, aux: AuxLossConfig = NO_AUX, **choices: Any
+) -> Found:
+    """Clipped AdamW steps on this rank's rows: first gradients, norms, counts, last weights, in parts."""
+    model = build(groups, shard, **choices)
+    aux_losses = AuxLosses(model, aux, groups.world_group)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
+    found: Found = {"norms": []}
+    for step in range(STEPS):
+        tokens = torch.randint(VOCABULARY - 1, (BATCH, 8), generator=torch.Generator().manual_seed(step))
+        aux_losses.begin_step()
+        parts = torch.tensor(rows, dtype=torch.int64).tensor_split(num_micro)
+        for micro, part in enumerate(parts):
+            loss = loss_of(model, tokens[part, :-1], tokens[part, 1:]) + aux_losses.take()
+            set_sync(model, shard, is_last=micro == num_micro - 1)
+            (loss / tokens[:, 1:].numel()).backward()
+        reduce_gradients(model, groups)
+        found["norms"].append(global_grad_norm(model, groups))
+        if step == 0:
+            found |= parts_of(model, "grad", {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        clip_gradients(model, found["norms"][-1], 0.5 * found["norms"][0])
+        optimizer.step()
+        optimizer.zero_grad()
+    found["counts"] = read_counts(routers_of(model))
+    return found | parts_of(model, "weight", dict(model.named_parameters()))
+
+
+def parts_of(model: Decoder, kind: str, tensors: dict[str, Tensor]) -> Found:
+    """What this rank holds, in single experts and in rows."""
+    expert_ids = {name: m.expert_ids for name, m in model.named_modules() if isinstance(m, Experts)}
+    found: Found = {}
+    for name, tensor in tensors.items():
+        rows, first = local_rows(tensor)
+        ids = expert_ids.get(name.rpartition(".")[0], range(tensor.shape[0]))
+        found |= {f"{kind} {name} {i}": row.clone() for i, row in zip(ids[first:], rows, strict=False)}
+    return found
+
+
+def train_all(rank: int, world_size: int, layouts: list[tuple[Any, ...]]) -> list[Found]:
+    groups = {ep_size: form_groups(rank, world_size, ep_size) for ep_size in sorted({each[1] for each in layouts})}
+    rows = ROWS[rank] if world_size > 1 else list(range(BATCH))
+    return [
+        train(
+            groups[ep_size],
+            rows,
+            shard,
+            num_micro,
+            recompute=recompute,
+            schedule=ScheduleConfig(**schedule),
+            **{"frozen": (), **KINDS[kind]},
+        )
+        for shard, ep_size, recompute, num_micro, schedule, kind in layouts
+    ]
+
+
+def assert_equals_one_process(name: str, by_rank: list[Found], one: Found) -> None:
+    # Integers: bit for bit.
+    assert torch.equal(sum(found.pop("counts") for found in by_rank), one["counts"]), name
+    seen: set[str] = {"counts"}
+    for found in by_rank:
+        assert found["norms"] == by_rank[0]["norms"], name  # bit for bit the same on all ranks
+        assert found["norms"] == pytest.approx(one["norms"], rel=RTOL, abs=0), name
+        for part in found.keys() - {"norms"}:
+            atol = RTOL * one[part].abs().max().item()
+            torch.testing.assert_close(
+                found[part], one[part], rtol=RTOL, atol=atol, msg=lambda m, p=part: f"{name}, {p}: {m}"
+            )
+        seen |= found.keys()
+    assert seen == one.keys(), name
+
+
+PLAIN, CHUNKS, ROUNDS = {}, {"num_chunks": 2}, {"max_rows": 9}
+ODD = "tied, frozen attention, MTP"
+AUX = [
+    ("full", 1, True, 2, PLAIN, "sequence and z-loss"),
+    ("optimizer", 2, True, 1, CHUNKS, "global batch loss"),
+]
+SOME = [("optimizer", 4, False, 2, PLAIN, "plain"), ("full", 2, True, 2, CHUNKS, ODD), *AUX]
+ALL = [
+    (shard, ep_size, recompute, num_micro, PLAIN, "plain")
+    for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), (False, True), (1, 2))
+] + [("full", 2, False, 1, ROUNDS, ODD), ("optimizer", 1, True, 2, ROUNDS, ODD), *AUX]
+
+
+@pytest.mark.parametrize("layouts", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_any_sharding_trains_the_model_of_one_process(layouts: list[tuple[Any, ...]]) -> None:
+    one = run_ranks(1, train_all, [("none", 1, False, 1, PLAIN, kind) for kind in KINDS])[0]
+    by_rank = run_ranks(4, train_all, layouts)
+    for index, layout in enumerate(layouts):
+        assert_equals_one_process(str(layout), [found[index] for found in by_rank], one[list(KINDS).index(layout[-1])])

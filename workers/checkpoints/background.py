@@ -1,0 +1,65 @@
+"""One job at a time on a thread beside the training."""
+
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Between two looks of all ranks at what they wait for together.
+POLL_S = 0.02
+
+
+class Background(Generic[T]):
+    """Runs one job at a time. A job that is collective must be started and taken by all ranks at the same steps.
+
+    Its threads are daemons: they never keep a process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._job: futures.Future[T] | None = None
+
+    def start(self, job: Callable[[], T]) -> None:
+        """Begin a job. The one before must have been taken."""
+        if self._job is not None:
+            raise RuntimeError(f"{self._name}: the job before was not taken")
+        self._job = futures.Future()
+        threading.Thread(target=_run, args=(job, self._job), name=self._name, daemon=True).start()
+
+    def take(self) -> T | None:
+        """Return the job's result, once; None if there is no job or it still runs. Raises what the job raised."""
+        if self._job is None or not self._job.done():
+            return None
+        job, self._job = self._job, None
+        return job.result()
+
+    def wait_on_all(self, group: dist.ProcessGroup) -> None:
+        """Wait until the jobs of all ranks have ended; `take` still returns each result. Collective over `group`, gloo.
+
+        Raises RuntimeError at once where a rank leaves. The job itself may not learn of it before its time-out: those
+        that wait for each other in a group of threads keep its connections open.
+        """
+        while True:
+            all_done = torch.tensor([int(self._job is None or self._job.done())])
+            dist.all_reduce(all_done, dist.ReduceOp.MIN, group=group)
+            if all_done.item():
+                return
+            if self._job is not None:
+                futures.wait([self._job], POLL_S)
+
+    def abandon(self, wait_s: float) -> bool:
+        """Wait a while for a running job, then drop it and whatever it raises. Returns whether it has ended."""
+        job, self._job = self._job, None
+        return job is None or not futures.wait([job], wait_s).not_done
+
+
+def _run(job: Callable[[], T], outcome: futures.Future[T]) -> None:
+    try:
+        outcome.set_result(job())
+    except BaseException as error:  # noqa: BLE001 - a thread's boundary: `take` raises it where someone listens
+        outcome.set_exception(error)

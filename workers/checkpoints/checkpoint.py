@@ -1,0 +1,344 @@
+"""Save and load the state of a gang as one checkpoint that any number of ranks can read.
+
+Tensors go through torch.distributed.checkpoint (DCP): a tensor that several ranks hold is written once, by the one with
+least to write so far. A checkpoint is complete or it is not there: written aside, verified, renamed.
+"""
+
+import errno
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dispatch.values import all_gather_values
+from workers.checkpoints.checkpoint_files import (
+    INDEX,
+    CheckpointCorrupt,
+    CheckpointError,
+    DiskRefused,
+    Manifest,
+    check_file,
+    checkpoint_path,
+    digest,
+    discard,
+    latest,
+    list_checkpoints,
+    read_manifest,
+    set_aside_later,
+    step_of,
+    sync_folder,
+    write_manifest,
+)
+from workers.checkpoints.dcp import Piece, read_tensors, write_index, write_share
+from workers.checkpoints.index import read_index
+from workers.checkpoints.shares import TensorSpec, all_gather_specs, divide
+from workers.checkpoints.slices import whole_specs
+from workers.checkpoints.state import missing_experts
+from workers.gang import agreement
+
+__all__ = [
+    "save",
+    "load",
+    "verify",
+    "read_manifest",
+    "list_checkpoints",
+    "latest",
+    "step_of",
+    "set_aside_later",
+    "Manifest",
+    "CheckpointError",
+    "DiskRefused",
+    "CheckpointCorrupt",
+]
+
+Group = dist.ProcessGroup | None
+T = TypeVar("T")
+
+# torch.save's frame around one tensor (1.6 KB) and its entry in the index.
+_OVERHEAD_BYTES = 4096
+
+# What a disk answers that may take the same later: when somebody has made room, or has mended it.
+_WORTH_WAITING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EFBIG}
+)
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskRefused, CheckpointCorrupt)}
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
+    group: Group,
+    keep: int = 3,
+    world_size: int | None = None,
+    make_room: Callable[[int], None] | None = None,
+) -> Path:
+    """Write the checkpoint of `step` into `root` and return its folder.
+
+    Args:
+        root: the checkpoints folder of the run, the same for all ranks and seen by all their machines.
+        tensors: what this rank holds, by canonical name (see workers.checkpoints.state). A name that several ranks have
+        is taken to
+            be the same tensor.
+        extra: JSON values that are the same on all ranks; rank 0's are kept.
+        group: gloo group of all ranks; None for a process on its own.
+        keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
+        world_size: of the run that had this state, where it is not that of `group`: as many ranks will read their
+            random generator states.
+        make_room: called on rank 0 before anything is written, with the bytes that the disk lacks.
+
+    Raises:
+        DiskRefused: on all ranks, where the disk is full or fails.
+        CheckpointError: on all ranks, with the cause. What was written is removed, earlier checkpoints are untouched.
+
+    Collective. Waits for the disk. A checkpoint of the same step is replaced.
+    """
+    if keep < 1:
+        raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
+    final = checkpoint_path(root, step)
+    rank, num_ranks = _place(group)
+    # A name of its own: a save of a gang that failed may wake up late and remove what it left.
+    partial = final.with_name(f".{final.name}.{_name_of_rank_0(group)}.partial")
+    held = all_gather_specs(tensors, group)
+    specs = _merge(held)
+    if gaps := _expert_gaps(specs):
+        raise CheckpointError(f"refused to save a model without all of its experts: {gaps}")
+    _together(group, f"preparing {partial}", lambda: _prepare(root, partial, specs, make_room) if rank == 0 else None)
+    try:
+        mine = {name: tensors[name] for name in divide(held)[rank]}
+        written = _together(group, f"writing {partial}", lambda: write_share(partial, mine, rank))
+        pieces = [piece for of_rank in all_gather_values(written, group, _read_pieces) for piece in of_rank]
+        _together(group, f"indexing {partial}", lambda: write_index(partial, specs, pieces) if rank == 0 else None)
+        digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, num_ranks))
+        shares = all_gather_values(digests, group, _read_digests)
+        files = {name: entry for share in shares for name, entry in share.items()}
+        manifest = Manifest(step=step, world_size=world_size or num_ranks, files=files, extra=dict(extra))
+        _together(group, f"finishing {final}", lambda: _finish(partial, final, manifest, specs) if rank == 0 else None)
+    except BaseException:  # also Ctrl-C and a dead peer: earlier checkpoints must not lack the space
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if rank == 0:
+        _prune(root, step, keep)
+    return final
+
+
+def load(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    group: Group,
+    *,
+    sections: tuple[str, ...] = ("model", "optim", "law"),
+) -> dict[str, Any]:
+    """Read a checkpoint into `tensors` in place and return its extra values.
+
+    Nothing is written into `tensors` before every file, name, shape and dtype was checked. The tensors may be cut over
+    the ranks in another way than when they were saved. Random generator states are read only by as many ranks as saved
+    them; else those in `tensors` stay as they are.
+
+    Args:
+        path: a folder of `list_checkpoints`.
+        tensors: what this rank needs, by canonical name.
+        group: gloo group of all ranks; None for a process on its own.
+        sections: parts of the checkpoint that must be asked for whole; ("model",) reads a model without its optimizer.
+
+    Raises:
+        CheckpointCorrupt: it is damaged; `previous` and the message offer the newest intact one before it.
+        CheckpointError: it has other tensors than are asked for.
+
+    Collective; errors are the same on all ranks.
+    """
+    manifest, index = _open_or_offer_previous(path, group)
+    saved = _specs_of_index(index)
+    same_ranks = manifest.world_size == _place(group)[1]
+    mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
+    _check_fit(path, saved, _merge(all_gather_specs(mine, group)), sections)
+    _together(group, f"reading {path}", lambda: read_tensors(path, index, mine))
+    return manifest.extra
+
+
+def verify(path: Path, group: Group = None) -> Manifest:
+    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt as `load`. Collective."""
+    return _open_or_offer_previous(path, group)[0]
+
+
+def _open_or_offer_previous(path: Path, group: Group) -> tuple[Manifest, Metadata]:
+    try:
+        return _open(path, group)
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(path, error.file, error.reason, _previous_intact(path, group)) from error
+
+
+def _open(path: Path, group: Group) -> tuple[Manifest, Metadata]:
+    """Check all that can be checked without reading tensors. Each rank checks some of the files."""
+    rank, world_size = _place(group)
+
+    def check_share() -> Manifest:
+        if not path.is_dir():
+            steps = ", ".join(str(step_of(other)) for other in list_checkpoints(path.parent)) or "none"
+            raise CheckpointError(f"there is no checkpoint {path}; steps that are there: {steps}")
+        manifest = read_manifest(path)
+        for name, (size, sha256) in sorted(manifest.files.items())[rank::world_size]:
+            check_file(path, name, size, sha256)
+        return manifest
+
+    manifest = _together(group, f"verifying {path}", check_share)
+    index = _together(group, f"reading {path}", lambda: read_index(path, manifest.files))
+    if gaps := _expert_gaps(_specs_of_index(index)):
+        raise CheckpointCorrupt(path, INDEX, f"lacks experts: {gaps}")
+    return manifest, index
+
+
+def _previous_intact(path: Path, group: Group) -> Path | None:
+    for earlier in reversed(list_checkpoints(path.parent)):
+        if step_of(earlier) < step_of(path):
+            try:
+                _open(earlier, group)
+            except CheckpointError:
+                continue
+            return earlier
+    return None
+
+
+def _prepare(
+    root: Path, partial: Path, specs: Mapping[str, TensorSpec], make_room: Callable[[int], None] | None
+) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".step_*"):  # of a save that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    needed = sum(spec.num_bytes + _OVERHEAD_BYTES for spec in specs.values())
+    free = shutil.disk_usage(root).free
+    if free < needed and make_room is not None:
+        make_room(needed - free)
+        free = shutil.disk_usage(root).free
+    if free < needed:
+        raise DiskRefused(
+            f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {root}; free some space, keep "
+            "fewer checkpoints or choose another run directory"
+        )
+    partial.mkdir()
+
+
+def _digest_share(partial: Path, rank: int, world_size: int) -> dict[str, tuple[int, str]]:
+    return {file.name: digest(file) for file in sorted(partial.iterdir())[rank::world_size]}
+
+
+def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec]) -> None:
+    """Verify the files against what the ranks wrote, write the manifest and rename the folder to its final name."""
+    written = _specs_of_index(read_index(partial, manifest.files, own=True))
+    if written != specs:
+        wrong = sorted(name for name in written.keys() | specs.keys() if written.get(name) != specs.get(name))
+        raise CheckpointError(
+            f"{len(wrong)} tensors are not in {partial} as the ranks had them, the first is {wrong[0]}; "
+            "do all machines see this folder?"
+        )
+    write_manifest(partial, manifest)
+    if final.exists():
+        discard(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    # Only up to this step: after a resume from an earlier one, the steps behind it are not newer, and this one stays.
+    for path in [path for path in list_checkpoints(root) if step_of(path) <= step][:-keep]:
+        try:
+            discard(path)
+        except OSError as error:
+            warnings.warn(f"could not remove the old checkpoint {path}: {error}", stacklevel=3)
+
+
+def _check_fit(
+    path: Path, saved: Mapping[str, TensorSpec], needed: Mapping[str, TensorSpec], sections: tuple[str, ...]
+) -> None:
+    missing = sorted(needed.keys() - saved.keys())
+    unexpected = sorted(name for name in saved.keys() - needed.keys() if _section(name) in sections)
+    # A dtype that differs is an error, not a cast: a bias read as bf16 no longer moves (Megatron-LM #1482).
+    differing = [name for name in sorted(needed.keys() & saved.keys()) if needed[name] != saved[name]]
+    problems = [f"{len(missing)} tensors are not in it, such as {missing[0]}"] if missing else []
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors in it have no place here, such as {unexpected[0]}")
+    if differing:
+        name = differing[0]
+        problems.append(f"{len(differing)} tensors differ, such as {name}: {saved[name]} in it, {needed[name]} here")
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path} is not of this model: {'; '.join(problems)}; use the configuration it was trained with"
+        )
+
+
+def _specs_of_index(index: Metadata) -> dict[str, TensorSpec]:
+    # read_index made sure that every entry is a tensor's.
+    entries: Mapping[str, Any] = index.state_dict_metadata
+    return {name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}
+
+
+def _merge(specs_by_rank: list[dict[str, TensorSpec]]) -> dict[str, TensorSpec]:
+    """The whole tensors that all ranks hold together.
+
+    DCP would keep one of two tensors that share a name, whatever they are.
+    """
+    merged: dict[str, TensorSpec] = {}
+    for rank, specs in enumerate(specs_by_rank):
+        for name, spec in specs.items():
+            if merged.setdefault(name, spec) != spec:
+                raise CheckpointError(f"{name} is {spec} on rank {rank} and {merged[name]} on a rank before it")
+    try:
+        return whole_specs(merged)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _expert_gaps(specs: Mapping[str, TensorSpec]) -> str:
+    return "; ".join(missing_experts({name: spec.shape for name, spec in specs.items()})[:3])
+
+
+def _section(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _place(group: Group) -> tuple[int, int]:
+    """Rank and world size."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _name_of_rank_0(group: Group) -> str:
+    """A random name, the same on all ranks. Collective."""
+    return all_gather_values(secrets.token_hex(4), group, str)[0]
+
+
+def _read_pieces(value: Any) -> list[Piece]:
+    if any(list(map(type, piece)) != [str, str, int, int] for piece in value):
+        raise TypeError("pieces of tensors are expected")
+    return [tuple(piece) for piece in value]
+
+
+def _read_digests(value: Any) -> dict[str, tuple[int, str]]:
+    if any((type(size), type(sha256)) != (int, str) for size, sha256 in value.values()):
+        raise TypeError("size and sha256 of files are expected")
+    return {name: (size, sha256) for name, (size, sha256) in value.items()}
+
+
+def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
+    """Run local `work`. If it fails on any rank, raise one and the same CheckpointError on all. Collective.
+
+    A bug is raised as it is on the rank that met it, and as PeerFailed on the others.
+    """
+    rank = _place(group)[0]
+
+    def explain(error: Exception) -> CheckpointError | None:
+        if isinstance(error, CheckpointError):
+            return error
+        if not isinstance(error, OSError):
+            return None
+        kind = DiskRefused if error.errno in _WORTH_WAITING else CheckpointError
+        return kind(f"{doing} failed on rank {rank}: {type(error).__name__}: {error}")
+
+    return agreement.together(group, doing, work, kinds=_KINDS, explain=explain)

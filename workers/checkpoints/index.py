@@ -1,0 +1,112 @@
+"""Reads DCP's index of a checkpoint: a pickle, which may come from anybody, without running any code of it."""
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from workers.checkpoints.checkpoint_files import INDEX, CheckpointCorrupt
+
+_DCP = "torch.distributed.checkpoint"
+_INDEX_TYPES = frozenset(
+    {
+        (f"{_DCP}.metadata", "Metadata"),
+        (f"{_DCP}.metadata", "MetadataIndex"),
+        (f"{_DCP}.metadata", "StorageMeta"),
+        (f"{_DCP}.metadata", "TensorStorageMetadata"),
+        (f"{_DCP}.metadata", "ChunkStorageMetadata"),
+        (f"{_DCP}.metadata", "TensorProperties"),
+        (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # its name in Python 3.13
+    }
+)
+
+
+_NO_INDEX = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds DCP's index and nothing else: a checksum in the same folder is no protection from a malicious file.
+
+    BytesStorageMetadata is left out: DCP unpickles such entries of a checkpoint without restrictions.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _INDEX_TYPES:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not part of a tensor index")
+        return super().find_class(module, name)
+
+
+def read_index(path: Path, files: dict[str, tuple[int, str]], *, own: bool = False) -> Metadata:
+    """DCP's index of a checkpoint, if it holds tensors only and points into `files` only. Raises CheckpointCorrupt.
+
+    own: this process has just written it.
+    """
+    try:
+        raw = (path / INDEX).read_bytes()
+        if not own:
+            _check_claims(raw)
+        index = _IndexUnpickler(io.BytesIO(raw)).load()
+        if not isinstance(index, Metadata):
+            raise TypeError(f"it holds a {type(index).__name__}")
+        refused = _refused_entries(index, files)
+    except FileNotFoundError:
+        raise CheckpointCorrupt(path, INDEX, "is missing") from None
+    except _NO_INDEX as error:
+        raise CheckpointCorrupt(path, INDEX, f"is not an index of tensors ({error})") from error
+    if refused:
+        raise CheckpointCorrupt(path, INDEX, f"has entries that are not tensors in this folder: {refused[:3]}")
+    return index
+
+
+def _check_claims(raw: bytes) -> None:
+    """Refuse what makes the unpickler allocate more than there is to read: it takes lengths and numbers as they come.
+
+    As long again as reading it, which for an index of the largest models is a few seconds.
+    """
+    for opcode, _, _ in pickletools.genops(raw):  # raises ValueError where a length goes beyond the end
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):  # places in a table that grows to any number in the file
+            raise pickle.UnpicklingError(f"holds {opcode.name}, which DCP does not write")
+
+
+def _refused_entries(index: Metadata, files: dict[str, tuple[int, str]]) -> list[str]:
+    stored = {place: info.length for place, info in index.storage_data.items() if _lies_in(info, files)}
+    refused = [name for name, entry in index.state_dict_metadata.items() if not _is_whole(name, entry, stored)]
+    refused += [place.fqn for place in index.storage_data.keys() - stored.keys()]
+    # What is no text may be built so that its text has no end.
+    return [name[:200] if type(name) is str else f"a {type(name).__name__}" for name in refused]
+
+
+def _is_whole(name: str, entry: Any, stored: dict[MetadataIndex, int]) -> bool:
+    """Whether a tensor is there in full. DCP reads the parts that an index lists and misses none."""
+    if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+        return False
+    num_bytes = [chunk.sizes.numel() * entry.properties.dtype.itemsize for chunk in entry.chunks]
+    lengths = [stored.get(MetadataIndex(name, chunk.offsets), -1) for chunk in entry.chunks]
+    # DCP compresses nothing: a part that claims more bytes than its place has would only make a reader take memory.
+    fits = all(0 <= claimed <= length for claimed, length in zip(num_bytes, lengths, strict=True))
+    return fits and sum(num_bytes) == entry.size.numel() * entry.properties.dtype.itemsize
+
+
+def _lies_in(info: Any, files: dict[str, tuple[int, str]]) -> bool:
+    in_file = info.relative_path in files and 0 <= info.offset <= info.offset + info.length
+    return in_file and info.offset + info.length <= files[info.relative_path][0] and not info.transform_descriptors

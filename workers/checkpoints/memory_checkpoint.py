@@ -1,0 +1,256 @@
+"""Checkpoints in the memory of the ranks: the loss of a node costs a few steps, not those since the last one on disk.
+
+Every rank keeps two shares of a step (see workers.checkpoints.shares): its own, and that of a rank on another node
+whose partner it is. What of that it holds itself, all dense parameters, it copies from its own live tensors; what only
+the other rank has, experts and random state, travels. Of the last two steps one is always whole while the other is
+being taken.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.values import all_gather_values
+from workers.checkpoints import checkpoint
+from workers.checkpoints.background import Background
+from workers.checkpoints.checkpoint_files import CheckpointError
+from workers.checkpoints.shares import TensorBlock, TensorSpec, block_bytes
+from workers.checkpoints.staging import Snapshot, Staging
+
+
+class HeldShard(NamedTuple):
+    """One rank's share of a step that a process has in memory: `owner` is the rank, of `world_size` then."""
+
+    step: int
+    owner: int
+    world_size: int
+
+
+def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShard]]) -> int | None:
+    """The newest step of which these processes together hold the share of every rank; None without any. Pure."""
+    owners: dict[tuple[int, int], set[int]] = {}
+    for shard in chain.from_iterable(holdings_by_worker):
+        owners.setdefault((shard.step, shard.world_size), set()).add(shard.owner)
+    whole = [step for (step, world_size), found in owners.items() if found == set(range(world_size))]
+    return max(whole, default=None)
+
+
+def partner_shift(nodes: Sequence[int], ep_size: int) -> int:
+    """How far away every rank's partner is: rank r's share is kept by rank (r + shift) mod world_size too. Pure.
+
+    As many ranks as possible get one on another node; where ranks hold the same experts in several places, such a one,
+    since then next to nothing has to travel.
+
+    Args:
+        nodes: the node of each rank; with one node alone, or empty, every rank counts as one: a process may still die.
+    """
+    if len(set(nodes)) < 2:
+        nodes = range(len(nodes))
+
+    def num_apart(shift: int) -> int:
+        return sum(node != nodes[(rank + shift) % len(nodes)] for rank, node in enumerate(nodes))
+
+    return max(range(1, len(nodes)), key=lambda shift: (num_apart(shift), shift % ep_size == 0, -shift))
+
+
+@dataclass
+class _Kept:
+    """Two shares of one step. `sums`: crc32 of the blocks once they are whole, by owner; empty until then."""
+
+    own: TensorBlock
+    partners: TensorBlock
+    step: int = -1
+    extra: dict[str, Any] = field(default_factory=dict)
+    sums: dict[int, int] = field(default_factory=dict)
+
+
+class MemoryCheckpoints:
+    """Memory checkpoints of one process. They outlive the gang: a process that joins the next one still has them.
+
+    `open`, then `keep` and `take` by turns, on all ranks together. `held` may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[_Kept] = []
+        self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
+        self._background: Background[_Kept] = Background("memory checkpoint")
+        self._idle = True  # no thread of a gang that failed may still use the blocks
+        self._layout: tuple[Any, ...] = ()
+        self._rank = self._world_size = 0
+        self._shift = 1
+        self._travels: tuple[int, int] = (0, 0)
+
+    def open(self, rank: int, staging: Staging, shift: int) -> None:
+        """Allocate buffers for a new gang and drop the checkpoints of the one before. Not collective.
+
+        Args:
+            staging: knows the shares. shift: from `partner_shift`.
+        """
+        shares, holds, device = staging.shares, staging.holds, staging.device
+        self._rank, self._world_size, self._shift = rank, len(shares), shift
+        to, source = self._neighbours
+        own, num_sent = _travelling_first(shares[rank], holds[to])
+        partners, num_received = _travelling_first(shares[source], holds[rank])
+        self._travels = (num_sent, num_received)
+        layout = (tuple(own.items()), tuple(partners.items()), device)
+        # The thread of a gang that failed may still wait in its last exchange: it keeps its blocks.
+        if layout != self._layout or not self._idle:
+            self._kept = [_Kept(TensorBlock(own, device), TensorBlock(partners, device)) for _ in range(2)]
+            self._layout, self._idle = layout, True
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all checkpoints but keep the buffers."""
+        self._newest = None
+        for kept in self._kept:
+            kept.sums = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is taken for checkpoints in this process."""
+        return sum(block.bytes.numel() for kept in self._kept for block in (kept.own, kept.partners))
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank sends to its partner each time."""
+        return self._travels[0]
+
+    def keep(self, live: Snapshot, staging: Staging, group: dist.ProcessGroup) -> None:
+        """Copy the state of a step, and exchange it with the partners on a thread while the training goes on.
+
+        The exchange before must have been taken. Collective over `group`, gloo, which must be for this alone.
+        """
+        kept = next(kept for kept in self._kept if kept is not self._newest)
+        kept.sums, kept.step, kept.extra = {}, live.step, dict(live.extra)
+        for block in (kept.own, kept.partners):
+            staging.copy(live.tensors, block)
+        self._background.start(lambda: self._exchange(kept, group))
+
+    def finish(self, group: dist.ProcessGroup) -> None:
+        """Wait for the exchange under way on all ranks, together; it is still to be taken. Collective over `group`."""
+        self._background.wait_on_all(group)
+
+    def take(self) -> None:
+        """Take the outcome of the exchange, if it has ended.
+
+        Raises:
+            CheckpointError: something else arrived than was sent; the step before is still held. On all ranks.
+            RuntimeError: a rank is gone.
+        """
+        # Only now may the other step be overwritten: a rank that is lost from here on has its share with its partner.
+        # Here and not in the thread: one of a gang that failed may end late, and has no say any more.
+        if (kept := self._background.take()) is not None:
+            self._newest = kept
+
+    def abandon(self) -> None:
+        """Stop waiting for an exchange under way: the gang has failed, or training is over."""
+        self._idle = self._background.abandon(0.0) and self._idle
+
+    def held(self) -> list[HeldShard]:
+        """List the shares that this process holds completely. Quick."""
+        return [HeldShard(kept.step, owner, self._world_size) for kept in self._kept for owner in list(kept.sums)]
+
+    def read(self, step: int) -> tuple[list[HeldShard], dict[str, Tensor], dict[str, Any]]:
+        """Return this process's tensors of `step` and the extra values; all empty if it holds none.
+
+        A share that was changed since it was kept is left out.
+        """
+        shards: list[HeldShard] = []
+        tensors: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {}
+        for kept in (kept for kept in self._kept if kept.step == step and kept.sums):
+            extra = kept.extra
+            for owner, block in self._blocks(kept).items():
+                if _crc32(block.bytes) == kept.sums[owner]:
+                    shards.append(HeldShard(step, owner, self._world_size))
+                    tensors |= block.tensors
+        return shards, tensors, extra
+
+    @property
+    def _neighbours(self) -> tuple[int, int]:
+        """The rank that keeps this one's share, and the one whose share this one keeps."""
+        return (self._rank + self._shift) % self._world_size, (self._rank - self._shift) % self._world_size
+
+    def _blocks(self, kept: _Kept) -> dict[int, TensorBlock]:
+        return {self._rank: kept.own, self._neighbours[1]: kept.partners}
+
+    def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> _Kept:
+        """On the thread: send, receive, check, agree."""
+        for block in self._blocks(kept).values():
+            block.wait()
+        to, source = self._neighbours
+        num_sent, num_received = self._travels
+        outgoing, incoming = kept.own.bytes[:num_sent], kept.partners.bytes[:num_received]
+        # A header of its own size first: a partner that means another step must not be taken for this one.
+        sent = _crc32(outgoing)
+        header = torch.tensor([kept.step, num_sent, sent])
+        theirs = torch.zeros_like(header)
+        _swap(header, theirs, to, source, group)
+        _swap(outgoing, incoming, to, source, group)
+        received = _crc32(incoming)
+        right = theirs.tolist() == [kept.step, num_received, received]
+        if right:
+            sums = _crc32(kept.own.bytes[num_sent:], sent), _crc32(kept.partners.bytes[num_received:], received)
+            kept.sums = dict(zip(self._blocks(kept), sums, strict=True))
+        all_right = torch.tensor([int(right)])
+        dist.all_reduce(all_right, dist.ReduceOp.MIN, group=group)
+        if not all_right.item():
+            kept.sums = {}
+            raise CheckpointError(f"what a rank received of step {kept.step} is not what was sent (crc32 differs)")
+        return kept
+
+
+def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.ProcessGroup, *, keep: int) -> Path:
+    """Write the checkpoint of `step` into `root` out of what the processes of `group`, gloo, hold of it.
+
+    Raises:
+        CheckpointError: on all ranks: some share is in no process or was changed, or as `checkpoint.save`.
+
+    Collective. The group may have another size than the gang that had this state.
+    """
+    shards, tensors, extra = memory.read(step)
+    gathered = all_gather_values((shards, extra), group, _read_held)
+    held = [shards for shards, _ in gathered]
+    if newest_recoverable(held) != step:
+        names = [f"rank {shard.owner} of {shard.world_size}" for shard in sorted({*chain.from_iterable(held)})]
+        raise CheckpointError(
+            f"step {step} is not whole in the memory of these processes: they have {', '.join(names) or 'nothing'}"
+        )
+    world_size = next(chain.from_iterable(held)).world_size
+    return checkpoint.save(root, step, tensors, next(extra for _, extra in gathered if extra), group, keep, world_size)
+
+
+def _read_held(value: Any) -> tuple[list[HeldShard], dict[str, Any]]:
+    shards, extra = value
+    if type(extra) is not dict or any(type(number) is not int for shard in shards for number in shard):
+        raise TypeError("held shares and the extra values are expected")
+    return [HeldShard(*shard) for shard in shards], extra
+
+
+def _travelling_first(
+    share: Mapping[str, TensorSpec], partner_holds: Mapping[str, TensorSpec]
+) -> tuple[dict[str, TensorSpec], int]:
+    """The share in the order of its block, and the bytes of what the partner lacks, at the front: sent in one piece."""
+    travels = {name: share[name] for name in sorted(share.keys() - partner_holds.keys())}
+    stays = {name: share[name] for name in sorted(share.keys() & partner_holds.keys())}
+    return {**travels, **stays}, block_bytes(travels)
+
+
+def _swap(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.ProcessGroup) -> None:
+    works = [dist.isend(outgoing, to, group)] if outgoing.numel() else []
+    works += [dist.irecv(incoming, source, group)] if incoming.numel() else []
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def _crc32(block: Tensor, before: int = 0) -> int:
+    """crc32 of uint8 bytes, going on from that of the bytes before them."""
+    return zlib.crc32(block.numpy().data, before)

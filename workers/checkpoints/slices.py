@@ -1,0 +1,65 @@
+"""Keys of what a rank holds: the name of a tensor, and which of its rows, where ranks share it out.
+
+    model.layers.0.attention.out_proj.weight         the whole tensor
+    model.layers.0.attention.out_proj.weight[8:16]   its rows 8 to 15
+
+Files know names only: there the slices are DCP's chunks of one tensor, and any other division can read them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from workers.checkpoints.shares import TensorSpec
+
+_KEY = re.compile(r"(?P<name>.+)\[(?P<first>\d+):(?P<stop>\d+)\]")
+
+
+class Slice(NamedTuple):
+    """Rows of a tensor; `stop` is None for all of them."""
+
+    name: str
+    first: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def of_key(cls, key: str) -> "Slice":
+        """What `key` names."""
+        match = _KEY.fullmatch(key)
+        return cls(key) if match is None else cls(match["name"], int(match["first"]), int(match["stop"]))
+
+    @property
+    def key(self) -> str:
+        """The name, with the rows where they are not all."""
+        return self.name if self.stop is None else f"{self.name}[{self.first}:{self.stop}]"
+
+
+def whole_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """What the tensors are of which these keys, of all ranks, are the parts.
+
+    Raises:
+        ValueError: slices of a tensor overlap, differ in shape or dtype, or leave rows out.
+    """
+    parts: dict[str, list[tuple[Slice, TensorSpec]]] = {}
+    for key, spec in specs.items():
+        part = Slice.of_key(key)
+        parts.setdefault(part.name, []).append((part, spec))
+    return {name: _joined(name, sorted(of_name, key=_first_row)) for name, of_name in parts.items()}
+
+
+def _joined(name: str, parts: Iterable[tuple[Slice, TensorSpec]]) -> TensorSpec:
+    (first, spec), *others = parts
+    if first.stop is None and not others:
+        return spec
+    num_rows = 0
+    for part, of_part in [(first, spec), *others]:
+        rows = (part.stop or 0) - part.first
+        fits = of_part.dtype == spec.dtype and of_part.shape == (rows, *spec.shape[1:])
+        if part.stop is None or part.first != num_rows or not fits:
+            raise ValueError(f"the slices of {name} make no tensor: {part.key} is {of_part}, after {num_rows} rows")
+        num_rows = part.stop
+    return TensorSpec((num_rows, *spec.shape[1:]), spec.dtype)
+
+
+def _first_row(part: tuple[Slice, TensorSpec]) -> tuple[int, int]:
+    return part[0].first, part[0].stop or 0

@@ -1,0 +1,31 @@
+"""How the control path of a step fails: on every rank with an error that names the step and the phase."""
+
+
+class ControlError(RuntimeError):
+    """The control path failed: its loop is unusable afterwards and the gang must form again. Survives pickling."""
+
+    def __init__(self, step: int, phase: str, detail: str) -> None:
+        super().__init__(step, phase, detail)
+        self.step, self.phase, self.detail = step, phase, detail
+
+    def __str__(self) -> str:
+        return f"step {self.step}, control phase {self.phase}: {self.detail}"
+
+
+class ControlTimeout(ControlError):
+    """A rank or the coordinator did not answer in time."""
+
+
+class BiasDiverged(ControlError):
+    """Ranks disagree on step, law state or live bias: they would send the same token to different experts."""
+
+    def __init__(self, step: int, phase: str, detail: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(step, phase, detail)
+        self.args = (step, phase, detail, ranks)
+        self.ranks = ranks
+
+
+class NoUpdate(ControlError):
+    """Rank 0 could not compute the update: a bug in the law or its input. Rank 0's error has the traceback."""
+
+    ranks = (0,)  # a report on the gang begins with the error of these ranks

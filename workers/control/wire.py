@@ -1,0 +1,270 @@
+"""The messages of the control path: msgpack with a strict schema, raw little-endian tensors, size limits, no pickle.
+
+rank 0 → coordinator: LoadReport. Back: BiasUpdate, NeedState or Refusal. rank 0 → all ranks: BiasUpdate or Refusal.
+A crc32 of all that follows comes first, so that a damaged message is refused as a whole and changes nothing.
+
+Shapes: N = experts of all MoE layers (see dispatch.layout), M = all counts of the law, the load first.
+"""
+
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispatch.laws import BalanceConfig, Law, LawState
+from dispatch.layout import LoadLayout
+
+PROTOCOL_VERSION = 3
+# 16 times the routed experts of the largest published model.
+MAX_EXPERTS_TOTAL = 1 << 20
+# Only this bounds what a stranger can make us hold: the histograms of a model of 61 x 256 experts take 119 MiB.
+MAX_MESSAGE_BYTES = 1 << 28
+_MAX_REASON_CHARS = 600
+_SEAL_BYTES = 4
+_LENGTH_BYTES = 8
+_MAX_INT = (1 << 63) - 1
+
+
+class WireError(ValueError):
+    """A message that is not of this protocol: too large, damaged, or with a field missing, unknown or out of range."""
+
+
+@dataclass(frozen=True, eq=False)
+class VersionedState:
+    """A law state and the number of updates that led to it. Two ranks agree where version and checksum are equal."""
+
+    version: int
+    state: LawState
+
+    @cached_property
+    def checksum(self) -> int:
+        """crc32 of bias and extras. Without extras it equals `dispatch.balance.bias_checksum`."""
+        packed = self.state.to_wire()
+        crc = zlib.crc32(packed["bias"][1])
+        for name, (dtype, raw) in sorted(packed["extras"].items()):
+            crc = zlib.crc32(raw, zlib.crc32(f"{name} {dtype}".encode(), crc))
+        return crc
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seed:
+    """All that a coordinator with no memory needs: the law, its layers and the state that the report builds on."""
+
+    config: BalanceConfig
+    layout: LoadLayout
+    state: LawState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadReport:
+    """The global counts of one step, and the state that its update must start from.
+
+    base_version, base_checksum, law_checksum name that state and the law without sending them; `seed` sends them.
+    """
+
+    run_id: str
+    step: int
+    base_version: int
+    base_checksum: int
+    law_checksum: int
+    counts_M: Tensor
+    seed: Seed | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BiasUpdate:
+    """The whole law state after the load of `step`; its base is version - 1."""
+
+    step: int
+    version: int
+    state: LawState
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedState:
+    """The coordinator does not hold the state that this report builds on: send the report again with a seed."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why no update comes."""
+
+    reason: str
+
+
+Message = LoadReport | BiasUpdate | NeedState | Refusal
+
+
+def law_checksum(config: BalanceConfig, layout: LoadLayout) -> int:
+    """Checksum of a law and its layers: equal if two processes would compute the same updates."""
+    return zlib.crc32(msgpack.packb([asdict(config), asdict(layout)]))
+
+
+def max_message_bytes(law: Law) -> int:
+    """Upper bound of any message about a law: 8 B per count, 64 B per expert for bias and extras, 1 MiB for names."""
+    return (1 << 20) + 8 * law.num_counts + 64 * law.layout.total
+
+
+def encode(message: Message) -> bytes:
+    """Serialise a message; equal messages give equal bytes."""
+    kind, write, _ = next(entry for entry in _SCHEMA if type(message).__name__ == entry[0])
+    return sealed(bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)})))
+
+
+def sealed(body: bytes) -> bytes:
+    """Prefix a message body with its crc32."""
+    return zlib.crc32(body).to_bytes(_SEAL_BYTES, "little") + body
+
+
+def decode(raw: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Read a message of at most `max_bytes` and check all of it.
+
+    Raises:
+        WireError: it is not exactly what `encode` writes, or a number in it is negative, too large or not finite.
+    """
+    if not isinstance(raw, bytes):
+        raise WireError(f"a {type(raw).__name__} is no message")
+    if len(raw) > max_bytes:
+        raise WireError(f"message of {len(raw)} bytes; at most {max_bytes} for the layers of this law")
+    body = raw[_SEAL_BYTES:]
+    if sealed(body) != raw:
+        raise WireError("the message does not match its checksum")
+    try:
+        fields = msgpack.unpackb(body, strict_map_key=True, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError(f"not a msgpack message: {error}") from error
+    if not isinstance(fields, dict) or fields.pop("protocol", None) != PROTOCOL_VERSION:
+        raise WireError(f"not a message of protocol {PROTOCOL_VERSION}; run one version of trimtab on all machines")
+    kind = fields.pop("kind", None)
+    read = next((entry[2] for entry in _SCHEMA if entry[0] == kind), None)
+    if read is None:
+        raise WireError(f"unknown kind of message {kind!r}")
+    try:
+        return read(fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise WireError(f"{kind}: {error}") from error
+
+
+def mail_bytes(law: Law) -> int:
+    """Size of the broadcast from rank 0 to all ranks: fixed, so that no rank has to learn a length first."""
+    largest = encode(BiasUpdate(step=_MAX_INT, version=_MAX_INT, state=law.initial_state()))
+    return _LENGTH_BYTES + max(4096, len(largest))  # 4096: room for any Refusal
+
+
+def write_mail(mail: Tensor, message: BiasUpdate | Refusal) -> None:
+    """Put a message into the uint8 tensor that rank 0 broadcasts: its length, then its bytes."""
+    raw = encode(message)
+    framed = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+    mail[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
+
+
+def read_mail(mail: Tensor) -> Message:
+    """Read what `write_mail` wrote. Raises WireError as `decode` does."""
+    raw = mail.numpy().tobytes()
+    return decode(raw[_LENGTH_BYTES : _LENGTH_BYTES + int.from_bytes(raw[:_LENGTH_BYTES], "little")])
+
+
+def _write_report(report: LoadReport) -> dict[str, Any]:
+    counts = report.counts_M.numpy().astype("<i8").tobytes()
+    seed = report.seed and {
+        "config": asdict(report.seed.config),
+        "layout": asdict(report.seed.layout),
+        "state": report.seed.state.to_wire(),
+    }
+    named = ("run_id", "step", "base_version", "base_checksum", "law_checksum")
+    return {name: getattr(report, name) for name in named} | {"counts": counts, "seed": seed}
+
+
+def _read_report(fields: dict[str, Any]) -> LoadReport:
+    kinds = dict.fromkeys(("step", "base_version", "base_checksum", "law_checksum"), int)
+    _check(fields, run_id=str, counts=bytes, seed=(dict, type(None)), **kinds)
+    if len(counts := fields.pop("counts")) % 8:
+        raise WireError(f"{len(counts)} bytes are no counts of 8 bytes each")
+    counts_M = torch.from_numpy(np.frombuffer(counts, dtype="<i8").astype(np.int64))
+    if bool((counts_M < 0).any()):
+        raise WireError(f"a count is negative: {int(counts_M.min())}")
+    if fields["base_version"] == _MAX_INT:
+        raise WireError(f"base_version ({_MAX_INT}) has no successor")
+    return LoadReport(counts_M=counts_M, seed=_read_seed(fields.pop("seed")), **fields)
+
+
+def _read_seed(fields: dict[str, Any] | None) -> Seed | None:
+    if fields is None:
+        return None
+    _check(fields, config=dict, layout=dict, state=dict)
+    module = fields["config"].get("module")
+    if module is not None and module not in sys.modules:
+        # Whoever started this process names the modules that it imports, not a message.
+        raise WireError(f"the law's module {module!r} is not loaded here")
+    return Seed(
+        config=BalanceConfig(**fields["config"]),
+        layout=_read_layout(fields["layout"]),
+        state=_read_state(fields["state"]),
+    )
+
+
+def _read_layout(fields: dict[str, Any]) -> LoadLayout:
+    _check(fields, names=list, num_experts=list, balanced=list)
+    for name, kind in (("names", str), ("num_experts", int), ("balanced", bool)):
+        if not all(type(value) is kind for value in fields[name]):
+            raise WireError(f"{name} must hold {kind.__name__} only")
+    if not all(number >= 1 for number in fields["num_experts"]) or sum(fields["num_experts"]) > MAX_EXPERTS_TOTAL:
+        raise WireError(f"num_experts must be at least 1 in each layer, and {MAX_EXPERTS_TOTAL} together at most")
+    return LoadLayout(**{name: tuple(values) for name, values in fields.items()})
+
+
+def _read_state(fields: dict[str, Any]) -> LawState:
+    _check(fields, bias=list, extras=dict)
+    state = LawState.from_wire(fields)
+    for name, value in {"bias": state.bias_N, **state.extras}.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise WireError(f"{name} is not finite")
+    return state
+
+
+def _write_update(update: BiasUpdate) -> dict[str, Any]:
+    return {"step": update.step, "version": update.version, "state": update.state.to_wire()}
+
+
+def _read_update(fields: dict[str, Any]) -> BiasUpdate:
+    _check(fields, step=int, version=int, state=dict)
+    return BiasUpdate(step=fields["step"], version=fields["version"], state=_read_state(fields["state"]))
+
+
+def _read_need(fields: dict[str, Any]) -> NeedState:
+    _check(fields, step=int)
+    return NeedState(**fields)
+
+
+def _read_refusal(fields: dict[str, Any]) -> Refusal:
+    _check(fields, reason=str)
+    return Refusal(**fields)
+
+
+def _check(fields: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """Refuse anything but exactly these fields of exactly these types (a bool is no int), integers in [0, 2**63)."""
+    if fields.keys() != kinds.keys():
+        raise WireError(f"fields are {sorted(fields)}, they must be {sorted(kinds)}")
+    for name, kind in kinds.items():
+        value = fields[name]
+        if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
+            raise WireError(f"{name} is of type {type(value).__name__}")
+        if isinstance(value, int) and not 0 <= value <= _MAX_INT:
+            raise WireError(f"{name} ({value}) is out of range")
+
+
+_SCHEMA: tuple[tuple[str, Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Message]], ...] = (
+    ("LoadReport", _write_report, _read_report),
+    ("BiasUpdate", _write_update, _read_update),
+    ("NeedState", asdict, _read_need),
+    ("Refusal", lambda refusal: {"reason": refusal.reason[:_MAX_REASON_CHARS]}, _read_refusal),
+)

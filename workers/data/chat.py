@@ -1,0 +1,207 @@
+"""Conversations as training text: read from JSON lines, rendered by a chat template, with the learned parts marked.
+
+A line is one of {"messages": [{"role": ..., "content": ...}, ...]}, of which the assistant's turns are learned,
+{"prompt": ..., "completion": ...}, of which the completion is, and {"text": ...}, of which all is.
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from dispatch.errors import InvalidValue
+from workers.data.chat_rendering import ASSISTANT
+from workers.data.text import Document, read_pieces
+from workers.data.tokenizer import SETTINGS_FILE, read_settings
+
+TEMPLATE_FILE = "chat_template.jinja"
+# For models that bring no template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Far above what a conversation takes, of milliseconds and a few times its own size.
+MAX_CPU_S = 5.0
+MAX_BYTES = 2**30
+RENDERING = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from workers.data.chat_rendering import serve; serve()"
+)
+KINDS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation's text, and whether its tokens are learned."""
+
+    text: str
+    is_learned: bool
+
+
+class ChatTemplate:
+    """Writes messages out as the model knows them, with a template of Jinja as Hugging Face's tokenizers have it.
+
+    A template comes with a model, from wherever that is: it runs in Jinja's sandbox, in a process of its own, whose
+    memory is bounded, and its time of the processor for each conversation.
+
+    Raises:
+        ValueError: the template is not valid.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        place: str,
+        special_tokens: dict[str, str] | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_cpu_s: float = MAX_CPU_S,
+    ) -> None:
+        tokens = special_tokens or {}
+        self.name = hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest()[:16]
+        self._max_cpu_s = max_cpu_s
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
+            # It finds its modules where this process does, whatever brought them there.
+            [sys.executable, "-P", "-c", RENDERING, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._questions, self._answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
+        first = {"source": source, "special_tokens": tokens, "max_bytes": max_bytes, "max_cpu_s": max_cpu_s}
+        if problem := self._ask(first).get("error"):
+            problem = f"the chat template of {place} is not valid: {problem}"
+            raise InvalidValue(f"{problem}; give another by --data.chat_template FILE")
+
+    def pieces(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+        """The text of a conversation, cut where what is learned begins and ends.
+
+        What the assistant writes is what a turn of it adds to the text that asks for it (add_generation_prompt): with
+        the token that ends the turn, without its header.
+
+        Raises:
+            ValueError: the template refuses the messages, takes too much time or memory, or writes earlier turns
+                otherwise once later ones follow.
+        """
+        answer = self._ask(messages)
+        if problem := answer.get("error"):
+            raise InvalidValue(f"the chat template refuses these messages: {problem}")
+        return [Piece(text, is_learned) for text, is_learned in answer["pieces"]]
+
+    def _ask(self, question: object) -> dict[str, Any]:
+        try:
+            self._questions.write(json.dumps(question).encode() + b"\n")
+            self._questions.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and the end says why
+        answer = self._answers.readline()
+        return json.loads(answer) if answer else {"error": self._why_it_ended()}
+
+    def _why_it_ended(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGPROF:
+            return f"it took more than {self._max_cpu_s:g} s"
+        if code < 0:
+            return f"it ended its process by {signal.Signals(-code).name}"
+        raise RuntimeError(f"the process of the chat template ended with exit code {code}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
+    """The template of data.chat_template; else the one beside the tokenizer's file; else a plain one.
+
+    Raises:
+        ValueError: a file cannot be read, or its template is not valid.
+    """
+    folder = None if tokenizer is None else Path(tokenizer).expanduser().parent
+    settings = {} if folder is None else read_settings(folder / SETTINGS_FILE)
+    tokens = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    file = Path(path).expanduser() if path else folder and folder / TEMPLATE_FILE
+    if path or (file and file.is_file()):
+        try:
+            return ChatTemplate(Path(str(file)).read_text(encoding="utf-8"), str(file), tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidValue(f"data.chat_template {file} cannot be read: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if template:
+        return ChatTemplate(template, str(folder), tokens)
+    return ChatTemplate(PLAIN_TEMPLATE, "Trimtab", tokens)
+
+
+def read_conversations(document: Document, template: ChatTemplate) -> Iterator[list[Piece]]:
+    """The conversations of a file, or of a part of it, line by line; empty lines are passed over.
+
+    Raises:
+        ValueError: a line is none of the three kinds; names the file and the line.
+    """
+    for index, line in enumerate(_lines(document)):
+        if line.strip():
+            try:
+                yield _parse(line, template)
+            except InvalidValue as error:
+                where = f"{document.file.path}, line {_lines_before(document) + index + 1}"
+                raise InvalidValue(f"{where}: {error}") from None
+
+
+def _parse(line: bytes, template: ChatTemplate) -> list[Piece]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidValue(f"this is not JSON ({error}); data.format chat reads one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise InvalidValue(f"this is {type(value).__name__}, not an object; a line must be {KINDS}")
+    if "messages" in value:
+        return template.pieces(_checked_messages(value["messages"]))
+    if "prompt" in value and "completion" in value:
+        return [Piece(_text(value, "prompt"), False), Piece(_text(value, "completion"), True)]
+    if "text" in value:
+        return [Piece(_text(value, "text"), True)]
+    raise InvalidValue(f"this has the fields {', '.join(value) or 'none'}; a line must be {KINDS}")
+
+
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidValue(f"messages must be a list of at least one message, not {messages!r:.40}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise InvalidValue(f"message {number} must be an object with role and content, not {message!r:.40}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise InvalidValue(f"message {number} must have a text as its {name}, not {message.get(name)!r:.40}")
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise InvalidValue(f"no message has the role {ASSISTANT}, so that nothing is learned; leave the line out")
+    return messages
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    if not isinstance(value[name], str):
+        raise InvalidValue(f"{name} must be a text, not {value[name]!r:.40}")
+    return str(value[name])
+
+
+def _lines(document: Document) -> Iterator[bytes]:
+    rest = b""
+    for piece in read_pieces(document):
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _lines_before(document: Document) -> int:
+    with document.file.path.open("rb") as stream:
+        return stream.read(document.start).count(b"\n")
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)

@@ -1,0 +1,81 @@
+"""Work that all ranks do together: if it fails on one, all of them raise, and the cause is kept."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from dispatch.errors import UserError
+from dispatch.values import all_gather_values
+
+T = TypeVar("T")
+# What a rank tells of its failure: the name of its kind, "" for a bug, and the arguments that make it anew.
+_Told = tuple[str, list[str | None]]
+
+
+class PeerFailed(RuntimeError):
+    """Another rank hit a bug in work that all ranks do together. `ranks`: which one; its error has the traceback."""
+
+    def __init__(self, doing: str, rank: int, text: str) -> None:
+        super().__init__(doing, rank, text)
+        self.doing, self.ranks, self.text = doing, (rank,), text
+
+    def __str__(self) -> str:
+        return f"{self.doing} failed on rank {self.ranks[0]}: {self.text}"
+
+
+def together(
+    group: dist.ProcessGroup | None,
+    doing: str,
+    work: Callable[[], T],
+    *,
+    kinds: Mapping[str, type[UserError]],
+    explain: Callable[[Exception], UserError | None],
+) -> T:
+    """Run local `work` and return what it does.
+
+    Args:
+        kinds: those that may travel, by name. Each is made anew from its `args`: texts, paths and None.
+        explain: makes of what `work` raised one of `kinds` for the user; None where it is a bug.
+
+    Raises:
+        UserError: of one of `kinds`, the same on all ranks. On the rank where it came from it has its cause.
+        Exception: on the rank that met a bug, as it was raised; PeerFailed on the others.
+
+    Collective over `group`; `work` must not be.
+    """
+    failure: Exception | None = None
+    told: _Told | None = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
+        failure, told = _explained(error, explain, kinds)
+    heard = all_gather_values(told, group, _read_told)
+    failed = [(kind, args, rank) for rank, each in enumerate(heard) if each is not None for kind, args in [each]]
+    if not failed:
+        return result
+    # A bug first: it would come again, when what the user can mend is mended.
+    kind, args, rank = min(failed, key=lambda entry: (entry[0] in kinds, entry[2]))
+    if failure is not None and rank == (0 if group is None else dist.get_rank(group)):
+        raise failure
+    raise (kinds[kind](*args) if kind in kinds else PeerFailed(doing, rank, str(args[0]))) from failure
+
+
+def _explained(
+    error: Exception, explain: Callable[[Exception], UserError | None], kinds: Mapping[str, type[UserError]]
+) -> tuple[Exception, _Told]:
+    explained = explain(error)
+    if explained is None or type(explained).__name__ not in kinds:
+        return error, ("", [f"{type(error).__name__}: {error}"])
+    if explained is not error:
+        explained.__cause__ = error
+    return explained, (type(explained).__name__, [None if arg is None else str(arg) for arg in explained.args])
+
+
+def _read_told(value: Any) -> _Told | None:
+    if value is None:
+        return None
+    kind, args = value
+    if type(kind) is not str or not args or not all(arg is None or type(arg) is str for arg in args):
+        raise TypeError("a kind of error and its arguments are expected")
+    return kind, args

@@ -1,0 +1,110 @@
+"""The TCP connections of gloo's groups: refuses those of strangers, and breaks all of them at once.
+
+gloo lets any process that connects take the place of a rank: it asks for a small number only. So the ranks compare
+which connections each of them holds.
+
+gloo closes a group only when no operation of it is in flight. After a death that may take long: the survivors wait for
+each other, each in another group, until their time-outs. Shutting a connection down ends the waits at both of its ends,
+in milliseconds. (torch's ProcessGroup.abort does nothing on gloo, as of 2.13.)
+"""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Self
+
+import psutil
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from dispatch.errors import UserError
+from dispatch.values import all_gather_values
+
+Address = tuple[str, int]
+
+
+class StrangerConnected(UserError, RuntimeError):
+    """A process that is no rank of the gang has a connection to one of its groups."""
+
+
+@dataclass(frozen=True)
+class Connections:
+    """The connections of some gloo groups. listeners: addresses at which the ranks of the groups accept them.
+
+    On CUDA, what NCCL opens meanwhile may be among them: no process of a gang that failed there is kept.
+    """
+
+    listeners: frozenset[Address] = frozenset()
+
+    @classmethod
+    def since(cls, before: frozenset[Address], group: dist.ProcessGroup) -> Self:
+        """Connections of gloo groups made since `before` was `listening()`. Collective over `group`, gloo.
+
+        Nobody else in this process may have begun to listen meanwhile.
+        """
+        mine = sorted(listening() - before)
+        return cls(frozenset(chain.from_iterable(all_gather_values(mine, group, _read_addresses))))
+
+    def abort(self) -> None:
+        """Shut down this rank's ends; from any thread. What waits for them here and elsewhere raises RuntimeError."""
+        for each in psutil.Process().net_connections("tcp"):
+            # One end of a connection is where its group listens, the other has a port of its own.
+            if each.status == psutil.CONN_ESTABLISHED and not self.listeners.isdisjoint({each.laddr, each.raddr}):
+                # Not there any more, or closed by the other end.
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def aborted_on_error(self) -> Iterator[None]:
+        """Context for work that all ranks do together: if it fails here, the others fail at once instead of waiting."""
+        try:
+            yield
+        except Exception:
+            self.abort()
+            raise
+
+
+def refuse_strangers(before: frozenset[Address], store: Store, rank: int, world_size: int) -> None:
+    """See that every connection to a gloo group made since `before` was `listening()` comes from a rank of the gang.
+
+    The ranks tell each other through `store`, since a stranger could lie in a group that it is in. Nobody may have used
+    the groups yet: what a stranger sends there would fail the use, or keep it waiting, before it is known why.
+
+    Raises:
+        StrangerConnected: on all ranks.
+
+    Collective. It cannot tell a connection that took a rank's place from one that merely stands open.
+    """
+    listeners = listening() - before
+    held = psutil.Process().net_connections("tcp")
+    # In any other state: a stranger that has closed its end may have been heard.
+    ends = [(each.laddr, each.raddr) for each in held if each.status != psutil.CONN_LISTEN]
+    accepted = [end for end in ends if end[0] in listeners]
+    made = [local for local, _ in ends if local not in listeners]
+    store.set(f"connections/{rank}", json.dumps([accepted, made]))
+    told = [json.loads(store.get(f"connections/{each}")) for each in range(world_size)]
+    of_ranks = {tuple(local) for _, made in told for local in made}
+    for taker, (accepted, _) in enumerate(told):
+        for (ip, port), stranger in accepted:
+            if tuple(stranger) not in of_ranks:
+                raise StrangerConnected(
+                    f"{stranger[0]} port {stranger[1]} is connected to rank {taker} at {ip} port {port}, where only"
+                    " ranks of this gang may be; a stranger could send false tensors, so the gang does not start. Find"
+                    " that process (ss -tnp), keep it from the ports of this machine, and start again"
+                )
+
+
+def _read_addresses(value: Any) -> list[Address]:
+    if any((type(ip), type(port)) != (str, int) for ip, port in value):
+        raise TypeError("pairs of address and port are expected")
+    return [(ip, port) for ip, port in value]
+
+
+def listening() -> frozenset[Address]:
+    """Addresses at which this process accepts TCP connections."""
+    found = psutil.Process().net_connections("tcp")
+    return frozenset((each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN)

@@ -1,0 +1,223 @@
+"""The ranks of a gang and the groups they talk in."""
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Annotated, Literal, Self, get_args
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store, _set_pg_timeout
+
+from dispatch.config import ScheduleConfig
+from dispatch.diagnosis.activity_tracker import ActivityTracker
+from dispatch.errors import InvalidValue
+from dispatch.exchange.node_groups import NodeGroups, make_node_groups
+from dispatch.exchange.payload import Payload
+from dispatch.exchange.registry import BACKENDS, Backend
+from workers.gang.connections import Connections, listening, refuse_strangers
+
+# NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
+NCCL_MARGIN_S = 30.0
+
+Shard = Literal["none", "optimizer", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks divide the model."""
+
+    ep_size: int = 0
+    """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
+    exchange: Annotated[str, BACKENDS] = "auto"
+    """What travels: a row for each 'rank' that a token needs, for each 'assignment' of it, or for each 'node' and from
+    there to its ranks; 'auto' takes what costs the wire least of these. 'deep_ep' leaves it to DeepEP's kernels, on
+    NVIDIA GPUs with the package deep_ep, in run.dtype bfloat16."""
+    payload: Payload = "compute"
+    """How rows travel to their experts: as they are computed ('compute'), or coded in 8 bits ('fp8', inexact)."""
+    ranks_per_node: int = 0
+    """Neighbouring ranks that share a node, for the exchange 'node'; must divide ep_size. 0: as they are placed."""
+    module: str | None = None
+    """Python module that registers exchanges of your own; imported in every process, on every node."""
+    shard: Shard = "none"
+    """What ranks with the same parameters divide among them: nothing ('none'), the optimizer's moments and the master
+    weights ('optimizer', ZeRO-1), or all states, gathering a block's weights when it computes ('full', ZeRO-3)."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The order of a layer's work: chunks, overlap, a bound on rows."""
+
+    def __post_init__(self) -> None:
+        if self.ep_size < 0:
+            raise InvalidValue(
+                f"parallel.ep_size ({self.ep_size}) must be 0 (all workers) or a positive number of ranks"
+            )
+        BACKENDS.check(self.exchange, self.module)
+        if self.payload not in get_args(Payload):
+            raise InvalidValue(
+                f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}"
+            )
+        if self.shard not in get_args(Shard):
+            raise InvalidValue(f"parallel.shard is {self.shard!r}; it must be one of {', '.join(get_args(Shard))}")
+        if self.ranks_per_node < 0:
+            raise InvalidValue(
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
+                "of ranks"
+            )
+
+    def at(self, world_size: int) -> Self:
+        """These settings for a gang of another size than they were made for; unchanged where they fit.
+
+        Else the EP size is the largest up to `ep_size` that divides the ranks, and what was said of nodes is dropped
+        where it no longer fits.
+        """
+        wanted = min(self.ep_size or world_size, world_size)
+        ep_size = max(size for size in range(1, wanted + 1) if world_size % size == 0)
+        changed = self if ep_size == (self.ep_size or world_size) else replace(self, ep_size=ep_size)
+        if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
+            return changed
+        exchange = "auto" if self.backend is not None and self.backend.needs_nodes else self.exchange
+        return replace(changed, ranks_per_node=0, exchange=exchange)
+
+    @property
+    def backend(self) -> Backend | None:
+        """The registered exchange; None for `auto`."""
+        return None if self.exchange == "auto" else BACKENDS.find(self.exchange, self.module)
+
+    def ep_size_of(self, world_size: int) -> int:
+        """The EP size of a gang of this size, whatever size the settings were made for."""
+        return self.at(world_size).resolve(world_size)
+
+    def resolve(self, world_size: int) -> int:
+        """The EP size for this many ranks. Raises ValueError where it does not divide them."""
+        ep_size = self.ep_size or world_size
+        if world_size % ep_size:
+            raise InvalidValue(
+                f"parallel.ep_size ({ep_size}) must divide the number of workers ({world_size}); "
+                f"use one of {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+            )
+        if self.ranks_per_node and ep_size % self.ranks_per_node:
+            raise InvalidValue(
+                f"parallel.ranks_per_node ({self.ranks_per_node}) must divide parallel.ep_size ({ep_size}), so that "
+                "all nodes of an expert-parallel group have equally many ranks"
+            )
+        return ep_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGroups:
+    """One rank's place and its process groups.
+
+    world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
+    expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
+    never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. connections:
+    of all those that are gloo. tracker: where the training thread says what it is in; it starts its collectives there.
+    """
+
+    rank: int
+    world_size: int
+    ep_rank: int
+    ep_size: int
+    edp_rank: int
+    edp_size: int
+    device: torch.device
+    world_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    edp_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    memory_group: dist.ProcessGroup
+    nodes: NodeGroups | None = None
+    connections: Connections = field(default_factory=Connections)
+    tracker: ActivityTracker = field(default_factory=ActivityTracker)
+
+
+def join_groups(
+    *,
+    rank: int,
+    world_size: int,
+    store: Store,
+    config: ParallelConfig,
+    device: torch.device,
+    timeout_s: float,
+    ranks_per_node: int = 0,
+) -> RankGroups:
+    """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
+
+    ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
+
+    EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
+    Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`. Raises StrangerConnected.
+    """
+    on_cuda = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
+    control_timeout = timedelta(seconds=timeout_s)
+    before = listening()
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
+    ep_size = config.resolve(world_size)
+    mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
+    nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
+    # NCCL opens connections as it likes, and not by gloo's rules: on CUDA only the groups below are looked at.
+    before_gloo = listening() if on_cuda else before
+    groups = RankGroups(
+        rank=rank,
+        world_size=world_size,
+        ep_rank=mesh.get_local_rank("ep"),
+        ep_size=ep_size,
+        edp_rank=mesh.get_local_rank("edp"),
+        edp_size=world_size // ep_size,
+        device=device,
+        world_group=dist.group.WORLD or _no_group(),
+        ep_group=mesh.get_group("ep"),
+        edp_group=mesh.get_group("edp"),
+        control_group=dist.new_group(backend="gloo", timeout=control_timeout),
+        nodes=nodes,
+        checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
+        memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
+    )
+    refuse_strangers(before_gloo, store, rank, world_size)
+    _exercise(groups)
+    return replace(groups, connections=Connections.since(before, groups.control_group))
+
+
+def local_device(choice: str, local_index: int = 0) -> torch.device:
+    """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo.
+
+    local_index: among the devices that this process sees. An actor sees those that Ray gave it, so 0 is its first.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise InvalidValue(
+            "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"
+        )
+    use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", local_index) if use_cuda else torch.device("cpu")
+
+
+def _exercise(groups: RankGroups) -> None:
+    # Communicators are made lazily: made here, a wrong network fails at start and not in the middle of a step.
+    of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
+    of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
+    pairs = [(group, groups.device) for group in of_tokens]
+    on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
+    for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:
+        size = dist.get_world_size(group)
+        ones = torch.ones(size, device=device)
+        dist.all_reduce(ones, group=group)
+        received = torch.empty_like(ones)
+        dist.all_to_all_single(received, ones, group=group)
+        if not bool((received == size).all()):
+            raise RuntimeError(f"rank {groups.rank}: a process group of {size} ranks returned {received.tolist()}")
+
+
+def _no_group() -> dist.ProcessGroup:
+    raise RuntimeError("torch.distributed has no default group after init_process_group")

@@ -1,0 +1,108 @@
+"""The sequences that one rank continues together, and the model's inputs in each forward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from workers.model.attention import KeyValueCache
+
+# Called with the index of a sequence and a token that was added to it.
+OnToken = Callable[[int, int], None]
+
+
+@dataclass
+class DecodingSequence:
+    """A prompt and what follows it.
+
+    first: index in ids of the token at position 0. num_cached: tokens from there on that the cache holds.
+    """
+
+    index: int
+    ids: list[int]
+    generator: torch.Generator
+    new_ids: list[int] = field(default_factory=list)
+    first: int = 0
+    num_cached: int = 0
+
+    @property
+    def unread(self) -> list[int]:
+        """Number of tokens that the model has not read yet."""
+        return self.ids[self.first + self.num_cached :]
+
+
+class DecodingBatch:
+    """Unfinished sequences of one rank, in the order of the rows of their cache; there may be none.
+
+    Args:
+        sequences: of one token or more.
+        max_new_tokens: after these a sequence ends, or at eod_id before, which is not added.
+        max_seq_len: longest sequence that the model reads. One that outgrows it goes on from the last half of that.
+        on_token: is told of each token that is added.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[DecodingSequence],
+        *,
+        max_new_tokens: int,
+        max_seq_len: int,
+        eod_id: int,
+        on_token: OnToken | None = None,
+    ) -> None:
+        self.running = list(sequences)
+        self._on_token = on_token or (lambda _index, _token_id: None)
+        self._max_new_tokens, self._max_seq_len, self._eod_id = max_new_tokens, max_seq_len, eod_id
+        for sequence in sequences:
+            sequence.first = max(0, len(sequence.ids) - max_seq_len)
+        self.num_prompt_tokens = sum(len(sequence.unread) for sequence in sequences)
+        self._cache = self._empty_cache()
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of the next `Decoder.forward`: whole sequences at first, then the one new token of each."""
+        if any(len(each.ids) - each.first > self._max_seq_len for each in self.running):
+            self._start_over()
+        unread = [sequence.unread for sequence in self.running]
+        lengths = torch.tensor([len(ids) for ids in unread], dtype=torch.int64)
+        token_ids = torch.zeros(len(unread), max(map(len, unread), default=1), dtype=torch.int64)
+        for row, ids in zip(token_ids, unread, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        token_mask = torch.arange(token_ids.shape[1]) < lengths.unsqueeze(1)
+        positions = torch.tensor([[sequence.num_cached] for sequence in self.running], dtype=torch.int64)
+        is_first = not any(sequence.num_cached for sequence in self.running)
+        for sequence, ids in zip(self.running, unread, strict=True):
+            sequence.num_cached += len(ids)
+        return {
+            "token_ids": token_ids.to(device),
+            "token_mask": token_mask.to(device),
+            "positions": None if is_first else positions.to(device),
+            "cache": self._cache,
+            "logits_at": (lengths - 1).to(device),
+        }
+
+    def append(self, chosen: Sequence[int]) -> None:
+        """Add the next token of each running sequence; those that end leave the batch and the cache."""
+        rows = []
+        for row, (sequence, token_id) in enumerate(zip(self.running, chosen, strict=True)):
+            if token_id != self._eod_id:
+                sequence.ids.append(token_id)
+                sequence.new_ids.append(token_id)
+                self._on_token(sequence.index, token_id)
+            if token_id != self._eod_id and len(sequence.new_ids) < self._max_new_tokens:
+                rows.append(row)
+        if len(rows) < len(self.running):
+            self.running = [self.running[row] for row in rows]
+            self._cache.keep(rows)
+
+    def _start_over(self) -> None:
+        """Cut the sequences that have outgrown the model, and read all of them again, as those of a batch must."""
+        for sequence in self.running:
+            if len(sequence.ids) - sequence.first > self._max_seq_len:
+                sequence.first = len(sequence.ids) - max(1, self._max_seq_len // 2)
+            sequence.num_cached = 0
+        self._cache = self._empty_cache()
+
+    def _empty_cache(self) -> KeyValueCache:
+        longest = max((len(each.unread) - len(each.new_ids) for each in self.running), default=1)
+        return KeyValueCache(min(self._max_seq_len, longest + self._max_new_tokens))

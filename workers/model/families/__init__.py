@@ -1,0 +1,56 @@
+"""Model families of Hugging Face to import and export, each one small file that maps names and shapes.
+
+Begin with `mixtral`, the smallest, and `base.Family`, which says what a family declares; docs/how-to-add.md shows how
+to add one. Import: `settings` reads config.json strictly, `shapes` has what most of them say, `nearest` words what is
+refused, `source` opens and checks the safetensors files, `filling` copies them into a rank's shard, `importing` saves
+that as a checkpoint. Export: `writing`. The families: `afmoe`, `deepseek_v3`, `dots1`, `ernie4_5_moe`, `exaone_moe`,
+`glm4_moe`, `glm4_moe_lite`, `hy_v3`, `kimi_k2`, `minimax_m2`, `mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`,
+`solar_open`.
+"""
+
+from dispatch.errors import InvalidValue
+from workers.model.families import (
+    afmoe,
+    deepseek_v3,
+    dots1,
+    ernie4_5_moe,
+    exaone_moe,
+    glm4_moe,
+    glm4_moe_lite,
+    hy_v3,
+    kimi_k2,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+    solar_open,
+)
+from workers.model.families.base import Family, Part
+from workers.model.families.nearest import describe_nearest
+from workers.model.families.settings import Settings
+
+__all__ = ["FAMILIES", "Family", "Part", "Settings", "family_of"]
+
+_MODULES = (
+    *(afmoe, deepseek_v3, dots1, ernie4_5_moe, exaone_moe, glm4_moe, glm4_moe_lite, hy_v3, kimi_k2, minimax_m2),
+    *(mixtral, olmoe, qwen2_moe, qwen3_moe, solar_open),
+)
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+
+
+def family_of(settings: Settings) -> Family:
+    """The family of a config.json. Raises ValueError for any other, with the nearest and what differs."""
+    model_type, architectures = settings.values.get("model_type"), settings.values.get("architectures") or []
+    family: Family | None = FAMILIES.get(str(model_type))
+    if (
+        family is None
+        or not isinstance(architectures, list)
+        or (architectures and family.architecture not in architectures)
+    ):
+        raise InvalidValue(
+            f"{settings.where}: model_type {model_type!r} with architectures {architectures} is not supported; "
+            f"supported are {', '.join(FAMILIES)}; {describe_nearest(settings, FAMILIES.values())}; docs/models.md "
+            "shows how to add a family"
+        )
+    return family

@@ -1,0 +1,190 @@
+"""What a model family is: how its config.json becomes a ModelConfig, and where each of its tensors lies in our state.
+
+Names of our side are canonical ones (`workers.checkpoints.state`) without their section.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.model.decoder import ModelConfig
+from workers.model.families.settings import Settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a Hugging Face checkpoint: the rows `first_row` and following of one of our tensors, bit for bit.
+
+    Hugging Face turns the two halves of a head against each other, we turn neighbours
+    (`workers.model.attention.rotate`). The scores are the same if the rows of queries and keys are in the other order,
+    which is what `head_dim` is for.
+
+    head_dim: rows of a head, whose first rotary_dim are stored as two halves; 0 where rows keep their order.
+    rotary_dim: 0 for all rows of a head.
+    is_copy: of what another part is; it may be missing, and where it is there it must be equal.
+    """
+
+    name: str
+    target: str
+    shape: tuple[int, ...]
+    first_row: int = 0
+    head_dim: int = 0
+    rotary_dim: int = 0
+    is_copy: bool = False
+
+    def rows_of(self, target: Tensor) -> Tensor:
+        """The rows of our tensor that this part fills, as a view."""
+        # A row more where theirs has an axis of one more, as the bias of ERNIE.
+        target = target if target.ndim == len(self.shape) else target.unsqueeze(0)
+        return target.narrow(0, self.first_row, self.shape[0])
+
+    def to_ours(self, rows: Tensor) -> Tensor:
+        """Reorder the rows of whole heads from Hugging Face's order to ours."""
+        return self._reorder(rows, lambda rotated: rotated.unflatten(1, (2, -1)))
+
+    def to_theirs(self, rows: Tensor) -> Tensor:
+        """Reorder the rows of whole heads from our order to Hugging Face's."""
+        return self._reorder(rows, lambda rotated: rotated.unflatten(1, (-1, 2)))
+
+    def _reorder(self, rows: Tensor, pairs_of: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.head_dim:
+            return rows
+        heads = rows.unflatten(0, (-1, self.head_dim))
+        rotary_dim = self.rotary_dim or self.head_dim
+        rotated = pairs_of(heads[:, :rotary_dim]).transpose(1, 2).flatten(1, 2)
+        return torch.cat([rotated, heads[:, rotary_dim:]], dim=1).flatten(0, 1)
+
+
+PartsOf = Callable[[ModelConfig, str, str], Iterator[Part]]
+
+
+def grouped_query_parts(config: ModelConfig, theirs: str, ours: str, *, halves: bool = True) -> Iterator[Part]:
+    """Queries, keys and values, which are rows of one matrix of ours, their biases and norms, and the output.
+
+    halves: whether theirs turns the halves of a head against each other, and not neighbours as we do.
+    """
+    head_dim = config.head_width
+    turning: dict[str, Any] = {"head_dim": head_dim, "rotary_dim": config.rotary_dim} if halves else {}
+    columns: dict[str, tuple[int, ...]] = {"weight": (config.hidden,)} | ({"bias": ()} if config.qkv_bias else {})
+    for kind, width in columns.items():
+        first_row = 0
+        for name, heads in (
+            ("q_proj", config.num_heads),
+            ("k_proj", config.num_kv_heads),
+            ("v_proj", config.num_kv_heads),
+        ):
+            shape, order = (heads * head_dim, *width), {} if name == "v_proj" else turning
+            yield Part(f"{theirs}.{name}.{kind}", f"{ours}.qkv_proj.{kind}", shape, first_row, **order)
+            first_row += shape[0]
+    if config.query_key_norm != "none":
+        for name, norm, heads in (("q", "query", config.num_heads), ("k", "key", config.num_kv_heads)):
+            rows = head_dim * (1 if config.query_key_norm == "head" else heads)
+            yield Part(f"{theirs}.{name}_norm.weight", f"{ours}.{norm}_norm.weight", (rows,), **turning)
+    shape = (config.hidden, config.num_heads * head_dim)
+    if config.attention_gate:
+        yield Part(f"{theirs}.gate_proj.weight", f"{ours}.gate_proj.weight", shape[::-1])
+    yield Part(f"{theirs}.o_proj.weight", f"{ours}.out_proj.weight", shape)
+
+
+def feed_forward_parts(config: ModelConfig, theirs: str, ours: str, ffn_hidden: int) -> Iterator[Part]:
+    """A dense feed-forward or the shared experts."""
+    for name in ("gate_proj", "up_proj"):
+        yield Part(f"{theirs}.{name}.weight", f"{ours}.{name}.weight", (ffn_hidden, config.hidden))
+    yield Part(f"{theirs}.down_proj.weight", f"{ours}.down_proj.weight", (config.hidden, ffn_hidden))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEParts:
+    """The tensors of a MoE layer: its gate, its selection bias, its shared and its routed experts, by their names.
+
+    bias: of the selection, with bias_axes axes; empty where the family has none. projections: of a routed expert.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate"
+    bias: str = ""
+    bias_axes: int = 1
+    shared: str = "shared_experts"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def __call__(self, config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+        """All of one layer, given the prefix of its names and of ours."""
+        moe, theirs = config.moe, f"{theirs}.{self.block}"
+        if self.bias:
+            shape = (1,) * (self.bias_axes - 1) + (moe.num_experts,)
+            yield Part(f"{theirs}.{self.bias}", f"{ours}.router.expert_bias_E", shape)
+        yield Part(f"{theirs}.{self.gate}.weight", f"{ours}.router.weight", (moe.num_experts, config.hidden))
+        yield from self._experts(config, theirs, ours)
+        if moe.num_shared_experts:
+            shared = moe.ffn_hidden * moe.num_shared_experts
+            yield from feed_forward_parts(config, f"{theirs}.{self.shared}", f"{ours}.shared_experts", shared)
+        if moe.shared_gate:
+            gate = f"{ours}.shared_experts.token_gate.weight"
+            yield Part(f"{theirs}.{self.shared}_gate.weight", gate, (1, config.hidden))
+
+    def _experts(self, config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
+        """The routed experts, whose gate and up projections are one matrix of ours."""
+        ffn_hidden = config.moe.ffn_hidden
+        gate, up, down = self.projections
+        for expert_id in range(config.moe.num_experts):
+            expert, target = f"{theirs}.experts.{expert_id}", f"{ours}.experts.{expert_id}"
+            inner = (ffn_hidden, config.hidden)
+            yield Part(f"{expert}.{gate}.weight", f"{target}.gate_up_proj", inner)
+            yield Part(f"{expert}.{up}.weight", f"{target}.gate_up_proj", inner, ffn_hidden)
+            yield Part(f"{expert}.{down}.weight", f"{target}.down_proj", inner[::-1])
+
+
+NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model of Hugging Face, chosen by `model_type` and `architectures[0]` of its config.json.
+
+    read_config: our settings from theirs; max_seq_len is all that the model knows.
+    moe_parts, attention_parts: of one layer, given the prefix of its names and of ours.
+    mtp_parts: what a multi-token-prediction layer has besides a layer, given both prefixes; None where there is none.
+    norms: of a layer, by their names, and ours.
+    left_out: how names of tensors begin that import leaves out, as transformers does; {num_layers} is filled in.
+    """
+
+    model_type: str
+    architecture: str
+    read_config: Callable[[Settings], ModelConfig]
+    moe_parts: MoEParts
+    attention_parts: PartsOf = grouped_query_parts
+    mtp_parts: PartsOf | None = None
+    left_out: str = ""
+    norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether its routers have a selection bias."""
+        return bool(self.moe_parts.bias)
+
+    def parts(self, config: ModelConfig) -> Iterator[Part]:
+        """All tensors of a checkpoint, in the order in which they are used."""
+        vocabulary, width = (config.vocab_size, config.hidden), (config.hidden,)
+        yield Part("model.embed_tokens.weight", "token_embedding.weight", vocabulary)
+        for index in range(config.num_layers):
+            yield from self._layer(config, index, f"layers.{index}")
+        yield Part("model.norm.weight", "norm.weight", width)
+        if not config.tie_embeddings:
+            yield Part("lm_head.weight", "lm_head.weight", vocabulary)
+        if config.num_mtp_layers and self.mtp_parts is not None:
+            # It follows the layers in the names of the hub.
+            yield from self.mtp_parts(config, f"model.layers.{config.num_layers}", "mtp")
+            yield from self._layer(config, config.num_layers, "mtp.block")
+
+    def _layer(self, config: ModelConfig, index: int, ours: str) -> Iterator[Part]:
+        theirs, width = f"model.layers.{index}", (config.hidden,)
+        for name, norm in self.norms.items():
+            yield Part(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", width)
+        yield from self.attention_parts(config, f"{theirs}.self_attn", f"{ours}.attention")
+        if index < config.num_dense_layers:
+            yield from feed_forward_parts(config, f"{theirs}.mlp", f"{ours}.ffn", config.dense_ffn_hidden)
+        else:
+            yield from self.moe_parts(config, theirs, f"{ours}.moe")

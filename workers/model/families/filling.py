@@ -1,0 +1,79 @@
+"""Copies a model's files into the shard of a rank, block by block: no tensor is held twice."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from workers.model.families.base import Part
+from workers.model.families.source import SCALE_SUFFIX, ModelDirectory, SourceError, StoredTensor
+
+BLOCK_BYTES = 16 * 2**20
+
+
+@torch.no_grad()
+def fill(state: Mapping[str, Tensor], source: ModelDirectory) -> None:
+    """Fill each tensor of `state` whose section is model, and nothing else.
+
+    Args:
+        state: of `canonical_state`, fp32.
+        source: its files are read in rows of at most BLOCK_BYTES.
+
+    Raises:
+        SourceError: names the file and the tensor that holds a NaN or an infinity, or is not what its digest says.
+    """
+    for part in source.parts():
+        target = state.get(f"model.{part.target}")
+        if target is not None and not (part.is_copy and part.name not in source.tensors):
+            _fill_part(part.rows_of(target), part, source)
+
+
+def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
+    stored = source.tensors[part.name]
+    scale = source.tensors.get(part.name + SCALE_SUFFIX)
+    scales = None if scale is None else torch.cat([rows for _, rows in _blocks(scale, 1)])
+    # Whole heads, whose rows change places, and whole blocks of fp8.
+    step = math.lcm(part.head_dim or 1, source.block[0] if source.block and scales is not None else 1)
+    for first, rows in _blocks(stored, step):
+        wide = rows.float() if scales is None else _dequantised(rows, scales, first, source.block or (1, 1))
+        if not bool(wide.isfinite().all()):
+            raise SourceError(f"{stored.file}: {part.name} holds a NaN or an infinity in rows {first} and following")
+        place = target[first : first + len(rows)]
+        if part.is_copy and not torch.equal(place, wide):
+            raise SourceError(f"{stored.file}: {part.name} is not equal to what fills {part.target}, which it copies")
+        place.copy_(part.to_ours(wide))
+
+
+def _blocks(stored: StoredTensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    """First row and rows of each block, a multiple of `step` rows; compares the digest at the end."""
+    num_rows, row_bytes = stored.shape[0], stored.num_bytes // max(1, stored.shape[0])
+    rows_at_once = max(1, BLOCK_BYTES // max(1, row_bytes) // step) * step
+    digest = hashlib.sha256() if stored.sha256 else None
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        for first in range(0, num_rows, rows_at_once):
+            raw = torch.empty(min(rows_at_once, num_rows - first) * row_bytes, dtype=torch.uint8)
+            _read_into(raw, file, stored)
+            if digest is not None:
+                digest.update(raw.numpy().data)
+            yield first, raw.view(stored.dtype).view(-1, *stored.shape[1:])
+    if digest is not None and digest.hexdigest() != stored.sha256:
+        raise SourceError(f"{stored.file}: {stored.name} is not what was exported (its sha256 differs); fetch it again")
+
+
+def _read_into(raw: Tensor, file: BinaryIO, stored: StoredTensor) -> None:
+    view = raw.numpy().data
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]  # of a raw file
+        if not count:
+            raise SourceError(f"{stored.file} ended within {stored.name}; did it change while it was read?")
+        view = view[count:]
+
+
+def _dequantised(rows: Tensor, scales: Tensor, first_row: int, block: tuple[int, int]) -> Tensor:
+    """Rows of fp8 times the scale of their block, in fp32 (DeepSeek-V3, section 3.3). first_row begins a block."""
+    of_rows = scales[first_row // block[0] :].repeat_interleave(block[0], 0)[: rows.shape[0]]
+    return rows.float() * of_rows.repeat_interleave(block[1], 1)[:, : rows.shape[1]]

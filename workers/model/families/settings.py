@@ -1,0 +1,127 @@
+"""A config.json of Hugging Face, read strictly: what is missing, of another type or not supported is named."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dispatch.errors import InvalidValue
+from workers.model.attention import YarnConfig
+
+# More than any model has, and so little that a product of three sizes, in bytes, is a number of 64 bits.
+MOST = 10**6
+MOST_POSITIONS = 10**9
+MOST_LAYERS = 1000
+MOST_NUMBER = 1e30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of one config.json; `where` names it in errors.
+
+    Settings that have two names, as of the hub and as transformers writes them, are asked for by both: the first that
+    is there and not null counts. `default`, where none is there, must be that of transformers; `null`, where one is
+    there and null, what transformers makes of that: None is refused.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def whole(
+        self, *names: str, default: int | None = None, null: int | None = None, least: int = 0, most: int = MOST
+    ) -> int:
+        """A whole number from `least` to `most`. Raises ValueError where it is missing, or something else."""
+        value = self._first(names, default, null)
+        if type(value) is not int or not least <= value <= most:
+            rule = f"it must be a whole number, at least {least} and at most {most}"
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r:.60}; {rule}")
+        return value
+
+    def number(
+        self, *names: str, default: float | None = None, null: float | None = None, least: float = -MOST_NUMBER
+    ) -> float:
+        """A number from `least` to MOST_NUMBER. Raises ValueError as `whole`."""
+        value = self._first(names, default, null)
+        if type(value) not in (int, float) or not least <= value <= MOST_NUMBER:
+            rule = f"it must be a number, at least {least:g} and at most {MOST_NUMBER:g}"
+            raise InvalidValue(f"{self.where}: {names[0]} is {value!r:.60}; {rule}")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false; null is false, as in transformers. Raises ValueError as `whole`."""
+        value = self._first((name,), default, False)
+        if not isinstance(value, bool):
+            raise InvalidValue(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def expect(self, name: str, *allowed: object) -> None:
+        """Refuse a setting whose other values would need code that is not there; missing is fine."""
+        value = self.values.get(name, allowed[0])
+        if value not in allowed:
+            supported = " or ".join(map(repr, allowed))
+            raise InvalidValue(f"{self.where}: {name} is {value!r}, and only {supported} is supported")
+
+    def rope_theta(self, default: float) -> float:
+        """Base of the rotary angles."""
+        inner = Settings(self._rope(), f"{self.where}: rope scaling")
+        outer = self.number("rope_theta", default=default, null=default)
+        return inner.number("rope_theta", default=outer, null=outer)
+
+    def partial_rotary_factor(self, default: float) -> float:
+        """Share of a head's dimensions that are rotated."""
+        inner = Settings(self._rope(), f"{self.where}: rope scaling")
+        outer = self.number("partial_rotary_factor", default=default, null=default)
+        return inner.number("partial_rotary_factor", default=outer, null=outer)
+
+    def yarn(self, *, scales_scores: bool) -> YarnConfig:
+        """The stretching of rotary positions. scales_scores: mscale_all_dim also multiplies scores, as in DeepSeek-V3.
+
+        Raises:
+            ValueError: a kind other than YaRN.
+        """
+        rope = self._rope()
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return YarnConfig()
+        if kind != "yarn":
+            raise InvalidValue(f"{self.where}: rope scaling is {kind!r}, and only 'default' or 'yarn' is supported")
+        inner = Settings(rope, f"{self.where}: rope scaling")
+        factor = inner.number("factor")
+        over_all = inner.number("mscale_all_dim", default=0.0, null=0.0, least=0.0)
+        return YarnConfig(
+            factor=factor,
+            original_max_seq_len=inner.whole("original_max_position_embeddings", most=MOST_POSITIONS),
+            beta_fast=inner.number("beta_fast", default=32.0, null=32.0),
+            beta_slow=inner.number("beta_slow", default=1.0, null=1.0),
+            truncate=inner.flag("truncate", default=True),
+            magnitude=_magnitude(inner, factor, over_all),
+            score_factor=_mscale(factor, over_all) ** 2 if scales_scores and over_all else 1.0,
+        )
+
+    def _rope(self) -> Mapping[str, Any]:
+        """Under one of two names: rope_parameters as transformers 5 writes it, rope_scaling in older checkpoints."""
+        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise InvalidValue(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
+        return rope
+
+    def _first(self, names: tuple[str, ...], default: Any, null: Any) -> Any:
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        is_there = any(name in self.values for name in names)
+        value = null if is_there else default
+        if value is None:
+            raise InvalidValue(f"{self.where}: {' or '.join(names)} is {'null' if is_there else 'missing'}")
+        return value
+
+
+def _magnitude(rope: Settings, factor: float, over_all: float) -> float:
+    # The rule of transformers: as given, else a quotient of two mscales, else the paper's 0.1 ln(factor) + 1.
+    mscale = rope.number("mscale", default=0.0, null=0.0, least=0.0)
+    derived = _mscale(factor, mscale) / _mscale(factor, over_all) if mscale and over_all else _mscale(factor, 1.0)
+    return rope.number("attention_factor", default=derived, null=derived)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,241 @@
+"""A directory of Hugging Face, opened and checked before a byte of a weight is read. Needs the package safetensors."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatch.errors import InvalidValue
+from workers.model.decoder import ModelConfig
+from workers.model.families import Family, Part, Settings, family_of
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Key in the metadata of a file: what export writes there, and import compares.
+DIGESTS = "sha256"
+SCALE_SUFFIX = "_scale_inv"  # of the scales of a tensor in blocks of fp8
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# A buffer of old checkpoints, which follows from the configuration.
+_IGNORED = ".rotary_emb.inv_freq"
+
+
+class SourceError(InvalidValue):
+    """A directory of Hugging Face that cannot be imported; the message names the file and the tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where the bytes of a tensor lie: `start` counts from the beginning of the file. sha256: of its bytes, or None."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    sha256: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """An intact directory of a supported family. block: rows and columns that share a scale, of tensors in fp8.
+
+    num_left_out: tensors of the files that `tensors` does not have, since the family leaves them out.
+    """
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    settings: Settings
+    tensors: Mapping[str, StoredTensor]
+    block: tuple[int, int] | None
+    num_left_out: int
+
+    def parts(self) -> list[Part]:
+        """All of its tensors, scales of fp8 left out."""
+        return list(self.family.parts(self.config))
+
+
+def open_source(folder: Path) -> ModelDirectory:
+    """Open a directory with config.json and safetensors files, one or several with an index.
+
+    Raises:
+        SourceError: names the file, and the tensor, that is missing, damaged, unexpected, or of a wrong shape or dtype.
+        ValueError: a model that is not supported, or the package safetensors is missing.
+    """
+    settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
+    family = family_of(settings)
+    tensors = _open_files(folder)
+    config = family.read_config(settings)
+    block = _fp8_block(settings)
+    _check_counts(config, len(tensors), folder)
+    if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
+        config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
+    prefix = family.left_out.format(num_layers=config.num_layers)
+    kept = {name: tensor for name, tensor in tensors.items() if not prefix or not name.startswith(prefix)}
+    source = ModelDirectory(folder, family, config, settings, kept, block, len(tensors) - len(kept))
+    _check_parts(source)
+    return source
+
+
+def _check_counts(config: ModelConfig, num_tensors: int, folder: Path) -> None:
+    """Refuse more layers or experts than the files have tensors: to list their names could take for ever."""
+    num_moe_layers = max(1, config.num_layers - config.num_dense_layers)
+    num_needed = config.num_layers + num_moe_layers * config.moe.num_experts
+    if num_needed > num_tensors:
+        raise SourceError(
+            f"{folder / CONFIG} tells of {config.num_layers} layers with {config.moe.num_experts} experts, and the "
+            f"files hold {num_tensors} tensors; fetch the directory again"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises SourceError, which names it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"{path} must hold names and values, not {values!r:.60}")
+    return values
+
+
+def _open_files(folder: Path) -> dict[str, StoredTensor]:
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise SourceError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickles")
+        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SourceError(f"{folder / INDEX} has no weight_map from tensors to files")
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name:
+            raise SourceError(f"{folder / INDEX} points to {file_name!r}; it must name a file beside it")
+        for tensor in _read_header(folder / file_name):
+            if weight_map.get(tensor.name) != file_name:
+                told = weight_map.get(tensor.name, "no file")
+                raise SourceError(f"{tensor.file} holds {tensor.name}, but {INDEX} names {told} for it")
+            tensors[tensor.name] = tensor
+    for name, file_name in weight_map.items():
+        if name not in tensors:
+            raise SourceError(f"{folder / file_name} lacks {name}, which {INDEX} names it for")
+    return tensors
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one file, which is as long as its header says."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError:
+        raise InvalidValue("import and export need a package: pip install 'trimtab[hf]'") from None
+    try:
+        with safe_open(path, "pt") as opened:  # checks that the tensors cover the file, without gaps or overlaps
+            metadata = opened.metadata() or {}
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        digests = json.loads(metadata.get(DIGESTS, "{}"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise SourceError(f"{path} is damaged: {error}; fetch it again") from error
+    header.pop("__metadata__", None)
+    return [
+        _stored(path, name, entry, 8 + header_bytes, digests.get(name))
+        for name, entry in header.items()
+        if not name.endswith(_IGNORED)
+    ]
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any], data_start: int, digest: str | None) -> StoredTensor:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise SourceError(f"{path}: {name} is {entry['dtype']}; weights must be one of {', '.join(_DTYPES)}")
+    return StoredTensor(name, path, dtype, tuple(entry["shape"]), data_start + entry["data_offsets"][0], digest)
+
+
+def _fp8_block(settings: Settings) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where config.json says that weights are fp8."""
+    quantization = settings.values.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise SourceError(
+            f"{settings.where}: quantization_config is {quantization!r:.60}; it must hold names and values"
+        )
+    inner = Settings(quantization, f"{settings.where}: quantization_config")
+    inner.expect("quant_method", "fp8")
+    inner.expect("fmt", "e4m3", "float8_e4m3fn")
+    block = quantization.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise SourceError(f"{inner.where}: weight_block_size is {block!r}; it must be two whole numbers above 0")
+    return block[0], block[1]
+
+
+def _check_parts(source: ModelDirectory) -> None:
+    parts = source.parts()
+    scales = {name for name, tensor in source.tensors.items() if name.endswith(SCALE_SUFFIX)}
+    unexpected = sorted(source.tensors.keys() - {part.name for part in parts} - scales)
+    if unexpected:
+        where = source.tensors[unexpected[0]].file
+        raise SourceError(
+            f"{where} holds {unexpected[0]}, which a {source.family.architecture} of its config.json does not have"
+        )
+    for part in parts:
+        tensor = source.tensors.get(part.name)
+        if tensor is None and part.is_copy:
+            continue
+        if tensor is None:
+            raise SourceError(f"{source.folder} lacks {part.name}: neither an index entry nor a file has it")
+        if tensor.shape != part.shape:
+            raise SourceError(f"{tensor.file}: {part.name} is {tensor.shape}, and by config.json {part.shape}")
+        _check_dtype(source, tensor, _allowed_dtypes(source))
+
+
+def _allowed_dtypes(source: ModelDirectory) -> Iterable[torch.dtype]:
+    """That of config.json, and fp32, which some tensors are kept in.
+
+    Any where config.json says fp32, which holds every value of the others, or nothing.
+    """
+    name = source.settings.values.get("dtype") or source.settings.values.get("torch_dtype")
+    wanted = getattr(torch, str(name), None)
+    if not isinstance(wanted, torch.dtype) or wanted == torch.float32:
+        return tuple(_DTYPES.values())
+    return wanted, torch.float32
+
+
+def _check_dtype(source: ModelDirectory, tensor: StoredTensor, allowed: Iterable[torch.dtype]) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:
+        scale = source.tensors.get(tensor.name + SCALE_SUFFIX)
+        if source.block is None or scale is None or len(tensor.shape) != 2:
+            raise SourceError(
+                f"{tensor.file}: {tensor.name} is F8_E4M3, which needs {tensor.name}{SCALE_SUFFIX} beside it and "
+                "quantization_config in config.json"
+            )
+        grid = tuple(-(-size // block) for size, block in zip(tensor.shape, source.block, strict=True))
+        if scale.shape != grid or scale.dtype != torch.float32:
+            raise SourceError(f"{scale.file}: {scale.name} is {scale.dtype} {scale.shape}; it must be float32 {grid}")
+    elif tensor.dtype not in allowed:
+        raise SourceError(
+            f"{tensor.file}: {tensor.name} is {DTYPE_NAMES[tensor.dtype]}, and config.json says "
+            f"{source.settings.values.get('dtype') or source.settings.values.get('torch_dtype')}"
+        )

@@ -1,0 +1,77 @@
+"""Floating-point operations of training (model FLOPs), and what a device can do at most."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from workers.model.decoder import Decoder
+
+# FLOP/s of dense bf16 matmuls on tensor cores, from NVIDIA's data sheets, without sparsity. The first name that is a
+# part of the device's counts.
+BF16_PEAKS = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
+
+def bf16_peak(device: torch.device) -> float | None:
+    """FLOP/s of a CUDA device's dense bf16 matmuls by its data sheet; None where it is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    return peak_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_by_name(name: str) -> float | None:
+    """The peak of a device of this name, as torch gives it."""
+    return next((peak for part, peak in BF16_PEAKS.items() if part in name), None)
+
+
+def train_flops_per_token(model: Decoder) -> int:
+    """FLOPs of forward and backward that one token costs, as PaLM counts them (arXiv 2204.02311, appendix B).
+
+    Six for each weight that the token is multiplied with, of the routed experts those it chooses; and the scores of
+    attention over `max_seq_len` tokens, the masked ones too. What is recomputed in backward is not counted again.
+    """
+    config = model.config
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    # A tied head is no Linear; that of the decoder serves multi-token prediction once more.
+    weights += (config.tie_embeddings + config.num_mtp_layers) * config.vocab_size * config.hidden
+    moe = config.moe
+    weights += config.num_moe_layers * config.hidden * (3 * moe.top_k * moe.ffn_hidden + moe.num_experts)
+    widths = 2 * config.head_width
+    if config.attention == "latent":
+        widths = config.latent.nope_dim + config.latent.rope_dim + config.latent.value_dim
+    scores = (config.num_layers + config.num_mtp_layers) * config.num_heads * widths * config.max_seq_len
+    return 6 * (weights + scores)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What the speed of a run in tokens means in FLOP/s.
+
+    per_token: FLOPs of a token. peak_per_s: of a rank's device, None where it is not known.
+    """
+
+    per_token: int
+    peak_per_s: float | None
+    num_ranks: int
+
+    @classmethod
+    def of(cls, model: Decoder, device: torch.device, num_ranks: int) -> "ModelFlops":
+        """Those of training `model` on `num_ranks` devices like this one."""
+        return cls(train_flops_per_token(model), bf16_peak(device), num_ranks)
+
+    def fields(self, tokens_per_s: float) -> dict[str, float | None]:
+        """Fields of a line of metrics.jsonl: TFLOP/s of a rank, and the share of its device's peak (MFU)."""
+        per_s = tokens_per_s * self.per_token / self.num_ranks
+        return {"tflops_per_s": per_s / 1e12, "mfu": per_s / self.peak_per_s if self.peak_per_s else None}

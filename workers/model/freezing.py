@@ -1,0 +1,50 @@
+"""Freezes named parts of a model: training leaves them as they are."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from dispatch.errors import InvalidValue
+
+# The part of a parameter: the first word of its name that is here.
+PARTS = {
+    "token_embedding": "embedding",
+    "lm_head": "embedding",
+    "attention": "attention",
+    "ffn": "dense_ffn",
+    "router": "router",
+    "experts": "experts",
+    "shared_experts": "shared_experts",
+}
+NAMES = tuple(dict.fromkeys([*PARTS.values(), "norms"]))
+
+
+def check_parts(parts: Iterable[str]) -> None:
+    """Refuse names that are no part of a model. Raises InvalidValue."""
+    unknown = sorted(set(parts) - set(NAMES))
+    if unknown:
+        raise InvalidValue(f"optim.freeze names {', '.join(unknown)}; the parts of a model are {', '.join(NAMES)}")
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to; its own name for one that belongs to none, which always trains."""
+    words = name.split(".")
+    if words[-2].endswith("norm"):
+        return "norms"
+    return next((PARTS[word] for word in words if word in PARTS), name)
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Exclude these parts from training: no gradient, no optimizer state. Call it before the optimizer is built.
+
+    The bias of a frozen router stays too (`Router.steers_bias`).
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    check_parts(parts)
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InvalidValue(f"optim.freeze ({', '.join(parts)}) leaves nothing to train; name fewer parts")

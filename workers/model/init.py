@@ -1,0 +1,55 @@
+"""Initial weights that do not depend on how the model is spread over ranks."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from dispatch.balance import routers_of
+from dispatch.experts.stacked import Experts
+from workers.gang.sharded import local_rows
+from workers.model.decoder import Decoder
+
+# They write into the residual stream, twice a layer: scaled so that its size does not grow with depth (GPT-2, 2.3).
+RESIDUAL_OUTPUTS = ("out_proj", "down_proj")
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Draw every parameter in place and zero the routers' buffers; needed after `to_empty`, fine without.
+
+    Each matrix is normal with standard deviation 1 / sqrt(fan_in), norms are 1, biases 0. Every tensor, and every
+    expert by its global id, has a generator of its own seeded by (seed, canonical name): any EP size gives the same.
+    """
+    # An embedding's input is one-hot, so its fan-in is 1. Worth 0.10 nats after 90 steps of the default model on Python
+    # sources, against 1 / sqrt(hidden).
+    # A tied one is the output projection too, whose logits must start small.
+    embedding_gain = 1.0 if model.config.tie_embeddings else model.config.hidden**0.5
+    residual_gain = (2 * model.config.num_layers) ** -0.5
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            gain = 1.0
+            if isinstance(module, nn.Embedding):
+                gain = embedding_gain
+            elif f"{module_name}.{name}".removesuffix(".weight").endswith(RESIDUAL_OUTPUTS):
+                gain = residual_gain
+            if isinstance(module, Experts):
+                rows, first = local_rows(parameter)
+                for expert_id, weight in zip(module.expert_ids[first:], rows, strict=False):
+                    _draw(weight, gain, seed, f"{module_name}.{expert_id}.{name}")
+            else:
+                _draw(parameter, gain, seed, f"{module_name}.{name}")
+    for router in routers_of(model).values():
+        router.reset_buffers()
+
+
+def _draw(weight: Tensor, gain: float, seed: int, name: str) -> None:
+    rows, first = local_rows(weight)
+    if weight.ndim == 1:
+        rows.fill_(0.0 if name.endswith("bias") else 1.0)  # the other vectors of this model are those of RMSNorm
+        return
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    # Drawn in fp32 on the CPU whatever the model's dtype and device: the same model everywhere.
+    drawn = torch.randn(weight.shape, generator=generator) * (gain * weight.shape[-1] ** -0.5)
+    rows.copy_(drawn[first : first + len(rows)])

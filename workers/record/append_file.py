@@ -1,0 +1,106 @@
+"""Appending to a file that must not stop a training run, and cutting it back when the run resumes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from workers.record.atomic_file import write_atomically
+
+
+class AppendFile:
+    """A file that is only appended to. What the disk does not take now is kept in memory and written later.
+
+    Unbuffered: a reader sees every write at once, and a killed process loses nothing that the disk took. Has the
+    `write`, `flush` and `close` of a binary file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trouble: OSError | None = None  # why the last write is not on the disk
+        self._backlog = bytearray()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    @property
+    def num_missing_bytes(self) -> int:
+        """Bytes that wait in memory for space."""
+        return len(self._backlog)
+
+    def is_in_place(self) -> bool:
+        """Whether its path still leads to this file."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def write(self, data: bytes) -> int:
+        """Append `data` after everything that still waits. Never raises OSError; see `trouble`."""
+        if self._fd < 0:
+            raise ValueError(f"{self.path} is closed")
+        self._backlog += data
+        self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        """Try again to write what waits."""
+        try:
+            while self._backlog:
+                # A nearly full disk takes a part: what it took must not be written twice.
+                del self._backlog[: os.write(self._fd, self._backlog)]
+        except OSError as error:
+            self.trouble = error
+        else:
+            self.trouble = None
+
+    def sync(self) -> None:
+        """Wait until the disk itself has all that was written."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self.trouble = error
+
+    def close(self) -> None:
+        """Try once more to write what waits, then give up on it. Repeating it is harmless."""
+        if self._fd >= 0:
+            self.flush()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) -> None:
+    """Move the bytes of `path` from `offset` on to the end of `aside`, but for the last `num_lost_bytes`.
+
+    `path` is cut only after `aside` is on the disk: a crash between the two leaves bytes twice, never nowhere.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as source:
+        source.seek(offset)
+        tail = source.read(size - num_lost_bytes - offset)
+    if tail:
+        with aside.open("ab") as target:
+            target.write(tail)
+            target.flush()
+            os.fsync(target.fileno())
+    if offset < size:
+        os.truncate(path, offset)
+
+
+def keep_parts(path: Path, aside: Path, kept: Sequence[tuple[int, int]], *, num_lost_bytes: int = 0) -> None:
+    """Leave the parts `kept` of `path`, from their first byte to before their last, and move the rest to `aside`.
+
+    The last `num_lost_bytes` are moved nowhere. A crash leaves bytes twice at worst.
+    """
+    size, end = path.stat().st_size - num_lost_bytes, 0
+    gaps = []
+    for start, stop in kept:
+        if start > end:
+            gaps.append((end, start))
+        end = stop
+    if gaps:
+        raw = path.read_bytes()
+        with aside.open("ab") as target:
+            target.write(b"".join(raw[start:stop] for start, stop in [*gaps, (end, size)]))
+            target.flush()
+            os.fsync(target.fileno())
+        write_atomically(path, b"".join(raw[start:stop] for start, stop in kept))
+    else:
+        move_tail(path, aside, end, num_lost_bytes=num_lost_bytes)

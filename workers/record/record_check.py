@@ -1,0 +1,74 @@
+"""Whether the records of a run hold every step up to the one it goes on from. Needs no torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.record.record_file import list_records
+from workers.record.record_lines import Line, complete_lines, sort_lines
+from workers.record.run_log import EVENTS, HISTORY, METRICS, read_load_history
+from workers.record.statistic_log import STATISTICS
+
+
+@dataclass(frozen=True)
+class Hole:
+    """What is missing in a file of records. lines: numbers of damaged lines. steps: missing steps."""
+
+    file: str
+    lines: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    def __str__(self) -> str:
+        damaged = f"line {ranges(self.lines)} is damaged" if self.lines else ""
+        missing = f"step {ranges(self.steps)} is missing" if self.steps else ""
+        return f"{self.file}: " + ", ".join(filter(None, (damaged, missing)))
+
+    def event(self) -> Line:
+        """Details of the event `record_hole`."""
+        return {"file": self.file, "lines": ranges(self.lines), "steps": ranges(self.steps)}
+
+
+def find_holes(run: Path, step: int) -> list[Hole]:
+    """Find what the records of `run` lack of the steps 1 to `step`, which each of them should hold.
+
+    What lies behind `step`, such as a line that a crash tore, is not looked at: resuming moves it aside.
+    """
+    lines = sort_lines((run / METRICS).read_bytes(), step)
+    metrics = Hole(METRICS, tuple(lines.bad), _missing(lines.steps, 1, step))
+    history = Hole(HISTORY, (), _missing(read_load_history(run).steps.tolist(), 1, step))
+    holes = [metrics, history, _hole_in_statistics(run / STATISTICS, step)]
+    return [hole for hole in holes if hole.lines or hole.steps]
+
+
+def new_holes(run: Path, holes: Iterable[Hole]) -> list[Hole]:
+    """The holes that no event of the run reports yet."""
+    path = run / EVENTS
+    lines = [line for _, line in complete_lines(path.read_bytes())] if path.exists() else []
+    told = [_known(line) for line in lines if line and line.get("event") == "record_hole"]
+    return [hole for hole in holes if hole.lines or (hole.file, ranges(hole.steps)) not in told]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Increasing numbers as text: [1, 2, 3, 7] -> '1 to 3, 7'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def _known(line: Line) -> tuple[str, str]:
+    return str(line.get("file")), str(line.get("steps"))
+
+
+def _missing(steps: Iterable[int], first: int, last: int) -> tuple[int, ...]:
+    return tuple(sorted(set(range(first, last + 1)).difference(steps)))
+
+
+def _hole_in_statistics(path: Path, step: int) -> Hole:
+    """A law that counts no more than the load writes none; a run may have changed its law where it resumed."""
+    places = list_records(path)[0] if path.exists() else []
+    steps = [place.step for place in places if place.step <= step]
+    return Hole(STATISTICS, (), _missing(steps, min(steps), max(steps)) if steps else ())

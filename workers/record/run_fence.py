@@ -1,0 +1,43 @@
+"""Checks, before each step that is recorded, that the run still owns its directory.
+
+Needs no torch. Who owns a directory: runtime/runs/run_lock.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatch.errors import UserError
+
+
+class RunDirectoryLost(UserError):
+    """The directory of a run was removed, replaced, or taken over by another process while the run went on."""
+
+
+@dataclass(frozen=True)
+class RunFence:
+    """The lock file by which a run owns its directory, and the token that the file must hold."""
+
+    lock_file: Path
+    token: str
+
+    def check(self) -> None:
+        """Raise RunDirectoryLost where the lock file is gone or another's. Opened anew each time, for NFS's sake."""
+        run_dir = self.lock_file.parent
+        try:
+            token = json.loads(self.lock_file.read_bytes())["token"]
+        except FileNotFoundError:
+            what = "its lock file was removed" if run_dir.is_dir() else "it was removed or renamed"
+            raise lost(run_dir, f"{what}, or another process took the run over") from None
+        except (ValueError, OSError):
+            return  # read while it is renewed, or a file system in trouble: neither says that it is another's
+        if token != self.token:
+            raise lost(run_dir, "it is another run's")
+
+
+def lost(run_dir: Path, what: str) -> RunDirectoryLost:
+    """The error for a directory that is no longer the run's."""
+    return RunDirectoryLost(
+        f"the run directory {run_dir} is no longer this run's ({what}); the run stops and writes no more. If the "
+        f"directory lies elsewhere now, go on there with: trimtab train --resume DIRECTORY"
+    )

@@ -1,0 +1,128 @@
+"""Loss and load on held-out text, summed over all ranks.
+
+Shapes: S sources of text, B sequences, T tokens of a batch, K top-k, E experts of a layer, N of all MoE layers.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispatch.balance import routers_of
+from dispatch.routing.router import Router
+from dispatch.routing.selection import count_by_expert
+from workers.data.sampler import Sampler
+from workers.data.shards import Dataset
+from workers.data.windows import NO_TARGET
+from workers.gang.parallel import RankGroups
+from workers.model.decoder import Decoder, token_nll
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss in nats per token and in bits per byte of text, overall and by source; equal on all ranks.
+
+    load_SN: int64 on the CPU, held-out tokens by source and by the expert that the bias of now chose for them.
+    """
+
+    val_loss: float
+    val_bits_per_byte: float
+    val_bits_per_byte_per_source: dict[str, float]
+    num_tokens: int
+    load_SN: Tensor
+    eval_s: float
+
+    @property
+    def total_load(self) -> Tensor:
+        """Held-out tokens by expert, over all sources: int64 (N,)."""
+        load_N: Tensor = self.load_SN.sum(0)
+        return load_N
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    dataset: Dataset,
+    sampler: Sampler,
+    groups: RankGroups,
+    *,
+    batch_size: int,
+    num_sequences: int | None,
+    autocast: AbstractContextManager[None],
+) -> Evaluation:
+    """Measure the model on the same sequences at any world size.
+
+    Collective: every rank makes the same number of forwards, padded where its share is shorter, and one reduction.
+    Leaves the model in training mode; evaluation never counts as training load, whatever it counts for itself.
+    """
+    began = time.perf_counter()
+    groups.tracker.set_phase("evaluation")
+    model.eval()
+    num_sources = len(dataset.source_names)
+    totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
+    with _HeldOutLoad(routers_of(model), num_sources) as load:
+        for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
+            load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
+            with autocast:
+                ids, targets, starts = batch.sequences.to(groups.device)
+                logits = model(ids, document_starts=starts)
+            nats_B = token_nll(logits, targets).sum(1, dtype=torch.float64).cpu()
+            tokens_B = batch.is_real_B * (batch.sequences.targets != NO_TARGET).sum(1)
+            # where, not a product: a NaN of a padding row must not reach the sum.
+            totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
+            totals[1].index_add_(0, batch.source_B, tokens_B.double())
+    model.train()
+    totals, load_SN = _sum_over_ranks(totals, groups), _sum_over_ranks(load.by_source(), groups)
+    nats, tokens = totals[0].tolist(), [int(count) for count in totals[1].tolist()]
+    bits, bits_by_source = dataset.bits_per_byte(nats, tokens)
+    seconds = time.perf_counter() - began
+    return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), load_SN, seconds)
+
+
+class _HeldOutLoad:
+    """Context that sums what the routers choose. Their own counters, which training reads, stay unchanged."""
+
+    def __init__(self, routers: Mapping[str, Router], num_sources: int) -> None:
+        self._routers, self._num_sources = routers, num_sources
+        self._loads_SE = {
+            name: router.tokens_per_expert_E.new_zeros(num_sources, router.num_experts)
+            for name, router in routers.items()
+        }
+        self._stack = ExitStack()
+        # Of the batch under way. Padding is not counted.
+        self.source_B = torch.zeros(0, dtype=torch.int64)
+        self.is_real_B = torch.zeros(0, dtype=torch.bool)
+
+    def __enter__(self) -> Self:
+        for name, router in self._routers.items():
+            handle = router.register_forward_hook(self._counter(name))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def by_source(self) -> Tensor:
+        """The load by source: int64 (S, N) on the CPU, experts in module order."""
+        empty_S0 = torch.zeros(self._num_sources, 0, dtype=torch.int64)
+        return torch.cat([empty_S0, *(load_SE.cpu() for load_SE in self._loads_SE.values())], dim=1)
+
+    def _counter(self, name: str) -> Any:
+        def count(router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
+            topk_ids_TK, load_SE = choice[0], self._loads_SE[name]
+            num_tokens = topk_ids_TK.shape[0] // max(1, len(self.is_real_B))  # of a sequence: T is B times that
+            mask_TK = self.is_real_B.repeat_interleave(num_tokens).unsqueeze(1).expand_as(topk_ids_TK)
+            cells_TK = topk_ids_TK + router.num_experts * self.source_B.repeat_interleave(num_tokens).unsqueeze(1)
+            load_SE += count_by_expert(cells_TK, load_SE.numel(), mask_TK).view_as(load_SE)
+
+        return count
+
+
+def _sum_over_ranks(totals: Tensor, groups: RankGroups) -> Tensor:
+    groups.tracker.run(dist.all_reduce, totals, group=groups.control_group)
+    return totals

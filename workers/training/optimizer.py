@@ -1,0 +1,148 @@
+"""The optimizer of a run: its settings, the learning rate, and how one is registered."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dispatch.errors import InvalidValue
+from dispatch.registry import Registry, checked_options, options_of
+from workers.model.freezing import check_parts
+
+Build = TypeVar("Build", bound=Callable[..., torch.optim.Optimizer])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry:
+    """An optimizer as registered, see `register_optimizer`; options: its constants and their defaults."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    initial_state: Callable[[Tensor], dict[str, Tensor]]
+    state_label: str
+    options: Mapping[str, float]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state for each element of a large fp32 matrix."""
+        matrix = torch.empty(1024, 1024, dtype=torch.float32, device="meta")
+        return sum(each.nbytes for each in self.initial_state(matrix).values()) // matrix.numel()
+
+
+# Each with the module that registers it.
+OPTIMIZERS: Registry[OptimizerEntry] = Registry(
+    "optim.name", {"adamw": "workers.training.adamw", "adamw_bf16": "workers.training.adamw_bf16"}
+)
+
+
+def register_optimizer(
+    name: str, *, initial_state: Callable[[Tensor], dict[str, Tensor]], state_label: str = "optimizer state"
+) -> Callable[[Build], Build]:
+    """Make a function an optimizer that `optim.name` can name; its keyword-only arguments become `optim.options`.
+
+    It is called once on each rank, with the model in its place and frozen parameters without gradient:
+
+        build(model: nn.Module, config: OptimConfig, *, option: float = 1.0) -> torch.optim.Optimizer
+
+    Before each step the learning rate of the schedule is set in every parameter group, times the group's "lr_scale"
+    where it has one. Ranks that hold the same parameter must update it alike.
+
+    Args:
+        initial_state: what the optimizer holds of a parameter before its first step, by its own keys. Checkpoints are
+            loaded into it. A tensor of the parameter's shape is saved expert by expert, and any number of ranks can
+            read it again; one without dimensions is saved once for a stack of experts. Its size is what `trimtab plan`
+            reckons with.
+        state_label: what `trimtab plan` calls it.
+    """
+
+    def register(build: Build) -> Build:
+        entry = OptimizerEntry(
+            build=build, initial_state=initial_state, state_label=state_label, options=options_of(build)
+        )
+        OPTIMIZERS.register(name, entry, build)
+        return build
+
+    return register
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, with linear warm-up and cosine decay of its learning rate."""
+
+    name: Annotated[str, OPTIMIZERS] = "adamw"
+    """The rule of the update; 'adamw_bf16' keeps AdamW's moments in bfloat16, rounded stochastically."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Further constants of an optimizer of your own, such as {"momentum": 0.9}."""
+    module: str | None = None
+    """Python module that registers optimizers of your own; imported in every process, on every node."""
+    lr: float = 2e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Learning rate of the last step, as a fraction of lr."""
+    warmup_steps: int = 20
+    """Steps in which the learning rate rises to lr."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms are not decayed."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, larger gradients are scaled down to it; 0 turns it off."""
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they are: embedding, attention, dense_ffn, router, experts, shared_experts, norms."""
+    mtp_weight: float = 0.1
+    """Factor on the loss of the multi-token-prediction layer, where there is one (0.3, then 0.1 in DeepSeek-V3)."""
+
+    def __post_init__(self) -> None:
+        OPTIMIZERS.check(self.name, self.module)
+        options = checked_options("optim.options", f"optimizer {self.name!r}", self.options, self.entry.options)
+        object.__setattr__(self, "options", options)
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0 and finite")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "mtp_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidValue(f"{name} ({getattr(self, name)}) must be in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise InvalidValue(f"min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]")
+        check_parts(self.freeze)
+
+    @property
+    def entry(self) -> OptimizerEntry:
+        """The registered optimizer."""
+        return OPTIMIZERS.find(self.name, self.module)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The rate of one update. step counts the updates made before: 0 for the first, total_steps - 1 for the last.
+
+    Warm-up: lr * (step + 1) / warmup_steps. Then half a cosine from lr that ends at lr * min_lr_ratio.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    decay_steps = max(1, total_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
+    floor = config.lr * config.min_lr_ratio
+    return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: matrices with weight decay, vectors without."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, over the trainable parameters of a model."""
+    return config.entry.build(model, config, **config.options)

@@ -1,0 +1,141 @@
+"""What one rank builds once it knows its place: data, model, optimizer."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dispatch.balance import attach_law, layout_of, read_bias, routers_of, write_state
+from dispatch.diagnosis.activity import Activity
+from dispatch.diagnosis.activity_tracker import ActivityTracker
+from dispatch.diagnosis.meter import Meter
+from dispatch.exchange.buffer_pool import BufferPool
+from dispatch.exchange.factory import make_dispatcher
+from dispatch.laws import Law
+from dispatch.layer import name_layers
+from dispatch.layout import LoadLayout
+from dispatch.routing.router import Router
+from workers.control.loop import ControlLoop
+from workers.data.sampler import Sampler
+from workers.data.shards import Dataset
+from workers.gang.parallel import RankGroups
+from workers.model.decoder import Decoder
+from workers.model.freezing import freeze
+from workers.model.init import init_weights
+from workers.model.meta_device import meta_device
+from workers.training.optimizer import build_optimizer
+from workers.training.sharding import shard_states
+from workers.training.step import autocast
+from workers.training.worker_spec import WorkerSpec
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The live objects of one rank."""
+
+    spec: WorkerSpec
+    groups: RankGroups
+    text: tuple[Dataset, Sampler] | None
+    meter: Meter
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    routers: dict[str, Router]
+    law: Law
+    control_tracker: ActivityTracker
+
+    @property
+    def dataset(self) -> Dataset:
+        """The text, of ranks that were given any."""
+        return self._text[0]
+
+    @property
+    def sampler(self) -> Sampler:
+        """What each rank reads of the text at each step."""
+        return self._text[1]
+
+    @property
+    def _text(self) -> tuple[Dataset, Sampler]:
+        if self.text is None:
+            raise RuntimeError("these ranks were built without text: they can only generate")
+        return self.text
+
+    @property
+    def layout(self) -> LoadLayout:
+        """How the MoE layers lie in vectors of load and bias."""
+        return self.law.layout
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A new context that computes in the run's dtype."""
+        return autocast(self.spec.run.dtype, self.groups.device)
+
+    def open_control(self) -> ControlLoop:
+        """The control path of this rank; all ranks open it together, close it when training ends."""
+        return ControlLoop(
+            group=self.groups.control_group,
+            law=self.law,
+            run_id=self.spec.run_id,
+            read_bias=partial(read_bias, self.routers),
+            write_state=partial(write_state, self.routers),
+            coordinator=self.spec.call_coordinator if self.groups.rank == 0 else None,
+            timeout_s=self.spec.control_timeout_s,
+            on_bias_mismatch=self.spec.run.on_bias_mismatch,
+            tracker=self.control_tracker,
+        )
+
+    def activity(self) -> dict[str, Activity]:
+        """What the threads of this rank are in, for who watches it; from any thread."""
+        return {"training": self.groups.tracker.read(), "control": self.control_tracker.read()}
+
+
+def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
+    """Open the data and build model and optimizer, with initial weights that do not depend on the layout of ranks."""
+    text = None if spec.data_dir is None else _open_text(spec, spec.data_dir)
+    control_tracker = ActivityTracker()
+    meter = Meter(tracker=groups.tracker)
+    model = _build_model(spec, groups, meter)
+    freeze(model, spec.optim.freeze)
+    name_layers(model, groups.tracker)
+    routers = routers_of(model)
+    law = Law(spec.balance, layout_of(routers))
+    attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
+    return RankState(
+        spec=spec,
+        groups=groups,
+        text=text,
+        meter=meter,
+        model=model,
+        optimizer=build_optimizer(model, spec.optim),
+        routers=routers,
+        law=law,
+        control_tracker=control_tracker,
+    )
+
+
+def _open_text(spec: WorkerSpec, data_dir: Path) -> tuple[Dataset, Sampler]:
+    dataset = Dataset.open(data_dir)
+    return dataset, Sampler(dataset, spec.model.max_seq_len, spec.run.global_batch_size, spec.run.seed, spec.mix)
+
+
+def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
+    moe = spec.model.moe
+    # One for all layers: it holds nothing of a step, and what it keeps, such as DeepEP's buffer, is there once.
+    dispatcher = make_dispatcher(
+        moe.num_experts,
+        groups.ep_group,
+        hidden=spec.model.hidden,
+        top_k=moe.top_k,
+        exchange=spec.parallel.exchange,
+        payload=spec.parallel.payload,
+        nodes=groups.nodes,
+        meter=meter,
+        buffer_pool=BufferPool(),
+    )
+    # On meta first: weights are drawn once, on the device where they stay.
+    with meta_device():
+        model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule)
+    shard_states(model, groups, spec.parallel.shard)
+    model.to_empty(device=groups.device)
+    init_weights(model, spec.run.seed)
+    return model

@@ -1,0 +1,62 @@
+"""Parameters, gradients and moments sharded over the ranks that hold the same, by torch's fully_shard (FSDP2).
+
+Dense parameters lie over all ranks, the routed experts of a layer over `edp_group`: whole experts, since the rows of a
+stack are experts. Blocks are gathered one by one; embedding, last norm and head, which the root holds, stay gathered
+from forward to backward. Gradients are sums here as everywhere (`workers.training.gradients`).
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from dispatch.experts.stacked import Experts, expert_parameters
+from workers.gang.parallel import RankGroups, Shard
+from workers.model.decoder import Decoder
+
+
+def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
+    """Replace the parameters of `model` by DTensors of this rank's rows. On the meta device, nothing is allocated.
+
+    Where a group has one rank nothing is to be shared out: its parameters stay as they are.
+
+    Collective over the world: all ranks must call it.
+    """
+    if shard == "none" or groups.world_size == 1:
+        return
+    options: dict[str, Any] = {
+        "mesh": DeviceMesh.from_group(groups.world_group, groups.device.type, mesh_dim_names=("world",)),
+        "reshard_after_forward": shard == "full",
+        # Experts with one holder: FSDP would copy them at every use.
+        "ignored_params": set(expert_parameters(model).values()) if groups.edp_size == 1 else None,
+    }
+    if groups.edp_size > 1:
+        edp = DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
+        for experts in (module for module in model.modules() if isinstance(module, Experts)):
+            fully_shard(experts, mesh=edp, reshard_after_forward=shard == "full")
+    units = [*model.layers, *([model.mtp] if model.config.num_mtp_layers else [])]
+    for unit in units:
+        fully_shard(unit, **options)
+    # The root is needed as soon as backward begins: to give it back after forward would only gather it twice.
+    fully_shard(model, **{**options, "reshard_after_forward": False})
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a factor is NCCL's alone, also that of 1
+    _prefetch(units)
+
+
+def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
+    """Before the backward pass of a micro-batch: `optimizer` gathers and reduces once a step, in the last one."""
+    if shard == "optimizer" and isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
+def _prefetch(units: list[nn.Module]) -> None:
+    """What each unit gathers while it computes: said here, since the default follows what was called last."""
+    order = [[each for each in unit.modules() if isinstance(each, FSDPModule)] for unit in units]  # itself, its experts
+    for index, (unit, *experts) in enumerate(order):
+        unit.set_modules_to_forward_prefetch([*experts, *(order[index + 1][:1] if index + 1 < len(order) else [])])
+        unit.set_modules_to_backward_prefetch([*experts, *(order[index - 1][:1] if index else [])])

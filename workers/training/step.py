@@ -1,0 +1,215 @@
+"""One optimizer step of one rank, and what it measured."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dispatch.balance import read_counts, reset_counts, routers_of
+from dispatch.diagnosis.meter import Meter
+from dispatch.errors import UserError
+from workers.control.loop import ControlLoop, StepControl
+from workers.data.sampler import Batch, Sampler
+from workers.gang.parallel import RankGroups, Shard
+from workers.model.decoder import Decoder, after_next, token_nll_sum
+from workers.run_config import RunConfig
+from workers.training.aux_losses import AuxLossConfig, AuxLosses
+from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
+from workers.training.optimizer import OptimConfig, learning_rate
+from workers.training.sharding import set_sync
+from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
+
+# A step with a gradient that is not finite is skipped, as one bad batch would poison the weights. This many in a row
+# are not bad batches but a diverged model.
+MAX_SKIPPED_STEPS = 20
+
+
+class TrainingDiverged(UserError, RuntimeError):
+    """The gradient was not finite for many steps in a row."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Sums and control are of all ranks, seconds and bytes of this one."""
+
+    step: int
+    summed: dict[str, float | None]  # by name in metrics.jsonl, see workers.training.summed_metrics
+    lr: float
+    grad_norm: float
+    skipped: bool
+    step_s: float
+    num_tokens: int
+    seconds: dict[str, float]
+    sent_bytes: int
+    max_vio_computation_batch: float
+    control: StepControl
+
+
+@dataclass
+class Trainer:
+    """Steps a model on this rank; every rank of the gang calls `step` together."""
+
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    groups: RankGroups
+    control: ControlLoop
+    meter: Meter
+    run: RunConfig
+    optim: OptimConfig
+    aux: AuxLossConfig
+    shard: Shard = "none"
+
+    def __post_init__(self) -> None:
+        self.routers = routers_of(self.model)
+        self.num_micro = self.run.num_micro_batches(self.groups.world_size)
+        self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
+        self.num_skipped_in_a_row = 0
+        self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
+
+    def step(self, step: int, *, stop_requested: bool = False) -> StepResult:
+        """Forward and backward over all micro-batches, one optimizer update, one bias update.
+
+        Args:
+            step: number of this update, from 1.
+            stop_requested: this rank's wish to end; all ranks agree on it in the result's control.stop.
+        Raises:
+            TrainingDiverged: the gradient was not finite for MAX_SKIPPED_STEPS steps.
+        """
+        began = time.perf_counter()
+        tracker = self.groups.tracker
+        tracker.step = step
+        tracker.set_phase("forward")
+        lr = learning_rate(step - 1, self.run.steps, self.optim)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        if self.aux_losses is not None:
+            self.aux_losses.begin_step()
+        num_targets = max(1, self.sampler.num_targets(step - 1))  # of all ranks and micro-batches
+        for micro, batch in enumerate(self._micro_batches(step)):
+            nll_sum, total = self._forward(batch, num_targets)
+            loss_sum += nll_sum
+            if micro == self.num_micro - 1:
+                # All tokens of the step are routed: the load travels while backward runs.
+                measured = self._report(step, loss_sum, num_targets, stop_requested)
+            # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
+            tracker.set_phase("backward")
+            set_sync(self.model, self.shard, is_last=micro == self.num_micro - 1)
+            (total / num_targets).backward()
+            tracker.set_phase("forward")
+        grad_norm, finite = self._update(lr)
+        reset_counts(self.routers)
+        tracker.set_phase("bias update")
+        # On a skipped step the bias stays too, or it would move without the weights that caused the load.
+        control = self.control.finish_step(apply=finite)
+        self._watch_divergence(step, finite, grad_norm)
+        forward, backward = measured.moved, self.meter.take()
+        return StepResult(
+            step=step,
+            summed=over_ranks(measured, control.sums, control.floats),
+            lr=lr,
+            grad_norm=grad_norm,
+            skipped=not finite,
+            step_s=time.perf_counter() - began,
+            num_tokens=self.num_step_tokens,
+            seconds={phase: forward.seconds[phase] + backward.seconds[phase] for phase in forward.seconds},
+            sent_bytes=forward.sent_bytes + backward.sent_bytes,
+            max_vio_computation_batch=self._computation_vio(control.maxima),
+            control=control,
+        )
+
+    def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+        """Return the language model's summed loss, detached, and the loss to train on.
+
+        A function of its own: the logits, the largest tensors of all, must not live on while backward runs.
+        """
+        has_mtp = self.model.config.num_mtp_layers > 0
+        # One forward: with recompute no copy of a weight need stay to its end.
+        with autocast(self.run.dtype, self.groups.device, cache_enabled=False):
+            # Called as a module, so that hooks on it run.
+            predicted = self.model(
+                batch.input_ids,
+                document_starts=batch.document_starts,
+                next_ids=batch.targets if has_mtp else None,
+            )
+            logits, further = predicted if has_mtp else (predicted, None)
+            nll_sum = token_nll_sum(logits, batch.targets)
+        # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over all
+        # tokens, not over those that are learned.
+        total = nll_sum
+        if self.aux_losses is not None:
+            total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
+        if further is not None:
+            total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(batch.targets))
+        return nll_sum.detach(), total
+
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
+        place = (self.groups.rank, self.groups.world_size)
+        for micro in range(self.num_micro):
+            yield self.sampler.batch(step - 1, *place, micro, self.num_micro).to(self.groups.device)
+
+    def _report(self, step: int, nll_sum: Tensor, num_targets: int, stop_requested: bool) -> RankStep:
+        balance_sum, z_sum = self.aux_losses.sums if self.aux_losses is not None else (None, None)
+        measured = RankStep(
+            moved=self.meter.take(),
+            nll_sum=nll_sum,
+            balance_sum=balance_sum if self.aux.balances else None,
+            z_sum=z_sum if self.aux.z_alpha > 0 else None,
+            num_targets=num_targets,
+            num_tokens=self.num_step_tokens,
+        )
+        sums, floats = sums_of_rank(measured)
+        self.control.begin_step(
+            step,
+            read_counts(self.routers),
+            sums=sums,
+            floats=floats,
+            maxima=torch.tensor(measured.moved.busiest_rows, dtype=torch.int64),
+            stop_requested=stop_requested,
+        )
+        return measured
+
+    def _update(self, lr: float) -> tuple[float, bool]:
+        tracker = self.groups.tracker
+        tracker.set_phase("gradients")
+        reduce_gradients(self.model, self.groups)
+        tracker.set_phase("gradient norm")
+        grad_norm = global_grad_norm(self.model, self.groups)
+        tracker.set_phase("optimizer")
+        finite = math.isfinite(grad_norm)
+        if finite:
+            clip_gradients(self.model, grad_norm, self.optim.grad_clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm, finite
+
+    def _watch_divergence(self, step: int, finite: bool, grad_norm: float) -> None:
+        self.num_skipped_in_a_row = 0 if finite else self.num_skipped_in_a_row + 1
+        if self.num_skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise TrainingDiverged(
+                f"step {step}: the gradient norm was {grad_norm} for {MAX_SKIPPED_STEPS} steps in a row, and no weight "
+                "was changed in them; resume from an earlier checkpoint with a lower --optim.lr"
+            )
+
+    def _computation_vio(self, busiest_rows: Tensor) -> float:
+        """MaxVio of what one EP group computes at once, the worst EP group, averaged over layers and micro-batches."""
+        if not busiest_rows.numel():
+            return 0.0
+        moe = self.model.config.moe
+        tokens = self.num_step_tokens // (self.num_micro * self.groups.edp_size)
+        return float(busiest_rows.double().mean()) * moe.num_experts / (tokens * moe.top_k) - 1
+
+
+def autocast(dtype: str, device: torch.device, *, cache_enabled: bool = True) -> AbstractContextManager[None]:
+    """A context that computes in `dtype`: autocast for bfloat16, nothing for float32. Parameters and gate stay fp32.
+
+    cache_enabled: keep the bf16 copies of dense weights to the end of the context, for further forwards in it.
+    """
+    if dtype != "bfloat16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache_enabled)

@@ -1,0 +1,77 @@
+"""The metrics that are sums over all ranks. Each is declared here once, by its name in metrics.jsonl.
+
+What a rank measured is summed together with its load (`workers.control`), so that a further metric is a few bytes more
+in a collective that is there anyway, and no collective of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dispatch.diagnosis.meter import Reading
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankStep:
+    """What one rank knows of a step after its last forward.
+
+    moved: what its exchanges counted in forward. nll_sum: the language model's loss, nats summed over this rank's
+    targets, float64. balance_sum, z_sum: auxiliary losses, unweighted, summed over its tokens, mean over layers,
+    float64; None where a loss is off. num_targets, num_tokens: of the global batch.
+    """
+
+    moved: Reading
+    nll_sum: Tensor
+    balance_sum: Tensor | None
+    z_sum: Tensor | None
+    num_targets: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class SummedMetric:
+    """A value that every rank has, shown as its sum over all ranks.
+
+    of_rank: a whole number, or a float64 scalar tensor; None where there is nothing to show, on all ranks alike.
+    per: what the sum is divided by; None leaves it as it is.
+    """
+
+    name: str
+    of_rank: Callable[[RankStep], int | Tensor | None]
+    per: Callable[[RankStep], int] | None = None
+
+
+# A line here is all that a metric needs to be in metrics.jsonl and TensorBoard; docs/run-directory.md explains each.
+SUMMED_METRICS = [
+    SummedMetric("loss", lambda rank: rank.nll_sum, per=lambda rank: rank.num_targets),
+    SummedMetric("aux_loss", lambda rank: rank.balance_sum, per=lambda rank: rank.num_tokens),
+    SummedMetric("z_loss", lambda rank: rank.z_sum, per=lambda rank: rank.num_tokens),
+    SummedMetric("tokens_routed", lambda rank: rank.moved.routed),
+    SummedMetric("tokens_sent", lambda rank: rank.moved.sent),
+    SummedMetric("tokens_received", lambda rank: rank.moved.received),
+    SummedMetric("tokens_returned", lambda rank: rank.moved.returned),
+]
+
+
+def sums_of_rank(rank: RankStep) -> tuple[Tensor, Tensor]:
+    """This rank's whole numbers, int64, and its other values, float64, both on the CPU. Waits for the device once."""
+    whole, others = _by_kind(rank)
+    floats = torch.stack([value.to(rank.nll_sum.device) for value in others.values()]).cpu()
+    return torch.tensor(list(whole.values()), dtype=torch.int64), floats
+
+
+def over_ranks(rank: RankStep, whole: Tensor, others: Tensor) -> dict[str, float | None]:
+    """The metrics by name, from the sums over all ranks of what `sums_of_rank` returned for the same `rank`."""
+    names = [name for values in _by_kind(rank) for name in values]
+    sums = dict(zip(names, [*whole.tolist(), *others.tolist()], strict=True))
+    shares = {each.name: sums[each.name] / each.per(rank) for each in SUMMED_METRICS if each.per and each.name in sums}
+    return {each.name: None for each in SUMMED_METRICS} | sums | shares
+
+
+def _by_kind(rank: RankStep) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The whole numbers of this rank and its other values, by name; without those that have nothing to show."""
+    values = {each.name: each.of_rank(rank) for each in SUMMED_METRICS}
+    whole = {name: value for name, value in values.items() if isinstance(value, int)}
+    return whole, {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -1,0 +1,215 @@
+"""The training loop: steps, evaluations and checkpoints from the first or resumed step to the last, recorded."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatch.balance import read_bias
+from dispatch.errors import InvalidValue
+from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, CheckpointCorrupt
+from workers.checkpoints.memory_checkpoint import MemoryCheckpoints
+from workers.checkpoints.staging import Snapshot
+from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
+from workers.control.loop import ControlLoop
+from workers.model.flops import ModelFlops
+from workers.record.run_log import RunLog
+from workers.record.score_log import ScoreLog
+from workers.training.evaluation import evaluate
+from workers.training.metrics import eval_line, train_line
+from workers.training.outcome import TrainOutcome
+from workers.training.rank_state import RankState
+from workers.training.saver import CheckpointSaver
+from workers.training.step import StepResult, Trainer
+
+
+class TrainingRun:
+    """One rank's part of a run. All ranks make it and call `run` together.
+
+    Args:
+        state: what `build_rank` built.
+        control: from `state.open_control()`.
+        publish: called with each line and event, and before the last checkpoint; the driver shows those of rank 0.
+        stop_requested: set by this process when it wishes to end.
+        memory: memory checkpoints of this process, which outlive the gang; None if they will not be read.
+        nodes: the node of each rank; empty where it is not known.
+    """
+
+    def __init__(
+        self,
+        state: RankState,
+        control: ControlLoop,
+        *,
+        publish: Callable[[dict[str, Any]], None],
+        stop_requested: threading.Event,
+        memory: MemoryCheckpoints | None = None,
+        nodes: tuple[int, ...] = (),
+    ) -> None:
+        self._state, self._control = state, control
+        self._log: RunLog | None = None
+        self._publish, self._stop_requested = publish, stop_requested
+        self._memory, self._nodes = memory or MemoryCheckpoints(), nodes
+        self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
+        self._flops = ModelFlops.of(state.model, state.groups.device, state.groups.world_size)
+        self.trainer = Trainer(
+            model=state.model,
+            optimizer=state.optimizer,
+            sampler=state.sampler,
+            groups=state.groups,
+            control=control,
+            meter=state.meter,
+            run=state.spec.run,
+            optim=state.spec.optim,
+            aux=state.spec.aux,
+            shard=state.spec.parallel.shard,
+        )
+
+    def load(self, path: Path) -> int:
+        """Go on from a checkpoint, at any world and EP size. Returns its step.
+
+        Raises:
+            CheckpointCorrupt, CheckpointError: on every rank.
+            ValueError: the checkpoint was trained on other text.
+        """
+        if checkpoint.read_manifest(path).extra.get("imported"):
+            return self._load_imported(path)
+        tensors = self._tensors()
+        extra = checkpoint.load(path, tensors, self._state.groups.control_group)
+        self._check_extra(path, extra)
+        if extra["data_digest"] != self._state.dataset.digest:
+            raise InvalidValue(
+                f"{path} was trained on other text or with another tokenizer than what data.* names now; resume with "
+                f"the data settings of the run, or start a new run"
+            )
+        set_random_state(tensors, self._state.groups.rank, self._state.groups.device)
+        self._control.restore(extra["bias_version"], law_state(tensors))
+        self._load_since_eval_N = torch.tensor(extra["load_since_eval"], dtype=torch.int64)
+        return int(extra["step"])
+
+    def _check_extra(self, path: Path, extra: dict[str, Any]) -> None:
+        """Refuse values that no run saves; the same on all ranks."""
+        kinds = {"step": int, "bias_version": int, "data_digest": str, "load_since_eval": list}
+        wrong = [name for name, kind in kinds.items() if type(extra.get(name)) is not kind]
+        if not wrong:
+            loads = extra["load_since_eval"]
+            if len(loads) != self._state.layout.total or any(type(load) is not int or load < 0 for load in loads):
+                wrong = ["load_since_eval"]
+        if wrong:
+            raise CheckpointCorrupt(path, MANIFEST, f"has no {' and no '.join(wrong)} as a run saves it")
+
+    def _load_imported(self, path: Path) -> int:
+        """Begin with the weights and biases of an imported model, which has no optimizer state and no data position."""
+        state = self._state
+        checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
+        version, initial = self._control.state()
+        self._control.restore(version, replace(initial, bias_N=read_bias(state.routers)))
+        return 0
+
+    def run(self, done: int, log: RunLog | None, scores: ScoreLog | None = None) -> TrainOutcome:
+        """Train from step `done` + 1 on, to the last step or until a rank wishes to stop; then save.
+
+        log: rank 0's record of the run; None on the others. scores: this rank's record of what its routers score.
+        """
+        self._log = log
+        config = self._state.spec.run
+        step, stop = done, False
+        if step == 0 and config.eval_every:
+            self._evaluate(step)  # what training starts from
+        with self._open_saver() as saver:
+            while step < config.steps and not stop:
+                step += 1
+                if scores is not None:
+                    scores.begin_step(step)
+                result = self.trainer.step(step, stop_requested=self._stop_requested.is_set())
+                stop = result.control.stop
+                self._record(result)
+                if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                    self._evaluate(step)
+                if step < config.steps and not stop:
+                    saver.after_step(step, self._snapshot)
+            if step > done:
+                self._publish({"kind": "saving", "step": step})
+                saver.save_last(self._snapshot(step), self._stop_requested)
+        completed = step >= config.steps
+        self.tell("finished" if completed else "interrupted", step=step, **saver.summary())
+        return TrainOutcome(step, completed)
+
+    def _record(self, result: StepResult) -> None:
+        self._state.groups.tracker.set_phase("record")
+        self._load_since_eval_N += result.control.load_N
+        for event in result.control.events:
+            self.tell(**event)
+        if self._log is not None:
+            line = train_line(result, self._state.layout, self._state.spec.model.moe.top_k, self._flops)
+            self._log.train(line)
+            control = result.control
+            self._log.load(result.step, control.load_N, control.bias_N, control.statistic)
+            self._publish(line)
+
+    def _evaluate(self, step: int) -> None:
+        state = self._state
+        evaluation = evaluate(
+            state.model,
+            state.dataset,
+            state.sampler,
+            state.groups,
+            batch_size=state.spec.run.global_batch_size // state.groups.world_size // self.trainer.num_micro,
+            num_sequences=state.spec.run.eval_sequences,
+            autocast=state.autocast(),
+        )
+        state.meter.take()  # what evaluation moved is not the next step's
+        if self._log is not None:
+            line = eval_line(step, evaluation, self._load_since_eval_N, state.layout, state.spec.mix.weights_at(step))
+            self._log.eval(line)
+            self._publish(line)
+        self._load_since_eval_N.zero_()
+
+    def _open_saver(self) -> CheckpointSaver:
+        state = self._state
+        return CheckpointSaver(
+            state.spec.run_dir / CHECKPOINTS,
+            state.groups,
+            state.spec.run,
+            state.optimizer,
+            self._memory,
+            nodes=self._nodes,
+            tell=self.tell,
+            sync_records=self._log.sync if self._log is not None else _no_records,
+        )
+
+    def _snapshot(self, step: int) -> Snapshot:
+        state = self._state
+        state.groups.tracker.set_phase("checkpoint write")
+        version, _ = self._control.state()
+        extra = {
+            "step": step,
+            "bias_version": version,
+            "load_since_eval": self._load_since_eval_N.tolist(),
+            "data_digest": state.dataset.digest,
+            "model": asdict(state.spec.model),
+            "optimizer": state.spec.optim.name,
+            "seed": state.spec.run.seed,
+        }
+        return Snapshot(step, self._tensors(), extra)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        state = self._state
+        return {
+            **canonical_state(state.model, state.optimizer, state.spec.optim.entry.initial_state),
+            **law_tensors(self._control.state()[1]),
+            **random_state(state.groups.rank, state.groups.device),
+        }
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Record and publish an event; does nothing where there is no record to keep."""
+        if self._log is not None:
+            self._log.event(event, **details)
+            self._publish({"event": event, **details})
+
+
+def _no_records() -> None:
+    """Sync nothing: only rank 0 keeps a record of the run."""
