@@ -83,7 +83,8 @@ def save(
     """Write the checkpoint of `step` into `root` and return its folder.
 
     Args:
-        root: the checkpoints folder of the run, the same for all ranks and seen by all their machines.
+        root: the checkpoints folder of the run, the same for all ranks and seen by all their machines. It is made here,
+            its parent is not.
         tensors: what this rank holds, by canonical name (see workers.checkpoints.state). A name that several ranks have
         is taken to
             be the same tensor.
@@ -210,7 +211,7 @@ def _previous_intact(path: Path, group: Group) -> Path | None:
 def _prepare(
     root: Path, partial: Path, specs: Mapping[str, TensorSpec], make_room: Callable[[int], None] | None
 ) -> None:
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)  # not the run directory: one that was moved away must not come back empty
     for leftover in root.glob(".step_*"):  # of a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     needed = sum(spec.num_bytes + _OVERHEAD_BYTES for spec in specs.values())

@@ -477,6 +477,14 @@ def test_what_the_system_answered_under_torchs_writer_decides_whether_to_wait(tm
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_run_directory_that_was_moved_away_does_not_come_back(tmp_path):
+    run = tmp_path / "moved_away"
+    with pytest.raises(CheckpointError, match=r"preparing .* failed on rank 0: FileNotFoundError") as caught:
+        save(run / "checkpoints", 1, {"model.x": torch.zeros(2)}, {}, None)
+    assert not isinstance(caught.value, DiskRefused)  # it is not waited for
+    assert not run.exists()
+
+
 @pytest.mark.parametrize("free", [0, 3_000_000])
 def test_an_error_of_torchs_writer_without_one_of_the_system_is_a_full_disk_only_if_it_is_full(
     tmp_path, monkeypatch, free

@@ -65,6 +65,7 @@ def test_partners_are_on_other_nodes_and_have_the_same_experts_where_they_can(no
 def _elsewhere(worker, name):
     """The worker with another run directory: what it writes lies beside what the disk has."""
     worker._spec = replace(worker._spec, run_dir=worker._spec.run_dir.parent / name)
+    worker._spec.run_dir.mkdir(exist_ok=True)
     return worker
 
 

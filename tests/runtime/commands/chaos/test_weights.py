@@ -13,6 +13,7 @@ def save(run: Path, step: int, *, moment: float = 0.25, seed: int = 5) -> Path:
     weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     tensors = {"model.norm.weight": weight, "optim.exp_avg.norm.weight": torch.tensor([moment, 0.5])}
     tensors["random.rank_0.cpu"] = torch.tensor([time.monotonic_ns()])  # which is another one in every process
+    run.mkdir(exist_ok=True)
     checkpoint.save(run / "checkpoints", step, tensors, {"seed": seed}, None)
     return run
 
