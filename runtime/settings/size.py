@@ -12,6 +12,7 @@ from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
 from runtime.settings.config import TrainConfig
 from workers.model.decoder import Decoder, ModelConfig
+from workers.model.loss import logits_at_once
 from workers.model.meta_device import meta_device
 from workers.record.score_log import SCORE_BYTES
 from workers.training.optimizer import OptimConfig
@@ -33,8 +34,9 @@ class ParameterCounts:
     """Elements by what becomes of them.
 
     dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
-    compute dtype. largest_dense: of the largest dense tensor. dense_shapes: of every dense tensor. root: embedding,
-    last norm and head. largest_block: dense ones of a block.
+    compute dtype and backward takes again, which it does not do with the head. largest_dense: of the largest dense
+    tensor. dense_shapes: of every dense tensor. root: embedding, last norm and head. largest_block: dense ones of a
+    block.
     """
 
     dense: int
@@ -63,13 +65,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     for name, size in sizes.items():
         first, second, *_ = name.split(".")
         units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size
-    linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
-    if config.tie_embeddings:
-        linear.append(model.token_embedding.weight.numel())
+    linear = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear.pop("lm_head", None)
     return ParameterCounts(
         dense=sum(sizes.values()),
         experts=experts,
-        cast=sum(linear),
+        cast=sum(linear.values()),
         largest_dense=max(sizes.values()),
         dense_shapes=tuple(shapes.values()),
         root=units.pop(""),
@@ -89,14 +90,15 @@ def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
 
 
 def batch_bytes_at_least(config: TrainConfig) -> int:
-    """What a micro-batch takes of a worker's memory at the very least: logits and their gradient, inputs of the layers.
+    """What a micro-batch takes of a worker's memory at the very least: logits of a chunk, inputs of the layers.
 
     A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
     """
     workers = config.cluster.num_workers
     sequences = config.run.sequences_per_rank(workers) // config.run.num_micro_batches(workers)
-    per_token = 2 * config.model.vocab_size + config.model.hidden * config.model.num_layers
-    return sequences * config.model.max_seq_len * per_token * 4
+    tokens = sequences * config.model.max_seq_len
+    inputs = tokens * config.model.hidden * config.model.num_layers
+    return FP32 * (inputs + logits_at_once(tokens, config.model.vocab_size))
 
 
 def recorded_scores_bytes(config: TrainConfig) -> int:

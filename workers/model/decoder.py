@@ -25,6 +25,9 @@ from workers.model.attention import (
     visible_in_documents,
     within_window,
 )
+from workers.model.loss import TokenLoss, after_next, linear_cross_entropy
+
+Predicted = Tensor | TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +268,12 @@ class Decoder(nn.Module):
         logits_at: Tensor | None = None,
         document_starts: Tensor | None = None,
         next_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        targets: Tensor | None = None,
+    ) -> Predicted | tuple[Predicted, Predicted]:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
 
-        With next_ids a pair: these, and those of the token after the next, by the MTP layer.
+        With targets the loss instead, for which the logits never exist all at once. With next_ids a pair: what is said
+        above, and the same of the token after the next, by the MTP layer.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
@@ -283,7 +288,8 @@ class Decoder(nn.Module):
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
             document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
                 beyond it. Without padding, positions and cache. None: a row is one document.
-            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with no other option.
+            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with `targets` alone.
+            targets: int64 (B, S), the token that each one is to predict, -100 for none.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
@@ -292,11 +298,11 @@ class Decoder(nn.Module):
         rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
         near = self._near(x, seen, positions, cache) if self.config.sliding_window else None
         normed = self._normed(x, rotary, token_mask, (seen, near), cache)
-        logits = self._logits(normed if logits_at is None else _taken(normed, logits_at))
+        predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
-            return logits
+            return predicted
         further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary)
-        return logits, self._logits(further)
+        return predicted, self._head(further, None if targets is None else after_next(targets))
 
     def _normed(
         self,
@@ -363,8 +369,11 @@ class Decoder(nn.Module):
             positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
         )
 
-    def _logits(self, normed: Tensor) -> Tensor:
+    def _head(self, normed: Tensor, targets: Tensor | None) -> Predicted:
+        """The logits, or the loss of targets."""
         head = self.token_embedding if self.config.tie_embeddings else self.lm_head
+        if targets is not None:
+            return linear_cross_entropy(normed, head.weight, targets)
         logits = F.linear(normed, head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -372,23 +381,3 @@ class Decoder(nn.Module):
 def _taken(x: Tensor, index_B: Tensor) -> Tensor:
     """Select position index_B[b] of each row b of x (B, S, hidden): (B, hidden)."""
     return x[torch.arange(len(x), device=x.device), index_B]
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood of each target in nats: shaped like targets, at least fp32, 0 where a target is -100."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
-
-
-def after_next(targets: Tensor) -> Tensor:
-    """Targets of the MTP layer from those of the decoder, (B, S): one token further, -100 where that is not known."""
-    return F.pad(targets[:, 1:], (0, 1), value=-100)
-
-
-def token_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of `token_nll`, a scalar.
-
-    Divide it by the number of targets of the global batch before backward: gradients are then summed over micro-batches
-    and ranks without further scaling.
-    """
-    return token_nll(logits, targets).sum()

@@ -20,7 +20,7 @@ from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
 from workers.data.windows import NO_TARGET
 from workers.gang.parallel import RankGroups
-from workers.model.decoder import Decoder, token_nll
+from workers.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def evaluate(
             load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
             with autocast:
                 ids, targets, starts = batch.sequences.to(groups.device)
-                logits = model(ids, document_starts=starts)
-            nats_B = token_nll(logits, targets).sum(1, dtype=torch.float64).cpu()
+                loss = model(ids, document_starts=starts, targets=targets)
+            nats_B = loss.of_token.sum(1, dtype=torch.float64).cpu()
             tokens_B = batch.is_real_B * (batch.sequences.targets != NO_TARGET).sum(1)
             # where, not a product: a NaN of a padding row must not reach the sum.
             totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))

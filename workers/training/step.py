@@ -15,7 +15,7 @@ from dispatch.errors import UserError
 from workers.control.loop import ControlLoop, StepControl
 from workers.data.sampler import Batch, Sampler
 from workers.gang.parallel import RankGroups, Shard
-from workers.model.decoder import Decoder, after_next, token_nll_sum
+from workers.model.decoder import Decoder
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
@@ -122,10 +122,7 @@ class Trainer:
         )
 
     def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
-        """Return the language model's summed loss, detached, and the loss to train on.
-
-        A function of its own: the logits, the largest tensors of all, must not live on while backward runs.
-        """
+        """Return the language model's summed loss, detached, and the loss to train on."""
         has_mtp = self.model.config.num_mtp_layers > 0
         # One forward: with recompute no copy of a weight need stay to its end.
         with autocast(self.run.dtype, self.groups.device, cache_enabled=False):
@@ -134,16 +131,17 @@ class Trainer:
                 batch.input_ids,
                 document_starts=batch.document_starts,
                 next_ids=batch.targets if has_mtp else None,
+                targets=batch.targets,
             )
-            logits, further = predicted if has_mtp else (predicted, None)
-            nll_sum = token_nll_sum(logits, batch.targets)
+        loss, further = predicted if has_mtp else (predicted, None)
+        nll_sum = loss.total
         # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over all
         # tokens, not over those that are learned.
         total = nll_sum
         if self.aux_losses is not None:
             total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
         if further is not None:
-            total = total + self.optim.mtp_weight * token_nll_sum(further, after_next(batch.targets))
+            total = total + self.optim.mtp_weight * further.total
         return nll_sum.detach(), total
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:

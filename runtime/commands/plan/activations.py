@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workers.model.decoder import ModelConfig
+from workers.model.loss import logits_at_once
 
 FP32, INDEX = 4, 8
 MAX_RUN = 2048  # rows of an expert that the looped experts compute at once (dispatch.experts.looped)
@@ -108,18 +109,19 @@ def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """Ids, targets and angles, the last norm, and the log-probabilities of the vocabulary in fp32; MTP has its own."""
-    head = INDEX + batch.element_bytes * config.hidden + FP32 * config.vocab_size
+    """Ids and angles, the last norm, and the gradients that come with the loss: of its input and of the head.
+
+    Multi-token prediction has its own.
+    """
     num_heads = 1 + config.num_mtp_layers
-    per_token = INDEX + _norm(config.hidden) + num_heads * head
-    return batch.tokens * per_token + 8 * batch.seq_len * config.rotary_dim / 2 + num_heads * FP32
+    gradients = batch.element_bytes * batch.tokens * config.hidden + FP32 * config.vocab_size * config.hidden
+    ids_and_norm = batch.tokens * (num_heads * INDEX + _norm(config.hidden))
+    return ids_and_norm + 8 * batch.seq_len * config.rotary_dim / 2 + num_heads * gradients
 
 
 def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """What the layer for multi-token prediction keeps besides a layer: three norms and the input of its projection."""
-    # Without autocast the decoder's output is what its head keeps already.
-    shared = 0 if batch.casts else FP32 * config.hidden
-    return batch.tokens * (3 * _norm(config.hidden) - shared + 2 * batch.element_bytes * config.hidden)
+    return batch.tokens * (3 * _norm(config.hidden) + 2 * batch.element_bytes * config.hidden)
 
 
 def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Parts:
@@ -127,14 +129,11 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Part
     num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
     num_windows = sum(map(config.has_window, range(config.num_layers)))  # each layer keeps its mask as what it adds
     head = head_bytes(config, batch)
-    cast_head = batch.element_bytes * config.hidden * config.vocab_size if batch.casts else 0
     if config.recompute:
-        # The head is outside of what is recomputed; all other casts are made again.
-        num_inputs = config.num_layers + config.num_mtp_layers * (2 if batch.casts else 1)
+        num_inputs = config.num_layers + 2 * config.num_mtp_layers
         inputs = FP32 * batch.tokens * config.hidden * num_inputs + bool(num_windows) * batch.seq_len**2
-        return {"inputs of the layers": inputs, HEAD: head, CAST: (1 + config.num_mtp_layers) * cast_head}
-    # Cast for each use, and MTP uses the head once more.
-    cast = (batch.element_bytes * cast_dense if batch.casts else 0) + config.num_mtp_layers * cast_head
+        return {"inputs of the layers": inputs, HEAD: head}
+    cast = batch.element_bytes * cast_dense if batch.casts else 0
     mtp = {"multi-token prediction": mtp_bytes(config, batch)} if config.num_mtp_layers else {}
     return {
         "attention": num_layers * attention_bytes(config, batch) + num_windows * batch.element_bytes * batch.seq_len**2,
@@ -150,17 +149,17 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Part
 
 def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
     """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
-    logits = FP32 * batch.tokens * config.vocab_size
+    at_loss = _loss_scratch(config, batch)
     has_moe = config.num_moe_layers > 0
     layer = max(_expert_scratch(config, batch) if has_moe else 0, _dense_scratch(config, batch))
     if not config.recompute:
-        return {AT_LOSS: 2 * logits, IN_BACKWARD: layer}
+        return {AT_LOSS: at_loss, IN_BACKWARD: layer}
     feed_forward = dense_bytes(config, batch) if config.num_dense_layers else 0.0
     if has_moe:
         moe = sum(part(config, batch) for part in (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes))
         feed_forward = max(feed_forward, moe)
     again = attention_bytes(config, batch) + feed_forward + config.num_mtp_layers * mtp_bytes(config, batch)
-    return {AT_LOSS: 2 * logits, IN_BACKWARD: again + layer}
+    return {AT_LOSS: at_loss, IN_BACKWARD: again + layer}
 
 
 def peak_bytes(saved: Parts, scratch: Parts) -> float:
@@ -225,6 +224,12 @@ def _expert_scratch(config: ModelConfig, batch: MicroBatch) -> float:
         rows = min(batch.expert_rows, MAX_RUN) * (3 * hidden + 4 * inner)
     widened = FP32 * weights if batch.casts else 0
     return size * (weights + 6 * batch.arrived_rows * hidden + rows) + widened
+
+
+def _loss_scratch(config: ModelConfig, batch: MicroBatch) -> float:
+    """Logits of a chunk, their gradient and the head in the compute dtype, and what a chunk adds to its gradient."""
+    chunk = logits_at_once(batch.tokens, config.vocab_size) * (FP32 + (batch.element_bytes if batch.casts else 0))
+    return chunk + batch.element_bytes * config.vocab_size * config.hidden * (2 if batch.casts else 1)
 
 
 def _dense_scratch(config: ModelConfig, batch: MicroBatch) -> float:

@@ -13,10 +13,11 @@ from runtime.settings.config import ClusterConfig, TrainConfig
 from runtime.settings.size import count_parameters
 from runtime.settings.states import GATHERED, state_bytes
 from tests.ranks import run_ranks
+from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
 from workers.gang.parallel import ParallelConfig, RankGroups
 from workers.gang.sharded import local_rows
-from workers.model.decoder import Decoder, ModelConfig, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
 from workers.training.gradients import reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer

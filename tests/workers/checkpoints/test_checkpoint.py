@@ -27,6 +27,7 @@ from dispatch.exchange.local import LocalDispatcher
 from dispatch.experts.stacked import expert_parameters
 from dispatch.laws import BalanceConfig, LawState
 from tests.ranks import run_ranks
+from tests.workers.model.token_loss import token_nll
 from workers.checkpoints.checkpoint import (
     CheckpointCorrupt,
     CheckpointError,
@@ -42,7 +43,7 @@ from workers.checkpoints.checkpoint import (
 )
 from workers.checkpoints.index import read_index
 from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
-from workers.model.decoder import Decoder, ModelConfig, token_nll
+from workers.model.decoder import Decoder, ModelConfig
 from workers.training.adamw import moments
 
 NUM_EXPERTS = 8

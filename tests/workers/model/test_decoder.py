@@ -17,9 +17,11 @@ from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.exchange.local import LocalDispatcher
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
+from tests.workers.model.token_loss import token_nll, token_nll_sum
 from workers.model.attention import GroupedQueryAttention, LatentConfig, positions_of, rotary_table, rotate
-from workers.model.decoder import Decoder, ModelConfig, after_next, token_nll, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
+from workers.model.loss import after_next
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -291,26 +293,6 @@ def test_too_long_a_sequence_is_refused() -> None:
 def test_a_model_that_cannot_be_built_is_refused(override: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**SMALL, **override})
-
-
-# --- loss --------------------------------------------------------------------------------------------------------
-
-
-def test_nll_is_the_negative_log_of_the_targets_probability() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]], dtype=torch.float64)
-    targets = torch.tensor([[0, 1]])
-    # probabilities of the targets: 1 / 4 and 1 / 5
-    expected = torch.tensor([[math.log(4.0), math.log(5.0)]], dtype=torch.float64)
-    torch.testing.assert_close(token_nll(logits, targets), expected, rtol=1e-14, atol=0)
-    assert token_nll_sum(logits, targets).item() == pytest.approx(math.log(20.0), rel=1e-14)
-    assert token_nll(logits, torch.tensor([[-100, 1]]))[0, 0] == 0
-
-
-def test_nll_of_bf16_logits_is_summed_in_fp32() -> None:
-    logits = torch.zeros(1, 1000, 4, dtype=torch.bfloat16)
-    total = token_nll_sum(logits, torch.zeros(1, 1000, dtype=torch.int64))
-    assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(1000 * math.log(4.0), rel=1e-6)
 
 
 # --- initial weights ---------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from dispatch.balance import read_bias
 from tests.ranks import run_ranks
+from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_optimizer import small_model
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.model.decoder import token_nll_sum
 from workers.model.freezing import NAMES, freeze, part_of
 from workers.training.gradients import reduce_gradients
 from workers.training.optimizer import OptimConfig

@@ -10,13 +10,14 @@ import torch
 from dispatch.balance import reset_counts
 from tests.ranks import run_ranks
 from tests.workers.model.test_decoder import build
+from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.data.prepare import prepare_dataset
 from workers.data.shards import FIRST, TARGET
 from workers.data.text import DataConfig
 from workers.data.windows import NO_TARGET
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, token_nll_sum
+from workers.model.decoder import Decoder
 from workers.training.evaluation import evaluate
 from workers.training.training_run import TrainingRun
 

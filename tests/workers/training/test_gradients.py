@@ -14,8 +14,9 @@ from dispatch.exchange.local import LocalDispatcher
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
 from tests.ranks import run_ranks
+from tests.workers.model.token_loss import token_nll_sum
 from workers.gang.parallel import RankGroups
-from workers.model.decoder import Decoder, ModelConfig, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
 from workers.training import gradients
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients

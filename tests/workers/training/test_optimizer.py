@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dispatch.balance import routers_of
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from workers.model.decoder import Decoder, ModelConfig, token_nll_sum
+from tests.workers.model.token_loss import token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
 from workers.training.optimizer import OptimConfig, build_optimizer, learning_rate
 

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from tests.workers.training.test_gradients import form_groups
 from workers.gang.parallel import RankGroups
 from workers.gang.sharded import local_rows
-from workers.model.decoder import Decoder, ModelConfig, after_next, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.freezing import freeze
 from workers.model.init import init_weights
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
@@ -70,9 +70,9 @@ def build(groups: RankGroups, shard: str, schedule: ScheduleConfig, frozen: tupl
 
 def loss_of(model: Decoder, ids: Tensor, targets: Tensor) -> Tensor:
     if not model.config.num_mtp_layers:
-        return token_nll_sum(model(ids), targets)
-    logits, further = model(ids, next_ids=targets)
-    return token_nll_sum(logits, targets) + 0.3 * token_nll_sum(further, after_next(targets))
+        return model(ids, targets=targets).total
+    loss, further = model(ids, next_ids=targets, targets=targets)
+    return loss.total + 0.3 * further.total
 
 
 def train(

@@ -14,7 +14,7 @@ from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_byte
 from runtime.settings.size import count_parameters
 from tests.ranks import run_ranks
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, ModelConfig, after_next, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
 from workers.training.step import autocast
 
@@ -79,9 +79,9 @@ def forward(model: Decoder, dtype: str) -> torch.Tensor:
     targets = targets.clone()
     with autocast(dtype, torch.device("cpu"), cache_enabled=False):
         if not model.config.num_mtp_layers:
-            return token_nll_sum(model(ids.clone()), targets)
-        logits, further = model(ids.clone(), next_ids=targets)
-        return token_nll_sum(logits, targets) + token_nll_sum(further, after_next(targets))
+            return model(ids.clone(), targets=targets).total
+        loss, further = model(ids.clone(), next_ids=targets, targets=targets)
+        return loss.total + further.total
 
 
 def measured_bytes(model: Decoder, dtype: str) -> int:

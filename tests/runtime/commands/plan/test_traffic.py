@@ -15,7 +15,7 @@ from dispatch.exchange.node_groups import make_node_groups
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.commands.plan.traffic import Layout, exchange_traffic, places_per_token
 from tests.ranks import run_ranks
-from workers.model.decoder import Decoder, ModelConfig, token_nll_sum
+from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
 
 SEQUENCES, SEQ_LEN = 4, 64
@@ -43,7 +43,7 @@ def measure(rank, world_size, config, exchange, payload, dtype, ranks_per_node):
     init_weights(model, seed=0)
     ids = torch.randint(70, (SEQUENCES, SEQ_LEN), generator=torch.Generator().manual_seed(rank))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = token_nll_sum(model(ids), ids)
+        loss = model(ids, targets=ids).total
     forward = meter.take()
     loss.backward()
     return [(reading.sent_bytes, reading.network_bytes) for reading in (forward, meter.take())]

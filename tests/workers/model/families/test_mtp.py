@@ -14,11 +14,13 @@ from dispatch.exchange.local import LocalDispatcher
 from runtime.cli import main
 from tests.workers.model.families.directories import PREFIX, make_mtp, mtp_names, write_directory, write_with_mtp
 from tests.workers.model.families.hugging_face import VOCAB_SIZE, Widened, hub_names, make_model
+from tests.workers.model.token_loss import token_nll_sum
 from workers.checkpoints.state import canonical_state
-from workers.model.decoder import Decoder, after_next, token_nll_sum
+from workers.model.decoder import Decoder
 from workers.model.families import FAMILIES, Settings
 from workers.model.families.filling import fill
 from workers.model.families.source import SourceError, open_source
+from workers.model.loss import after_next
 
 WEIGHT = 0.3
 
