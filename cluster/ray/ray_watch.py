@@ -9,15 +9,23 @@ from cluster.machine.processes import PROC, Process, process_of
 from cluster.ray.probe import ClusterUnreachable, check_answers
 from dispatch.errors import UserError
 
-# Below the 60 s after which Ray's client aborts the driver, closing included. A head that restarts may take this long.
-HEAD_SILENT_S = 30.0
+# A head that restarts may take this long. Below the 60 s after which Ray's client aborts the driver, whatever is under
+# way: the ranks save (cluster.watch.calls.SAVED_BY_S) and the driver says why it ends before that.
+HEAD_SILENT_S = 25.0
 PROBE_EVERY_S = 2.0
 PROBE_S = 1.0
 ESSENTIAL = ("gcs_server", "raylet")
 
 
 class RayDied(UserError, RuntimeError):
-    """An essential Ray process has ended: no worker can be placed, called or replaced any more."""
+    """An essential Ray process has ended: no worker can be placed, called or replaced any more.
+
+    since: `time.monotonic()` of the first sign of it.
+    """
+
+    def __init__(self, reason: str, since: float) -> None:
+        super().__init__(reason)
+        self.since = since
 
 
 class RayWatch:
@@ -65,7 +73,7 @@ class RayWatch:
         if self._head is not None and time.monotonic() >= self._next_probe:
             self.can_be_asked()
         if (reason := self.reason) is not None:
-            raise RayDied(reason)
+            raise RayDied(reason, time.monotonic() if self._silent_since is None else self._silent_since)
 
     def can_be_asked(self) -> bool:
         """Whether Ray's head would answer now. If not, any call of Ray's client blocks for up to a minute."""

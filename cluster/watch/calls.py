@@ -23,7 +23,9 @@ from workers.gang.mailbox import CONTROL_GROUP
 
 # After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
 GRACE_S = 1.0
-RAY_DIED_S = 20.0  # For a last step and its checkpoint: Ray's client aborts the driver 60 s after it lost its head.
+# After the first sign that Ray has died, for a last step and its checkpoint. Ray's client aborts the driver after 60 s,
+# and closing takes some seconds.
+SAVED_BY_S = 40.0
 SURE = 0.9  # A wait that ended in a time-out of torch, whose clock started a moment later, lasted at least this much.
 
 
@@ -43,7 +45,7 @@ def call_all(
 
     Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
     `check_ray` is called as often and raises RayDied. Where `on_ray_died` makes the ranks end their calls, they get
-    RAY_DIED_S for that: they may outlive Ray, and what they made need not be lost.
+    until SAVED_BY_S for that: they may outlive Ray, and what they made need not be lost.
 
     Raises:
         RayDied: from `check_ray`.
@@ -101,7 +103,7 @@ class _RayCheck:
             except RayDied as died:
                 if self._tell is None:
                     raise
-                self._died, self._deadline = died, time.monotonic() + RAY_DIED_S
+                self._died, self._deadline = died, died.since + SAVED_BY_S
                 _poll(self._tell)
         return self._deadline
 
