@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dispatch.laws import BalanceConfig, LayerLoad, LayerState, register_law
     from dispatch.laws.load_metrics import max_vio
     from dispatch.layer import MoELayer
+    from dispatch.routing.replay import Routing, recorded_routing
 
 __all__ = [
     "MoELayer",
@@ -37,6 +38,8 @@ __all__ = [
     "LayerLoad",
     "LayerState",
     "max_vio",
+    "Routing",
+    "recorded_routing",
 ]
 
 __getattr__ = lazily(
@@ -56,5 +59,7 @@ __getattr__ = lazily(
         "LayerLoad": "dispatch.laws",
         "LayerState": "dispatch.laws",
         "max_vio": "dispatch.laws.load_metrics",
+        "Routing": "dispatch.routing.replay",
+        "recorded_routing": "dispatch.routing.replay",
     },
 )

@@ -12,6 +12,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.experts.stacked import Experts
+from dispatch.routing.replay import Routing, replay
 from dispatch.routing.router import Router
 from dispatch.schedule import run_experts
 
@@ -70,7 +71,7 @@ class MoELayer(nn.Module):
         shared_hidden = config.ffn_hidden * config.num_shared_experts
         self.shared_experts = SwiGLU(hidden, shared_hidden, config.shared_gate) if shared_hidden else None
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """Compute the weighted sum of the chosen experts' outputs, plus the shared experts', for every token.
 
         Args:
@@ -78,17 +79,21 @@ class MoELayer(nn.Module):
                 travel and experts compute in the autocast dtype. The number of tokens may be 0 and differ by rank.
             token_mask: (...) bool, the shape of x without its last dimension; False marks padding, which is computed
                 but not counted in the load. None counts every token.
+            routing: experts to take in place of the router's choice, which then counts nothing.
         Returns:
             The shape of x, in the compute dtype: the autocast dtype under autocast, else the dtype of x.
         Raises:
-            ValueError: the last dimension of x is not `hidden`.
+            ValueError: the last dimension of x is not `hidden`, or `routing` does not fit.
         """
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
         self.dispatcher.meter.tracker.layer = self.name
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
-        topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T, x.shape[:-2].numel())
+        if routing is None:
+            topk_ids_TK, topk_weights_TK = self.router(x_TH, mask_T, x.shape[:-2].numel())
+        else:
+            topk_ids_TK, topk_weights_TK = replay(self.router, x_TH, routing, self.name or "this layer")
 
         def shared() -> Tensor | None:
             return None if self.shared_experts is None else self.shared_experts(x_TH)

@@ -86,8 +86,7 @@ class Router(nn.Module):
             token_mask_T: bool, False for padding, which is routed but not counted.
             num_sequences: equally long runs that the tokens are; only an auxiliary loss asks.
         Returns:
-            topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype (fp32, or float64 in a float64
-            model).
+            topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype: fp32, in a float64 model float64.
         """
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
@@ -96,7 +95,7 @@ class Router(nn.Module):
             bias_E, multiplies = self.expert_bias_E, self.multiplies_bias
             biased_TE = biased_scores(scores_TE, bias_E, multiplies=multiplies, **self.config.groups)
             topk_ids_TK = ordered_topk(biased_TE, self.config.top_k)
-            topk_weights_TK = self._weigh(logits_TE, topk_ids_TK)
+            topk_weights_TK = self.weigh(logits_TE, topk_ids_TK)
             if self.observer is not None and self.training and torch.is_grad_enabled():
                 self.observer(logits_TE, topk_ids_TK, token_mask_T, num_sequences)
         if self.training:
@@ -106,7 +105,8 @@ class Router(nn.Module):
             topk_weights_TK = self._count(routing, topk_weights_TK, token_mask_T)
         return topk_ids_TK, topk_weights_TK
 
-    def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
+    def weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
+        """The combine weights of chosen experts, which depend on the logits alone, never on the bias."""
         softmax = self.config.score == "softmax"
         if self.config.normalize_weights:
             # s_i / sum(s) as a softmax of log s: no 0/0 and no shrunken sum when scores underflow (flashinfer #3803).
@@ -147,11 +147,7 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast like any module, but never store the gate below fp32 nor the bias as anything but fp32."""
-        kept = {
-            "weight": self.weight.detach(),
-            "expert_bias_E": self.expert_bias_E,
-            "statistic_scale": self.statistic_scale,
-        }
+        kept = {name: getattr(self, name).detach() for name in ("weight", "expert_bias_E", "statistic_scale")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             now: Any = getattr(self, name)

@@ -1,6 +1,6 @@
 """The language model: a decoder in the shape of DeepSeek-V3 (arXiv 2412.19437), first dense, then MoE layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
+from dispatch.routing.replay import Routing, by_block
 from workers.model.attention import (
     GroupedQueryAttention,
     KeyValueCache,
@@ -200,12 +201,13 @@ class Block(nn.Module):
         token_mask: Tensor | None,
         seen: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
         attended = self.attention(self.attention_norm(x), rotary, seen, cache)
         x = x + (self.post_attention_norm(attended) if self.post_norms else attended)
         normed = self.ffn_norm(x)
-        y: Tensor = self.moe(normed, token_mask) if self.has_moe else self.ffn(normed)
+        y: Tensor = self.moe(normed, token_mask, routing) if self.has_moe else self.ffn(normed)
         return x + (self.post_ffn_norm(y) if self.post_norms else y)
 
 
@@ -224,10 +226,10 @@ class NextTokenBlock(nn.Module):
         self.block = Block(config, moe)
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
 
-    def forward(self, normed: Tensor, embedded: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, normed: Tensor, embedded: Tensor, rotary: Tensor, routing: Routing | None = None) -> Tensor:
         """Map the decoder's normalised output and the next tokens' embeddings to the same shape, (B, S, hidden)."""
         x = self.proj(torch.cat([self.token_norm(embedded), self.hidden_norm(normed)], dim=-1))
-        y: Tensor = self.norm(self.block(x, rotary, None))
+        y: Tensor = self.norm(self.block(x, rotary, None, routing=routing))
         return y
 
 
@@ -269,6 +271,7 @@ class Decoder(nn.Module):
         document_starts: Tensor | None = None,
         next_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        routings: Sequence[Routing | None] | None = None,
     ) -> Predicted | tuple[Predicted, Predicted]:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
 
@@ -279,17 +282,19 @@ class Decoder(nn.Module):
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
             token_mask: bool (B, S), False for padding, which is not counted as load. Padding must come last in its
                 sequence, where causal attention hides it from every real token, unless positions are given.
-            positions: int64 (B, S), of each token in its sequence, as by `workers.model.attention.positions_of`.
-            Padding may
-                then stand anywhere: a token sees the real tokens at or before its own position. Without them they
-                count from 0.
+            positions: int64 (B, S), of each token in its sequence, as by `workers.model.attention.positions_of`. With them
+                padding may stand anywhere: a token sees the real tokens at or before its own position. Without them
+                they count from 0.
             cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
                 with positions, their places in the cache, padding comes last in its sequence.
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
             document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
                 beyond it. Without padding, positions and cache. None: a row is one document.
-            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with `targets` alone.
+            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with `targets` and
+                `routings` alone.
             targets: int64 (B, S), the token that each one is to predict, -100 for none.
+            routings: of the MoE layers in their order, with next_ids that of the MTP layer too: experts to take, of all
+                B * S tokens; None for a layer that chooses itself. Recomputes take the same.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
@@ -297,11 +302,13 @@ class Decoder(nn.Module):
         x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
         rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
         near = self._near(x, seen, positions, cache) if self.config.sliding_window else None
-        normed = self._normed(x, rotary, token_mask, (seen, near), cache)
+        num_dense, num_blocks = self.config.num_dense_layers, self.config.num_layers + (next_ids is not None)
+        given = by_block(routings, num_dense, num_blocks - num_dense)
+        normed = self._normed(x, rotary, token_mask, (seen, near), cache, given)
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
             return predicted
-        further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary)
+        further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary, given[-1])
         return predicted, self._head(further, None if targets is None else after_next(targets))
 
     def _normed(
@@ -310,19 +317,18 @@ class Decoder(nn.Module):
         rotary: Tensor,
         token_mask: Tensor | None,
         seen_and_near: tuple[Tensor | None, Tensor | None],
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | None,
+        given: Sequence[Routing | None],
     ) -> Tensor:
-        seen, near = seen_and_near
+        everywhere = self.config.rotate_full_attention or not self.config.sliding_window
         for index, block in enumerate(self.layers):
-            if self.config.has_window(index):
-                x = self._call(block, x, rotary, token_mask, near, cache)
-            else:
-                known = rotary if self.config.rotate_full_attention or not self.config.sliding_window else None
-                x = self._call(block, x, known, token_mask, seen, cache)
+            window = self.config.has_window(index)
+            known = rotary if window or everywhere else None
+            x = self._call(block, x, known, token_mask, seen_and_near[window], cache, given[index])
         y: Tensor = self.norm(x)
         return y
 
-    def _call(self, block: nn.Module, *inputs: Tensor | KeyValueCache | None) -> Tensor:
+    def _call(self, block: nn.Module, *inputs: Tensor | KeyValueCache | Routing | None) -> Tensor:
         if self.config.recompute:
             # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random
             # numbers, so their state need not be kept.

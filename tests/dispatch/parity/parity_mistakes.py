@@ -37,7 +37,7 @@ def bias_is_in_the_weights(case, weights, group):
         scores_TK = (logits_TE.sigmoid() + router.expert_bias_E).gather(1, topk_ids_TK)
         return scores_TK / scores_TK.sum(1, keepdim=True)
 
-    router._weigh = weigh
+    router.weigh = weigh
     return layer
 
 
