@@ -282,9 +282,9 @@ class Decoder(nn.Module):
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
             token_mask: bool (B, S), False for padding, which is not counted as load. Padding must come last in its
                 sequence, where causal attention hides it from every real token, unless positions are given.
-            positions: int64 (B, S), of each token in its sequence, as by `workers.model.attention.positions_of`. With them
-                padding may stand anywhere: a token sees the real tokens at or before its own position. Without them
-                they count from 0.
+            positions: int64 (B, S), of each token in its sequence, as by `workers.model.attention.positions_of`. With
+                them padding may stand anywhere: a token sees the real tokens at or before its own position. Without
+                them they count from 0.
             cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
                 with positions, their places in the cache, padding comes last in its sequence.
             logits_at: int64 (B,), the only place in each row whose logits are wanted.

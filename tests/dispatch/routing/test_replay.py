@@ -1,4 +1,4 @@
-"""A replayed step is the recorded one bit for bit, any given routing is the slow reference's, and nothing is counted."""
+"""A replayed step is the recorded one bit for bit, given experts are the slow reference's, and nothing is counted."""
 
 import re
 from collections.abc import Callable
@@ -117,16 +117,16 @@ def slow(layer: MoELayer, x: Tensor, routing: Routing) -> Tensor:
 def replay_given(rank: int, world_size: int, with_weights: bool) -> None:
     whole, layer, references = whole_layer(), layer_of(world_size), []
     for other in range(world_size):
+        whole.router.weight.grad = None  # each rank's own, where experts get the sum
         x, of_loss, routing = inputs_of(other)
         routing = routing if with_weights else replace(routing, topk_weights_TK=None)
         if with_weights:
             routing.topk_weights_TK.requires_grad_()
         y = slow(whole, x, routing)
-        (y * of_loss).sum().backward()  # summed over the ranks, as experts see it
+        (y * of_loss).sum().backward()
         references.append((y.detach(), x.grad, None if not with_weights else routing.topk_weights_TK.grad))
         if other == rank:
             mine = whole.router.weight.grad, routing
-            whole.router.weight.grad = None
     gate_grad, routing = mine
     x, of_loss, _ = inputs_of(rank)
     y_expected, x_grad, weights_grad = references[rank]
@@ -142,7 +142,7 @@ def replay_given(rank: int, world_size: int, with_weights: bool) -> None:
     if with_weights:
         assert found["router.weight"] is None and gate_grad is None
         torch.testing.assert_close(routing.topk_weights_TK.grad, weights_grad, **close)
-    elif rank == 0:  # the reference's gate has the gradients of rank 0 alone only there
+    else:
         torch.testing.assert_close(found["router.weight"], gate_grad, **close)
 
 

@@ -70,10 +70,11 @@ def _tensors(
         whole = reader.read([target])[target]
         for part in group:
             rows = part.to_theirs(part.rows_of(whole))
-            yield part.name, _stored_as(rows, dtypes[part.name], target).contiguous().clone()
+            yield part.name, stored_as(rows, dtypes[part.name], target).contiguous().clone()
 
 
-def _stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
+def stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
+    """In `dtype`; a selection bias, by `target`, our name, only if that does not round it."""
     narrow = rows.to(dtype)
     # A bias that moved by 0.001 would fall back in bf16 (Megatron-LM #1482): then it is stored as what it is.
     return rows if target.endswith(BIAS) and not torch.equal(narrow.to(rows.dtype), rows) else narrow

@@ -1,0 +1,64 @@
+"""A decoder that is given the experts of every layer makes the recorded step again, under recompute too."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dispatch import Routing, recorded_routing
+from dispatch.balance import read_counts, routers_of
+from dispatch.errors import InvalidValue
+from tests.workers.model.test_decoder import build, tokens
+from workers.model.decoder import Decoder, after_next, token_nll_sum
+
+
+def step(model: Decoder, routings: list[Any] | None) -> dict[str, Tensor]:
+    """Logits of both heads and all gradients, which are cleared."""
+    ids = tokens(seq_len=8)
+    logits, further = model(ids[:, :-1], next_ids=ids[:, 1:], routings=routings)
+    (token_nll_sum(logits, ids[:, 1:]) + token_nll_sum(further, after_next(ids[:, 1:]))).backward()
+    found = {"logits": logits.detach(), "further": further.detach()}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def move_biases(model: Decoder) -> None:
+    for router in routers_of(model).values():
+        router.expert_bias_E.copy_(torch.linspace(1, -1, router.num_experts))
+        router.tokens_per_expert_E.zero_()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_replay_of_all_layers_is_the_recorded_step_bit_for_bit(recompute: bool) -> None:
+    model = build(recompute=recompute, num_mtp_layers=1)
+    with recorded_routing(model) as routings:
+        recorded = step(model, None)
+    assert len(routings) == 3  # two layers after a dense one, and that of the MTP
+    move_biases(model)
+    replayed = step(model, routings)  # backward is outside of any context: a recompute keeps to the same experts
+    assert recorded.keys() == replayed.keys()
+    for name, value in recorded.items():
+        assert torch.equal(value, replayed[name]), name
+    assert not read_counts(routers_of(model)).any()
+    assert not torch.equal(step(model, None)["logits"], recorded["logits"])  # the moved bias chooses others
+
+
+def test_a_layer_without_a_routing_chooses_and_counts_itself() -> None:
+    model, ids = build(), tokens()
+    with recorded_routing(model) as routings:
+        logits = model(ids)
+    move_biases(model)
+    for router in routers_of(model).values():
+        router.expert_bias_E.zero_()
+    assert torch.equal(model(ids, routings=[routings[0], None]), logits)
+    assert [int(router.tokens_per_expert_E.sum()) for router in routers_of(model).values()] == [0, ids.numel() * 2]
+
+
+def test_there_must_be_as_many_routings_as_layers_that_are_called() -> None:
+    model, ids = build(num_mtp_layers=1), tokens()
+    routings = [Routing(torch.arange(2).repeat(ids.numel(), 1))] * 3
+    model(ids, routings=routings[:2])
+    with pytest.raises(InvalidValue, match="routings has 3 entries; this forward calls 2 MoE layers"):
+        model(ids, routings=routings)
