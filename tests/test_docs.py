@@ -2,10 +2,12 @@
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from torch import nn
 
@@ -76,3 +78,17 @@ def test_the_code_of_the_page_how_to_add_runs(tmp_path: Path) -> None:
     for registry, names in before:
         for name in set(registry) - names:
             registry.forget(name)
+
+
+def test_the_code_of_the_page_on_rl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2} | sizes | heads
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    [code] = [code for _, language, code in code_blocks((DOCS / "rl.md").read_text()) if language == "python"]
+    made: dict[str, Any] = {"__name__": "mine"}
+    exec(code, made)
+    assert made["sent"]["model.layers.1.block_sparse_moe.experts.7.w2.weight"] == (32, 16)
+    assert all(parameter.grad is not None for parameter in made["model"].parameters())
+    assert not any(layer.moe.router.tokens_per_expert_E.any() for layer in made["model"].layers)

@@ -8,14 +8,19 @@ from torch import Tensor
 
 from dispatch import Routing, recorded_routing
 from dispatch.balance import read_counts, routers_of
+from dispatch.config import ScheduleConfig
 from dispatch.errors import InvalidValue
+from tests.ranks import run_ranks
 from tests.workers.model.test_decoder import build, tokens
+from tests.workers.training.test_gradients import form_groups
+from tests.workers.training.test_sharding import build as build_sharded
+from workers.gang.sharded import local_rows
 from workers.model.decoder import Decoder, after_next, token_nll_sum
 
 
-def step(model: Decoder, routings: list[Any] | None) -> dict[str, Tensor]:
+def step(model: Decoder, routings: list[Any] | None, seed: int = 0) -> dict[str, Tensor]:
     """Logits of both heads and all gradients, which are cleared."""
-    ids = tokens(seq_len=8)
+    ids = tokens(seq_len=8, seed=seed)
     logits, further = model(ids[:, :-1], next_ids=ids[:, 1:], routings=routings)
     (token_nll_sum(logits, ids[:, 1:]) + token_nll_sum(further, after_next(ids[:, 1:]))).backward()
     found = {"logits": logits.detach(), "further": further.detach()}
@@ -62,3 +67,21 @@ def test_there_must_be_as_many_routings_as_layers_that_are_called() -> None:
     model(ids, routings=routings[:2])
     with pytest.raises(InvalidValue, match="routings has 3 entries; this forward calls 2 MoE layers"):
         model(ids, routings=routings)
+
+
+def replay_sharded(rank: int, world_size: int, ep_size: int, shard: str) -> None:
+    groups = form_groups(rank, world_size, ep_size)
+    model = build_sharded(groups, shard, ScheduleConfig(), (), recompute=True, num_mtp_layers=1)
+    with recorded_routing(model) as routings:
+        recorded = step(model, None, rank)
+    move_biases(model)
+    replayed = step(model, routings, rank)
+    assert recorded.keys() == replayed.keys()
+    for name, value in recorded.items():
+        assert torch.equal(local_rows(value)[0], local_rows(replayed[name])[0]), name
+    assert not read_counts(routers_of(model)).any()
+
+
+@pytest.mark.parametrize(("ep_size", "shard"), [(2, "none"), (2, "full"), (1, "full")])
+def test_a_replay_between_ranks_is_the_recorded_step_also_where_states_are_sharded(ep_size: int, shard: str) -> None:
+    run_ranks(2, replay_sharded, ep_size, shard)
