@@ -33,8 +33,9 @@ def stream_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a live model as (name in Hugging Face, tensor), on every rank, one in memory at a time.
 
-    Names, shapes and bytes are those of `trimtab export`: experts come one by one, under names of their own. A tensor
-    is a copy, on the device of the model, that nothing else refers to: drop it before you ask for the next one.
+    Names and shapes are those of `trimtab export`, and so are the bytes in the same dtype: experts come one by one,
+    under names of their own. A tensor is a copy, on the device of the model, that nothing else refers to: drop it
+    before you ask for the next one.
 
     Args:
         model: its experts on any number of ranks, sharded (`parallel.shard`) or not.

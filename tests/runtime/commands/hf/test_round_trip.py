@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dispatch.exchange.local import LocalDispatcher
+from runtime import stream_weights
 from runtime.cli import main
 from runtime.job.launch import make_spec
+from runtime.report.hf_files import read_dtypes
 from runtime.settings.config_file import config_from_yaml_file
 from tests.ranks import run_ranks
 from tests.workers.model.families.directories import PREFIX, quantise, write_directory, write_with_mtp
@@ -43,7 +45,10 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bytes(first: Path, second: Path) -> None:
-    before, after = all_tensors(first), all_tensors(second)
+    assert_same_tensors(all_tensors(first), all_tensors(second))
+
+
+def assert_same_tensors(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype, name
@@ -62,6 +67,11 @@ def test_every_tensor_comes_back_byte_for_byte(name: str, dtype: torch.dtype, tm
     assert_same_bytes(source, tmp_path / "out")
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+    # The live model streams what export writes, in every family.
+    stream = stream_weights(
+        our_model(tmp_path / "run"), source / "config.json", None, dtype=read_dtypes(tmp_path / "run")
+    )
+    assert_same_tensors(all_tensors(source), dict(stream))
 
 
 def test_fp8_comes_back_as_bf16_that_transformers_loads(tmp_path: Path) -> None:
@@ -99,12 +109,16 @@ def _train_all(rank: int, world_size: int, folder: Path) -> None:
         assert (outcome.step, outcome.completed) == (10, True)
 
 
-def our_logits(run: Path, batch: Batch) -> torch.Tensor:
+def our_model(run: Path) -> Decoder:
     config = config_from_yaml_file(run / "config.yaml").model
     model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts)).eval()
     checkpoint.load(checkpoint.latest(run / "checkpoints"), canonical_state(model), None, sections=("model",))
+    return model
+
+
+def our_logits(run: Path, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return model(batch.token_ids, token_mask=batch.mask, positions=positions_of(batch.mask))
+        return our_model(run)(batch.token_ids, token_mask=batch.mask, positions=positions_of(batch.mask))
 
 
 @pytest.fixture(scope="module")

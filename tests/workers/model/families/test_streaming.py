@@ -171,6 +171,8 @@ def export_and_stream(rank: int, world_size: int, folder: Path) -> list[list[str
     for index, (model_type, ep_size, shard) in enumerate(LAYOUTS):
         groups, file = form_groups(rank, world_size, ep_size), folder / f"{model_type}.json"
         model, here = build(file, groups, shard), folder / str(index)
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.int64))  # it leaves what the root of sharded states holds gathered
         if rank == 0:
             here.mkdir()
             (here / "export").mkdir()
