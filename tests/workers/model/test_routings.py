@@ -12,10 +12,12 @@ from dispatch.config import ScheduleConfig
 from dispatch.errors import InvalidValue
 from tests.ranks import run_ranks
 from tests.workers.model.test_decoder import build, tokens
+from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
 from tests.workers.training.test_sharding import build as build_sharded
 from workers.gang.sharded import local_rows
-from workers.model.decoder import Decoder, after_next, token_nll_sum
+from workers.model.decoder import Decoder
+from workers.model.loss import after_next
 
 
 def step(model: Decoder, routings: list[Any] | None, seed: int = 0) -> dict[str, Tensor]:
