@@ -15,7 +15,7 @@ from workers.model.decoder import Decoder, ModelConfig
 from workers.model.loss import logits_at_once
 from workers.model.meta_device import meta_device
 from workers.record.score_log import SCORE_BYTES
-from workers.training.optimizer import OptimConfig
+from workers.training.optimizer import OptimConfig, is_hidden_matrix
 
 FP32 = 4  # bytes of a weight and of its gradient, whatever run.dtype is
 
@@ -35,8 +35,8 @@ class ParameterCounts:
 
     dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
     compute dtype and backward takes again, which it does not do with the head. largest_dense: of the largest dense
-    tensor. dense_shapes: of every dense tensor. root: embedding, last norm and head. largest_block: dense ones of a
-    block.
+    tensor. dense_shapes: of every dense tensor. matrix_shapes: of those that are hidden matrices, which an optimizer
+    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block.
     """
 
     dense: int
@@ -44,8 +44,14 @@ class ParameterCounts:
     cast: int
     largest_dense: int
     dense_shapes: tuple[tuple[int, ...], ...]
+    matrix_shapes: tuple[tuple[int, ...], ...]
     root: int
     largest_block: int
+
+    @property
+    def dense_matrices(self) -> int:
+        """Elements of the dense hidden matrices."""
+        return sum(map(prod, self.matrix_shapes))
 
     def of_rank(self, config: ModelConfig, ep_size: int) -> int:
         """Expert parameters of the rank that holds most experts."""
@@ -61,6 +67,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     experts = sum(prod(shapes.pop(name)) for name in expert_parameters(model))
     sizes = {name: prod(shape) for name, shape in shapes.items()}
+    parameters = dict(model.named_parameters())
     units: dict[str, int] = defaultdict(int)  # what sharding gathers together
     for name, size in sizes.items():
         first, second, *_ = name.split(".")
@@ -73,6 +80,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         cast=sum(linear.values()),
         largest_dense=max(sizes.values()),
         dense_shapes=tuple(shapes.values()),
+        matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),
         root=units.pop(""),
         largest_block=max(units.values()),
     )
@@ -82,10 +90,11 @@ def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
     """Total and active parameters, and the bytes of a checkpoint: weights and optimizer state."""
     counts = count_parameters(config)
     total = counts.dense + counts.experts
+    in_matrices = counts.dense_matrices + counts.experts
     return ModelSize(
         total=total,
         active=counts.dense + counts.experts * config.moe.top_k // config.moe.num_experts,
-        checkpoint_bytes=(FP32 + optim.entry.state_bytes) * total,
+        checkpoint_bytes=FP32 * total + optim.entry.state_bytes(in_matrices, total - in_matrices),
     )
 
 

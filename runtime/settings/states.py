@@ -1,5 +1,6 @@
 """Bytes of the states that a rank keeps from step to step, by how they are sharded."""
 
+from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -31,20 +32,29 @@ def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
     whole, num_ranks = whole_elements(config, counts), config.cluster.num_workers
     if config.parallel.shard == "none":
         return whole
-    dense = sum(-(-rows // num_ranks) * prod(row) for rows, *row in counts.dense_shapes)
+    dense = _own_rows(counts.dense_shapes, config)
     edp_size = num_ranks // config.parallel.resolve(num_ranks)
     one_expert = counts.experts // config.model.moe.num_experts  # in all layers
     num_stacked = whole.experts // one_expert if one_expert else 0  # experts of a layer
     return Held(dense, -(-num_stacked // edp_size) * one_expert)
 
 
+def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
+    """Elements of dense tensors of which the first rank, that with most, keeps the optimizer's state."""
+    num_owners = 1 if config.parallel.shard == "none" else config.cluster.num_workers
+    return sum(-(-rows // num_owners) * prod(row) for rows, *row in shapes)
+
+
 def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
     """Weights, gradients and optimizer state, all fp32 whatever run.dtype is; and what sharding gathers, at most."""
     own, optimizer = own_elements(config, counts), config.optim.entry
+    in_matrices = _own_rows(counts.matrix_shapes, config)
     states = {
         "weights": own.times(FP32),
         "gradients": own.times(FP32),
-        optimizer.state_label: own.times(optimizer.state_bytes),
+        optimizer.state_label: Held(
+            optimizer.state_bytes(in_matrices, own.dense - in_matrices), optimizer.state_bytes(own.experts, 0)
+        ),
     }
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:
         states[GATHERED] = _gathered(config, counts).times(FP32)

@@ -30,7 +30,7 @@ _EXPERT = re.compile(r"(?P<section>model|optim\.\w+?)\.(?P<layer>.+)\.experts\.(
 _BIAS = re.compile(r"model\.(?P<layer>.+)\.router\.expert_bias_E")
 
 
-InitialState = Callable[[Tensor], dict[str, Tensor]]
+InitialState = Callable[[str, Tensor], dict[str, Tensor]]  # of a parameter and its canonical name
 
 
 def canonical_state(
@@ -53,14 +53,9 @@ def canonical_state(
             raise ValueError(f"{name} is a {type(value).__name__}; checkpoints hold tensors only: make it a buffer")
         names.setdefault(id(value), name)
         tensors |= {f"model.{stored}": part for stored, part in _parts(name, value, expert_ids)}
-    for parameter, state in _optimizer_state(optimizer, initial_state) if optimizer is not None else ():
-        if id(parameter) not in names:
-            raise ValueError(
-                f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is not in the model; "
-                "build it from this model's parameters"
-            )
+    for name, state in _optimizer_state(optimizer, names, initial_state) if optimizer is not None else ():
         for key, value in state.items():
-            parts = _parts(names[id(parameter)], value, expert_ids)
+            parts = _parts(name, value, expert_ids)
             tensors |= {f"optim.{key}.{stored}": part for stored, part in parts}
     return tensors
 
@@ -85,15 +80,20 @@ def _parts(name: str, value: Tensor, expert_ids: Mapping[str, range]) -> Iterato
 
 
 def _optimizer_state(
-    optimizer: torch.optim.Optimizer, initial_state: InitialState | None
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Each trainable parameter with its state, made here where it is missing."""
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], initial_state: InitialState | None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The name of each trainable parameter with its state, made here where it is missing. names: by id."""
     for group in optimizer.param_groups:
         for parameter in (p for p in group["params"] if p.requires_grad):
-            state = optimizer.state[parameter]
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is not in the model; "
+                    "build it from this model's parameters"
+                )
+            name, state = names[id(parameter)], optimizer.state[parameter]
             if not state and initial_state is not None:
-                state.update(initial_state(parameter))
-            yield parameter, state
+                state.update(initial_state(name, parameter))
+            yield name, state
 
 
 def missing_experts(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

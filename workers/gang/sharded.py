@@ -1,6 +1,7 @@
 """Tensors that are sharded over ranks, seen by one of them: its rows, and which rows these are."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,3 +22,20 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     num_rows, mesh = tensor.shape[0], tensor.device_mesh
     rows_of_rank = -(-num_rows // mesh.size())
     return tensor.to_local(), min(mesh.get_local_rank() * rows_of_rank, num_rows)
+
+
+@torch.no_grad()
+def all_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The rows of all ranks, of a tensor sharded as `like` is; `rows` itself where `like` is not sharded.
+
+    Collective over the ranks of its mesh.
+    """
+    if not isinstance(like, DTensor):
+        return rows
+    num_rows, mesh = like.shape[0], like.device_mesh
+    rows_of_rank = -(-num_rows // mesh.size())
+    own = rows.new_zeros(rows_of_rank, *rows.shape[1:])
+    own[: len(rows)] = rows
+    whole = rows.new_empty(mesh.size() * rows_of_rank, *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, own, group=mesh.get_group())
+    return whole[:num_rows]  # what the last ranks lack is at the end

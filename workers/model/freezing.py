@@ -28,10 +28,9 @@ def check_parts(parts: Iterable[str]) -> None:
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to; its own name for one that belongs to none, which always trains."""
-    words = name.split(".")
-    if words[-2].endswith("norm"):
+    if name.rpartition(".")[0].endswith("norm"):
         return "norms"
-    return next((PARTS[word] for word in words if word in PARTS), name)
+    return next((PARTS[word] for word in name.split(".") if word in PARTS), name)
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:

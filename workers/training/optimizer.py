@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dispatch.errors import InvalidValue
 from dispatch.registry import Registry, checked_options, options_of
-from workers.model.freezing import check_parts
+from workers.model.freezing import check_parts, part_of
 
 Build = TypeVar("Build", bound=Callable[..., torch.optim.Optimizer])
+State = Callable[[Tensor], dict[str, Tensor]]  # of a parameter, by the optimizer's own keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,25 +21,45 @@ class OptimizerEntry:
     """An optimizer as registered, see `register_optimizer`; options: its constants and their defaults."""
 
     build: Callable[..., torch.optim.Optimizer]
-    initial_state: Callable[[Tensor], dict[str, Tensor]]
+    of_matrix: State
+    of_other: State
     state_label: str
+    gathers_matrices: bool
     options: Mapping[str, float]
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state for each element of a large fp32 matrix."""
-        matrix = torch.empty(1024, 1024, dtype=torch.float32, device="meta")
-        return sum(each.nbytes for each in self.initial_state(matrix).values()) // matrix.numel()
+    def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
+        """What it holds of the parameter of this name before its first step."""
+        return self.of_matrix(parameter) if is_hidden_matrix(name, parameter) else self.of_other(parameter)
+
+    def state_bytes(self, num_in_matrices: int, num_other: int) -> int:
+        """Bytes of state for so many fp32 elements of hidden matrices, and of all else."""
+        return num_in_matrices * _bytes_an_element(self.of_matrix) + num_other * _bytes_an_element(self.of_other)
+
+
+def _bytes_an_element(state: State) -> int:
+    """Of a large fp32 matrix."""
+    matrix = torch.empty(1024, 1024, dtype=torch.float32, device="meta")
+    return sum(each.nbytes for each in state(matrix).values()) // matrix.numel()
 
 
 # Each with the module that registers it.
 OPTIMIZERS: Registry[OptimizerEntry] = Registry(
-    "optim.name", {"adamw": "workers.training.adamw", "adamw_bf16": "workers.training.adamw_bf16"}
+    "optim.name",
+    {
+        "adamw": "workers.training.adamw",
+        "adamw_bf16": "workers.training.adamw_bf16",
+        "muon": "workers.training.muon",
+    },
 )
 
 
 def register_optimizer(
-    name: str, *, initial_state: Callable[[Tensor], dict[str, Tensor]], state_label: str = "optimizer state"
+    name: str,
+    *,
+    initial_state: State,
+    matrix_state: State | None = None,
+    state_label: str = "optimizer state",
+    gathers_matrices: bool = False,
 ) -> Callable[[Build], Build]:
     """Make a function an optimizer that `optim.name` can name; its keyword-only arguments become `optim.options`.
 
@@ -54,12 +75,19 @@ def register_optimizer(
             loaded into it. A tensor of the parameter's shape is saved expert by expert, and any number of ranks can
             read it again; one without dimensions is saved once for a stack of experts. Its size is what `trimtab plan`
             reckons with.
+        matrix_state: the same of hidden matrices (`is_hidden_matrix`), where it differs.
         state_label: what `trimtab plan` calls it.
+        gathers_matrices: whether a step gathers each dense hidden matrix that is sharded, in bf16 on CUDA.
     """
 
     def register(build: Build) -> Build:
         entry = OptimizerEntry(
-            build=build, initial_state=initial_state, state_label=state_label, options=options_of(build)
+            build=build,
+            of_matrix=matrix_state or initial_state,
+            of_other=initial_state,
+            state_label=state_label,
+            gathers_matrices=gathers_matrices,
+            options=options_of(build),
         )
         OPTIMIZERS.register(name, entry, build)
         return build
@@ -72,9 +100,10 @@ class OptimConfig:
     """The optimizer, with linear warm-up and cosine decay of its learning rate."""
 
     name: Annotated[str, OPTIMIZERS] = "adamw"
-    """The rule of the update; 'adamw_bf16' keeps AdamW's moments in bfloat16, rounded stochastically."""
+    """The rule of the update; 'adamw_bf16' keeps AdamW's moments in bfloat16, rounded stochastically; 'muon' makes the
+    update of a hidden matrix orthogonal."""
     options: Mapping[str, float] = field(default_factory=dict)
-    """Further constants of an optimizer of your own, such as {"momentum": 0.9}."""
+    """Further constants of the optimizer, such as {"momentum": 0.9} of 'muon' or of one of your own."""
     module: str | None = None
     """Python module that registers optimizers of your own; imported in every process, on every node."""
     lr: float = 2e-3
@@ -132,6 +161,14 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     progress = min(1.0, (step - config.warmup_steps) / decay_steps)
     floor = config.lr * config.min_lr_ratio
     return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether it maps hidden vectors to hidden vectors, one matrix or a stack of them: not embedding, head or router.
+
+    A matrix of one row or column, such as the gate of shared experts, is a vector.
+    """
+    return parameter.ndim > 1 and min(parameter.shape[-2:]) > 1 and part_of(name) not in ("embedding", "router")
 
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

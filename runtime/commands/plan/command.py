@@ -44,7 +44,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="number format of the computation (as configured; bfloat16)")
     add("--recompute", action="store_true", default=None, help="recompute the activations of a layer in backward")
     add("--shard", choices=("none", "optimizer", "full"), help="states that ranks divide among them (as configured)")
-    add("--optimizer", metavar="NAME", help="adamw, adamw_bf16 or one of your own, for its state (as configured)")
+    add("--optimizer", metavar="NAME", help="adamw, adamw_bf16, muon or your own, for its state (as configured)")
     add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")
     add("--fit", action="store_true", help="search for settings, and without --world for ranks, that fit")
     add("--memory-gib", type=number(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")

@@ -104,15 +104,24 @@ def make_plan(subject: Subject) -> Plan:
 
 
 def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, experts_of_rank: int) -> dict[str, float]:
-    """Of a step, to sum gradients and, where they are sharded, to gather weights."""
+    """Of a step, to sum gradients and, where they are sharded, to gather weights and what the optimizer needs whole."""
     world_size = config.cluster.num_workers
     dense, root = (gradient_bytes(elements, world_size) for elements in (counts.dense, counts.root))
     experts = gradient_bytes(experts_of_rank, world_size // config.parallel.resolve(world_size))
+    matrices = _matrix_gather_bytes(config, counts)
     if config.parallel.shard != "full":  # a reduce-scatter and a gather cost what a sum costs
-        return {"dense": dense, "experts": experts}
+        return {"dense": dense + matrices, "experts": experts}
     # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
     num_micro = config.run.num_micro_batches(world_size)
-    return {"dense": num_micro * (1.5 * dense - 0.5 * root), "experts": num_micro * 1.5 * experts}
+    return {"dense": num_micro * (1.5 * dense - 0.5 * root) + matrices, "experts": num_micro * 1.5 * experts}
+
+
+def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
+    """By an optimizer that needs matrices whole: in bf16, on a CPU in fp32. A gather costs half of a sum."""
+    if config.parallel.shard == "none" or not config.optim.entry.gathers_matrices:
+        return 0.0
+    share_of_a_sum = 1 / 2 if config.cluster.device == "cpu" else 1 / 4
+    return share_of_a_sum * gradient_bytes(counts.dense_matrices, config.cluster.num_workers)
 
 
 def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatch:

@@ -109,7 +109,7 @@ def _traffic(plan: Plan) -> Table:
         for way, links in (("forward", traffic.forward), ("backward", traffic.backward), ("", traffic.total)):
             _add(table, f"{label}{', ' * bool(way)}{way}", (links.network, links.node, links.total), style=style)
     for name, size in plan.gradients.items():
-        label = "gradients" if plan.subject.config.parallel.shard == "none" else "gradients and gathers of weights"
+        label = "gradients" if plan.subject.config.parallel.shard == "none" else "gradients and gathers"
         _add(table, f"sum of {label}, {name}, by a ring", (None, None, size))
     return table
 

@@ -33,7 +33,7 @@ MODEL = ModelConfig(
     moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden=32),
 )
 LAYOUTS = [(shard, ep_size, "adamw") for shard in ("none", "optimizer", "full") for ep_size in (1, 2, 4)]
-LAYOUTS.append(("full", 2, "adamw_bf16"))
+LAYOUTS += [("full", 2, "adamw_bf16"), ("none", 4, "muon"), ("full", 2, "muon")]
 
 
 def measure(rank: int, world_size: int) -> list[dict[str, int]]:

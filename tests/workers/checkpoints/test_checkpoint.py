@@ -44,7 +44,7 @@ from workers.checkpoints.checkpoint import (
 from workers.checkpoints.index import read_index
 from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
 from workers.model.decoder import Decoder, ModelConfig
-from workers.training.adamw import moments
+from workers.training.optimizer import OptimConfig
 
 NUM_EXPERTS = 8
 CONFIG = ModelConfig(
@@ -59,7 +59,7 @@ CONFIG = ModelConfig(
     moe=MoEConfig(num_experts=NUM_EXPERTS, top_k=2, ffn_hidden=4),
 )
 CPU = torch.device("cpu")
-state_of = functools.partial(canonical_state, initial_state=moments)
+state_of = functools.partial(canonical_state, initial_state=OptimConfig().entry.initial_state)
 
 
 def _model_and_optimizer(ep_group=None):

@@ -60,9 +60,11 @@ def _differing(state, expected):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_resumes_bit_for_bit_and_in_any_other_layout(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_sharded_run_resumes_bit_for_bit_and_in_any_other_layout(tmp_path, optimizer):
     settings = {"eval_every": 0, "memory_checkpoint_every": 1, "keep_checkpoints": 9}
     spec = replace(make_spec(tmp_path, steps=STEPS, **settings), parallel=SHARDED)
+    spec = replace(spec, optim=replace(spec.optim, name=optimizer))
     whole, cut, resumed = run_ranks(4, _interrupt_and_resume, spec)[0]
     assert _differing(resumed, whole) == []
     assert _differing(cut, whole) != []

@@ -37,6 +37,7 @@ KINDS = {
     "sequence and z-loss": {"aux": SEQUENCE},
     "global batch loss": {"aux": replace(SEQUENCE, loss="global_batch")},
     "tied, frozen attention, MTP": {"tie_embeddings": True, "num_mtp_layers": 1, "frozen": ("attention", "norms")},
+    "muon": {"optimizer": "muon"},
 }
 
 Found = dict[str, Tensor | list[float]]
@@ -76,12 +77,18 @@ def loss_of(model: Decoder, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(
-    groups: RankGroups, rows: list[int], shard: str, num_micro: int, aux: AuxLossConfig = NO_AUX, **choices: Any
+    groups: RankGroups,
+    rows: list[int],
+    shard: str,
+    num_micro: int,
+    aux: AuxLossConfig = NO_AUX,
+    optimizer: str = "adamw",
+    **choices: Any,
 ) -> Found:
-    """Clipped AdamW steps on this rank's rows: first gradients, norms, counts, last weights, in parts."""
+    """Clipped steps on this rank's rows: first gradients, norms, counts, last weights, in parts."""
     model = build(groups, shard, **choices)
     aux_losses = AuxLosses(model, aux, groups.world_group)
-    optimizer = build_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
+    updates = build_optimizer(model, OptimConfig(name=optimizer, lr=0.01, weight_decay=0.1))
     found: Found = {"norms": []}
     for step in range(STEPS):
         tokens = torch.randint(VOCABULARY - 1, (BATCH, 8), generator=torch.Generator().manual_seed(step))
@@ -96,8 +103,8 @@ def train(
         if step == 0:
             found |= parts_of(model, "grad", {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         clip_gradients(model, found["norms"][-1], 0.5 * found["norms"][0])
-        optimizer.step()
-        optimizer.zero_grad()
+        updates.step()
+        updates.zero_grad()
     found["counts"] = read_counts(routers_of(model))
     return found | parts_of(model, "weight", dict(model.named_parameters()))
 

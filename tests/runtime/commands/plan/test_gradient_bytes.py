@@ -21,7 +21,7 @@ NORM_BYTES = 8 * 2  # of the gradient, in float64
 def sent_bytes(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]:
     found = []
     for spec in specs:
-        state = join_worker(spec, rank, world_size, spec.parallel.shard)._state
+        state = join_worker(spec, rank, world_size, f"{spec.parallel.shard}-{spec.optim.name}")._state
         parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
         with state.open_control() as control:
             shard = spec.parallel.shard
@@ -37,9 +37,10 @@ def test_gradients_and_gathered_weights_cost_what_the_plan_says(tmp_path: Path) 
     spec = replace(spec, model=replace(spec.model, vocab_size=260))
     modes: tuple[Shard, ...] = get_args(Shard)
     specs = [replace(spec, parallel=ParallelConfig(shard=shard, ep_size=2, exchange="rank")) for shard in modes]
+    specs += [replace(each, optim=replace(each.optim, name="muon")) for each in specs]
     for by_mode in run_ranks(4, sent_bytes, specs):
         for each, counted in zip(specs, by_mode, strict=True):
-            cluster = ClusterConfig(num_workers=4)
-            config = TrainConfig(run=each.run, model=each.model, parallel=each.parallel, cluster=cluster)
+            cluster, kept = ClusterConfig(num_workers=4, device="cpu"), ("run", "model", "parallel", "optim")
+            config = TrainConfig(cluster=cluster, **{name: getattr(each, name) for name in kept})
             planned = planned_bytes(config).total()
-            assert counted == pytest.approx(planned, abs=NORM_BYTES), each.parallel.shard
+            assert counted == pytest.approx(planned, abs=NORM_BYTES), (each.parallel.shard, each.optim.name)
