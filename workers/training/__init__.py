@@ -1,7 +1,7 @@
 """One optimizer step of a rank, and the loop around it.
 
 Begin with `step.Trainer.step`: forward and backward over the micro-batches, gradients (`gradients`), update
-(`optimizer`, with the learning rate; `adamw` is the default, `adamw_bf16` keeps less) and the bias of the routers.
+(`optimizer`, with the learning rate; `adamw` is the default, `adamw_bf16` keeps less, `muon` is for matrices) and the bias of the routers.
 `training_run` is the loop from the first step to the last, with evaluations (`evaluation`) and checkpoints (`saver`
 says when); it ends in an `outcome`. `rank_state` builds what a rank needs from its `worker_spec`, which is all that the
 driver tells it; `sharding` divides the states over the ranks by fully_shard. `summed_metrics` declares what is summed

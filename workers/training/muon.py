@@ -24,6 +24,8 @@ A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST_NORM = 1e-7
 # Moonlight, section 2.2: the root mean square of a full-rank update is then 0.2, about that of AdamW's.
 UPDATE_RMS = 0.2
+# Elements of a stack of experts that are updated together, or one expert: what a step holds besides is bounded then.
+AT_ONCE = 2**25
 
 
 def momentum_buffer(parameter: Tensor) -> dict[str, Tensor]:
@@ -122,17 +124,23 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(momentum_buffer(parameter))
-        rows, first = local_rows(parameter)
-        gradient, mean = _local(parameter.grad), _local(state["momentum_buffer"])
-        mean.lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-        direction = direction.to(_iteration_dtype(direction))
+        tensors = [_local(each) for each in (parameter, parameter.grad, state["momentum_buffer"])]
+        at_once = max(1, AT_ONCE // math.prod(parameter.shape[1:])) if parameter.ndim > 2 else len(parameter)
+        for rows, gradient, mean in zip(*(each.split(at_once) for each in tensors), strict=True):
+            mean.lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+            update = self._orthogonal(direction, parameter, group["ns_steps"])
+            rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+    def _orthogonal(self, direction: Tensor, parameter: Tensor, num_steps: int) -> Tensor:
+        """The update, before the learning rate, of those rows or experts that the direction is of."""
         is_stack = parameter.ndim > 2  # of experts, of which a rank has whole ones
-        whole = direction if is_stack else all_rows(direction, parameter)
+        narrow = direction.to(_iteration_dtype(direction))
+        whole = narrow if is_stack else all_rows(narrow, parameter)
         parts = whole.split(self.packed.get(parameter, whole.shape[-2]), dim=-2)
-        update = torch.cat([_scaled(newton_schulz(part, group["ns_steps"]), rows.dtype) for part in parts], dim=-2)
-        own = update if is_stack else update[first : first + len(rows)]
-        rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(own, alpha=group["lr"])
+        update = torch.cat([_scaled(newton_schulz(part, num_steps), direction.dtype) for part in parts], dim=-2)
+        first = local_rows(parameter)[1]
+        return update if is_stack else update[first : first + len(direction)]
 
     def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
