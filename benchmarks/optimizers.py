@@ -44,7 +44,7 @@ def config_of(spec: str, seed: int, options: argparse.Namespace) -> TrainConfig:
     return replace(config, run=run, cluster=replace(config.cluster, num_workers=1))
 
 
-def train(config: TrainConfig, run_dir: Path, num_threads: int, rank: int, world_size: int) -> None:
+def train(config: TrainConfig, run_dir: Path, num_threads: int, *_: int) -> None:
     """One run, the only one of its process."""
     torch.set_num_threads(num_threads)
     run_dir.mkdir(parents=True)
