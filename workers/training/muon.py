@@ -33,12 +33,23 @@ def momentum_buffer(parameter: Tensor) -> dict[str, Tensor]:
     return {"momentum_buffer": torch.zeros_like(parameter)}
 
 
+def check_options(momentum: float, ns_steps: float, nesterov: float) -> None:
+    """Raise InvalidValue where one is out of its range."""
+    if not 0 <= momentum < 1:
+        raise InvalidValue(f"optim.options.momentum ({momentum:g}) must be in [0, 1) for optimizer 'muon'")
+    if ns_steps not in range(1, 100):
+        raise InvalidValue(f"optim.options.ns_steps ({ns_steps:g}) must be a whole number from 1 to 99; 5 is usual")
+    if nesterov not in (0, 1):
+        raise InvalidValue(f"optim.options.nesterov ({nesterov:g}) must be 1 (on) or 0 (off)")
+
+
 @register_optimizer(
     "muon",
     initial_state=moments,
     matrix_state=momentum_buffer,
     state_label="Muon momentum, AdamW moments",
     gathers_matrices=True,
+    check=check_options,
 )
 def muon(
     model: nn.Module, config: OptimConfig, *, momentum: float = 0.95, ns_steps: float = 5, nesterov: float = 1
@@ -49,10 +60,7 @@ def muon(
         momentum: decay of the mean of gradients.
         ns_steps: Newton-Schulz iterations, from 1 to 99.
         nesterov: 1 looks ahead by one gradient, 0 does not.
-    Raises:
-        InvalidValue: an option is out of its range.
     """
-    _check_options(momentum, ns_steps, nesterov)
     matrices = [each for name, each in model.named_parameters() if each.requires_grad and is_hidden_matrix(name, each)]
     held = set(matrices)
     others = [
@@ -195,12 +203,3 @@ def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
 
 def _local(tensor: Tensor | None) -> Tensor:
     return local_rows(cast(Tensor, tensor))[0]
-
-
-def _check_options(momentum: float, ns_steps: float, nesterov: float) -> None:
-    if not 0 <= momentum < 1:
-        raise InvalidValue(f"optim.options.momentum ({momentum:g}) must be in [0, 1) for optimizer 'muon'")
-    if ns_steps not in range(1, 100):
-        raise InvalidValue(f"optim.options.ns_steps ({ns_steps:g}) must be a whole number from 1 to 99; 5 is usual")
-    if nesterov not in (0, 1):
-        raise InvalidValue(f"optim.options.nesterov ({nesterov:g}) must be 1 (on) or 0 (off)")

@@ -25,6 +25,7 @@ class OptimizerEntry:
     of_other: State
     state_label: str
     gathers_matrices: bool
+    check: Callable[..., None] | None
     options: Mapping[str, float]
 
     def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
@@ -60,6 +61,7 @@ def register_optimizer(
     matrix_state: State | None = None,
     state_label: str = "optimizer state",
     gathers_matrices: bool = False,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Build], Build]:
     """Make a function an optimizer that `optim.name` can name; its keyword-only arguments become `optim.options`.
 
@@ -78,6 +80,7 @@ def register_optimizer(
         matrix_state: the same of hidden matrices (`is_hidden_matrix`), where it differs.
         state_label: what `trimtab plan` calls it.
         gathers_matrices: whether a step gathers each dense hidden matrix that is sharded, in bf16 on CUDA.
+        check: called with all options by name before anything starts; raises InvalidValue where one is out of range.
     """
 
     def register(build: Build) -> Build:
@@ -87,6 +90,7 @@ def register_optimizer(
             of_other=initial_state,
             state_label=state_label,
             gathers_matrices=gathers_matrices,
+            check=check,
             options=options_of(build),
         )
         OPTIMIZERS.register(name, entry, build)
@@ -131,6 +135,8 @@ class OptimConfig:
         OPTIMIZERS.check(self.name, self.module)
         options = checked_options("optim.options", f"optimizer {self.name!r}", self.options, self.entry.options)
         object.__setattr__(self, "options", options)
+        if self.entry.check is not None:
+            self.entry.check(**{**self.entry.options, **options})
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0 and finite")

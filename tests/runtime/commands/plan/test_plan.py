@@ -58,6 +58,24 @@ def test_state_is_sixteen_bytes_a_parameter_of_the_rank(capsys: pytest.CaptureFi
     assert plan["gradient_bytes"]["dense"] == 2 * 4 * held["dense"] * 3 // 4
 
 
+def test_muon_keeps_one_number_of_a_hidden_matrix_and_gathers_it_where_it_is_sharded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, sharded, adamw = (
+        plan_of(capsys, "small", "--world", "4", "--ep", "2", "--optimizer", optimizer, "--shard", shard)
+        for optimizer, shard in (("muon", "none"), ("muon", "optimizer"), ("adamw", "optimizer"))
+    )
+    hidden, width, ffn, shared, experts, layers = 192, 32, 512, 128, 16, 4
+    attention = layers * ((6 + 2 * 2) * width + 6 * width) * hidden  # queries, keys and values; output
+    matrices = attention + 3 * hidden * ffn + 3 * 3 * hidden * shared  # one dense layer, shared experts of the others
+    others = plan["parameters_of_rank"]["dense"] - matrices
+    assert others == 2 * 257 * hidden + 3 * experts * hidden + (2 * layers + 1) * hidden
+    state = plan["state_bytes"]["Muon momentum, AdamW moments"]
+    assert state == {"dense": 4 * matrices + 8 * others, "experts": 4 * plan["parameters_of_rank"]["experts"]}
+    # In bf16, on CUDA: each rank sends three quarters of the rows.
+    assert sharded["gradient_bytes"]["dense"] - adamw["gradient_bytes"]["dense"] == 2 * matrices * 3 // 4
+
+
 def test_the_rank_with_most_experts_counts(capsys: pytest.CaptureFixture[str]) -> None:
     # 8 experts over 3 ranks: 3 3 2.
     even, uneven = (plan_of(capsys, "tiny", "--world", str(world), "--batch", "24") for world in (8, 3))
