@@ -19,7 +19,7 @@ from tests.workers.training.test_optimizer import Stack, set_gradients
 from tests.workers.training.test_sharding import PLAIN, assert_equals_one_process, train_all
 from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
-from workers.gang.sharded import all_rows
+from workers.gang.sharded import all_rows, local_rows
 from workers.model.attention import LatentConfig
 from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
@@ -176,6 +176,24 @@ def whole_of_uneven_rows(rank: int, world_size: int) -> list[Tensor]:
         sharded = distribute_tensor(torch.arange(2.0 * num_rows).view(num_rows, 2), mesh, [Shard(0)])
         found.append(all_rows(sharded.to_local(), sharded))
     return found
+
+
+def updates_of_five_rows(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """Of a matrix that lies on the ranks as 2, 2, 1 and 0 rows: its value after two steps, and of the whole matrix."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    start, *gradients = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    models = [Stack(distribute_tensor(start, mesh, [Shard(0)])), Stack(start)]
+    optimizers = [build_optimizer(model, CONFIG) for model in models]
+    for gradient in gradients:
+        models[0].weight.grad, models[1].weight.grad = distribute_tensor(gradient, mesh, [Shard(0)]), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    return all_rows(local_rows(models[0].weight)[0], models[0].weight), models[1].weight.detach()
+
+
+def test_a_rank_without_rows_of_a_matrix_takes_part() -> None:
+    for sharded, whole in run_ranks(4, updates_of_five_rows):
+        assert torch.equal(sharded, whole)
 
 
 LAYOUTS = [
