@@ -32,6 +32,7 @@ SHORT_OPTIONS = {
 }
 MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
+FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in older runs' config.yaml
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
         if name not in hints:
             raise InvalidValue(f"unknown setting {key}{_suggest(key)}")
         if not is_dataclass(hints[name]):
-            flat[key] = _checked_text(key, value, hints[name])
+            known = FORMER_VALUES.get((key, value), value) if isinstance(value, bool) else value
+            flat[key] = _checked_text(key, known, hints[name])
         elif isinstance(value, Mapping):
             flat |= _flatten_known(value, hints[name], f"{key}.")
         else:

@@ -2,8 +2,10 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from torch import nn
 
@@ -29,6 +31,14 @@ class ModelSize:
     checkpoint_bytes: int
 
 
+class Cast(NamedTuple):
+    """Elements of dense weights by the part of the model whose matmuls take them: those of MoE layers apart."""
+
+    attention: int
+    moe: int
+    others: int
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Elements by what becomes of them.
@@ -41,7 +51,7 @@ class ParameterCounts:
 
     dense: int
     experts: int
-    cast: int
+    cast: Cast
     largest_dense: int
     dense_shapes: tuple[tuple[int, ...], ...]
     matrix_shapes: tuple[tuple[int, ...], ...]
@@ -77,13 +87,19 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(
         dense=sum(sizes.values()),
         experts=experts,
-        cast=sum(linear.values()),
+        cast=_cast(linear),
         largest_dense=max(sizes.values()),
         dense_shapes=tuple(shapes.values()),
         matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),
         root=units.pop(""),
         largest_block=max(units.values()),
     )
+
+
+def _cast(linear: Mapping[str, int]) -> Cast:
+    moe = sum(size for name, size in linear.items() if ".moe." in name)
+    attention = sum(size for name, size in linear.items() if ".attention." in name)
+    return Cast(attention, moe, sum(linear.values()) - attention - moe)
 
 
 def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:

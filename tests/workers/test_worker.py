@@ -82,7 +82,7 @@ def test_any_layout_of_ranks_trains_the_same_model(tmp_path):  # P1, P5, P11, B4
 
 
 def _interrupt_and_resume(rank, world_size, spec):
-    spec = replace(spec, model=replace(spec.model, recompute=True))
+    spec = replace(spec, model=replace(spec.model, recompute="full"))
     whole, _ = _train(_with_run(spec, "whole"), rank, world_size)
     expected = whole_state(whole)
     _, outcome = _train(_with_run(spec, "cut"), rank, world_size, stop_after=9)
@@ -95,7 +95,7 @@ def _interrupt_and_resume(rank, world_size, spec):
 
 
 def _resume_elsewhere(rank, world_size, spec):
-    spec = replace(spec, model=replace(spec.model, recompute=True))
+    spec = replace(spec, model=replace(spec.model, recompute="full"))
     worker = join_worker(spec, rank, world_size, "elsewhere")
     run_dir = spec.run_dir.parent
     with worker._state.open_control() as control:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from workers.model.attention import (
 from workers.model.loss import TokenLoss, after_next, linear_cross_entropy
 
 Predicted = Tensor | TokenLoss
+Recompute = Literal["none", "attention", "experts", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     num_mtp_layers: int = 0
     """Blocks that predict the token after the next one in training, 0 or 1 (multi-token prediction, DeepSeek-V3)."""
-    recompute: bool = False
-    """Recompute the activations of a block in backward instead of keeping them: less memory, a third more time."""
+    recompute: Recompute = "none"
+    """Activations computed again in backward, not kept: of attention, of MoE layers, or all (a third more time)."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The mixture-of-experts layers."""
 
@@ -123,7 +125,11 @@ class ModelConfig:
                 f"partial_rotary_factor ({self.partial_rotary_factor}) must be above 0, at most 1, and rotate an even "
                 f"number of a head's {self.head_width} dimensions, at least 2"
             )
-        for name, allowed in (("attention", ("grouped_query", "latent")), ("query_key_norm", ("none", "head", "all"))):
+        for name, allowed in (
+            ("attention", ("grouped_query", "latent")),
+            ("query_key_norm", ("none", "head", "all")),
+            ("recompute", get_args(Recompute)),
+        ):
             if getattr(self, name) not in allowed:
                 raise InvalidValue(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.sliding_window < 0 or self.full_attention_every < 0:
@@ -188,7 +194,7 @@ class Block(nn.Module):
         if config.post_norms:
             self.post_attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
             self.post_ffn_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.post_norms, self.has_moe = config.post_norms, moe is not None
+        self.post_norms, self.has_moe, self.recompute = config.post_norms, moe is not None, config.recompute
         if moe is not None:
             self.moe = moe
         else:
@@ -204,11 +210,26 @@ class Block(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
-        attended = self.attention(self.attention_norm(x), rotary, seen, cache)
-        x = x + (self.post_attention_norm(attended) if self.post_norms else attended)
+        attend = _recomputed(self._attend) if self.recompute == "attention" else self._attend
+        x = x + attend(x, rotary, seen, cache)
+        feed = _recomputed(self._feed) if self.recompute == "experts" and self.has_moe else self._feed
+        return x + feed(x, token_mask, routing)
+
+    def _attend(self, x: Tensor, rotary: Tensor | None, seen: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        y: Tensor = self.attention(self.attention_norm(x), rotary, seen, cache)
+        return self.post_attention_norm(y) if self.post_norms else y
+
+    def _feed(self, x: Tensor, token_mask: Tensor | None, routing: Routing | None) -> Tensor:
         normed = self.ffn_norm(x)
         y: Tensor = self.moe(normed, token_mask, routing) if self.has_moe else self.ffn(normed)
-        return x + (self.post_ffn_norm(y) if self.post_norms else y)
+        return self.post_ffn_norm(y) if self.post_norms else y
+
+
+def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, of whose work only the inputs are kept for backward."""
+    # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random numbers,
+    # so their state need not be kept.
+    return partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
 
 
 class NextTokenBlock(nn.Module):
@@ -308,7 +329,7 @@ class Decoder(nn.Module):
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
             return predicted
-        further = self._call(self.mtp, normed, self.token_embedding(next_ids), rotary, given[-1])
+        further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, given[-1])
         return predicted, self._head(further, None if targets is None else after_next(targets))
 
     def _normed(
@@ -324,18 +345,12 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.layers):
             window = self.config.has_window(index)
             known = rotary if window or everywhere else None
-            x = self._call(block, x, known, token_mask, seen_and_near[window], cache, given[index])
+            x = self._whole(block)(x, known, token_mask, seen_and_near[window], cache, given[index])
         y: Tensor = self.norm(x)
         return y
 
-    def _call(self, block: nn.Module, *inputs: Tensor | KeyValueCache | Routing | None) -> Tensor:
-        if self.config.recompute:
-            # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random
-            # numbers, so their state need not be kept.
-            y: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = block(*inputs)
-        return y
+    def _whole(self, block: nn.Module) -> Callable[..., Any]:
+        return _recomputed(block) if self.config.recompute == "full" else block
 
     def _places(
         self,

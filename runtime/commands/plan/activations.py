@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.settings.size import Cast
 from workers.model.decoder import ModelConfig
 from workers.model.loss import logits_at_once
 
 FP32, INDEX = 4, 8
 MAX_RUN = 2048  # rows of an expert that the looped experts compute at once (dispatch.experts.looped)
 Parts = dict[str, float]
-HEAD, CAST, AT_LOSS, IN_BACKWARD = (
+HEAD, INPUTS, CAST, AT_LOSS, IN_BACKWARD = (
     "head and loss",
+    "inputs of what is recomputed",
     "weights in the compute dtype",
     "at the loss",
     "in backward of a layer",
@@ -53,21 +55,21 @@ class MicroBatch:
 
 
 def attention_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """The attention of one layer with the norm before it."""
+    """The attention of one layer with its norms."""
     per_token = _latent(config, batch) if config.attention == "latent" else _grouped_query(config, batch)
-    num_norms = 3 if config.post_norms else 1  # with those of both outputs
+    num_norms = 2 if config.post_norms else 1  # with that of its output
     return batch.tokens * (num_norms * _norm(config.hidden) + per_token)
 
 
 def dense_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """A dense feed-forward with the norm before it."""
+    """A dense feed-forward with its norms."""
     own_input = 0 if batch.casts else FP32 * config.hidden
     per_token = own_input + _swiglu(config.hidden, config.dense_ffn_hidden, batch)
-    return batch.tokens * (_norm(config.hidden) + per_token)
+    return batch.tokens * (_feed_norms(config) + per_token)
 
 
 def router_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """The router and the shared experts of one layer with the norm before them."""
+    """The router and the shared experts of one layer with the norms of the layer's feed-forward."""
     moe = config.moe
     choice = INDEX * moe.top_k + FP32 * moe.num_experts
     if moe.normalize_weights:
@@ -75,7 +77,7 @@ def router_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     shared = _swiglu(config.hidden, moe.ffn_hidden * moe.num_shared_experts, batch) if moe.num_shared_experts else 0
     if moe.shared_gate:  # what it multiplies, and itself; autocast makes a copy of its input
         shared += batch.element_bytes * (config.hidden * (2 if batch.casts else 1) + 1)
-    return batch.tokens * (_norm(config.hidden) + FP32 * config.hidden + choice + shared)
+    return batch.tokens * (_feed_norms(config) + FP32 * config.hidden + choice + shared)
 
 
 def expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -124,42 +126,57 @@ def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     return batch.tokens * (3 * _norm(config.hidden) + 2 * batch.element_bytes * config.hidden)
 
 
-def saved_bytes(config: ModelConfig, batch: MicroBatch, cast_dense: int) -> Parts:
-    """What is kept from forward to backward, by part. cast_dense: elements of `ParameterCounts.cast`."""
-    num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
+def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast) -> Parts:
+    """What is kept from forward to backward, by part. cast: of the dense weights."""
     num_windows = sum(map(config.has_window, range(config.num_layers)))  # each layer keeps its mask as what it adds
     head = head_bytes(config, batch)
-    if config.recompute:
-        num_inputs = config.num_layers + 2 * config.num_mtp_layers
-        inputs = FP32 * batch.tokens * config.hidden * num_inputs + bool(num_windows) * batch.seq_len**2
-        return {"inputs of the layers": inputs, HEAD: head}
-    cast = batch.element_bytes * cast_dense if batch.casts else 0
-    mtp = {"multi-token prediction": mtp_bytes(config, batch)} if config.num_mtp_layers else {}
-    return {
+    if config.recompute == "full":
+        # The input of each layer; the layer for multi-token prediction has two, and the mask is theirs together.
+        inputs = _inputs(config, batch, config.num_layers + 2 * config.num_mtp_layers)
+        return {INPUTS: inputs + bool(num_windows) * batch.seq_len**2, HEAD: head}
+    num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
+    kept = {
         "attention": num_layers * attention_bytes(config, batch) + num_windows * batch.element_bytes * batch.seq_len**2,
         "dense feed-forward": config.num_dense_layers * dense_bytes(config, batch),
         "router and shared experts": num_moe * router_bytes(config, batch),
         "routed experts": num_moe * expert_bytes(config, batch),
         HEAD: head,
-        CAST: cast + num_moe * cast_expert_bytes(config, batch),
+        CAST: batch.element_bytes * sum(cast) * batch.casts + num_moe * cast_expert_bytes(config, batch),
         "row maps": num_moe * row_map_bytes(config, batch),
-        **mtp,
     }
+    if config.num_mtp_layers:
+        kept["multi-token prediction"] = mtp_bytes(config, batch)
+    if config.recompute == "attention":
+        kept["attention"] = num_layers * _inputs(config, batch, 1) + bool(num_windows) * batch.seq_len**2
+        kept[CAST] -= batch.element_bytes * cast.attention * batch.casts
+    if config.recompute == "experts":
+        for name in ("router and shared experts", "routed experts", "row maps"):
+            del kept[name]
+        kept[INPUTS] = num_moe * _inputs(config, batch, 1)
+        kept[CAST] = batch.element_bytes * (cast.attention + cast.others) * batch.casts
+    return kept
 
 
 def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
     """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
-    at_loss = _loss_scratch(config, batch)
     has_moe = config.num_moe_layers > 0
     layer = max(_expert_scratch(config, batch) if has_moe else 0, _dense_scratch(config, batch))
-    if not config.recompute:
-        return {AT_LOSS: at_loss, IN_BACKWARD: layer}
-    feed_forward = dense_bytes(config, batch) if config.num_dense_layers else 0.0
-    if has_moe:
-        moe = sum(part(config, batch) for part in (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes))
-        feed_forward = max(feed_forward, moe)
-    again = attention_bytes(config, batch) + feed_forward + config.num_mtp_layers * mtp_bytes(config, batch)
-    return {AT_LOSS: at_loss, IN_BACKWARD: again + layer}
+    return {AT_LOSS: _loss_scratch(config, batch), IN_BACKWARD: _again(config, batch) + layer}
+
+
+def _again(config: ModelConfig, batch: MicroBatch) -> float:
+    """What a recompute makes again in the backward of one layer."""
+    parts = (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes)
+    moe = sum(part(config, batch) for part in parts) if config.num_moe_layers else 0.0
+    attention = attention_bytes(config, batch)
+    if config.recompute == "full":
+        dense = dense_bytes(config, batch) if config.num_dense_layers else 0.0
+        return attention + max(dense, moe) + config.num_mtp_layers * mtp_bytes(config, batch)
+    return {"none": 0.0, "attention": attention, "experts": moe}[config.recompute]
+
+
+def _inputs(config: ModelConfig, batch: MicroBatch, number: int) -> float:
+    return FP32 * batch.tokens * config.hidden * number
 
 
 def peak_bytes(saved: Parts, scratch: Parts) -> float:
@@ -176,6 +193,11 @@ def total(parts: Mapping[str, float]) -> float:
 def _norm(width: float, rows: int = 1) -> float:
     """RMSNorm: its input, the reciprocal root of each row, and the normalised input before its weight."""
     return FP32 * (2 * width + rows)
+
+
+def _feed_norms(config: ModelConfig) -> float:
+    """The norm before a feed-forward, and that of its output."""
+    return _norm(config.hidden) * (2 if config.post_norms else 1)
 
 
 def _swiglu(hidden: int, inner: int, batch: MicroBatch) -> float:

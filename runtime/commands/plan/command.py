@@ -42,7 +42,8 @@ def add_arguments(parser: CommandParser) -> None:
         help="tokens of a sequence (as configured; of config.json at most 4096)",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="number format of the computation (as configured; bfloat16)")
-    add("--recompute", action="store_true", default=None, help="recompute the activations of a layer in backward")
+    again = ("none", "attention", "experts", "full")
+    add("--recompute", nargs="?", const="full", choices=again, help="what backward computes again; alone: full")
     add("--shard", choices=("none", "optimizer", "full"), help="states that ranks divide among them (as configured)")
     add("--optimizer", metavar="NAME", help="adamw, adamw_bf16, muon or your own, for its state (as configured)")
     add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")

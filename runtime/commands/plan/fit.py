@@ -8,6 +8,7 @@ from dispatch.errors import InvalidValue
 from runtime.commands.plan.plan import Plan, ep_sizes, make_plan
 from runtime.commands.plan.subject import RANKS_OF_A_NODE, Subject, read_subject
 from runtime.settings.config import TrainConfig
+from workers.model.decoder import Recompute
 
 MAX_WORLD = 1024
 
@@ -28,7 +29,7 @@ class Fit:
             "--parallel.ep_size": config.parallel.resolve(config.cluster.num_workers),
             "--parallel.shard": config.parallel.shard,
             "--model.max_seq_len": config.model.max_seq_len,
-            "--model.recompute": str(config.model.recompute).lower(),
+            "--model.recompute": config.model.recompute,
             "--run.dtype": config.run.dtype,
             "--run.global_batch_size": config.run.global_batch_size,
             "--run.micro_batch_size": config.run.micro_batch_size,
@@ -89,9 +90,11 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         if num_workers > 1 and config.parallel.shard in ("none", "optimizer") and config.parallel.shard != shard:
             config = replace(config, parallel=replace(config.parallel, shard=shard))
             yield f"shard {shard}", config
-    if not config.model.recompute:  # a third more computation
-        config = replace(config, model=replace(config.model, recompute=True))
-        yield "recompute", config
+    # Attention costs least while sequences are short, experts travel once more, all is a third more computation.
+    choices: tuple[Recompute, ...] = ("attention", "experts", "full")
+    for choice in choices if config.model.recompute == "none" else choices[2:]:
+        config = replace(config, model=replace(config.model, recompute=choice))
+        yield f"recompute {choice}", config
     if config.optim.name == "adamw":  # rounds moments
         yield "adamw_bf16", replace(config, optim=replace(config.optim, name="adamw_bf16"))
 

@@ -150,8 +150,8 @@ def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
     """Other settings of the same run that need less memory on a rank, each with its plan, and all of them together."""
     config, subject = plan.subject.config, plan.subject
     changes: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
-    if not config.model.recompute:
-        changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute=True))
+    if config.model.recompute != "full":
+        changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute="full"))
     share = config.run.sequences_per_rank(config.cluster.num_workers)
     if share // config.run.num_micro_batches(config.cluster.num_workers) > 1:
         changes["--micro-batch 1"] = lambda c: replace(c, run=replace(c.run, micro_batch_size=1))

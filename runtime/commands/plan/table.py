@@ -13,6 +13,13 @@ from runtime.commands.plan.plan import Plan, ways_out
 from runtime.terminal.quantities import byte_size, short
 from runtime.terminal.tables import new_table
 
+RECOMPUTED = {
+    "none": "no recompute",
+    "attention": "attention recomputed",
+    "experts": "MoE layers recomputed",
+    "full": "recompute",
+}
+
 WIDTH = 120
 NOTE = """\
 Of the rank with most experts, on CUDA, under balanced load: imbalance adds rows, at worst every token of the group. At
@@ -76,7 +83,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     yield (
         f"{config.run.global_batch_size} sequences of {config.model.max_seq_len} tokens a step, {num_micro} micro-batch"
         f"{'es' * (num_micro > 1)} of {sequences} on a rank; {config.run.dtype}, "
-        f"{'recompute' if config.model.recompute else 'no recompute'}; sharded: {config.parallel.shard}"
+        f"{RECOMPUTED[config.model.recompute]}; sharded: {config.parallel.shard}"
     )
     yield from (f"{note}." for note in subject.notes)
 

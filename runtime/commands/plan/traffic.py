@@ -92,7 +92,7 @@ def exchange_traffic(
             there = _payload_bytes(config.hidden, element_bytes, payload) + id_bytes
             answer = element_bytes * config.hidden
             # A recompute ends with the last tensor that backward needs: the experts', so that it sends no answers.
-            again = there if config.recompute else 0
+            again = there if config.recompute in ("experts", "full") else 0
             forward += rows.times(there + answer)
             backward += rows.times(2 * answer + FP32 * hop.ids_per_row + again)
         scale = config.num_moe_layers * num_tokens

@@ -426,7 +426,7 @@ def test_resume_refuses_what_the_checkpoint_depends_on(changed: dict[str, Any]) 
 
 def test_resume_allows_what_changes_no_result() -> None:
     changed = with_settings(
-        model__recompute=True, cluster__num_workers=4, run__steps=9, data__cache_dir="/x", balance__rate=1e-4
+        model__recompute="full", cluster__num_workers=4, run__steps=9, data__cache_dir="/x", balance__rate=1e-4
     )
     check_resume(TrainConfig(), changed)
 

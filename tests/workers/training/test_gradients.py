@@ -111,14 +111,14 @@ def train(
 
 
 def train_on_rank(
-    rank: int, world_size: int, ep_size: int, rows_of_ranks: list[list[int]], num_micro: int, recompute: bool
+    rank: int, world_size: int, ep_size: int, rows_of_ranks: list[list[int]], num_micro: int, recompute: str
 ) -> dict[str, Tensor | list[float]]:
     groups = form_groups(rank, world_size, ep_size)
     return train(groups, rows_of_ranks[rank], num_micro, recompute=recompute)
 
 
 def one_process() -> dict[str, Tensor | list[float]]:
-    return run_ranks(1, train_on_rank, 1, [list(range(GLOBAL_BATCH))], 1, False)[0]
+    return run_ranks(1, train_on_rank, 1, [list(range(GLOBAL_BATCH))], 1, "none")[0]
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +129,15 @@ def reference() -> dict[str, Tensor | list[float]]:
 @pytest.mark.parametrize(
     ("ep_size", "rows_of_ranks", "num_micro", "recompute"),
     [
-        pytest.param(1, [[0, 1, 2, 3, 4]], 3, False, id="one-rank-micro-batches"),
-        pytest.param(2, [[0, 3, 4], [1, 2]], 1, False, id="ep2"),
-        pytest.param(1, [[0, 3, 4], [1, 2]], 2, False, id="data-parallel"),
-        pytest.param(3, [[0, 3], [1, 2, 4], []], 2, True, id="ep3-uneven-a-rank-without-tokens-recompute"),
-        pytest.param(2, [[0], [1, 2], [3], [4]], 1, False, id="ep2-two-replicas"),
+        pytest.param(1, [[0, 1, 2, 3, 4]], 3, "none", id="one-rank-micro-batches"),
+        pytest.param(2, [[0, 3, 4], [1, 2]], 1, "none", id="ep2"),
+        pytest.param(1, [[0, 3, 4], [1, 2]], 2, "none", id="data-parallel"),
+        pytest.param(3, [[0, 3], [1, 2, 4], []], 2, "full", id="ep3-uneven-a-rank-without-tokens-recompute"),
+        pytest.param(2, [[0], [1, 2], [3], [4]], 1, "none", id="ep2-two-replicas"),
     ],
 )
 def test_gradients_norm_and_weights_equal_one_process_on_the_global_batch(  # parity 5, B13
-    reference: dict[str, Any], ep_size: int, rows_of_ranks: list[list[int]], num_micro: int, recompute: bool
+    reference: dict[str, Any], ep_size: int, rows_of_ranks: list[list[int]], num_micro: int, recompute: str
 ) -> None:
     results: list[dict[str, Any]] = run_ranks(
         len(rows_of_ranks), train_on_rank, ep_size, rows_of_ranks, num_micro, recompute

@@ -156,19 +156,25 @@ def assert_equals_one_process(name: str, by_rank: list[Found], one: Found) -> No
 PLAIN, CHUNKS, ROUNDS = {}, {"num_chunks": 2}, {"max_rows": 9}
 ODD = "tied, frozen attention, MTP"
 AUX = [
-    ("full", 1, True, 2, PLAIN, "sequence and z-loss"),
-    ("optimizer", 2, True, 1, CHUNKS, "global batch loss"),
+    ("full", 1, "full", 2, PLAIN, "sequence and z-loss"),
+    ("optimizer", 2, "experts", 1, CHUNKS, "global batch loss"),
 ]
-SOME = [("optimizer", 4, False, 2, PLAIN, "plain"), ("full", 2, True, 2, CHUNKS, ODD), *AUX]
+SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX]
 ALL = [
     (shard, ep_size, recompute, num_micro, PLAIN, "plain")
-    for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), (False, True), (1, 2))
-] + [("full", 2, False, 1, ROUNDS, ODD), ("optimizer", 1, True, 2, ROUNDS, ODD), *AUX]
+    for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), ("none", "full"), (1, 2))
+] + [
+    ("full", 2, "none", 1, ROUNDS, ODD),
+    ("full", 2, "experts", 2, CHUNKS, ODD),
+    ("full", 1, "attention", 1, PLAIN, ODD),
+    ("optimizer", 1, "full", 2, ROUNDS, ODD),
+    *AUX,
+]
 
 
 @pytest.mark.parametrize("layouts", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_any_sharding_trains_the_model_of_one_process(layouts: list[tuple[Any, ...]]) -> None:
-    one = run_ranks(1, train_all, [("none", 1, False, 1, PLAIN, kind) for kind in KINDS])[0]
+    one = run_ranks(1, train_all, [("none", 1, "none", 1, PLAIN, kind) for kind in KINDS])[0]
     by_rank = run_ranks(4, train_all, layouts)
     for index, layout in enumerate(layouts):
         assert_equals_one_process(str(layout), [found[index] for found in by_rank], one[list(KINDS).index(layout[-1])])

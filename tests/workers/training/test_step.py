@@ -17,7 +17,7 @@ from workers.training.aux_losses import AuxLossConfig
 TOKENS, SEQUENCES, TOP_K = 12 * 16, 12, 2
 
 
-def _with(spec, name, *, micro_batch_size=0, recompute=False, **sections):
+def _with(spec, name, *, micro_batch_size=0, recompute="none", **sections):
     run = replace(spec.run, micro_batch_size=micro_batch_size)
     model = replace(spec.model, recompute=recompute)
     return replace(spec, run_dir=spec.run_dir.parent / name, run=run, model=model, **sections)
@@ -121,9 +121,9 @@ def test_step_has_the_gradient_of_the_papers_formulas_summed_over_layers_and_rep
 
 # By number of ranks: sequences of a micro-batch (0: all), recompute, and how the ranks divide the work.
 LAYOUTS = {
-    1: [(0, False, {}), (3, True, {}), (1, False, {})],
-    2: [(0, False, {}), (2, True, {}), (0, False, {"ep_size": 1, "schedule": ScheduleConfig(num_chunks=2)})],
-    4: [(0, True, {}), (0, False, {"ep_size": 2}), (1, False, {"ep_size": 1})],
+    1: [(0, "none", {}), (3, "full", {}), (1, "experts", {})],
+    2: [(0, "none", {}), (2, "full", {}), (0, "experts", {"ep_size": 1, "schedule": ScheduleConfig(num_chunks=2)})],
+    4: [(0, "full", {}), (0, "attention", {"ep_size": 2}), (1, "none", {"ep_size": 1})],
 }
 ANYWHERE, IN_ONE_MICRO_BATCH, OFF = (
     AuxLossConfig(loss="sequence", alpha=0.5, z_alpha=0.25),

@@ -1,7 +1,7 @@
 """The formula of kept bytes against torch's own record of saved tensors, and against its allocator."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_byte
 from runtime.settings.size import count_parameters
 from tests.ranks import run_ranks
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder, ModelConfig, Recompute
 from workers.model.init import init_weights
 from workers.training.step import autocast
 
@@ -100,27 +100,36 @@ def measured_bytes(model: Decoder, dtype: str) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_formula_equals_what_torch_keeps(name: str, dtype: str, recompute: bool) -> None:
+def test_formula_equals_what_torch_keeps(name: str, dtype: str, recompute: Recompute) -> None:
     config = replace(CONFIGS[name], recompute=recompute)
     batch = micro_batch(config, dtype)
     parts = saved_bytes(config, batch, count_parameters(config).cast)
     parts.pop("row maps", None)
     measured = measured_bytes(build(config), dtype)
-    if batch.experts == "looped" and dtype == "bfloat16" and not recompute:
+    if batch.experts == "looped" and dtype == "bfloat16" and recompute in ("none", "attention"):
         # Rows of an expert are filled up to a multiple of 16 there: a few more than the formula's.
         assert total(parts) < measured < 1.1 * total(parts)
-    elif name == "multi-token prediction" and dtype == "bfloat16" and not recompute:
+    elif name == "multi-token prediction" and dtype == "bfloat16" and recompute != "full":
         # Its residual stream is bf16, so that a matmul of it needs no copy: a few less than the formula's.
         assert 0.97 * total(parts) < measured <= total(parts)
     else:
         assert total(parts) == measured
 
 
-@pytest.mark.parametrize(("dtype", "recompute"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-def test_peak_of_a_step_is_within_the_plan(dtype: str, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [
+        ("float32", "none"),
+        ("bfloat16", "none"),
+        ("bfloat16", "full"),
+        ("bfloat16", "experts"),
+        ("float32", "attention"),
+    ],
+)
+def test_peak_of_a_step_is_within_the_plan(dtype: str, recompute: Recompute) -> None:
     """What torch's allocator hands out at most in a step of two micro-batches, above weights and moments."""
     # Large enough that a thousand small tensors do not matter, small enough for the grouped matmul.
     config = replace(BASE, vocab_size=300, hidden=64, num_layers=5, recompute=recompute)

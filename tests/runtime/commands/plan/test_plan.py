@@ -103,8 +103,8 @@ def test_settings_of_a_run_count_and_options_override_them(tmp_path: Path, capsy
         "--dtype", "bfloat16", "--recompute",
     )  # fmt: skip
     names = ("world_size", "ep_size", "global_batch_size", "micro_batches", "seq_len", "dtype", "recompute")
-    assert [changed[name] for name in names] == [8, 4, 32, 2, 32, "bfloat16", True]
-    assert list(changed["activation_bytes"]) == ["inputs of the layers", "head and loss"]
+    assert [changed[name] for name in names] == [8, 4, 32, 2, 32, "bfloat16", "full"]
+    assert list(changed["activation_bytes"]) == ["inputs of what is recomputed", "head and loss"]
 
 
 def test_nodes_decide_what_crosses_the_network(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,8 +139,15 @@ def sent_bytes(plan: dict[str, Any]) -> float:
 def test_fit_adds_savings_until_a_rank_fits_and_says_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (DEEPSEEK, "--world", "256", "--fit", "--memory-gib")
     found = plan_of(capsys, *arguments, "100")  # all savings but that of the moments
-    assert list(found["tried"]) == ["as given", "shard optimizer", "shard full", "recompute"]
-    assert found["fits"] and found["optimizer"] == "adamw" and found["recompute"] and found["shard"] == "full"
+    assert list(found["tried"]) == [
+        "as given",
+        "shard optimizer",
+        "shard full",
+        "recompute attention",
+        "recompute experts",
+        "recompute full",
+    ]
+    assert found["fits"] and found["optimizer"] == "adamw" and found["recompute"] == "full" and found["shard"] == "full"
     given = (DEEPSEEK, "--world", "256", "--shard", "full", "--recompute", "--memory-gib", "100", "--ep")
     same, other = (plan_of(capsys, *given, size) for size in ("256", "128"))
     assert (same["ep_size"], same["peak_bytes"]) == (found["ep_size"], found["peak_bytes"])

@@ -65,10 +65,12 @@ def planned_as_lists(*case):
 @pytest.mark.parametrize(
     ("exchange", "payload", "dtype", "recompute"),
     [
-        ("rank", "compute", "float32", False),
-        ("rank", "compute", "float32", True),
-        ("rank", "fp8", "bfloat16", False),
-        ("assignment", "compute", "bfloat16", True),
+        ("rank", "compute", "float32", "none"),
+        ("rank", "compute", "float32", "full"),
+        ("rank", "compute", "float32", "attention"),
+        ("rank", "compute", "float32", "experts"),
+        ("rank", "fp8", "bfloat16", "none"),
+        ("assignment", "compute", "bfloat16", "full"),
     ],
 )
 def test_plan_equals_the_meter_where_every_token_needs_every_expert(exchange, payload, dtype, recompute) -> None:

@@ -25,7 +25,7 @@ def _train_once(spec, rank, world_size, name, again="", resume_from=None):
 
 
 def _train_variants(rank, world_size, spec):
-    recomputed = replace(spec, model=replace(spec.model, recompute=True))
+    recomputed = replace(spec, model=replace(spec.model, recompute="full"))
     micro = replace(spec, run=replace(spec.run, micro_batch_size=2, eval_every=1))
     for name, variant in (("plain", spec), ("recomputed", recomputed), ("micro", micro)):
         _train_once(variant, rank, world_size, name)

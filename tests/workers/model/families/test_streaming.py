@@ -256,5 +256,5 @@ def test_what_would_lose_a_bias_or_another_model_is_refused_at_the_call(tmp_path
 def test_the_longest_sequence_and_recompute_may_be_the_runs_own(tmp_path: Path) -> None:
     file = config_json(tmp_path, "mixtral")
     model = build(file, None)
-    model.config = replace(model.config, max_seq_len=16, recompute=True)
+    model.config = replace(model.config, max_seq_len=16, recompute="full")
     assert next(stream_weights(model, file, None))[0] == "model.embed_tokens.weight"
