@@ -129,8 +129,9 @@ class Worker:
             begun = time.monotonic()
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
-            begun_before = again and (self._spec.run_dir / METRICS).exists()
-            kept = done if resume_from else -1 if begun_before else None
+            has_records = (self._spec.run_dir / METRICS).exists()
+            is_resumed = resume_from is not None and (done > 0 or has_records)  # else it has the weights of another run
+            kept = done if is_resumed else -1 if again and has_records else None
             with self._open_log(kept) as log, self._open_scores(done) as scores:
                 if log is not None:
                     # With the law as it is now: resuming may change its rate, and a replay needs to know.

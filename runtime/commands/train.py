@@ -19,4 +19,4 @@ def run(options: argparse.Namespace) -> int:
     request = parse_train(options.arguments)
     from runtime.job import job
 
-    return job.train(request.config, resume=request.resume, step=request.step)
+    return job.train(request.config, resume=request.resume, step=request.step, init=request.init)

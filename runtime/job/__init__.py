@@ -1,5 +1,5 @@
 """What `trimtab train` does: from checked settings to ranks at work, and to the end.
 
-Begin with `job.py`; `launch.py` starts the ranks, `training_job.py` watches one training, `live.py` shows it, and
-`coordinator.py` is the actor that computes the bias.
+Begin with `job.py`; `initial_weights.py` is `--init`, `launch.py` starts the ranks, `training_job.py` watches one
+training, `live.py` shows it, and `coordinator.py` is the actor that computes the bias.
 """

@@ -15,6 +15,7 @@ from cluster.gang.preflight import check_resources
 from cluster.ray.access import check_access, find_access
 from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from dispatch.errors import InvalidValue
+from runtime.job.initial_weights import begin_with
 from runtime.job.launch import LaunchedGang, balance_of, make_spec, open_gang
 from runtime.job.live import LiveView
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
@@ -40,8 +41,10 @@ from workers.record.run_log import METRICS, append_event
 from workers.training.outcome import TrainOutcome
 
 
-def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
+def train(config: TrainConfig, *, resume: Path | None, step: int | None, init: Path | None = None) -> int:
     """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
+
+    init: the run whose weights a new one begins with. step: the checkpoint of either; None takes the newest.
 
     Everything that can be refused is refused before a process starts, and leaves no run directory behind.
     """
@@ -49,7 +52,9 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None) -> int:
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     with (hold if resume else hold_new)(run_dir, lambda text: say(console, text)) as lock:
         stop = StopSignal()
-        outcome = _train(config, run_dir, lock, stop, is_resumed=resume is not None, step=step, console=console)
+        source = resume or init
+        start = None if source is None else find_checkpoint(source, step)
+        outcome = _train(config, run_dir, lock, stop, start=start, is_new=resume is None, console=console)
         from runtime.report.report import print_summary  # imports matplotlib, for which no run should start later
 
         print_summary(run_dir, console)
@@ -67,11 +72,12 @@ def _train(
     lock: RunLock,
     stop: StopSignal,
     *,
-    is_resumed: bool,
-    step: int | None,
+    start: Path | None,
+    is_new: bool,
     console: Console,
 ) -> TrainOutcome:
-    resume_from = find_checkpoint(run_dir, step) if is_resumed else None
+    """start: the checkpoint to go on from, or, of a new run, the one of another run to begin with."""
+    resume_from = None if is_new else start
     if resume_from and step_of(resume_from) >= config.run.steps:
         raise InvalidValue(
             f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
@@ -91,9 +97,12 @@ def _train(
     if tight:
         say(console, tight)
     dataset = open_data(config, console, run_dir if resume_from else None)
-    say(console, _headline(config, run_dir, dataset, size, resume_from))
+    say(console, _headline(config, run_dir, dataset, size, start))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
+    if is_new and start is not None:
+        resume_from = begin_with(start, run_dir)
+        append_event(run_dir, "initialised", source=str(start), lr=config.optim.lr)
     with ExitStack() as stack:
         with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
@@ -207,16 +216,18 @@ def _idle_gpus(cluster: ClusterConfig) -> str:
     )
 
 
-def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, resume_from: Path | None) -> str:
+def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, start: Path | None) -> str:
     moe = config.model.moe
     sources = ", ".join(
         f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
     )
     if num_copies := sum(source.num_copies for source in dataset.meta.sources):
         sources += f"; copies: {num_copies} files, each trained on or held out like the file that it copies"
-    start = f"going on from {resume_from}" if resume_from else f"run {run_dir}"
+    from_ = f"run {run_dir}, with the weights of {start}" if start else f"run {run_dir}"
+    if start is not None and run_dir in start.parents:
+        from_ = f"going on from {start}"
     return (
-        f"{start}\n"
+        f"{from_}\n"
         f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
         f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
         f"layers\ntext   {sources}\n"

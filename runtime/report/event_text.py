@@ -43,6 +43,7 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
     "moving": ("from {workers_before} to {workers} workers", "{reason}"),
     "record_hole": ("{file}", "damaged lines {lines}", "missing steps {steps}"),
     "imported": ("{architecture} from {source}",),
+    "initialised": ("with the weights of {source}", "optim.lr {lr}"),
 }
 _CLAUSES["resumed"] = (*_CLAUSES["started"], "read in {load_s}")
 _CLAUSES["interrupted"] = _CLAUSES["finished"]

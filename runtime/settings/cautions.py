@@ -23,7 +23,7 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
     if is_imported and not config.data.path:
         said.append(
             f"the imported model is trained on the built-in demo text, with optim.lr {config.optim.lr:g}; {again} with "
-            "--data.path, and a rate that fits, such as --optim.lr 1e-5, to train it on yours"
+            "--data.path to train it on yours"
         )
     is_steered = config.balance.law != "none" or config.aux.loss != "none" or "router" in config.optim.freeze
     has_moe = config.model.num_dense_layers < config.model.num_layers

@@ -45,6 +45,8 @@ FIXED_SETTINGS = (
 PLACES_OF_TEXT = ("data.path", "data.suffixes")
 # Inside a fixed section, yet without influence on any result.
 FREE_SETTINGS = ("model.recompute",)
+# Of weights that were trained before, unless somebody chooses: the rate of a new model would destroy them.
+FINE_TUNING_LR = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,21 @@ def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool
     ]
     if changed:
         raise InvalidValue(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
+
+
+def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:
+    """Refuse settings that the weights contradict. Raises ValueError.
+
+    Only the longest sequence, up to what the model knows, and recompute are the run's own.
+    """
+    if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute) != model:
+        raise InvalidValue(
+            f"the settings model.* are those of {place}; only model.max_seq_len and model.recompute can be others"
+        )
+    if model.max_seq_len > of_files.max_seq_len:
+        raise InvalidValue(
+            f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({of_files.max_seq_len})"
+        )
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

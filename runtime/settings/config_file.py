@@ -19,7 +19,15 @@ from dispatch.errors import InvalidValue
 from runtime.runs.run_data import at_home, knows_its_text
 from runtime.runs.run_dir import CONFIG_FILE, RUNS_DIR, default_runs_dir, find_run
 from runtime.settings import train_help
-from runtime.settings.config import TrainConfig, check_resume, cross_check, flatten, on_gpus_of_this_machine
+from runtime.settings.config import (
+    FINE_TUNING_LR,
+    TrainConfig,
+    check_resume,
+    check_same_model,
+    cross_check,
+    flatten,
+    on_gpus_of_this_machine,
+)
 from runtime.settings.consent import check_consent, import_named
 from runtime.settings.yaml_text import load_yaml, read_bounded
 
@@ -39,12 +47,14 @@ FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): 
 class TrainRequest:
     """What a command line of `trimtab train` asks for.
 
-    resume: directory of the run to go on with; None starts a new one. step: its checkpoint; None takes the newest.
+    resume: directory of the run to go on with; None starts a new one. init: directory of the run whose weights a new
+    one begins with; None draws them. step: the checkpoint of either; None takes the newest.
     """
 
     config: TrainConfig
     resume: Path | None
     step: int | None
+    init: Path | None = None
 
 
 def parse_train(arguments: Sequence[str]) -> TrainRequest:
@@ -60,11 +70,16 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
         source = vars(_source_parser().parse_known_args(arguments)[0])
     except argparse.ArgumentError as error:
         raise InvalidValue(f"{error}; see `trimtab train --help`") from error
-    config_name, resume_name, step = (source.get(option) for option in ("config", "resume", "step"))
-    _answer_help(arguments, config_name, resume_name)
+    config_name, resume_name, init_name, step = (source.get(each) for each in ("config", "resume", "init", "step"))
+    _answer_help(arguments, config_name, resume_name or init_name)
+    if init_name is not None:
+        if config_name is not None or resume_name is not None:
+            other = "--config" if resume_name is None else "--resume"
+            raise InvalidValue(f"--init takes the settings of its run, so {other} cannot be given too; leave one out")
+        return _begin_with(arguments, init_name, step)
     if resume_name is None:
         if step is not None:
-            raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN, which is missing")
+            raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN or --init RUN, which is missing")
         base = load_config(config_name or BASE_PRESET)
         if base.run.dir == RUNS_DIR:
             base = replace(base, run=replace(base.run, dir=default_runs_dir()))
@@ -81,6 +96,22 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
     check_resume(saved, config, text_may_move=knows_its_text(run_dir))
     cross_check(config)
     return TrainRequest(config, run_dir, step)
+
+
+def _begin_with(arguments: Sequence[str], name: str, step: int | None) -> TrainRequest:
+    """A new run with the model, and unless options say otherwise with the settings, of another one."""
+    other = find_run(name, _runs_dir_of(arguments))
+    saved = read_run_config(other)
+    base = replace(saved, run=replace(saved.run, name=None), optim=replace(saved.optim, lr=FINE_TUNING_LR))
+    config = _parse_options(arguments, base)
+    check_same_model(config.model, saved.model, str(other))
+    if config.balance.entry.multiplies != saved.balance.entry.multiplies:
+        raise InvalidValue(
+            f"balance.law {config.balance.law!r} cannot go on with the bias of {saved.balance.law!r} in {other}: "
+            "one is added to scores, the other multiplies them; choose another law"
+        )
+    cross_check(config)
+    return TrainRequest(config, None, step, other)
 
 
 def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
@@ -198,6 +229,7 @@ def _source_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config")
     parser.add_argument("--resume")
+    parser.add_argument("--init")
     parser.add_argument("--step", type=int)
     return parser
 

@@ -10,13 +10,14 @@ import docstring_parser
 
 from dispatch.errors import InvalidValue
 from dispatch.registry import Registry
-from runtime.settings.config import TrainConfig, flatten
+from runtime.settings.config import FINE_TUNING_LR, TrainConfig, flatten
 
 OPTIONS = ("-h", "--help", "--help-all")
-_USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | --resume RUN [--step N] [...]"
+_USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | {--resume,--init} RUN [--step N] [...]"
 _FIRST = {
     "--config FILE": "preset or YAML file: {presets} (small)",
     "--resume RUN": "go on with a run: its name or directory",
+    "--init RUN": "a new run with the weights of that one: fine-tuning",
     "--name NAME": "name of the run, runs/NAME (the time)",
     "--steps N": "optimizer steps ({run.steps})",
     "--workers N": "expert workers ({cluster.num_workers})",
@@ -85,7 +86,10 @@ def _all(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
     source = parser.add_argument_group("Where the settings come from")
     source.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {presets} (small)")
     source.add_argument("--resume", metavar="RUN", help="go on with this run: its directory, or its name in runs/")
-    source.add_argument("--step", metavar="N", help="with --resume: checkpoint of step N (the newest)")
+    lr = f"{FINE_TUNING_LR:g}"
+    words = f"begin a new run with the weights, the model and the settings of this one, but with optim.lr {lr}"
+    source.add_argument("--init", metavar="RUN", help=words)
+    source.add_argument("--step", metavar="N", help="with --resume or --init: checkpoint of step N (the newest)")
     values, hints, titles = flatten(defaults), get_type_hints(TrainConfig), _words_of(TrainConfig)
     for section in sections:
         group = parser.add_argument_group(titles[section].rstrip("."))

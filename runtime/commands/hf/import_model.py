@@ -17,9 +17,8 @@ from runtime.job.job import as_recorded
 from runtime.report.hf_files import FOLDER, TOKENIZER, check_tokenizer, keep_files
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.cautions import cautions
-from runtime.settings.config import TrainConfig, cross_check
+from runtime.settings.config import FINE_TUNING_LR, TrainConfig, check_same_model, cross_check
 from runtime.settings.config_file import BASE_PRESET, config_to_yaml, load_config, override
-from workers.model.decoder import ModelConfig
 from workers.model.families.importing import RENDEZVOUS, ImportedShard, import_shard
 from workers.model.families.source import ModelDirectory, open_source
 from workers.record.run_log import RunLog
@@ -79,6 +78,7 @@ def _configure(source: ModelDirectory, run_dir: Path, arguments: Sequence[str]) 
         run=replace(config.run, name=run_dir.name, dir=str(run_dir.parent)),
         model=replace(source.config, max_seq_len=longest),
         data=replace(config.data, tokenizer=tokenizer),
+        optim=replace(config.optim, lr=FINE_TUNING_LR),
         # A bias that the family does not have could not be exported: without being asked for it stays zero.
         balance=config.balance if source.family.has_bias else replace(config.balance, law="none"),
     )
@@ -114,21 +114,6 @@ def _with_batch_of_any_workers(config: TrainConfig, arguments: Sequence[str]) ->
     num_workers = config.cluster.num_workers
     shares = -(-config.run.global_batch_size // num_workers)
     return replace(config, run=replace(config.run, global_batch_size=shares * num_workers))
-
-
-def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:
-    """Refuse settings that the weights contradict. Raises ValueError.
-
-    Only the longest sequence, up to what the model knows, and recompute are the run's own.
-    """
-    if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute) != model:
-        raise InvalidValue(
-            f"the settings model.* are those of {place}; only model.max_seq_len and model.recompute can be others"
-        )
-    if model.max_seq_len > of_files.max_seq_len:
-        raise InvalidValue(
-            f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({of_files.max_seq_len})"
-        )
 
 
 def _read_shards(source: ModelDirectory, run_dir: Path, config: TrainConfig) -> list[ImportedShard]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cluster.config import ClusterConfig
 from cluster.gang.placement import ClusterTooSmall
@@ -30,6 +31,7 @@ from runtime.settings.size import records_bytes
 from runtime.terminal.new_text import NewText
 from tests.workers.data.test_tokenizer import write_tokenizer
 from workers.checkpoints.checkpoint import CheckpointCorrupt, list_checkpoints
+from workers.checkpoints.tensor_reader import TensorReader
 from workers.data.prepare import prepare_dataset
 from workers.generation.generate import SamplingConfig
 from workers.record.run_log import read_events, read_load_history, read_metrics
@@ -86,6 +88,29 @@ def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     assert list((run_dir / "tensorboard").iterdir())
     assert evals[-1]["val_bits_per_byte"] < evals[0]["val_bits_per_byte"]
     assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0
+
+
+def test_a_run_begins_with_the_weights_and_biases_of_another_one(run_dir, folder):
+    text = f"--data.path=[{ROOT / 'LICENSE'}]"
+    request = parse_train([f"--init={run_dir}", "--step=10", "--name=tuned", text, "--steps=2", "--run.eval_every=0"])
+    assert request.config.optim.lr == 1e-5
+    assert job.train(request.config, resume=None, step=request.step, init=request.init) == 0
+    tuned = folder / "runs" / "tuned"
+    began, others = tuned / "checkpoints" / "step_00000000", run_dir / "checkpoints" / "step_00000010"
+    ours, theirs = TensorReader(began), TensorReader(others)
+    names = [name for name in theirs.shapes if name.startswith("model.")]
+    assert any("expert_bias_E" in name for name in names)
+    for name in names:
+        assert torch.equal(ours.read([name])[name], theirs.read([name])[name]), name
+    embedding = "model.token_embedding.weight"  # two steps at 1e-5 move it, a little
+    moved = TensorReader(tuned / "checkpoints" / "step_00000002").read([embedding])[embedding]
+    assert 0 < (moved - theirs.read([embedding])[embedding]).abs().max() < 1e-4
+    history = read_load_history(tuned)
+    # The first step is routed by the bias that the other run had then: record 10 of its history.
+    assert (history.bias[0] == read_load_history(run_dir).bias[10]).all()
+    assert [event["event"] for event in read_events(tuned)[:2]] == ["initialised", "started"]
+    assert [line["step"] for line in read_metrics(tuned)[0]] == [1, 2]
+    assert job.train(parse_train([f"--resume={tuned}", "--steps=3"]).config, resume=tuned, step=None) == 0
 
 
 def test_no_coordinator_of_a_run_stays_in_a_ray_that_was_joined(run_dir):

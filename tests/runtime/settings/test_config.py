@@ -180,7 +180,7 @@ def test_options_override_the_file_and_short_forms_work() -> None:
         (["--model", "3"], "--model is a section"),
         (["--optim.lr"], "--optim.lr: expected one argument"),
         (["extra"], "unrecognized arguments: extra"),
-        (["--step", "3"], "--step (3) chooses a checkpoint of --resume RUN, which is missing"),
+        (["--step", "3"], "--step (3) chooses a checkpoint of --resume RUN or --init RUN, which is missing"),
         (["--resume", "x", "--config", "tiny"], "--config cannot be given with it"),
         (["--resume", "no-such-run"], "there is no run 'no-such-run'"),
     ],
@@ -406,6 +406,27 @@ def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any
     assert request.config.model == load_config("tiny").model
     with pytest.raises(ValueError, match=r"must keep model.hidden \(was 32, now 64\).*start a new run"):
         parse_train(["--resume", str(run), "--model.hidden", "64"])
+
+
+def test_a_new_run_takes_model_and_settings_of_another_one_and_a_gentle_rate(tmp_path: Any) -> None:
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_to_yaml(load_config("tiny")))
+    request = parse_train(["--init", str(run), "--data.path", "x", "--model.recompute", "full", "--name", "b"])
+    assert (request.init, request.resume, request.config.run.name) == (run, None, "b")
+    assert request.config.optim.lr == 1e-5
+    assert parse_train(["--init", str(run), "--optim.lr", "0.001"]).config.optim.lr == 0.001
+    for more, message in (
+        (
+            ("--model.hidden", "64"),
+            r"the settings model\.\* are those of .*; only model.max_seq_len and model.recompute",
+        ),
+        (("--resume", "b"), "--init takes the settings of its run, so --resume cannot be given too"),
+        (("--config", "tiny"), "so --config cannot be given too"),
+        (("--balance.law", "multiplicative"), "cannot go on with the bias of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_train(["--init", str(run), *more])
 
 
 @pytest.mark.parametrize(
