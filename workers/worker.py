@@ -24,6 +24,7 @@ from workers.gang.exchange_choice import choose_exchange
 from workers.gang.parallel import join_groups, local_device
 from workers.generation.decoding import OnToken
 from workers.generation.generate import SamplingConfig, Speed, generate
+from workers.model.lora import without_adapters
 from workers.record.record_check import find_holes, new_holes
 from workers.record.run_log import METRICS, RunLog
 from workers.record.score_log import ScoreLog, ScoreShape, set_aside_later_scores
@@ -281,5 +282,8 @@ class Worker:
 
     def _load(self, path: Path) -> RankState:
         state = self._state
-        checkpoint.load(path, canonical_state(state.model), state.groups.control_group, sections=("model",))
+        weights = canonical_state(state.model)
+        if checkpoint.read_manifest(path).extra.get("imported"):
+            weights = without_adapters(weights)
+        checkpoint.load(path, weights, state.groups.control_group, sections=("model",))
         return state

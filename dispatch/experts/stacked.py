@@ -54,7 +54,11 @@ class Experts(nn.Module):
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """What the chunks of one layer call share: the weights in `dtype`, cast once."""
         grads = WeightGrads(self.buffer_pool)
-        return ExpertWeights(*grads.share(self.gate_up_proj.to(dtype), self.down_proj.to(dtype)), grads)
+        return ExpertWeights(*grads.share(*self.stacks(dtype)), grads)
+
+    def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The weights that rows are multiplied with, in `dtype`: (L, G, H) and (L, H, F)."""
+        return self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
 
     def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:
         """Apply each expert to its rows.
@@ -86,8 +90,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Every other gradient must be summed over all ranks; an expert's only over the ranks that hold a replica of it.
     """
     return {
-        f"{prefix}.{name}" if prefix else name: getattr(module, name)
+        f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
         if isinstance(module, Experts)
-        for name in EXPERT_WEIGHTS
+        for name, parameter in module.named_parameters(recurse=False)
     }

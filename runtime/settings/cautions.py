@@ -25,7 +25,12 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
             f"the imported model is trained on the built-in demo text, with optim.lr {config.optim.lr:g}; {again} with "
             "--data.path to train it on yours"
         )
-    is_steered = config.balance.law != "none" or config.aux.loss != "none" or "router" in config.optim.freeze
+    is_steered = config.balance.law != "none" or config.aux.loss != "none" or config.freezes_router
+    if config.model.lora.rank and not is_imported:
+        said.append(
+            f"model.lora.rank {config.model.lora.rank} trains adapters of a model whose own weights stay as they were "
+            "drawn; import a model with --model.lora.rank, or leave it out"
+        )
     has_moe = config.model.num_dense_layers < config.model.num_layers
     if has_moe and not is_steered:
         limit = ", whose bias the files of some families cannot hold" if is_imported else ""

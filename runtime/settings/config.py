@@ -90,6 +90,11 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Cluster: where the ranks run."""
 
+    @property
+    def freezes_router(self) -> bool:
+        """Whether routers, and so their biases, stay as they are."""
+        return "router" in self.optim.freeze or self.model.lora.rank > 0
+
 
 def cross_check(config: TrainConfig) -> None:
     """Check the rules between sections, before anything starts. Reads the tokenizer file, if there is one.
@@ -111,6 +116,7 @@ def cross_check(config: TrainConfig) -> None:
             "no effect on latent attention; leave them out, or set --model.attention grouped_query"
         )
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
+    _check_adapters(config)
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     if config.model.num_mtp_layers and config.data.has_documents:
@@ -181,11 +187,12 @@ def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool
 def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:
     """Refuse settings that the weights contradict. Raises ValueError.
 
-    Only the longest sequence, up to what the model knows, and recompute are the run's own.
+    Only the longest sequence, up to what the model knows, recompute and adapters are the run's own.
     """
-    if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute) != model:
+    if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute, lora=model.lora) != model:
         raise InvalidValue(
-            f"the settings model.* are those of {place}; only model.max_seq_len and model.recompute can be others"
+            f"the settings model.* are those of {place}; only model.max_seq_len, model.recompute and model.lora.* can "
+            "be others"
         )
     if model.max_seq_len > of_files.max_seq_len:
         raise InvalidValue(
@@ -219,6 +226,16 @@ def _check_vocabulary(config: TrainConfig) -> None:
         raise InvalidValue(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of the tokenizer "
             f"{tokenizer.name} ({tokenizer.vocab_size}); set --model.vocab_size {tokenizer.vocab_size}"
+        )
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    lora = config.model.lora
+    frozen = [part for part in lora.targets if lora.rank and part in config.optim.freeze]
+    if frozen:
+        raise InvalidValue(
+            f"model.lora.targets and optim.freeze both name {', '.join(frozen)}: adapters of a part train it; leave it "
+            "out of one of them (what has no adapter is frozen without being named)"
         )
 
 

@@ -27,6 +27,7 @@ from workers.model.attention import (
     visible_in_documents,
     within_window,
 )
+from workers.model.lora import LoraConfig, add_adapters
 from workers.model.loss import TokenLoss, after_next, linear_cross_entropy
 
 Predicted = Tensor | TokenLoss
@@ -93,6 +94,8 @@ class ModelConfig:
     """Activations computed again in backward, not kept: of attention, of MoE layers, or all (a third more time)."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The mixture-of-experts layers."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters, which are trained in place of the model."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden", "num_layers", "num_heads", "num_kv_heads", "dense_ffn_hidden", "max_seq_len")
@@ -118,6 +121,7 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0")
         self._check_attention()
+        self._check_adapters()
 
     def _check_attention(self) -> None:
         if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
@@ -144,6 +148,15 @@ class ModelConfig:
             )
         if not self.clip_qkv >= 0:
             raise InvalidValue(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
+
+    def _check_adapters(self) -> None:
+        has = {"dense_ffn": self.num_dense_layers, "shared_experts": self.moe.num_shared_experts}
+        absent = [part for part in self.lora.targets if self.lora.rank and not has.get(part, True)]
+        if absent:
+            raise InvalidValue(
+                f"lora.targets names {', '.join(absent)}, which this model does not have; leave it out of "
+                "--model.lora.targets"
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -280,6 +293,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.num_mtp_layers:
             self.mtp = NextTokenBlock(config, make_moe())
+        if config.lora.rank:
+            add_adapters(self, config.lora)
 
     def forward(
         self,

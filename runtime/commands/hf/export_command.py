@@ -15,6 +15,7 @@ def add_arguments(parser: CommandParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="directory to make")
     add("--step", type=whole(0), help="checkpoint to export (the newest)")
+    add("--merged", action="store_true", help="the whole model of a run with adapters, added to its weights")
     add("--drop-bias", action="store_true", help="leave out a selection bias that the family lacks")
     add("--max-file-gb", type=number(0.001, 1000), default=5.0, help="tensors of one file in GB (%(default)s)")
 
@@ -28,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
         run_dir,
         options.folder,
         step=options.step,
+        merged=options.merged,
         drop_bias=options.drop_bias,
         max_file_bytes=int(options.max_file_gb * 1e9),
     )

@@ -1,4 +1,4 @@
-"""`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads."""
+"""`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads, or PEFT its adapters."""
 
 import secrets
 import shutil
@@ -14,14 +14,20 @@ from runtime.settings.config import check_same_model
 from runtime.settings.config_file import config_from_yaml_file
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.families import Settings, family_of
+from workers.model.families.adapters import MergedReader, write_adapter
 from workers.model.families.source import CONFIG, read_json
 from workers.model.families.writing import moved_biases, write_weights
 
 
-def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bool, max_file_bytes: int) -> int:
+def export_model(
+    run_dir: Path, folder: Path, *, step: int | None, merged: bool, drop_bias: bool, max_file_bytes: int
+) -> int:
     """Write a checkpoint as config.json, tokenizer and safetensors files. The directory appears when it is complete.
 
-    step: of the checkpoint, None for the newest. drop_bias: leave out a selection bias that the family does not have.
+    A run with adapters is written as an adapter of PEFT: adapter_config.json and one file of weights.
+
+    step: of the checkpoint, None for the newest. merged: write the whole model, adapters added to its weights.
+    drop_bias: leave out a selection bias that the family does not have.
 
     Raises:
         ValueError: the directory exists, the run was not imported, or its bias has moved and would be lost.
@@ -40,7 +46,12 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
     # config.json may speak of a MTP layer that the files did not bring.
     of_files = replace(family.read_config(settings), num_mtp_layers=config.num_mtp_layers)
     check_same_model(config, of_files, settings.where)
-    reader = TensorReader(find_checkpoint(run_dir, step))
+    if merged and not config.lora.rank:
+        raise InvalidValue(f"{run_dir} has no adapters to merge (model.lora.rank 0); leave out --merged")
+    path = find_checkpoint(run_dir, step)
+    reader = MergedReader(path, config.lora) if merged else TensorReader(path)
+    if config.lora.rank and not merged and reader.manifest.extra.get("imported"):
+        raise InvalidValue(f"{path} has no adapters yet: its run has not been trained; train it first")
     if not family.has_bias and not drop_bias and (moved := moved_biases(reader)):
         raise InvalidValue(
             f"{len(moved)} routers of {run_dir} have a selection bias, the first is {moved[0]}, and "
@@ -51,13 +62,17 @@ def export_model(run_dir: Path, folder: Path, *, step: int | None, drop_bias: bo
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
     try:
-        dtypes = read_dtypes(run_dir)
-        parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
-        write_weights(partial, parts, dtypes, reader, max_file_bytes)
-        copy_back(run_dir, partial)
+        if config.lora.rank and not merged:
+            write_adapter(partial, family.parts(config), reader, config.lora)
+        else:
+            dtypes = read_dtypes(run_dir)
+            parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
+            write_weights(partial, parts, dtypes, reader, max_file_bytes)
+            copy_back(run_dir, partial)
         partial.rename(folder)
     except BaseException:  # Ctrl-C as well
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sys.stdout.write(f"{folder}: {family.architecture}, step {reader.manifest.step} of {run_dir}\n")
+    what = f"adapter of {family.architecture}" if config.lora.rank and not merged else family.architecture
+    sys.stdout.write(f"{folder}: {what}, step {reader.manifest.step} of {run_dir}\n")
     return 0

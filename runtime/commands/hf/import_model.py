@@ -148,7 +148,7 @@ def _describe(source: ModelDirectory, run_dir: Path, config: TrainConfig, shards
     keep_files(source, run_dir)
     (run_dir / CONFIG_FILE).write_text(config_to_yaml(as_recorded(config)))
     layout = shards[0].layout
-    if "router" in config.optim.freeze:  # a frozen router is not balanced
+    if config.freezes_router:  # a frozen router is not balanced
         layout = replace(layout, balanced=(False,) * len(layout.names))
     with RunLog.create(run_dir, layout, tensorboard=False) as log:
         log.event("imported", source=str(source.folder), architecture=source.family.architecture)

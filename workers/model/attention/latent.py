@@ -11,6 +11,7 @@ from dispatch.errors import InvalidValue
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.mask import scores_mask
 from workers.model.attention.rotary import rotate
+from workers.model.lora import effective_weight
 
 # DeepSeek-V3 normalises the latents with this, whatever the model's own norm_eps is.
 LATENT_NORM_EPS = 1e-6
@@ -107,7 +108,7 @@ class LatentAttention(nn.Module):
         and values: they take the place of the query's positions.
         """
         config = self.config
-        heads = self.kv_proj.weight.unflatten(0, (self.num_heads, -1))
+        heads = effective_weight(self.kv_proj).unflatten(0, (self.num_heads, -1))
         to_key, to_value = torch.split(heads, [config.nope_dim, config.value_dim], dim=1)
         plain, rotated = torch.split(queries, [config.nope_dim, config.rope_dim], dim=-1)
         absorbed = torch.cat([torch.einsum("bshn,hnr->bshr", plain, to_key), rotated], dim=-1)

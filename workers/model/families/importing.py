@@ -1,6 +1,6 @@
 """One rank's part of an import: read its shard of a directory of Hugging Face, and save it as a checkpoint."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from workers.gang.agreement import together
 from workers.model.decoder import Decoder, ModelConfig
 from workers.model.families.filling import fill
 from workers.model.families.source import ModelDirectory, SourceError, open_source
+from workers.model.lora import LoraConfig
 from workers.model.meta_device import meta_device
 
 # A rank that dies ends the import at once; this bounds a wait for one whose disk does not answer.
@@ -90,7 +91,7 @@ def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[st
     moe = config.moe
     dispatcher = make_dispatcher(moe.num_experts, group, hidden=config.hidden, top_k=moe.top_k)
     with meta_device():
-        model = Decoder(config, lambda: dispatcher)
+        model = Decoder(replace(config, lora=LoraConfig()), lambda: dispatcher)  # adapters are not imported
     share = divide(all_gather_specs(canonical_state(model), group))[dist.get_rank(group)]
     state = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in share.items()}
     for bias in state.keys() & {f"model.{name}.expert_bias_E" for name in routers_of(model)}:

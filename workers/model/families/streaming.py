@@ -45,14 +45,19 @@ def stream_weights(
             a bias stays fp32 if it would be rounded, and a tensor that repeats another comes only if it is named.
         drop_bias: leave out selection biases that have moved, where the family has none.
     Raises:
-        InvalidValue: at the call, before any tensor: the model is not that of `config_file`, a bias has moved that the
-            family does not have, or a tensor has no dtype.
+        InvalidValue: at the call, before any tensor: the model is not that of `config_file` or has adapters, a bias has
+            moved that the family does not have, or a tensor has no dtype.
 
     Collective: every rank of `group` must call it and ask for every tensor, between two steps. Each tensor travels when
     it is asked for, so that a rank that stops early leaves the others waiting.
     """
     family = _family(model, Path(config_file))
     live = {name: part for name, part in canonical_state(model).items() if name.startswith("model.")}
+    if model.config.lora.rank:
+        raise InvalidValue(
+            f"this model has adapters (model.lora.rank {model.config.lora.rank}), which no name of Hugging Face holds; "
+            "`trimtab export --merged` writes weights that have them added"
+        )
     if not family.has_bias and not drop_bias:
         _check_biases(live, family)
     parts = list(family.parts(model.config))
@@ -129,7 +134,7 @@ def _family(model: Decoder, config_file: Path) -> Family:
     """The family that config.json says. Raises InvalidValue where the model is another."""
     settings = Settings(read_json(config_file), str(config_file))
     family, ours = family_of(settings), model.config
-    free = {name: getattr(ours, name) for name in ("max_seq_len", "recompute", "num_mtp_layers")}
+    free = {name: getattr(ours, name) for name in ("max_seq_len", "recompute", "num_mtp_layers", "lora")}
     if replace(family.read_config(settings), **free) != ours:
         raise InvalidValue(
             f"{config_file} is not of this model: its {family.architecture} has other settings; give the config.json "

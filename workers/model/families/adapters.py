@@ -1,0 +1,114 @@
+"""Writes the adapters of a checkpoint: added to the weights that they belong to, or by themselves as PEFT reads them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.checkpoints.tensor_reader import TensorReader
+from workers.model.families.base import Part
+from workers.model.lora import LoraConfig, adapter_names
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class MergedReader(TensorReader):
+    """Reads a checkpoint as if its model had no adapters: each matrix with what its adapter adds, in fp32.
+
+    Args:
+        path: folder of the checkpoint.
+        config: of its model.
+    Raises:
+        CheckpointCorrupt: as of TensorReader.
+    """
+
+    def __init__(self, path: Path, config: LoraConfig) -> None:
+        super().__init__(path)
+        self._scale = config.scale
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As of TensorReader."""
+        tensors = super().read(names)
+        for name, tensor in tensors.items():
+            pair = adapter_names(name)
+            if pair[0] in self.shapes:
+                lora_a, lora_b = super().read(pair).values()
+                tensor.addmm_(lora_b, lora_a, alpha=self._scale)
+        return tensors
+
+
+def write_adapter(folder: Path, parts: Iterable[Part], reader: TensorReader, config: LoraConfig) -> None:
+    """Write adapters into `folder` as PEFT reads them for the family's model in transformers 5, in fp32.
+
+    parts: all of the family. The experts of a layer are there two parameters, gate_up_proj and down_proj, of which
+    PEFT takes all experts in one tensor.
+    """
+    from safetensors.torch import save_file
+
+    adapted = [part for part in parts if adapter_names(f"model.{part.target}")[0] in reader.shapes]
+    of_experts = [part for part in adapted if ".experts." in part.target]
+    linear = [part for part in adapted if ".experts." not in part.target]
+    tensors = {**dict(_linear(linear, reader)), **dict(_experts(of_experts, reader))}
+    modules, parameters = _targets(linear, of_experts)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+        "target_parameters": parameters,
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _targets(linear: Iterable[Part], of_experts: Iterable[Part]) -> tuple[list[str], list[str]]:
+    """Names of modules and of parameters, as PEFT looks for them: by the end of a name.
+
+    PEFT 0.21 takes a module gate_proj, up_proj or down_proj for that of an expert, wherever it is (its
+    `_convert_peft_config_moe`): these are named by their weights.
+    """
+    modules, parameters = set(), set()
+    for part in linear:
+        within_layer = part.name.split(".", 3)[3]  # model.layers.N.
+        module = within_layer.removesuffix(".weight")
+        if module.endswith((".gate_proj", ".up_proj", ".down_proj")):
+            parameters.add(within_layer)
+        else:
+            modules.add(module)
+    parameters |= {f"mlp.experts.{part.target.rpartition('.')[2]}" for part in of_experts}
+    return sorted(modules), sorted(parameters)
+
+
+def _linear(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+    """A and B of each matrix of theirs; those that are one matrix of ours have the same A."""
+    for part in parts:
+        lora_a, lora_b = reader.read(adapter_names(f"model.{part.target}")).values()
+        name = f"base_model.model.{part.name.removesuffix('.weight')}"
+        yield f"{name}.lora_A.weight", lora_a
+        yield f"{name}.lora_B.weight", part.to_theirs(part.rows_of(lora_b)).clone()
+
+
+def _experts(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+    """A of all experts of a layer (experts x rank, in), and B (out, rank x experts), the experts inside.
+
+    PEFT wraps the two parameters of a module one in the other, gate_up_proj innermost.
+    """
+    stacks: dict[str, dict[str, None]] = {}  # our names in the order of the experts, once each
+    for part in parts:
+        layer, kind = part.name.split(".")[2], part.target.rpartition(".")[2]
+        inner = ".base_layer" if kind == "gate_up_proj" else ""
+        stacks.setdefault(f"base_model.model.model.layers.{layer}.mlp.experts{inner}", {})[f"model.{part.target}"] = (
+            None
+        )
+    for name, targets in stacks.items():
+        pairs = [reader.read(adapter_names(target)).values() for target in targets]
+        all_a, all_b = zip(*pairs, strict=True)
+        yield f"{name}.lora_A.weight", torch.cat(all_a)
+        yield f"{name}.lora_B.weight", torch.stack(all_b, dim=2).flatten(1)

@@ -1,0 +1,147 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen model trains by products of narrow matrices beside its weights.
+
+A matrix W becomes W + scale * B A, with A (rank, in), B (out, rank) and scale = alpha / rank. A matrix of ours that
+packs several, such as queries, keys and values, or gate and up, has one A for them.
+
+Shapes: L local experts, R rank, H hidden, F ffn_hidden, G = 2F.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dispatch.errors import InvalidValue
+from dispatch.experts.stacked import Experts
+from workers.model.freezing import part_of
+
+TARGETS = ("attention", "experts", "dense_ffn", "shared_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters on the matrices of some parts; everything else is then frozen."""
+
+    rank: int = 0
+    """Inner width of an adapter; 0 for no adapters: the model itself is trained."""
+    alpha: float = 16.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("attention",)
+    """Parts that get adapters: attention, experts, dense_ffn, shared_experts."""
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 0:
+            raise InvalidValue(f"lora.rank ({self.rank}) must be a whole number, at least 1, or 0 for no adapters")
+        if not 0 < self.alpha < float("inf"):
+            raise InvalidValue(f"lora.alpha ({self.alpha}) must be above 0 and finite; twice the rank is usual")
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown or not self.targets:
+            raise InvalidValue(
+                f"lora.targets names {', '.join(unknown) or 'nothing'}; parts that can have adapters are "
+                f"{', '.join(TARGETS)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with an adapter: lora_A (R, in), lora_B (out, R)."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of nn.Linear."""
+        return super().forward(x) + self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+class LoraExperts(Experts):
+    """The experts of a rank, each with adapters of its own: they lie with the experts, so that none is exchanged.
+
+    gate_up_proj_lora_A is (L, R, H) and gate_up_proj_lora_B (L, G, R); those of down_proj are (L, R, F) and (L, H, R).
+    """
+
+    gate_up_proj_lora_A: nn.Parameter
+    gate_up_proj_lora_B: nn.Parameter
+    down_proj_lora_A: nn.Parameter
+    down_proj_lora_B: nn.Parameter
+    lora_scale: float
+
+    def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The weights with what the adapters add.
+
+        All kernels then serve as they are. It costs R / (rows of an expert) more operations than the experts have; for
+        backward each layer keeps these sums, 3 L H F elements in the compute dtype, unless model.recompute is on; and
+        backward of a layer holds their gradient for a moment. Gradients and moments of the base are never there.
+        """
+        with torch.autocast(self.gate_up_proj.device.type, enabled=False):  # bf16 would lose what is added
+            gate_up = _merged(self.gate_up_proj, self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.lora_scale)
+            down = _merged(self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B, self.lora_scale)
+            return gate_up.to(dtype), down.to(dtype)
+
+
+def effective_weight(linear: nn.Linear) -> Tensor:
+    """The weight (out, in) that a linear layer multiplies by, for whoever does not call it."""
+    if isinstance(linear, LoraLinear):
+        return torch.addmm(linear.weight, linear.lora_B, linear.lora_A, alpha=linear.lora_scale)
+    return linear.weight
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze a model and give the matrices of its blocks (`layers`) adapters that add nothing yet, as B is zero."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        # Not the gate of shared experts, which is a vector, nor the layer for multi-token prediction.
+        if (
+            part_of(f"{name}.weight") in config.targets
+            and name.startswith("layers.")
+            and name.endswith(("_proj", ".experts"))
+        ):
+            _adapt(module, config)
+
+
+def _adapt(module: nn.Module, config: LoraConfig) -> None:
+    """Change its class in place, as FSDP does: its name, its weights and whoever refers to it stay as they are."""
+    if isinstance(module, Experts):
+        for name in ("gate_up_proj", "down_proj"):
+            _register(module, f"{name}_", getattr(module, name), config.rank)
+        module.__class__ = LoraExperts
+    elif isinstance(module, nn.Linear):
+        _register(module, "", module.weight, config.rank)
+        module.__class__ = LoraLinear
+    module.lora_scale = config.scale  # type: ignore[assignment]  # of nn.Module only tensors and modules are expected
+
+
+def _register(module: nn.Module, prefix: str, weight: Tensor, rank: int) -> None:
+    *stack, num_out, num_in = weight.shape
+    lora_a, lora_b = weight.new_empty(*stack, rank, num_in), weight.new_zeros(*stack, num_out, rank)
+    nn.init.normal_(lora_a, std=num_in**-0.5)
+    module.register_parameter(f"{prefix}lora_A", nn.Parameter(lora_a))
+    module.register_parameter(f"{prefix}lora_B", nn.Parameter(lora_b))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name, canonical or of a parameter, is a part of an adapter."""
+    return name.endswith(("lora_A", "lora_B"))
+
+
+def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an imported model has of a state by canonical name: adapters begin as they were drawn."""
+    return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+
+
+def adapter_names(name: str) -> tuple[str, str]:
+    """Names of A and B beside the matrix of this canonical name, whether it has an adapter or not."""
+    base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
+    return f"{base}lora_A", f"{base}lora_B"
+
+
+def _merged(weight_LOI: Tensor, lora_a_LRI: Tensor, lora_b_LOR: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(weight_LOI, lora_b_LOR, lora_a_LRI, alpha=scale)
