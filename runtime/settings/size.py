@@ -70,12 +70,19 @@ class ParameterCounts:
 
 
 @functools.lru_cache(maxsize=4)  # a model of 60 layers takes a moment, and a plan asks several times
-def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Count on the meta device: no memory, a moment."""
+def count_parameters(config: ModelConfig, *, trained_only: bool = False) -> ParameterCounts:
+    """Count on the meta device: no memory, a moment.
+
+    trained_only: leave out what the adapters of a model (`model.lora`) freeze.
+    """
     with meta_device():
         model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    experts = sum(prod(shapes.pop(name)) for name in expert_parameters(model))
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not trained_only
+    }
+    experts = sum(prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     parameters = dict(model.named_parameters())
     units: dict[str, int] = defaultdict(int)  # what sharding gathers together
@@ -88,11 +95,11 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         dense=sum(sizes.values()),
         experts=experts,
         cast=_cast(linear),
-        largest_dense=max(sizes.values()),
+        largest_dense=max(sizes.values(), default=0),
         dense_shapes=tuple(shapes.values()),
         matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),
-        root=units.pop(""),
-        largest_block=max(units.values()),
+        root=units.pop("", 0),
+        largest_block=max(units.values(), default=0),
     )
 
 
@@ -105,12 +112,13 @@ def _cast(linear: Mapping[str, int]) -> Cast:
 def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
     """Total and active parameters, and the bytes of a checkpoint: weights and optimizer state."""
     counts = count_parameters(config)
-    total = counts.dense + counts.experts
-    in_matrices = counts.dense_matrices + counts.experts
+    total, trained = counts.dense + counts.experts, count_parameters(config, trained_only=True)
+    in_matrices = trained.dense_matrices + trained.experts
+    in_vectors = trained.dense - trained.dense_matrices
     return ModelSize(
         total=total,
         active=counts.dense + counts.experts * config.moe.top_k // config.moe.num_experts,
-        checkpoint_bytes=FP32 * total + optim.entry.state_bytes(in_matrices, total - in_matrices),
+        checkpoint_bytes=FP32 * total + optim.entry.state_bytes(in_matrices, in_vectors),
     )
 
 

@@ -46,11 +46,15 @@ def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
 
 
 def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
-    """Weights, gradients and optimizer state, all fp32 whatever run.dtype is; and what sharding gathers, at most."""
-    own, optimizer = own_elements(config, counts), config.optim.entry
-    in_matrices = _own_rows(counts.matrix_shapes, config)
+    """Weights, gradients and optimizer state, all fp32 whatever run.dtype is; and what sharding gathers, at most.
+
+    Gradients and optimizer state are those of the adapters alone where the model has any.
+    """
+    trained = count_parameters(config.model, trained_only=True)
+    own, optimizer = own_elements(config, trained), config.optim.entry
+    in_matrices = _own_rows(trained.matrix_shapes, config)
     states = {
-        "weights": own.times(FP32),
+        "weights": own_elements(config, counts).times(FP32),
         "gradients": own.times(FP32),
         optimizer.state_label: Held(
             optimizer.state_bytes(in_matrices, own.dense - in_matrices), optimizer.state_bytes(own.experts, 0)
@@ -62,7 +66,10 @@ def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]
 
 
 def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
-    """Whole weights and gradients at the worst moment. An estimate: not all of it is there at once."""
+    """Whole weights and gradients at the worst moment. An estimate: not all of it is there at once.
+
+    Gradients of a model that adapters freeze are counted too: an upper bound.
+    """
     num_ranks = config.cluster.num_workers
     whole, root, block = whole_elements(config, counts), counts.root, counts.largest_block
     layer = whole.experts // max(config.model.num_moe_layers, 1)

@@ -1,4 +1,4 @@
-"""`trimtab export RUN DIR`: a run that was imported becomes a directory that transformers loads, or PEFT its adapters."""
+"""`trimtab export RUN DIR`: an imported run becomes a directory that transformers loads, or PEFT its adapters."""
 
 import secrets
 import shutil
@@ -63,7 +63,7 @@ def export_model(
     partial.mkdir(parents=True)
     try:
         if config.lora.rank and not merged:
-            write_adapter(partial, family.parts(config), reader, config.lora)
+            write_adapter(partial, family, config, reader)
         else:
             dtypes = read_dtypes(run_dir)
             parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]

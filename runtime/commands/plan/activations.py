@@ -105,9 +105,10 @@ def row_map_bytes(config: ModelConfig, batch: MicroBatch) -> float:
 
 
 def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """The weights of this rank's routed experts of one layer in the compute dtype, kept where that is another."""
+    """The weights of this rank's routed experts of one layer, kept where they are in another dtype or have adapters."""
     weights = 3 * batch.num_local_experts * config.hidden * config.moe.ffn_hidden
-    return batch.element_bytes * weights if batch.casts else 0
+    adapted = config.lora.rank and "experts" in config.lora.targets
+    return batch.element_bytes * weights if batch.casts or adapted else 0
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -126,8 +127,11 @@ def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     return batch.tokens * (3 * _norm(config.hidden) + 2 * batch.element_bytes * config.hidden)
 
 
-def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast) -> Parts:
-    """What is kept from forward to backward, by part. cast: of the dense weights."""
+def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast, num_adapters: int = 0) -> Parts:
+    """What is kept from forward to backward, by part.
+
+    cast: of the dense weights. num_adapters: of dense matrices, where `model.lora` is on.
+    """
     num_windows = sum(map(config.has_window, range(config.num_layers)))  # each layer keeps its mask as what it adds
     head = head_bytes(config, batch)
     if config.recompute == "full":
@@ -146,6 +150,8 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast) -> Parts:
     }
     if config.num_mtp_layers:
         kept["multi-token prediction"] = mtp_bytes(config, batch)
+    if config.lora.rank:  # those of parts that are recomputed too: a little more than is kept
+        kept["adapters"] = float(batch.tokens * batch.element_bytes * config.lora.rank * num_adapters)
     if config.recompute == "attention":
         kept["attention"] = num_layers * _inputs(config, batch, 1) + bool(num_windows) * batch.seq_len**2
         kept[CAST] -= batch.element_bytes * cast.attention * batch.casts

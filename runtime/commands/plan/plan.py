@@ -75,6 +75,7 @@ def make_plan(subject: Subject) -> Plan:
     config, world_size = subject.config, subject.config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
     counts = count_parameters(config.model)
+    trained = count_parameters(config.model, trained_only=True)
     layout = Layout(ExpertPlacement(config.model.moe.num_experts, ep_size), min(subject.ranks_per_node, ep_size))
     exchange = _exchange(subject)
     batch = micro_batch(config, layout, exchange)
@@ -87,9 +88,9 @@ def make_plan(subject: Subject) -> Plan:
         rank_experts=whole.experts,
         num_local_experts=batch.num_local_experts,
         state=state_bytes(config, counts),
-        saved=saved_bytes(config.model, batch, counts.cast),
+        saved=saved_bytes(config.model, batch, counts.cast, num_adapters=len(trained.dense_shapes) // 2),
         scratch=scratch_bytes(config.model, batch),
-        bucket_bytes=_bucket_bytes(config, counts, batch, world_size),
+        bucket_bytes=_bucket_bytes(config, trained, batch, world_size),
         exchange=exchange,
         traffic=exchange_traffic(
             config.model,
@@ -99,21 +100,28 @@ def make_plan(subject: Subject) -> Plan:
             element_bytes=batch.element_bytes,
             payload=config.parallel.payload,
         ),
-        gradients=_gradient_bytes(config, counts, whole.experts),
+        gradients=_gradient_bytes(config, counts, trained),
     )
 
 
-def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, experts_of_rank: int) -> dict[str, float]:
+def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts) -> dict[str, float]:
     """Of a step, to sum gradients and, where they are sharded, to gather weights and what the optimizer needs whole."""
     world_size = config.cluster.num_workers
-    dense, root = (gradient_bytes(elements, world_size) for elements in (counts.dense, counts.root))
-    experts = gradient_bytes(experts_of_rank, world_size // config.parallel.resolve(world_size))
-    matrices = _matrix_gather_bytes(config, counts)
-    if config.parallel.shard != "full":  # a reduce-scatter and a gather cost what a sum costs
-        return {"dense": dense + matrices, "experts": experts}
+    edp_size = world_size // config.parallel.resolve(world_size)
+    # What a sum of all elements would send, and a sum of those that are trained; a gather or a reduction sends half.
+    whole, own = (
+        [gradient_bytes(held.dense, world_size), gradient_bytes(held.experts, edp_size)]
+        for held in (whole_elements(config, each) for each in (counts, trained))
+    )
+    matrices = _matrix_gather_bytes(config, trained)
+    if config.parallel.shard == "none":
+        return {"dense": own[0], "experts": own[1]}
+    if config.parallel.shard == "optimizer":
+        return {"dense": (whole[0] + own[0]) / 2 + matrices, "experts": (whole[1] + own[1]) / 2}
     # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
-    num_micro = config.run.num_micro_batches(world_size)
-    return {"dense": num_micro * (1.5 * dense - 0.5 * root) + matrices, "experts": num_micro * 1.5 * experts}
+    num_micro, root = config.run.num_micro_batches(world_size), gradient_bytes(counts.root, world_size)
+    dense, experts = whole[0] - root / 2 + own[0] / 2, whole[1] + own[1] / 2
+    return {"dense": num_micro * dense + matrices, "experts": num_micro * experts}
 
 
 def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
@@ -182,7 +190,10 @@ def _bucket_bytes(config: TrainConfig, counts: ParameterCounts, batch: MicroBatc
     """The copy of a bucket of gradients that is summed, or of one larger tensor (workers.training.gradients)."""
     if world_size == 1 or config.parallel.shard != "none":
         return 0.0  # counted with what is gathered
-    stack = 2 * batch.num_local_experts * config.model.hidden * config.model.moe.ffn_hidden
+    moe, num_layers = config.model.moe, max(config.model.num_moe_layers, 1)
+    stack = 2 * batch.num_local_experts * config.model.hidden * moe.ffn_hidden
+    if config.model.lora.rank:  # at most all stacks of a layer
+        stack = counts.experts * batch.num_local_experts // (moe.num_experts * num_layers)
     return max(min(BUCKET_BYTES, FP32 * counts.dense), FP32 * max(counts.largest_dense, stack))
 
 

@@ -21,6 +21,7 @@ from workers.gang.sharded import local_rows
 from workers.model.decoder import Decoder, ModelConfig
 from workers.model.freezing import freeze
 from workers.model.init import init_weights
+from workers.model.lora import LoraConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer
@@ -38,6 +39,8 @@ KINDS = {
     "global batch loss": {"aux": replace(SEQUENCE, loss="global_batch")},
     "tied, frozen attention, MTP": {"tie_embeddings": True, "num_mtp_layers": 1, "frozen": ("attention", "norms")},
     "muon": {"optimizer": "muon"},
+    "adapters": {"lora": LoraConfig(rank=3, alpha=5.0, targets=("attention", "experts", "dense_ffn"))},
+    "adapters of experts": {"lora": LoraConfig(rank=2, targets=("experts",))},
 }
 
 Found = dict[str, Tensor | list[float]]
@@ -159,7 +162,9 @@ AUX = [
     ("full", 1, "full", 2, PLAIN, "sequence and z-loss"),
     ("optimizer", 2, "experts", 1, CHUNKS, "global batch loss"),
 ]
-SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX]
+ADAPTERS = [("none", ep_size, "none", 2, PLAIN, "adapters") for ep_size in (1, 2, 4)]
+ADAPTERS += [("full", 2, "full", 2, CHUNKS, "adapters"), ("full", 1, "none", 2, PLAIN, "adapters of experts")]
+SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX, *ADAPTERS]
 ALL = [
     (shard, ep_size, recompute, num_micro, PLAIN, "plain")
     for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), ("none", "full"), (1, 2))
@@ -169,6 +174,7 @@ ALL = [
     ("full", 1, "attention", 1, PLAIN, ODD),
     ("optimizer", 1, "full", 2, ROUNDS, ODD),
     *AUX,
+    *ADAPTERS,
 ]
 
 

@@ -1,14 +1,16 @@
-"""Writes the adapters of a checkpoint: added to the weights that they belong to, or by themselves as PEFT reads them."""
+"""Writes the adapters of a checkpoint: added to their weights, or by themselves as PEFT reads them."""
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from workers.checkpoints.tensor_reader import TensorReader
-from workers.model.families.base import Part
+from workers.model.decoder import ModelConfig
+from workers.model.families.base import Family, Part
 from workers.model.lora import LoraConfig, adapter_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,15 +41,19 @@ class MergedReader(TensorReader):
         return tensors
 
 
-def write_adapter(folder: Path, parts: Iterable[Part], reader: TensorReader, config: LoraConfig) -> None:
+def write_adapter(folder: Path, family: Family, config: ModelConfig, reader: TensorReader) -> None:
     """Write adapters into `folder` as PEFT reads them for the family's model in transformers 5, in fp32.
 
-    parts: all of the family. The experts of a layer are there two parameters, gate_up_proj and down_proj, of which
-    PEFT takes all experts in one tensor.
+    The experts of a layer are there two parameters, gate_up_proj and down_proj, of which PEFT takes all experts in one
+    tensor.
     """
     from safetensors.torch import save_file
 
-    adapted = [part for part in parts if adapter_names(f"model.{part.target}")[0] in reader.shapes]
+    adapted = [
+        replace(part, name=_as_module(part.name, family))
+        for part in family.parts(config)
+        if adapter_names(f"model.{part.target}")[0] in reader.shapes
+    ]
     of_experts = [part for part in adapted if ".experts." in part.target]
     linear = [part for part in adapted if ".experts." not in part.target]
     tensors = {**dict(_linear(linear, reader)), **dict(_experts(of_experts, reader))}
@@ -57,8 +63,8 @@ def write_adapter(folder: Path, parts: Iterable[Part], reader: TensorReader, con
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
@@ -66,6 +72,10 @@ def write_adapter(folder: Path, parts: Iterable[Part], reader: TensorReader, con
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _as_module(name: str, family: Family) -> str:
+    return ".".join(family.modules.get(word, word) for word in name.split("."))
 
 
 def _targets(linear: Iterable[Part], of_experts: Iterable[Part]) -> tuple[list[str], list[str]]:

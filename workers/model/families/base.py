@@ -149,6 +149,7 @@ class Family:
     mtp_parts: what a multi-token-prediction layer has besides a layer, given both prefixes; None where there is none.
     norms: of a layer, by their names, and ours.
     left_out: how names of tensors begin that import leaves out, as transformers does; {num_layers} is filled in.
+    modules: what transformers 5 calls a module, by its name in the files, where that is another.
     """
 
     model_type: str
@@ -159,6 +160,7 @@ class Family:
     mtp_parts: PartsOf | None = None
     left_out: str = ""
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_bias(self) -> bool:

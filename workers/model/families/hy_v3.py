@@ -23,4 +23,11 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 MOE = MoEParts(gate="router.gate", bias="expert_bias", shared="shared_mlp")
-FAMILY = Family("hy_v3", "HYV3ForCausalLM", read_config, MOE, left_out="model.layers.{num_layers}.")
+FAMILY = Family(
+    "hy_v3",
+    "HYV3ForCausalLM",
+    read_config,
+    MOE,
+    left_out="model.layers.{num_layers}.",
+    modules={"shared_mlp": "shared_experts"},
+)
