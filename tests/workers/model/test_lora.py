@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import checkpoint
+from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.attention import KeyValueCache, LatentConfig
 from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
@@ -36,20 +37,19 @@ IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 3, 1, 0, 2, 5]])
 
 def adapted_and_merged(config: ModelConfig, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
     """A model whose adapters do something, and one without adapters that computes the same."""
-    adapted, merged = (
-        Decoder(each, lambda: LocalDispatcher(4)) for each in (config, replace(config, lora=LoraConfig()))
-    )
+    configs = (config, replace(config, lora=LoraConfig()))
+    adapted, merged = (Decoder(each, lambda: LocalDispatcher(4)) for each in configs)
     for model in (adapted, merged):
         init_weights(model, seed=0)
         model.to(dtype)
-    parameters = dict(adapted.named_parameters())
+    parameters, generator = dict(adapted.named_parameters()), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name in filter(is_adapter, parameters):
-            parameters[name].copy_(torch.randn_like(parameters[name]))
+            parameters[name].copy_(torch.randn(parameters[name].shape, generator=generator, dtype=dtype))
         for name, weight in merged.named_parameters():
             if adapter_names(name)[0] in parameters:
                 lora_a, lora_b = (parameters[each] for each in adapter_names(name))
-                weight += config.lora.scale * lora_b @ lora_a
+                weight.add_(lora_b @ lora_a, alpha=config.lora.scale)
     return adapted, merged
 
 
@@ -78,11 +78,9 @@ def test_outputs_and_gradients_follow_from_those_of_the_merged_model(
             continue
         # W + s B A, so that dA = s B' dW and dB = s dW A'.
         lora_a, lora_b = (parameters[each] for each in adapter_names(name))
-        wanted_a, wanted_b = lora_b.mT @ weight.grad, weight.grad @ lora_a.mT
-        for found, wanted in ((lora_a.grad, wanted_a), (lora_b.grad, wanted_b)):
-            torch.testing.assert_close(
-                found, config.lora.scale * wanted, rtol=rtol, atol=rtol * wanted.abs().max().item()
-            )
+        gradient = config.lora.scale * weight.grad
+        for found, wanted in ((lora_a.grad, lora_b.mT @ gradient), (lora_b.grad, gradient @ lora_a.mT)):
+            torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())
         num_adapters += 1
     # Attention of two layers; a dense feed-forward and shared experts, three matrices each; two stacks of experts.
     assert num_adapters == (10 if config.attention == "latent" else 4) + 6 + 2
@@ -91,7 +89,7 @@ def test_outputs_and_gradients_follow_from_those_of_the_merged_model(
 @torch.no_grad()
 def test_latents_in_a_cache_meet_the_adapted_projection() -> None:
     adapted, _ = adapted_and_merged(LATENT, torch.float64)
-    cache = KeyValueCache(2, 6)
+    cache = KeyValueCache(6)
     adapted(IDS[:, :5], cache=cache, positions=torch.arange(5).expand(2, -1), token_mask=torch.ones(2, 5).bool())
     last = adapted(IDS[:, 5:], cache=cache, positions=torch.full((2, 1), 5), token_mask=torch.ones(2, 1).bool())
     torch.testing.assert_close(last[:, 0], adapted(IDS)[:, -1], rtol=1e-10, atol=1e-10)
@@ -107,7 +105,7 @@ def test_what_cannot_have_adapters_is_refused() -> None:
         with pytest.raises(InvalidValue, match=message):
             LoraConfig(**wrong)
     with pytest.raises(InvalidValue, match="names shared_experts, which this model does not have"):
-        replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=6))
+        replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=6, num_shared_experts=0))
     both = ["--model.lora.rank", "2", "--model.lora.targets", "[experts]", "--optim.freeze", "[experts]"]
     with pytest.raises(InvalidValue, match=r"model.lora.targets and optim.freeze both name experts"):
         override(load_config("tiny"), both)
@@ -161,7 +159,5 @@ def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path):
 
 
 def _tensors(path) -> dict[str, Tensor]:
-    from workers.checkpoints.tensor_reader import TensorReader
-
     reader = TensorReader(path)
     return reader.read(reader.shapes)
