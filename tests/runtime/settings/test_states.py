@@ -19,6 +19,7 @@ from workers.gang.parallel import ParallelConfig, RankGroups
 from workers.gang.sharded import local_rows
 from workers.model.decoder import Decoder, ModelConfig
 from workers.model.init import init_weights
+from workers.model.lora import LoraConfig
 from workers.training.gradients import reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer
 from workers.training.sharding import set_sync, shard_states
@@ -34,15 +35,16 @@ MODEL = ModelConfig(
 )
 LAYOUTS = [(shard, ep_size, "adamw") for shard in ("none", "optimizer", "full") for ep_size in (1, 2, 4)]
 LAYOUTS += [("full", 2, "adamw_bf16"), ("none", 4, "muon"), ("full", 2, "muon")]
+ADAPTED = replace(MODEL, lora=LoraConfig(rank=4, targets=("attention", "experts", "dense_ffn")))
 
 
-def measure(rank: int, world_size: int) -> list[dict[str, int]]:
+def measure(rank: int, world_size: int, model_config: ModelConfig) -> list[dict[str, int]]:
     """By layout the bytes of weights, gradients and moments of this rank after a step."""
     found = []
     for shard, ep_size, optimizer in LAYOUTS:
         groups = form_groups(rank, world_size, ep_size)
         with torch.device("meta"):
-            model = Decoder(MODEL, lambda groups=groups: make_dispatcher(8, groups.ep_group, hidden=64, top_k=2))
+            model = Decoder(model_config, lambda groups=groups: make_dispatcher(8, groups.ep_group, hidden=64, top_k=2))
         shard_states(model, groups, shard)
         model.to_empty(device="cpu")
         init_weights(model, seed=0)
@@ -61,7 +63,7 @@ def step(model: Decoder, groups: RankGroups, shard: str, optim: OptimConfig) -> 
     moments = chain.from_iterable(state.values() for state in optimizer.state.values())
     return {
         "weights": storage_bytes(parameters),
-        "gradients": storage_bytes([p.grad for p in parameters]),
+        "gradients": storage_bytes([p.grad for p in parameters if p.requires_grad]),
         optim.entry.state_label: storage_bytes(list(moments)),
     }
 
@@ -71,13 +73,14 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_a_rank_keeps_the_bytes_of_the_plan() -> None:
-    by_rank = run_ranks(4, measure)
-    base = TrainConfig(model=MODEL, cluster=ClusterConfig(num_workers=4))
+@pytest.mark.parametrize("model", [MODEL, ADAPTED], ids=["whole", "adapters"])
+def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:
+    by_rank = run_ranks(4, measure, model)
+    base = TrainConfig(model=model, cluster=ClusterConfig(num_workers=4))
     for index, (shard, ep_size, optimizer) in enumerate(LAYOUTS):
         parallel = ParallelConfig(ep_size=ep_size, shard=shard)
         config = replace(base, parallel=parallel, optim=OptimConfig(name=optimizer))
-        planned = {name: sum(held) for name, held in state_bytes(config, count_parameters(MODEL)).items()}
+        planned = {name: sum(held) for name, held in state_bytes(config, count_parameters(model)).items()}
         planned.pop(GATHERED, None)
         most = {name: max(found[index][name] for found in by_rank) for name in planned}
         assert most == pytest.approx(planned, rel=0.02), (shard, ep_size, optimizer)

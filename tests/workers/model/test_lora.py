@@ -9,6 +9,7 @@ from torch import Tensor
 from dispatch.config import MoEConfig
 from dispatch.errors import InvalidValue
 from dispatch.exchange.local import LocalDispatcher
+from runtime.settings.config import cross_check
 from runtime.settings.config_file import load_config, override
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
@@ -108,7 +109,7 @@ def test_what_cannot_have_adapters_is_refused() -> None:
         replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=6, num_shared_experts=0))
     both = ["--model.lora.rank", "2", "--model.lora.targets", "[experts]", "--optim.freeze", "[experts]"]
     with pytest.raises(InvalidValue, match=r"model.lora.targets and optim.freeze both name experts"):
-        override(load_config("tiny"), both)
+        cross_check(override(load_config("tiny"), both))
 
 
 def _train(rank, world_size, spec, name) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

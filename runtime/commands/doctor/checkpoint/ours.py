@@ -90,7 +90,8 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, 
             config = config_from_yaml_file(run_file)
         except InvalidValue as error:
             return None, None, [Damage(file=CONFIG_FILE, problem=str(error))]
-        return config, config.balance.of_law, _other_model(config.model, told or {})
+        law = None if config.freezes_router else config.balance.of_law  # no law moves the bias of a frozen router
+        return config, law, _other_model(config.model, told or {})
     if told is None:
         problem = "does not tell the model, nor does a run"
         return None, None, [Damage(severity="warning", file=MANIFEST, problem=problem)]
@@ -102,10 +103,11 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, 
 
 
 def _other_model(config: ModelConfig, told: Mapping[str, Any]) -> list[Damage]:
-    saved = _flat(told)
+    saved, ours = _flat(told), flatten(config)
+    ours = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}  # as in JSON
     differing = [
         f"{name} ({value!r} there, {saved[name]!r} here)"
-        for name, value in flatten(config).items()
+        for name, value in ours.items()
         if name in saved and saved[name] != value and f"model.{name}" not in FREE_SETTINGS
     ]
     problem = f"tells another model than {CONFIG_FILE}: {', '.join(differing)}"
