@@ -18,13 +18,11 @@ from workers.checkpoints import checkpoint
 from workers.checkpoints.checkpoint import CheckpointCorrupt
 from workers.checkpoints.checkpoint_files import CHECKPOINTS
 from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
-from workers.checkpoints.state import canonical_state
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.exchange_choice import choose_exchange
 from workers.gang.parallel import join_groups, local_device
 from workers.generation.decoding import OnToken
 from workers.generation.generate import SamplingConfig, Speed, generate
-from workers.model.lora import without_adapters
 from workers.record.record_check import find_holes, new_holes
 from workers.record.run_log import METRICS, RunLog
 from workers.record.score_log import ScoreLog, ScoreShape, set_aside_later_scores
@@ -282,8 +280,5 @@ class Worker:
 
     def _load(self, path: Path) -> RankState:
         state = self._state
-        weights = canonical_state(state.model)
-        if checkpoint.read_manifest(path).extra.get("imported"):
-            weights = without_adapters(weights)
-        checkpoint.load(path, weights, state.groups.control_group, sections=("model",))
+        state.load_weights(path)
         return state

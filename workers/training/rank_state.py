@@ -17,6 +17,8 @@ from dispatch.laws import Law
 from dispatch.layer import name_layers
 from dispatch.layout import LoadLayout
 from dispatch.routing.router import Router
+from workers.checkpoints import checkpoint
+from workers.checkpoints.state import canonical_state
 from workers.control.loop import ControlLoop
 from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
@@ -24,6 +26,7 @@ from workers.gang.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.freezing import freeze
 from workers.model.init import init_weights
+from workers.model.lora import without_adapters
 from workers.model.meta_device import meta_device
 from workers.training.optimizer import build_optimizer
 from workers.training.sharding import shard_states
@@ -83,6 +86,13 @@ class RankState:
             on_bias_mismatch=self.spec.run.on_bias_mismatch,
             tracker=self.control_tracker,
         )
+
+    def load_weights(self, path: Path) -> None:
+        """Read the model of a checkpoint; adapters stay as drawn where it was imported and has none. Collective."""
+        weights = canonical_state(self.model)
+        if checkpoint.read_manifest(path).extra.get("imported"):
+            weights = without_adapters(weights)
+        checkpoint.load(path, weights, self.groups.control_group, sections=("model",))
 
     def activity(self) -> dict[str, Activity]:
         """What the threads of this rank are in, for who watches it; from any thread."""

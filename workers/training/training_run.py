@@ -17,7 +17,6 @@ from workers.checkpoints.staging import Snapshot
 from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
 from workers.control.loop import ControlLoop
 from workers.model.flops import ModelFlops
-from workers.model.lora import without_adapters
 from workers.record.run_log import RunLog
 from workers.record.score_log import ScoreLog
 from workers.training.evaluation import evaluate
@@ -105,8 +104,7 @@ class TrainingRun:
     def _load_imported(self, path: Path) -> int:
         """Begin with the weights and biases of an imported model, which has no optimizer state and no data position."""
         state = self._state
-        weights = without_adapters(canonical_state(state.model))
-        checkpoint.load(path, weights, state.groups.control_group, sections=("model",))
+        state.load_weights(path)
         version, initial = self._control.state()
         self._control.restore(version, replace(initial, bias_N=read_bias(state.routers)))
         return 0

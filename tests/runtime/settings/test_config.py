@@ -203,7 +203,7 @@ CHOSEN: dict[str, Any] = {
     "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
-    "optim.freeze": ("router", "norms"),
+    "optim.freeze": ("router", "norms"), "model.lora.targets": ("experts",),
     "optim.name": "sgd", "optim.options": {"momentum": 0.8}, "optim.module": "examples.my_optimizer",
     "parallel.exchange": "rank", "parallel.module": "dispatch.exchange.all_to_all",
     "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
