@@ -18,6 +18,10 @@ def test_an_import_without_a_law_or_data_is_told_so_with_the_way_out() -> None:
     assert "start a new run with" in load
     for settled in (["--aux.loss", "switch"], ["--balance.law", "sign"], ["--optim.freeze", "[router]"]):
         assert not cautions(override(config, [*settled, "--data.path", "a.txt"]), is_imported=True)
+    lora = override(config, ["--model.lora.rank", "2", "--data.path", "a.txt"])
+    assert not cautions(lora, is_imported=True)
+    (drawn,) = cautions(lora, is_imported=False)
+    assert "model.lora.rank 2 trains adapters of a model whose own weights stay as they were drawn" in drawn
     dense = replace(config, model=replace(config.model, num_dense_layers=config.model.num_layers))
     assert not cautions(dense, is_imported=False)
 

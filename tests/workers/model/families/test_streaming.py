@@ -32,6 +32,7 @@ from workers.model.decoder import Decoder
 from workers.model.families import Settings, family_of
 from workers.model.families.writing import BIAS, write_weights
 from workers.model.init import init_weights
+from workers.model.lora import LoraConfig
 from workers.training.sharding import shard_states
 
 COMMON: dict[str, Any] = {
@@ -251,6 +252,14 @@ def test_what_would_lose_a_bias_or_another_model_is_refused_at_the_call(tmp_path
     with pytest.raises(InvalidValue, match=r"1 routers have a selection bias, the first is model\.layers\.1\.moe"):
         stream_weights(model, file, None)
     assert next(stream_weights(model, file, None, drop_bias=True))[0] == "model.embed_tokens.weight"
+
+
+def test_a_model_with_adapters_is_refused(tmp_path: Path) -> None:
+    file = config_json(tmp_path, "mixtral")
+    model = build(file, None)
+    object.__setattr__(model.config, "lora", LoraConfig(rank=2))
+    with pytest.raises(InvalidValue, match=r"adapters \(model.lora.rank 2\).*--merged"):
+        stream_weights(model, file, None)
 
 
 def test_the_longest_sequence_and_recompute_may_be_the_runs_own(tmp_path: Path) -> None:
