@@ -419,7 +419,7 @@ def test_a_new_run_takes_model_and_settings_of_another_one_and_a_gentle_rate(tmp
     for more, message in (
         (
             ("--model.hidden", "64"),
-            r"the settings model\.\* are those of .*; only model.max_seq_len and model.recompute",
+            r"the settings model\.\* are those of .*; only model.max_seq_len",
         ),
         (("--resume", "b"), "--init takes the settings of its run, so --resume cannot be given too"),
         (("--config", "tiny"), "so --config cannot be given too"),

@@ -58,7 +58,7 @@ def adapted_and_merged(config: ModelConfig, dtype: torch.dtype) -> tuple[Decoder
     ("config", "dtype", "rtol"),
     [
         (MODEL, torch.float64, 1e-12),
-        (replace(MODEL, recompute=True), torch.float64, 1e-12),
+        (replace(MODEL, recompute="full"), torch.float64, 1e-12),
         (LATENT, torch.float64, 1e-12),
         (MODEL, torch.float32, 1e-4),  # experts by the grouped matmul
     ],

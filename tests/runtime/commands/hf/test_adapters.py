@@ -89,6 +89,7 @@ def test_an_imported_model_trains_adapters_that_peft_loads_and_stays_as_it_was(t
     text.write_text("\n".join(f"w{2 + n % 50} w{2 + n * 7 % 57} w{2 + n * n % 53}" for n in range(600)))
     options = ["--data.path", json.dumps([str(text)]), "--data.cache_dir", str(tmp_path / "cache")]
     options += ["--model.lora.rank", "4", "--model.lora.targets", "[attention, experts]", "--balance.law", "sign"]
+    options += ["--optim.lr", "2e-3"]
     run, batch = tmp_path / "run", Batch.ragged()
     import_run(source, run, *options)
     untrained = TensorReader(checkpoint.latest(run / "checkpoints"))
