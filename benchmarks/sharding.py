@@ -31,7 +31,7 @@ from runtime.settings.config import TrainConfig
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
 from workers.gang.parallel import ParallelConfig, RankGroups, Shard, join_groups
-from workers.model.decoder import ModelConfig
+from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.rank_state import build_rank
 from workers.training.step import Trainer

@@ -36,9 +36,8 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, ffn_hidden: int, expert_ids: range, meter: Meter, buffer_pool: BufferPool) -> None:
         super().__init__()
         self.expert_ids, self.meter, self.buffer_pool = expert_ids, meter, buffer_pool
-        num_local = len(expert_ids)
-        self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * ffn_hidden, hidden))
-        self.down_proj = nn.Parameter(torch.empty(num_local, hidden, ffn_hidden))
+        self.gate_up_proj = nn.Parameter(torch.empty(len(expert_ids), 2 * ffn_hidden, hidden))
+        self.down_proj = nn.Parameter(torch.empty(len(expert_ids), hidden, ffn_hidden))
         if not self.gate_up_proj.is_meta:
             self.reset_parameters()
 
@@ -85,13 +84,9 @@ class Experts(nn.Module):
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the expert weights of `model` by parameter name: the only parameters that differ between EP ranks.
+    """Return the expert weights of `model` by parameter name, the only ones that differ between EP ranks.
 
     Every other gradient must be summed over all ranks; an expert's only over the ranks that hold a replica of it.
     """
-    return {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, module in model.named_modules()
-        if isinstance(module, Experts)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+    experts = [each for each in model.named_modules() if isinstance(each[1], Experts)]
+    return {name: each for prefix, module in experts for name, each in module.named_parameters(prefix, recurse=False)}

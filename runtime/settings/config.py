@@ -15,7 +15,7 @@ from dispatch.laws import BalanceConfig
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
-from workers.model.decoder import ModelConfig
+from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig
 from workers.training.optimizer import OptimConfig

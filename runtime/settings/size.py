@@ -13,9 +13,10 @@ from dispatch.exchange.local import LocalDispatcher
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
 from runtime.settings.config import TrainConfig
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.loss import logits_at_once
 from workers.model.meta_device import meta_device
+from workers.model.model_config import ModelConfig
 from workers.record.score_log import SCORE_BYTES
 from workers.training.optimizer import OptimConfig, is_hidden_matrix
 

@@ -14,7 +14,7 @@ from workers.checkpoints.state import canonical_state
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
 from workers.gang.parallel import ParallelConfig
-from workers.model.decoder import ModelConfig
+from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.optimizer import OptimConfig
 from workers.training.worker_spec import WorkerSpec

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.settings.size import Cast
-from workers.model.decoder import ModelConfig
 from workers.model.loss import logits_at_once
+from workers.model.model_config import ModelConfig
 
 FP32, INDEX = 4, 8
 MAX_RUN = 2048  # rows of an expert that the looped experts compute at once (dispatch.experts.looped)

@@ -15,7 +15,7 @@ from dispatch.config import RouterConfig
 from dispatch.exchange.payload import TILE, Payload
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BACKENDS, Spread
-from workers.model.decoder import ModelConfig
+from workers.model.model_config import ModelConfig
 
 FP32 = 4
 

@@ -17,9 +17,10 @@ from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
 from workers.gang.parallel import ParallelConfig, RankGroups
 from workers.gang.sharded import local_rows
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.lora import LoraConfig
+from workers.model.model_config import ModelConfig
 from workers.training.gradients import reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer
 from workers.training.sharding import set_sync, shard_states

@@ -43,7 +43,8 @@ from workers.checkpoints.checkpoint import (
 )
 from workers.checkpoints.index import read_index
 from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
+from workers.model.model_config import ModelConfig
 from workers.training.optimizer import OptimConfig
 
 NUM_EXPERTS = 8

@@ -19,9 +19,10 @@ from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
 from tests.workers.model.token_loss import token_nll, token_nll_sum
 from workers.model.attention import GroupedQueryAttention, LatentConfig, positions_of, rotary_table, rotate
-from workers.model.decoder import Decoder, ModelConfig, Recompute
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.loss import after_next
+from workers.model.model_config import ModelConfig, Recompute
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

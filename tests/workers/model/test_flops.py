@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.flops import ModelFlops, bf16_peak, peak_by_name, train_flops_per_token
+from workers.model.model_config import ModelConfig
 
 MOE = MoEConfig(num_experts=8, top_k=2, ffn_hidden=24, num_shared_experts=1)
 GROUPED = ModelConfig(

@@ -17,9 +17,10 @@ from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import checkpoint
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.attention import KeyValueCache, LatentConfig
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.lora import LoraConfig, adapter_names, is_adapter
+from workers.model.model_config import ModelConfig
 from workers.training.training_run import TrainingRun
 
 MODEL = ModelConfig(

@@ -16,8 +16,9 @@ from dispatch.experts.stacked import expert_parameters
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from workers.gang.parallel import RankGroups
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
+from workers.model.model_config import ModelConfig
 from workers.training import gradients
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer

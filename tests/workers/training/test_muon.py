@@ -21,8 +21,9 @@ from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
 from workers.gang.sharded import all_rows, local_rows
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
+from workers.model.model_config import ModelConfig
 from workers.training import muon
 from workers.training.muon import newton_schulz
 from workers.training.optimizer import OptimConfig, build_optimizer

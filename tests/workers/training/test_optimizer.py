@@ -11,8 +11,9 @@ from dispatch.balance import routers_of
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
 from tests.workers.model.token_loss import token_nll_sum
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
+from workers.model.model_config import ModelConfig
 from workers.training.optimizer import OptimConfig, build_optimizer, learning_rate
 
 NO_DECAY = OptimConfig(lr=0.01, weight_decay=0.0)

@@ -18,10 +18,11 @@ from tests.ranks import run_ranks
 from tests.workers.training.test_gradients import form_groups
 from workers.gang.parallel import RankGroups
 from workers.gang.sharded import local_rows
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.freezing import freeze
 from workers.model.init import init_weights
 from workers.model.lora import LoraConfig
+from workers.model.model_config import ModelConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.optimizer import OptimConfig, build_optimizer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from workers.checkpoints.tensor_reader import TensorReader
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, Part
 from workers.model.lora import LoraConfig, adapter_names
+from workers.model.model_config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -4,10 +4,10 @@ Most layers have a window; those without it do not rotate queries and keys.
 """
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape, window_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

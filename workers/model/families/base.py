@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.settings import Settings
+from workers.model.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

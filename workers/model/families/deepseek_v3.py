@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from workers.model.attention import LatentConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts, Part
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

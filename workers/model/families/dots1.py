@@ -1,10 +1,10 @@
 """dots.llm1 (arXiv 2506.05767): the router of DeepSeek-V3, grouped queries normalised by head."""
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family
 from workers.model.families.deepseek_v3 import MOE
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import check_full_attention, decoder_shape, grouped_query_shape, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -3,10 +3,10 @@
 from functools import partial
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts, grouped_query_parts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

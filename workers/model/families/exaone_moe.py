@@ -3,7 +3,6 @@
 Layers without the window do not rotate queries and keys.
 """
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import (
@@ -13,6 +12,7 @@ from workers.model.families.shapes import (
     v3_router,
     window_shape,
 )
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -1,10 +1,10 @@
 """GLM-4.5 to 4.7 (arXiv 2508.06471): DeepSeek-V3's router and MTP layer, grouped queries, half of a head rotated."""
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family
 from workers.model.families.deepseek_v3 import MOE, mtp_parts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -1,10 +1,10 @@
 """GLM-4.7-Flash: latent attention and the router of DeepSeek-V3, with a list of which layers are dense."""
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family
 from workers.model.families.deepseek_v3 import MOE, attention_parts, latent_shape, mtp_parts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import dense_by_type, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -1,9 +1,9 @@
 """Hy3: the router of DeepSeek-V3 under names of its own, grouped queries normalised by head."""
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, dense_by_type, grouped_query_shape, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -18,11 +18,12 @@ from workers.checkpoints.checkpoint_files import CHECKPOINTS
 from workers.checkpoints.shares import all_gather_specs, divide
 from workers.checkpoints.state import canonical_state
 from workers.gang.agreement import together
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.families.filling import fill
 from workers.model.families.source import ModelDirectory, SourceError, open_source
 from workers.model.lora import LoraConfig
 from workers.model.meta_device import meta_device
+from workers.model.model_config import ModelConfig
 
 # A rank that dies ends the import at once; this bounds a wait for one whose disk does not answer.
 TIMEOUT_S = 6 * 3600.0

@@ -1,10 +1,10 @@
 """MiniMax-M2 to M2.7: sigmoid router with a selection bias, normalised queries and keys, half of a head rotated."""
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

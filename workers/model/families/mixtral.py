@@ -1,10 +1,10 @@
 """Mixtral (arXiv 2401.04088): grouped queries, softmax router whose weights are normalised, no shared expert."""
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import MOST_POSITIONS, Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

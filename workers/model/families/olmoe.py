@@ -1,10 +1,10 @@
 """OLMoE (arXiv 2409.02060): normalised queries and keys, softmax router whose weights are as they are."""
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

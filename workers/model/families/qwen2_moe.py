@@ -2,10 +2,10 @@
 
 from dispatch.config import MoEConfig
 from dispatch.errors import InvalidValue
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, first_dense, grouped_query_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -1,10 +1,10 @@
 """Qwen3-MoE (arXiv 2505.09388): queries and keys normalised by head, softmax router, optional first dense layers."""
 
 from dispatch.config import MoEConfig
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family, MoEParts
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, first_dense, grouped_query_shape
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -1,10 +1,10 @@
 """Solar Open: GLM-4.5's router and attention without dense layers; the whole head is rotated."""
 
-from workers.model.decoder import ModelConfig
 from workers.model.families.base import Family
 from workers.model.families.deepseek_v3 import MOE
 from workers.model.families.settings import Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape, v3_router
+from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:

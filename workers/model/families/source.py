@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dispatch.errors import InvalidValue
-from workers.model.decoder import ModelConfig
 from workers.model.families import Family, Part, Settings, family_of
+from workers.model.model_config import ModelConfig
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

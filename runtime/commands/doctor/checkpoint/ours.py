@@ -28,8 +28,9 @@ from workers.checkpoints.index import read_index
 from workers.checkpoints.shares import TensorSpec, specs_of
 from workers.checkpoints.state import canonical_state, missing_experts
 from workers.checkpoints.tensor_reader import TensorReader
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.meta_device import meta_device
+from workers.model.model_config import ModelConfig
 from workers.training.optimizer import OptimConfig, build_optimizer
 
 Progress = Callable[[str, float, float], None]  # what is done, bytes so far, bytes in all

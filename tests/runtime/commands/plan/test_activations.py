@@ -14,8 +14,9 @@ from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_byte
 from runtime.settings.size import count_parameters
 from tests.ranks import run_ranks
 from workers.model.attention import LatentConfig
-from workers.model.decoder import Decoder, ModelConfig, Recompute
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
+from workers.model.model_config import ModelConfig, Recompute
 from workers.training.step import autocast
 
 SEQUENCES, SEQ_LEN = 3, 48

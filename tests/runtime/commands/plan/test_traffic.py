@@ -15,8 +15,9 @@ from dispatch.exchange.node_groups import make_node_groups
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.commands.plan.traffic import Layout, exchange_traffic, places_per_token
 from tests.ranks import run_ranks
-from workers.model.decoder import Decoder, ModelConfig
+from workers.model.decoder import Decoder
 from workers.model.init import init_weights
+from workers.model.model_config import ModelConfig
 
 SEQUENCES, SEQ_LEN = 4, 64
 BASE = ModelConfig(

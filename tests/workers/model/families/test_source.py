@@ -194,7 +194,7 @@ def test_swapped_experts_of_an_export_are_found_by_their_digests(
 
 def test_other_model_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert import_code(folder, folder.parent / "run", "--model.moe.top_k", "2") == 2
-    assert "only model.max_seq_len and model.recompute can be others" in capsys.readouterr().err
+    assert "only model.max_seq_len, model.recompute and model.lora" in capsys.readouterr().err
     assert import_code(folder, folder.parent / "run", "--model.max_seq_len", "65") == 2
     assert "model.max_seq_len (65) is more than" in capsys.readouterr().err
 
