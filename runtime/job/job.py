@@ -100,14 +100,14 @@ def _train(
     say(console, _headline(config, run_dir, dataset, size, start))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
-    if is_new and start is not None:
-        resume_from = begin_with(start, run_dir)
-        append_event(run_dir, "initialised", source=str(start), lr=config.optim.lr)
     with ExitStack() as stack:
         with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
         lock.check()
+        if is_new and start is not None:  # not before Ray is up: a start that fails leaves nothing
+            resume_from = begin_with(start, run_dir)
+            append_event(run_dir, "initialised", source=str(start), lr=config.optim.lr)
         if knows_its_text(run_dir) or resume_from is None or step_of(resume_from) == 0:
             config = replace(config, data=keep_data(run_dir, config.data, dataset))
         write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
