@@ -102,6 +102,11 @@ def _begin_with(arguments: Sequence[str], name: str, step: int | None) -> TrainR
     """A new run with the model, and unless options say otherwise with the settings, of another one."""
     other = find_run(name, _runs_dir_of(arguments))
     saved = read_run_config(other)
+    if saved.model.lora.rank:
+        raise InvalidValue(
+            f"{other} has adapters (model.lora.rank {saved.model.lora.rank}), and a new run begins with whole weights: "
+            f"merge them with `trimtab export {other} DIR --merged`, then `trimtab import DIR RUN`"
+        )
     base = replace(saved, run=replace(saved.run, name=None), optim=replace(saved.optim, lr=FINE_TUNING_LR))
     config = _parse_options(arguments, base)
     check_same_model(config.model, saved.model, str(other))

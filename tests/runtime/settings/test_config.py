@@ -412,6 +412,12 @@ def test_a_new_run_takes_model_and_settings_of_another_one_and_a_gentle_rate(tmp
     run = tmp_path / "a"
     run.mkdir()
     (run / "config.yaml").write_text(config_to_yaml(load_config("tiny")))
+    adapted = tmp_path / "adapted"
+    adapted.mkdir()
+    adapters = parse_train(["--config", "tiny", "--model.lora.rank", "2"]).config
+    (adapted / "config.yaml").write_text(config_to_yaml(adapters))
+    with pytest.raises(ValueError, match=r"has adapters \(model.lora.rank 2\).*merge them with `trimtab export"):
+        parse_train(["--init", str(adapted)])
     request = parse_train(["--init", str(run), "--data.path", "x", "--model.recompute", "full", "--name", "b"])
     assert (request.init, request.resume, request.config.run.name) == (run, None, "b")
     assert request.config.optim.lr == 1e-5
