@@ -198,14 +198,14 @@ def test_a_rank_without_rows_of_a_matrix_takes_part() -> None:
 
 
 LAYOUTS = [
-    *(("none", ep_size, False, 1, PLAIN, "muon") for ep_size in (1, 2, 4)),
-    ("optimizer", 2, False, 2, PLAIN, "muon"),
-    *(("full", ep_size, True, 1, PLAIN, "muon") for ep_size in (1, 2, 4)),
+    *(("none", ep_size, "none", 1, PLAIN, "muon") for ep_size in (1, 2, 4)),
+    ("optimizer", 2, "none", 2, PLAIN, "muon"),
+    *(("full", ep_size, "full", 1, PLAIN, "muon") for ep_size in (1, 2, 4)),
 ]
 
 
 def test_any_division_over_ranks_trains_the_model_of_one_process() -> None:
-    one = run_ranks(1, train_all, [("none", 1, False, 1, PLAIN, "muon")])[0][0]
+    one = run_ranks(1, train_all, [("none", 1, "none", 1, PLAIN, "muon")])[0][0]
     by_rank = run_ranks(4, train_all, LAYOUTS)
     for index, layout in enumerate(LAYOUTS):
         found = [each[index] for each in by_rank]
