@@ -34,4 +34,4 @@ def test_the_kernels_are_right_in_the_interpreter():
 
 @pytest.mark.slow
 def test_the_plan_of_memory_is_right_for_experts_on_the_kernels():
-    assert _num_passed(*(f"{PLAN}[{name}-bfloat16-False]" for name in ("latent", "experts one by one"))) == 2
+    assert _num_passed(*(f"{PLAN}[{name}-bfloat16-none]" for name in ("latent", "experts one by one"))) == 2
