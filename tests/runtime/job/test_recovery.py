@@ -16,6 +16,7 @@ from cluster.gang.supervisor import GaveUp
 from cluster.watch.failures import GangFailed
 from runtime.job import job
 from tests.runtime.job.test_job import _arguments, _config, _trimtab, _wait_for_step
+from workers.checkpoints.checkpoint_files import checkpoint_path
 from workers.record.run_log import read_events, read_load_history, read_metrics
 from workers.training.step import TrainingDiverged
 
@@ -174,15 +175,25 @@ def test_a_killed_driver_is_resumed_and_ctrl_c_in_a_recovery_is_not_lost(tmp_pat
     assert steps == list(range(1, last["step"] + 1))
 
 
+def _let_go_once_saved(run_dir: Path, step: int) -> None:
+    _wait(checkpoint_path(run_dir / "checkpoints", step).exists)
+    (run_dir / "faults").mkdir(exist_ok=True)
+    (run_dir / "faults" / "0.go").touch()
+
+
 def test_a_killed_worker_costs_sharded_states_neither_a_step_nor_a_bit(folder, ray_session, monkeypatch):
     sharded = ("--steps=8", "--parallel.shard=full", "--parallel.ep_size=1", "--run.checkpoint_every=3")
     assert job.train(_run_config(folder, "sharded", *sharded), resume=None, step=None) == 0
-    faults = [{"rank": 1, "step": 6, "phase": "backward", "action": "kill"}]
+    faults = [
+        {"rank": 1, "step": 5, "phase": "forward", "action": "hold", "amount": 120},  # until the checkpoint is written
+        {"rank": 1, "step": 6, "phase": "backward", "action": "kill"},
+    ]
     (folder / "faults.json").write_text(json.dumps(faults))
     monkeypatch.setenv("TRIMTAB_FAULTS", str(folder / "faults.json"))
-    assert job.train(_run_config(folder, "sharded-killed", *sharded), resume=None, step=None) == 0
+    with _meanwhile(lambda: _let_go_once_saved(folder / "runs" / "sharded-killed", step=3)):
+        assert job.train(_run_config(folder, "sharded-killed", *sharded), resume=None, step=None) == 0
     runs = [folder / "runs" / name for name in ("sharded", "sharded-killed")]
     calm, killed = ([line["loss"] for line in read_metrics(run)[0]] for run in runs)
     assert len(calm) == 8 and killed == calm
     assert [event["event"] for event in _events(runs[1], *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY
-    assert _events(runs[1], "resumed")[0]["step"] >= 3
+    assert _events(runs[1], "resumed")[0]["step"] == 3
