@@ -31,11 +31,11 @@ def begin_with(source: Path, run_dir: Path) -> Path:
     num_counts = len(manifest.extra["load_since_eval"])
     extra = {"step": 0, "imported": True, "load_since_eval": [0] * num_counts, "model": manifest.extra["model"]}
     write_manifest(partial, replace(manifest, step=0, extra=extra))
+    kept = source.parents[1] / FOLDER
+    if kept.is_dir():  # before the checkpoint, whose name says that the run can be resumed and exported
+        shutil.copytree(kept, run_dir / FOLDER)
     partial.rename(final)
     sync_folder(final.parent)
-    kept = source.parents[1] / FOLDER
-    if kept.is_dir():
-        shutil.copytree(kept, run_dir / FOLDER)
     return final
 
 

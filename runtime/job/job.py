@@ -97,7 +97,7 @@ def _train(
     if tight:
         say(console, tight)
     dataset = open_data(config, console, run_dir if resume_from else None)
-    say(console, _headline(config, run_dir, dataset, size, start))
+    say(console, _headline(config, _beginning(run_dir, start, is_new), dataset, size))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
     with ExitStack() as stack:
@@ -216,18 +216,21 @@ def _idle_gpus(cluster: ClusterConfig) -> str:
     )
 
 
-def _headline(config: TrainConfig, run_dir: Path, dataset: Dataset, size: ModelSize, start: Path | None) -> str:
+def _beginning(run_dir: Path, start: Path | None, is_new: bool) -> str:
+    if start is None:
+        return f"run {run_dir}"
+    return f"run {run_dir}, with the weights of {start}" if is_new else f"going on from {start}"
+
+
+def _headline(config: TrainConfig, beginning: str, dataset: Dataset, size: ModelSize) -> str:
     moe = config.model.moe
     sources = ", ".join(
         f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
     )
     if num_copies := sum(source.num_copies for source in dataset.meta.sources):
         sources += f"; copies: {num_copies} files, each trained on or held out like the file that it copies"
-    from_ = f"run {run_dir}, with the weights of {start}" if start else f"run {run_dir}"
-    if start is not None and run_dir in start.parents:
-        from_ = f"going on from {start}"
     return (
-        f"{from_}\n"
+        f"{beginning}\n"
         f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "
         f"{moe.num_experts} experts, top-{moe.top_k}, in {config.model.num_layers - config.model.num_dense_layers} "
         f"layers\ntext   {sources}\n"
