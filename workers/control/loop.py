@@ -25,6 +25,7 @@ from dispatch.diagnosis.collective_errors import CollectiveTimeout
 from dispatch.laws import Law, LawState
 from workers.control.errors import BiasDiverged, ControlError, ControlTimeout, NoUpdate
 from workers.control.leader import Event, Leader
+from workers.control.tree import tree_all_reduce
 from workers.control.wire import BiasUpdate, Refusal, VersionedState, WireError, mail_bytes, read_mail, write_mail
 from workers.gang.collateral import is_collateral
 
@@ -262,7 +263,7 @@ def _copy(name: str, value: Tensor, dtype: torch.dtype, length: int | None = Non
 class ControlRound:
     """This rank's part of one step's control collectives: the same on every rank, in the same order, whatever it finds.
 
-    Three small reductions in flight together, on rank 0 one question to the leader, one broadcast of fixed size. What
+    One small reduction along a tree, on rank 0 one question to the leader, one broadcast of fixed size. What
     goes wrong on rank 0 in between travels in the broadcast, so that all ranks end with the same error instead of
     waiting. `phase` is what it is doing now, for the error of a thread that waits for it. See ControlLoop for the
     arguments.
@@ -289,15 +290,13 @@ class ControlRound:
         self._tracker.step = given.step
         ints, sizes = self._pack(given)
         with self._in_phase(given, "reduce"):
-            start, sums, largest = self._tracker.start, dist.ReduceOp.SUM, dist.ReduceOp.MAX
-            reductions = ((ints, sums), (given.floats, sums), (given.maxima, largest))
-            # In flight together: a step pays one latency, not three.
-            self._finish([start(dist.all_reduce, each, op, group=self._group) for each, op in reductions], given)
+            reduction = self._tracker.start(tree_all_reduce, (ints, given.floats), given.maxima, group=self._group)
+            self._finish(reduction, given)
         counts_M, slots, totals, stop = torch.split(ints, sizes)
         odd_ranks = self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
         events, cause = self._lead(given, counts_M, odd_ranks) if self._rank == 0 else ([], None)
         with self._in_phase(given, "broadcast"):
-            self._finish([self._tracker.start(dist.broadcast, self._mail, 0, group=self._group)], given)
+            self._finish(self._tracker.start(dist.broadcast, self._mail, 0, group=self._group), given)
         update = self._open_mail(given, cause)
         return update, self._control(given, counts_M, totals, bool(stop), odd_ranks, events)
 
@@ -370,10 +369,9 @@ class ControlRound:
             raise ControlError(given.step, "verify", f"rank {self._rank} received another message: {message}")
         return message
 
-    def _finish(self, works: list[PendingCollective], given: RoundInput) -> None:
-        for work in works:
-            # At least a millisecond, because torch reads 0 as "no limit".
-            work.wait(timedelta(seconds=max(given.deadline - time.monotonic(), 0.001)))
+    def _finish(self, collective: PendingCollective, given: RoundInput) -> None:
+        # At least a millisecond, because torch reads 0 as "no limit".
+        collective.wait(timedelta(seconds=max(given.deadline - time.monotonic(), 0.001)))
 
     @contextmanager
     def _in_phase(self, given: RoundInput, phase: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from runtime.commands.bench.coordinator.model import HopCost, model
 from runtime.commands.bench.coordinator.ranks import BenchRank, RankFigures
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
+from workers.control import loop, tree
 from workers.control.wire import VersionedState, decode
 
 SMALL = ControlCase(layers=3, experts=8, law="newton", workers=3, rounds=4)
@@ -23,12 +24,12 @@ SMALL = ControlCase(layers=3, experts=8, law="newton", workers=3, rounds=4)
 def test_the_model_of_four_and_five_ranks_is_the_one_worked_by_hand() -> None:
     hop = HopCost(alpha_s=1e-3, beta_s=1e-6)
     four = model(4, hop, alone_s=0.01, summed_bytes=1000, update_bytes=500)
-    # tree: 2 hops of 1000 bytes up, 2 ms each; ring: 6 hops of 250, 1.25 ms each. Then 10 ms, and 2 hops of 500 down.
-    assert four.tree_s == pytest.approx(0.004 + 0.010 + 0.003)
+    # tree: 2 hops of 1000 bytes up and 2 down, 2 ms each; ring: 6 of 250, 1.25 ms each. Then 10 ms, and 2 of 500 down.
+    assert four.tree_s == pytest.approx(0.008 + 0.010 + 0.003)
     assert four.ring_s == pytest.approx(0.0075 + 0.010 + 0.003)
-    assert (four.tree_bytes, four.ring_bytes) == (0.75 * 1500, 0.75 * 2500)
+    assert (four.tree_bytes, four.ring_bytes) == (0.75 * 2500, 0.75 * 2500)
     five = model(5, hop, alone_s=0.01, summed_bytes=1000, update_bytes=500)
-    assert five.tree_s == pytest.approx(3 * 0.002 + 0.010 + 3 * 0.0015)
+    assert five.tree_s == pytest.approx(6 * 0.002 + 0.010 + 3 * 0.0015)
 
 
 def test_hops_are_fitted_by_their_medians() -> None:
@@ -76,19 +77,18 @@ def test_a_coordinator_that_fails_is_an_error_and_not_a_quick_one() -> None:
 
 def _measure(rank: int, world_size: int, case: ControlCase) -> tuple[RankFigures | None, set[int]]:
     reduced: dict[int, int] = {}
-    inner = dist.all_reduce
+    inner = tree.tree_all_reduce
 
-    def counting(tensor: Any, *args: Any, **options: Any) -> Any:
-        if options.get("async_op"):  # a round's, not the benchmark's own
-            size = dist.get_world_size(options["group"])
-            reduced[size] = reduced.get(size, 0) + tensor.numel() * tensor.element_size()
-        return inner(tensor, *args, **options)
+    def counting(sums: Any, maxima: Any, **options: Any) -> Any:
+        size = dist.get_world_size(options["group"])
+        reduced[size] = reduced.get(size, 0) + sum(tensor.nbytes for tensor in (*sums, maxima))
+        return inner(sums, maxima, **options)
 
-    dist.all_reduce = counting
+    loop.tree_all_reduce = counting
     try:
         figures = BenchRank().measure(case, CoordinatorPolicy().handle)
     finally:
-        dist.all_reduce = inner
+        loop.tree_all_reduce = inner
     law, steps = case.make_law(), case.rounds + 3  # three warm up
     mine = [size for size in case.world_sizes if rank < size]
     return figures, {reduced[size] - steps * summed_bytes(law, size) for size in mine}

@@ -3,8 +3,8 @@
 A step is what one rank alone takes for it, the coordinator's answer included, as measured, and hops: to sum over W
 ranks in one of two ways, and then to broadcast over a binomial tree of ceil(log2 W) hops:
 
-- tree: counts go up a binomial tree, ceil(log2 W) hops with all bytes each. The path of the design.
-- ring: gloo's all-reduce, which runs now: 2 (W - 1) hops with one W-th of the bytes each.
+- tree: `workers.control.tree`, which runs: ceil(log2 W) hops up a binomial tree and as many down, with all bytes each.
+- ring: gloo's all-reduce, beside it: 2 (W - 1) hops with one W-th of the bytes each.
 
 All hops are taken to be alike, as quick as one between two otherwise idle ranks of this machine, and hops of different
 ranks at one level to be truly side by side. A machine with more ranks than cores is slower than that.
@@ -55,8 +55,8 @@ def model(world_size: int, hop: HopCost, alone_s: float, summed_bytes: int, upda
     after_s = alone_s + depth * hop.seconds(update_bytes)
     return Modelled(
         world_size=world_size,
-        tree_s=depth * hop.seconds(summed_bytes) + after_s,
+        tree_s=2 * depth * hop.seconds(summed_bytes) + after_s,
         ring_s=2 * (world_size - 1) * hop.seconds(summed_bytes / world_size) + after_s,
-        tree_bytes=others * (summed_bytes + update_bytes),
+        tree_bytes=others * (2 * summed_bytes + update_bytes),
         ring_bytes=others * (2 * summed_bytes + update_bytes),
     )

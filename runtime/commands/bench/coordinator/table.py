@@ -19,7 +19,7 @@ WIDTH = 100  # of the output where that is no terminal
 MODEL_NOTE = """\
 Modelled: the step of one rank, with the coordinator, which gets one report whatever the number of
 ranks; and hops as measured here on loopback, {alpha} us + {beta} us a MiB, times their number. Tree:
-sums over ceil(log2 ranks) hops, as designed. Ring: gloo's all-reduce, which runs now, over
+sums over ceil(log2 ranks) hops up and as many down, which runs. Ring: gloo's all-reduce, over
 2 (ranks - 1) hops. Both then broadcast over ceil(log2 ranks) hops. The measured ranks share {cores}
 cores: beyond that many they wait for each other, which the model does not know."""
 
