@@ -1,6 +1,7 @@
 """Writing a rank's share: what it takes, and that of what torch says when it fails only a full disk is told as one."""
 
 import errno
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from workers.checkpoints import dcp
+from workers.checkpoints.checkpoint_files import digest
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,25 @@ def test_writing_views_of_one_tensor_holds_one_copy_at_a_time(tmp_path):
     stack = torch.zeros(8, 100_000)
     share = {f"model.{index}": row for index, row in enumerate(stack)}
     assert peak_allocated_bytes(lambda: dcp.write_share(tmp_path, share, 0)) < 2 * stack[0].nbytes
+
+
+def test_a_large_share_goes_into_files_of_about_one_size_with_their_hashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "_FILE_BYTES", 1 << 16)
+    share = {f"model.{index}": torch.rand(1000 * (1 + index % 3)) for index in range(40)}
+    written = dcp.write_share(tmp_path, share, 3)
+    assert sorted(written.files) == sorted(file.name for file in tmp_path.iterdir())
+    assert sorted(written.files) == [f"__3_{number}.distcp" for number in range(4)]
+    assert written.files == {name: digest(tmp_path / name) for name in written.files}
+    sizes = [size for size, _ in written.files.values()]
+    assert max(sizes) < 1.2 * min(sizes)
+    for key, file, offset, length in written.pieces:
+        piece = io.BytesIO((tmp_path / file).read_bytes()[offset : offset + length])
+        assert torch.load(piece, weights_only=True).equal(share[key])
+    assert {key for key, *_ in written.pieces} == set(share)
+
+
+def test_an_error_in_one_of_several_files_is_that_of_the_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "_FILE_BYTES", 1 << 10)
+    (tmp_path / "__0_2.distcp").mkdir()
+    with pytest.raises(IsADirectoryError):
+        dcp.write_share(tmp_path, {f"model.{index}": torch.rand(1000) for index in range(8)}, 0)

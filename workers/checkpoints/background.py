@@ -1,4 +1,4 @@
-"""One job at a time on a thread beside the training."""
+"""Jobs on threads beside the training."""
 
 import threading
 from collections.abc import Callable
@@ -28,8 +28,7 @@ class Background(Generic[T]):
         """Begin a job. The one before must have been taken."""
         if self._job is not None:
             raise RuntimeError(f"{self._name}: the job before was not taken")
-        self._job = futures.Future()
-        threading.Thread(target=_run, args=(job, self._job), name=self._name, daemon=True).start()
+        self._job = run_beside(self._name, job)
 
     def take(self) -> T | None:
         """Return the job's result, once; None if there is no job or it still runs. Raises what the job raised."""
@@ -56,6 +55,13 @@ class Background(Generic[T]):
         """Wait a while for a running job, then drop it and whatever it raises. Returns whether it has ended."""
         job, self._job = self._job, None
         return job is None or not futures.wait([job], wait_s).not_done
+
+
+def run_beside(name: str, job: Callable[[], T]) -> futures.Future[T]:
+    """Begin a job on a daemon thread of this name."""
+    outcome: futures.Future[T] = futures.Future()
+    threading.Thread(target=_run, args=(job, outcome), name=name, daemon=True).start()
+    return outcome
 
 
 def _run(job: Callable[[], T], outcome: futures.Future[T]) -> None:

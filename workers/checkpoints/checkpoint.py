@@ -5,10 +5,12 @@ least to write so far. A checkpoint is complete or it is not there: written asid
 """
 
 import errno
+import functools
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +37,7 @@ from workers.checkpoints.checkpoint_files import (
     sync_folder,
     write_manifest,
 )
-from workers.checkpoints.dcp import Piece, read_tensors, write_index, write_share
+from workers.checkpoints.dcp import Piece, WrittenShare, read_tensors, write_index, write_share
 from workers.checkpoints.index import read_index
 from workers.checkpoints.shares import TensorSpec, all_gather_specs, divide
 from workers.checkpoints.slices import whole_specs
@@ -115,13 +117,12 @@ def save(
     try:
         mine = {name: tensors[name] for name in divide(held)[rank]}
         written = _together(group, f"writing {partial}", lambda: write_share(partial, mine, rank))
-        pieces = [piece for of_rank in all_gather_values(written, group, _read_pieces) for piece in of_rank]
-        _together(group, f"indexing {partial}", lambda: write_index(partial, specs, pieces) if rank == 0 else None)
-        digests = _together(group, f"reading back {partial}", lambda: _digest_share(partial, rank, num_ranks))
-        shares = all_gather_values(digests, group, _read_digests)
-        files = {name: entry for share in shares for name, entry in share.items()}
+        shares = all_gather_values(written, group, _read_written)
+        files = {name: entry for share in shares for name, entry in share.files.items()}
         manifest = Manifest(step=step, world_size=world_size or num_ranks, files=files, extra=dict(extra))
-        _together(group, f"finishing {final}", lambda: _finish(partial, final, manifest, specs) if rank == 0 else None)
+        pieces = [piece for share in shares for piece in share.pieces]
+        finish = functools.partial(_finish, partial, final, manifest, specs, pieces)
+        _together(group, f"finishing {final}", lambda: finish() if rank == 0 else None)
     except BaseException:  # also Ctrl-C and a dead peer: earlier checkpoints must not lack the space
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -227,24 +228,31 @@ def _prepare(
     partial.mkdir()
 
 
-def _digest_share(partial: Path, rank: int, world_size: int) -> dict[str, tuple[int, str]]:
-    return {file.name: digest(file) for file in sorted(partial.iterdir())[rank::world_size]}
-
-
-def _finish(partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec]) -> None:
-    """Verify the files against what the ranks wrote, write the manifest and rename the folder to its final name."""
+def _finish(
+    partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec], pieces: Sequence[Piece]
+) -> None:
+    """Write index and manifest, check the whole against what the ranks wrote, and give the folder its final name."""
+    unseen = [name for name, (size, _) in manifest.files.items() if _size(partial / name) != size]
+    if unseen:
+        raise CheckpointError(
+            f"{len(unseen)} files are not in {partial} as the ranks wrote them, the first is {unseen[0]}; "
+            "do all machines see this folder?"
+        )
+    write_index(partial, specs, pieces)
+    manifest = replace(manifest, files={**manifest.files, INDEX: digest(partial / INDEX)})
     written = _specs_of_index(read_index(partial, manifest.files, own=True))
     if written != specs:
         wrong = sorted(name for name in written.keys() | specs.keys() if written.get(name) != specs.get(name))
-        raise CheckpointError(
-            f"{len(wrong)} tensors are not in {partial} as the ranks had them, the first is {wrong[0]}; "
-            "do all machines see this folder?"
-        )
+        raise CheckpointError(f"{len(wrong)} tensors are not in {partial} as the ranks had them, such as {wrong[0]}")
     write_manifest(partial, manifest)
     if final.exists():
         discard(final)
     partial.rename(final)
     sync_folder(final.parent)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else -1
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
@@ -315,16 +323,15 @@ def _name_of_rank_0(group: Group) -> str:
     return all_gather_values(secrets.token_hex(4), group, str)[0]
 
 
-def _read_pieces(value: Any) -> list[Piece]:
-    if any(list(map(type, piece)) != [str, str, int, int] for piece in value):
+def _read_written(value: Any) -> WrittenShare:
+    pieces, files = value
+    if any(list(map(type, piece)) != [str, str, int, int] for piece in pieces):
         raise TypeError("pieces of tensors are expected")
-    return [tuple(piece) for piece in value]
-
-
-def _read_digests(value: Any) -> dict[str, tuple[int, str]]:
-    if any((type(size), type(sha256)) != (int, str) for size, sha256 in value.values()):
+    if any((type(size), type(sha256)) != (int, str) for size, sha256 in files.values()):
         raise TypeError("size and sha256 of files are expected")
-    return {name: (size, sha256) for name, (size, sha256) in value.items()}
+    return WrittenShare(
+        [tuple(piece) for piece in pieces], {name: (size, sha256) for name, (size, sha256) in files.items()}
+    )
 
 
 def _together(group: Group, doing: str, work: Callable[[], T]) -> T:

@@ -6,13 +6,16 @@ CheckpointException without its cause. Which rank writes what is known here with
 """
 
 import errno
+import hashlib
 import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from workers.checkpoints.background import run_beside
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt
 from workers.checkpoints.shares import TensorSpec
 from workers.checkpoints.slices import Slice
@@ -37,29 +41,91 @@ from workers.checkpoints.slices import Slice
 _FULL_BYTES = 1 << 20
 _WRITER_MARKS = ("PytorchStreamWriter", "inline_container")
 
+# One thread hashes and writes about 1 GB/s, one NVMe disk takes several. Small shares stay in one file.
+_FILE_BYTES = 256 << 20
+_MAX_FILES = 4
+
 Piece = tuple[str, str, int, int]  # key of a tensor or slice, the file that it is in, offset and length there
 
 
-def write_share(folder: Path, share: Mapping[str, Tensor], rank: int) -> list[Piece]:
-    """Write the tensors of one rank into a file of its own, one copy in memory at a time. Not collective.
+class WrittenShare(NamedTuple):
+    """What one rank wrote."""
+
+    pieces: list[Piece]
+    files: dict[str, tuple[int, str]]
+    """Size in bytes and sha256 of each file."""
+
+
+def write_share(folder: Path, share: Mapping[str, Tensor], rank: int) -> WrittenShare:
+    """Write the tensors of one rank into files of its own, a large share into some at once. Not collective.
+
+    Each file is hashed on its way out, and holds one copy of a tensor in memory at a time.
 
     Raises:
         OSError: the disk is full or fails.
     """
-    file = folder / f"__{rank}_0.distcp"  # as DCP's writer names it
+    parts = _divide_into_files(share)
+    outcomes = [
+        # As DCP's writer names them.
+        run_beside("checkpoint file", partial(_write_file, folder / f"__{rank}_{number}.distcp", part))
+        for number, part in enumerate(parts)
+    ]
+    futures.wait(outcomes)
+    written = [outcome.result() for outcome in outcomes]
+    return WrittenShare(
+        [piece for each in written for piece in each.pieces],
+        {name: entry for each in written for name, entry in each.files.items()},
+    )
+
+
+def _divide_into_files(share: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    num_bytes = sum(tensor.nbytes for tensor in share.values())
+    sizes = [0] * max(1, min(_MAX_FILES, num_bytes // _FILE_BYTES))
+    parts: list[dict[str, Tensor]] = [{} for _ in sizes]
+    for key, tensor in share.items():
+        smallest = sizes.index(min(sizes))
+        parts[smallest][key] = tensor
+        sizes[smallest] += tensor.nbytes
+    return parts
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> WrittenShare:
     pieces: list[Piece] = []
     try:
         with file.open("wb") as stream:
-            for key, tensor in share.items():
-                offset = stream.tell()
-                # A copy: of a view torch would save the whole storage. DCP's writer keeps all copies to its end.
-                torch.save(tensor.detach().to("cpu", copy=True), stream)
-                pieces.append((key, file.name, offset, stream.tell() - offset))
+            hashing = _HashingStream(stream)
+            for key, tensor in tensors.items():
+                offset = hashing.num_bytes
+                torch.save(_own_copy(tensor.detach()), cast(BinaryIO, hashing))
+                pieces.append((key, file.name, offset, hashing.num_bytes - offset))
             stream.flush()
             os.fsync(stream.fileno())
     except RuntimeError as error:
-        raise _system_error(error, folder) from error
-    return pieces
+        raise _system_error(error, file.parent) from error
+    return WrittenShare(pieces, {file.name: (hashing.num_bytes, hashing.sha256.hexdigest())})
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory: of a view torch would save the whole storage. DCP's writer keeps all copies to its end."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+
+
+class _HashingStream:
+    """Hands bytes on to a file and hashes them: reading them back from the disk would take as long again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """torch.save asks for it behind every tensor; the file is forced to the disk once, at its end."""
 
 
 def write_index(folder: Path, specs: Mapping[str, TensorSpec], pieces: Sequence[Piece]) -> None:

@@ -1,0 +1,75 @@
+"""A checkpoint of one process beside a plain write of as many bytes: save, load, and their limit, in turns.
+
+    python -m benchmarks.checkpoint [--gigabytes 4] [--tensors 64] [--pairs 3] [--folder DIR]
+
+`plain` writes the same bytes as one file in blocks of 16 MiB and forces them to the disk, as `dd conv=fsync` does.
+Told are medians, and the ratio of each pair. What is loaded comes from the system's cache of files.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.checkpoints.checkpoint import load, save
+from workers.checkpoints.checkpoint_files import checkpoint_path
+
+_BLOCK_BYTES = 16 << 20
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark of a command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of tensors (default: 4)")
+    parser.add_argument("--tensors", type=int, default=64, help="that hold them (default: 64)")
+    parser.add_argument("--pairs", type=int, default=3, help="of a plain write and a checkpoint (default: 3)")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")
+    given = parser.parse_args(argv)
+    size = int(given.gigabytes * 1e9 / 4 / given.tensors)
+    tensors = {f"model.{index}": torch.rand(size) for index in range(given.tensors)}
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        root = Path(name) / "checkpoints"
+
+        def plain() -> None:
+            _write(Path(name) / "plain", tensors)
+
+        def save_all() -> None:
+            save(root, 1, tensors, {}, None)
+
+        def load_all() -> None:
+            load(checkpoint_path(root, 1), tensors, None, sections=("model",))
+
+        seconds = [[_seconds(part) for part in (plain, save_all, load_all)] for _ in range(given.pairs)]
+    for label, times in zip(("plain", "save", "load"), zip(*seconds, strict=True), strict=True):
+        middle = statistics.median(times)
+        print(f"{label:6}{middle:8.2f} s{given.gigabytes / middle:8.2f} GB/s")
+    print(f"save over plain, each pair: {' '.join(f'{saved / written:.2f}' for written, saved, _ in seconds)}")
+    return 0
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    with file.open("wb") as stream:
+        for tensor in tensors.values():
+            data = memoryview(tensor.numpy()).cast("B")
+            for start in range(0, len(data), _BLOCK_BYTES):
+                stream.write(data[start : start + _BLOCK_BYTES])
+        stream.flush()
+        os.fsync(stream.fileno())
+    file.unlink()
+
+
+def _seconds(part: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    part()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
