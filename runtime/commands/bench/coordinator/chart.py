@@ -51,15 +51,13 @@ def _draw_seconds(axes: Axes, measured: ControlMeasurement) -> None:
 
 def _draw_bytes(axes: Axes, measured: ControlMeasurement) -> None:
     rows = measured.modelled
-    for color, name in ((TREE, "tree_bytes"), (RING, "ring_bytes")):
-        axes.plot([row.world_size for row in rows], [getattr(row, name) / 1024 for row in rows], color=THEME[color])
+    axes.plot([row.world_size for row in rows], [row.sent_bytes / 1024 for row in rows], color=THEME[TREE])
     report = measured.loads[measured.case.law].report_bytes / 1024
     axes.axhline(report, color=THEME["grey"], ls="--", lw=1)
-    axes.set_ylim(0, 1.1 * max([report, *(row.ring_bytes / 1024 for row in rows)]))
+    axes.set_ylim(0, 1.1 * max([report, *(row.sent_bytes / 1024 for row in rows)]))
     _set_ranks(axes, measured)
     handles = [
-        Line2D([], [], color=THEME[TREE], label="tree"),
-        Line2D([], [], color=THEME[RING], label="ring (gloo)"),
+        Line2D([], [], color=THEME[TREE], label="tree or ring"),
         Line2D([], [], color=THEME["grey"], ls="--", lw=1, label="the report of rank 0"),
     ]
     set_head(axes, "What a rank sends", handles)

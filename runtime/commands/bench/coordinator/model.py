@@ -40,13 +40,12 @@ class HopCost:
 
 @dataclass(frozen=True)
 class Modelled:
-    """A step at one world size. *_s: from counts to bias. *_bytes: sent by a rank, on average."""
+    """A step at one world size. *_s: from counts to bias. sent_bytes: by a rank, on average; either way the same."""
 
     world_size: int
     tree_s: float
     ring_s: float
-    tree_bytes: float
-    ring_bytes: float
+    sent_bytes: float
 
 
 def model(world_size: int, hop: HopCost, alone_s: float, summed_bytes: int, update_bytes: int) -> Modelled:
@@ -57,6 +56,5 @@ def model(world_size: int, hop: HopCost, alone_s: float, summed_bytes: int, upda
         world_size=world_size,
         tree_s=2 * depth * hop.seconds(summed_bytes) + after_s,
         ring_s=2 * (world_size - 1) * hop.seconds(summed_bytes / world_size) + after_s,
-        tree_bytes=others * (2 * summed_bytes + update_bytes),
-        ring_bytes=others * (2 * summed_bytes + update_bytes),
+        sent_bytes=others * (2 * summed_bytes + update_bytes),
     )

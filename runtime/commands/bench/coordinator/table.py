@@ -25,7 +25,7 @@ cores: beyond that many they wait for each other, which the model does not know.
 
 
 LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
-MODEL_COLUMNS = ("ms by\ntree", "ms by\nring", "KiB by\ntree", "KiB by\nring")
+MODEL_COLUMNS = ("ms by\ntree", "ms by\nring", "KiB\nsent")
 
 
 def show(measured: ControlMeasurement) -> None:
@@ -73,7 +73,7 @@ def _measured_cells(samples: RoundSamples) -> list[str]:
 def _modelled_cells(row: Modelled | None) -> list[str]:
     if row is None:  # one rank: nobody to sum with
         return [""] * 4
-    figures = (1e3 * row.tree_s, 1e3 * row.ring_s, row.tree_bytes / 1024, row.ring_bytes / 1024)
+    figures = (1e3 * row.tree_s, 1e3 * row.ring_s, row.sent_bytes / 1024)
     return [three_digits(figure) for figure in figures]
 
 
