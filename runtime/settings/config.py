@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from cluster.config import ClusterConfig
+from cluster.ray.local_ray import OBJECT_STORE_BYTES
 from dispatch.balance import check_groups
 from dispatch.errors import InvalidValue
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import ExchangeShape
 from dispatch.laws import BalanceConfig
+from dispatch.routing.statistics import make_statistic
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
@@ -47,6 +49,7 @@ PLACES_OF_TEXT = ("data.path", "data.suffixes")
 FREE_SETTINGS = ("model.recompute",)
 # Of weights that were trained before, unless somebody chooses: the rate of a new model would destroy them.
 FINE_TUNING_LR = 1e-5
+MAX_REPORT_BYTES = OBJECT_STORE_BYTES // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ def cross_check(config: TrainConfig) -> None:
         )
     _check_device(config.cluster)
     _check_time_limits(config.cluster)
+    _check_report(config)
     if config.parallel.backend is not None and ep_size > 1:
         config.parallel.backend.check(_exchange_shape(config, ep_size))
 
@@ -260,6 +264,22 @@ def _check_time_limits(cluster: ClusterConfig) -> None:
             f"cluster.coordinator_timeout_s ({cluster.coordinator_timeout_s:g}), or a slow coordinator would end the "
             f"run; lower --cluster.coordinator_timeout_s, or set --cluster.collective_timeout_s "
             f"{3 * cluster.coordinator_timeout_s:g}"
+        )
+
+
+def _check_report(config: TrainConfig) -> None:
+    """The counts of a step go to the coordinator as one object of Ray's store, which may still hold that before it."""
+    statistic, workers = config.balance.entry.statistic, config.cluster.num_workers
+    if statistic is None or (workers == 1 and config.cluster.address is None):  # one process asks no coordinator
+        return
+    width = 1 + make_statistic(statistic).width
+    num_bytes = 8 * width * config.model.moe.num_experts * config.model.num_moe_layers
+    if num_bytes > MAX_REPORT_BYTES:
+        raise InvalidValue(
+            f"balance.law {config.balance.law} counts {width} numbers for each of {config.model.moe.num_experts} "
+            f"experts in {config.model.num_moe_layers} MoE layers: {num_bytes / 2**20:.0f} MiB a step to the "
+            f"coordinator, of at most {MAX_REPORT_BYTES / 2**20:.0f}; use a law that counts less, such as "
+            "--balance.law newton or adaptive"
         )
 
 

@@ -288,12 +288,24 @@ def as_option(value: Any) -> str:
             {"cluster__collective_timeout_s": 6.0, "cluster__coordinator_timeout_s": 3.0},
             r"collective_timeout_s \(6\) must be more than twice .*\(3\).*--cluster.collective_timeout_s 9",
         ),
+        (
+            {"balance__law": "quantile", "model__moe__num_experts": 256, "model__num_layers": 62},
+            r"balance.law quantile counts 1001 numbers for each of 256 experts in .* MiB a step .*of at most 40; use",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
 def test_contradiction_between_sections_is_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cross_check(with_settings(**overrides))
+
+
+def test_a_report_of_any_size_is_for_one_process_that_asks_no_coordinator() -> None:
+    cross_check(
+        with_settings(
+            balance__law="quantile", model__moe__num_experts=256, model__num_layers=62, cluster__num_workers=1
+        )
+    )
 
 
 @pytest.mark.parametrize(("num_experts", "num_workers"), [(8, 3), (5, 5)])
