@@ -20,6 +20,7 @@ from workers.checkpoints.checkpoint_files import CHECKPOINTS
 from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.exchange_choice import choose_exchange
+from workers.gang.heap import give_back_large_blocks
 from workers.gang.parallel import join_groups, local_device
 from workers.generation.decoding import OnToken
 from workers.generation.generate import SamplingConfig, Speed, generate
@@ -97,6 +98,8 @@ class Worker:
             timeout_s=timeout_s,
             ranks_per_node=choice.ranks_per_node,
         )
+        if groups.device.type == "cpu" and spec.parallel.shard != "none":
+            give_back_large_blocks()  # who shards is short of memory; it costs fresh pages
         self._joined = build_rank(spec, groups)
 
     def train(
