@@ -29,20 +29,26 @@ def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
     """Elements of which the rank with most keeps the optimizer's state. Rows are shared out, of experts whole ones."""
-    whole, num_ranks = whole_elements(config, counts), config.cluster.num_workers
+    whole, (_, edp_size) = whole_elements(config, counts), num_owners(config)
     if config.parallel.shard == "none":
         return whole
     dense = _own_rows(counts.dense_shapes, config)
-    edp_size = num_ranks // config.parallel.resolve(num_ranks)
     one_expert = counts.experts // config.model.moe.num_experts  # in all layers
     num_stacked = whole.experts // one_expert if one_expert else 0  # experts of a layer
     return Held(dense, -(-num_stacked // edp_size) * one_expert)
 
 
+def num_owners(config: TrainConfig) -> Held:
+    """Ranks that would share out a dense parameter, and an expert; in one of the replicas where there are several."""
+    num_ranks, num_replicas = config.cluster.num_workers, config.parallel.replicate
+    edp_size = num_ranks // config.parallel.resolve(num_ranks)
+    return Held(num_ranks // num_replicas, max(1, edp_size // num_replicas))
+
+
 def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
     """Elements of dense tensors of which the first rank, that with most, keeps the optimizer's state."""
-    num_owners = 1 if config.parallel.shard == "none" else config.cluster.num_workers
-    return sum(-(-rows // num_owners) * prod(row) for rows, *row in shapes)
+    owners = 1 if config.parallel.shard == "none" else num_owners(config).dense
+    return sum(-(-rows // owners) * prod(row) for rows, *row in shapes)
 
 
 def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
@@ -73,8 +79,8 @@ def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
     num_ranks = config.cluster.num_workers
     whole, root, block = whole_elements(config, counts), counts.root, counts.largest_block
     layer = whole.experts // max(config.model.num_moe_layers, 1)
-    if num_ranks == config.parallel.resolve(num_ranks):
-        whole, layer = whole._replace(experts=0), 0  # experts with one holder are not sharded
+    if num_owners(config).experts == 1:
+        whole, layer = whole._replace(experts=0), 0  # experts with one holder in a replica are not sharded
     # Gradients of a unit are there twice: as backward made them, and flat, as they are sent.
     if config.parallel.shard == "full":  # weights of the root, a block and the next; gradients of the root and a block
         return Held(2 * root + max(4 * block, root), 3 * layer)

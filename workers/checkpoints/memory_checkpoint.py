@@ -42,7 +42,7 @@ def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShard]]) -> int
     return max(whole, default=None)
 
 
-def partner_shift(nodes: Sequence[int], ep_size: int) -> int:
+def partner_shift(nodes: Sequence[int], period: int) -> int:
     """How far away every rank's partner is: rank r's share is kept by rank (r + shift) mod world_size too. Pure.
 
     As many ranks as possible get one on another node; where ranks hold the same experts in several places, such a one,
@@ -50,6 +50,7 @@ def partner_shift(nodes: Sequence[int], ep_size: int) -> int:
 
     Args:
         nodes: the node of each rank; with one node alone, or empty, every rank counts as one: a process may still die.
+        period: ranks this far apart hold the same, where any do: the EP size, or the ranks of a replica.
     """
     if len(set(nodes)) < 2:
         nodes = range(len(nodes))
@@ -57,7 +58,7 @@ def partner_shift(nodes: Sequence[int], ep_size: int) -> int:
     def num_apart(shift: int) -> int:
         return sum(node != nodes[(rank + shift) % len(nodes)] for rank, node in enumerate(nodes))
 
-    return max(range(1, len(nodes)), key=lambda shift: (num_apart(shift), shift % ep_size == 0, -shift))
+    return max(range(1, len(nodes)), key=lambda shift: (num_apart(shift), shift % period == 0, -shift))
 
 
 @dataclass

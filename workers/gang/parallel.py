@@ -16,6 +16,7 @@ from dispatch.exchange.node_groups import NodeGroups, make_node_groups
 from dispatch.exchange.payload import Payload
 from dispatch.exchange.registry import BACKENDS, Backend
 from workers.gang.connections import Connections, listening, refuse_strangers
+from workers.gang.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
 
 # NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
 NCCL_MARGIN_S = 30.0
@@ -42,6 +43,9 @@ class ParallelConfig:
     shard: Shard = "none"
     """What ranks with the same parameters divide among them: nothing ('none'), the optimizer's moments and the master
     weights ('optimizer', ZeRO-1), or all states, gathering a block's weights when it computes ('full', ZeRO-3)."""
+    replicate: int = 1
+    """Groups of neighbouring ranks that each hold all sharded states once, and sum their gradients (HSDP); 1 shards
+    over all ranks. Must divide the number of workers, and the ranks that hold the same experts."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order of a layer's work: chunks, overlap, a bound on rows."""
 
@@ -57,6 +61,14 @@ class ParallelConfig:
             )
         if self.shard not in get_args(Shard):
             raise InvalidValue(f"parallel.shard is {self.shard!r}; it must be one of {', '.join(get_args(Shard))}")
+        if self.replicate < 1:
+            raise InvalidValue(f"parallel.replicate ({self.replicate}) must be at least 1; 1 shards over all ranks")
+        if self.replicate > 1 and self.shard == "none":
+            raise InvalidValue(
+                f"parallel.replicate ({self.replicate}) says how many groups of ranks hold all sharded states, but "
+                "parallel.shard is 'none', with which every rank holds them whole; set --parallel.shard full, or leave "
+                "parallel.replicate at 1"
+            )
         if self.ranks_per_node < 0:
             raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
@@ -66,12 +78,14 @@ class ParallelConfig:
     def at(self, world_size: int) -> Self:
         """These settings for a gang of another size than they were made for; unchanged where they fit.
 
-        Else the EP size is the largest up to `ep_size` that divides the ranks, and what was said of nodes is dropped
-        where it no longer fits.
+        Else EP size and number of replicas are the largest up to those wanted that fit the ranks, and what was said of
+        nodes is dropped where it no longer fits.
         """
         wanted = min(self.ep_size or world_size, world_size)
         ep_size = max(size for size in range(1, wanted + 1) if world_size % size == 0)
         changed = self if ep_size == (self.ep_size or world_size) else replace(self, ep_size=ep_size)
+        replicas = max(num for num in replica_counts(world_size, ep_size) if num <= self.replicate)
+        changed = changed if replicas == self.replicate else replace(changed, replicate=replicas)
         if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
             return changed
         exchange = "auto" if self.backend is not None and self.backend.needs_nodes else self.exchange
@@ -87,7 +101,7 @@ class ParallelConfig:
         return self.at(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
-        """The EP size for this many ranks. Raises ValueError where it does not divide them."""
+        """The EP size for this many ranks. Raises InvalidValue where it or the replicas do not divide them."""
         ep_size = self.ep_size or world_size
         if world_size % ep_size:
             raise InvalidValue(
@@ -99,6 +113,7 @@ class ParallelConfig:
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must divide parallel.ep_size ({ep_size}), so that "
                 "all nodes of an expert-parallel group have equally many ranks"
             )
+        check_replicas(self.replicate, world_size, ep_size)
         return ep_size
 
 
@@ -109,8 +124,9 @@ class RankGroups:
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
     never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
-    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. connections:
-    of all those that are gloo. tracker: where the training thread says what it is in; it starts its collectives there.
+    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. replicas: the
+    meshes of sharded states, where they are replicated. connections: of all those that are gloo. tracker: where the
+    training thread says what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -127,6 +143,7 @@ class RankGroups:
     checkpoint_group: dist.ProcessGroup
     memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
+    replicas: ReplicaGroups | None = None
     connections: Connections = field(default_factory=Connections)
     tracker: ActivityTracker = field(default_factory=ActivityTracker)
 
@@ -164,7 +181,8 @@ def join_groups(
     )
     ep_size = config.resolve(world_size)
     mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
-    for group in mesh.get_all_groups():
+    replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
+    for group in [*mesh.get_all_groups(), *(replicas.groups if replicas else [])]:
         _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
     nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
     # NCCL opens connections as it likes, and not by gloo's rules: on CUDA only the groups below are looked at.
@@ -182,6 +200,7 @@ def join_groups(
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=control_timeout),
         nodes=nodes,
+        replicas=replicas,
         checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
@@ -207,6 +226,7 @@ def _exercise(groups: RankGroups) -> None:
     # Communicators are made lazily: made here, a wrong network fails at start and not in the middle of a step.
     of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
+    of_tokens += groups.replicas.groups if groups.replicas else []
     pairs = [(group, groups.device) for group in of_tokens]
     on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
     for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:

@@ -19,23 +19,28 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
-    num_rows, mesh = tensor.shape[0], tensor.device_mesh
-    rows_of_rank = -(-num_rows // mesh.size())
-    return tensor.to_local(), min(mesh.get_local_rank() * rows_of_rank, num_rows)
+    num_rows, group = tensor.shape[0], _shard_group(tensor)
+    rows_of_rank = -(-num_rows // group.size())
+    return tensor.to_local(), min(group.rank() * rows_of_rank, num_rows)
 
 
 @torch.no_grad()
 def all_rows(rows: Tensor, like: Tensor) -> Tensor:
     """The rows of all ranks, of a tensor sharded as `like` is; `rows` itself where `like` is not sharded.
 
-    Collective over the ranks of its mesh.
+    Collective over the ranks that share it out.
     """
     if not isinstance(like, DTensor):
         return rows
-    num_rows, mesh = like.shape[0], like.device_mesh
-    rows_of_rank = -(-num_rows // mesh.size())
+    num_rows, group = like.shape[0], _shard_group(like)
+    rows_of_rank = -(-num_rows // group.size())
     own = rows.new_zeros(rows_of_rank, *rows.shape[1:])
     own[: len(rows)] = rows
-    whole = rows.new_empty(mesh.size() * rows_of_rank, *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, own, group=mesh.get_group())
+    whole = rows.new_empty(group.size() * rows_of_rank, *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, own, group=group)
     return whole[:num_rows]  # what the last ranks lack is at the end
+
+
+def _shard_group(tensor: DTensor) -> dist.ProcessGroup:
+    """The ranks among which its rows are shared out: the last dimension of its mesh, after that of the replicas."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)

@@ -60,13 +60,17 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     Collective over the EP group, or all ranks. Waits for the device once.
     """
     dense, experts = split_parameters(model)
-    # Each rank has rows of its own, of the dense parameters as of the experts, which are sharded or have one holder.
-    all_own = any(map(is_sharded, [*dense, *experts]))
-    shared = _sum_of_squares([] if all_own else dense, groups.device)
-    own = _sum_of_squares([*dense, *experts] if all_own else experts, groups.device)
-    if all_own or groups.ep_size > 1:
-        groups.tracker.run(dist.all_reduce, own, group=groups.world_group if all_own else groups.ep_group)
-    return float((shared + own).sqrt())
+    of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
+    if any(map(is_sharded, [*dense, *experts])):
+        # Each rank has rows of its own, of the dense parameters as of the experts; or they are in each replica. Over
+        # the world, not over a replica: all ranks must have the same bits, and two sums may be taken in another order.
+        num_replicas = groups.replicas.num if groups.replicas else 1
+        total = of_dense / num_replicas + of_experts / min(num_replicas, groups.edp_size)
+        groups.tracker.run(dist.all_reduce, total, group=groups.world_group)
+        return float(total.sqrt())
+    if groups.ep_size > 1:
+        groups.tracker.run(dist.all_reduce, of_experts, group=groups.ep_group)
+    return float((of_dense + of_experts).sqrt())
 
 
 def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:

@@ -97,7 +97,9 @@ class CheckpointSaver:
     def _open_memory(self, live: Snapshot) -> None:
         self._disk.finish()  # its group serves for agreeing on the shares
         self._staging.divide(live.tensors)
-        shift = partner_shift(self._nodes, self._groups.ep_size)
+        replicas = self._groups.replicas
+        period = replicas.dense.size(1) if replicas is not None else self._groups.ep_size
+        shift = partner_shift(self._nodes, period)
         self._memory.open(self._groups.rank, self._staging, shift)
         self._memory_is_open = True
         sizes = {"bytes": self._memory.num_bytes, "sent_bytes": self._memory.sent_bytes}

@@ -1,8 +1,9 @@
 """Parameters, gradients and moments sharded over the ranks that hold the same, by torch's fully_shard (FSDP2).
 
 Dense parameters lie over all ranks, the routed experts of a layer over `edp_group`: whole experts, since the rows of a
-stack are experts. Blocks are gathered one by one; embedding, last norm and head, which the root holds, stay gathered
-from forward to backward. Gradients are sums here as everywhere (`workers.training.gradients`).
+stack are experts. With `parallel.replicate` they lie over the ranks of one replica (HSDP). Blocks are gathered one by
+one; embedding, last norm and head, which the root holds, stay gathered from forward to backward. Gradients are sums
+here as everywhere (`workers.training.gradients`).
 """
 
 from typing import Any
@@ -25,16 +26,16 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
     """
     if shard == "none" or groups.world_size == 1:
         return
+    dense, of_experts = _meshes(groups)
     options: dict[str, Any] = {
-        "mesh": DeviceMesh.from_group(groups.world_group, groups.device.type, mesh_dim_names=("world",)),
+        "mesh": dense,
         "reshard_after_forward": shard == "full",
-        # Experts with one holder: FSDP would copy them at every use.
-        "ignored_params": set(expert_parameters(model).values()) if groups.edp_size == 1 else None,
+        # Experts with one holder in each replica: FSDP would copy them at every use.
+        "ignored_params": set(expert_parameters(model).values()) if of_experts is None else None,
     }
-    if groups.edp_size > 1:
-        edp = DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
+    if of_experts is not None:
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
-            fully_shard(experts, mesh=edp, reshard_after_forward=shard == "full")
+            fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full")
     units = [*model.layers, *([model.mtp] if model.config.num_mtp_layers else [])]
     for unit in units:
         fully_shard(unit, **options)
@@ -47,11 +48,29 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
     _prefetch(units)
 
 
+def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Of dense parameters and of experts; None where nothing of these is to be shared out."""
+    if (replicas := groups.replicas) is not None:
+        is_shared = groups.edp_size > replicas.num
+        return replicas.dense, replicas.experts if is_shared else None
+    dense = DeviceMesh.from_group(groups.world_group, groups.device.type, mesh_dim_names=("world",))
+    if groups.edp_size == 1:
+        return dense, None
+    return dense, DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
+
+
 def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
-    """Before the backward pass of a micro-batch: `optimizer` gathers and reduces once a step, in the last one."""
-    if shard == "optimizer" and isinstance(model, FSDPModule):
+    """Before the backward pass of a micro-batch: `optimizer` gathers and reduces once a step, in the last one.
+
+    With either, replicas add their sums in the last one.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if shard == "optimizer":
         model.set_requires_gradient_sync(is_last)
         model.set_reshard_after_backward(is_last)
+    else:
+        model.set_requires_all_reduce(is_last)
 
 
 def _prefetch(units: list[nn.Module]) -> None:

@@ -8,6 +8,7 @@ from dispatch.errors import InvalidValue
 from runtime.commands.plan.plan import Plan, ep_sizes, make_plan
 from runtime.commands.plan.subject import RANKS_OF_A_NODE, Subject, read_subject
 from runtime.settings.config import TrainConfig
+from workers.gang.replicas import replica_counts
 from workers.model.model_config import Recompute
 
 MAX_WORLD = 1024
@@ -28,6 +29,7 @@ class Fit:
             "--workers": config.cluster.num_workers,
             "--parallel.ep_size": config.parallel.resolve(config.cluster.num_workers),
             "--parallel.shard": config.parallel.shard,
+            "--parallel.replicate": config.parallel.replicate,
             "--model.max_seq_len": config.model.max_seq_len,
             "--model.recompute": config.model.recompute,
             "--run.dtype": config.run.dtype,
@@ -67,6 +69,8 @@ def smallest_world(given: argparse.Namespace) -> Subject:
     node, limit_bytes = given.ranks_per_node or RANKS_OF_A_NODE, given.memory_gib * 2**30
     for world_size in (*(size for size in (1, 2, 4) if size < node), *range(node, MAX_WORLD + 1, node)):
         if (given.batch or world_size) % world_size or world_size % (given.ep or 1):
+            continue
+        if (given.replicate or 1) not in replica_counts(world_size, given.ep or world_size):
             continue
         subject = read_subject(argparse.Namespace(**{**vars(given), "world": world_size}))
         *_, (_, config) = _savings(subject.config)

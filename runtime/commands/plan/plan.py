@@ -11,8 +11,9 @@ from runtime.commands.plan.subject import Subject
 from runtime.commands.plan.traffic import Layout, Traffic, exchange_traffic, gradient_bytes, spread_of
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import ModelSize, ParameterCounts, count_parameters, model_size
-from runtime.settings.states import Held, state_bytes, whole_elements
+from runtime.settings.states import Held, num_owners, own_elements, state_bytes, whole_elements
 from workers.gang.exchange_choice import choose_exchange
+from workers.gang.replicas import replica_counts
 from workers.training.gradients import BUCKET_BYTES
 
 
@@ -106,22 +107,30 @@ def make_plan(subject: Subject) -> Plan:
 
 def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts) -> dict[str, float]:
     """Of a step, to sum gradients and, where they are sharded, to gather weights and what the optimizer needs whole."""
-    world_size = config.cluster.num_workers
-    edp_size = world_size // config.parallel.resolve(world_size)
+    owners = num_owners(config)
     # What a sum of all elements would send, and a sum of those that are trained; a gather or a reduction sends half.
     whole, own = (
-        [gradient_bytes(held.dense, world_size), gradient_bytes(held.experts, edp_size)]
+        [gradient_bytes(held.dense, owners.dense), gradient_bytes(held.experts, owners.experts)]
         for held in (whole_elements(config, each) for each in (counts, trained))
     )
-    matrices = _matrix_gather_bytes(config, trained)
     if config.parallel.shard == "none":
         return {"dense": own[0], "experts": own[1]}
+    replicas = _replica_bytes(config, trained)
+    once = [_matrix_gather_bytes(config, trained) + replicas.dense, replicas.experts]
     if config.parallel.shard == "optimizer":
-        return {"dense": (whole[0] + own[0]) / 2 + matrices, "experts": (whole[1] + own[1]) / 2}
+        return {"dense": (whole[0] + own[0]) / 2 + once[0], "experts": (whole[1] + own[1]) / 2 + once[1]}
     # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
-    num_micro, root = config.run.num_micro_batches(world_size), gradient_bytes(counts.root, world_size)
+    num_micro = config.run.num_micro_batches(config.cluster.num_workers)
+    root = gradient_bytes(counts.root, owners.dense)
     dense, experts = whole[0] - root / 2 + own[0] / 2, whole[1] + own[1] / 2
-    return {"dense": num_micro * dense + matrices, "experts": num_micro * experts}
+    return {"dense": num_micro * dense + once[0], "experts": num_micro * experts + once[1]}
+
+
+def _replica_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
+    """Of a step, to sum a rank's rows of the gradients over the replicas."""
+    own, num_replicas, num_ranks = own_elements(config, trained), config.parallel.replicate, config.cluster.num_workers
+    of_experts = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
+    return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, of_experts)))
 
 
 def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
@@ -129,7 +138,7 @@ def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
     if config.parallel.shard == "none" or not config.optim.entry.gathers_matrices:
         return 0.0
     share_of_a_sum = 1 / 2 if config.cluster.device == "cpu" else 1 / 4
-    return share_of_a_sum * gradient_bytes(counts.dense_matrices, config.cluster.num_workers)
+    return share_of_a_sum * gradient_bytes(counts.dense_matrices, num_owners(config).dense)
 
 
 def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatch:
@@ -201,7 +210,8 @@ def ep_sizes(subject: Subject) -> list[int]:
     """How many ranks can share the experts: divisors of all ranks whose groups lie alike on their nodes."""
     world_size, size = subject.config.cluster.num_workers, subject.ranks_per_node
     most = min(world_size, subject.config.model.moe.num_experts)
-    return [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
+    fitting = [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
+    return [ep for ep in fitting if subject.config.parallel.replicate in replica_counts(world_size, ep)]
 
 
 def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
@@ -217,6 +227,7 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
         "seq_len": config.model.max_seq_len,
         "dtype": config.run.dtype,
         "shard": config.parallel.shard,
+        "replicate": config.parallel.replicate,
         "recompute": config.model.recompute,
         "optimizer": config.optim.name,
         "notes": list(plan.subject.notes),

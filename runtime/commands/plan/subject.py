@@ -101,7 +101,9 @@ def _with_options(config: TrainConfig, given: argparse.Namespace) -> TrainConfig
         config,
         run=over(config.run, global_batch_size=given.batch, micro_batch_size=given.micro_batch, dtype=given.dtype),
         model=over(config.model, max_seq_len=given.seq_len, recompute=given.recompute, num_mtp_layers=given.mtp),
-        parallel=over(config.parallel, ep_size=given.ep, exchange=given.exchange, shard=given.shard),
+        parallel=over(
+            config.parallel, ep_size=given.ep, exchange=given.exchange, shard=given.shard, replicate=given.replicate
+        ),
         cluster=over(config.cluster, num_workers=given.world),
         optim=over(config.optim, name=given.optimizer),
     )

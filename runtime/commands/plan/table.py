@@ -84,6 +84,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{config.run.global_batch_size} sequences of {config.model.max_seq_len} tokens a step, {num_micro} micro-batch"
         f"{'es' * (num_micro > 1)} of {sequences} on a rank; {config.run.dtype}, "
         f"{RECOMPUTED[config.model.recompute]}; sharded: {config.parallel.shard}"
+        f"{f', in {config.parallel.replicate} replicas' if config.parallel.replicate > 1 else ''}"
     )
     yield from (f"{note}." for note in subject.notes)
 

@@ -34,16 +34,17 @@ MODEL = ModelConfig(
     dense_ffn_hidden=96,
     moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden=32),
 )
-LAYOUTS = [(shard, ep_size, "adamw") for shard in ("none", "optimizer", "full") for ep_size in (1, 2, 4)]
-LAYOUTS += [("full", 2, "adamw_bf16"), ("none", 4, "muon"), ("full", 2, "muon")]
+LAYOUTS = [(shard, ep_size, 1, "adamw") for shard in ("none", "optimizer", "full") for ep_size in (1, 2, 4)]
+LAYOUTS += [("full", 2, 1, "adamw_bf16"), ("none", 4, 1, "muon"), ("full", 2, 1, "muon")]
+LAYOUTS += [("full", ep_size, 2, "adamw") for ep_size in (1, 2, 4)] + [("optimizer", 1, 2, "adamw")]
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=4, targets=("attention", "experts", "dense_ffn")))
 
 
 def measure(rank: int, world_size: int, model_config: ModelConfig) -> list[dict[str, int]]:
     """By layout the bytes of weights, gradients and moments of this rank after a step."""
     found = []
-    for shard, ep_size, optimizer in LAYOUTS:
-        groups = form_groups(rank, world_size, ep_size)
+    for shard, ep_size, num_replicas, optimizer in LAYOUTS:
+        groups = form_groups(rank, world_size, ep_size, num_replicas)
         with torch.device("meta"):
             model = Decoder(model_config, lambda groups=groups: make_dispatcher(8, groups.ep_group, hidden=64, top_k=2))
         shard_states(model, groups, shard)
@@ -78,10 +79,10 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:
     by_rank = run_ranks(4, measure, model)
     base = TrainConfig(model=model, cluster=ClusterConfig(num_workers=4))
-    for index, (shard, ep_size, optimizer) in enumerate(LAYOUTS):
-        parallel = ParallelConfig(ep_size=ep_size, shard=shard)
+    for index, (shard, ep_size, num_replicas, optimizer) in enumerate(LAYOUTS):
+        parallel = ParallelConfig(ep_size=ep_size, shard=shard, replicate=num_replicas)
         config = replace(base, parallel=parallel, optim=OptimConfig(name=optimizer))
         planned = {name: sum(held) for name, held in state_bytes(config, count_parameters(model)).items()}
         planned.pop(GATHERED, None)
         most = {name: max(found[index][name] for found in by_rank) for name in planned}
-        assert most == pytest.approx(planned, rel=0.02), (shard, ep_size, optimizer)
+        assert most == pytest.approx(planned, rel=0.02), LAYOUTS[index]

@@ -16,6 +16,7 @@ from dispatch.experts.stacked import expert_parameters
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from workers.gang.parallel import RankGroups
+from workers.gang.replicas import make_replica_groups
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig
@@ -29,7 +30,7 @@ OPTIM = OptimConfig(lr=0.01, weight_decay=0.1)
 RTOL = 1e-10
 
 
-def form_groups(rank: int, world_size: int, ep_size: int) -> RankGroups:
+def form_groups(rank: int, world_size: int, ep_size: int, num_replicas: int = 1) -> RankGroups:
     """world 4, ep 2:  EP groups {0, 1} {2, 3}, replicas of a shard {0, 2} {1, 3}."""
     runs = [list(range(first, first + ep_size)) for first in range(0, world_size, ep_size)]
     ep_group, _ = dist.new_subgroups_by_enumeration(runs)
@@ -49,6 +50,7 @@ def form_groups(rank: int, world_size: int, ep_size: int) -> RankGroups:
         control_group=dist.group.WORLD,
         checkpoint_group=dist.group.WORLD,
         memory_group=dist.group.WORLD,
+        replicas=make_replica_groups(num_replicas, world_size, ep_size, "cpu"),
     )
 
 

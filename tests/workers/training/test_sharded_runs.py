@@ -13,9 +13,10 @@ from workers.training.training_run import TrainingRun
 
 STEPS, CUT, KEPT = 4, 3, 2  # the last step in memory before the run is cut
 SHARDED = ParallelConfig(shard="full", ep_size=2)
+REPLICATED = ParallelConfig(shard="full", ep_size=1, replicate=2)
 ELSEWHERE = {
     2: [ParallelConfig(), ParallelConfig(shard="full", ep_size=1)],
-    4: [ParallelConfig(shard="optimizer", ep_size=1), ParallelConfig(shard="full")],
+    4: [ParallelConfig(shard="optimizer", ep_size=1), ParallelConfig(shard="full"), REPLICATED],
 }
 
 
@@ -60,10 +61,10 @@ def _differing(state, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_sharded_run_resumes_bit_for_bit_and_in_any_other_layout(tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "parallel"), [("adamw", SHARDED), ("muon", SHARDED), ("adamw", REPLICATED)])
+def test_a_sharded_run_resumes_bit_for_bit_and_in_any_other_layout(tmp_path, optimizer, parallel):
     settings = {"eval_every": 0, "memory_checkpoint_every": 1, "keep_checkpoints": 9}
-    spec = replace(make_spec(tmp_path, steps=STEPS, **settings), parallel=SHARDED)
+    spec = replace(make_spec(tmp_path, steps=STEPS, **settings), parallel=parallel)
     spec = replace(spec, optim=replace(spec.optim, name=optimizer))
     whole, cut, resumed = run_ranks(4, _interrupt_and_resume, spec)[0]
     assert _differing(resumed, whole) == []

@@ -125,11 +125,13 @@ def parts_of(model: Decoder, kind: str, tensors: dict[str, Tensor]) -> Found:
 
 
 def train_all(rank: int, world_size: int, layouts: list[tuple[Any, ...]]) -> list[Found]:
-    groups = {ep_size: form_groups(rank, world_size, ep_size) for ep_size in sorted({each[1] for each in layouts})}
+    # ep_size of a layout: alone, or with the number of replicas.
+    kinds = sorted({_ep_and_replicas(each[1]) for each in layouts})
+    groups = {kind: form_groups(rank, world_size, *kind) for kind in kinds}
     rows = ROWS[rank] if world_size > 1 else list(range(BATCH))
     return [
         train(
-            groups[ep_size],
+            groups[_ep_and_replicas(ep_size)],
             rows,
             shard,
             num_micro,
@@ -139,6 +141,10 @@ def train_all(rank: int, world_size: int, layouts: list[tuple[Any, ...]]) -> lis
         )
         for shard, ep_size, recompute, num_micro, schedule, kind in layouts
     ]
+
+
+def _ep_and_replicas(ep_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (ep_size, 1) if isinstance(ep_size, int) else ep_size
 
 
 def assert_equals_one_process(name: str, by_rank: list[Found], one: Found) -> None:
@@ -165,7 +171,15 @@ AUX = [
 ]
 ADAPTERS = [("none", ep_size, "none", 2, PLAIN, "adapters") for ep_size in (1, 2, 4)]
 ADAPTERS += [("full", 2, "full", 2, CHUNKS, "adapters"), ("full", 1, "none", 2, PLAIN, "adapters of experts")]
+# World 4 in two replicas: at EP 1 two ranks share out each expert, at EP 2 each replica has it once, at EP 4 one rank.
+REPLICAS = [
+    (shard, (ep_size, 2), "none", num_micro, PLAIN, "plain")
+    for shard, ep_size, num_micro in product(("optimizer", "full"), (1, 2, 4), (1, 2))
+]
+REPLICAS += [("full", (1, 2), "full", 2, CHUNKS, ODD), ("optimizer", (2, 2), "none", 2, PLAIN, "sequence and z-loss")]
+REPLICAS += [("full", (1, 2), "none", 2, PLAIN, kind) for kind in ("muon", "adapters")]
 SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX, *ADAPTERS]
+SOME += REPLICAS
 ALL = [
     (shard, ep_size, recompute, num_micro, PLAIN, "plain")
     for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), ("none", "full"), (1, 2))
@@ -176,6 +190,7 @@ ALL = [
     ("optimizer", 1, "full", 2, ROUNDS, ODD),
     *AUX,
     *ADAPTERS,
+    *REPLICAS,
 ]
 
 

@@ -21,7 +21,7 @@ NORM_BYTES = 8 * 2  # of the gradient, in float64
 def sent_bytes(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]:
     found = []
     for spec in specs:
-        state = join_worker(spec, rank, world_size, f"{spec.parallel.shard}-{spec.optim.name}")._state
+        state = join_worker(spec, rank, world_size, f"{len(found)}")._state
         parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
         with state.open_control() as control:
             shard = spec.parallel.shard
@@ -38,9 +38,13 @@ def test_gradients_and_gathered_weights_cost_what_the_plan_says(tmp_path: Path) 
     modes: tuple[Shard, ...] = get_args(Shard)
     specs = [replace(spec, parallel=ParallelConfig(shard=shard, ep_size=2, exchange="rank")) for shard in modes]
     specs += [replace(each, optim=replace(each.optim, name="muon")) for each in specs]
+    specs += [
+        replace(spec, parallel=ParallelConfig(shard=shard, replicate=2, ep_size=ep_size, exchange="rank"))
+        for shard, ep_size in (("full", 1), ("full", 2), ("optimizer", 1))
+    ]
     for by_mode in run_ranks(4, sent_bytes, specs):
         for each, counted in zip(specs, by_mode, strict=True):
             cluster, kept = ClusterConfig(num_workers=4, device="cpu"), ("run", "model", "parallel", "optim")
             config = TrainConfig(cluster=cluster, **{name: getattr(each, name) for name in kept})
             planned = planned_bytes(config).total()
-            assert counted == pytest.approx(planned, abs=NORM_BYTES), (each.parallel.shard, each.optim.name)
+            assert counted == pytest.approx(planned, abs=NORM_BYTES), (each.parallel, each.optim.name)

@@ -76,6 +76,21 @@ def test_muon_keeps_one_number_of_a_hidden_matrix_and_gathers_it_where_it_is_sha
     assert sharded["gradient_bytes"]["dense"] - adamw["gradient_bytes"]["dense"] == 2 * matrices * 3 // 4
 
 
+def test_replicas_need_what_a_run_on_the_ranks_of_one_needs_and_send_the_sums_between_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("small", "--ep", "2", "--shard", "full", "--micro-batch", "1")
+    one = plan_of(capsys, *arguments, "--world", "4", "--batch", "4")
+    two = plan_of(capsys, *arguments, "--world", "8", "--batch", "8", "--replicate", "2")
+    assert two["state_bytes"] == one["state_bytes"] and two["replicate"] == 2
+    more = {name: size - one["gradient_bytes"][name] for name, size in two["gradient_bytes"].items()}
+    assert more == one["state_bytes"]["gradients"]  # a ring of two sends as much as there is
+    assert main(["plan", *arguments, "--world", "8", "--batch", "8", "--replicate", "2"]) == 0
+    assert "sharded: full, in 2 replicas" in capsys.readouterr().out
+    message = refused(capsys, *arguments, "--world", "8", "--batch", "8", "--replicate", "3")
+    assert "parallel.replicate (3) must divide the number of workers (8)" in " ".join(message.split())
+
+
 def test_the_rank_with_most_experts_counts(capsys: pytest.CaptureFixture[str]) -> None:
     # 8 experts over 3 ranks: 3 3 2.
     even, uneven = (plan_of(capsys, "tiny", "--world", str(world), "--batch", "24") for world in (8, 3))

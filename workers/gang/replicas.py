@@ -1,0 +1,67 @@
+"""Groups of ranks that each hold all states once: sharded inside a group, replicated across the groups (HSDP)."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dispatch.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class ReplicaGroups:
+    """One rank's groups where states are replicated `num` times.
+
+    Neighbouring ranks, which share a node where they fit, form a group that holds everything once. World 8, EP 2, two
+    replicas; the ranks of a column of experts hold the same ones, shared out over those of a group:
+
+        group 0: ranks 0 1 2 3, with experts  A B A B
+        group 1: ranks 4 5 6 7, with experts  A B A B
+
+    dense: the mesh (replicate, shard) over all ranks. experts: the same over the holders of this rank's experts.
+    """
+
+    num: int
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All process groups of the meshes."""
+        return [*self.dense.get_all_groups(), *self.experts.get_all_groups()]
+
+
+def make_replica_groups(num: int, world_size: int, ep_size: int, device_type: str) -> ReplicaGroups | None:
+    """Form the groups; None where there is one replica. `check_replicas` holds. Collective over the default group."""
+    if num == 1:
+        return None
+    of_group = world_size // num
+    dense = init_device_mesh(device_type, (num, of_group), mesh_dim_names=("replicate", "shard"))
+    if of_group % ep_size:  # experts with one holder
+        return ReplicaGroups(num, dense, dense)
+    shape, names = (num, of_group // ep_size, ep_size), ("expert_replicate", "expert_shard", "expert_ep")
+    experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return ReplicaGroups(num, dense, experts["expert_replicate", "expert_shard"])
+
+
+def replica_counts(world_size: int, ep_size: int) -> list[int]:
+    """How often states can be replicated: in groups of equally many ranks, at least two, that hold all experts alike.
+
+    Where an expert has one holder (ep_size is world_size) only the groups of ranks count.
+    """
+    of_experts = world_size // ep_size
+    return [
+        num
+        for num in range(1, max(1, world_size // 2) + 1)
+        if world_size % num == 0 and (of_experts == 1 or of_experts % num == 0)
+    ]
+
+
+def check_replicas(num: int, world_size: int, ep_size: int) -> None:
+    """Raises InvalidValue where `replica_counts` lacks it."""
+    if num not in (possible := replica_counts(world_size, ep_size)):
+        raise InvalidValue(
+            f"parallel.replicate ({num}) must divide the number of workers ({world_size}) into groups of at least two, "
+            f"and the ranks that hold the same experts ({world_size // ep_size}, at parallel.ep_size {ep_size}); use "
+            f"one of {possible}"
+        )
