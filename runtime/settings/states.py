@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
+from workers.training.sharding import gathers_experts_narrow
 
 
 class Held(NamedTuple):
@@ -19,6 +20,7 @@ class Held(NamedTuple):
         return Held(self.dense * factor, self.experts * factor)
 
 
+BF16 = 2
 GATHERED = "gathered weights and their gradients"
 
 
@@ -67,26 +69,33 @@ def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]
         ),
     }
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:
-        states[GATHERED] = _gathered(config, counts).times(FP32)
+        states[GATHERED] = _gathered(config, counts)
     return states
 
 
+def gathered_expert_bytes(config: TrainConfig) -> int:
+    """Of an element of the experts as they are gathered; 0 where they are not sharded."""
+    if config.parallel.shard == "none" or num_owners(config).experts == 1:
+        return 0
+    return BF16 if gathers_experts_narrow(config.run.dtype, config.model.lora) else FP32
+
+
 def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
-    """Whole weights and gradients at the worst moment. An estimate: not all of it is there at once.
+    """Bytes of whole weights and gradients at the worst moment. An estimate: not all of it is there at once.
 
     Gradients of a model that adapters freeze are counted too: an upper bound.
     """
-    num_ranks = config.cluster.num_workers
     whole, root, block = whole_elements(config, counts), counts.root, counts.largest_block
+    size = gathered_expert_bytes(config)
+    if not size:
+        whole = whole._replace(experts=0)  # experts with one holder in a replica are not sharded
     layer = whole.experts // max(config.model.num_moe_layers, 1)
-    if num_owners(config).experts == 1:
-        whole, layer = whole._replace(experts=0), 0  # experts with one holder in a replica are not sharded
-    # Gradients of a unit are there twice: as backward made them, and flat, as they are sent.
+    # Gradients of a unit are there twice: as backward made them, and flat, as they are sent, in fp32.
     if config.parallel.shard == "full":  # weights of the root, a block and the next; gradients of the root and a block
-        return Held(2 * root + max(4 * block, root), 3 * layer)
-    if config.run.num_micro_batches(num_ranks) > 1:
-        return Held(2 * whole.dense + max(block, root), 2 * whole.experts + layer)
-    return Held(whole.dense + root + max(2 * block, root), whole.experts + 2 * layer)
+        return Held(FP32 * (2 * root + max(4 * block, root)), (2 * size + FP32) * layer)
+    if config.run.num_micro_batches(config.cluster.num_workers) > 1:  # gradients add up in fp32
+        return Held(FP32 * (2 * whole.dense + max(block, root)), (size + FP32) * whole.experts + FP32 * layer)
+    return Held(FP32 * (whole.dense + root + max(2 * block, root)), size * whole.experts + (size + FP32) * layer)
 
 
 def training_bytes(config: TrainConfig) -> int:

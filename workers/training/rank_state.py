@@ -145,7 +145,7 @@ def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
     # On meta first: weights are drawn once, on the device where they stay.
     with meta_device():
         model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule)
-    shard_states(model, groups, spec.parallel.shard)
+    shard_states(model, groups, spec.parallel.shard, spec.run.dtype)
     model.to_empty(device=groups.device)
     init_weights(model, spec.run.seed)
     return model

@@ -8,19 +8,21 @@ here as everywhere (`workers.training.gradients`).
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dispatch.experts.stacked import Experts, expert_parameters
 from workers.gang.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
+from workers.model.lora import LoraConfig
 
 
-def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
+def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = "float32") -> None:
     """Replace the parameters of `model` by DTensors of this rank's rows. On the meta device, nothing is allocated.
 
-    Where a group has one rank nothing is to be shared out: its parameters stay as they are.
+    dtype: `run.dtype`. Where a group has one rank nothing is to be shared out: its parameters stay as they are.
 
     Collective over the world: all ranks must call it.
     """
@@ -34,8 +36,11 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
         "ignored_params": set(expert_parameters(model).values()) if of_experts is None else None,
     }
     if of_experts is not None:
+        narrow = torch.bfloat16 if gathers_experts_narrow(dtype, model.config.lora) else None
+        # Reduced in fp32: a sum over ranks in bfloat16 would lose what few ranks bring.
+        policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
-            fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full")
+            fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full", mp_policy=policy)
     units = [*model.layers, *([model.mtp] if model.config.num_mtp_layers else [])]
     for unit in units:
         fully_shard(unit, **options)
@@ -46,6 +51,15 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor is NCCL's alone, also that of 1
     _prefetch(units)
+
+
+def gathers_experts_narrow(dtype: str, lora: LoraConfig) -> bool:
+    """Whether sharded experts are gathered in bfloat16: half the bytes, and the bits that a cast after it would give.
+
+    They are matmul weights alone, which dense units are not: norms and routers compute in fp32. Adapters are added to
+    experts in fp32.
+    """
+    return dtype == "bfloat16" and not (lora.rank and "experts" in lora.targets)
 
 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:

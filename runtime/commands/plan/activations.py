@@ -35,7 +35,8 @@ class MicroBatch:
 
     expert_rows, arrived_rows: of one MoE layer; a rank that exchanges nothing has its own tokens for arrived rows.
     ids_per_row: expert ids and weights that travel with a row. experts: how they are computed (dispatch.experts): fused
-    on CUDA; on CPUs grouped, which keeps a copy of each expert row, or looped, one after the other.
+    on CUDA; on CPUs grouped, which keeps a copy of each expert row, or looped, one after the other. casts_experts: they
+    are copied where the compute dtype is another, as they are not where they are gathered in it.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class MicroBatch:
     element_bytes: int
     experts: Literal["fused", "grouped", "looped"]
     exchanges: bool
+    casts_experts: bool = True
 
     @property
     def casts(self) -> bool:
@@ -108,7 +110,7 @@ def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """The weights of this rank's routed experts of one layer, kept where they are in another dtype or have adapters."""
     weights = 3 * batch.num_local_experts * config.hidden * config.moe.ffn_hidden
     adapted = config.lora.rank and "experts" in config.lora.targets
-    return batch.element_bytes * weights if batch.casts or adapted else 0
+    return batch.element_bytes * weights if (batch.casts and batch.casts_experts) or adapted else 0
 
 
 def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -250,7 +252,7 @@ def _expert_scratch(config: ModelConfig, batch: MicroBatch) -> float:
         rows = batch.expert_rows * (2 * hidden + 7 * inner)
     else:
         rows = min(batch.expert_rows, MAX_RUN) * (3 * hidden + 4 * inner)
-    widened = FP32 * weights if batch.casts else 0
+    widened = FP32 * weights if batch.casts and batch.casts_experts else 0
     return size * (weights + 6 * batch.arrived_rows * hidden + rows) + widened
 
 

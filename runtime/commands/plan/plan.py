@@ -11,7 +11,14 @@ from runtime.commands.plan.subject import Subject
 from runtime.commands.plan.traffic import Layout, Traffic, exchange_traffic, gradient_bytes, spread_of
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import ModelSize, ParameterCounts, count_parameters, model_size
-from runtime.settings.states import Held, num_owners, own_elements, state_bytes, whole_elements
+from runtime.settings.states import (
+    Held,
+    gathered_expert_bytes,
+    num_owners,
+    own_elements,
+    state_bytes,
+    whole_elements,
+)
 from workers.gang.exchange_choice import choose_exchange
 from workers.gang.replicas import replica_counts
 from workers.training.gradients import BUCKET_BYTES
@@ -115,6 +122,7 @@ def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: Param
     )
     if config.parallel.shard == "none":
         return {"dense": own[0], "experts": own[1]}
+    whole[1] *= gathered_expert_bytes(config) / FP32
     replicas = _replica_bytes(config, trained)
     once = [_matrix_gather_bytes(config, trained) + replicas.dense, replicas.experts]
     if config.parallel.shard == "optimizer":
@@ -150,6 +158,7 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
     # An exchange over nodes has no hops where one node holds all ranks; its rows then come as those of ranks.
     last = (BACKENDS[exchange].hops(spread) or one_row_a_rank(spread))[-1]
     is_bf16 = config.run.dtype == "bfloat16"
+    element_bytes = 2 if is_bf16 else FP32
     return MicroBatch(
         tokens=tokens,
         seq_len=model.max_seq_len,
@@ -157,9 +166,10 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
         expert_rows=tokens * moe.top_k * len(layout.of_ranks) * num_local / moe.num_experts,
         arrived_rows=tokens * (1.0 if alone else last.rows),
         ids_per_row=moe.top_k if alone else last.ids_per_row,
-        element_bytes=2 if is_bf16 else FP32,
+        element_bytes=element_bytes,
         experts="fused",
         exchanges=not alone,
+        casts_experts=is_bf16 and gathered_expert_bytes(config) != element_bytes,
     )
 
 

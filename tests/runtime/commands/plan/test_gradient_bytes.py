@@ -42,9 +42,13 @@ def test_gradients_and_gathered_weights_cost_what_the_plan_says(tmp_path: Path) 
         replace(spec, parallel=ParallelConfig(shard=shard, replicate=2, ep_size=ep_size, exchange="rank"))
         for shard, ep_size in (("full", 1), ("full", 2), ("optimizer", 1))
     ]
+    specs += [
+        replace(spec, parallel=ParallelConfig(shard=shard, ep_size=2), run=replace(spec.run, dtype="bfloat16"))
+        for shard in modes
+    ]
     for by_mode in run_ranks(4, sent_bytes, specs):
         for each, counted in zip(specs, by_mode, strict=True):
             cluster, kept = ClusterConfig(num_workers=4, device="cpu"), ("run", "model", "parallel", "optim")
             config = TrainConfig(cluster=cluster, **{name: getattr(each, name) for name in kept})
             planned = planned_bytes(config).total()
-            assert counted == pytest.approx(planned, abs=NORM_BYTES), (each.parallel, each.optim.name)
+            assert counted == pytest.approx(planned, abs=NORM_BYTES), (each.parallel, each.run.dtype, each.optim.name)
