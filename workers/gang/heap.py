@@ -2,7 +2,7 @@
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 LARGE_BYTES = 1 << 20
 
