@@ -1,5 +1,6 @@
 """The settings of an MoE layer: how tokens choose, the sizes of its experts, and the order of its work."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,8 @@ class RouterConfig:
     """Divide the combine weights by their sum over the chosen experts."""
     route_scale: float = 1.0
     """Factor on the combine weights after normalisation (2.5 in DeepSeek-V3)."""
+    gate_bias: bool = False
+    """Add a learned bias to the gate's logits (gpt-oss): a weight like others, not the selection bias of balancing."""
 
     def __post_init__(self) -> None:
         if self.score not in ("sigmoid", "softmax"):
@@ -83,6 +86,13 @@ class MoEConfig(RouterConfig):
     """Experts that every token passes through, computed as one feed-forward of this multiple of ffn_hidden; or 0."""
     shared_gate: bool = False
     """Weigh the shared experts' output by a sigmoid of the token's own, from a learned vector (Qwen2-MoE)."""
+    expert_biases: bool = False
+    """Whether the projections of routed experts add a bias (gpt-oss)."""
+    swiglu_limit: float = 0.0
+    """Bound of gate and up in routed experts, which then compute (up + 1) * gate * sigmoid(swiglu_alpha * gate)
+    (gpt-oss); 0 for plain SwiGLU."""
+    swiglu_alpha: float = 1.702
+    """Slope of the sigmoid where swiglu_limit is not 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +101,16 @@ class MoEConfig(RouterConfig):
                 f"ffn_hidden ({self.ffn_hidden}) must be at least 1 and num_shared_experts ({self.num_shared_experts}) "
                 "at least 0"
             )
+        if not 0 <= self.swiglu_limit < math.inf or not 0 < self.swiglu_alpha < math.inf:
+            raise InvalidValue(
+                f"swiglu_limit ({self.swiglu_limit}) must be at least 0 and finite, 0 for plain SwiGLU, and "
+                f"swiglu_alpha ({self.swiglu_alpha}) above 0 and finite"
+            )
+
+    @property
+    def has_plain_experts(self) -> bool:
+        """Whether routed experts are SwiGLU without biases, which all kernels know."""
+        return not self.expert_biases and not self.swiglu_limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dispatch.diagnosis.activity_tracker import ActivityTracker
 from dispatch.errors import InvalidValue
 from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
-from dispatch.experts.stacked import Experts
+from dispatch.experts.variants import make_experts
 from dispatch.routing.replay import Routing, replay
 from dispatch.routing.router import Router
 from dispatch.schedule import run_experts
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         self.schedule = schedule or ScheduleConfig()
         self.router = Router(hidden, config)
         expert_ids = dispatcher.placement.owned_by(dispatcher.ep_rank)
-        self.experts = Experts(hidden, config.ffn_hidden, expert_ids, dispatcher.meter, dispatcher.buffer_pool)
+        self.experts = make_experts(hidden, config, expert_ids, dispatcher.meter, dispatcher.buffer_pool)
         shared_hidden = config.ffn_hidden * config.num_shared_experts
         self.shared_experts = SwiGLU(hidden, shared_hidden, config.shared_gate) if shared_hidden else None
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.diagnosis.activity_tracker import in_backward
@@ -95,8 +94,7 @@ def replay(router: Router, x_TH: Tensor, routing: Routing, place: str) -> tuple[
     if given_TK is not None:
         return topk_ids_TK, given_TK.to(x_TH.device, router.weight.dtype)
     with torch.autocast(x_TH.device.type, enabled=False):
-        logits_TE = F.linear(x_TH.to(router.weight.dtype), router.weight)
-        return topk_ids_TK, router.weigh(logits_TE, topk_ids_TK)
+        return topk_ids_TK, router.weigh(router.logits(x_TH), topk_ids_TK)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Shapes: T tokens on this rank (may be 0), H hidden, E experts, K top-k.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dispatch.config import RouterConfig
 from dispatch.diagnosis.activity_tracker import in_backward
+from dispatch.routing.precision import KeepsWide
 from dispatch.routing.selection import CountInBackward, biased_scores, count_by_expert, ordered_topk
 from dispatch.routing.statistics import RouterChoice, Statistic
 
@@ -19,7 +19,7 @@ from dispatch.routing.statistics import RouterChoice, Statistic
 Observer = Callable[[Tensor, Tensor, Tensor | None, int], None]
 
 
-class Router(nn.Module):
+class Router(KeepsWide):
     """Scores every expert for every token, chooses top-k by score + bias and weighs by score alone.
 
     The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
@@ -30,6 +30,8 @@ class Router(nn.Module):
     Source: arXiv 2412.19437, equations 12 to 16.
     """
 
+    at_least_fp32 = ("weight", "gate_bias")
+    always_fp32 = ("expert_bias_E", "statistic_scale")
     expert_bias_E: Tensor
     tokens_per_expert_E: Tensor
     statistic_EW: Tensor
@@ -40,6 +42,7 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = config.num_experts
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
+        self.gate_bias = nn.Parameter(torch.empty(config.num_experts)) if config.gate_bias else None
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
         # Not in checkpoints: it is zero between steps.
         self.register_buffer(
@@ -57,8 +60,10 @@ class Router(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the gate from a normal distribution and zero bias and counts; needed after `to_empty`."""
+        """Draw the gate from a normal distribution and zero biases and counts; needed after `to_empty`."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.gate_bias is not None:
+            nn.init.zeros_(self.gate_bias)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -76,6 +81,10 @@ class Router(nn.Module):
         """Whether a law may move the bias: not in a frozen router (Megatron-LM #4785)."""
         return self.weight.requires_grad
 
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """The gate's, (T, E), in its dtype."""
+        return F.linear(x_TH.to(self.weight.dtype), self.weight, self.gate_bias)
+
     def forward(
         self, x_TH: Tensor, token_mask_T: Tensor | None = None, num_sequences: int = 1
     ) -> tuple[Tensor, Tensor]:
@@ -89,7 +98,7 @@ class Router(nn.Module):
             topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype: fp32, in a float64 model float64.
         """
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
+            logits_TE = self.logits(x_TH)
             with torch.no_grad():
                 scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
             bias_E, multiplies = self.expert_bias_E, self.multiplies_bias
@@ -144,15 +153,3 @@ class Router(nn.Module):
         for total, count in counts:
             total.add_(count)
         return topk_weights_TK
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast like any module, but never store the gate below fp32 nor the bias as anything but fp32."""
-        kept = {name: getattr(self, name).detach() for name in ("weight", "expert_bias_E", "statistic_scale")}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now: Any = getattr(self, name)
-            wanted = torch.promote_types(now.dtype, torch.float32) if name == "weight" else torch.float32
-            if now.dtype != wanted:
-                # From the value before the cast: bf16 and back would lose steps of 0.001 once the bias reaches 0.5.
-                now.data = before.to(now.device, wanted)
-        return self

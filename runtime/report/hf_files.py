@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from workers.model.families.source import CONFIG, DTYPE_NAMES, INDEX, ModelDirectory, SourceError, read_json
+from workers.model.families.stacks import stack_of
 
 FOLDER = "hf"
 TOKENIZER = "tokenizer.json"
@@ -23,7 +24,7 @@ def keep_files(source: ModelDirectory, run_dir: Path) -> None:
     for file in sorted(source.folder.iterdir()):
         if file.suffix in _SUFFIXES and file.name != INDEX and file.is_file() and file.stat().st_size < _LARGEST_BYTES:
             shutil.copyfile(file, folder / file.name)
-    dtypes = {name: DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()}
+    dtypes = {stack_of(name): DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()}
     (folder / DTYPES).write_text(json.dumps(dtypes, indent=0) + "\n")
 
 
@@ -37,13 +38,13 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_dtypes(run_dir: Path) -> dict[str, torch.dtype]:
-    """Read in which dtype each tensor was stored; fp8 becomes bf16, as its scales are gone."""
-    by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": torch.bfloat16}
+    """Read in which dtype each tensor was stored; fp8 and MXFP4 become bf16, as their scales are gone."""
+    by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": torch.bfloat16, "U8": torch.bfloat16}
     return {name: by_name[dtype] for name, dtype in read_json(run_dir / FOLDER / DTYPES).items()}
 
 
 def copy_back(run_dir: Path, folder: Path) -> None:
-    """Put the kept files into an export; config.json without fp8, where the weights were."""
+    """Put the kept files into an export; config.json without fp8 or MXFP4, where the weights were."""
     for file in sorted((run_dir / FOLDER).iterdir()):
         if file.name not in (DTYPES, CONFIG):
             shutil.copyfile(file, folder / file.name)

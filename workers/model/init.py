@@ -18,9 +18,9 @@ RESIDUAL_OUTPUTS = ("out_proj", "down_proj")
 def init_weights(model: Decoder, seed: int) -> None:
     """Draw every parameter in place and zero the routers' buffers; needed after `to_empty`, fine without.
 
-    Each matrix is normal with standard deviation 1 / sqrt(fan_in), norms are 1, biases and the B of adapters 0. Every
-    tensor, and every expert by its global id, has a generator of its own seeded by (seed, canonical name): any EP size
-    gives the same.
+    Each matrix is normal with standard deviation 1 / sqrt(fan_in), norms are 1, biases, sinks and the B of adapters 0.
+    Every tensor, and every expert by its global id, has a generator of its own seeded by (seed, canonical name): any EP
+    size gives the same.
     """
     # An embedding's input is one-hot, so its fan-in is 1. Worth 0.10 nats after 90 steps of the default model on Python
     # sources, against 1 / sqrt(hidden).
@@ -50,7 +50,7 @@ def _draw(weight: Tensor, gain: float, seed: int, name: str) -> None:
         rows.zero_()  # an adapter adds nothing at first
         return
     if weight.ndim == 1:
-        rows.fill_(0.0 if name.endswith("bias") else 1.0)  # the other vectors of this model are those of RMSNorm
+        rows.fill_(0.0 if name.endswith(("bias", "sinks")) else 1.0)  # the other vectors are those of RMSNorm
         return
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -33,6 +33,11 @@ class ModelConfig:
     """Width of a head; 0 takes hidden / num_heads."""
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values add a bias."""
+    out_bias: bool = False
+    """Whether the output projection of grouped queries adds a bias (gpt-oss)."""
+    attention_sinks: bool = False
+    """Whether each head of grouped queries has a learned score of no token, which takes a share of the attention
+    (gpt-oss)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's dimensions, its first ones, that are rotated by position; the others do not know it."""
     attention: Literal["grouped_query", "latent"] = "grouped_query"
@@ -125,6 +130,11 @@ class ModelConfig:
                 f"sliding_window ({self.sliding_window}) must be 0 with latent attention or num_mtp_layers: only "
                 "grouped queries of the decoder's own blocks have a window"
             )
+        if self.attention == "latent" and (self.out_bias or self.attention_sinks):
+            raise InvalidValue(
+                f"out_bias ({self.out_bias}) and attention_sinks ({self.attention_sinks}) must be off with latent "
+                "attention: only grouped queries have them"
+            )
         if not self.clip_qkv >= 0:
             raise InvalidValue(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
 
@@ -135,6 +145,12 @@ class ModelConfig:
             raise InvalidValue(
                 f"lora.targets names {', '.join(absent)}, which this model does not have; leave it out of "
                 "--model.lora.targets"
+            )
+        if self.lora.rank and "experts" in self.lora.targets and not self.moe.has_plain_experts:
+            raise InvalidValue(
+                f"lora.targets names experts, and those of this model have biases (moe.expert_biases "
+                f"{self.moe.expert_biases}) or a clamped activation (moe.swiglu_limit {self.moe.swiglu_limit}), which "
+                "adapters do not know; leave experts out of --model.lora.targets"
             )
 
     @property
@@ -167,6 +183,8 @@ class ModelConfig:
             self.num_kv_heads,
             self.head_dim or None,
             bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            sinks=self.attention_sinks,
             gate=self.attention_gate,
             norm=self.query_key_norm,
             norm_eps=self.norm_eps,

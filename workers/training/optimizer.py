@@ -174,15 +174,21 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
     A matrix of one row or column, such as the gate of shared experts, is a vector.
     """
-    return parameter.ndim > 1 and min(parameter.shape[-2:]) > 1 and part_of(name) not in ("embedding", "router")
+    is_matrix = _decays(name, parameter) and min(parameter.shape[-2:]) > 1
+    return is_matrix and part_of(name) not in ("embedding", "router")
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether it is a matrix or a stack of them; the stacked biases of experts are vectors."""
+    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: matrices with weight decay, vectors without."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(_decays(*named), named[1]) for named in model.named_parameters() if named[1].requires_grad]
     return [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for decays, parameter in trainable if decays], "weight_decay": config.weight_decay},
+        {"params": [parameter for decays, parameter in trainable if not decays], "weight_decay": 0.0},
     ]
 
 

@@ -66,7 +66,7 @@ def export_model(
             write_adapter(partial, family, config, reader)
         else:
             dtypes = read_dtypes(run_dir)
-            parts = [part for part in family.parts(config) if part.name in dtypes or not part.is_copy]
+            parts = [part for part in family.parts(config) if part.file_name in dtypes or not part.is_copy]
             write_weights(partial, parts, dtypes, reader, max_file_bytes)
             copy_back(run_dir, partial)
         partial.rename(folder)

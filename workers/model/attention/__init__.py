@@ -1,8 +1,8 @@
 """Self-attention, one file a kind, and what all kinds share.
 
 `grouped_query` and `latent` (multi-head latent attention) are the kinds; begin with `grouped_query`. `rotary` has the
-rotary positions and their stretching by YaRN, `mask` which tokens see which, `cache` the keys and values that
-generation keeps.
+rotary positions and their stretching by YaRN, `mask` which tokens see which, `sinks` the score of no token,
+`cache` the keys and values that generation keeps.
 """
 
 from workers.model.attention.cache import KeyValueCache

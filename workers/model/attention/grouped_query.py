@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries, plain or with biases, or with normalised queries and keys."""
+"""Causal attention with grouped queries, plain or with biases, sinks, or normalised queries and keys."""
 
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.mask import scores_mask
 from workers.model.attention.rotary import rotate
+from workers.model.attention.sinks import attend_with_sinks
 
 QueryKeyNorm = Literal["none", "head", "all"]
 
@@ -24,6 +25,8 @@ class GroupedQueryAttention(nn.Module):
         num_kv_heads: key and value heads.
         head_dim: width of a head, hidden / num_heads by default.
         bias: whether queries, keys and values have one.
+        out_bias: whether `out_proj` has one.
+        sinks: whether each head has a learned score of no token, which takes a share of the attention (gpt-oss).
         gate: whether a sigmoid of the token gates each element of the output, before `out_proj`.
         norm: RMSNorm of queries and keys before they are rotated: none, of each head (Qwen3), or of all heads
             together (OLMoE).
@@ -40,6 +43,8 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int | None = None,
         *,
         bias: bool = False,
+        out_bias: bool = False,
+        sinks: bool = False,
         gate: bool = False,
         norm: QueryKeyNorm = "none",
         norm_eps: float = 1e-6,
@@ -52,12 +57,13 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = head_dim or hidden // num_heads
         self.norm, self.clip = norm, clip
         self.scale = None if score_factor == 1 else score_factor * self.head_dim**-0.5
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.qkv_proj = nn.Linear(hidden, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias)
         if norm != "none":
             widths = [self.head_dim * (1 if norm == "head" else heads) for heads in (num_heads, num_kv_heads)]
             self.query_norm, self.key_norm = (nn.RMSNorm(width, eps=norm_eps) for width in widths)
         self.gate_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False) if gate else None
-        self.out_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=False)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=out_bias)
 
     def forward(
         self, x: Tensor, rotary: Tensor | None, mask: Tensor | None = None, cache: KeyValueCache | None = None
@@ -81,18 +87,17 @@ class GroupedQueryAttention(nn.Module):
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             keys, values = cache.put(self, keys, values)
-        masking: dict[str, Any] = scores_mask(mask)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            scale=self.scale,
-            enable_gqa=True,
-            **masking,
-        )
-        outputs = attended.transpose(1, 2).flatten(2)
+        outputs = self._attend(*(each.transpose(1, 2) for each in (queries, keys, values)), mask)
+        outputs = outputs.transpose(1, 2).flatten(2)
         y: Tensor = self.out_proj(outputs if self.gate_proj is None else outputs * self.gate_proj(x).sigmoid())
         return y
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if self.sinks is not None:
+            scale = self.scale or self.head_dim**-0.5
+            return attend_with_sinks(queries, keys, values, self.sinks, mask, scale)
+        masking: dict[str, Any] = scores_mask(mask)
+        return F.scaled_dot_product_attention(queries, keys, values, scale=self.scale, enable_gqa=True, **masking)
 
     def _normalise(self, rotated: Tensor) -> Tensor:
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)

@@ -5,12 +5,13 @@ Names of our side are canonical ones (`workers.checkpoints.state`) without their
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from workers.model.families.settings import Settings
+from workers.model.families.stacks import index_of, stack_of
 from workers.model.model_config import ModelConfig
 
 
@@ -25,6 +26,9 @@ class Part:
     head_dim: rows of a head, whose first rotary_dim are stored as two halves; 0 where rows keep their order.
     rotary_dim: 0 for all rows of a head.
     is_copy: of what another part is; it may be missing, and where it is there it must be equal.
+    num_items: of the tensor of the files, where that is a stack and this part an item of it (`stacks`), else 0.
+    is_transposed: theirs is (in, out) and ours (out, in).
+    is_interleaved: the two halves of our rows alternate in theirs, as gate and up of gpt-oss do.
     """
 
     name: str
@@ -34,19 +38,41 @@ class Part:
     head_dim: int = 0
     rotary_dim: int = 0
     is_copy: bool = False
+    num_items: int = 0
+    is_transposed: bool = False
+    is_interleaved: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """The tensor of the files, which holds this part alone or as an item."""
+        return stack_of(self.name)
+
+    @property
+    def item(self) -> int:
+        """Which item of a stack this is."""
+        return index_of(self.name)
+
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """With rows in our direction."""
+        return self.shape[::-1] if self.is_transposed else self.shape
 
     def rows_of(self, target: Tensor) -> Tensor:
         """The rows of our tensor that this part fills, as a view."""
         # A row more where theirs has an axis of one more, as the bias of ERNIE.
         target = target if target.ndim == len(self.shape) else target.unsqueeze(0)
-        return target.narrow(0, self.first_row, self.shape[0])
+        return target.narrow(0, self.first_row, self.our_shape[0])
 
     def to_ours(self, rows: Tensor) -> Tensor:
-        """Reorder the rows of whole heads from Hugging Face's order to ours."""
+        """From Hugging Face's order to ours: rows of whole heads, or a whole item of a stack."""
+        rows = rows.t() if self.is_transposed else rows
+        rows = torch.cat([rows[0::2], rows[1::2]]) if self.is_interleaved else rows
         return self._reorder(rows, lambda rotated: rotated.unflatten(1, (2, -1)))
 
     def to_theirs(self, rows: Tensor) -> Tensor:
-        """Reorder the rows of whole heads from our order to Hugging Face's."""
+        """From our order to Hugging Face's."""
+        rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1) if self.is_interleaved else rows
+        rows = rows.t() if self.is_transposed else rows
         return self._reorder(rows, lambda rotated: rotated.unflatten(1, (-1, 2)))
 
     def _reorder(self, rows: Tensor, pairs_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -87,6 +113,10 @@ def grouped_query_parts(config: ModelConfig, theirs: str, ours: str, *, halves: 
     if config.attention_gate:
         yield Part(f"{theirs}.gate_proj.weight", f"{ours}.gate_proj.weight", shape[::-1])
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.out_proj.weight", shape)
+    if config.out_bias:
+        yield Part(f"{theirs}.o_proj.bias", f"{ours}.out_proj.bias", (config.hidden,))
+    if config.attention_sinks:
+        yield Part(f"{theirs}.sinks", f"{ours}.sinks", (config.num_heads,))
 
 
 def feed_forward_parts(config: ModelConfig, theirs: str, ours: str, ffn_hidden: int) -> Iterator[Part]:
@@ -101,6 +131,7 @@ class MoEParts:
     """The tensors of a MoE layer: its gate, its selection bias, its shared and its routed experts, by their names.
 
     bias: of the selection, with bias_axes axes; empty where the family has none. projections: of a routed expert.
+    has_stacks: whether the tensors under `experts` hold all of a layer.
     """
 
     block: str = "mlp"
@@ -109,6 +140,7 @@ class MoEParts:
     bias_axes: int = 1
     shared: str = "shared_experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    has_stacks: ClassVar[bool] = False
 
     def __call__(self, config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
         """All of one layer, given the prefix of its names and of ours."""
@@ -117,6 +149,8 @@ class MoEParts:
             shape = (1,) * (self.bias_axes - 1) + (moe.num_experts,)
             yield Part(f"{theirs}.{self.bias}", f"{ours}.router.expert_bias_E", shape)
         yield Part(f"{theirs}.{self.gate}.weight", f"{ours}.router.weight", (moe.num_experts, config.hidden))
+        if moe.gate_bias:
+            yield Part(f"{theirs}.{self.gate}.bias", f"{ours}.router.gate_bias", (moe.num_experts,))
         yield from self._experts(config, theirs, ours)
         if moe.num_shared_experts:
             shared = moe.ffn_hidden * moe.num_shared_experts
@@ -161,6 +195,10 @@ class Family:
     left_out: str = ""
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     modules: Mapping[str, str] = field(default_factory=dict)
+
+    def is_stack(self, name: str) -> bool:
+        """Whether a tensor of the files holds all experts of a layer."""
+        return self.moe_parts.has_stacks and f".{self.moe_parts.block}.experts." in name
 
     @property
     def has_bias(self) -> bool:

@@ -3,13 +3,16 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from workers.model.families.base import Part
+from workers.model.families.mxfp4 import SCALES_SUFFIX, dequantise
 from workers.model.families.source import SCALE_SUFFIX, ModelDirectory, SourceError, StoredTensor
+from workers.model.families.stacks import with_suffix
 
 BLOCK_BYTES = 16 * 2**20
 
@@ -28,13 +31,14 @@ def fill(state: Mapping[str, Tensor], source: ModelDirectory) -> None:
     for part in source.parts():
         target = state.get(f"model.{part.target}")
         if target is not None and not (part.is_copy and part.name not in source.tensors):
-            _fill_part(part.rows_of(target), part, source)
+            fill_part = _fill_item if part.num_items else _fill_part
+            fill_part(part.rows_of(target), part, source)
 
 
 def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
     stored = source.tensors[part.name]
     scale = source.tensors.get(part.name + SCALE_SUFFIX)
-    scales = None if scale is None else torch.cat([rows for _, rows in _blocks(scale, 1)])
+    scales = None if scale is None else _whole(scale)
     # Whole heads, whose rows change places, and whole blocks of fp8.
     step = math.lcm(part.head_dim or 1, source.block[0] if source.block and scales is not None else 1)
     for first, rows in _blocks(stored, step):
@@ -45,6 +49,24 @@ def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
         if part.is_copy and not torch.equal(place, wide):
             raise SourceError(f"{stored.file}: {part.name} is not equal to what fills {part.target}, which it copies")
         place.copy_(part.to_ours(wide))
+
+
+def _fill_item(target: Tensor, part: Part, source: ModelDirectory) -> None:
+    """An item of a stack, at once: its rows may be our columns."""
+    stored = source.tensors[part.name]
+    rows = _whole(stored)
+    if stored.dtype == torch.uint8:
+        wide = dequantise(rows, _whole(source.tensors[with_suffix(part.name, SCALES_SUFFIX)]))
+        part = replace(part, is_transposed=False)  # in blocks a row is one of outputs
+    else:
+        wide = rows.float()
+    if not bool(wide.isfinite().all()):
+        raise SourceError(f"{stored.file}: {part.name} holds a NaN or an infinity")
+    target.copy_(part.to_ours(wide))
+
+
+def _whole(stored: StoredTensor) -> Tensor:
+    return torch.cat([rows for _, rows in _blocks(stored, 1)])
 
 
 def _blocks(stored: StoredTensor, step: int) -> Iterator[tuple[int, Tensor]]:

@@ -5,12 +5,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 
 from dispatch.errors import InvalidValue
 from workers.model.families import Family, Part, Settings, family_of
+from workers.model.families.mxfp4 import BLOCK as MXFP4_BLOCK
+from workers.model.families.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX
+from workers.model.families.stacks import item_name, stack_of, with_suffix
 from workers.model.model_config import ModelConfig
 
 CONFIG = "config.json"
@@ -19,12 +22,14 @@ SINGLE = "model.safetensors"
 # Key in the metadata of a file: what export writes there, and import compares.
 DIGESTS = "sha256"
 SCALE_SUFFIX = "_scale_inv"  # of the scales of a tensor in blocks of fp8
+MXFP4: Final = "mxfp4"
 
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,  # of MXFP4
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # A buffer of old checkpoints, which follows from the configuration.
@@ -37,25 +42,40 @@ class SourceError(InvalidValue):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the bytes of a tensor lie: `start` counts from the beginning of the file. sha256: of its bytes, or None."""
+    """Where the bytes of a tensor lie: `start` counts from the beginning of the file. digests: of its file, by name."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    sha256: str | None
+    digests: Mapping[str, str]
+
+    @property
+    def sha256(self) -> str | None:
+        """Of its bytes; None where its file has none."""
+        return self.digests.get(self.name)
 
     @property
     def num_bytes(self) -> int:
         """Of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def items(self, stack: str) -> dict[str, "StoredTensor"]:
+        """What it holds of each expert, by the name of the item; `stack` is that of its own tensor in the family."""
+        shape, names = self.shape[1:], [item_name(stack, index) for index in range(self.shape[0])]
+        num_bytes = math.prod(shape) * self.dtype.itemsize
+        return {
+            name: replace(self, name=name, shape=shape, start=self.start + index * num_bytes)
+            for index, name in enumerate(names)
+        }
+
 
 @dataclass(frozen=True)
 class ModelDirectory:
     """An intact directory of a supported family. block: rows and columns that share a scale, of tensors in fp8.
 
+    tensors: by name, stacks of experts by their items.
     num_left_out: tensors of the files that `tensors` does not have, since the family leaves them out.
     """
 
@@ -81,9 +101,10 @@ def open_source(folder: Path) -> ModelDirectory:
     """
     settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(settings)
-    tensors = _open_files(folder)
+    quantised = _quantisation(settings, family)
+    tensors = _with_items(_open_files(folder), family, is_mxfp4=quantised == MXFP4)
     config = family.read_config(settings)
-    block = _fp8_block(settings)
+    block = None if quantised == MXFP4 else quantised
     _check_counts(config, len(tensors), folder)
     if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
         config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
@@ -160,21 +181,34 @@ def _read_header(path: Path) -> list[StoredTensor]:
         raise SourceError(f"{path} is damaged: {error}; fetch it again") from error
     header.pop("__metadata__", None)
     return [
-        _stored(path, name, entry, 8 + header_bytes, digests.get(name))
+        _stored(path, name, entry, 8 + header_bytes, digests)
         for name, entry in header.items()
         if not name.endswith(_IGNORED)
     ]
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any], data_start: int, digest: str | None) -> StoredTensor:
+def _stored(
+    path: Path, name: str, entry: Mapping[str, Any], data_start: int, digests: Mapping[str, str]
+) -> StoredTensor:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise SourceError(f"{path}: {name} is {entry['dtype']}; weights must be one of {', '.join(_DTYPES)}")
-    return StoredTensor(name, path, dtype, tuple(entry["shape"]), data_start + entry["data_offsets"][0], digest)
+    return StoredTensor(name, path, dtype, tuple(entry["shape"]), data_start + entry["data_offsets"][0], digests)
 
 
-def _fp8_block(settings: Settings) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, where config.json says that weights are fp8."""
+def _with_items(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4: bool) -> dict[str, StoredTensor]:
+    """With each stack of experts replaced by its items; in MXFP4, blocks have the name of the tensor they stand for."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        stack = name.removesuffix(BLOCKS_SUFFIX) if is_mxfp4 else name
+        if stack != name and stack in tensors:
+            raise SourceError(f"{tensor.file} holds {name}, and {tensors[stack].file} holds {stack}: one is too many")
+        found |= tensor.items(stack) if family.is_stack(name) and tensor.shape else {name: tensor}
+    return found
+
+
+def _quantisation(settings: Settings, family: Family) -> tuple[int, int] | Literal["mxfp4"] | None:
+    """Rows and columns that share a scale, where config.json says that weights are fp8; or that they are MXFP4."""
     quantization = settings.values.get("quantization_config")
     if quantization is None:
         return None
@@ -183,6 +217,9 @@ def _fp8_block(settings: Settings) -> tuple[int, int] | None:
             f"{settings.where}: quantization_config is {quantization!r:.60}; it must hold names and values"
         )
     inner = Settings(quantization, f"{settings.where}: quantization_config")
+    if family.moe_parts.has_stacks:
+        inner.expect("quant_method", MXFP4)
+        return MXFP4
     inner.expect("quant_method", "fp8")
     inner.expect("fmt", "e4m3", "float8_e4m3fn")
     block = quantization.get("weight_block_size")
@@ -193,7 +230,7 @@ def _fp8_block(settings: Settings) -> tuple[int, int] | None:
 
 def _check_parts(source: ModelDirectory) -> None:
     parts = source.parts()
-    scales = {name for name, tensor in source.tensors.items() if name.endswith(SCALE_SUFFIX)}
+    scales = {name for name in source.tensors if stack_of(name).endswith((SCALE_SUFFIX, SCALES_SUFFIX))}
     unexpected = sorted(source.tensors.keys() - {part.name for part in parts} - scales)
     if unexpected:
         where = source.tensors[unexpected[0]].file
@@ -206,9 +243,27 @@ def _check_parts(source: ModelDirectory) -> None:
             continue
         if tensor is None:
             raise SourceError(f"{source.folder} lacks {part.name}: neither an index entry nor a file has it")
+        if tensor.dtype == torch.uint8:
+            _check_mxfp4(source, tensor, part)
+            continue
         if tensor.shape != part.shape:
             raise SourceError(f"{tensor.file}: {part.name} is {tensor.shape}, and by config.json {part.shape}")
         _check_dtype(source, tensor, _allowed_dtypes(source))
+
+
+def _check_mxfp4(source: ModelDirectory, tensor: StoredTensor, part: Part) -> None:
+    scales = source.tensors.get(with_suffix(tensor.name, SCALES_SUFFIX))
+    if not part.is_transposed or scales is None or part.shape[0] % MXFP4_BLOCK:
+        raise SourceError(
+            f"{tensor.file}: {tensor.name} is U8, which only matrices of experts are, in blocks of {MXFP4_BLOCK} with "
+            f"{SCALES_SUFFIX} beside them and quant_method {MXFP4!r} in config.json"
+        )
+    grid = (part.shape[1], part.shape[0] // MXFP4_BLOCK)
+    if (tensor.shape, scales.shape, scales.dtype) != ((*grid, MXFP4_BLOCK // 2), grid, torch.uint8):
+        raise SourceError(
+            f"{tensor.file}: {tensor.name} in MXFP4 has blocks {tensor.shape} and scales {scales.shape}, and by "
+            f"config.json {(*grid, MXFP4_BLOCK // 2)} and {grid} of U8"
+        )
 
 
 def _allowed_dtypes(source: ModelDirectory) -> Iterable[torch.dtype]:

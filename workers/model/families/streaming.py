@@ -4,6 +4,7 @@ For whoever needs the weights while training goes on, such as the inference engi
 and no rank ever holds the whole model.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +35,8 @@ def stream_weights(
     """Every weight of a live model as (name in Hugging Face, tensor), on every rank, one in memory at a time.
 
     Names and shapes are those of `trimtab export`, and so are the bytes in the same dtype: experts come one by one,
-    under names of their own. A tensor is a copy, on the device of the model, that nothing else refers to: drop it
-    before you ask for the next one.
+    under names of their own, but for families whose files have all experts of a layer in one tensor. A tensor is a
+    copy, on the device of the model, that nothing else refers to: drop it before you ask for the next one.
 
     Args:
         model: its experts on any number of ranks, sharded (`parallel.shard`) or not.
@@ -62,11 +63,11 @@ def stream_weights(
         _check_biases(live, family)
     parts = list(family.parts(model.config))
     if isinstance(dtype, Mapping):
-        parts = [part for part in parts if part.name in dtype or not part.is_copy]
-        dtypes = {part.name: _named(part, dtype) for part in parts}
+        parts = [part for part in parts if part.file_name in dtype or not part.is_copy]
+        dtypes = {part.file_name: _named(part, dtype) for part in parts}
     else:
         parts = [part for part in parts if not part.is_copy]
-        dtypes = {part.name: torch.float32 if part.target.endswith(BIAS) else dtype for part in parts}
+        dtypes = {part.file_name: torch.float32 if part.target.endswith(BIAS) else dtype for part in parts}
     return _Source.of(model, live, group).stream(parts, dtypes)
 
 
@@ -102,20 +103,29 @@ class _Source:
         return cls(live, whole_specs(specs), pieces, group, next(model.parameters()).device)
 
     def stream(self, parts: list[Part], dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-        for part in parts:
-            yield part.name, self._gather(part, dtypes[part.name])  # in no variable: it would live on beside the next
+        for name, group in itertools.groupby(parts, lambda part: part.file_name):
+            yield name, self._whole(list(group), dtypes[name])  # in no variable: it would live on beside the next
+
+    def _whole(self, parts: list[Part], dtype: torch.dtype) -> Tensor:
+        """A tensor of the files: one part, or a stack of them."""
+        if not parts[0].num_items:
+            return self._gather(parts[0], dtype)
+        stack = torch.empty(len(parts), *parts[0].shape, dtype=dtype, device=self.device)
+        for item, part in zip(stack, parts, strict=True):
+            item.copy_(self._gather(part, dtype))
+        return stack
 
     def _gather(self, part: Part, dtype: torch.dtype) -> Tensor:
         name = f"model.{part.target}"
         # A bias travels as it is: whether it fits a narrow dtype is seen by its values.
         travels_as = torch.float32 if name.endswith(BIAS) else dtype
-        tensor = torch.empty(part.shape, dtype=travels_as, device=self.device)
+        tensor = torch.empty(part.our_shape, dtype=travels_as, device=self.device)
         rows = tensor.view(-1, *self.wholes[name].shape[1:])  # theirs may have an axis more
         for piece in self.pieces[name]:
             self._send(piece, rows, part.first_row)
         for head in tensor.split(part.head_dim) if part.head_dim else ():  # not at once, which would need as much again
             head.copy_(part.to_theirs(head))
-        return stored_as(tensor, dtype, name)
+        return stored_as(part.to_theirs(tensor) if part.num_items else tensor, dtype, name)
 
     def _send(self, piece: _Piece, rows: Tensor, first_row: int) -> None:
         """Fill those of `rows`, which begin at first_row of the whole tensor, that are in this piece."""
@@ -154,6 +164,6 @@ def _check_biases(live: Mapping[str, Tensor], family: Family) -> None:
 
 
 def _named(part: Part, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    if part.name not in dtypes:
-        raise InvalidValue(f"dtype has none for {part.name}; name all tensors, or give one dtype for all")
-    return dtypes[part.name]
+    if part.file_name not in dtypes:
+        raise InvalidValue(f"dtype has none for {part.file_name}; name all tensors, or give one dtype for all")
+    return dtypes[part.file_name]

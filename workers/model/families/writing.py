@@ -23,7 +23,7 @@ def write_weights(
 
     Args:
         folder: exists and is empty.
-        dtypes: by name of a part, what it is stored as.
+        dtypes: by the name of its tensor in the files, what a part is stored as.
         reader: holds the tensors of the parts.
         max_file_bytes: of the tensors of a file; one that is larger has a file of its own.
     """
@@ -31,9 +31,8 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, file_parts in enumerate(files, 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = dict(_tensors(file_parts, dtypes, reader))
-        _save(folder / name, tensors)
-        weight_map |= dict.fromkeys(tensors, name)
+        names = _save(folder / name, _tensors(file_parts, dtypes, reader))
+        weight_map |= dict.fromkeys(names, name)
     if len(files) > 1:
         total = sum(_num_bytes(part, dtypes) for part in itertools.chain.from_iterable(files))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -49,28 +48,29 @@ def moved_biases(reader: TensorReader) -> list[str]:
 def _plan(parts: Iterable[Part], dtypes: Mapping[str, torch.dtype], max_file_bytes: int) -> list[list[Part]]:
     files: list[list[Part]] = [[]]
     size = 0
-    for part in parts:
-        num_bytes = _num_bytes(part, dtypes)
+    for _, group in itertools.groupby(parts, lambda part: part.file_name):
+        together = list(group)
+        num_bytes = sum(_num_bytes(part, dtypes) for part in together)
         if files[-1] and size + num_bytes > max_file_bytes:
             files.append([])
             size = 0
-        files[-1].append(part)
+        files[-1] += together
         size += num_bytes
     return files
 
 
 def _num_bytes(part: Part, dtypes: Mapping[str, torch.dtype]) -> int:
-    return torch.Size(part.shape).numel() * dtypes[part.name].itemsize
+    return torch.Size(part.shape).numel() * dtypes[part.file_name].itemsize
 
 
 def _tensors(
     parts: Iterable[Part], dtypes: Mapping[str, torch.dtype], reader: TensorReader
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[Part, Tensor]]:
     for target, group in itertools.groupby(parts, lambda part: f"model.{part.target}"):
         whole = reader.read([target])[target]
         for part in group:
             rows = part.to_theirs(part.rows_of(whole))
-            yield part.name, stored_as(rows, dtypes[part.name], target).contiguous().clone()
+            yield part, stored_as(rows, dtypes[part.file_name], target).contiguous().clone()
 
 
 def stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
@@ -80,11 +80,17 @@ def stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
     return rows if target.endswith(BIAS) and not torch.equal(narrow.to(rows.dtype), rows) else narrow
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, tensors: Iterable[tuple[Part, Tensor]]) -> list[str]:
+    """Write one file; returns the names of its tensors."""
     from safetensors.torch import save_file
 
-    digests = {
-        name: hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
-        for name, tensor in tensors.items()
-    }
-    save_file(tensors, path, metadata={"format": "pt", DIGESTS: json.dumps(digests)})
+    digests, whole = {}, dict[str, Tensor]()
+    for part, tensor in tensors:
+        digests[part.name] = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
+        if part.num_items:
+            stack = whole.setdefault(part.file_name, tensor.new_empty(part.num_items, *part.shape))
+            stack[part.item].copy_(tensor)
+        else:
+            whole[part.name] = tensor
+    save_file(whole, path, metadata={"format": "pt", DIGESTS: json.dumps(digests)})
+    return list(whole)

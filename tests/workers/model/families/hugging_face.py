@@ -1,5 +1,6 @@
 """Tiny random models that transformers makes, and what they compute: the reference of every family."""
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 VOCAB_SIZE = 61
+STACK = re.compile(r"\.experts\.[a-z]")  # and not a number
 _COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -229,6 +231,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 3,
         "tie_word_embeddings": True,
     },
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "intermediate_size": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "attention_bias": True,
+        "sliding_window": 3,  # in every second layer
+        "swiglu_limit": 0.8,  # 7 at full size, which numbers as small as these would not reach
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {**_YARN, "rope_theta": 150000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
     "olmoe": {
         "num_key_value_heads": 2,
         "intermediate_size": 24,
@@ -272,8 +286,11 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
 
 
 def hub_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name, split and named as transformers saves them."""
-    return {name: tensor.clone() for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
+    """Tensors by parameter name, split and named as transformers saves them; of a stack of experts its items."""
+    saved = {name: tensor.clone() for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
+    stacks = {name: tensor for name, tensor in saved.items() if STACK.search(name)}
+    items = {f"{name}[{index}]": item for name, stack in stacks.items() for index, item in enumerate(stack)}
+    return {name: tensor for name, tensor in saved.items() if name not in stacks} | items
 
 
 @dataclass(frozen=True)

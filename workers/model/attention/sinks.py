@@ -1,0 +1,41 @@
+"""Attention sinks: a learned score of each head that stands for no token, and takes a share of the attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.model.attention.mask import scores_mask
+
+# One dimension is needed; fused kernels want heads of whole 16 bytes.
+SINK_DIMS = 8
+
+
+def attend_with_sinks(
+    queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention whose softmax has one more score in each row, that of the head's sink, with a value of zero.
+
+    The sink is a key in front of the others: it has one dimension more than they do, in which a query holds the sink's
+    score. So fused kernels serve, and no matrix of scores is made (gpt-oss, arXiv 2508.10925, section 2.3).
+
+    Args:
+        queries: (B, heads, S, head_dim).
+        keys, values: (B, kv_heads, K, head_dim).
+        sinks: (heads,), scores as they are after `scale`.
+        mask: bool (B or 1, 1, S, K); None for causal order alone, where S = K.
+        scale: factor on the scores.
+    Returns:
+        (B, heads, S, head_dim).
+    """
+    head_dim = queries.shape[-1]
+    score = F.pad((sinks / scale).to(queries.dtype).view(-1, 1, 1), (0, SINK_DIMS - 1))
+    queries = torch.cat([queries, score.expand(*queries.shape[:-1], SINK_DIMS)], dim=-1)
+    keys, values = (F.pad(each, (0, SINK_DIMS, 1, 0)) for each in (keys, values))
+    keys[:, :, 0, head_dim] = 1
+    if mask is None:
+        # A row of queries in front, so that causal order still sees the sink and all keys up to its own.
+        queries = F.pad(queries, (0, 0, 1, 0))
+    else:
+        mask = F.pad(mask, (1, 0), value=True)
+    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **scores_mask(mask))
+    return attended[:, :, mask is None :, :head_dim]
