@@ -61,7 +61,7 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
             "computes without them, and an export will not have them"
         )
     sys.stdout.write(
-        f"{run_dir}: {source.family.architecture}, {len(source.tensors):,} tensors; largest shard "
+        f"{run_dir}: {source.family.architecture}, {source.num_tensors:,} tensors; largest shard "
         f"{largest / 1e9:.2f} GB of {len(shards)}, peak memory of a process {peak / 1e9:.2f} GB\n"
         + "".join(f"note: {text}\n" for text in notes)
         + f"go on with: trimtab train --resume {run_dir}\n"

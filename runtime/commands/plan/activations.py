@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.settings.size import Cast
+from workers.model.attention.sinks import SINK_DIMS
 from workers.model.loss import logits_at_once
 from workers.model.model_config import ModelConfig
 
@@ -87,11 +88,14 @@ def expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     hidden, inner, size = config.hidden, config.moe.ffn_hidden, batch.element_bytes
     rows, arrived = batch.expert_rows, batch.arrived_rows
     gathered = (INDEX + FP32) * arrived * batch.ids_per_row  # the order of all assignments of arrived rows, and weights
-    if batch.experts == "grouped":
+    if batch.experts == "grouped" and config.moe.has_plain_experts:
         per_row = size * (hidden + 3 * inner) + FP32
         return gathered + rows * per_row + FP32 * batch.num_local_experts
     # The tokens themselves, uncast, are kept by the router already.
     kept_rows = size * hidden * arrived if batch.exchanges or batch.casts else 0
+    if not config.moe.has_plain_experts:  # the same on all devices (dispatch.experts.variants)
+        bias = size * hidden * batch.num_local_experts * (config.moe.expert_biases and batch.casts)
+        return gathered + kept_rows + bias + rows * (FP32 + 2 * size * inner)
     if batch.experts == "fused":
         maps = INDEX * (2 * rows + arrived) + FP32 * batch.num_local_experts
         return gathered + kept_rows + maps + rows * (FP32 + 2 * size * inner)
@@ -100,7 +104,8 @@ def expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
 
 def row_map_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """Indices of one layer that its exchange and its experts hold; torch does not count them as saved tensors."""
-    held = INDEX * (2 * batch.expert_rows + batch.arrived_rows) if batch.experts == "grouped" else 0.0
+    by_map = batch.experts == "grouped" or not config.moe.has_plain_experts
+    held = INDEX * (2 * batch.expert_rows + batch.arrived_rows) if by_map else 0.0
     if batch.exchanges:
         held += INDEX * (2 * batch.arrived_rows + batch.tokens) + config.moe.top_k * batch.arrived_rows
     return held
@@ -227,6 +232,10 @@ def _grouped_query(config: ModelConfig, batch: MicroBatch) -> float:
         kept += size * (kv_heads * width + (rotated if config.query_key_norm != "none" else 0))
     if config.attention_gate:  # the sigmoid, and its product with the output; autocast makes a copy of its input
         kept += size * (2 * heads * width + (config.hidden if batch.casts else 0))
+    if config.attention_sinks:
+        # Queries, keys, values and output are copies with more dimensions; what they were cut of is not kept.
+        wider = size * SINK_DIMS * (2 * heads + 2 * kv_heads)
+        kept += wider + size * (heads * width - (rotated if config.query_key_norm == "none" else 0))
     return kept + size * (rotated + heads * width) + FP32 * heads
 
 
@@ -246,7 +255,9 @@ def _expert_scratch(config: ModelConfig, batch: MicroBatch) -> float:
     """Gradients of the weights, tensors as wide as an arrived row, and scratch of the rows (docs/performance.md)."""
     hidden, inner, size = config.hidden, config.moe.ffn_hidden, batch.element_bytes
     weights = 3 * batch.num_local_experts * inner * hidden
-    if batch.experts == "fused":
+    if not config.moe.has_plain_experts:
+        rows = batch.expert_rows * (2 * hidden + 10 * inner)
+    elif batch.experts == "fused":
         rows = batch.expert_rows * (hidden + inner)
     elif batch.experts == "grouped":
         rows = batch.expert_rows * (2 * hidden + 7 * inner)

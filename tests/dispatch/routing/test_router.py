@@ -6,6 +6,7 @@ from dispatch.balance import read_bias, routers_of, write_bias
 from dispatch.config import MoEConfig, RouterConfig
 from dispatch.exchange.local import LocalDispatcher
 from dispatch.layer import MoELayer
+from dispatch.routing.replay import Routing, replay
 from dispatch.routing.router import Router
 
 
@@ -71,6 +72,24 @@ def test_gate_runs_in_fp32_whatever_the_dtype_of_the_model():  # B22
     assert torch.equal(ids, ids_cast)
     assert router.weight.dtype == torch.float32
     assert router.double().weight.dtype == torch.float64
+
+
+def test_the_bias_of_the_gate_is_a_weight_of_its_logits_and_not_the_selection_bias():
+    torch.manual_seed(0)
+    router, x = Router(6, RouterConfig(num_experts=8, top_k=3, score="softmax", gate_bias=True)), torch.randn(5, 6)
+    assert not router.gate_bias.any()
+    with torch.no_grad():
+        router.gate_bias.normal_()
+    logits = x @ router.weight.T + router.gate_bias
+    ids, weights = router(x)
+    assert torch.equal(ids, logits.topk(3).indices)
+    torch.testing.assert_close(weights, logits.gather(1, ids).softmax(-1))
+    assert torch.equal(weights, replay(router, x, Routing(ids), "here")[1])
+    weights[:, 0].sum().backward()
+    assert router.gate_bias.grad.any()
+    assert not router.expert_bias_E.any()
+    before = router.gate_bias.detach().clone()
+    assert torch.equal(router.bfloat16().gate_bias, before)
 
 
 def test_bias_and_counts_keep_their_dtype_and_bits_under_any_cast():  # B1, B23

@@ -37,6 +37,18 @@ SMALL: dict[str, Any] = {
 }
 
 
+# What gpt-oss adds.
+VARIANT: dict[str, Any] = {
+    "qkv_bias": True,
+    "out_bias": True,
+    "attention_sinks": True,
+    "sliding_window": 3,
+    "full_attention_every": 2,
+    "moe": MoEConfig(num_experts=8, top_k=2, ffn_hidden=10, gate_bias=True, expert_biases=True, swiglu_limit=0.5),
+}
+both_kinds = pytest.mark.parametrize("settings", [{}, VARIANT], ids=["plain", "variant"])
+
+
 class PlacedDispatcher(LocalDispatcher):
     """Holds the experts of one rank of a larger group; only for building models, it cannot dispatch."""
 
@@ -287,6 +299,10 @@ def test_too_long_a_sequence_is_refused() -> None:
             {"sliding_window": 4, "num_mtp_layers": 1},
             r"sliding_window \(4\) must be 0 with latent attention or",
         ),
+        (
+            {"attention": "latent", "attention_sinks": True},
+            r"out_bias \(False\) and attention_sinks \(True\) must be off with latent",
+        ),
         ({"num_mtp_layers": 2}, r"num_mtp_layers \(2\) must be 0 or 1"),
         ({"rope_theta": 0.0}, r"rope_theta \(0.0\) must be above 0"),
         ({"norm_eps": float("nan")}, r"norm_eps \(nan\) must be above 0"),
@@ -301,10 +317,11 @@ def test_a_model_that_cannot_be_built_is_refused(override: dict[str, Any], messa
 
 
 @pytest.mark.parametrize("ep_size", [2, 3, 4])
-def test_initial_weights_are_the_same_at_any_ep_size(ep_size: int) -> None:
-    whole = dict(build().named_parameters())
+@both_kinds
+def test_initial_weights_are_the_same_at_any_ep_size(ep_size: int, settings: dict[str, Any]) -> None:
+    whole = dict(build(**settings).named_parameters())
     for ep_rank in range(ep_size):
-        shard = build(lambda rank=ep_rank: PlacedDispatcher(8, ep_size, rank))  # type: ignore[misc]
+        shard = build(lambda rank=ep_rank: PlacedDispatcher(8, ep_size, rank), **settings)  # type: ignore[misc]
         owned = ExpertPlacement(8, ep_size).owned_by(ep_rank)
         experts = expert_parameters(shard)
         for name, parameter in shard.named_parameters():
@@ -329,10 +346,11 @@ def test_every_tensor_and_expert_has_its_own_weights_scaled_by_fan_in() -> None:
     assert torch.equal(parameters["norm.weight"], torch.ones(48))
 
 
-def test_a_model_built_on_meta_equals_one_built_directly() -> None:  # B27
-    direct = build()
+@both_kinds
+def test_a_model_built_on_meta_equals_one_built_directly(settings: dict[str, Any]) -> None:  # B27
+    direct = build(**settings)
     with torch.device("meta"):
-        model = Decoder(ModelConfig(**SMALL), lambda: LocalDispatcher(8))
+        model = Decoder(ModelConfig(**SMALL | settings), lambda: LocalDispatcher(8))
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -349,10 +367,13 @@ def test_a_model_built_on_meta_equals_one_built_directly() -> None:  # B27
 # --- recompute ---------------------------------------------------------------------------------------------------
 
 
-def test_recompute_changes_neither_outputs_nor_gradients_nor_names_nor_counts() -> None:  # B2, B28, parity 6
+@both_kinds
+def test_recompute_changes_neither_outputs_nor_gradients_nor_names_nor_counts(  # B2, B28, parity 6
+    settings: dict[str, Any],
+) -> None:
     results = []
     for recompute in get_args(Recompute):
-        model = build(recompute=recompute)
+        model = build(recompute=recompute, **settings)
         logits = model(tokens())
         token_nll_sum(logits, tokens(seed=1)).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

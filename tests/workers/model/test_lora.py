@@ -108,6 +108,9 @@ def test_what_cannot_have_adapters_is_refused() -> None:
             LoraConfig(**wrong)
     with pytest.raises(InvalidValue, match="names shared_experts, which this model does not have"):
         replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=6, num_shared_experts=0))
+    for variant in ({"expert_biases": True}, {"swiglu_limit": 7.0}):
+        with pytest.raises(InvalidValue, match=r"lora.targets names experts, and those of this model have biases"):
+            replace(MODEL, moe=replace(MODEL.moe, **variant))
     both = ["--model.lora.rank", "2", "--model.lora.targets", "[experts]", "--optim.freeze", "[experts]"]
     with pytest.raises(InvalidValue, match=r"model.lora.targets and optim.freeze both name experts"):
         cross_check(override(load_config("tiny"), both))

@@ -30,11 +30,11 @@ from workers.training.optimizer import OptimConfig, build_optimizer
 
 STEPS, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 4, 2, 2, 6
 CONFIG = OptimConfig(name="muon", lr=0.02, weight_decay=0.5, beta1=0.8, options={"momentum": 0.9})
-ADAMW = ("token_embedding", "lm_head", "router", "norm", "token_gate", "bias")
+ADAMW = ("token_embedding", "lm_head", "router", "norm", "token_gate", "bias", "sinks")
 
 
 def make_model(**settings: Any) -> Decoder:
-    """Every kind of parameter there is: fused and biased queries, gates, dense, shared and routed experts, MTP."""
+    """Every kind of parameter there is: fused and biased queries, gates, dense, shared and biased experts, MTP."""
     config = ModelConfig(
         vocab_size=7,
         hidden=8,
@@ -43,8 +43,15 @@ def make_model(**settings: Any) -> Decoder:
         num_kv_heads=KV_HEADS,
         dense_ffn_hidden=10,
         num_mtp_layers=1,
-        moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=FFN, num_shared_experts=1, shared_gate=True),
-        **{"qkv_bias": True, "attention_gate": True, "query_key_norm": "head"} | settings,
+        moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden=FFN, shared_gate=True, gate_bias=True, expert_biases=True),
+        **{
+            "qkv_bias": True,
+            "out_bias": True,
+            "attention_sinks": True,
+            "attention_gate": True,
+            "query_key_norm": "head",
+        }
+        | settings,
     )
     model = Decoder(config, lambda: LocalDispatcher(4)).double()
     init_weights(model, seed=0)

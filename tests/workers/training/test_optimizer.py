@@ -14,7 +14,7 @@ from tests.workers.model.token_loss import token_nll_sum
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig
-from workers.training.optimizer import OptimConfig, build_optimizer, learning_rate
+from workers.training.optimizer import OptimConfig, build_optimizer, is_hidden_matrix, learning_rate
 
 NO_DECAY = OptimConfig(lr=0.01, weight_decay=0.0)
 
@@ -68,6 +68,20 @@ def test_only_matrices_decay_and_every_trainable_parameter_is_there_once() -> No
     assert {p.ndim for p in kept["params"]} == {1}
     held = [id(p) for p in decayed["params"] + kept["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_the_stacked_biases_of_experts_are_vectors() -> None:
+    moe = MoEConfig(num_experts=4, top_k=2, ffn_hidden=6, expert_biases=True)
+    model = Decoder(
+        ModelConfig(hidden=8, num_heads=2, num_layers=1, num_dense_layers=0, moe=moe), lambda: LocalDispatcher(4)
+    )
+    decayed, kept = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    biases = {name for name in names.values() if name.endswith("bias")}
+    assert biases == {f"layers.0.moe.experts.{name}_proj_bias" for name in ("gate_up", "down")}
+    assert biases < {names[id(parameter)] for parameter in kept["params"]}
+    assert not any(is_hidden_matrix(name, parameter) for name, parameter in model.named_parameters() if name in biases)
+    assert not biases & {names[id(parameter)] for parameter in decayed["params"]}
 
 
 def test_weight_decay_leaves_expert_bias_alone() -> None:  # B15

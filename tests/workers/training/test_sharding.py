@@ -40,6 +40,21 @@ KINDS = {
     "global batch loss": {"aux": replace(SEQUENCE, loss="global_batch")},
     "tied, frozen attention, MTP": {"tie_embeddings": True, "num_mtp_layers": 1, "frozen": ("attention", "norms")},
     "muon": {"optimizer": "muon"},
+    "biases, sinks, clamped experts": {
+        "qkv_bias": True,
+        "out_bias": True,
+        "attention_sinks": True,
+        "moe": MoEConfig(
+            num_experts=NUM_EXPERTS,
+            top_k=2,
+            ffn_hidden=6,
+            num_shared_experts=0,
+            score="softmax",
+            gate_bias=True,
+            expert_biases=True,
+            swiglu_limit=0.5,
+        ),
+    },
     "adapters": {"lora": LoraConfig(rank=3, alpha=5.0, targets=("attention", "experts", "dense_ffn"))},
     "adapters of experts": {"lora": LoraConfig(rank=2, targets=("experts",))},
 }
@@ -56,8 +71,7 @@ def build(groups: RankGroups, shard: str, schedule: ScheduleConfig, frozen: tupl
         num_kv_heads=1,
         dense_ffn_hidden=10,
         max_seq_len=8,
-        moe=MoEConfig(num_experts=NUM_EXPERTS, top_k=2, ffn_hidden=6),
-        **model,
+        **{"moe": MoEConfig(num_experts=NUM_EXPERTS, top_k=2, ffn_hidden=6)} | model,
     )
 
     def dispatcher() -> Dispatcher:
@@ -165,6 +179,7 @@ def assert_equals_one_process(name: str, by_rank: list[Found], one: Found) -> No
 
 PLAIN, CHUNKS, ROUNDS = {}, {"num_chunks": 2}, {"max_rows": 9}
 ODD = "tied, frozen attention, MTP"
+BIASED = "biases, sinks, clamped experts"
 AUX = [
     ("full", 1, "full", 2, PLAIN, "sequence and z-loss"),
     ("optimizer", 2, "experts", 1, CHUNKS, "global batch loss"),
@@ -178,7 +193,14 @@ REPLICAS = [
 ]
 REPLICAS += [("full", (1, 2), "full", 2, CHUNKS, ODD), ("optimizer", (2, 2), "none", 2, PLAIN, "sequence and z-loss")]
 REPLICAS += [("full", (1, 2), "none", 2, PLAIN, kind) for kind in ("muon", "adapters")]
-SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX, *ADAPTERS]
+VARIANTS = [("full", 1, "full", 2, CHUNKS, BIASED), ("full", 2, "none", 1, ROUNDS, BIASED)]
+SOME = [
+    ("optimizer", 4, "attention", 2, PLAIN, "plain"),
+    ("full", 2, "full", 2, CHUNKS, ODD),
+    *AUX,
+    *VARIANTS,
+    *ADAPTERS,
+]
 SOME += REPLICAS
 ALL = [
     (shard, ep_size, recompute, num_micro, PLAIN, "plain")
@@ -188,7 +210,9 @@ ALL = [
     ("full", 2, "experts", 2, CHUNKS, ODD),
     ("full", 1, "attention", 1, PLAIN, ODD),
     ("optimizer", 1, "full", 2, ROUNDS, ODD),
+    ("optimizer", 4, "experts", 2, PLAIN, BIASED),
     *AUX,
+    *VARIANTS,
     *ADAPTERS,
     *REPLICAS,
 ]

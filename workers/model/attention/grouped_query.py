@@ -87,7 +87,7 @@ class GroupedQueryAttention(nn.Module):
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             keys, values = cache.put(self, keys, values)
-        outputs = self._attend(*(each.transpose(1, 2) for each in (queries, keys, values)), mask)
+        outputs = self._attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)
         outputs = outputs.transpose(1, 2).flatten(2)
         y: Tensor = self.out_proj(outputs if self.gate_proj is None else outputs * self.gate_proj(x).sigmoid())
         return y

@@ -1,5 +1,7 @@
 """Attention sinks: a learned score of each head that stands for no token, and takes a share of the attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,5 +39,6 @@ def attend_with_sinks(
         queries = F.pad(queries, (0, 0, 1, 0))
     else:
         mask = F.pad(mask, (1, 0), value=True)
-    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **scores_mask(mask))
+    masking: dict[str, Any] = scores_mask(mask)
+    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **masking)
     return attended[:, :, mask is None :, :head_dim]

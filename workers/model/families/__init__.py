@@ -4,7 +4,7 @@ Begin with `mixtral`, the smallest, and `base.Family`, which says what a family 
 to add one. Import: `settings` reads config.json strictly, `shapes` has what most of them say, `nearest` words what is
 refused, `source` opens and checks the safetensors files, `stacks` names experts that lie in one tensor, `filling`
 copies them into a rank's shard, `mxfp4` decodes them on the way, `importing` saves that as a checkpoint. Export:
-`writing`, of a checkpoint, `adapters`, of its adapters alone or merged, and `streaming`, of a live model.The families:
+`writing`, of a checkpoint, `adapters`, of its adapters alone or merged, and `streaming`, of a live model. The families:
 `afmoe`, `deepseek_v3`, `dots1`, `ernie4_5_moe`, `exaone_moe`, `glm4_moe`, `glm4_moe_lite`, `gpt_oss`, `hy_v3`,
 `kimi_k2`, `minimax_m2`, `mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`, `solar_open`.
 """

@@ -87,6 +87,11 @@ class ModelDirectory:
     block: tuple[int, int] | None
     num_left_out: int
 
+    @property
+    def num_tensors(self) -> int:
+        """Of its files, but for those that are left out."""
+        return len(set(map(stack_of, self.tensors)))
+
     def parts(self) -> list[Part]:
         """All of its tensors, scales of fp8 left out."""
         return list(self.family.parts(self.config))

@@ -17,7 +17,7 @@ from runtime.job.launch import make_spec
 from runtime.report.hf_files import read_dtypes
 from runtime.settings.config_file import config_from_yaml_file
 from tests.ranks import run_ranks
-from tests.workers.model.families.directories import PREFIX, quantise, write_directory, write_with_mtp
+from tests.workers.model.families.directories import PREFIX, quantise, to_mxfp4, write_directory, write_with_mtp
 from tests.workers.model.families.hugging_face import CONFIGS, Batch
 from tests.workers.training_gang import join_worker
 from workers.checkpoints import checkpoint
@@ -28,7 +28,7 @@ from workers.model.decoder import Decoder
 
 WITH_MTP = "deepseek_v3 with multi-token prediction"
 # Together they train all kinds of parameters; the others are slow tests.
-TRAINED = ("deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", WITH_MTP)
+TRAINED = ("deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", WITH_MTP)
 SMALL = ["--model.max_seq_len", "16", "--run.global_batch_size", "4", "--run.steps", "10", "--optim.warmup_steps", "0"]
 
 
@@ -86,6 +86,27 @@ def test_fp8_comes_back_as_bf16_that_transformers_loads(tmp_path: Path) -> None:
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert model.dtype == torch.bfloat16
     assert not any(loading.values()), loading
+
+
+def test_mxfp4_comes_back_as_bf16_that_transformers_loads(tmp_path: Path) -> None:
+    source = write_directory(tmp_path / "source", "gpt_oss", torch.bfloat16)
+    meant = to_mxfp4(source)
+    import_run(source, tmp_path / "run", workers=2)
+    export(tmp_path / "run", tmp_path / "out")
+    exported, config = all_tensors(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not any(name.endswith(("_blocks", "_scales")) for name in exported)
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    for name, expected in meant.items():
+        assert torch.equal(exported[name], expected), name
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    batch = Batch.ragged()
+    with torch.no_grad():
+        theirs = model.float()(input_ids=batch.token_ids, attention_mask=batch.mask.long()).logits
+    torch.testing.assert_close(
+        our_logits(tmp_path / "run", batch)[batch.mask], theirs[batch.mask], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_processes_that_hold_a_shard_each_import_the_same(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import MtpModel
 
 from tests.workers.model.families.hugging_face import VOCAB_SIZE, make_model
@@ -73,6 +74,28 @@ def write_with_mtp(folder: Path, *, copies: bool, dtype: torch.dtype = torch.bfl
         tensors[f"{PREFIX}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+def to_mxfp4(folder: Path) -> dict[str, Tensor]:
+    """Store the matrices of a gpt-oss's experts as MXFP4, as the hub does; returns what transformers reads of them."""
+    file = folder / "model.safetensors"
+    tensors, meant = load_file(file), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+        num_experts, num_in, num_out = tensors.pop(name).shape
+        grid = (num_experts, num_out, num_in // 32)
+        blocks = torch.randint(256, (*grid, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 126, grid, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"],
+        "quant_method": "mxfp4",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
 
 
 def quantise(folder: Path, block: int) -> dict[str, torch.Tensor]:

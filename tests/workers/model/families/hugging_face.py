@@ -234,7 +234,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "num_key_value_heads": 2,
         "head_dim": 12,
-        "intermediate_size": 16,
+        "intermediate_size": 32,  # whole blocks of MXFP4
         "num_local_experts": 8,
         "num_experts_per_tok": 3,
         "attention_bias": True,
