@@ -29,6 +29,7 @@ from workers.training.muon import newton_schulz
 from workers.training.optimizer import OptimConfig, build_optimizer
 
 STEPS, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 4, 2, 2, 6
+LATENT = {"attention": "latent", "latent": LatentConfig(kv_rank=4), "out_bias": False, "attention_sinks": False}
 CONFIG = OptimConfig(name="muon", lr=0.02, weight_decay=0.5, beta1=0.8, options={"momentum": 0.9})
 ADAMW = ("token_embedding", "lm_head", "router", "norm", "token_gate", "bias", "sinks")
 
@@ -82,7 +83,7 @@ def orthogonal(matrix: Tensor, num_steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("nesterov", [0, 1])
-@pytest.mark.parametrize("settings", [{}, {"attention": "latent", "latent": LatentConfig(kv_rank=4)}])
+@pytest.mark.parametrize("settings", [{}, LATENT])
 def test_updates_are_those_of_one_matrix_at_a_time_and_of_adamw(nesterov: int, settings: dict[str, Any]) -> None:
     model = make_model(**settings)
     reference = copy.deepcopy(model)
