@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor
 
 from dispatch.errors import InvalidValue
 from workers.model.families import Family, Part, Settings, family_of
@@ -60,6 +61,14 @@ class StoredTensor:
     def num_bytes(self) -> int:
         """Of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """All of it, as it is stored."""
+        data = torch.empty(self.num_bytes, dtype=torch.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            file.readinto(data.numpy().data)
+        return data.view(self.dtype).view(self.shape)
 
     def items(self, stack: str) -> dict[str, "StoredTensor"]:
         """What it holds of each expert, by the name of the item; `stack` is that of its own tensor in the family."""

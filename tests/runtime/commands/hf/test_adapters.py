@@ -27,6 +27,8 @@ from workers.model.lora import is_adapter, without_adapters
 
 def targets_of(name: str) -> list[str]:
     """All parts of a model of CONFIGS that can have adapters."""
+    if name == "gpt_oss":  # whose experts have biases
+        return ["attention"]
     parts = ["attention", "experts"]
     if name.split()[0] not in ("qwen2_moe", "mixtral", "olmoe", "minimax_m2", "solar_open"):
         parts.append("dense_ffn")
