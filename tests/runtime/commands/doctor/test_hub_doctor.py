@@ -32,7 +32,7 @@ def hub_copy(hub: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(hub, tmp_path / "hub"))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
 def test_what_transformers_saved_is_sound(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = examined(write_directory(tmp_path, name), capsys)
     assert (code, text.splitlines()[-1]) == (0, "sound"), text
