@@ -12,13 +12,14 @@ from workers.model.families.stacks import stack_of
 FOLDER = "hf"
 TOKENIZER = "tokenizer.json"
 DTYPES = "tensor_dtypes.json"
+KEPT = "kept.safetensors"  # tensors of another part of the model, such as a vision tower
 # What belongs to a tokenizer, a chat or generation. Code (*.py) is left behind: it would be run by whoever loads it.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _LARGEST_BYTES = 100 * 2**20
 
 
 def keep_files(source: ModelDirectory, run_dir: Path) -> None:
-    """Copy config.json, tokenizer and generation settings, and note the dtype of each tensor."""
+    """Copy config.json, tokenizer, generation settings and tensors that are kept; note the dtype of each other one."""
     folder = run_dir / FOLDER
     folder.mkdir()
     for file in sorted(source.folder.iterdir()):
@@ -26,6 +27,17 @@ def keep_files(source: ModelDirectory, run_dir: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     dtypes = {stack_of(name): DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()}
     (folder / DTYPES).write_text(json.dumps(dtypes, indent=0) + "\n")
+    if source.kept:
+        from safetensors.torch import save_file
+
+        kept = {name: tensor.read() for name, tensor in source.kept.items()}
+        save_file(kept, folder / KEPT, metadata={"format": "pt"})
+
+
+def kept_file(run_dir: Path) -> Path | None:
+    """The file with what an export has again as it was; None where all of the model was imported."""
+    file = run_dir / FOLDER / KEPT
+    return file if file.is_file() else None
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -46,12 +58,14 @@ def read_dtypes(run_dir: Path) -> dict[str, torch.dtype]:
 def copy_back(run_dir: Path, folder: Path) -> None:
     """Put the kept files into an export; config.json without fp8 or MXFP4, where the weights were."""
     for file in sorted((run_dir / FOLDER).iterdir()):
-        if file.name not in (DTYPES, CONFIG):
+        if file.name not in (DTYPES, CONFIG, KEPT):
             shutil.copyfile(file, folder / file.name)
     config = read_json(run_dir / FOLDER / CONFIG)
-    if config.pop("quantization_config", None) is None:
+    parts = [config, *([config["text_config"]] if "text_config" in config else [])]
+    quantised = [part.pop("quantization_config", None) for part in parts]
+    if not any(quantised):
         shutil.copyfile(run_dir / FOLDER / CONFIG, folder / CONFIG)
         return
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = "bfloat16"
+    for part in parts:
+        part["torch_dtype" if "torch_dtype" in part else "dtype"] = "bfloat16"
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
-from runtime.report.hf_files import FOLDER, copy_back, read_dtypes
+from runtime.report.hf_files import FOLDER, copy_back, kept_file, read_dtypes
 from runtime.report.run_inputs import find_checkpoint
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.config import check_same_model
@@ -67,7 +67,7 @@ def export_model(
         else:
             dtypes = read_dtypes(run_dir)
             parts = [part for part in family.parts(config) if part.file_name in dtypes or not part.is_copy]
-            write_weights(partial, parts, dtypes, reader, max_file_bytes)
+            write_weights(partial, parts, dtypes, reader, max_file_bytes, kept_file(run_dir))
             copy_back(run_dir, partial)
         partial.rename(folder)
     except BaseException:  # Ctrl-C as well

@@ -60,6 +60,11 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
             f"{source.num_left_out:,} tensors of multi-token prediction are left out: {source.family.architecture} "
             "computes without them, and an export will not have them"
         )
+    if source.kept:
+        notes.append(
+            f"{len(source.kept):,} tensors besides the language model, such as its vision tower, are kept as they are: "
+            "no training changes them, and an export has them again"
+        )
     sys.stdout.write(
         f"{run_dir}: {source.family.architecture}, {source.num_tensors:,} tensors; largest shard "
         f"{largest / 1e9:.2f} GB of {len(shards)}, peak memory of a process {peak / 1e9:.2f} GB\n"

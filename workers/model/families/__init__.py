@@ -6,7 +6,7 @@ refused, `source` opens and checks the safetensors files, `stacks` names experts
 copies them into a rank's shard, `mxfp4` decodes them on the way, `importing` saves that as a checkpoint. Export:
 `writing`, of a checkpoint, `adapters`, of its adapters alone or merged, and `streaming`, of a live model. The families:
 `afmoe`, `deepseek_v3`, `dots1`, `ernie4_5_moe`, `exaone_moe`, `glm4_moe`, `glm4_moe_lite`, `gpt_oss`, `hy_v3`,
-`kimi_k2`, `minimax_m2`, `mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`, `solar_open`.
+`kimi_k2`, `kimi_k25`, `minimax_m2`, `mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`, `solar_open`.
 """
 
 from dispatch.errors import InvalidValue
@@ -21,6 +21,7 @@ from workers.model.families import (
     gpt_oss,
     hy_v3,
     kimi_k2,
+    kimi_k25,
     minimax_m2,
     mixtral,
     olmoe,
@@ -36,7 +37,7 @@ __all__ = ["FAMILIES", "Family", "Part", "Settings", "family_of"]
 
 _MODULES = (
     *(afmoe, deepseek_v3, dots1, ernie4_5_moe, exaone_moe, glm4_moe, glm4_moe_lite, gpt_oss, hy_v3),
-    *(kimi_k2, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, solar_open),
+    *(kimi_k2, kimi_k25, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, solar_open),
 )
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
@@ -48,7 +49,7 @@ def family_of(settings: Settings) -> Family:
     if (
         family is None
         or not isinstance(architectures, list)
-        or (architectures and family.architecture not in architectures)
+        or (architectures and not {family.architecture, *family.other_architectures} & set(map(str, architectures)))
     ):
         raise InvalidValue(
             f"{settings.where}: model_type {model_type!r} with architectures {architectures} is not supported; "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dispatch.errors import InvalidValue
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.families.base import Family, Part
 from workers.model.lora import LoraConfig, adapter_names
@@ -49,6 +50,11 @@ def write_adapter(folder: Path, family: Family, config: ModelConfig, reader: Ten
     """
     from safetensors.torch import save_file
 
+    if family.prefix:
+        raise InvalidValue(
+            f"adapters of {family.architecture}, whose language model is a part of another model, cannot be written by "
+            "themselves; give --merged"
+        )
     adapted = [
         replace(part, name=_as_module(part.name, family))
         for part in family.parts(config)

@@ -4,7 +4,7 @@ Names of our side are canonical ones (`workers.checkpoints.state`) without their
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -176,12 +176,14 @@ NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_n
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model of Hugging Face, chosen by `model_type` and `architectures[0]` of its config.json.
+    """A kind of model of Hugging Face, chosen by `model_type` and `architectures` of its config.json.
 
     read_config: our settings from theirs; max_seq_len is all that the model knows.
     moe_parts, attention_parts: of one layer, given the prefix of its names and of ours.
     mtp_parts: what a multi-token-prediction layer has besides a layer, given both prefixes; None where there is none.
     norms: of a layer, by their names, and ours.
+    other_architectures: under which the same model goes elsewhere.
+    prefix: of all names, where the model is a part of another one, whose other tensors are kept as they are.
     left_out: how names of tensors begin that import leaves out, as transformers does; {num_layers} is filled in.
     modules: what transformers 5 calls a module, by its name in the files, where that is another.
     """
@@ -192,6 +194,8 @@ class Family:
     moe_parts: MoEParts
     attention_parts: PartsOf = grouped_query_parts
     mtp_parts: PartsOf | None = None
+    other_architectures: tuple[str, ...] = ()
+    prefix: str = ""
     left_out: str = ""
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     modules: Mapping[str, str] = field(default_factory=dict)
@@ -207,6 +211,10 @@ class Family:
 
     def parts(self, config: ModelConfig) -> Iterator[Part]:
         """All tensors of a checkpoint, in the order in which they are used."""
+        parts = self._parts(config)
+        return (replace(part, name=self.prefix + part.name) for part in parts) if self.prefix else parts
+
+    def _parts(self, config: ModelConfig) -> Iterator[Part]:
         vocabulary, width = (config.vocab_size, config.hidden), (config.hidden,)
         yield Part("model.embed_tokens.weight", "token_embedding.weight", vocabulary)
         for index in range(config.num_layers):

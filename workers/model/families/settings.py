@@ -61,6 +61,13 @@ class Settings:
             supported = " or ".join(map(repr, allowed))
             raise InvalidValue(f"{self.where}: {name} is {value!r}, and only {supported} is supported")
 
+    def inner(self, name: str) -> "Settings":
+        """The settings that are grouped under a name. Raises ValueError where it is missing, or something else."""
+        value = self._first((name,), None, None)
+        if not isinstance(value, Mapping):
+            raise InvalidValue(f"{self.where}: {name} is {value!r:.60}; it must hold names and values")
+        return Settings(value, f"{self.where}: {name}")
+
     def rope_theta(self, default: float) -> float:
         """Base of the rotary angles."""
         inner = Settings(self._rope(), f"{self.where}: rope scaling")

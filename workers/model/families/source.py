@@ -86,6 +86,7 @@ class ModelDirectory:
 
     tensors: by name, stacks of experts by their items.
     num_left_out: tensors of the files that `tensors` does not have, since the family leaves them out.
+    kept: those of another part of the model, such as a vision tower, which an export has again as they are.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class ModelDirectory:
     tensors: Mapping[str, StoredTensor]
     block: tuple[int, int] | None
     num_left_out: int
+    kept: Mapping[str, StoredTensor]
 
     @property
     def num_tensors(self) -> int:
@@ -116,15 +118,18 @@ def open_source(folder: Path) -> ModelDirectory:
     settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(settings)
     quantised = _quantisation(settings, family)
-    tensors = _with_items(_open_files(folder), family, is_mxfp4=quantised == MXFP4)
+    stored = _open_files(folder)
+    others = {name: tensor for name, tensor in stored.items() if not name.startswith(family.prefix)}
+    text = {name: tensor for name, tensor in stored.items() if name not in others}
+    tensors = _with_items(text, family, is_mxfp4=quantised == MXFP4)
     config = family.read_config(settings)
     block = None if quantised == MXFP4 else quantised
     _check_counts(config, len(tensors), folder)
-    if not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
+    if not any(name.startswith(f"{family.prefix}model.layers.{config.num_layers}.") for name in tensors):
         config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
     prefix = family.left_out.format(num_layers=config.num_layers)
     kept = {name: tensor for name, tensor in tensors.items() if not prefix or not name.startswith(prefix)}
-    source = ModelDirectory(folder, family, config, settings, kept, block, len(tensors) - len(kept))
+    source = ModelDirectory(folder, family, config, settings, kept, block, len(tensors) - len(kept), others)
     _check_parts(source)
     return source
 
@@ -157,7 +162,7 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
             raise SourceError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickles")
-        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+        return {tensor.name: tensor for tensor in read_header(folder / SINGLE)}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{folder / INDEX} has no weight_map from tensors to files")
@@ -165,7 +170,7 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise SourceError(f"{folder / INDEX} points to {file_name!r}; it must name a file beside it")
-        for tensor in _read_header(folder / file_name):
+        for tensor in read_header(folder / file_name):
             if weight_map.get(tensor.name) != file_name:
                 told = weight_map.get(tensor.name, "no file")
                 raise SourceError(f"{tensor.file} holds {tensor.name}, but {INDEX} names {told} for it")
@@ -176,8 +181,8 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one file, which is as long as its header says."""
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one file, which is as long as its header says. Raises SourceError."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError:
@@ -223,14 +228,17 @@ def _with_items(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4
 
 def _quantisation(settings: Settings, family: Family) -> tuple[int, int] | Literal["mxfp4"] | None:
     """Rows and columns that share a scale, where config.json says that weights are fp8; or that they are MXFP4."""
-    quantization = settings.values.get("quantization_config")
-    if quantization is None:
+    if family.prefix and settings.values.get("quantization_config") is None:  # it may be said of the language model
+        settings = settings.inner("text_config")
+    if settings.values.get("quantization_config") is None:
         return None
-    if not isinstance(quantization, dict):
+    inner = settings.inner("quantization_config")
+    quantization = inner.values
+    if quantization.get("quant_method") == "compressed-tensors":
         raise SourceError(
-            f"{settings.where}: quantization_config is {quantization!r:.60}; it must hold names and values"
+            f"{inner.where}: weights are packed (quant_method 'compressed-tensors', as the int4 of Kimi K2.5), which "
+            "import does not unpack; convert them to bf16 first"
         )
-    inner = Settings(quantization, f"{settings.where}: quantization_config")
     if family.moe_parts.has_stacks:
         inner.expect("quant_method", MXFP4)
         return MXFP4

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.families.base import Part
-from workers.model.families.source import DIGESTS, INDEX, SINGLE
+from workers.model.families.source import DIGESTS, INDEX, SINGLE, read_header
 
 BIAS = ".router.expert_bias_E"
 
 
 def write_weights(
-    folder: Path, parts: Iterable[Part], dtypes: Mapping[str, torch.dtype], reader: TensorReader, max_file_bytes: int
+    folder: Path,
+    parts: Iterable[Part],
+    dtypes: Mapping[str, torch.dtype],
+    reader: TensorReader,
+    max_file_bytes: int,
+    kept: Path | None = None,
 ) -> None:
     """Write all parts into `folder`, an index too where there are several files.
 
@@ -26,17 +32,28 @@ def write_weights(
         dtypes: by the name of its tensor in the files, what a part is stored as.
         reader: holds the tensors of the parts.
         max_file_bytes: of the tensors of a file; one that is larger has a file of its own.
+        kept: one more file, which is copied as it is.
     """
     files = _plan(parts, dtypes, max_file_bytes)
+    num_files = len(files) + (kept is not None)
     weight_map: dict[str, str] = {}
     for number, file_parts in enumerate(files, 1):
-        name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = _file_name(number, num_files)
         names = _save(folder / name, _tensors(file_parts, dtypes, reader))
         weight_map |= dict.fromkeys(names, name)
-    if len(files) > 1:
-        total = sum(_num_bytes(part, dtypes) for part in itertools.chain.from_iterable(files))
+    total = sum(_num_bytes(part, dtypes) for part in itertools.chain.from_iterable(files))
+    if kept is not None:
+        shutil.copyfile(kept, folder / _file_name(num_files, num_files))
+        stored = read_header(kept)
+        weight_map |= {tensor.name: _file_name(num_files, num_files) for tensor in stored}
+        total += sum(tensor.num_bytes for tensor in stored)
+    if num_files > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _file_name(number: int, num_files: int) -> str:
+    return SINGLE if num_files == 1 else f"model-{number:05d}-of-{num_files:05d}.safetensors"
 
 
 def moved_biases(reader: TensorReader) -> list[str]:

@@ -15,7 +15,7 @@ from runtime.settings.config_file import config_from_yaml_file
 from tests.ranks import run_ranks
 from tests.runtime.commands.hf.test_round_trip import all_tensors, export, import_run, our_logits
 from tests.workers.model.families.directories import write_directory
-from tests.workers.model.families.hugging_face import CONFIGS, Batch
+from tests.workers.model.families.hugging_face import CONFIGS, Batch, auto_class
 from tests.workers.training_gang import join_worker
 from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
@@ -67,14 +67,17 @@ SOON = ("deepseek_v3", "qwen3_moe", "mixtral", "hy_v3", "afmoe")  # the others a
 )
 def test_peft_and_the_merged_model_compute_what_the_adapters_do_here(name: str, tmp_path: Path) -> None:
     run, batch = run_with_adapters(tmp_path, name, targets_of(name)), Batch.ragged()
-    export(run, tmp_path / "adapter")
     export(run, tmp_path / "merged", "--merged")
-    ours = our_logits(run, batch)[batch.mask]
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    ours, auto = our_logits(run, batch)[batch.mask], auto_class(name)
+    base = auto.from_pretrained(tmp_path / "source")
     without = their_logits(base, batch)[batch.mask]
     assert (ours - without).abs().max() > 0.1
-    merged = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch)
+    merged = their_logits(auto.from_pretrained(tmp_path / "merged"), batch)
     torch.testing.assert_close(merged[batch.mask], ours, rtol=1e-5, atol=1e-5)
+    if name == "kimi_k25":  # in a model of several parts they have other names
+        assert main(["export", str(run), str(tmp_path / "adapter")]) == 2
+        return
+    export(run, tmp_path / "adapter")
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(their_logits(adapted, batch)[batch.mask], ours, rtol=1e-5, atol=1e-5)
 

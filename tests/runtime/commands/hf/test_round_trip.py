@@ -18,7 +18,7 @@ from runtime.report.hf_files import read_dtypes
 from runtime.settings.config_file import config_from_yaml_file
 from tests.ranks import run_ranks
 from tests.workers.model.families.directories import PREFIX, quantise, to_mxfp4, write_directory, write_with_mtp
-from tests.workers.model.families.hugging_face import CONFIGS, Batch
+from tests.workers.model.families.hugging_face import CONFIGS, Batch, auto_class, is_of_vision
 from tests.workers.training_gang import join_worker
 from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
@@ -71,7 +71,8 @@ def test_every_tensor_comes_back_byte_for_byte(name: str, dtype: torch.dtype, tm
     stream = stream_weights(
         our_model(tmp_path / "run"), source / "config.json", None, dtype=read_dtypes(tmp_path / "run")
     )
-    assert_same_tensors(all_tensors(source), dict(stream))
+    text = {name: tensor for name, tensor in all_tensors(source).items() if not is_of_vision(name)}
+    assert_same_tensors(text, dict(stream))
 
 
 def test_fp8_comes_back_as_bf16_that_transformers_loads(tmp_path: Path) -> None:
@@ -173,7 +174,8 @@ def test_a_trained_export_computes_in_transformers_what_it_does_here(name: str, 
     folder = trained(name)
     run, out = folder / f"run {name}", folder / f"out {name}"
     export(run, out)
-    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    auto = AutoModelForCausalLM if name == WITH_MTP else auto_class(name)
+    model, loading = auto.from_pretrained(out, output_loading_info=True)
     # It passes over the layer for multi-token prediction; at full size, where that is layer 61, in silence.
     assert all(name.startswith(PREFIX) for name in loading.pop("unexpected_keys"))
     assert not any(loading.values()), loading
@@ -183,7 +185,7 @@ def test_a_trained_export_computes_in_transformers_what_it_does_here(name: str, 
     ours = our_logits(run, batch)
     torch.testing.assert_close(ours[batch.mask], theirs[batch.mask], rtol=1e-5, atol=1e-5)
     before, after = all_tensors(folder / f"source {name}"), all_tensors(out)
-    unmoved = [key for key in before if torch.equal(before[key], after[key])]
+    unmoved = [key for key in before if torch.equal(before[key], after[key]) and not is_of_vision(key)]
     assert before.keys() == after.keys()
     assert unmoved == []  # biases among them: the law moved them, and export kept it
     assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [5, 6]

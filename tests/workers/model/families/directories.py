@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import MtpModel
 
-from tests.workers.model.families.hugging_face import VOCAB_SIZE, make_model
+from tests.workers.model.families.hugging_face import CONFIGS, VOCAB_SIZE, as_on_the_hub, make_model
 
 PREFIX = "model.layers.3"  # of a MTP layer: after the three layers of the model
 
@@ -19,6 +19,11 @@ PREFIX = "model.layers.3"  # of a MTP layer: after the three layers of the model
 def write_directory(folder: Path, name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
     """A model of CONFIGS in `folder`, saved by transformers; save: arguments of save_pretrained."""
     make_model(name, dtype).save_pretrained(folder, **save)
+    for file in folder.glob("*.safetensors") if "text_config" in CONFIGS[name] else ():
+        tensors = {as_on_the_hub(key): tensor for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    if (index := folder / "model.safetensors.index.json").exists():
+        index.write_text(as_on_the_hub(index.read_text()))
     vocabulary = {"[UNK]": 0, "<eos>": 1} | {f"w{index}": index for index in range(2, VOCAB_SIZE)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 VOCAB_SIZE = 61
@@ -47,6 +47,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **_DEEPSEEK,
         "rope_parameters": {**_YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.7},
+    },
+    "kimi_k25": {
+        "text_config": {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "patch_size": 2,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 16,
+        "tie_word_embeddings": False,
     },
     "deepseek_v3 without a query latent": {
         **_DEEPSEEK,
@@ -269,10 +283,10 @@ def _wide(value: Any) -> Any:
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A model of CONFIGS whose norms and biases are random too, biases of both signs and large enough to matter."""
-    config = AutoConfig.for_model(name.split()[0], **{**_COMMON, **CONFIGS[name], **overrides})
+    config = AutoConfig.for_model(name.split()[0], **_settings(name, overrides))
     torch.manual_seed(sum(name.encode()))
-    config._experts_implementation = "eager"  # their grouped matmul knows no float64
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    config.get_text_config()._experts_implementation = "eager"  # their grouped matmul knows no float64
+    model = auto_class(name).from_config(config, attn_implementation="eager", dtype=dtype)
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():
             if tensor_name.endswith(("e_score_correction_bias", "expert_bias")):
@@ -285,9 +299,39 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
     return model
 
 
+def _settings(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Of a model of CONFIGS; sizes are those of its language model, where that is a part."""
+    if "text_config" not in CONFIGS[name]:
+        return {**_COMMON, **CONFIGS[name], **overrides}
+    text = {"model_type": "deepseek_v3", **_COMMON, **CONFIGS[name]["text_config"], **overrides}
+    return {**CONFIGS[name], "text_config": text}
+
+
+def auto_class(name: str) -> Any:
+    """What transformers loads a model of CONFIGS by."""
+    return AutoModelForImageTextToText if "text_config" in CONFIGS[name] else AutoModelForCausalLM
+
+
+def text_settings(name: str) -> dict[str, Any]:
+    """The settings of CONFIGS that are those of the language model."""
+    settings: dict[str, Any] = CONFIGS[name].get("text_config", CONFIGS[name])
+    return settings
+
+
+def as_on_the_hub(name: str) -> str:
+    """transformers turns the names of the vision tower's layers back, and those of the language model with them."""
+    return name.replace("language_model.model.blocks.", "language_model.model.layers.")
+
+
+def is_of_vision(name: str) -> bool:
+    """Whether a tensor is of a part that is kept as it is."""
+    return "vision_tower" in name or "mm_projector" in name
+
+
 def hub_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by parameter name, split and named as transformers saves them; of a stack of experts its items."""
-    saved = {name: tensor.clone() for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
+    theirs = revert_weight_conversion(model, dict(tensors))
+    saved = {as_on_the_hub(name): tensor.clone() for name, tensor in theirs.items() if not is_of_vision(name)}
     stacks = {name: tensor for name, tensor in saved.items() if STACK.search(name)}
     items = {f"{name}[{index}]": item for name, stack in stacks.items() for index, item in enumerate(stack)}
     return {name: tensor for name, tensor in saved.items() if name not in stacks} | items
@@ -332,7 +376,7 @@ def reference(name: str, dtype: torch.dtype, batch: Batch, **overrides: Any) -> 
         model = make_model(name, dtype, **overrides)
         output = model(input_ids=batch.token_ids, attention_mask=batch.mask.long(), labels=batch.labels)
         output.loss.backward()
-    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
     tied = model.all_tied_weights_keys  # transformers saves one of the two
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     return Reference(

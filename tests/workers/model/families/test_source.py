@@ -223,3 +223,18 @@ def test_an_import_leaves_the_unfinished_folder_of_another_to_the_same_name_alon
     (other / "half").touch()
     assert import_code(folder, folder.parent / "run") == 0
     assert (other / "half").exists()
+
+
+def test_weights_packed_in_4_bits_are_refused_with_the_reason(tmp_path: Path) -> None:
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for name, part in (("deepseek_v3", ()), ("kimi_k25", ("text_config",)), ("kimi_k25", ())):
+        folder = write_directory(tmp_path / f"{name} {part}", name)
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        (config[part[0]] if part else config)["quantization_config"] = packed
+        file.write_text(json.dumps(config))
+        message = (
+            r"config.json: .*quantization_config: weights are packed .*int4 of Kimi K2.5.*convert them to bf16 first"
+        )
+        with pytest.raises(SourceError, match=message):
+            open_source(folder)
