@@ -344,6 +344,10 @@ def test_every_tensor_and_expert_has_its_own_weights_scaled_by_fan_in() -> None:
     assert parameters["layers.0.attention.out_proj.weight"].std().item() == pytest.approx((48 * 6) ** -0.5, rel=0.05)
     assert parameters["token_embedding.weight"].std().item() == pytest.approx(1.0, rel=0.1)
     assert torch.equal(parameters["norm.weight"], torch.ones(48))
+    zero = {name for name, parameter in build(**VARIANT).named_parameters() if not parameter.any()}
+    moe, attention = "layers.1.moe", "layers.1.attention"
+    assert zero >= {f"{moe}.router.gate_bias", f"{moe}.experts.down_proj_bias", f"{attention}.sinks"}
+    assert all(name.endswith(("bias", "sinks")) for name in zero)
 
 
 @both_kinds
