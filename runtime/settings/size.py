@@ -47,7 +47,8 @@ class ParameterCounts:
     dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
     compute dtype and backward takes again, which it does not do with the head. largest_dense: of the largest dense
     tensor. dense_shapes: of every dense tensor. matrix_shapes: of those that are hidden matrices, which an optimizer
-    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block.
+    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block. expert_vectors: of the
+    routed experts, their biases.
     """
 
     dense: int
@@ -58,6 +59,7 @@ class ParameterCounts:
     matrix_shapes: tuple[tuple[int, ...], ...]
     root: int
     largest_block: int
+    expert_vectors: int
 
     @property
     def dense_matrices(self) -> int:
@@ -83,7 +85,7 @@ def count_parameters(config: ModelConfig, *, trained_only: bool = False) -> Para
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trained_only
     }
-    experts = sum(prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes)
+    of_experts = {name: prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     parameters = dict(model.named_parameters())
     units: dict[str, int] = defaultdict(int)  # what sharding gathers together
@@ -94,13 +96,14 @@ def count_parameters(config: ModelConfig, *, trained_only: bool = False) -> Para
     linear.pop("lm_head", None)
     return ParameterCounts(
         dense=sum(sizes.values()),
-        experts=experts,
+        experts=sum(of_experts.values()),
         cast=_cast(linear),
         largest_dense=max(sizes.values(), default=0),
         dense_shapes=tuple(shapes.values()),
         matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),
         root=units.pop("", 0),
         largest_block=max(units.values(), default=0),
+        expert_vectors=sum(size for name, size in of_experts.items() if not is_hidden_matrix(name, parameters[name])),
     )
 
 
@@ -114,8 +117,8 @@ def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
     """Total and active parameters, and the bytes of a checkpoint: weights and optimizer state."""
     counts = count_parameters(config)
     total, trained = counts.dense + counts.experts, count_parameters(config, trained_only=True)
-    in_matrices = trained.dense_matrices + trained.experts
-    in_vectors = trained.dense - trained.dense_matrices
+    in_matrices = trained.dense_matrices + trained.experts - trained.expert_vectors
+    in_vectors = trained.dense - trained.dense_matrices + trained.expert_vectors
     return ModelSize(
         total=total,
         active=counts.dense + counts.experts * config.moe.top_k // config.moe.num_experts,

@@ -61,11 +61,13 @@ def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]
     trained = count_parameters(config.model, trained_only=True)
     own, optimizer = own_elements(config, trained), config.optim.entry
     in_matrices = _own_rows(trained.matrix_shapes, config)
+    in_biases = own.experts * trained.expert_vectors // max(trained.experts, 1)
     states = {
         "weights": own_elements(config, counts).times(FP32),
         "gradients": own.times(FP32),
         optimizer.state_label: Held(
-            optimizer.state_bytes(in_matrices, own.dense - in_matrices), optimizer.state_bytes(own.experts, 0)
+            optimizer.state_bytes(in_matrices, own.dense - in_matrices),
+            optimizer.state_bytes(own.experts - in_biases, in_biases),
         ),
     }
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:

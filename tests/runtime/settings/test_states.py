@@ -39,6 +39,13 @@ LAYOUTS += [("full", 2, 1, "adamw_bf16"), ("none", 4, 1, "muon"), ("full", 2, 1,
 LAYOUTS += [("full", ep_size, 2, "adamw") for ep_size in (1, 2, 4)] + [("optimizer", 1, 2, "adamw")]
 ADAPTED = replace(MODEL, lora=LoraConfig(rank=4, targets=("attention", "experts", "dense_ffn")))
 
+BIASED = replace(
+    MODEL,
+    attention_sinks=True,
+    out_bias=True,
+    moe=replace(MODEL.moe, gate_bias=True, expert_biases=True, swiglu_limit=7.0),
+)
+
 
 def measure(rank: int, world_size: int, model_config: ModelConfig) -> list[dict[str, int]]:
     """By layout the bytes of weights, gradients and moments of this rank after a step."""
@@ -75,7 +82,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@pytest.mark.parametrize("model", [MODEL, ADAPTED], ids=["whole", "adapters"])
+@pytest.mark.parametrize("model", [MODEL, ADAPTED, BIASED], ids=["whole", "adapters", "biases and sinks"])
 def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:
     by_rank = run_ranks(4, measure, model)
     base = TrainConfig(model=model, cluster=ClusterConfig(num_workers=4))
