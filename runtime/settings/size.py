@@ -47,8 +47,8 @@ class ParameterCounts:
     dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
     compute dtype and backward takes again, which it does not do with the head. largest_dense: of the largest dense
     tensor. dense_shapes: of every dense tensor. matrix_shapes: of those that are hidden matrices, which an optimizer
-    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block. expert_vectors: of the
-    routed experts, their biases.
+    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block. expert_vectors:
+    biases of the routed experts.
     """
 
     dense: int
