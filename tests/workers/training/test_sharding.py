@@ -194,14 +194,8 @@ REPLICAS = [
 REPLICAS += [("full", (1, 2), "full", 2, CHUNKS, ODD), ("optimizer", (2, 2), "none", 2, PLAIN, "sequence and z-loss")]
 REPLICAS += [("full", (1, 2), "none", 2, PLAIN, kind) for kind in ("muon", "adapters")]
 VARIANTS = [("full", 1, "full", 2, CHUNKS, BIASED), ("full", 2, "none", 1, ROUNDS, BIASED)]
-SOME = [
-    ("optimizer", 4, "attention", 2, PLAIN, "plain"),
-    ("full", 2, "full", 2, CHUNKS, ODD),
-    *AUX,
-    *VARIANTS,
-    *ADAPTERS,
-]
-SOME += REPLICAS
+SOME = [("optimizer", 4, "attention", 2, PLAIN, "plain"), ("full", 2, "full", 2, CHUNKS, ODD), *AUX]
+SOME += [*VARIANTS, *ADAPTERS, *REPLICAS]
 ALL = [
     (shard, ep_size, recompute, num_micro, PLAIN, "plain")
     for shard, ep_size, recompute, num_micro in product(("optimizer", "full"), (1, 2, 4), ("none", "full"), (1, 2))
