@@ -203,7 +203,7 @@ CHOSEN: dict[str, Any] = {
     "balance.rate": 0.01, "balance.zero_last": 0.5, "aux.z_alpha": 1e-3,
     "cluster.device": "cuda", "cluster.gpus_per_worker": 2.0,
     "data.path": ("a.txt", "b"), "data.suffixes": (".md",),
-    "optim.freeze": ("router", "norms"), "model.lora.targets": ("experts",),
+    "optim.freeze": ("router", "norms"), "model.lora.targets": ("dense_ffn",), "model.moe.swiglu_limit": 7.0,
     "optim.name": "sgd", "optim.options": {"momentum": 0.8}, "optim.module": "examples.my_optimizer",
     "parallel.exchange": "rank", "parallel.module": "dispatch.exchange.all_to_all",
     "data.mix": (0.5, 0.5), "data.mix_after": (0.25, 0.75), "data.shift_at": 3,
@@ -229,7 +229,8 @@ def test_every_setting_reaches_the_effective_configuration(monkeypatch: pytest.M
     base = flatten(load_config("small"))
     others = {key: another_value(key, hint, base[key]) for key, hint in hints.items()}
     assert not [key for key in others if others[key] == base[key]]
-    alone = {"model.sliding_window": others.pop("model.sliding_window")}  # excludes the latent attention of the others
+    # They exclude the latent attention of the others.
+    alone = {f"model.{name}": others.pop(f"model.{name}") for name in ("sliding_window", "out_bias", "attention_sinks")}
     for changed in (others, alone):
         arguments = [part for key, value in changed.items() for part in (f"--{key}", as_option(value))]
         config = parse_train(arguments).config
