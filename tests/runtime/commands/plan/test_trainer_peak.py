@@ -3,21 +3,27 @@
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.config import ClusterConfig
 from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_bytes, scratch_bytes
+from runtime.settings.config import TrainConfig
 from runtime.settings.size import count_parameters
+from runtime.settings.states import GATHERED, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
+from workers.gang.parallel import ParallelConfig, Shard
+from workers.model.model_config import ModelConfig
 from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 
-def peak_of_second_step(rank: int, world_size: int, spec: WorkerSpec) -> int:
+def peak_of_second_step(rank: int, world_size: int, spec: WorkerSpec, name: str = "peak") -> int:
     """Above weights and moments, which the first step has made."""
-    state = join_worker(spec, rank, world_size, "peak")._state
+    state = join_worker(spec, rank, world_size, name)._state
     control = state.open_control()
     parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
     trainer = Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux)
+    trainer.shard = spec.parallel.shard
     trainer.step(1)
     try:
         return peak_allocated_bytes(lambda: trainer.step(2))
@@ -30,7 +36,14 @@ def test_a_step_of_the_trainer_holds_what_the_plan_says(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, micro_batch_size=6)
     config = replace(spec.model, hidden=64, vocab_size=2000)
     (measured,) = run_ranks(1, peak_of_second_step, replace(spec, model=config))
-    counts, tokens = count_parameters(config), 6 * config.max_seq_len
+    counts = count_parameters(config)
+    planned = activation_peak(config, 6) + 4 * (counts.dense + counts.experts)
+    assert 0.9 * planned < measured < 1.02 * planned
+
+
+def activation_peak(config: ModelConfig, num_sequences: int) -> float:
+    """Of a micro-batch on a rank with all experts."""
+    tokens = num_sequences * config.max_seq_len
     batch = MicroBatch(
         tokens=tokens,
         seq_len=config.max_seq_len,
@@ -42,6 +55,35 @@ def test_a_step_of_the_trainer_holds_what_the_plan_says(tmp_path: Path) -> None:
         experts="grouped",
         exchanges=False,
     )
-    saved, scratch = saved_bytes(config, batch, counts.cast), scratch_bytes(config, batch)
-    planned = peak_bytes(saved, scratch) + 4 * (counts.dense + counts.experts)
-    assert 0.9 * planned < measured < 1.02 * planned
+    return peak_bytes(saved_bytes(config, batch, count_parameters(config).cast), scratch_bytes(config, batch))
+
+
+def peaks_of_second_steps(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]:
+    return [peak_of_second_step(rank, world_size, spec, str(index)) for index, spec in enumerate(specs)]
+
+
+# Sharding, replicas and micro-batches.
+SHARDED: tuple[tuple[Shard, int, int], ...] = (
+    ("optimizer", 1, 1),
+    ("optimizer", 1, 2),
+    ("full", 1, 1),
+    ("full", 1, 2),
+    ("full", 2, 1),
+)
+
+
+def test_a_sharded_step_holds_at_most_what_the_plan_says(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    model = replace(spec.model, hidden=64, vocab_size=600, moe=replace(spec.model.moe, ffn_hidden=64))
+    specs, planned = [], []
+    for shard, num_replicas, num_micro in SHARDED:
+        run = replace(spec.run, global_batch_size=8 * num_micro, micro_batch_size=2)
+        parallel = ParallelConfig(shard=shard, ep_size=1, replicate=num_replicas)
+        config = TrainConfig(run=run, model=model, parallel=parallel, cluster=ClusterConfig(num_workers=4))
+        specs.append(replace(spec, run=run, model=model, parallel=parallel))
+        states = state_bytes(config, count_parameters(model))
+        held = {name: sum(states[name]) for name in ("gradients", GATHERED)}
+        planned.append({"activations": activation_peak(model, 2), **held})
+    by_rank = run_ranks(4, peaks_of_second_steps, specs)
+    for case, measured, plan in zip(SHARDED, zip(*by_rank, strict=True), planned, strict=True):
+        assert 0.5 * sum(plan.values()) < max(measured) < 1.02 * sum(plan.values()), (case, measured, plan)
