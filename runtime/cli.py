@@ -48,6 +48,7 @@ COMMANDS: dict[str, str | Group] = {
     "import": "runtime.commands.hf.import_command",
     "export": "runtime.commands.hf.export_command",
     "report": "runtime.commands.report",
+    "watch": "runtime.commands.watch",
     "replay": "runtime.commands.replay.command",
     "bench": Group(
         word="TARGET",

@@ -1,0 +1,70 @@
+"""`trimtab watch RUN [RUN ...]`."""
+
+import argparse
+import importlib.util
+import ipaddress
+from pathlib import Path
+
+from dispatch.errors import InvalidValue, UserError
+from runtime.commands.command import CommandParser
+from runtime.commands.options import add_runs_dir, whole
+from runtime.runs.run_dir import find_run, place_of_run
+
+HELP = "Show runs in a browser while they train, and afterwards."
+NEEDED = ("starlette", "uvicorn")
+MAX_RUNS = 16
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the options."""
+    parser.description = (
+        "Serve a live page of one run or of several side by side, on loopback. It reads the run directories alone, so "
+        "that it can begin and end at any time, without the run noticing. Prints the URL to open."
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run: its directory, or its name in the folder of runs"
+    )
+    parser.add_argument("--wait", action="store_true", help="also for runs that are yet to begin")
+    parser.add_argument("--port", type=whole(0), default=0, help="the port to serve at (a free one)")
+    parser.add_argument(
+        "--bind",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="an address of this machine to serve at; whoever reaches it and has the token sees the runs, and the "
+        "network sees the token (127.0.0.1: this machine alone)",
+    )
+    add_runs_dir(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal ends it."""
+    run_dirs = [_place(name, options.runs_dir, wait=options.wait) for name in options.runs]
+    _check(options)
+    from runtime.watch.serve import serve
+
+    serve(run_dirs, address=options.bind, port=options.port, say=print)
+    return 0
+
+
+def _place(name: str, runs_dir: str | None, *, wait: bool) -> Path:
+    try:
+        return find_run(name, runs_dir)
+    except InvalidValue as error:
+        if wait:
+            return place_of_run(name, runs_dir)
+        raise InvalidValue(f"{error}; to watch a run that is yet to begin, add --wait") from error
+
+
+def _check(options: argparse.Namespace) -> None:
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"trimtab watch needs {' and '.join(lacking)}; install them with: pip install 'trimtab[watch]'")
+    if len(options.runs) > MAX_RUNS:
+        raise InvalidValue(f"{len(options.runs)} runs are more than a page shows; name at most {MAX_RUNS}")
+    if options.port > 65535:
+        raise InvalidValue(f"--port {options.port} is no port; choose one from 1 to 65535, or 0 for a free one")
+    try:
+        is_any = ipaddress.ip_address(options.bind).is_unspecified
+    except ValueError as error:
+        raise InvalidValue(f"--bind {options.bind!r} must be an address, as 10.0.0.1") from error
+    if is_any:
+        raise InvalidValue(f"--bind {options.bind} is every address at once; name the one that you will open")

@@ -1,0 +1,201 @@
+"""The requests of the page: what it is made of, the numbers that it draws, and a stream of what is new.
+
+Nothing that a request says becomes a path: runs are asked for by their number, files of the page by a name among those
+that were read when the server began.
+"""
+
+import asyncio
+import base64
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from runtime.watch.exposition import CONTENT_TYPE, exposition
+from runtime.watch.load_codes import codes_of, most_and_least
+from runtime.watch.watched_run import WatchedRun
+
+LOOK_S = 0.5  # of the stream, for something new
+KEEP_ALIVE_S = 15.0
+MAX_SPANS = 2_000
+MAX_COLUMNS = 512
+MAX_CURVES = 1_024
+_LAST_STEP = 2**53
+_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
+
+
+def make_app(runs: Sequence[WatchedRun], *, is_ending: Callable[[], bool] = lambda: False) -> Starlette:
+    """The application, without its guard. is_ending: whether the server waits for the streams to end."""
+    api = _Api(runs, is_ending)
+    static = _static_files()
+
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        if name not in static:
+            raise HTTPException(404)
+        content, kind = static[name]
+        return Response(content, media_type=kind)
+
+    routes = [
+        Route("/", page),
+        Route("/static/{name}", page),
+        Route("/api/runs", api.runs),
+        Route("/api/runs/{run:int}", api.facts),
+        Route("/api/runs/{run:int}/curves", api.curves),
+        Route("/api/runs/{run:int}/events", api.events),
+        Route("/api/runs/{run:int}/load", api.load),
+        Route("/api/runs/{run:int}/last_load", api.last_load),
+        Route("/api/runs/{run:int}/expert", api.expert),
+        Route("/api/stream", api.stream),
+        Route("/metrics", api.metrics),
+    ]
+    return Starlette(routes=routes)
+
+
+class _Api:
+    """What is not async here runs on a thread of its own: it reads files."""
+
+    def __init__(self, runs: Sequence[WatchedRun], is_ending: Callable[[], bool]) -> None:
+        self._runs, self._is_ending = runs, is_ending
+
+    def runs(self, request: Request) -> Response:
+        return _json([run.summary() for run in self._runs])
+
+    def facts(self, request: Request) -> Response:
+        return _json(self._run(request).facts())
+
+    def curves(self, request: Request) -> Response:
+        """Some curves in a window of steps, each as its least, greatest and mean value in every span."""
+        metrics = self._run(request).metrics
+        names = request.query_params.get("names", "").split(",")[:MAX_CURVES]
+        first, last = _window(request, metrics.last_step)
+        spans = metrics.spans(names, first, last, _whole(request, "num", 400, 1, MAX_SPANS))
+        each = {
+            name: {"low": _column(spans.low, n), "high": _column(spans.high, n), "mean": _column(spans.mean, n)}
+            for n, name in enumerate(names)
+        }
+        return _json({"first": spans.first.tolist(), "last": spans.last.tolist(), "curves": each})
+
+    def events(self, request: Request) -> Response:
+        return _json(self._run(request).events.since(_whole(request, "since", 0, 0, _LAST_STEP)))
+
+    def load(self, request: Request) -> Response:
+        """The load of a layer as a heat map: expert by span of steps."""
+        run = self._run(request)
+        first, last = _window(request, run.metrics.last_step)
+        found = run.load.columns(_layer(request), first, last, _whole(request, "num", 256, 1, MAX_COLUMNS))
+        if found is None:
+            return _json(None)
+        shares = found.counts / np.maximum(found.counts.mean(1, keepdims=True), 1e-9)
+        how = {"num_records": found.num_records, "num_read": found.num_read}
+        return _json({"steps": found.steps.tolist(), "codes": _text(codes_of(shares)), **how})
+
+    def expert(self, request: Request) -> Response:
+        """Load, as a multiple of the mean of the layer, and bias of one expert."""
+        run = self._run(request)
+        first, last = _window(request, run.metrics.last_step)
+        found = run.load.columns(_layer(request), first, last, _whole(request, "num", 256, 1, MAX_COLUMNS))
+        expert = _whole(request, "expert", 0, 0, _LAST_STEP)
+        if found is None or expert >= found.counts.shape[1]:
+            return _json(None)
+        share = found.counts[:, expert] / np.maximum(found.counts.mean(1), 1e-9)
+        bias = [_finite(value) for value in found.bias[:, expert].tolist()]
+        return _json({"steps": found.steps.tolist(), "load": share.round(4).tolist(), "bias": bias})
+
+    def last_load(self, request: Request) -> Response:
+        """The load of all layers over the last steps: a row of codes for each, and the experts that stand out."""
+        run = self._run(request)
+        found, layout = run.load.last(), run.load.layout
+        if found is None or layout is None:
+            return _json(None)
+        layers = []
+        for where in layout.slices:
+            counts_E, bias_E = found.counts_N[where], found.bias_N[where]
+            share_E = counts_E / max(float(counts_E.mean()), 1e-9)
+            layers.append({
+                "codes": _text(codes_of(share_E)),
+                "max_vio": _finite(float(share_E.max() - 1)),
+                "dead": int((counts_E == 0).sum()),
+                "bias": [_finite(float(bias_E.min())), _finite(float(bias_E.max()))],
+            })  # fmt: skip
+        return _json({"first": found.first, "last": found.last, "layers": layers, **most_and_least(found, layout)})
+
+    async def stream(self, request: Request) -> Response:
+        """Server-sent events: the summary of a run whenever there is something new."""
+        return StreamingResponse(self._news(), media_type="text/event-stream")
+
+    def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(exposition(self._runs), media_type=CONTENT_TYPE)
+
+    async def _news(self) -> AsyncIterator[str]:
+        seen, quiet_s = [-1] * len(self._runs), 0.0
+        while not self._is_ending():
+            for number, run in enumerate(self._runs):
+                if run.stamp != seen[number]:
+                    seen[number], quiet_s = run.stamp, 0.0
+                    summary = await asyncio.to_thread(run.summary)
+                    yield f"data: {_dumped({'run': number, **summary})}\n\n"
+            if quiet_s >= KEEP_ALIVE_S:
+                quiet_s = 0.0
+                yield ": still here\n\n"
+            quiet_s += LOOK_S
+            await asyncio.sleep(LOOK_S)
+
+    def _run(self, request: Request) -> WatchedRun:
+        number: int = request.path_params["run"]
+        if number >= len(self._runs):
+            raise HTTPException(404)
+        return self._runs[number]
+
+
+def _static_files() -> dict[str, tuple[bytes, str]]:
+    folder = files("runtime.watch") / "static"
+    names = [each.name for each in folder.iterdir() if each.name.rpartition(".")[2] in _KINDS]
+    return {name: ((folder / name).read_bytes(), _KINDS[name.rpartition(".")[2]]) for name in names}
+
+
+def _whole(request: Request, name: str, default: int, low: int, high: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 16 or not low <= int(text) <= high:
+        raise HTTPException(400, f"{name} must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def _window(request: Request, last_step: int) -> tuple[int, int]:
+    return _whole(request, "first", 0, 0, _LAST_STEP), _whole(request, "last", last_step, 0, _LAST_STEP)
+
+
+def _layer(request: Request) -> int:
+    return _whole(request, "layer", 0, 0, 2**20)
+
+
+def _text(codes: NDArray[np.uint8]) -> str:
+    return base64.b64encode(codes.tobytes()).decode()
+
+
+def _column(values: NDArray[np.float64], number: int) -> list[float | None]:
+    return [_finite(value) for value in values[:, number].tolist()]
+
+
+def _finite(value: float) -> float | None:
+    # Seven digits are more than a chart shows; the mean of a thousand steps would have seventeen.
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, default=str, separators=(",", ":"))
+
+
+def _json(value: Any) -> Response:
+    return Response(_dumped(value), media_type="application/json")

@@ -1,0 +1,113 @@
+"""Which numbers of metrics.jsonl are curves, and lines as rows of a table of them."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.record.record_lines import Line, is_sound
+
+PER_LAYER = "max_vio_batch_per_layer"
+PHASES = ("dispatch_s", "experts_s", "combine_s", "bias_update_s", "control_wait_s")
+REST = "other_s"  # of the step beside its phases: attention, dense layers, gradients, optimizer
+FIELDS = (
+    "loss", "aux_loss", "z_loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tflops_per_s", "mfu",
+    "max_vio_batch", "max_vio_floor", "max_vio_computation_batch", "dead_experts", "bias_min", "bias_max",
+    *PHASES, REST, "sent_bytes", "val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_held_out",
+)  # fmt: skip
+MAX_OTHER_FIELDS = 32  # of metrics that we do not know
+MAX_LAYERS = 512
+_MAX_NUMBER = 1e300
+_NOT_CURVES = {"step", "time", "kind"}
+
+
+class Table(NamedTuple):
+    """n lines in the order of their steps. steps: (n,). values: (n, S), NaN where a line lacks a number."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+class Curves(NamedTuple):
+    """The curves of a run: numbers of a line by their names, then one of each layer."""
+
+    plain: tuple[str, ...]
+    num_layers: int
+
+    @classmethod
+    def in_lines(cls, lines: Iterable[Line]) -> "Curves":
+        """Those that these lines have beside the known ones."""
+        others: dict[str, None] = {}
+        num_layers = 0
+        for line in lines:
+            others |= dict.fromkeys(name for name, value in line.items() if is_number(value))
+            if isinstance(each := line.get(PER_LAYER), list):
+                num_layers = max(num_layers, len(each))
+        own = [name for name in others if name not in FIELDS and name not in _NOT_CURVES and len(name) < 64]
+        return cls((*FIELDS, *own[:MAX_OTHER_FIELDS]), min(num_layers, MAX_LAYERS))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of the columns; a layer's as `max_vio_batch_per_layer.0`."""
+        return (*self.plain, *(f"{PER_LAYER}.{number}" for number in range(self.num_layers)))
+
+    def table(self, lines: Sequence[Line]) -> Table:
+        """The lines as rows."""
+        steps = np.fromiter((line["step"] for line in lines), np.int64, len(lines))
+        values = np.array([self._row(line) for line in lines], np.float64)
+        return Table(steps, values.reshape(len(lines), len(self.plain) + self.num_layers))
+
+    def _row(self, line: Line) -> list[float]:
+        row = [_float(line.get(name)) for name in self.plain]
+        row[_REST_COLUMN] = rest_s(line)
+        layers = line.get(PER_LAYER)
+        values = [_float(value) for value in layers[: self.num_layers]] if isinstance(layers, list) else []
+        return row + values + [math.nan] * (self.num_layers - len(values))
+
+
+_REST_COLUMN = FIELDS.index(REST)
+
+
+def parsed(text: bytes) -> Line | None:
+    """A line of metrics.jsonl; None where it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and is_sound(line) and is_number(line.get("time")) else None
+
+
+def parsed_all(texts: Iterable[bytes]) -> list[Line]:
+    """The lines that are sound."""
+    return [line for text in texts if (line := parsed(text)) is not None]
+
+
+def slim(line: Line) -> Line:
+    """The numbers of a line, and what is true or false of it, without its lists and texts."""
+    return {name: value for name, value in line.items() if isinstance(value, bool) or is_number(value)}
+
+
+def pace_s(recent: Sequence[Line]) -> float | None:
+    """Seconds from step to step, evaluations and checkpoints among them; None where there is but one."""
+    # After a recovery steps are made again: only those that go on are a pace.
+    gaps = [(after["time"] - before["time"], after["step"] - before["step"]) for before, after in pairwise(recent)]
+    forward = [(seconds, steps) for seconds, steps in gaps if steps > 0 and seconds >= 0]
+    return sum(seconds for seconds, _ in forward) / sum(steps for _, steps in forward) if forward else None
+
+
+def rest_s(line: Line) -> float:
+    """Seconds of the step that are no phase; NaN where the line does not say."""
+    return _float(line.get("step_s")) - sum(_float(line.get(name)) for name in PHASES)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER
+
+
+def _float(value: Any) -> float:
+    return float(value) if is_number(value) else math.nan

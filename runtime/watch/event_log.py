@@ -1,0 +1,109 @@
+"""What has happened to a run, by its events.jsonl: its state, its ranks, and the last events in words."""
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from runtime.report.event_text import STACKS, event_text
+from runtime.watch.curves import is_number
+from runtime.watch.tail import Tail
+from workers.record.record_lines import Line
+from workers.record.run_log import MAX_TIME
+
+MAX_EVENTS = 400  # that are kept
+MAX_STACK_CHARACTERS = 32_000  # as much as a run writes
+MAX_TEXT_CHARACTERS = 4_000
+
+# What an event makes of the state of a run. A recovery is over with `recovered`; until then `resumed` ends nothing.
+_STATES = {
+    "started": "running",
+    "resumed": "running",
+    "recovered": "running",
+    "recovering": "recovering",
+    "moving": "recovering",
+    "finished": "finished",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "gave_up": "failed",
+}
+_WITHIN_A_RECOVERY = {"resumed", "interrupted"}
+_KINDS = {"failed": "bad", "gave_up": "bad", "finished": "good", "recovered": "good"}
+_WARNINGS = {
+    "recovering", "moving", "warning", "record_hole", "checkpoint_failed", "checkpoint_waits", "bias_repaired",
+    "coordinator_lost", "memory_checkpoint_failed", "memory_checkpoint_unusable", "interrupted",
+}  # fmt: skip
+
+
+class EventLog:
+    """events.jsonl of one run. `poll` reads on; the rest may be asked on any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._tail = Tail(path)
+        self._shown: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self.state = "not begun"
+        self.num = self.num_recoveries = self.num_failures = 0
+        self.last_time = 0.0
+        self.start: Line = {}  # the last event that began or resumed training: its ranks, exchange and law
+
+    def poll(self) -> bool:
+        """Read on. Returns whether there was something new.
+
+        Raises:
+            Rewritten: the file is not the one that was read; a new object must read it.
+        """
+        lines = self._tail.read()
+        for _, text in lines:
+            if (event := _parsed(text)) is not None:
+                self._take(event)
+        return bool(lines)
+
+    def since(self, number: int) -> list[dict[str, Any]]:
+        """The events from `number` on, as far as they are kept, each with its number, time, kind and text."""
+        return [event for event in list(self._shown) if event["number"] >= number]
+
+    def _take(self, event: Line) -> None:
+        name = event["event"]
+        is_within = self.state == "recovering" and name in _WITHIN_A_RECOVERY
+        self.state = self.state if is_within else _STATES.get(name, self.state)
+        self.num_recoveries += name == "recovered"
+        self.num_failures += name == "failed"
+        if name in ("started", "resumed"):
+            self.start = event
+        self._shown.append(_shown(self.num, event))
+        self.num += 1
+        self.last_time = float(event["time"])
+
+
+def _parsed(text: bytes) -> Line | None:
+    try:
+        event = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    time = event.get("time")
+    return event if is_number(time) and 0 <= time < MAX_TIME else None  # type: ignore[operator]
+
+
+def _shown(number: int, event: Line) -> dict[str, Any]:
+    name = event["event"]
+    verdict = _KINDS.get(name, "warn" if name in _WARNINGS else "plain")
+    step = event.get("step")
+    return {
+        "number": number,
+        "time": event["time"],
+        "event": name[:64].replace("_", " "),
+        "verdict": verdict,
+        "step": step if type(step) is int else None,
+        "text": _text(event)[:MAX_TEXT_CHARACTERS],
+        "stacks": "\n".join(str(event[each]) for each in STACKS if event.get(each))[:MAX_STACK_CHARACTERS],
+    }
+
+
+def _text(event: Line) -> str:
+    try:
+        return event_text(event)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
+        # Not as a run of ours writes it: shown as it is.
+        return json.dumps({name: value for name, value in event.items() if name not in STACKS})

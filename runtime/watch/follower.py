@@ -1,0 +1,45 @@
+"""Reads on in all runs, on one thread: requests answer from what it has read, and never wait for it."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Self
+
+from runtime.watch.watched_run import WatchedRun
+
+POLL_S = 0.5
+_BREATH_S = 0.002  # between two parts of a long file, so that a request finds the interpreter free
+
+_logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """A context manager: within it, the runs are followed."""
+
+    def __init__(self, runs: Sequence[WatchedRun], *, poll_s: float = POLL_S) -> None:
+        self._runs, self._poll_s = runs, poll_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+
+    def __enter__(self) -> Self:
+        for run in self._runs:
+            self._poll(run)  # so that the first request finds something
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        wait_s = 0.0
+        while not self._stop.wait(wait_s):
+            there_is_more = [self._poll(run) for run in self._runs]
+            wait_s = _BREATH_S if any(there_is_more) else self._poll_s
+
+    def _poll(self, run: WatchedRun) -> bool:
+        try:
+            return run.poll() and run.metrics.share_read < 1
+        except OSError as error:  # a file server that is away comes back
+            _logger.warning("%s cannot be read now: %s", run.path, error)
+            return False

@@ -1,0 +1,159 @@
+"""The load of every expert through time, read from load/history.bin where it is asked for: nothing of it is kept.
+
+A run of 1,000,000 steps × 61 layers × 256 experts has 187 GB of it. A column of a heat map sums at most
+RECORDS_A_COLUMN of the steps that it covers, evenly spaced; a window of few steps is exact. E experts of a layer; C
+columns.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dispatch.layout import LoadLayout
+from runtime.watch.regular_file import opened, read_at_most
+from workers.record.run_log import HISTORY, LAYOUT
+
+RECORDS_A_COLUMN = 4
+LAST_RECORDS = 10  # that the picture of all layers sums up
+MAX_EXPERTS = 2**22  # of all layers; a layout of more is none
+_MAX_LAYOUT_BYTES = 2**22
+_STEP_BYTES = 8
+_COUNT_BYTES = 8
+_BIAS_BYTES = 4
+
+
+class LoadColumns(NamedTuple):
+    """The load of one layer in C spans of steps."""
+
+    steps: NDArray[np.int64]
+    """(C,): the first step of each."""
+    counts: NDArray[np.int64]
+    """(C, E): tokens that chose the expert, over the records that were read."""
+    bias: NDArray[np.float32]
+    """(C, E): the bias that routed the first record of each."""
+    num_records: int
+    """Records in the window, of which `num_read` were read."""
+    num_read: int
+
+
+class LastLoad(NamedTuple):
+    """The load of all layers over the last records, one layer after the other."""
+
+    first: int
+    last: int
+    counts_N: NDArray[np.int64]
+    bias_N: NDArray[np.float32]
+    """Of the last record."""
+
+
+class LoadFile:
+    """load/history.bin of one run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._layout: LoadLayout | None = None
+
+    @property
+    def layout(self) -> LoadLayout | None:
+        """The MoE layers; None before the run has begun, or where the file is none."""
+        if self._layout is None:
+            self._layout = _read_layout(self._run_dir / LAYOUT)
+        return self._layout
+
+    def columns(self, layer: int, first: int, last: int, num: int) -> LoadColumns | None:
+        """The load of a layer in at most `num` spans of the steps from `first` to `last`; None where there is none."""
+        with self._records() as records:
+            if records is None or not 0 <= layer < len(records.layout.names):
+                return None
+            begin, end = records.find(first), records.find(last + 1)
+            if begin >= end:
+                return None
+            return _columns(records, records.layout.slices[layer], begin, end, num)
+
+    def last(self) -> LastLoad | None:
+        """The load of all layers over the last records; None where there is none."""
+        with self._records() as records:
+            if records is None or not records.num:
+                return None
+            everything = slice(0, records.layout.total)
+            numbers = range(max(0, records.num - LAST_RECORDS), records.num)
+            counts = sum((records.counts(number, everything) for number in numbers), np.zeros(1, np.int64))
+            bias = records.bias(records.num - 1, everything)
+            return LastLoad(records.step(numbers[0]), records.step(numbers[-1]), counts, bias)
+
+    @contextmanager
+    def _records(self) -> "Iterator[_Records | None]":
+        layout = self.layout
+        with opened(self._run_dir / HISTORY) as fd:
+            yield None if fd is None or layout is None or not layout.total else _Records(fd, layout)
+
+
+class _Records:
+    """The records of an open file, by their number. Only what is asked for is read."""
+
+    def __init__(self, fd: int, layout: LoadLayout) -> None:
+        self.layout, self._fd = layout, fd
+        self._size = _STEP_BYTES + layout.total * (_COUNT_BYTES + _BIAS_BYTES)
+        self.num = os.fstat(fd).st_size // self._size
+
+    def step(self, number: int) -> int:
+        return int(self._read(number, 0, "<i8", 1)[0])
+
+    def counts(self, number: int, where: slice) -> NDArray[np.int64]:
+        return self._read(number, _STEP_BYTES + where.start * _COUNT_BYTES, "<i8", where.stop - where.start)
+
+    def bias(self, number: int, where: slice) -> NDArray[np.float32]:
+        start = _STEP_BYTES + self.layout.total * _COUNT_BYTES + where.start * _BIAS_BYTES
+        return self._read(number, start, "<f4", where.stop - where.start)
+
+    def find(self, step: int) -> int:
+        """The number of the first record of `step` or a later one."""
+        low, high = 0, self.num
+        while low < high:
+            middle = (low + high) // 2
+            if self.step(middle) < step:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _read(self, number: int, start: int, dtype: str, num: int) -> NDArray[Any]:
+        item = np.dtype(dtype)
+        raw = os.pread(self._fd, num * item.itemsize, number * self._size + start)
+        # A run that resumes may cut the file while it is read.
+        return np.frombuffer(raw.ljust(num * item.itemsize, b"\0"), item)
+
+
+def _columns(records: _Records, where: slice, begin: int, end: int, num: int) -> LoadColumns:
+    edges = np.linspace(begin, end, min(num, end - begin) + 1).astype(np.int64)
+    steps, counts, bias, num_read = [], [], [], 0
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        numbers = _spread_over(start, stop, RECORDS_A_COLUMN)
+        num_read += len(numbers)
+        steps.append(records.step(start))
+        counts.append(sum((records.counts(number, where) for number in numbers[1:]), records.counts(start, where)))
+        bias.append(records.bias(start, where))
+    return LoadColumns(np.array(steps), np.array(counts), np.array(bias), end - begin, num_read)
+
+
+def _spread_over(start: int, stop: int, num: int) -> list[int]:
+    """At most `num` numbers from `start`, which is one of them, to before `stop`, evenly spaced."""
+    num = min(num, stop - start)
+    return [start + (stop - start) * each // num for each in range(num)]
+
+
+def _read_layout(path: Path) -> LoadLayout | None:
+    try:
+        stored = json.loads(read_at_most(path, _MAX_LAYOUT_BYTES) or b"")
+        names, sizes = [str(name) for name in stored["names"]], stored["num_experts"]
+        layout = LoadLayout(tuple(names), tuple(sizes), tuple(bool(each) for each in stored["balanced"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    is_sound = all(type(size) is int and size > 0 for size in sizes)
+    return layout if is_sound and layout.total <= MAX_EXPERTS else None

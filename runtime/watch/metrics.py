@@ -1,0 +1,173 @@
+"""The curves of a run: every number of metrics.jsonl by its step, read bit by bit and kept in bounded memory.
+
+A long file is first read at evenly spaced places (`spread`), which takes milliseconds, then from its beginning; until
+that is done, what lies behind is drawn from those few lines. A window of few steps is read from the file again, line
+by line.
+"""
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.watch.buckets import Buckets, Spans, spans_of
+from runtime.watch.curves import Curves, parsed, parsed_all, slim
+from runtime.watch.regular_file import read_between
+from runtime.watch.spread import last_lines, spread_lines
+from runtime.watch.tail import Tail
+from workers.record.record_lines import Line
+
+RECENT = 64  # training lines that pace and phases are averaged over
+NUM_SPREAD = 768
+INDEX_EVERY = 256  # lines
+EXACT_STEPS = 4096  # a window of so many steps is read line by line
+_MAX_WAITING = 64  # lines before the first of a training step
+_MAX_EXACT_BYTES = 2**26
+
+
+class Metrics:
+    """metrics.jsonl of one run. `poll` reads on, on one thread; the rest may be asked on any."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._tail = path, Tail(path)
+        self._lock = threading.Lock()
+        self._waiting: list[Line] = []  # until a training step shows which curves there are
+        self._curves = Curves((), 0)
+        self._column: dict[str, int] = {}
+        self._buckets = Buckets(0)
+        self._spread = self._curves.table([])
+        self._index: list[tuple[int, int]] = []  # step and offset of every so many lines
+        self._num_lines = self._read_step = self._end_seen = 0
+        self.latest: Line = {}  # of training
+        self.recent: deque[Line] = deque(maxlen=RECENT)
+        self.first_eval: Line = {}
+        self.last_eval: Line = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The curves that there are; () before the first training step."""
+        return self._curves.names
+
+    @property
+    def share_read(self) -> float:
+        """How much of the file was read from its beginning: 1 once nothing is drawn from samples any more."""
+        return 1.0 if self._tail.is_at_end else self._tail.offset / self._tail.size
+
+    @property
+    def last_step(self) -> int:
+        """The last training step."""
+        return int(self.latest.get("step", 0))
+
+    def poll(self) -> bool:
+        """Read on. Returns whether there was something new.
+
+        Raises:
+            Rewritten: the file is not the one that was read; a new object must read it.
+        """
+        lines = self._tail.read()
+        found = parsed_all(text for _, text in lines)
+        if not self._column:
+            self._waiting += found
+            if not _show_the_curves(self._waiting):
+                return bool(found)
+            found, self._waiting = self._waiting, []
+            self._begin(found)
+        self._remember(lines)
+        self._add(found)
+        self._look_at_the_end()
+        return bool(lines)
+
+    def spans(self, names: Sequence[str], first: int, last: int, num: int) -> Spans:
+        """At most 2 × `num` spans of the steps from `first` to `last`. Unknown names are curves without a value."""
+        with self._lock:
+            columns = [self._column.get(name, -1) for name in names]
+            known = [column for column in columns if column >= 0]
+            read_step, spread = self._read_step, self._spread
+            is_exact = last - first < EXACT_STEPS and self._buckets.width > 1
+            found = self._buckets.spans(first, min(last, read_step), num, known)
+        if is_exact and found.first.size:
+            found = self._exact(first, min(last, read_step), num, known)
+        if last > read_step:
+            later = spans_of(spread.steps, spread.values[:, known], max(first, read_step + 1), last, num)
+            found = found.then(later)
+        return _with_unknown(found, columns)
+
+    def _exact(self, first: int, last: int, num: int, columns: list[int]) -> Spans:
+        lines = [line for line in self._lines_around(first, last) if first <= line["step"] <= last]
+        steps, values = self._curves.table(lines)
+        return spans_of(steps, values[:, columns], first, last, num)
+
+    def _lines_around(self, first: int, last: int) -> list[Line]:
+        with self._lock:
+            steps = [step for step, _ in self._index]
+            begin, end = max(bisect_left(steps, first) - 1, 0), bisect_right(steps, last)
+            start = self._index[begin][1] if self._index else 0
+            stop = self._index[end][1] if end < len(self._index) else self._tail.offset
+        raw = read_between(self._path, start, min(stop, start + _MAX_EXACT_BYTES))
+        return parsed_all(raw.split(b"\n"))
+
+    def _begin(self, lines: list[Line]) -> None:
+        """Choose the curves, and look at evenly spaced places of a long file."""
+        if not self._tail.is_at_end:
+            lines = parsed_all(spread_lines(self._path, NUM_SPREAD))
+            lines.sort(key=lambda line: line["step"])
+            self._note(lines)
+        curves = Curves.in_lines(lines)
+        with self._lock:
+            self._curves, self._column = curves, {name: number for number, name in enumerate(curves.names)}
+            self._buckets = Buckets(len(curves.names))
+            self._spread = curves.table([] if self._tail.is_at_end else lines)
+
+    def _remember(self, lines: list[tuple[int, bytes]]) -> None:
+        for offset, text in lines:
+            if self._num_lines % INDEX_EVERY == 0 and (line := parsed(text)) is not None:
+                with self._lock:
+                    self._index.append((line["step"], offset))
+            self._num_lines += 1
+
+    def _add(self, lines: list[Line]) -> None:
+        if not lines:
+            return
+        steps, values = self._curves.table(lines)
+        with self._lock:
+            self._buckets.add(steps, values)
+            self._read_step = max(self._read_step, int(steps.max()))
+        self._note(lines)
+
+    def _look_at_the_end(self) -> None:
+        """What a run does now is not to wait until all of its past is read."""
+        if self._tail.is_at_end:
+            self._spread = self._curves.table([])
+        elif self._tail.size != self._end_seen:
+            self._end_seen = self._tail.size
+            self._note(parsed_all(last_lines(self._path, RECENT)))
+
+    def _note(self, lines: list[Line]) -> None:
+        for line in lines:
+            if line["kind"] == "train" and line["step"] > self.last_step:
+                self.latest = line
+                self.recent.append(slim(line))
+            elif line["kind"] == "eval":
+                self._note_eval(slim(line))
+
+    def _note_eval(self, line: Line) -> None:
+        if not self.first_eval or line["step"] < self.first_eval["step"]:
+            self.first_eval = line
+        if not self.last_eval or line["step"] >= self.last_eval["step"]:
+            self.last_eval = line
+
+
+def _show_the_curves(lines: list[Line]) -> bool:
+    return len(lines) >= _MAX_WAITING or any(line["kind"] == "train" for line in lines)
+
+
+def _with_unknown(found: Spans, columns: list[int]) -> Spans:
+    """Put a column of NaN where a curve is not known."""
+    nan = np.full((len(found.first), 1), np.nan)
+    known = [column for column in columns if column >= 0]
+    places = [known.index(column) if column >= 0 else len(known) for column in columns]
+    low, high, mean = (np.hstack([each, nan])[:, places] for each in (found.low, found.high, found.mean))
+    return Spans(found.first, found.last, low, high, mean)

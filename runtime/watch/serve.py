@@ -1,0 +1,71 @@
+"""Binds the address, prints the URL, and serves until a signal ends it."""
+
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from dispatch.errors import InvalidValue
+from runtime.watch.app import make_app
+from runtime.watch.follower import Follower
+from runtime.watch.guard import Guard, names_of
+from runtime.watch.watched_run import WatchedRun
+
+TOKEN_BYTES = 24
+MAX_CONNECTIONS = 64
+CLOSE_S = 2  # for answers that are under way when a signal comes
+
+
+def serve(run_dirs: Sequence[Path], *, address: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP, which then raise as they would elsewhere.
+
+    port: 0 takes a free one.
+
+    Raises:
+        InvalidValue: the address is none of this machine, or the port is taken.
+    """
+    listening = _listen(address, port)
+    port, token = listening.getsockname()[1], secrets.token_urlsafe(TOKEN_BYTES)
+    runs = [WatchedRun(path) for path in run_dirs]
+    guard = Guard(
+        make_app(runs, is_ending=lambda: server.should_exit),
+        token=token,
+        cookie=f"trimtab_watch_{port}",
+        hosts=names_of(address),
+    )
+    config = uvicorn.Config(
+        guard,
+        log_config=None,  # a request's line would show the token
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_S,
+        limit_concurrency=MAX_CONNECTIONS,
+    )
+    server = uvicorn.Server(config)
+    with listening, Follower(runs):
+        names = ", ".join(str(run.path) for run in runs)
+        say(f"watching {names}\n\n  http://{_host(address)}:{port}/?token={token}\n\nCtrl-C ends it; the run goes on")
+        sys.stdout.flush()
+        server.run(sockets=[listening])
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+    except OSError as error:
+        raise InvalidValue(
+            f"cannot listen at {address}:{port} ({error}); choose another --port, or --bind an address of this machine"
+        ) from error
+    listening.listen()
+    return listening
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

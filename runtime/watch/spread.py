@@ -1,0 +1,59 @@
+"""Lines at evenly spaced places of a long file: enough for a first picture, long before all of it is read."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtime.watch.regular_file import opened
+
+_WINDOW_BYTES = 2**14  # holds a whole line of 61 layers at most places
+_MAX_WINDOW_BYTES = 2**18
+
+
+def spread_lines(path: Path, num: int) -> list[bytes]:
+    """About `num` complete lines of a file in their order, the last one among them."""
+    with opened(path) as fd:
+        if fd is None:
+            return []
+        size = os.fstat(fd).st_size
+        return list(_lines(fd, size, num))
+
+
+def last_lines(path: Path, num: int) -> list[bytes]:
+    """The last `num` complete lines, fewer where they are unusually long."""
+    with opened(path) as fd:
+        return [] if fd is None else _lines_before(fd, os.fstat(fd).st_size, num)
+
+
+def _lines(fd: int, size: int, num: int) -> Iterator[bytes]:
+    seen = -1
+    for number in range(num):
+        start, line = _line_after(fd, size * number // num)
+        if line is not None and start > seen:
+            seen = start
+            yield line
+    yield from _lines_before(fd, size, 1)
+
+
+def _line_after(fd: int, offset: int) -> tuple[int, bytes | None]:
+    """Offset and text of the first line that begins at `offset` or behind it."""
+    base = max(offset - 1, 0)  # a newline just before `offset` ends the line before
+    window = _WINDOW_BYTES
+    while window <= _MAX_WINDOW_BYTES:
+        raw = os.pread(fd, window, base)
+        start = raw.find(b"\n") + 1 if offset else 0
+        if (start or not offset) and (end := raw.find(b"\n", start)) >= 0:
+            return base + start, raw[start:end]
+        window *= 4
+    return base, None
+
+
+def _lines_before(fd: int, end: int, num: int) -> list[bytes]:
+    window = _WINDOW_BYTES
+    while True:
+        start = max(end - window, 0)
+        # The last part is a line that is being written, or nothing; the first is whole at the file's beginning only.
+        lines = os.pread(fd, end - start, start).split(b"\n")[(start > 0) : -1]
+        if len(lines) >= num or start == 0 or window >= _MAX_WINDOW_BYTES:
+            return lines[-num:]
+        window *= 4

@@ -1,0 +1,66 @@
+"""Reads the lines of a file as they are appended, and notices when what was read is no longer what the file holds."""
+
+import os
+from pathlib import Path
+
+from runtime.watch.regular_file import opened
+
+CHUNK_BYTES = 2**20  # at once: some hundred lines, so that requests are answered in between
+MAX_LINE_BYTES = 2**23  # a longer line is passed over; an event with its stacks has a hundredth of that
+_REMEMBERED_BYTES = 256  # of what was read last: a run that resumes cuts its lines, and may be as long when we look
+
+
+class Rewritten(Exception):
+    """What was read is not what the file holds now: a run has resumed. Read it anew."""
+
+
+class Tail:
+    """Where the reading of a file has arrived. A file that is not there yet has no lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.offset = 0  # of the first byte that no returned line has
+        self.size = 0  # of the file, when it was last looked at
+        self._path, self._inode, self._last = path, 0, b""
+
+    def read(self) -> list[tuple[int, bytes]]:
+        """The next complete lines without their newline, each with its offset; none where there is nothing new.
+
+        Raises:
+            Rewritten: see there. The tail can not be used further.
+        """
+        with opened(self._path) as fd:
+            if fd is None:
+                if self.offset:
+                    raise Rewritten
+                return []
+            self._check(fd)
+            raw = os.pread(fd, CHUNK_BYTES, self.offset)
+            while b"\n" not in raw and self.offset + len(raw) < self.size and len(raw) < MAX_LINE_BYTES:
+                raw += os.pread(fd, CHUNK_BYTES, self.offset + len(raw))
+        return self._lines(raw)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the last reading found no whole chunk more."""
+        return self.size - self.offset < CHUNK_BYTES
+
+    def _check(self, fd: int) -> None:
+        status = os.fstat(fd)
+        self.size = status.st_size
+        before = os.pread(fd, len(self._last), self.offset - len(self._last)) if self._last else b""
+        if self.size < self.offset or before != self._last or self._inode not in (0, status.st_ino):
+            raise Rewritten
+        self._inode = status.st_ino
+
+    def _lines(self, raw: bytes) -> list[tuple[int, bytes]]:
+        end = raw.rfind(b"\n") + 1
+        if not end and len(raw) >= MAX_LINE_BYTES:
+            end = len(raw)  # the rest of the line will be no JSON object either
+        found, offset = [], self.offset
+        for text in raw[:end].split(b"\n")[:-1]:
+            found.append((offset, text))
+            offset += len(text) + 1
+        if end:
+            self._last = raw[max(0, end - _REMEMBERED_BYTES) : end]
+            self.offset += end
+        return found

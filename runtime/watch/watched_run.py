@@ -1,0 +1,121 @@
+"""A run as the page sees it: kept up to date by `poll`, on one thread, and asked by requests on others."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.run_lock import LEASE_S, PREFIX
+from runtime.watch.curves import PHASES, REST, is_number, pace_s, rest_s, slim
+from runtime.watch.event_log import EventLog
+from runtime.watch.load_file import LoadFile
+from runtime.watch.metrics import Metrics
+from runtime.watch.settings_file import SettingsFile
+from runtime.watch.tail import Rewritten
+from workers.record.record_lines import Line
+from workers.record.run_log import EVENTS, METRICS
+
+UNDER_WAY = ("running", "recovering")
+GONE = "gone"  # the run says that it is under way, and no process holds its directory any more
+
+
+class WatchedRun:
+    """One run. Its directory need not be there yet.
+
+    stamp: grows with everything new; who has seen a stamp needs to ask only for another one. epoch: grows where the
+    past of the run has changed, as when it resumes from an earlier step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.absolute().name
+        self.stamp = self.epoch = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.metrics, self.events = Metrics(self.path / METRICS), EventLog(self.path / EVENTS)
+        self.settings, self.load = SettingsFile(self.path / CONFIG_FILE), LoadFile(self.path)
+        self._told_state = ""
+        self._read_step = 0
+
+    def poll(self) -> bool:
+        """Read on. Returns whether there was something new, and so perhaps more."""
+        try:
+            parts = [self.metrics.poll(), self.events.poll(), self.settings.poll()]
+        except Rewritten:
+            self.epoch += 1
+            self._begin()
+            parts = [True]
+        state = self.state()
+        if any(parts) or state != self._told_state:
+            self._told_state = state
+            self.stamp += 1
+        return any(parts)
+
+    def state(self) -> str:
+        """In one word: starting, running, recovering, finished, interrupted, failed, gone, or `not begun`."""
+        state, sign = self.events.state, _last_sign(self.path)
+        if state == "not begun":
+            return state if sign is None else "starting"
+        is_alive = sign is not None and time.time() - sign < LEASE_S
+        return GONE if state in UNDER_WAY and not is_alive else state
+
+    def summary(self) -> dict[str, Any]:
+        """What the page shows at a glance; small, since it is sent at every change."""
+        recent = list(self.metrics.recent)
+        state, total = self.state(), self.settings.number("run.steps")
+        pace = pace_s(recent)
+        left = max(total - self.metrics.last_step, 0) if total else None
+        is_known = state in UNDER_WAY and pace is not None and left is not None
+        return {
+            "name": self.name,
+            "state": state,
+            "epoch": self.epoch,
+            "step": self.metrics.last_step,
+            "total_steps": total,
+            "left_s": pace * left if is_known and pace is not None and left is not None else None,
+            "pace_s": pace,
+            "last_time": max(float(self.metrics.latest.get("time", 0.0)), self.events.last_time) or None,
+            "latest": slim(self.metrics.latest),
+            "mean": _means(recent),
+            "first_eval": self.metrics.first_eval,
+            "last_eval": self.metrics.last_eval,
+            "share_read": self.metrics.share_read,
+            "num_events": self.events.num,
+            "num_recoveries": self.events.num_recoveries,
+            "num_failures": self.events.num_failures,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What does not change from step to step: settings, layers, ranks."""
+        layout, start = self.load.layout, self.events.start
+        return {
+            "name": self.name,
+            "curves": self.metrics.names,
+            "settings": self.settings.flat,
+            "settings_trouble": self.settings.trouble,
+            "layers": list(layout.names) if layout else [],
+            "num_experts": list(layout.num_experts) if layout else [],
+            "ranks": start.get("rank_map"),
+            "exchange": start.get("exchange"),
+            "balance": start.get("balance"),
+        }
+
+
+def _last_sign(run_dir: Path) -> float | None:
+    """When the owner of the directory last renewed its lock; None where there is no lock. Only looks: see run_lock."""
+    times = []
+    for path in run_dir.glob(f"{PREFIX}*"):
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:  # released meanwhile
+            continue
+    return max(times, default=None)
+
+
+def _means(recent: Sequence[Line]) -> dict[str, float]:
+    """Means over the recent steps, of where the time of a step goes and of what jumps from step to step."""
+    names = (*PHASES, "step_s", "tokens_per_s", "mfu", "max_vio_batch", "max_vio_floor", "loss")
+    values = {name: [line[name] for line in recent if is_number(line.get(name))] for name in names}
+    values[REST] = [rest for line in recent if is_number(rest := rest_s(line))]
+    return {name: sum(each) / len(each) for name, each in values.items() if each}
