@@ -127,7 +127,8 @@ class _Api:
                 "dead": int((counts_E == 0).sum()),
                 "bias": [_finite(float(bias_E.min())), _finite(float(bias_E.max()))],
             })  # fmt: skip
-        return _json({"first": found.first, "last": found.last, "layers": layers, **most_and_least(found, layout)})
+        how = {"first": found.first, "last": found.last, "num": found.num}
+        return _json({**how, "layers": layers, **most_and_least(found, layout)})
 
     async def stream(self, request: Request) -> Response:
         """Server-sent events: the summary of a run whenever there is something new."""

@@ -47,6 +47,8 @@ class LastLoad(NamedTuple):
 
     first: int
     last: int
+    num: int
+    """Records that are summed up."""
     counts_N: NDArray[np.int64]
     bias_N: NDArray[np.float32]
     """Of the last record."""
@@ -85,7 +87,7 @@ class LoadFile:
             numbers = range(max(0, records.num - LAST_RECORDS), records.num)
             counts = sum((records.counts(number, everything) for number in numbers), np.zeros(1, np.int64))
             bias = records.bias(records.num - 1, everything)
-            return LastLoad(records.step(numbers[0]), records.step(numbers[-1]), counts, bias)
+            return LastLoad(records.step(numbers[0]), records.step(numbers[-1]), len(numbers), counts, bias)
 
     @contextmanager
     def _records(self) -> "Iterator[_Records | None]":

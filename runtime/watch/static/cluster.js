@@ -1,0 +1,56 @@
+// Where the ranks are, and what has gone wrong and come back.
+
+import { card, el, table } from "./dom.js";
+import { bytes, count, duration, milliseconds, setting } from "./format.js";
+import { chartGrid, eventTable } from "./parts.js";
+
+export const TITLE = "Cluster";
+
+export function make(root, context) {
+  const cards = el("section", { class: "cards", "aria-label": "Figures" });
+  const ranks = el("div", {});
+  const events = eventTable("Failures, recoveries and warnings", (event) => event.verdict !== "plain", 100);
+  root.append(cards, el("h2", { text: "Failures, recoveries and warnings" }), events.box, el("h2", { text: "Ranks" }), ranks,
+    el("p", { class: "note", text: "As the run began or last resumed. What each rank is in at this moment is not recorded; when a collective takes too long, the failure above says it." }),
+    el("h2", { text: "Rank 0 through time" }));
+  const grid = chartGrid(root, context, [
+    { title: "Sent in a step", names: ["sent_bytes"], show: bytes, lines: [{ label: "rows and gradients", colour: "blue", band: true }] },
+    { title: "Exchange", names: ["dispatch_s", "combine_s"], show: milliseconds, lines: [{ label: "tokens to their experts", colour: "blue" }, { label: "results back", colour: "orange" }] },
+    { title: "Experts", names: ["experts_s"], show: milliseconds, lines: [{ label: "experts", colour: "green", band: true }] },
+    { title: "All else", names: ["other_s"], show: milliseconds, lines: [{ label: "attention, gradients, optimizer", colour: "pink", band: true }] },
+  ]);
+  return {
+    async draw() {
+      const run = context.runs[context.run], facts = context.facts[context.run];
+      if (!run || !facts) return;
+      cards.replaceChildren(...figures(run, facts));
+      ranks.replaceChildren(rankTable(facts.ranks));
+      await Promise.all([grid.draw(), events.draw(context)]);
+    },
+    leave: grid.leave,
+  };
+}
+
+const isRow = (row) => row !== null && typeof row === "object" && !Array.isArray(row);
+
+function figures(run, facts) {
+  const rows = Array.isArray(facts.ranks) ? facts.ranks.filter(isRow) : [];
+  const nodes = new Set(rows.map((row) => setting(row.node)));
+  const since = run.last_time ? `${duration(Date.now() / 1e3 - run.last_time)} ago` : "n/a";
+  const bad = ["failed", "gone"].includes(run.state);
+  return [
+    card("State", run.state, `last written ${since}`, bad ? "bad" : run.state === "recovering" ? "warn" : ""),
+    card("Ranks", rows.length ? count(rows.length) : "n/a", rows.length ? `on ${nodes.size} ${nodes.size === 1 ? "node" : "nodes"}` : "not recorded"),
+    card("Failures", count(run.num_failures), `${count(run.num_recoveries)} recoveries`, run.num_failures > run.num_recoveries ? "warn" : ""),
+    card("Exchange", isRow(facts.exchange) ? setting(facts.exchange.exchange) : "n/a", isRow(facts.exchange) ? setting(facts.exchange.reason) : ""),
+  ];
+}
+
+function rankTable(ranks) {
+  const rows = Array.isArray(ranks) ? ranks.filter(isRow) : [];
+  if (!rows.length) return el("p", { class: "muted", text: "No rank map is recorded yet." });
+  const experts = (value) => (Array.isArray(value) ? value.map(setting).join(" to ") : setting(value));
+  return table("Ranks", ["Rank", "Node", "Device", "Process", "Experts", "EP rank", "Replica", "Interface"],
+    rows.map((row) => [setting(row.rank), setting(row.node), setting(row.device), setting(row.pid), experts(row.experts),
+      setting(row.ep_rank), setting(row.edp_rank), setting(row.interface)]));
+}

@@ -1,0 +1,59 @@
+// What several views have in common.
+
+import { ask, askCurves } from "./api.js";
+import { Chart } from "./chart.js";
+import { el } from "./dom.js";
+import { duration, when } from "./format.js";
+
+const NUM_SPANS = 400;
+
+/** A grid of charts whose curves come with one request. charts: [{ ...options of Chart, names }]. */
+export function chartGrid(root, context, charts) {
+  const window = { onWindow: (first, last) => context.window.set([first, last]), onWhole: () => context.window.set(null) };
+  const made = charts.map((each) => ({ names: each.names, smooth: each.smooth, chart: new Chart({ ...each, ...window }) }));
+  root.append(el("div", { class: "charts" }, ...made.map(({ chart }) => chart.figure)));
+  const names = [...new Set(made.flatMap((each) => each.names))];
+  return {
+    async draw() {
+      const found = await askCurves(context.run, names, context.window.parameters, NUM_SPANS);
+      for (const { names: own, chart, smooth } of made) {
+        const curves = own.map((name) => found.curves[name]);
+        chart.figure.hidden = curves.every((curve) => curve.mean.every((value) => value === null));
+        if (!chart.figure.hidden) chart.draw(found.first, found.last, smooth ? curves.map(smooth) : curves);
+      }
+    },
+    leave() { made.forEach(({ chart }) => chart.leave()); },
+  };
+}
+
+/** Events as a table that is made anew only where there are new ones. wanted(event): whether it is shown. */
+export function eventTable(label, wanted, num) {
+  const box = el("div", {});
+  let seen = "";
+  return {
+    box,
+    async draw(context) {
+      const run = context.runs[context.run];
+      const sign = `${context.run} ${run.epoch} ${run.num_events}`;
+      if (sign === seen) return;
+      const found = (await ask(`runs/${context.run}/events`)).filter(wanted).slice(-num).reverse();
+      seen = sign;
+      const rows = found.map(row);
+      box.replaceChildren(rows.length ? eventRows(label, rows) : el("p", { class: "muted", text: "None." }));
+    },
+  };
+}
+
+function eventRows(label, rows) {
+  const head = ["Time", "Event", "What"].map((text) => el("th", { scope: "col", text }));
+  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+    el("table", { class: "events" }, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)));
+}
+
+function row(event) {
+  const stacks = event.stacks && el("details", {}, el("summary", { text: "details" }), el("pre", { tabindex: "0", text: event.stacks }));
+  return el("tr", {},
+    el("td", { class: "nowrap", text: when(event.time), title: `${duration(Date.now() / 1e3 - event.time)} ago` }),
+    el("td", { class: `kind ${event.verdict}`, text: event.event }),
+    el("td", { class: "text" }, event.text, stacks || null));
+}
