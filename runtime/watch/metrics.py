@@ -114,7 +114,7 @@ class Metrics:
         if not self._tail.is_at_end:
             lines = parsed_all(spread_lines(self._path, NUM_SPREAD))
             lines.sort(key=lambda line: line["step"])
-            self._note(lines)
+            self._note([line for line in lines if line["kind"] == "eval"])
         curves = Curves.in_lines(lines)
         with self._lock:
             self._curves, self._column = curves, {name: number for number, name in enumerate(curves.names)}
@@ -143,7 +143,11 @@ class Metrics:
             self._spread = self._curves.table([])
         elif self._tail.size != self._end_seen:
             self._end_seen = self._tail.size
-            self._note(parsed_all(last_lines(self._path, RECENT)))
+            lines = parsed_all(last_lines(self._path, RECENT))
+            self._note(lines)
+            # Not beside steps of the beginning, which were noted before: the pace is that of now.
+            train = [slim(line) for line in lines if line["kind"] == "train"]
+            self.recent = deque(train, maxlen=RECENT)
 
     def _note(self, lines: list[Line]) -> None:
         for line in lines:

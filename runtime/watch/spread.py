@@ -8,10 +8,11 @@ from runtime.watch.regular_file import opened
 
 _WINDOW_BYTES = 2**14  # holds a whole line of 61 layers at most places
 _MAX_WINDOW_BYTES = 2**18
+_NUM_LAST = 8  # an evaluation may be the last line, and a training step is wanted too
 
 
 def spread_lines(path: Path, num: int) -> list[bytes]:
-    """About `num` complete lines of a file in their order, the last one among them."""
+    """About `num` complete lines of a file in their order, the last ones among them."""
     with opened(path) as fd:
         if fd is None:
             return []
@@ -26,13 +27,15 @@ def last_lines(path: Path, num: int) -> list[bytes]:
 
 
 def _lines(fd: int, size: int, num: int) -> Iterator[bytes]:
+    ends = _lines_before(fd, size, _NUM_LAST)
+    end = size - sum(len(line) + 1 for line in ends)
     seen = -1
     for number in range(num):
-        start, line = _line_after(fd, size * number // num)
-        if line is not None and start > seen:
+        start, line = _line_after(fd, end * number // num)
+        if line is not None and seen < start < end:
             seen = start
             yield line
-    yield from _lines_before(fd, size, 1)
+    yield from ends
 
 
 def _line_after(fd: int, offset: int) -> tuple[int, bytes | None]:
