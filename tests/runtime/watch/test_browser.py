@@ -1,0 +1,170 @@
+"""The page in a real browser: a run that begins, loses a worker, comes back and ends while somebody looks."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page
+
+from runtime.report.event_text import event_text
+from tests.runtime.job.test_job import _arguments
+from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
+from tests.synthetic_run import SyntheticRun, make_run
+from workers.record.run_log import append_event, read_events
+
+pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
+
+HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+START_S = 240.0  # of a run, on a machine that does other things too
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as launched:
+        yield launched
+
+
+@contextmanager
+def training(folder: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
+    command = [str(TRIMTAB), "train", *_arguments(folder, *more)]
+    with subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(60)
+
+
+def label_of(page: Page, title: str) -> str:
+    return page.get_attribute(f'figure[data-chart="{title}"] .plot', "aria-label") or ""
+
+
+def steps_drawn(page: Page) -> int:
+    """The last step of the chart of the loss."""
+    found = re.search(r"steps \d+ to (\d+)\.", label_of(page, "Loss"))
+    return int(found[1]) if found else 0
+
+
+def serious_faults(watched: Watched) -> list[str]:
+    found = Axe().run(watched.page).response["violations"]
+    return [
+        f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] in ("serious", "critical")
+    ]
+
+
+def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Browser, tmp_path: Path) -> None:
+    faults = [{"rank": 1, "step": 40, "phase": "experts", "action": "kill"}]
+    (tmp_path / "faults.json").write_text(json.dumps(faults))
+    how = ("--name=live", "--steps=120", "--run.checkpoint_every=20", "--run.eval_every=20")
+    with served(tmp_path, "live", "--wait") as url, opened(chromium, url) as watched:
+        page = watched.page
+        assert page.url.endswith("/")  # the token is out of the address
+        watched.wait_for_state("not begun", 10)
+        with training(tmp_path, *how, TRIMTAB_FAULTS=str(tmp_path / "faults.json")) as process:
+            watched.wait_for_state("running", START_S)
+            page.wait_for_selector('figure[data-chart="Loss"] canvas')
+            before = steps_drawn(page)
+            page.wait_for_function(
+                "text => document.querySelector('figure[data-chart=Loss] .plot').ariaLabel !== text",
+                arg=label_of(page, "Loss"),
+            )
+            assert steps_drawn(page) >= before
+            watched.wait_for_state("recovering", START_S)
+            watched.wait_for_state("running", START_S)
+            watched.wait_for_state("finished", START_S)
+            assert process.wait(60) == 0
+        page.wait_for_function("document.querySelector('#when').textContent.includes('step 120 of 120')")
+        page.wait_for_timeout(2500)
+        assert steps_drawn(page) == 120
+        watched.show("cluster")
+        told = page.inner_text("main")
+        recovered = next(event for event in read_events(tmp_path / "runs" / "live") if event["event"] == "recovered")
+        assert event_text(recovered) in told
+        assert "1 recoveries" in told
+        for view in VIEWS:
+            watched.show(view)
+        assert watched.complaints == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    made = make_run(folder / "runs" / "one", SyntheticRun(steps=200, total_steps=200))
+    append_event(made, "failed", reason="a rank was lost", diagnosis="a stack\n" * 50)
+    make_run(folder / "runs" / "two", SyntheticRun(steps=90, total_steps=200, law="none", seed=1))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1400, 2500])
+def test_no_view_has_a_serious_fault_for_those_who_do_not_see_or_use_no_mouse(
+    chromium: Browser, folder: Path, width: int, scheme: str
+) -> None:
+    with served(folder, "one", "two") as url, opened(chromium, url, width=width, scheme=scheme) as watched:
+        for view in VIEWS:
+            watched.show(view)
+            assert serious_faults(watched) == []
+            assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert watched.complaints == []
+
+
+def test_a_window_is_chosen_by_the_pointer_and_by_the_keyboard(chromium: Browser, folder: Path) -> None:
+    with served(folder, "one") as url, opened(chromium, url) as watched:
+        page = watched.page
+        page.wait_for_selector('figure[data-chart="Loss"] .u-over')
+        box = page.locator('figure[data-chart="Loss"] .u-over').bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=5)
+        page.mouse.up()
+        page.wait_for_function("!document.querySelector('#window .range').textContent.includes('0 to 200')")
+        page.wait_for_timeout(2500)
+        found = re.search(r"steps (\d+) to (\d+)\.", label_of(page, "Loss"))
+        assert found is not None
+        assert (int(found[1]), int(found[2])) == (pytest.approx(50, abs=8), pytest.approx(100, abs=8))
+        page.focus("text=Last 100")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 101 to 200'")
+        page.focus('button[aria-label="Show all steps"]')
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 0 to 200'")
+        assert watched.complaints == []
+
+
+def test_an_expert_is_chosen_on_the_heat_map(chromium: Browser, folder: Path) -> None:
+    with served(folder, "one") as url, opened(chromium, url) as watched:
+        watched.show("balance")
+        canvas = watched.page.locator('figure[data-chart="Load of each expert through time"] canvas')
+        box = canvas.bounding_box()
+        assert box is not None
+        canvas.hover(position={"x": 100, "y": box["height"] * 5.5 / 8})
+        told = watched.page.inner_text('figure[data-chart="Load of each expert through time"] figcaption')
+        assert re.match(r"layers.1.moe, expert 5, step \d+: [\d.]+ × the mean load", told)
+        canvas.click(position={"x": 100, "y": box["height"] * 5.5 / 8})
+        assert watched.page.input_value('input[type="number"]') == "5"
+
+
+def test_hostile_names_events_and_settings_stay_text(chromium: Browser, tmp_path: Path) -> None:
+    path = make_run(tmp_path / HOSTILE.replace("/", "∕"))
+    (path / "config.yaml").write_text(f"run: {{'{HOSTILE}': 1}}\n")
+    layout = json.loads((path / "load" / "layout.json").read_text()) | {"names": [HOSTILE] * 3}
+    (path / "load" / "layout.json").write_text(json.dumps(layout))
+    append_event(path, "started", rank_map=[{"rank": HOSTILE, "node": HOSTILE}], exchange={"reason": HOSTILE})
+    append_event(path, HOSTILE, reason=HOSTILE, diagnosis=HOSTILE)
+    append_event(path, "failed", reason=HOSTILE, diagnosis=HOSTILE)
+    make_run(tmp_path / "other")
+    with served(tmp_path, str(path), "./other") as url, opened(chromium, url) as watched:
+        for view in VIEWS:
+            watched.show(view)
+            assert "<img src=x" in watched.page.inner_text("body")
+            assert watched.page.locator("img, script:not([src])").count() == 0
+        assert watched.complaints == []
