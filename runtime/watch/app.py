@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from runtime.watch.exposition import CONTENT_TYPE, exposition
+from runtime.watch.follower import Turns
 from runtime.watch.load_codes import codes_of, most_and_least
 from runtime.watch.watched_run import WatchedRun
 
@@ -33,10 +34,21 @@ _LAST_STEP = 2**53
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
 
 
-def make_app(runs: Sequence[WatchedRun], *, is_ending: Callable[[], bool] = lambda: False) -> Starlette:
+def make_app(
+    runs: Sequence[WatchedRun], turns: Turns | None = None, *, is_ending: Callable[[], bool] = lambda: False
+) -> Starlette:
     """The application, without its guard. is_ending: whether the server waits for the streams to end."""
     api = _Api(runs, is_ending)
     static = _static_files()
+
+    turns = turns or Turns()
+
+    def undisturbed(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answer_alone(request: Request) -> Response:
+            with turns.asking():
+                return answer(request)
+
+        return answer_alone
 
     async def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
@@ -50,11 +62,11 @@ def make_app(runs: Sequence[WatchedRun], *, is_ending: Callable[[], bool] = lamb
         Route("/static/{name}", page),
         Route("/api/runs", api.runs),
         Route("/api/runs/{run:int}", api.facts),
-        Route("/api/runs/{run:int}/curves", api.curves),
+        Route("/api/runs/{run:int}/curves", undisturbed(api.curves)),
         Route("/api/runs/{run:int}/events", api.events),
-        Route("/api/runs/{run:int}/load", api.load),
-        Route("/api/runs/{run:int}/last_load", api.last_load),
-        Route("/api/runs/{run:int}/expert", api.expert),
+        Route("/api/runs/{run:int}/load", undisturbed(api.load)),
+        Route("/api/runs/{run:int}/last_load", undisturbed(api.last_load)),
+        Route("/api/runs/{run:int}/expert", undisturbed(api.expert)),
         Route("/api/stream", api.stream),
         Route("/metrics", api.metrics),
     ]
@@ -103,7 +115,8 @@ class _Api:
         """Load, as a multiple of the mean of the layer, and bias of one expert."""
         run = self._run(request)
         first, last = _window(request, run.metrics.last_step)
-        found = run.load.columns(_layer(request), first, last, _whole(request, "num", 256, 1, MAX_COLUMNS))
+        num = _whole(request, "num", 256, 1, MAX_COLUMNS)
+        found = run.load.columns(_layer(request), first, last, num, with_bias=True)
         expert = _whole(request, "expert", 0, 0, _LAST_STEP)
         if found is None or expert >= found.counts.shape[1]:
             return _json(None)

@@ -72,6 +72,23 @@ class Curves(NamedTuple):
 _REST_COLUMN = FIELDS.index(REST)
 
 
+def table_of(lines: Sequence[Line], names: Sequence[str]) -> Table:
+    """The lines as rows of some curves only."""
+    steps = np.fromiter((line["step"] for line in lines), np.int64, len(lines))
+    values = np.array([[_value(line, name) for name in names] for line in lines], np.float64)
+    return Table(steps, values.reshape(len(lines), len(names)))
+
+
+def _value(line: Line, name: str) -> float:
+    if name == REST:
+        return rest_s(line)
+    layers = line.get(PER_LAYER) if name.startswith(f"{PER_LAYER}.") else None
+    if not isinstance(layers, list):
+        return _float(line.get(name))
+    number = int(name.removeprefix(f"{PER_LAYER}."))
+    return _float(layers[number]) if number < len(layers) else math.nan
+
+
 def parsed(text: bytes) -> Line | None:
     """A line of metrics.jsonl; None where it is damaged."""
     try:

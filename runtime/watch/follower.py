@@ -2,22 +2,48 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 from runtime.watch.watched_run import WatchedRun
 
 POLL_S = 0.5
-_BREATH_S = 0.002  # between two parts of a long file, so that a request finds the interpreter free
+_BREATH_S = 0.002  # between two parts of a long file
+_MAX_PAUSE_S = 1.0  # for requests that follow each other
 
 _logger = logging.getLogger(__name__)
+
+
+class Turns:
+    """Lets a request have the interpreter for itself: two threads that take turns are slow, both of them."""
+
+    def __init__(self) -> None:
+        self._changed, self._num_asking = threading.Condition(), 0
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """A request is being answered."""
+        with self._changed:
+            self._num_asking += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_asking -= 1
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until no request is being answered, or not much longer."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_asking == 0, _MAX_PAUSE_S)
 
 
 class Follower:
     """A context manager: within it, the runs are followed."""
 
-    def __init__(self, runs: Sequence[WatchedRun], *, poll_s: float = POLL_S) -> None:
-        self._runs, self._poll_s = runs, poll_s
+    def __init__(self, runs: Sequence[WatchedRun], turns: Turns | None = None, *, poll_s: float = POLL_S) -> None:
+        self._runs, self._turns, self._poll_s = runs, turns or Turns(), poll_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
@@ -38,6 +64,7 @@ class Follower:
             wait_s = _BREATH_S if any(there_is_more) else self._poll_s
 
     def _poll(self, run: WatchedRun) -> bool:
+        self._turns.wait()
         try:
             return run.poll() and run.metrics.share_read < 1
         except OSError as error:  # a file server that is away comes back

@@ -24,8 +24,7 @@ LAST_RECORDS = 10  # that the picture of all layers sums up
 MAX_EXPERTS = 2**22  # of all layers; a layout of more is none
 _MAX_LAYOUT_BYTES = 2**22
 _STEP_BYTES = 8
-_COUNT_BYTES = 8
-_BIAS_BYTES = 4
+_COUNT, _BIAS = np.dtype("<i8"), np.dtype("<f4")
 
 
 class LoadColumns(NamedTuple):
@@ -36,7 +35,7 @@ class LoadColumns(NamedTuple):
     counts: NDArray[np.int64]
     """(C, E): tokens that chose the expert, over the records that were read."""
     bias: NDArray[np.float32]
-    """(C, E): the bias that routed the first record of each."""
+    """(C, E): the bias that routed the first record of each; (C, 0) where nobody asked for it."""
     num_records: int
     """Records in the window, of which `num_read` were read."""
     num_read: int
@@ -68,7 +67,7 @@ class LoadFile:
             self._layout = _read_layout(self._run_dir / LAYOUT)
         return self._layout
 
-    def columns(self, layer: int, first: int, last: int, num: int) -> LoadColumns | None:
+    def columns(self, layer: int, first: int, last: int, num: int, *, with_bias: bool = False) -> LoadColumns | None:
         """The load of a layer in at most `num` spans of the steps from `first` to `last`; None where there is none."""
         with self._records() as records:
             if records is None or not 0 <= layer < len(records.layout.names):
@@ -76,7 +75,7 @@ class LoadFile:
             begin, end = records.find(first), records.find(last + 1)
             if begin >= end:
                 return None
-            return _columns(records, records.layout.slices[layer], begin, end, num)
+            return _columns(records, records.layout.slices[layer], begin, end, num, with_bias=with_bias)
 
     def last(self) -> LastLoad | None:
         """The load of all layers over the last records; None where there is none."""
@@ -101,18 +100,18 @@ class _Records:
 
     def __init__(self, fd: int, layout: LoadLayout) -> None:
         self.layout, self._fd = layout, fd
-        self._size = _STEP_BYTES + layout.total * (_COUNT_BYTES + _BIAS_BYTES)
+        self._size = _STEP_BYTES + layout.total * (_COUNT.itemsize + _BIAS.itemsize)
         self.num = os.fstat(fd).st_size // self._size
 
     def step(self, number: int) -> int:
-        return int(self._read(number, 0, "<i8", 1)[0])
+        return int(self._read(number, 0, _COUNT, 1)[0])
 
     def counts(self, number: int, where: slice) -> NDArray[np.int64]:
-        return self._read(number, _STEP_BYTES + where.start * _COUNT_BYTES, "<i8", where.stop - where.start)
+        return self._read(number, _STEP_BYTES + where.start * _COUNT.itemsize, _COUNT, where.stop - where.start)
 
     def bias(self, number: int, where: slice) -> NDArray[np.float32]:
-        start = _STEP_BYTES + self.layout.total * _COUNT_BYTES + where.start * _BIAS_BYTES
-        return self._read(number, start, "<f4", where.stop - where.start)
+        start = _STEP_BYTES + self.layout.total * _COUNT.itemsize + where.start * _BIAS.itemsize
+        return self._read(number, start, _BIAS, where.stop - where.start)
 
     def find(self, step: int) -> int:
         """The number of the first record of `step` or a later one."""
@@ -125,14 +124,14 @@ class _Records:
                 high = middle
         return low
 
-    def _read(self, number: int, start: int, dtype: str, num: int) -> NDArray[Any]:
-        item = np.dtype(dtype)
-        raw = os.pread(self._fd, num * item.itemsize, number * self._size + start)
+    def _read(self, number: int, start: int, item: np.dtype[Any], num: int) -> NDArray[Any]:
+        num_bytes = num * item.itemsize
+        raw = os.pread(self._fd, num_bytes, number * self._size + start) if num else b""
         # A run that resumes may cut the file while it is read.
-        return np.frombuffer(raw.ljust(num * item.itemsize, b"\0"), item)
+        return np.frombuffer(raw.ljust(num_bytes, b"\0"), item)
 
 
-def _columns(records: _Records, where: slice, begin: int, end: int, num: int) -> LoadColumns:
+def _columns(records: _Records, where: slice, begin: int, end: int, num: int, *, with_bias: bool) -> LoadColumns:
     edges = np.linspace(begin, end, min(num, end - begin) + 1).astype(np.int64)
     steps, counts, bias, num_read = [], [], [], 0
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -140,7 +139,7 @@ def _columns(records: _Records, where: slice, begin: int, end: int, num: int) ->
         num_read += len(numbers)
         steps.append(records.step(start))
         counts.append(sum((records.counts(number, where) for number in numbers[1:]), records.counts(start, where)))
-        bias.append(records.bias(start, where))
+        bias.append(records.bias(start, where if with_bias else slice(0, 0)))
     return LoadColumns(np.array(steps), np.array(counts), np.array(bias), end - begin, num_read)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.watch.buckets import Buckets, Spans, spans_of
-from runtime.watch.curves import Curves, parsed, parsed_all, slim
+from runtime.watch.curves import Curves, parsed, parsed_all, slim, table_of
 from runtime.watch.regular_file import read_between
 from runtime.watch.spread import last_lines, spread_lines
 from runtime.watch.tail import Tail
@@ -23,7 +23,7 @@ from workers.record.record_lines import Line
 RECENT = 64  # training lines that pace and phases are averaged over
 NUM_SPREAD = 768
 INDEX_EVERY = 256  # lines
-EXACT_STEPS = 4096  # a window of so many steps is read line by line
+EXACT_STEPS = 2048  # a window of so many steps is read line by line
 _MAX_WAITING = 64  # lines before the first of a training step
 _MAX_EXACT_BYTES = 2**26
 
@@ -89,16 +89,16 @@ class Metrics:
             is_exact = last - first < EXACT_STEPS and self._buckets.width > 1
             found = self._buckets.spans(first, min(last, read_step), num, known)
         if is_exact and found.first.size:
-            found = self._exact(first, min(last, read_step), num, known)
+            found = self._exact(first, min(last, read_step), num, [name for name in names if name in self._column])
         if last > read_step:
             later = spans_of(spread.steps, spread.values[:, known], max(first, read_step + 1), last, num)
             found = found.then(later)
         return _with_unknown(found, columns)
 
-    def _exact(self, first: int, last: int, num: int, columns: list[int]) -> Spans:
+    def _exact(self, first: int, last: int, num: int, names: list[str]) -> Spans:
         lines = [line for line in self._lines_around(first, last) if first <= line["step"] <= last]
-        steps, values = self._curves.table(lines)
-        return spans_of(steps, values[:, columns], first, last, num)
+        steps, values = table_of(lines, names)
+        return spans_of(steps, values, first, last, num)
 
     def _lines_around(self, first: int, last: int) -> list[Line]:
         with self._lock:

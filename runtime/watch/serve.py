@@ -10,7 +10,7 @@ import uvicorn
 
 from dispatch.errors import InvalidValue
 from runtime.watch.app import make_app
-from runtime.watch.follower import Follower
+from runtime.watch.follower import Follower, Turns
 from runtime.watch.guard import Guard, names_of
 from runtime.watch.watched_run import WatchedRun
 
@@ -29,9 +29,9 @@ def serve(run_dirs: Sequence[Path], *, address: str, port: int, say: Callable[[s
     """
     listening = _listen(address, port)
     port, token = listening.getsockname()[1], secrets.token_urlsafe(TOKEN_BYTES)
-    runs = [WatchedRun(path) for path in run_dirs]
+    runs, turns = [WatchedRun(path) for path in run_dirs], Turns()
     guard = Guard(
-        make_app(runs, is_ending=lambda: server.should_exit),
+        make_app(runs, turns, is_ending=lambda: server.should_exit),
         token=token,
         cookie=f"trimtab_watch_{port}",
         hosts=names_of(address),
@@ -46,7 +46,7 @@ def serve(run_dirs: Sequence[Path], *, address: str, port: int, say: Callable[[s
         limit_concurrency=MAX_CONNECTIONS,
     )
     server = uvicorn.Server(config)
-    with listening, Follower(runs):
+    with listening, Follower(runs, turns):
         names = ", ".join(str(run.path) for run in runs)
         say(f"watching {names}\n\n  http://{_host(address)}:{port}/?token={token}\n\nCtrl-C ends it; the run goes on")
         sys.stdout.flush()

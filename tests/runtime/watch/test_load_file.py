@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("first", "last", "num"), [(1, 100, 256), (1, 100, 25), (40, 59, 5), (0, 10**6, 30)])
 def test_a_heat_map_has_the_loads_of_the_history(run: Path, first: int, last: int, num: int) -> None:
     steps, counts, bias, layout = read_load_history(run)
-    found = LoadFile(run).columns(1, first, last, num)
+    found = LoadFile(run).columns(1, first, last, num, with_bias=True)
     assert found is not None
     inside = [number for number, step in enumerate(steps.tolist()) if first <= step <= last]
     edges = [inside.index(steps.tolist().index(step)) for step in found.steps.tolist()] + [len(inside)]
