@@ -116,6 +116,8 @@ BELOW_ALL = {
 def drawn_arrows(text: str) -> set[tuple[str, str, str]]:
     """The arrows of the picture: package, room, and the room that it imports from."""
     arrows, package = set(), ""
+    # Rooms of two packages that have the same name are two boxes: one of them has a name of its own, as name[room].
+    names = dict(re.findall(r"(\w+)\[(\w+)\]", text))
     for line in text[text.index("```mermaid") :].splitlines():
         words = line.split()
         if words[:1] == ["subgraph"]:
@@ -123,8 +125,8 @@ def drawn_arrows(text: str) -> set[tuple[str, str, str]]:
         elif words[:1] == ["end"]:
             package = ""
         elif package and "-->" in words:
-            room = re.sub(r"\w+\[(\w+)\]", r"\1", words[0])
-            arrows |= {(package, room, other) for other in words[2:] if other != "&"}
+            room, _, *others = (names.get(name := word.partition("[")[0], name) for word in words if word != "&")
+            arrows |= {(package, room, other) for other in others}
     return arrows
 
 

@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import ipaddress
+import os
+import re
 from pathlib import Path
 
 from dispatch.errors import InvalidValue, UserError
@@ -13,6 +15,8 @@ from runtime.runs.run_dir import find_run, place_of_run
 HELP = "Show runs in a browser while they train, and afterwards."
 NEEDED = ("starlette", "uvicorn")
 MAX_RUNS = 16
+TOKEN_VARIABLE = "TRIMTAB_WATCH_TOKEN"  # noqa: S105 - its name
+_TOKEN = re.compile(r"[\w.~-]{16,128}", re.ASCII)  # as it may stand in a URL and in a cookie
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -34,6 +38,7 @@ def add_arguments(parser: CommandParser) -> None:
         "network sees the token (127.0.0.1: this machine alone)",
     )
     add_runs_dir(parser)
+    parser.epilog = f"The token in the URL is a new one at every start, or what {TOKEN_VARIABLE} holds."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     from runtime.watch.serve import serve
 
-    serve(run_dirs, address=options.bind, port=options.port, say=print)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    serve(run_dirs, address=options.bind, port=options.port, token=token, say=print)
     return 0
 
 
@@ -60,6 +66,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"trimtab watch needs {' and '.join(lacking)}; install them with: pip install 'trimtab[watch]'")
     if len(options.runs) > MAX_RUNS:
         raise InvalidValue(f"{len(options.runs)} runs are more than a page shows; name at most {MAX_RUNS}")
+    if (token := os.environ.get(TOKEN_VARIABLE)) and not _TOKEN.fullmatch(token):
+        raise InvalidValue(f"{TOKEN_VARIABLE} must have 16 to 128 letters, digits, or . _ ~ -; or leave it out")
     if options.port > 65535:
         raise InvalidValue(f"--port {options.port} is no port; choose one from 1 to 65535, or 0 for a free one")
     try:

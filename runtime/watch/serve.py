@@ -1,10 +1,13 @@
 """Binds the address, prints the URL, and serves until a signal ends it."""
 
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -19,16 +22,16 @@ MAX_CONNECTIONS = 64
 CLOSE_S = 2  # for answers that are under way when a signal comes
 
 
-def serve(run_dirs: Sequence[Path], *, address: str, port: int, say: Callable[[str], None]) -> None:
+def serve(run_dirs: Sequence[Path], *, address: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
     """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP, which then raise as they would elsewhere.
 
-    port: 0 takes a free one.
+    port: 0 takes a free one. token: None makes a new one.
 
     Raises:
         InvalidValue: the address is none of this machine, or the port is taken.
     """
     listening = _listen(address, port)
-    port, token = listening.getsockname()[1], secrets.token_urlsafe(TOKEN_BYTES)
+    port, token = listening.getsockname()[1], token or secrets.token_urlsafe(TOKEN_BYTES)
     runs, turns = [WatchedRun(path) for path in run_dirs], Turns()
     guard = Guard(
         make_app(runs, turns, is_ending=lambda: server.should_exit),
@@ -50,7 +53,27 @@ def serve(run_dirs: Sequence[Path], *, address: str, port: int, say: Callable[[s
         names = ", ".join(str(run.path) for run in runs)
         say(f"watching {names}\n\n  http://{_host(address)}:{port}/?token={token}\n\nCtrl-C ends it; the run goes on")
         sys.stdout.flush()
-        server.run(sockets=[listening])
+        with _hangup_ends(server):
+            server.run(sockets=[listening])
+
+
+@contextmanager
+def _hangup_ends(server: uvicorn.Server) -> Iterator[None]:
+    """Let SIGHUP end the server as the signals do that it handles itself, and raise it afterwards as it does."""
+    before, received = signal.getsignal(signal.SIGHUP), list[int]()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        server.should_exit = True
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _listen(address: str, port: int) -> socket.socket:

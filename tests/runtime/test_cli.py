@@ -214,6 +214,7 @@ def test_what_the_system_refuses_is_no_bug(
         ("export", "required: RUN, DIR"),
         ("report", "required: RUN"),
         ("replay", "required: RUN"),
+        ("watch", "required: RUN"),
         ("bench", "targets:\n  dispatch"),
         ("compare", "--laws is missing"),
         ("cluster", "actions:\n  up"),
@@ -248,7 +249,7 @@ def test_no_command_is_without_a_test_of_it_alone() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["eval"], ["generate"], ["report"], ["replay"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
+    [[], ["eval"], ["generate"], ["report"], ["replay"], ["watch"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -299,6 +300,8 @@ def test_help_of_a_section_is_that_section_alone(capsys: pytest.CaptureFixture[s
         ["generate", "nowhere"],
         ["replay", "--help"],
         ["replay", "nowhere"],
+        ["watch", "--help"],
+        ["watch", "nowhere"],
         ["plan", "--help"],
         ["doctor", "PATH", "--help"],
         ["doctor", "nowhere", "--step", "x"],

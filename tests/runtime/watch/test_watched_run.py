@@ -1,12 +1,13 @@
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from runtime.runs.run_lock import LEASE_S
-from runtime.watch.follower import Follower
+from runtime.watch.follower import Follower, Turns
 from runtime.watch.watched_run import WatchedRun
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import RunLog, append_event
@@ -119,3 +120,19 @@ def test_watching_writes_nothing(tmp_path: Path) -> None:
     run = polled(path)
     run.summary(), run.facts(), run.load.last(), run.load.columns(0, 0, 60, 9)
     assert listing() == before
+
+
+def test_reading_waits_while_a_request_is_answered() -> None:
+    turns, order = Turns(), list[str]()
+
+    def read() -> None:
+        turns.wait()
+        order.append("read")
+
+    with turns.asking(), turns.asking():
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join(0.05)
+        order.append("answered")
+    thread.join(10)
+    assert order == ["answered", "read"]
