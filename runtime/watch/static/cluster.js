@@ -1,7 +1,7 @@
 // Where the ranks are, and what has gone wrong and come back.
 
 import { card, el, table } from "./dom.js";
-import { bytes, count, duration, milliseconds, setting } from "./format.js";
+import { bytes, count, counted, duration, milliseconds, setting } from "./format.js";
 import { chartGrid, eventTable } from "./parts.js";
 
 export const TITLE = "Cluster";
@@ -41,7 +41,7 @@ function figures(run, facts) {
   return [
     card("State", run.state, `last written ${since}`, bad ? "bad" : run.state === "recovering" ? "warn" : ""),
     card("Ranks", rows.length ? count(rows.length) : "n/a", rows.length ? `on ${nodes.size} ${nodes.size === 1 ? "node" : "nodes"}` : "not recorded"),
-    card("Failures", count(run.num_failures), `${count(run.num_recoveries)} recoveries`, run.num_failures > run.num_recoveries ? "warn" : ""),
+    card("Failures", count(run.num_failures), counted(run.num_recoveries, "recovery", "recoveries"), run.num_failures > run.num_recoveries ? "warn" : ""),
     card("Exchange", isRow(facts.exchange) ? setting(facts.exchange.exchange) : "n/a", isRow(facts.exchange) ? setting(facts.exchange.reason) : ""),
   ];
 }

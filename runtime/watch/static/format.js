@@ -49,6 +49,8 @@ export function bytes(value) {
   return `${digits(value)} B`;
 }
 
+/** 1 failure, 2 failures. */
+export const counted = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 export const count = (value) => (isNumber(value) ? value.toLocaleString("en") : "n/a");
 export const when = (seconds) => new Date(seconds * 1e3).toLocaleString("sv").slice(0, 19);
 /** A setting as config.yaml has it. */

@@ -2,7 +2,7 @@
 
 import { smoothed } from "./chart.js";
 import { card, el, svg } from "./dom.js";
-import { digits, duration, milliseconds, percent, short } from "./format.js";
+import { counted, digits, duration, milliseconds, percent, short } from "./format.js";
 import { chartGrid, eventTable } from "./parts.js";
 
 export const TITLE = "Overview";
@@ -53,7 +53,7 @@ function glanceCards(run) {
   const ratio = mean.max_vio_batch / mean.max_vio_floor;
   const isBetter = last.step > first.step ? last.val_bits_per_byte < first.val_bits_per_byte : null;
   const held = last.step > first.step ? `at step ${last.step}; ${digits(first.val_bits_per_byte)} at step ${first.step}` : `at step ${last.step}`;
-  const trouble = run.num_failures ? `${run.num_failures} failures, ${run.num_recoveries} recoveries` : "no failure so far";
+  const trouble = run.num_failures ? `${counted(run.num_failures, "failure")}, ${counted(run.num_recoveries, "recovery", "recoveries")}` : "no failure so far";
   const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures ? "warn" : "good");
   return [
     card("Loss", digits(mean.loss), last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :

@@ -88,7 +88,7 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
         told = page.inner_text("main")
         recovered = next(event for event in read_events(tmp_path / "runs" / "live") if event["event"] == "recovered")
         assert event_text(recovered) in told
-        assert "1 recoveries" in told
+        assert "1 recovery" in told
         for view in VIEWS:
             watched.show(view)
         assert watched.complaints == []
