@@ -4,7 +4,7 @@ Begin with `watched_run`: a run as the page sees it, kept up to date by polling 
 (the curves), `load_file` (heat maps of the load), `event_log` (state, ranks, events) and `settings_file`. Below them:
 `buckets` is the bounded memory of long curves, `curves` makes rows of lines, `load_codes` colours of loads; `tail`
 reads lines as they are appended, `spread` a few lines of all of a long file at once, and `regular_file` opens files of
-a directory that may be anybody's.
+a directory that may be anybody's; `plain` makes values of theirs fit to be sent.
 
 `follower` polls all runs on a thread. `app` answers requests with what they hold, behind `guard`, which decides who may
 ask; `exposition` tells Prometheus. `serve` binds the address and prints the URL. The page itself is in `static/`; it

@@ -7,6 +7,7 @@ from typing import Any
 
 from runtime.report.event_text import STACKS, event_text
 from runtime.watch.curves import is_number
+from runtime.watch.plain import plain
 from runtime.watch.tail import Tail
 from workers.record.record_lines import Line
 from workers.record.run_log import MAX_TIME
@@ -83,7 +84,7 @@ def _parsed(text: bytes) -> Line | None:
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
     time = event.get("time")
-    return event if is_number(time) and 0 <= time < MAX_TIME else None  # type: ignore[operator]
+    return plain(event) if is_number(time) and 0 <= time < MAX_TIME else None  # type: ignore[operator]
 
 
 def _shown(number: int, event: Line) -> dict[str, Any]:

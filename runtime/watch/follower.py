@@ -70,3 +70,6 @@ class Follower:
         except OSError as error:  # a file server that is away comes back
             _logger.warning("%s cannot be read now: %s", run.path, error)
             return False
+        except Exception:  # the boundary of the thread: one odd run must not stop the others
+            _logger.exception("%s could not be read on", run.path)
+            return False

@@ -5,6 +5,7 @@ from typing import Any
 
 from dispatch.errors import InvalidValue
 from runtime.settings.yaml_text import MAX_CHARACTERS, load_yaml
+from runtime.watch.plain import plain
 from runtime.watch.regular_file import read_at_most
 
 
@@ -39,4 +40,4 @@ class SettingsFile:
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         return [pair for key, each in value.items() for pair in _flat(each, f"{name}.{key}" if name else str(key))]
-    return [(name, value)] if name else []
+    return [(name, plain(value))] if name else []

@@ -21,6 +21,11 @@ _ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+_NOTE_STATES = """() => {
+  const word = document.querySelector("#state .word");
+  window.statesSeen = [];
+  new MutationObserver(() => window.statesSeen.push(word.textContent)).observe(word, { childList: true });
+}"""
 
 
 @dataclass
@@ -35,6 +40,10 @@ class Watched:
         self.page.click(f'nav a[href="#{view}"]')
         self.page.wait_for_function("document.querySelector('#view').childElementCount > 1")
         self.page.wait_for_timeout(1500)
+
+    def states_seen(self) -> list[str]:
+        """The words of the state since the page was opened, in their order."""
+        return list(self.page.evaluate("window.statesSeen"))
 
     def wait_for_state(self, word: str, limit_s: float) -> None:
         self.page.wait_for_function(
@@ -69,11 +78,13 @@ def browser() -> Iterator[Browser]:
 def opened(chromium: Browser, url: str, *, width: int = 1400, scheme: str = "light") -> Iterator[Watched]:
     """The page at this URL, as a person with such a window sees it."""
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # a machine that does other things too
     watched = Watched(context.new_page())
     page, complaints = watched.page, watched.complaints
     page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: complaints.append(f"dialog {dialog.message}"))
     page.goto(url)
+    page.evaluate(_NOTE_STATES)
     yield watched
     context.close()

@@ -200,9 +200,10 @@ def test_the_stream_tells_what_is_new(tmp_path: Path) -> None:
 def test_a_run_with_hostile_names_events_and_settings_is_told_as_text(tmp_path: Path) -> None:
     name = '<img src=x onerror="alert(1)">'
     path = make_run(tmp_path / name)
-    (path / "config.yaml").write_text(f"run: {{'{name}': '{name}', steps: {name}}}\n")
+    (path / "config.yaml").write_text(f"run: {{'{name}': '{name}', steps: {name}, a: .nan, b: [.inf, 2020-01-01]}}\n")
     layout = json.loads((path / "load" / "layout.json").read_text()) | {"names": [name] * 3}
     (path / "load" / "layout.json").write_text(json.dumps(layout))
+    append_event(path, "started", rank_map=[{"rank": [[[[[[[[[name]]]]]]]]]}], exchange=name)
     append_event(path, name, reason=name, diagnosis=name, rank_map=[{name: name}], time=1.0)
     with client_of(path) as client:
         for where in ("/api/runs", "/api/runs/0", "/api/runs/0/events", "/api/runs/0/last_load"):

@@ -77,9 +77,10 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
                 arg=label_of(page, "Loss"),
             )
             assert steps_drawn(page) >= before
-            watched.wait_for_state("recovering", START_S)
-            watched.wait_for_state("running", START_S)
             watched.wait_for_state("finished", START_S)
+            # Between the failure and the recovery it may be seen as failed, for the moment that it is.
+            seen = [state for state in watched.states_seen() if state != "failed"]
+            assert seen[-4:] == ["running", "recovering", "running", "finished"]
             assert process.wait(60) == 0
         page.wait_for_function("document.querySelector('#when').textContent.includes('step 120 of 120')")
         page.wait_for_timeout(2500)

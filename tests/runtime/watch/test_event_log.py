@@ -52,11 +52,16 @@ def test_events_are_told_in_words_with_their_stacks_aside(tmp_path: Path) -> Non
 
 
 def test_hostile_events_are_shown_as_they_are_or_passed_over(tmp_path: Path) -> None:
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
     odd = [
         {"event": "started", "rank_map": [{"<b>": 1}], "exchange": {"a": 1}, "balance": {"law": None}},
         {"event": "<img src=x onerror=alert(1)>", "text": "<script>"},
         {"event": "checkpoint", "step": {"a": "b"}, "bytes": "many", "write_s": [1, "x"]},
         {"event": "finished", "step": 10**400},
+        {"event": "resumed", "rank_map": deep, "exchange": {"a": float("nan")}, "balance": deep},
+        {"event": "checkpoint", "step": deep, "bytes": float("inf")},
         {"event": "warning", "text": "x" * 10**6, "trace": {"y": "z"}},
     ]
     bad = ['{"event": 3, "time": 1}', '{"event": "a"}', '{"event": "a", "time": -1}', '{"event": "a", "time": 1e99}',
@@ -70,7 +75,7 @@ def test_hostile_events_are_shown_as_they_are_or_passed_over(tmp_path: Path) -> 
     assert "<b>" in shown[0]["text"]
     assert "<img" in shown[1]["event"]
     assert all(len(event["text"]) <= module.MAX_TEXT_CHARACTERS for event in shown)
-    json.dumps(shown, allow_nan=False)
+    json.dumps([shown, log.start], allow_nan=False)
 
 
 def test_a_long_log_is_kept_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
