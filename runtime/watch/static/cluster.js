@@ -52,5 +52,5 @@ function rankTable(ranks) {
   const experts = (value) => (Array.isArray(value) ? value.map(setting).join(" to ") : setting(value));
   return table("Ranks", ["Rank", "Node", "Device", "Process", "Experts", "EP rank", "Replica", "Interface"],
     rows.map((row) => [setting(row.rank), setting(row.node), setting(row.device), setting(row.pid), experts(row.experts),
-      setting(row.ep_rank), setting(row.edp_rank), setting(row.interface)]));
+      setting(row.ep_rank), setting(row.edp_rank), setting(row.interface)]), { class: "unbroken" });
 }

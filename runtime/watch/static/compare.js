@@ -65,7 +65,7 @@ function drawTogether(chart, found, name, smoothing) {
 function runTable(context) {
   const rows = context.runs.map((run) => [run.name, run.state, count(run.step), digits(run.mean.loss), digits(run.last_eval.val_bits_per_byte),
     digits(run.mean.max_vio_batch), digits(run.last_eval.max_vio_global), short(run.mean.tokens_per_s)]);
-  return table("Runs", ["Run", "State", "Step", "Loss", "Held-out bits per byte", "MaxVio of a batch", "MaxVio_global", "Tokens/s"], rows);
+  return table("Runs", ["Run", "State", "Step", "Loss", "Held-out bits per byte", "MaxVio of a batch", "MaxVio_global", "Tokens/s"], rows, { class: "unbroken" });
 }
 
 function differenceTable(context) {

@@ -54,7 +54,7 @@ function glanceCards(run) {
   const isBetter = last.step > first.step ? last.val_bits_per_byte < first.val_bits_per_byte : null;
   const held = last.step > first.step ? `at step ${last.step}; ${digits(first.val_bits_per_byte)} at step ${first.step}` : `at step ${last.step}`;
   const trouble = run.num_failures ? `${counted(run.num_failures, "failure")}, ${counted(run.num_recoveries, "recovery", "recoveries")}` : "no failure so far";
-  const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures ? "warn" : "good");
+  const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
   return [
     card("Loss", digits(mean.loss), last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :
       `held out: ${digits(last.val_bits_per_byte)} bits/byte ${held}`, isBetter === null ? "" : isBetter ? "good" : "bad"),
