@@ -59,6 +59,11 @@ class EventLog:
                 self._take(event)
         return bool(lines)
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the last reading found no whole chunk more."""
+        return self._tail.is_at_end
+
     def since(self, number: int) -> list[dict[str, Any]]:
         """The events from `number` on, as far as they are kept, each with its number, time, kind and text."""
         return [event for event in list(self._shown) if event["number"] >= number]

@@ -66,7 +66,8 @@ class Follower:
     def _poll(self, run: WatchedRun) -> bool:
         self._turns.wait()
         try:
-            return run.poll() and run.metrics.share_read < 1
+            run.poll()
+            return run.is_behind
         except OSError as error:  # a file server that is away comes back
             _logger.warning("%s cannot be read now: %s", run.path, error)
             return False

@@ -1,5 +1,6 @@
 """A run as the page sees it: kept up to date by `poll`, on one thread, and asked by requests on others."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,17 @@ UNDER_WAY = ("running", "recovering")
 GONE = "gone"  # the run says that it is under way, and no process holds its directory any more
 
 
+class _Files:
+    """The files of a run, as far as they were read."""
+
+    def __init__(self, path: Path) -> None:
+        self.metrics, self.events = Metrics(path / METRICS), EventLog(path / EVENTS)
+        self.settings, self.load = SettingsFile(path / CONFIG_FILE), LoadFile(path)
+
+    def poll(self) -> bool:
+        return any([self.metrics.poll(), self.events.poll(), self.settings.poll()])
+
+
 class WatchedRun:
     """One run. Its directory need not be there yet.
 
@@ -30,27 +42,42 @@ class WatchedRun:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.absolute().name
         self.stamp = self.epoch = 0
-        self._begin()
+        self._files, self._told_state = _Files(path), ""
 
-    def _begin(self) -> None:
-        self.metrics, self.events = Metrics(self.path / METRICS), EventLog(self.path / EVENTS)
-        self.settings, self.load = SettingsFile(self.path / CONFIG_FILE), LoadFile(self.path)
-        self._told_state = ""
-        self._read_step = 0
+    @property
+    def metrics(self) -> Metrics:
+        """The curves."""
+        return self._files.metrics
+
+    @property
+    def events(self) -> EventLog:
+        """What has happened."""
+        return self._files.events
+
+    @property
+    def load(self) -> LoadFile:
+        """The load of every expert."""
+        return self._files.load
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is more to be read."""
+        return self.metrics.share_read < 1 or not self.events.is_at_end
 
     def poll(self) -> bool:
-        """Read on. Returns whether there was something new, and so perhaps more."""
+        """Read on. Returns whether there was something new."""
         try:
-            parts = [self.metrics.poll(), self.events.poll(), self.settings.poll()]
+            is_new = self._files.poll()
         except Rewritten:
-            self.epoch += 1
-            self._begin()
-            parts = [True]
-        state = self.state()
-        if any(parts) or state != self._told_state:
-            self._told_state = state
+            # Requests see the old files until the new ones have been read, or begun to be.
+            files = _Files(self.path)
+            with contextlib.suppress(Rewritten):
+                files.poll()
+            self._files, self.epoch, is_new = files, self.epoch + 1, True
+        if is_new or self.state() != self._told_state:
+            self._told_state = self.state()
             self.stamp += 1
-        return any(parts)
+        return is_new
 
     def state(self) -> str:
         """In one word: starting, running, recovering, finished, interrupted, failed, gone, or `not begun`."""
@@ -63,7 +90,7 @@ class WatchedRun:
     def summary(self) -> dict[str, Any]:
         """What the page shows at a glance; small, since it is sent at every change."""
         recent = list(self.metrics.recent)
-        state, total = self.state(), self.settings.number("run.steps")
+        state, total = self.state(), self._files.settings.number("run.steps")
         pace = pace_s(recent)
         left = max(total - self.metrics.last_step, 0) if total else None
         is_known = state in UNDER_WAY and pace is not None and left is not None
@@ -92,8 +119,8 @@ class WatchedRun:
         return {
             "name": self.name,
             "curves": self.metrics.names,
-            "settings": self.settings.flat,
-            "settings_trouble": self.settings.trouble,
+            "settings": self._files.settings.flat,
+            "settings_trouble": self._files.settings.trouble,
             "layers": list(layout.names) if layout else [],
             "num_experts": list(layout.num_experts) if layout else [],
             "ranks": start.get("rank_map"),
