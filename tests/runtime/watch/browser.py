@@ -75,9 +75,11 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(chromium: Browser, url: str, *, width: int = 1400, scheme: str = "light") -> Iterator[Watched]:
+def opened(
+    chromium: Browser, url: str, *, width: int = 1400, height: int = 900, scheme: str = "light"
+) -> Iterator[Watched]:
     """The page at this URL, as a person with such a window sees it."""
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(120_000)  # a machine that does other things too
     watched = Watched(context.new_page())
     page, complaints = watched.page, watched.complaints
