@@ -20,6 +20,12 @@ def add_arguments(parser: CommandParser) -> None:
         "--prompts-file", type=Path, metavar="FILE", help="texts to continue, one a line; - or neither: standard input"
     )
     add = parser.add_argument
+    add(
+        "--chat",
+        action="store_true",
+        help="each text is a user's message: write it by the chat template, print replies",
+    )
+    add("--system", metavar="TEXT", help="with --chat: a system message before each")
     add("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
     add("--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)")
     add("--top-p", type=number(0.01, 1), default=0.95, help="sample from the likeliest of this sum (%(default)s)")
@@ -31,13 +37,17 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate and return the exit code."""
     run_dir = run_of(options)
+    if options.system is not None and not options.chat:
+        raise InvalidValue("--system is the first message of a conversation; add --chat")
     prompts = read_prompts(options.prompts_file) if options.prompts is None else options.prompts
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
     from runtime.commands import inference
     from workers.generation.generate import SamplingConfig
 
     return inference.generate(
         run_dir,
         prompts=prompts,
+        before=system if options.chat else None,
         sampling=SamplingConfig(**{field: getattr(options, field) for field in SamplingConfig.__dataclass_fields__}),
         step=options.step,
         workers=options.workers,

@@ -14,6 +14,7 @@ from runtime.settings.config import TrainConfig, cross_check
 from runtime.settings.config_file import override, read_run_config
 from runtime.terminal.new_text import NewText
 from runtime.terminal.say import say
+from workers.data.chat import load_template
 from workers.data.tokenizer import Tokenizer, load_tokenizer
 from workers.generation.generate import SamplingConfig, Speed
 from workers.training.evaluation import Evaluation
@@ -60,12 +61,16 @@ def generate(
     run_dir: Path,
     *,
     prompts: Sequence[str],
+    before: Sequence[dict[str, str]] | None = None,
     sampling: SamplingConfig,
     step: int | None,
     workers: int | None,
     device: str | None,
 ) -> int:
     """Continue prompts with a checkpoint of a run; print each with its continuation, and the speed on stderr.
+
+    before: messages of a conversation, in which each prompt is what the user says next: the run's chat template writes
+    it, and only the reply is printed. None: prompts are plain texts.
 
     A single text appears on a terminal as it comes. Ctrl-C prints what there is before it ends the command. Neither
     the training text nor its prepared tokens are needed.
@@ -74,11 +79,16 @@ def generate(
     config = config_for(run_dir, workers, device)
     path = find_checkpoint(run_dir, step)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    shown = prompts
+    if before is not None:
+        template = load_template(config.data.chat_template, config.data.tokenizer)
+        prompts = [template.asking([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+        shown = [""] * len(prompts)
     _warn_of_long_prompts(prompts, tokenizer, config.model.max_seq_len, console)
     # A function cannot be sent to other processes for every token.
     is_here = runs_in_process(config.cluster)
     is_streamed = len(prompts) == 1 and is_here and sys.stdout.isatty()
-    with NewText(tokenizer, prompts, sys.stdout if is_streamed else None, console) as new:
+    with NewText(tokenizer, shown, sys.stdout if is_streamed else None, console) as new:
         try:
             with open_ranks(config.cluster, make_spec(config, run_dir, None)) as ranks:
                 path = still_there(path, run_dir, step)
@@ -87,12 +97,12 @@ def generate(
         except KeyboardInterrupt:
             new.finish()
             if not is_streamed:
-                sys.stdout.write(_joined(prompts, new.texts()))
+                sys.stdout.write(_joined(shown, new.texts()))
             say(console, f"stopped after {new.num_tokens:,} new tokens")
             raise
         new.finish()
     if not is_streamed:
-        sys.stdout.write(_joined(prompts, {index: text for result in results for index, text in result.texts.items()}))
+        sys.stdout.write(_joined(shown, {index: text for result in results for index, text in result.texts.items()}))
     say(console, f"{Speed.of_all([result.speed for result in results])}; on {_place(config)}")
     return 0
 

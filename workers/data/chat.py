@@ -93,6 +93,17 @@ class ChatTemplate:
             raise InvalidValue(f"the chat template refuses these messages: {problem}")
         return [Piece(text, is_learned) for text, is_learned in answer["pieces"]]
 
+    def asking(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The text of a conversation up to where the assistant is to write (add_generation_prompt).
+
+        Raises:
+            ValueError: the template refuses the messages, or takes too much time or memory.
+        """
+        answer = self._ask({"asks": messages})
+        if problem := answer.get("error"):
+            raise InvalidValue(f"the chat template refuses these messages: {problem}")
+        return str(answer["text"])
+
     def _ask(self, question: object) -> dict[str, Any]:
         try:
             self._questions.write(json.dumps(question).encode() + b"\n")

@@ -26,7 +26,8 @@ MAX_ERROR_LETTERS = 1000
 def serve() -> None:
     """Compile the template that the first line of stdin brings, and answer each further line, which is a conversation.
 
-    An answer is {"pieces": [[text, is_learned], ...]} or {"error": why not}; the first one is {} or {"error": ...}.
+    An answer is {"pieces": [[text, is_learned], ...]}, to {"asks": conversation} it is {"text": ...}, or {"error": why
+    not}; the first one is {} or {"error": ...}.
     The kernel ends the process by SIGPROF where one line takes too much time of the processor, also inside C code.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent ends this one
@@ -42,7 +43,10 @@ def serve() -> None:
         if not compiled:
             compiled.append(environment.from_string(first["source"]))
             return {}
-        return {"pieces": _pieces(json.loads(line), compiled[0], first["special_tokens"])}
+        question, tokens = json.loads(line), first["special_tokens"]
+        if isinstance(question, dict):
+            return {"text": compiled[0].render(messages=question["asks"], add_generation_prompt=True, **tokens)}
+        return {"pieces": _pieces(question, compiled[0], tokens)}
 
     for line in itertools.chain([""], sys.stdin):
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)

@@ -153,6 +153,8 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
     learned = [mask for each in expected for mask in each["assistant_masks"]]
     assert (dataset.train_flags & TARGET).tolist() == learned
     assert 0 < sum(learned) < len(learned)
+    asking = load_template(None, str(tmp_path / "model" / "tokenizer.json")).asking(TURNS[:2])
+    assert asking == theirs.apply_chat_template(TURNS[:2], tokenize=False, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize(
