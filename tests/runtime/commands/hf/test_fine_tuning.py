@@ -52,7 +52,8 @@ def _check_chat(run_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str])
     )
     capsys.readouterr()
     assert main([*given, "--chat", "--system", "w3", "--prompt", "w4 w5"]) == 0
-    reply = capsys.readouterr().out
+    reply, speed = capsys.readouterr()
+    assert "prefill 4 tokens" in speed  # system, user, user, and what asks for a reply
     messages = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w4 w5"}]
     assert (asked := template.asking(messages)) == "w3 w4 w5 w9"
     assert main([*given, "--prompt", asked]) == 0
