@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
-from workers.training.sharding import gathers_experts_narrow
+from workers.model.lora import gathers_experts_narrow
 
 
 class Held(NamedTuple):

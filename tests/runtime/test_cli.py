@@ -77,7 +77,7 @@ def test_eval_and_generate_hand_their_options_over(job: SimpleNamespace, run: Pa
     assert job.calls[0] == ((run,), {**common, "step": 7, "workers": 4, "sequences": None, "settings": []})
     sampling = SamplingConfig(max_new_tokens=200, temperature=0.0, top_p=0.95, seed=3, batch_size=32)
     for call, prompts in zip(job.calls[1:], (["To be", ""], ["second", "third"]), strict=True):
-        assert call == ((run,), {**common, "prompts": prompts, "sampling": sampling})
+        assert call == ((run,), {**common, "prompts": prompts, "before": None, "sampling": sampling})
 
 
 def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ Read `dispatch.balance.LossFreeBalancer` first. Its `step` is the same update in
 apply the law, write the bias. The difference buys three things:
 
 - Overlap. `loop` makes the collectives of a step in a thread, between its last forward and the end of its optimizer
-  step, so that neither the sums (along a `tree`) nor the coordinator's answer hold up backward.
+  step, so that neither the sums nor the coordinator's answer hold up backward.
 - A coordinator that may die. The law runs in a process of its own (`runtime.job.coordinator`), which may be killed, be
   late or start anew; `leader`, on rank 0, asks it, and computes the same bits while it is away.
 - Checks in every step. Ranks that differ in step, law state or live bias would send one token to different experts:

@@ -25,8 +25,16 @@ from dispatch.diagnosis.collective_errors import CollectiveTimeout
 from dispatch.laws import Law, LawState
 from workers.control.errors import BiasDiverged, ControlError, ControlTimeout, NoUpdate
 from workers.control.leader import Event, Leader
-from workers.control.tree import tree_all_reduce
-from workers.control.wire import BiasUpdate, Refusal, VersionedState, WireError, mail_bytes, read_mail, write_mail
+from workers.control.wire import (
+    BiasUpdate,
+    Refusal,
+    VersionedState,
+    WireError,
+    mail_bytes,
+    read_mail,
+    tree_all_reduce,
+    write_mail,
+)
 from workers.gang.collateral import is_collateral
 
 _NUM_SLOTS = 4  # what each rank tells of itself: step, version, checksum of the law state, checksum of the live bias

@@ -48,6 +48,20 @@ class LoraConfig:
         """What the product of B and A is multiplied by."""
         return self.alpha / self.rank if self.rank else 0.0
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether routed experts have adapters."""
+        return self.rank > 0 and "experts" in self.targets
+
+
+def gathers_experts_narrow(dtype: str, lora: LoraConfig) -> bool:
+    """Whether sharded experts are gathered in bfloat16: half the bytes, and the bits that a cast after it would give.
+
+    They are matmul weights alone, which dense units are not: norms and routers compute in fp32. Adapters are added to
+    experts in fp32. dtype: `run.dtype`.
+    """
+    return dtype == "bfloat16" and not lora.adapts_experts
+
 
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter: lora_A (R, in), lora_B (out, R)."""

@@ -146,7 +146,7 @@ class ModelConfig:
                 f"lora.targets names {', '.join(absent)}, which this model does not have; leave it out of "
                 "--model.lora.targets"
             )
-        if self.lora.rank and "experts" in self.lora.targets and not self.moe.has_plain_experts:
+        if self.lora.adapts_experts and not self.moe.has_plain_experts:
             raise InvalidValue(
                 f"lora.targets names experts, and those of this model have biases (moe.expert_biases "
                 f"{self.moe.expert_biases}) or a clamped activation (moe.swiglu_limit {self.moe.swiglu_limit}), which "

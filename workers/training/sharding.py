@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from dispatch.experts.stacked import Experts, expert_parameters
 from workers.gang.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
-from workers.model.lora import LoraConfig
+from workers.model.lora import gathers_experts_narrow
 
 
 def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = "float32") -> None:
@@ -51,15 +51,6 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor is NCCL's alone, also that of 1
     _prefetch(units)
-
-
-def gathers_experts_narrow(dtype: str, lora: LoraConfig) -> bool:
-    """Whether sharded experts are gathered in bfloat16: half the bytes, and the bits that a cast after it would give.
-
-    They are matmul weights alone, which dense units are not: norms and routers compute in fp32. Adapters are added to
-    experts in fp32.
-    """
-    return dtype == "bfloat16" and not (lora.rank and "experts" in lora.targets)
 
 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:

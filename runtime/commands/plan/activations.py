@@ -114,7 +114,7 @@ def row_map_bytes(config: ModelConfig, batch: MicroBatch) -> float:
 def cast_expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """The weights of this rank's routed experts of one layer, kept where they are in another dtype or have adapters."""
     weights = 3 * batch.num_local_experts * config.hidden * config.moe.ffn_hidden
-    adapted = config.lora.rank and "experts" in config.lora.targets
+    adapted = config.lora.adapts_experts
     return batch.element_bytes * weights if (batch.casts and batch.casts_experts) or adapted else 0
 
 

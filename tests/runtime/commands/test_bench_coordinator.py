@@ -15,7 +15,7 @@ from runtime.commands.bench.coordinator.model import HopCost, model
 from runtime.commands.bench.coordinator.ranks import BenchRank, RankFigures
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
-from workers.control import loop, tree
+from workers.control import loop
 from workers.control.wire import VersionedState, decode
 
 SMALL = ControlCase(layers=3, experts=8, law="newton", workers=3, rounds=4)
@@ -77,7 +77,7 @@ def test_a_coordinator_that_fails_is_an_error_and_not_a_quick_one() -> None:
 
 def _measure(rank: int, world_size: int, case: ControlCase) -> tuple[RankFigures | None, set[int]]:
     reduced: dict[int, int] = {}
-    inner = tree.tree_all_reduce
+    inner = loop.tree_all_reduce
 
     def counting(sums: Any, maxima: Any, **options: Any) -> Any:
         size = dist.get_world_size(options["group"])

@@ -19,7 +19,7 @@ NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: ap
 VIEWS = ("overview", "balance", "cluster", "compare")
 _ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 _NOTE_STATES = """() => {
   const word = document.querySelector("#state .word");

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from workers.record.run_log import append_event, read_events
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+WAIT_S = 120.0
 START_S = 240.0  # of a run, on a machine that does other things too
 
 
@@ -47,10 +49,18 @@ def label_of(page: Page, title: str) -> str:
     return page.get_attribute(f'figure[data-chart="{title}"] .plot', "aria-label") or ""
 
 
-def steps_drawn(page: Page) -> int:
-    """The last step of the chart of the loss."""
-    found = re.search(r"steps \d+ to (\d+)\.", label_of(page, "Loss"))
-    return int(found[1]) if found else 0
+def steps_drawn(page: Page) -> tuple[int, int]:
+    """The first and the last step of the chart of the loss."""
+    found = re.search(r"steps (\d+) to (\d+)\.", label_of(page, "Loss"))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def wait_for(page: Page, condition: Callable[[], object]) -> None:
+    """Until a condition holds that only Python can tell; as long as Playwright waits for one of the page's."""
+    give_up = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < give_up
+        page.wait_for_timeout(100)
 
 
 def serious_faults(watched: Watched) -> list[str]:
@@ -76,20 +86,18 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
                 "text => document.querySelector('figure[data-chart=Loss] .plot').ariaLabel !== text",
                 arg=label_of(page, "Loss"),
             )
-            assert steps_drawn(page) >= before
+            assert steps_drawn(page)[1] >= before[1]
             watched.wait_for_state("finished", START_S)
             # Between the failure and the recovery it may be seen as failed, for the moment that it is.
             seen = [state for state in watched.states_seen() if state != "failed"]
             assert seen[-4:] == ["running", "recovering", "running", "finished"]
             assert process.wait(60) == 0
         page.wait_for_function("document.querySelector('#when').textContent.includes('step 120 of 120')")
-        page.wait_for_timeout(2500)
-        assert steps_drawn(page) == 120
+        wait_for(page, lambda: steps_drawn(page)[1] == 120)
         watched.show("cluster")
-        told = page.inner_text("main")
         recovered = next(event for event in read_events(tmp_path / "runs" / "live") if event["event"] == "recovered")
-        assert event_text(recovered) in told
-        assert "1 recovery" in told
+        wait_for(page, lambda: event_text(recovered) in page.inner_text("main"))
+        wait_for(page, lambda: "1 recovery" in page.inner_text("main"))
         for view in VIEWS:
             watched.show(view)
         assert watched.complaints == []
@@ -128,10 +136,7 @@ def test_a_window_is_chosen_by_the_pointer_and_by_the_keyboard(chromium: Browser
         page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=5)
         page.mouse.up()
         page.wait_for_function("!document.querySelector('#window .range').textContent.includes('0 to 200')")
-        page.wait_for_timeout(2500)
-        found = re.search(r"steps (\d+) to (\d+)\.", label_of(page, "Loss"))
-        assert found is not None
-        assert (int(found[1]), int(found[2])) == (pytest.approx(50, abs=8), pytest.approx(100, abs=8))
+        wait_for(page, lambda: steps_drawn(page) == (pytest.approx(50, abs=8), pytest.approx(100, abs=8)))
         page.focus("text=Last 100")
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 101 to 200'")
@@ -147,9 +152,14 @@ def test_an_expert_is_chosen_on_the_heat_map(chromium: Browser, folder: Path) ->
         canvas = watched.page.locator('figure[data-chart="Load of each expert through time"] canvas')
         box = canvas.bounding_box()
         assert box is not None
-        canvas.hover(position={"x": 100, "y": box["height"] * 5.5 / 8})
-        told = watched.page.inner_text('figure[data-chart="Load of each expert through time"] figcaption')
-        assert re.match(r"layers.1.moe, expert 5, step \d+: [\d.]+ × the mean load", told)
+        caption = 'figure[data-chart="Load of each expert through time"] figcaption'
+
+        def is_told() -> object:
+            canvas.hover(position={"x": 100, "y": box["height"] * 5.5 / 8})
+            told = watched.page.inner_text(caption)
+            return re.match(r"layers.1.moe, expert 5, step \d+: [\d.]+ × the mean load", told)
+
+        wait_for(watched.page, is_told)
         canvas.click(position={"x": 100, "y": box["height"] * 5.5 / 8})
         assert watched.page.input_value('input[type="number"]') == "5"
 
@@ -166,6 +176,6 @@ def test_hostile_names_events_and_settings_stay_text(chromium: Browser, tmp_path
     with served(tmp_path, str(path), "./other") as url, opened(chromium, url) as watched:
         for view in VIEWS:
             watched.show(view)
-            assert "<img src=x" in watched.page.inner_text("body")
+            wait_for(watched.page, lambda: "<img src=x" in watched.page.inner_text("body"))
             assert watched.page.locator("img, script:not([src])").count() == 0
         assert watched.complaints == []

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from workers.control.tree import Reduction, _relatives, tree_all_reduce
+from workers.control.wire import Reduction, _relatives, tree_all_reduce
 
 NUM_COUNTS, NUM_FLOATS, NUM_MAXIMA = 1001, 3, 2
 NUM_BYTES = 8 * (NUM_COUNTS + NUM_FLOATS + NUM_MAXIMA)

@@ -3,7 +3,8 @@
 A step is what one rank alone takes for it, the coordinator's answer included, as measured, and hops: to sum over W
 ranks in one of two ways, and then to broadcast over a binomial tree of ceil(log2 W) hops:
 
-- tree: `workers.control.tree`, which runs: ceil(log2 W) hops up a binomial tree and as many down, with all bytes each.
+- tree: `tree_all_reduce` of `workers.control.wire`, which runs: ceil(log2 W) hops up a binomial tree and as many down,
+  with all bytes each.
 - ring: gloo's all-reduce, beside it: 2 (W - 1) hops with one W-th of the bytes each.
 
 All hops are taken to be alike, as quick as one between two otherwise idle ranks of this machine, and hops of different
