@@ -38,7 +38,7 @@ def test_the_folder_of_a_killed_driver_and_its_agents_go_and_that_of_a_living_on
         assert all(process.is_running() for process in processes)
         assert (tmp_path / folder / LOCK).exists()
         driver.kill()
-        driver.wait()
+        driver.communicate()
         with own_folder() as own:
             assert sorted(tmp_path.iterdir()) == sorted([own, unlocked])
             assert not psutil.wait_procs(processes[:1], timeout=5)[1]

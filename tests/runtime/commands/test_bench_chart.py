@@ -20,7 +20,7 @@ def figures() -> LayerFigures:
 
 def test_the_longest_bar_and_all_words_are_inside_the_picture() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of a layout that does not fit
+        warnings.simplefilter("error", UserWarning)  # of a layout that does not fit; not of others' garbage
         figure = new_figure(lambda figure: _draw(figure, {"float32": figures()}, ("sizes", "ranks")), figure_size(1))
         figure.draw_without_rendering()
     (axes,) = figure.axes
