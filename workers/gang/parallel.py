@@ -169,16 +169,7 @@ def join_groups(
     timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
     control_timeout = timedelta(seconds=timeout_s)
     before = listening()
-    if on_cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if on_cuda else None,
-    )
+    _form_default_group(rank, world_size, store, device, timeout)
     ep_size = config.resolve(world_size)
     mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
     replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
@@ -207,6 +198,20 @@ def join_groups(
     refuse_strangers(before_gloo, store, rank, world_size)
     _exercise(groups)
     return replace(groups, connections=Connections.since(before, groups.control_group))
+
+
+def _form_default_group(rank: int, world_size: int, store: Store, device: torch.device, timeout: timedelta) -> None:
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
 
 
 def local_device(choice: str, local_index: int = 0) -> torch.device:
