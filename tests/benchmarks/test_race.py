@@ -154,15 +154,21 @@ def test_a_collective_that_the_meter_does_not_know_is_not_taken_for_free() -> No
         run_ranks(1, broadcast_under_the_meter)
 
 
-def test_memory_is_the_peak_of_the_step_not_its_sum() -> None:
+def _peaks_of_a_step(_rank: int, _world_size: int) -> tuple[int, int]:
     def step() -> None:
         first, second = torch.ones(4 * MIB), torch.ones(2 * MIB)  # 16 + 8 MiB
         del first
         third = torch.ones(3 * MIB)  # 8 + 12 MiB
         del second, third
 
-    assert peak_allocated_bytes(step) == 24 * MIB
-    assert 23 * MIB < peak_resident_bytes(step) < 34 * MIB  # pages of others may be let go meanwhile
+    return peak_allocated_bytes(step), peak_resident_bytes(step)
+
+
+def test_memory_is_the_peak_of_the_step_not_its_sum() -> None:
+    # In a process of its own, as in the race: what tests before this one left of the heap decides what is given back.
+    [(allocated, resident)] = run_ranks(1, _peaks_of_a_step)
+    assert allocated == 24 * MIB
+    assert 23 * MIB < resident < 34 * MIB  # pages of others may be let go meanwhile
 
 
 def test_skewed_tokens_load_the_hottest_expert_as_asked() -> None:
