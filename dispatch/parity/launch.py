@@ -3,12 +3,13 @@
 import os
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -112,6 +113,19 @@ def _spawned_rank(
     if rank == 0:
         # Not by exit codes: the first rank that leaves with one has the others killed.
         (folder / RESULT).write_bytes(pickle.dumps(result))
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End this process without taking the interpreter down.
+
+    A thread of gloo that still frees the tensors of its last collective asks for the GIL. An interpreter that is being
+    taken down answers with pthread_exit; C++ meets that in a destructor and calls std::terminate: SIGABRT after all
+    work was done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _world() -> dist.ProcessGroup:

@@ -304,6 +304,22 @@ def test_a_rank_that_fails_is_named_and_takes_the_others_along() -> None:
     assert not ranks_of_ours()
 
 
+HELD: list[object] = []  # by a rank until its process ends
+
+
+def leave_collectives_under_way(group: dist.ProcessGroup, device: torch.device) -> str:
+    for _ in range(20):
+        # Views known to Python: the thread of gloo that frees them last needs the GIL for it.
+        sent, arrived = torch.ones(64, 64), torch.empty(64, 64)
+        dist.all_to_all_single(arrived.detach(), sent.detach(), group=group, async_op=True)
+    HELD.append(group)
+    return "done"
+
+
+def test_a_rank_whose_threads_still_hold_tensors_ends_well() -> None:
+    assert launch(2, "cpu", COLLECTIVE_LIMIT, leave_collectives_under_way) == "done"
+
+
 def interrupt_the_parent(group: dist.ProcessGroup, device: torch.device) -> None:
     dist.barrier(group)
     if dist.get_rank(group) == 0:
