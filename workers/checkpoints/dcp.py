@@ -121,8 +121,9 @@ class _HashingStream:
     def write(self, data: Any) -> int:
         self._file.write(data)
         self.sha256.update(data)
-        self.num_bytes += memoryview(data).nbytes
-        return memoryview(data).nbytes
+        size = memoryview(data).nbytes
+        self.num_bytes += size
+        return size
 
     def flush(self) -> None:
         """torch.save asks for it behind every tensor; the file is forced to the disk once, at its end."""

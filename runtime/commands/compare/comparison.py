@@ -15,6 +15,7 @@ from runtime.commands.compare.run_pool import EndedRun, RunPool
 from runtime.commands.compare.tables import print_tables, write_results
 from runtime.commands.compare.view import CompareView
 from runtime.job import job
+from runtime.job.launch import runs_in_process
 from runtime.report.run_inputs import open_data
 from runtime.settings.config_file import load_config, override
 from runtime.settings.size import model_size
@@ -123,8 +124,7 @@ def _show_results(plan: ComparePlan, threshold: float | None, console: Console) 
 
 
 def _num_jobs(plan: ComparePlan, wanted: int | None) -> int:
-    cluster = plan.base.cluster
-    if cluster.num_workers == 1 and cluster.address is None:
+    if runs_in_process(plan.base.cluster):
         return wanted or usable_cores()
     # Several gangs on one machine or one cluster would only wait for each other.
     if (wanted or 1) > 1:

@@ -301,14 +301,6 @@ def test_contradiction_between_sections_is_refused(overrides: dict[str, Any], me
         cross_check(with_settings(**overrides))
 
 
-def test_a_report_of_any_size_is_for_one_process_that_asks_no_coordinator() -> None:
-    cross_check(
-        with_settings(
-            balance__law="quantile", model__moe__num_experts=256, model__num_layers=62, cluster__num_workers=1
-        )
-    )
-
-
 @pytest.mark.parametrize(("num_experts", "num_workers"), [(8, 3), (5, 5)])
 def test_experts_need_not_divide_evenly(num_experts: int, num_workers: int) -> None:
     batch = 4 * num_workers

@@ -28,6 +28,7 @@ from dispatch.experts.stacked import expert_parameters
 from dispatch.laws import BalanceConfig, LawState
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll
+from workers.checkpoints import checkpoint
 from workers.checkpoints.checkpoint import (
     CheckpointCorrupt,
     CheckpointError,
@@ -41,6 +42,7 @@ from workers.checkpoints.checkpoint import (
     step_of,
     verify,
 )
+from workers.checkpoints.dcp import write_share
 from workers.checkpoints.index import read_index
 from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
 from workers.model.decoder import Decoder
@@ -508,6 +510,19 @@ def test_dcp_itself_reads_what_was_written(tmp_path):
     tensors = {"model.x": torch.zeros(2, 3), "model.n": torch.tensor(0)}
     dcp_load(tensors, checkpoint_id=path, no_dist=True)
     assert (tensors["model.x"].tolist(), tensors["model.n"].item()) == ([[0, 1, 2], [3, 4, 5]], 7)
+
+
+def test_a_file_that_rank_0_sees_shorter_than_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+    def write_half(folder, tensors, rank):
+        written = write_share(folder, tensors, rank)
+        for name, (size, _) in written.files.items():
+            os.truncate(folder / name, size // 2)
+        return written
+
+    monkeypatch.setattr(checkpoint, "write_share", write_half)
+    with pytest.raises(CheckpointError, match=r"not in .*as the ranks wrote them.*do all machines see this folder"):
+        _save_filled(tmp_path / "checkpoints", 1)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
