@@ -5,6 +5,7 @@ SIGTERM or SIGHUP. A new subcommand is a module as `runtime/commands/command.py`
 """
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from runtime.terminal.failure import told
 from runtime.terminal.interrupt import Stopped, stop_signals_raise
 from runtime.terminal.lasting_output import lasting_output
 
+COMPLETION = "_ARGCOMPLETE"  # set by the shell that asks which words fit
 BENCH = {
     "dispatch": "runtime.commands.bench.dispatch.command",
     "coordinator": "runtime.commands.bench.coordinator.command",
@@ -47,6 +49,8 @@ COMMANDS: dict[str, str | Group] = {
     "generate": "runtime.commands.generate",
     "import": "runtime.commands.hf.import_command",
     "export": "runtime.commands.hf.export_command",
+    "runs": "runtime.commands.runs",
+    "stop": "runtime.commands.stop",
     "report": "runtime.commands.report",
     "watch": "runtime.commands.watch",
     "replay": "runtime.commands.replay.command",
@@ -78,6 +82,10 @@ COMMANDS: dict[str, str | Group] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process by default, and return its exit code."""
+    if COMPLETION in os.environ and argv is None:
+        from runtime.commands.completion import answer
+
+        answer(_trimtab())
     arguments = sys.argv[1:] if argv is None else list(argv)
     with lasting_output():
         return _main(arguments)

@@ -41,6 +41,7 @@ USES = (
     Use("train --resume first --steps 400", "--steps 16", "Step 16 of 16", (
         "runs/first/checkpoints/step_00000016",)),
     Use("report first", says="runs/first/report.html"),
+    Use("runs", says="first finished 16/16"),
     Use("train --data.path my-texts/ --name own", "--config tiny --steps 2", "Step 2 of 2", ("runs/own/report.html",)),
     Use("import MODEL mine", says="mine", leaves=("runs/mine/config.yaml",)),
     Use("train --resume mine --steps 100", "--steps 2", "Step 2 of 2", ("runs/mine/report.html",)),

@@ -56,6 +56,11 @@ class CommandParser(argparse.ArgumentParser):
         """Leave a part of the command line unread: `run` finds it as a list in `options.NAME`."""
         self._rest = name, rest
 
+    @property
+    def takes_settings(self) -> bool:
+        """Whether the settings of `trimtab train` may stand among the options."""
+        return self._rest is not None and self._rest[1] in ("everything", "unknown options")
+
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options, and the whole as one text in `command_line`. Exits as argparse does on --help and mistakes."""
         name, rest = self._rest or ("", "")
@@ -87,10 +92,15 @@ def run_command(entry: str | Group, program: str, arguments: Sequence[str]) -> i
 
 def read_options(module: str, program: str, arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the subcommand of this module, which its `run` takes. Exits on --help and mistakes."""
+    return parser_of(module, program).read(arguments)
+
+
+def parser_of(module: str, program: str) -> CommandParser:
+    """The parser of the subcommand of this module."""
     command = _load(module)
     parser = CommandParser(prog=program, description=command.HELP)
     command.add_arguments(parser)
-    return parser.read(arguments)
+    return parser
 
 
 def choose(group: Group, program: str, arguments: Sequence[str], *, version: str | None = None) -> str:

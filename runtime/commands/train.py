@@ -19,4 +19,6 @@ def run(options: argparse.Namespace) -> int:
     request = parse_train(options.arguments)
     from runtime.job import job
 
-    return job.train(request.config, resume=request.resume, step=request.step, init=request.init)
+    return job.train(
+        request.config, resume=request.resume, step=request.step, init=request.init, dry_run=request.dry_run
+    )

@@ -41,10 +41,13 @@ from workers.record.run_log import METRICS, append_event
 from workers.training.outcome import TrainOutcome
 
 
-def train(config: TrainConfig, *, resume: Path | None, step: int | None, init: Path | None = None) -> int:
+def train(
+    config: TrainConfig, *, resume: Path | None, step: int | None, init: Path | None = None, dry_run: bool = False
+) -> int:
     """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
 
     init: the run whose weights a new one begins with. step: the checkpoint of either; None takes the newest.
+    dry_run: only check and say what would be trained.
 
     Everything that can be refused is refused before a process starts, and leaves no run directory behind.
     """
@@ -54,7 +57,11 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None, init: P
         stop = StopSignal()
         source = resume or init
         start = None if source is None else find_checkpoint(source, step)
-        outcome = _train(config, run_dir, lock, stop, start=start, is_new=resume is None, console=console)
+        dataset = _checked(config, run_dir, start=start, is_new=resume is None, console=console)
+        if dry_run:
+            say(console, "dry run: nothing was refused, and nothing was started or written")
+            return 0
+        outcome = _train(config, run_dir, lock, stop, dataset, start=start, is_new=resume is None, console=console)
         from runtime.report.report import print_summary  # imports matplotlib, for which no run should start later
 
         print_summary(run_dir, console)
@@ -66,17 +73,11 @@ def train(config: TrainConfig, *, resume: Path | None, step: int | None, init: P
     return stop.exit_code
 
 
-def _train(
-    config: TrainConfig,
-    run_dir: Path,
-    lock: RunLock,
-    stop: StopSignal,
-    *,
-    start: Path | None,
-    is_new: bool,
-    console: Console,
-) -> TrainOutcome:
-    """start: the checkpoint to go on from, or, of a new run, the one of another run to begin with."""
+def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: bool, console: Console) -> Dataset:
+    """The training text, once nothing is left that could be refused; says what will be trained.
+
+    start: the checkpoint to go on from, or, of a new run, the one of another run to begin with.
+    """
     resume_from = None if is_new else start
     if resume_from and step_of(resume_from) >= config.run.steps:
         raise InvalidValue(
@@ -100,6 +101,22 @@ def _train(
     say(console, _headline(config, _beginning(run_dir, start, is_new), dataset, size))
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
+    return dataset
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: Path,
+    lock: RunLock,
+    stop: StopSignal,
+    dataset: Dataset,
+    *,
+    start: Path | None,
+    is_new: bool,
+    console: Console,
+) -> TrainOutcome:
+    """start: as of `_checked`."""
+    resume_from = None if is_new else start
     with ExitStack() as stack:
         with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)

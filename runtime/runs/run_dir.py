@@ -21,7 +21,7 @@ def default_runs_dir() -> str:
 def place_of_run(run: str, runs_dir: str | None = None) -> Path:
     """The directory of a run of this name. A bare name lies in the folder of runs; a path with a slash is itself."""
     path = Path(run).expanduser()
-    return path if path.is_absolute() or os.sep in run or run in (".", "..") else _folder(runs_dir) / run
+    return path if path.is_absolute() or os.sep in run or run in (".", "..") else folder_of_runs(runs_dir) / run
 
 
 def find_run(run: str, runs_dir: str | None = None) -> Path:
@@ -30,14 +30,14 @@ def find_run(run: str, runs_dir: str | None = None) -> Path:
     Raises:
         InvalidValue: no such run, with the names of those that are there; or two of that name.
     """
-    folder = _folder(runs_dir)
+    folder = folder_of_runs(runs_dir)
     places = list(dict.fromkeys((place_of_run(run, runs_dir), Path(run).expanduser())))
     found = [path for path in places if (path / CONFIG_FILE).is_file()]
     if len(found) == 2 and not found[0].samefile(found[1]):
         raise InvalidValue(f"{run!r} names two runs, {found[0]} and ./{run}; give the path of the one that is meant")
     if found:
         return found[0]
-    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    names = [path.name for path in runs_in(folder)]
     near = difflib.get_close_matches(Path(run).name, names, n=3)
     known = f"did you mean {' or '.join(near)}?" if near else f"runs in {folder}/: {', '.join(names) or 'none'}"
     looked = f"neither {places[0]} nor {places[1]} holds" if len(places) == 2 else f"{places[0]} does not hold"
@@ -45,7 +45,13 @@ def find_run(run: str, runs_dir: str | None = None) -> Path:
     raise InvalidValue(f"there is no run {run!r}: {looked} a {CONFIG_FILE}; {known}{elsewhere}")
 
 
-def _folder(runs_dir: str | None) -> Path:
+def runs_in(folder: Path) -> list[Path]:
+    """The directories of the runs in a folder, by name."""
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+
+
+def folder_of_runs(runs_dir: str | None) -> Path:
+    """The folder that an option names, else the default one."""
     return Path(runs_dir or default_runs_dir()).expanduser()
 
 

@@ -73,11 +73,15 @@ class Owner:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"pid {self.pid} on {self.host} since {since} ({self.command})"
 
+    def is_near(self) -> bool:
+        """Whether its number names this process here: in this boot of this machine, and not in another container."""
+        return self.boot_id == _boot_id() and self.pid_namespace == _pid_namespace()
+
     def is_gone(self, file: os.stat_result) -> bool | None:
         """Whether the process ended; None where this host cannot tell. file: the lock file, as old as its last sign."""
         if file.st_ino != self.inode:
             return True
-        if self.boot_id == _boot_id() and self.pid_namespace == _pid_namespace():
+        if self.is_near():
             found = process_of(self.pid)
             return found is None or found.started != self.started or not found.alive
         # A boot of this host ended it. Hosts can share a name: then it would have renewed the file since our boot.
@@ -186,6 +190,12 @@ def refuse_if_owned(run_dir: Path) -> None:
     path = _newest(run_dir)
     if path is not None and _is_gone(path) is False:
         raise _owned(run_dir, _read(path))
+
+
+def owner_of(run_dir: Path) -> Owner | None:
+    """Who owns the directory; None for nobody, or for one that is known to have ended. Does not wait."""
+    path = _newest(run_dir)
+    return None if path is None or _is_gone(path) else _read(path)
 
 
 def _acquire(run_dir: Path, say: Callable[[str], None]) -> RunLock:

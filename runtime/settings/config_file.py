@@ -38,6 +38,7 @@ SHORT_OPTIONS = {
     "--workers": "--cluster.num_workers",
     "--device": "--cluster.device",
 }
+DRY_RUN = "--dry-run"
 MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
 FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in older runs' config.yaml
@@ -48,13 +49,15 @@ class TrainRequest:
     """What a command line of `trimtab train` asks for.
 
     resume: directory of the run to go on with; None starts a new one. init: directory of the run whose weights a new
-    one begins with; None draws them. step: the checkpoint of either; None takes the newest.
+    one begins with; None draws them. step: the checkpoint of either; None takes the newest. dry_run: check everything,
+    train nothing.
     """
 
     config: TrainConfig
     resume: Path | None
     step: int | None
     init: Path | None = None
+    dry_run: bool = False
 
 
 def parse_train(arguments: Sequence[str]) -> TrainRequest:
@@ -64,6 +67,12 @@ def parse_train(arguments: Sequence[str]) -> TrainRequest:
         InvalidValue: wrong usage or configuration, with the way out.
         SystemExit: --help was asked for and answered.
     """
+    is_dry = DRY_RUN in arguments
+    request = _parse_train([argument for argument in arguments if argument != DRY_RUN])
+    return replace(request, dry_run=is_dry)
+
+
+def _parse_train(arguments: Sequence[str]) -> TrainRequest:
     arguments = _fill_in([_lengthen(argument) for argument in arguments])
     import_named(arguments)
     try:
@@ -194,6 +203,16 @@ def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: 
         if isinstance(value, str) and namespace[key] is None:
             namespace[key] = value
     return _build(parser, namespace)
+
+
+def all_options() -> argparse.ArgumentParser:
+    """A parser that knows every option of `trimtab train`, for the shell; `parse_train` reads them."""
+    presets = ",".join(sorted(_find_presets()))
+    parser = train_help.settings_parser(_base_preset(), presets, list(get_type_hints(TrainConfig)))
+    parser.add_argument("--config", metavar=f"{{{presets}}}")
+    for short in SHORT_OPTIONS:
+        parser.add_argument(short)
+    return parser
 
 
 def config_to_yaml(config: TrainConfig) -> str:

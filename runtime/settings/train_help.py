@@ -18,6 +18,7 @@ _FIRST = {
     "--config FILE": "preset or YAML file: {presets} (small)",
     "--resume RUN": "go on with a run: its name or directory",
     "--init RUN": "a new run with the weights of that one: fine-tuning",
+    "--dry-run": "check all of it and say what would be trained; start and write nothing",
     "--name NAME": "name of the run, runs/NAME (the time)",
     "--steps N": "optimizer steps ({run.steps})",
     "--workers N": "expert workers ({cluster.num_workers})",
@@ -56,7 +57,7 @@ def help_text(request: list[str], defaults: TrainConfig, presets: str) -> str:
         raise InvalidValue(f"{option} {named[0]}: there is no such section; choose from {', '.join(sections)}")
     if option != "--help-all" and not named:
         return _first(defaults, presets, sections)
-    return _all(defaults, presets, named or sections)
+    return settings_parser(defaults, presets, named or sections).format_help()
 
 
 def _first(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
@@ -75,10 +76,12 @@ def _filled(words: str, values: Mapping[str, str], presets: str) -> str:
     return before + (presets if key == "presets" else values[key]) + after
 
 
-def _all(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
+def settings_parser(defaults: TrainConfig, presets: str, sections: list[str]) -> argparse.ArgumentParser:
+    """A parser that has all options of these sections with their words; what reads them is in config_file."""
     parser = argparse.ArgumentParser(
         usage=_USAGE,
         add_help=False,
+        conflict_handler="resolve",
         description="Train a model. Options override the file; in parentheses, what holds without them.",
         epilog="Short forms: --name for --run.name, --steps for --run.steps, --workers for --cluster.num_workers, "
         "--device for --cluster.device.",
@@ -90,13 +93,14 @@ def _all(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
     words = f"begin a new run with the weights, the model and the settings of this one, but with optim.lr {lr}"
     source.add_argument("--init", metavar="RUN", help=words)
     source.add_argument("--step", metavar="N", help="with --resume or --init: checkpoint of step N (the newest)")
+    source.add_argument("--dry-run", action="store_true", help="check everything; start and write nothing")
     values, hints, titles = flatten(defaults), get_type_hints(TrainConfig), _words_of(TrainConfig)
     for section in sections:
         group = parser.add_argument_group(titles[section].rstrip("."))
         for key, (hint, words) in _settings(hints[section], f"{section}.").items():
             shown = f"{words.rstrip('.')} ({_shown(values[key])})".replace("%", "%%")
             group.add_argument(f"--{key}", metavar=_metavar(hint), help=shown)
-    return parser.format_help()
+    return parser
 
 
 def _settings(section: Any, prefix: str) -> dict[str, tuple[Any, str]]:

@@ -79,6 +79,13 @@ class WatchedRun:
             self.stamp += 1
         return is_new
 
+    def glance(self) -> dict[str, Any]:
+        """The summary of all events and of the end of the metrics, however long they are, for who looks once."""
+        self.poll()
+        while not self.events.is_at_end:
+            self.poll()
+        return self.summary()
+
     def state(self) -> str:
         """In one word: starting, running, recovering, finished, interrupted, failed, gone, or `not begun`."""
         state, sign = self.events.state, _last_sign(self.path)

@@ -58,7 +58,7 @@ def test_train_hands_the_checked_configuration_over(job: SimpleNamespace) -> Non
     assert main(["train", "--config", "tiny", "--steps", "3"]) == 0
     [((config,), options)] = job.calls
     assert (config.run.steps, config.model) == (3, load_config("tiny").model)
-    assert options == {"resume": None, "step": None, "init": None}
+    assert options == {"resume": None, "step": None, "init": None, "dry_run": False}
 
 
 def test_train_without_options_trains_the_default_model(job: SimpleNamespace) -> None:
@@ -212,6 +212,7 @@ def test_what_the_system_refuses_is_no_bug(
         ("generate", "required: RUN"),
         ("import", "required: DIR, RUN"),
         ("export", "required: RUN, DIR"),
+        ("stop", "required: RUN"),
         ("report", "required: RUN"),
         ("replay", "required: RUN"),
         ("watch", "required: RUN"),
@@ -239,17 +240,30 @@ def test_a_command_that_needs_arguments_shows_its_usage_without_any(
 
 
 def test_no_command_is_without_a_test_of_it_alone() -> None:
-    """Those that do something without arguments: `train` above, `bench` and `cluster` beside their own tests."""
+    """Those that do something without arguments: `train` above, `runs`, `bench`, `cluster` beside their own tests."""
     (alone,) = (
         mark.args[1]
         for mark in test_a_command_that_needs_arguments_shows_its_usage_without_any.pytestmark  # type: ignore[attr-defined]
     )
-    assert {*COMMANDS} - {"train"} == {command.split()[0] for command, _ in alone if command}
+    assert {*COMMANDS} - {"train", "runs"} == {command.split()[0] for command, _ in alone if command}
 
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["eval"], ["generate"], ["report"], ["replay"], ["watch"], ["bench"], ["plan"], ["doctor", "PATH"], *BENCHES],
+    [
+        [],
+        ["eval"],
+        ["generate"],
+        ["runs"],
+        ["stop"],
+        ["report"],
+        ["replay"],
+        ["watch"],
+        ["bench"],
+        ["plan"],
+        ["doctor", "PATH"],
+        *BENCHES,
+    ],
 )
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
@@ -263,7 +277,7 @@ def help_of_train(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_of_train_is_a_page_with_what_people_use_first(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of_train(capsys, "--help")
-    assert 20 <= len(text.splitlines()) <= 30
+    assert 20 <= len(text.splitlines()) <= 32
     for words in ("--name NAME", "--data.path PATH", "presets", "optimizer steps (400)", "--help-all"):
         assert words.replace("presets", "compare, paper-1b, small, tiny") in text
 

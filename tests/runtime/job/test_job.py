@@ -376,6 +376,26 @@ def test_ctrl_c_saves_and_the_run_goes_on_later(tmp_path):
     assert [line["step"] for line in train] == list(range(1, step + 6))
 
 
+def test_a_dry_run_checks_and_tells_all_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job, "open_gang", None)
+    assert main(["train", *_arguments(tmp_path), "--name=new", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"model .*\n(.*\n)*dry run: nothing was refused, and nothing was started or written\n$", told), (
+        told
+    )
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_dry_run_of_a_resume_leaves_the_run_as_it_is(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(job, "open_gang", None)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(run_dir), "--steps=99", "--dry-run"]) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert main(["train", "--resume", str(run_dir), "--dry-run"]) == 2
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -411,10 +431,11 @@ def test_bad_input_is_named_before_anything_starts(arguments, said, tmp_path, ca
     base = [] if filled[0].startswith("--resume") else _arguments(tmp_path)
     if filled[0].startswith("--data.path"):
         base.remove("--data.suffixes=[.py]")
-    code = main(["train", *base, *filled])
-    output = capsys.readouterr().err
-    assert re.search(said, output, re.DOTALL), output
-    assert code == (1 if "cluster.address" in filled[0] else 2)
+    for dry in ([], ["--dry-run"]):
+        code = main(["train", *base, *filled, *dry])
+        output = capsys.readouterr().err
+        assert re.search(said, output, re.DOTALL), output
+        assert code == (1 if "cluster.address" in filled[0] else 2)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]
 
 

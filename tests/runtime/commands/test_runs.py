@@ -1,0 +1,111 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main
+from runtime.runs import run_lock
+from runtime.runs.run_lock import owner_of
+from tests.synthetic_run import SyntheticRun, make_run
+from workers.record.run_log import append_event
+
+HOLDER = """
+    import sys
+    from pathlib import Path
+    from runtime.runs.run_lock import hold
+    from runtime.terminal.interrupt import stop_signals_raise
+    from workers.record.run_log import append_event
+    with stop_signals_raise(), hold(Path(sys.argv[1]), print):
+        print("held", flush=True)
+        try:
+            sys.stdin.read()
+        except KeyboardInterrupt:
+            append_event(Path(sys.argv[1]), "interrupted", step=20)
+"""
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def holder(run: Path) -> subprocess.Popen[str]:
+    """A process that owns `run` until SIGTERM, as one that trains it does."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(run)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A run of 20 of 40 steps."""
+    path = make_run(tmp_path / "half", SyntheticRun(steps=20, total_steps=40, finished=False))
+    (path / "config.yaml").write_text("run: {steps: 40}\n")
+    return path
+
+
+def test_runs_are_listed_with_their_state_and_last_figures(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = make_run(tmp_path / "evil\x1b[2Jname", SyntheticRun(steps=5, total_steps=5, eval_every=5))
+    (ended / "config.yaml").write_text("run: {steps: 5}\n")
+    append_event(ended, "finished", step=5)
+    (tmp_path / "no run").mkdir()
+    assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
+    head, *rows = lines_of(capsys)
+    assert head.split()[:4] == ["run", "state", "step", "loss"]
+    assert [row.split()[:3] for row in rows] == [["half", "interrupted", "20/40"], ["evil?[2Jname", "finished", "5/5"]]
+    assert main(["runs", "--runs-dir", str(tmp_path), "--json"]) == 0
+    half, other = map(json.loads, lines_of(capsys))
+    last = json.loads((made / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["step"] == 20
+    assert (half["step"], half["total_steps"], half["loss"]) == (20, 40, last["loss"])
+    assert (other["name"], other["state"]) == (ended.name, "finished")
+    assert other["val_bits_per_byte"] > 0
+
+
+def test_a_folder_without_runs_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
+    assert lines_of(capsys) == [f"no runs in {tmp_path}/; start one with: trimtab train"]
+
+
+def test_stop_ends_the_process_that_trains_and_waits_for_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = holder(made)
+    assert main(["stop", str(made)]) == 0
+    first, last = lines_of(capsys)
+    assert first.startswith(f"stopping pid {process.pid} on ")
+    assert last == f"interrupted at step 20; go on with: trimtab train --resume {made}"
+    assert process.wait(30) == 0
+    assert owner_of(made) is None
+
+
+def test_a_run_that_does_not_end_in_time_stays_with_its_process(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = holder(made)
+    process.send_signal(signal.SIGSTOP)  # SIGTERM has to wait
+    try:
+        assert main(["stop", str(made), "--timeout", "1"]) == 1
+        assert "still saves after 1 s" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_nobody_is_stopped_where_nobody_trains_or_somebody_elsewhere(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stop", str(made)]) == 2
+    assert f"nobody trains {made}: there is nothing to stop" in capsys.readouterr().err
+    process = holder(made)
+    try:
+        monkeypatch.setattr(run_lock, "_boot_id", lambda: "another machine")
+        assert main(["stop", str(made)]) == 1
+        assert f"stop it there: ssh {socket.gethostname()} kill {process.pid}" in capsys.readouterr().err
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
