@@ -254,8 +254,7 @@ def _wait_until_gone(run_dir: Path, path: Path, say: Callable[[str], None]) -> N
 def _owned(run_dir: Path, owner: Owner | None) -> InvalidValue:
     if owner is None:
         return InvalidValue(f"{run_dir} is being written by another process; wait for its end")
-    here = owner.host == socket.gethostname()
-    stop = f"kill {owner.pid}" if here else f"ssh {owner.host} kill {owner.pid}"
+    stop = f"trimtab stop {run_dir}" if owner.is_near() else f"ssh {owner.host} kill {owner.pid}"
     return InvalidValue(
         f"{run_dir} is being written by {owner}; wait for its end, or stop it, which saves its state, with: {stop}"
     )
