@@ -19,7 +19,7 @@ class ClusterConfig:
     """Join also a cluster that demands no token, which runs code for whoever reaches it."""
 
     num_workers: int = 2
-    """Expert workers, one rank each. A preset on a machine with GPUs takes one for each of them."""
+    """Expert workers, one rank each. A preset takes one for each GPU of the machine or of the joined cluster."""
 
     min_workers: int = 0
     """Fewest workers to start with, or to go on with after a loss; 0: num_workers, never fewer."""

@@ -14,9 +14,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train and return the exit code."""
+    from cluster.nodes.gpus import count_gpus
     from runtime.settings.config_file import parse_train
 
-    request = parse_train(options.arguments)
+    request = parse_train(options.arguments, count_gpus)
     from runtime.job import job
 
     return job.train(

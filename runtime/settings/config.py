@@ -1,6 +1,6 @@
 """What a run is: the settings of every part in one place, and the rules that hold between the parts."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -153,13 +153,20 @@ def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
     return True
 
 
-def on_gpus_of_this_machine(config: TrainConfig, chosen: Collection[str]) -> TrainConfig:
-    """A worker for each GPU of this machine, as many as the other settings allow, in bf16.
+def gpus_of_this_machine(cluster: ClusterConfig) -> int:
+    """How many GPUs a Ray of this machine's own would have; 0 where the run joins a cluster."""
+    return 0 if cluster.address is not None else torch.cuda.device_count()
 
-    chosen: names of settings that stay as they are. Without a GPU, on `device cpu` and on a joined cluster all stay.
+
+def on_gpus(
+    config: TrainConfig, chosen: Collection[str], count_gpus: Callable[[ClusterConfig], int] = gpus_of_this_machine
+) -> TrainConfig:
+    """A worker for each GPU, as many as the other settings allow, in bf16.
+
+    chosen: names of settings that stay as they are. Without a GPU and on `device cpu` all stay.
     """
-    cluster, gpus = config.cluster, torch.cuda.device_count()
-    if not gpus or cluster.device == "cpu" or cluster.address is not None or cluster.gpus_per_worker is not None:
+    cluster = config.cluster
+    if cluster.device == "cpu" or cluster.gpus_per_worker is not None or not (gpus := count_gpus(cluster)):
         return config
     if "cluster.num_workers" not in chosen:
         feasible = (size for size in range(gpus, 0, -1) if _is_feasible(config, size))

@@ -5,7 +5,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
 from runtime.runs.run_data import at_home, knows_its_text
 from runtime.runs.run_dir import CONFIG_FILE, RUNS_DIR, default_runs_dir, find_run
@@ -26,7 +27,8 @@ from runtime.settings.config import (
     check_same_model,
     cross_check,
     flatten,
-    on_gpus_of_this_machine,
+    gpus_of_this_machine,
+    on_gpus,
 )
 from runtime.settings.consent import check_consent, import_named
 from runtime.settings.yaml_text import load_yaml, read_bounded
@@ -60,19 +62,23 @@ class TrainRequest:
     dry_run: bool = False
 
 
-def parse_train(arguments: Sequence[str]) -> TrainRequest:
+def parse_train(
+    arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] = gpus_of_this_machine
+) -> TrainRequest:
     """Read the command line of `trimtab train`. Options override the settings of a file or run; all rules are checked.
+
+    count_gpus: tells how many GPUs there are for the workers of a preset.
 
     Raises:
         InvalidValue: wrong usage or configuration, with the way out.
         SystemExit: --help was asked for and answered.
     """
     is_dry = DRY_RUN in arguments
-    request = _parse_train([argument for argument in arguments if argument != DRY_RUN])
+    request = _parse_train([argument for argument in arguments if argument != DRY_RUN], count_gpus)
     return replace(request, dry_run=is_dry)
 
 
-def _parse_train(arguments: Sequence[str]) -> TrainRequest:
+def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int]) -> TrainRequest:
     arguments = _fill_in([_lengthen(argument) for argument in arguments])
     import_named(arguments)
     try:
@@ -94,7 +100,8 @@ def _parse_train(arguments: Sequence[str]) -> TrainRequest:
             base = replace(base, run=replace(base.run, dir=default_runs_dir()))
         config = _parse_options(arguments, base)
         if is_preset(config_name or BASE_PRESET):  # a preset says nothing of the machine, where a file may
-            config = on_gpus_of_this_machine(config, {each.removeprefix("--").split("=")[0] for each in arguments})
+            chosen = {each.removeprefix("--").split("=")[0] for each in arguments}
+            config = on_gpus(config, chosen, count_gpus)
         cross_check(config)
         return TrainRequest(config, None, None)
     if config_name is not None:

@@ -24,6 +24,13 @@ try:
 except ConnectionError as error:
     print(type(error).__name__, error)
 """
+CHOSEN = """
+import sys
+from cluster.nodes.gpus import count_gpus
+from runtime.settings.config_file import parse_train
+config = parse_train(["--config", "tiny", "--cluster.address", sys.argv[1]], count_gpus).config
+print(config.cluster.num_workers, config.run.dtype)
+"""
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def up(place: Place, *options: str) -> tuple[str, ...]:
 
 
 def test_by_default_it_listens_on_loopback_alone_and_takes_no_other_machine(place):
-    started = place.run(*up(place))
+    started = place.run(*up(place, "--num-gpus", "4"))
     assert started.returncode == 0, started.stderr
     ours = place.processes()
     listening = {c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
@@ -52,6 +59,7 @@ def test_by_default_it_listens_on_loopback_alone_and_takes_no_other_machine(plac
     assert "listens on its own machine alone" in join.stderr and "--bind" in join.stderr
     for address in (head, "auto"):
         assert place.python("-c", JOINED, address).stdout == "in\n"
+        assert place.python("-c", CHOSEN, address).stdout == "4 bfloat16\n"
     os.kill(min(ours, key=lambda p: p.create_time()).pid, signal.SIGKILL)
     assert place.run("cluster", "status").returncode == 1  # it crashed: nothing to show, and nothing hangs
     again = place.run(*up(place))
