@@ -7,6 +7,7 @@ from typing import NamedTuple
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
 from workers.model.lora import gathers_experts_narrow
+from workers.training.offload import PIECE_BYTES, PIECES_AT_ONCE
 
 
 class Held(NamedTuple):
@@ -22,6 +23,7 @@ class Held(NamedTuple):
 
 BF16 = 2
 GATHERED = "gathered weights and their gradients"
+PIECES = "pieces of offloaded states"
 
 
 def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
@@ -54,25 +56,58 @@ def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
 
 
 def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
-    """Weights, gradients and optimizer state, all fp32 whatever run.dtype is; and what sharding gathers, at most.
+    """On the device: weights, gradients and optimizer state, or pieces of that; and what sharding gathers, at most.
 
+    Weights and gradients are fp32 whatever run.dtype is.
     Gradients and optimizer state are those of the adapters alone where the model has any.
     """
     trained = count_parameters(config.model, trained_only=True)
-    own, optimizer = own_elements(config, trained), config.optim.entry
-    in_matrices = _own_rows(trained.matrix_shapes, config)
-    in_biases = own.experts * trained.expert_vectors // max(trained.experts, 1)
     states = {
         "weights": own_elements(config, counts).times(FP32),
-        "gradients": own.times(FP32),
-        optimizer.state_label: Held(
-            optimizer.state_bytes(in_matrices, own.dense - in_matrices),
-            optimizer.state_bytes(own.experts - in_biases, in_biases),
-        ),
+        "gradients": own_elements(config, trained).times(FP32),
     }
+    if config.optim.offload == "none":
+        states[config.optim.entry.state_label] = _optimizer_bytes(config, trained)
+    else:
+        states[PIECES] = _pieces(config, trained)
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:
         states[GATHERED] = _gathered(config, counts)
     return states
+
+
+def host_bytes(config: TrainConfig) -> Held:
+    """Of the optimizer's state that lies in host memory."""
+    if config.optim.offload == "none":
+        return Held(0, 0)
+    return _optimizer_bytes(config, count_parameters(config.model, trained_only=True))
+
+
+def _optimizer_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
+    own, optimizer = own_elements(config, trained), config.optim.entry
+    in_matrices = _own_rows(trained.matrix_shapes, config)
+    in_biases = own.experts * trained.expert_vectors // max(trained.experts, 1)
+    return Held(
+        optimizer.state_bytes(in_matrices, own.dense - in_matrices),
+        optimizer.state_bytes(own.experts - in_biases, in_biases),
+    )
+
+
+def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
+    """Offloaded state that is on the device at once, at most; told of the kind with the largest parameter."""
+    optimizer, own = config.optim.entry, own_elements(config, trained)
+    matrices = set(trained.matrix_shapes)
+    dense = (
+        optimizer.state_bytes(*(rows, 0) if shape in matrices else (0, rows))
+        for shape in trained.dense_shapes
+        for rows in (_own_rows([shape], config),)
+    )
+    of_layer = own.experts // max(config.model.num_moe_layers, 1)
+    # Gate and up are two thirds of a layer's experts; of adapters at most all.
+    largest = Held(
+        max(dense, default=0), optimizer.state_bytes(of_layer if config.model.lora.rank else of_layer * 2 // 3, 0)
+    )
+    size = min(PIECES_AT_ONCE * max(PIECE_BYTES, *largest), sum(_optimizer_bytes(config, trained)))
+    return Held(size, 0) if largest.dense > largest.experts else Held(0, size)
 
 
 def gathered_expert_bytes(config: TrainConfig) -> int:
@@ -101,5 +136,5 @@ def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 
 def training_bytes(config: TrainConfig) -> int:
-    """All that `state_bytes` counts."""
-    return sum(map(sum, state_bytes(config, count_parameters(config.model)).values()))
+    """All that `state_bytes` counts, and what lies in host memory."""
+    return sum(map(sum, state_bytes(config, count_parameters(config.model)).values())) + sum(host_bytes(config))

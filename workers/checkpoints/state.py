@@ -53,9 +53,9 @@ def canonical_state(
             raise ValueError(f"{name} is a {type(value).__name__}; checkpoints hold tensors only: make it a buffer")
         names.setdefault(id(value), name)
         tensors |= {f"model.{stored}": part for stored, part in _parts(name, value, expert_ids)}
-    for name, state in _optimizer_state(optimizer, names, initial_state) if optimizer is not None else ():
+    for name, parameter, state in _optimizer_state(optimizer, names, initial_state) if optimizer is not None else ():
         for key, value in state.items():
-            parts = _parts(name, value, expert_ids)
+            parts = _parts(name, value, expert_ids, parameter)
             tensors |= {f"optim.{key}.{stored}": part for stored, part in parts}
     return tensors
 
@@ -65,10 +65,18 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _parts(name: str, value: Tensor, expert_ids: Mapping[str, range]) -> Iterator[tuple[str, Tensor]]:
-    """What this rank holds of a tensor: single experts, a slice or all of it."""
+def _parts(
+    name: str, value: Tensor, expert_ids: Mapping[str, range], like: Tensor | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What this rank holds of a tensor: single experts, a slice or all of it.
+
+    like: the parameter whose state it is. One in host memory (workers.training.offload) does not know which rows of it
+    these are.
+    """
     owner, _, weight = name.rpartition(".")
     rows, first = local_rows(value)
+    if like is not None and local_rows(like)[0].shape == rows.shape:
+        first, value = local_rows(like)[1], like
     if owner in expert_ids and value.ndim:  # 0: one for the stack, the same on every rank
         held = expert_ids[owner][first : first + len(rows)]
         for expert_id, part in zip(held, rows.unbind(0), strict=True):
@@ -81,8 +89,8 @@ def _parts(name: str, value: Tensor, expert_ids: Mapping[str, range]) -> Iterato
 
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], initial_state: InitialState | None
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The name of each trainable parameter with its state, made here where it is missing. names: by id."""
+) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """The name of each trainable parameter, itself and its state, made here where it is missing. names: by id."""
     for group in optimizer.param_groups:
         for parameter in (p for p in group["params"] if p.requires_grad):
             if id(parameter) not in names:
@@ -93,7 +101,7 @@ def _optimizer_state(
             name, state = names[id(parameter)], optimizer.state[parameter]
             if not state and initial_state is not None:
                 state.update(initial_state(name, parameter))
-            yield name, state
+            yield name, parameter, state
 
 
 def missing_experts(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from dispatch.errors import InvalidValue
 from dispatch.registry import Registry, checked_options, options_of
 from workers.model.freezing import check_parts, part_of
+from workers.training.offload import in_host_memory
 
 Build = TypeVar("Build", bound=Callable[..., torch.optim.Optimizer])
 State = Callable[[Tensor], dict[str, Tensor]]  # of a parameter, by the optimizer's own keys
+Offload = Literal["none", "states"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,8 @@ def register_optimizer(
         build(model: nn.Module, config: OptimConfig, *, option: float = 1.0) -> torch.optim.Optimizer
 
     Before each step the learning rate of the schedule is set in every parameter group, times the group's "lr_scale"
-    where it has one. Ranks that hold the same parameter must update it alike.
+    where it has one. Ranks that hold the same parameter must update it alike. With `optim.offload` a step is several
+    calls of `step`, each with the gradients of other parameters: those without are to be left alone.
 
     Args:
         initial_state: what the optimizer holds of a parameter before its first step, by its own keys. Checkpoints are
@@ -110,6 +113,9 @@ class OptimConfig:
     """Further constants of the optimizer, such as {"momentum": 0.9} of 'muon' or of one of your own."""
     module: str | None = None
     """Python module that registers optimizers of your own; imported in every process, on every node."""
+    offload: Offload = "none"
+    """What lies in host memory between steps: nothing ('none'), or the optimizer's state ('states'), which comes to the
+    device in pieces. Results are the same bit for bit."""
     lr: float = 2e-3
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = 0.1
@@ -137,6 +143,8 @@ class OptimConfig:
         object.__setattr__(self, "options", options)
         if self.entry.check is not None:
             self.entry.check(**{**self.entry.options, **options})
+        if self.offload not in get_args(Offload):
+            raise InvalidValue(f"optim.offload is {self.offload!r}; it must be one of {', '.join(get_args(Offload))}")
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0 and finite")
@@ -154,6 +162,11 @@ class OptimConfig:
     def entry(self) -> OptimizerEntry:
         """The registered optimizer."""
         return OPTIMIZERS.find(self.name, self.module)
+
+    def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
+        """What the optimizer holds of the parameter of this name before its first step, where it lies between steps."""
+        state = self.entry.initial_state(name, parameter)
+        return in_host_memory(state) if self.offload == "states" else state
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

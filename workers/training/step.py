@@ -19,6 +19,7 @@ from workers.model.decoder import Decoder
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
+from workers.training.offload import HostStates
 from workers.training.optimizer import OptimConfig, learning_rate
 from workers.training.sharding import set_sync
 from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
@@ -69,6 +70,8 @@ class Trainer:
         self.num_micro = self.run.num_micro_batches(self.groups.world_size)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
+        offloads = self.optim.offload == "states"
+        self.updates = HostStates(self.model, self.optimizer, self.optim.initial_state) if offloads else self.optimizer
         self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
 
     def step(self, step: int, *, stop_requested: bool = False) -> StepResult:
@@ -182,7 +185,7 @@ class Trainer:
             clip_gradients(self.model, grad_norm, self.optim.grad_clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            self.optimizer.step()
+            self.updates.step()
         self.optimizer.zero_grad()
         return grad_norm, finite
 

@@ -199,7 +199,7 @@ class TrainingRun:
     def _tensors(self) -> dict[str, torch.Tensor]:
         state = self._state
         return {
-            **canonical_state(state.model, state.optimizer, state.spec.optim.entry.initial_state),
+            **canonical_state(state.model, state.optimizer, state.spec.optim.initial_state),
             **law_tensors(self._control.state()[1]),
             **random_state(state.groups.rank, state.groups.device),
         }

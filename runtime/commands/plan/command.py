@@ -47,6 +47,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--shard", choices=("none", "optimizer", "full"), help="states that ranks divide among them (as configured)")
     add("--replicate", type=whole(1), metavar="N", help="groups of ranks with all sharded states each (as configured)")
     add("--optimizer", metavar="NAME", help="adamw, adamw_bf16, muon or your own, for its state (as configured)")
+    add("--offload", choices=("none", "states"), help="what of the optimizer lies in host memory (as configured)")
     add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")
     add("--fit", action="store_true", help="search for settings, and without --world for ranks, that fit")
     add("--memory-gib", type=number(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")

@@ -12,6 +12,7 @@ from workers.gang.replicas import replica_counts
 from workers.model.model_config import Recompute
 
 MAX_WORLD = 1024
+OFFLOAD = "offload states"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Fit:
             "--run.global_batch_size": config.run.global_batch_size,
             "--run.micro_batch_size": config.run.micro_batch_size,
             "--optim.name": config.optim.name,
+            "--optim.offload": config.optim.offload,
         }
         return " ".join(f"{name} {value}" for name, value in chosen.items())
 
@@ -61,7 +63,7 @@ def fit_settings(subject: Subject, limit_bytes: float, *, ep_size: int | None) -
 
 
 def smallest_world(given: argparse.Namespace) -> Subject:
-    """The config.json of `given` on the fewest ranks on which all savings let it fit: 1, 2, 4 or whole nodes.
+    """The config.json of `given` on the fewest ranks on which all savings but offload let it fit: 1, 2, 4 or nodes.
 
     Raises:
         InvalidValue: it fits on none of at most MAX_WORLD ranks.
@@ -73,7 +75,8 @@ def smallest_world(given: argparse.Namespace) -> Subject:
         if (given.replicate or 1) not in replica_counts(world_size, given.ep or world_size):
             continue
         subject = read_subject(argparse.Namespace(**{**vars(given), "world": world_size}))
-        *_, (_, config) = _savings(subject.config)
+        # Without offload: more ranks are to be had where it would decide.
+        *_, config = (config for name, config in _savings(subject.config) if name != OFFLOAD)
         sizes = [given.ep] if given.ep else ep_sizes(subject)
         if any(_at(subject, config, size).peak_bytes <= limit_bytes for size in sizes):
             return subject
@@ -100,7 +103,11 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         config = replace(config, model=replace(config.model, recompute=choice))
         yield f"recompute {choice}", config
     if config.optim.name == "adamw":  # rounds moments
-        yield "adamw_bf16", replace(config, optim=replace(config.optim, name="adamw_bf16"))
+        config = replace(config, optim=replace(config.optim, name="adamw_bf16"))
+        yield "adamw_bf16", config
+    # Last, as every step then moves the states over the bus, and host memory is not known here.
+    if config.optim.offload == "none":
+        yield OFFLOAD, replace(config, optim=replace(config.optim, offload="states"))
 
 
 def _at(subject: Subject, config: TrainConfig, ep_size: int) -> Plan:

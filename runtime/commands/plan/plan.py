@@ -14,6 +14,7 @@ from runtime.settings.size import ModelSize, ParameterCounts, count_parameters, 
 from runtime.settings.states import (
     Held,
     gathered_expert_bytes,
+    host_bytes,
     num_owners,
     own_elements,
     state_bytes,
@@ -28,10 +29,10 @@ from workers.training.gradients import BUCKET_BYTES
 class Plan:
     """What a run would need, of the rank that holds most experts.
 
-    saved: kept from forward to backward of a micro-batch. scratch: the largest of each kind that is held besides.
-    bucket_bytes: of gradients under way between ranks, after the last backward. traffic: by exchange, those that are
-    possible. gradients: bytes that a ring sends to sum those of the dense parameters and of the experts, and to gather
-    their weights where they are sharded.
+    on_host: optimizer state in host memory. saved: kept from forward to backward of a micro-batch. scratch: the largest
+    of each kind that is held besides. bucket_bytes: of gradients under way between ranks, after the last backward.
+    traffic: by exchange, those that are possible. gradients: bytes that a ring sends to sum those of the dense
+    parameters and of the experts, and to gather their weights where they are sharded.
     """
 
     subject: Subject
@@ -40,6 +41,7 @@ class Plan:
     rank_experts: int
     num_local_experts: int
     state: dict[str, Held]
+    on_host: Held
     saved: Parts
     scratch: Parts
     bucket_bytes: float
@@ -96,6 +98,7 @@ def make_plan(subject: Subject) -> Plan:
         rank_experts=whole.experts,
         num_local_experts=batch.num_local_experts,
         state=state_bytes(config, counts),
+        on_host=host_bytes(config),
         saved=saved_bytes(config.model, batch, counts.cast, num_adapters=len(trained.dense_shapes) // 2),
         scratch=scratch_bytes(config.model, batch),
         bucket_bytes=_bucket_bytes(config, trained, batch, world_size),
@@ -240,10 +243,12 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
         "replicate": config.parallel.replicate,
         "recompute": config.model.recompute,
         "optimizer": config.optim.name,
+        "offload": config.optim.offload,
         "notes": list(plan.subject.notes),
         "parameters": {"total": plan.size.total, "active": plan.size.active},
         "parameters_of_rank": {"dense": plan.counts.dense, "experts": plan.rank_experts},
         "state_bytes": {name: held._asdict() for name, held in plan.state.items()},
+        "host_bytes": plan.on_host._asdict(),
         "activation_bytes": {name: round(size) for name, size in plan.saved.items()},
         "scratch_bytes": {name: round(size) for name, size in plan.scratch.items()},
         "bucket_bytes": round(plan.bucket_bytes),

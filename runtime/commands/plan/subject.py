@@ -105,7 +105,7 @@ def _with_options(config: TrainConfig, given: argparse.Namespace) -> TrainConfig
             config.parallel, ep_size=given.ep, exchange=given.exchange, shard=given.shard, replicate=given.replicate
         ),
         cluster=over(config.cluster, num_workers=given.world),
-        optim=over(config.optim, name=given.optimizer),
+        optim=over(config.optim, name=given.optimizer, offload=given.offload),
     )
 
 

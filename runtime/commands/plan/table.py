@@ -10,6 +10,7 @@ from dispatch.exchange.registry import BACKENDS
 from runtime.commands.plan.activations import total
 from runtime.commands.plan.fit import Fit
 from runtime.commands.plan.plan import Plan, ways_out
+from runtime.settings.states import PIECES
 from runtime.terminal.quantities import byte_size, short
 from runtime.terminal.tables import new_table
 
@@ -95,7 +96,7 @@ def _memory(plan: Plan) -> Table:
     table.add_row("parameters", *map(_billions, (counts.dense, experts, counts.dense + experts)))
     of_optimizer = plan.subject.config.optim.entry.state_label
     for name, held in plan.state.items():
-        _add(table, name if name == of_optimizer else f"{name}, fp32", (*held, sum(held)))
+        _add(table, name if name in (of_optimizer, PIECES) else f"{name}, fp32", (*held, sum(held)))
     _add(table, "state", (*plan.states, plan.state_bytes), style="bold")
     for name, saved in plan.saved.items():
         _add(table, f"activations, {name}", (None, None, saved))
@@ -104,6 +105,8 @@ def _memory(plan: Plan) -> Table:
         _add(table, f"scratch {name}", (None, None, scratch))
     _add(table, "a bucket of gradients, when activations are gone", (None, None, plan.bucket_bytes))
     _add(table, "peak, at most", (None, None, plan.peak_bytes), style="bold")
+    if sum(plan.on_host):
+        _add(table, f"{of_optimizer}, in host memory", (*plan.on_host, sum(plan.on_host)))
     return table
 
 

@@ -11,7 +11,7 @@ from dispatch.config import MoEConfig
 from dispatch.exchange.factory import make_dispatcher
 from runtime.settings.config import ClusterConfig, TrainConfig
 from runtime.settings.size import count_parameters
-from runtime.settings.states import GATHERED, state_bytes
+from runtime.settings.states import GATHERED, PIECES, host_bytes, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
@@ -22,6 +22,7 @@ from workers.model.init import init_weights
 from workers.model.lora import LoraConfig
 from workers.model.model_config import ModelConfig
 from workers.training.gradients import reduce_gradients
+from workers.training.offload import HostStates
 from workers.training.optimizer import OptimConfig, build_optimizer
 from workers.training.sharding import set_sync, shard_states
 
@@ -67,7 +68,8 @@ def step(model: Decoder, groups: RankGroups, shard: str, optim: OptimConfig) -> 
     ids = torch.arange(32).view(1, 32)
     token_nll_sum(model(ids), ids).backward()
     reduce_gradients(model, groups)
-    optimizer.step()
+    offloads = optim.offload == "states"
+    (HostStates(model, optimizer, optim.initial_state) if offloads else optimizer).step()
     parameters = list(model.parameters())
     moments = chain.from_iterable(state.values() for state in optimizer.state.values())
     return {
@@ -75,6 +77,32 @@ def step(model: Decoder, groups: RankGroups, shard: str, optim: OptimConfig) -> 
         "gradients": storage_bytes([p.grad for p in parameters if p.requires_grad]),
         optim.entry.state_label: storage_bytes(list(moments)),
     }
+
+
+def measure_offloaded(rank: int, world_size: int) -> list[dict[str, int]]:
+    groups = form_groups(rank, world_size, 2)
+    found = []
+    for optimizer in ("adamw", "muon"):
+        with torch.device("meta"):
+            model = Decoder(MODEL, lambda: make_dispatcher(8, groups.ep_group, hidden=64, top_k=2))
+        shard_states(model, groups, "full")
+        model.to_empty(device="cpu")
+        init_weights(model, seed=0)
+        found.append(step(model, groups, "full", OptimConfig(name=optimizer, offload="states")))
+    return found
+
+
+def test_a_rank_keeps_its_states_on_the_host() -> None:
+    by_rank = run_ranks(4, measure_offloaded)
+    for index, optimizer in enumerate(("adamw", "muon")):
+        optim = OptimConfig(name=optimizer, offload="states")
+        parallel = ParallelConfig(ep_size=2, shard="full")
+        config = TrainConfig(model=MODEL, cluster=ClusterConfig(num_workers=4), parallel=parallel, optim=optim)
+        measured = max(found[index][optim.entry.state_label] for found in by_rank)
+        assert measured == pytest.approx(sum(host_bytes(config)), rel=0.02)
+        device = state_bytes(config, count_parameters(MODEL))
+        assert optim.entry.state_label not in device
+        assert sum(device[PIECES]) == sum(host_bytes(config))  # all fits into a piece here
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:

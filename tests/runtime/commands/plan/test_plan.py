@@ -153,7 +153,7 @@ def sent_bytes(plan: dict[str, Any]) -> float:
 
 def test_fit_adds_savings_until_a_rank_fits_and_says_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (DEEPSEEK, "--world", "256", "--fit", "--memory-gib")
-    found = plan_of(capsys, *arguments, "100")  # all savings but that of the moments
+    found = plan_of(capsys, *arguments, "100")  # all savings but those of the moments
     assert list(found["tried"]) == [
         "as given",
         "shard optimizer",
@@ -170,8 +170,27 @@ def test_fit_adds_savings_until_a_rank_fits_and_says_how_to_start_it(capsys: pyt
     assert "--workers 256 " in found["options"] and "--parallel.shard full" in found["options"]
     tight = plan_of(capsys, *arguments, "10")
     assert not tight["fits"] and tight["peak_bytes"] == min(tight["tried"].values())
+    assert list(tight["tried"])[-2:] == ["adamw_bf16", "offload states"]
     pasted = override(load_config("tiny"), tight["options"].split())
     assert (pasted.parallel.ep_size, pasted.optim.name) == (tight["ep_size"], "adamw_bf16")
+    assert pasted.optim.offload == "states"
+
+
+def test_offload_moves_the_moments_to_the_host_and_leaves_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (DEEPSEEK, "--world", "256", "--shard", "full", "--offload")
+    without, offloaded = (plan_of(capsys, *arguments, choice) for choice in ("none", "states"))
+    assert offloaded["host_bytes"] == without["state_bytes"]["AdamW moments"]
+    assert without["host_bytes"] == {"dense": 0, "experts": 0}
+    # Two pieces: gate and up of one expert, 2 x 2048 x 7168 fp32, are 224 MiB, below the size of a piece.
+    pieces = 2 * 256 * 2**20
+    saved = sum(without["state_bytes"]["AdamW moments"].values()) - pieces
+    assert offloaded["peak_bytes"] == without["peak_bytes"] - saved
+    # With two experts a rank they are 448 MiB, alone in their piece.
+    more = plan_of(capsys, DEEPSEEK, "--world", "256", "--ep", "128", "--shard", "none", "--offload", "states")
+    embedding = 129280 * 7168 * 4 * 2
+    assert more["state_bytes"]["pieces of offloaded states"] == {"dense": 2 * embedding, "experts": 0}
+    assert main(["plan", *arguments, "states"]) in (0, 1)
+    assert "AdamW moments, in host memory" in capsys.readouterr().out
 
 
 def test_fit_without_a_world_takes_the_fewest_ranks(capsys: pytest.CaptureFixture[str]) -> None:
