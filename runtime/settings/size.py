@@ -45,15 +45,16 @@ class ParameterCounts:
     """Elements by what becomes of them.
 
     dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
-    compute dtype and backward takes again, which it does not do with the head. largest_dense: of the largest dense
-    tensor. dense_shapes: of every dense tensor. matrix_shapes: of those that are hidden matrices, which an optimizer
-    may treat otherwise. root: embedding, last norm and head. largest_block: dense ones of a block. expert_vectors:
-    biases of the routed experts.
+    compute dtype and backward takes again, which it does not do with the head. head: of that, where it is not the
+    embedding. largest_dense: of the largest dense tensor. dense_shapes: of every dense tensor. matrix_shapes: of those
+    that are hidden matrices, which an optimizer may treat otherwise. root: embedding, last norm and head.
+    largest_block: dense ones of a block. expert_vectors: biases of the routed experts.
     """
 
     dense: int
     experts: int
     cast: Cast
+    head: int
     largest_dense: int
     dense_shapes: tuple[tuple[int, ...], ...]
     matrix_shapes: tuple[tuple[int, ...], ...]
@@ -93,11 +94,12 @@ def count_parameters(config: ModelConfig, *, trained_only: bool = False) -> Para
         first, second, *_ = name.split(".")
         units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size
     linear = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.pop("lm_head", None)
+    head = linear.pop("lm_head", 0)
     return ParameterCounts(
         dense=sum(sizes.values()),
         experts=sum(of_experts.values()),
         cast=_cast(linear),
+        head=head,
         largest_dense=max(sizes.values(), default=0),
         dense_shapes=tuple(shapes.values()),
         matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),

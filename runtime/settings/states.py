@@ -117,8 +117,16 @@ def gathered_expert_bytes(config: TrainConfig) -> int:
     return BF16 if gathers_experts_narrow(config.run.dtype, config.model.lora) else FP32
 
 
+def gathered_dense_bytes(config: TrainConfig, counts: ParameterCounts) -> tuple[int, int]:
+    """Of the dense parameters as they are gathered (workers.training.narrow_gather), and of the root's among them."""
+    saved = FP32 - BF16 if config.run.dtype == "bfloat16" else 0
+    return FP32 * counts.dense - saved * (sum(counts.cast) + counts.head), FP32 * counts.root - saved * counts.head
+
+
 def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
     """Bytes of whole weights and gradients at the worst moment. An estimate: not all of it is there at once.
+
+    Dense weights are fp32 again once they have arrived.
 
     Gradients of a model that adapters freeze are counted too: an upper bound.
     """

@@ -57,8 +57,7 @@ class LoraConfig:
 def gathers_experts_narrow(dtype: str, lora: LoraConfig) -> bool:
     """Whether sharded experts are gathered in bfloat16: half the bytes, and the bits that a cast after it would give.
 
-    They are matmul weights alone, which dense units are not: norms and routers compute in fp32. Adapters are added to
-    experts in fp32. dtype: `run.dtype`.
+    Adapters are added to experts in fp32. dtype: `run.dtype`. Dense weights: workers.training.narrow_gather.
     """
     return dtype == "bfloat16" and not lora.adapts_experts
 

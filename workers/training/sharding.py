@@ -17,6 +17,7 @@ from dispatch.experts.stacked import Experts, expert_parameters
 from workers.gang.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.model.lora import gathers_experts_narrow
+from workers.training.narrow_gather import gather_narrow
 
 
 def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = "float32") -> None:
@@ -50,6 +51,9 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor is NCCL's alone, also that of 1
+    if dtype == "bfloat16":
+        for unit in (*units, model):
+            gather_narrow(unit, dense.size(dense.ndim - 1))
     _prefetch(units)
 
 

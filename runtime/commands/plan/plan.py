@@ -13,6 +13,7 @@ from runtime.settings.config import TrainConfig
 from runtime.settings.size import ModelSize, ParameterCounts, count_parameters, model_size
 from runtime.settings.states import (
     Held,
+    gathered_dense_bytes,
     gathered_expert_bytes,
     host_bytes,
     num_owners,
@@ -125,6 +126,8 @@ def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: Param
     )
     if config.parallel.shard == "none":
         return {"dense": own[0], "experts": own[1]}
+    gathered, root_bytes = gathered_dense_bytes(config, counts)
+    whole[0] *= gathered / (FP32 * counts.dense)
     whole[1] *= gathered_expert_bytes(config) / FP32
     replicas = _replica_bytes(config, trained)
     once = [_matrix_gather_bytes(config, trained) + replicas.dense, replicas.experts]
@@ -132,7 +135,7 @@ def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: Param
         return {"dense": (whole[0] + own[0]) / 2 + once[0], "experts": (whole[1] + own[1]) / 2 + once[1]}
     # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
     num_micro = config.run.num_micro_batches(config.cluster.num_workers)
-    root = gradient_bytes(counts.root, owners.dense)
+    root = gradient_bytes(root_bytes // FP32, owners.dense)
     dense, experts = whole[0] - root / 2 + own[0] / 2, whole[1] + own[1] / 2
     return {"dense": num_micro * dense + once[0], "experts": num_micro * experts + once[1]}
 

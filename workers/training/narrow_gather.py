@@ -1,0 +1,114 @@
+"""Gathers what matmuls take in bfloat16 and all else in fp32, in one collective of a unit of fully_shard.
+
+FSDP's MixedPrecisionPolicy knows one dtype for a unit, but a block also has norms and a router, which compute in fp32.
+The gathered weights are fp32 tensors again, those of matmuls with values of bfloat16: autocast casts them as before, to
+the bits that it would give the masters, and gradients are accumulated and reduced in fp32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+# Private names, as FSDPModule.set_custom_all_gather takes this and torch.distributed.fsdp does not export it.
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+
+from workers.gang.sharded import is_sharded, local_rows
+
+
+def gather_narrow(unit: FSDPModule, num_owners: int) -> None:
+    """Let a unit gather in bfloat16 what it can, of parameters sharded over so many ranks."""
+    unit.set_custom_all_gather(NarrowGather([_Part(*place, num_owners) for place in _places(unit)]))  # type: ignore[arg-type]
+
+
+class _Part:
+    """A parameter of a unit: size is that of its rows on the first rank, as on all others, which FSDP fills up."""
+
+    def __init__(self, module: nn.Module, name: str, num_owners: int) -> None:
+        parameter = getattr(module, name)
+        self._module, self._name = module, name
+        self.is_narrow = isinstance(module, nn.Linear) and name == "weight"
+        self.size = -(-parameter.shape[0] // num_owners) * math.prod(parameter.shape[1:])
+
+    def is_in(self, place: Tensor) -> bool:
+        """Whether these are its own rows."""
+        rows = local_rows(getattr(self._module, self._name))[0]
+        return torch.equal(place[: rows.numel()], rows.flatten())
+
+
+class NarrowGather(AllGather):
+    """The all-gather of one unit.
+
+    Args:
+        parts: its parameters in the order in which FSDP lays them out. Which order that is it does not promise: checked
+            at the first call.
+    """
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self._unchecked: Sequence[_Part] = parts
+        self._sizes = [part.size for part in parts]
+        # Neighbours of one kind are copied together.
+        runs = [(narrow, sum(part.size for part in run)) for narrow, run in groupby(parts, lambda part: part.is_narrow)]
+        self._kinds, self._runs = [narrow for narrow, _ in runs], [size for _, size in runs]
+        in_bf16 = [size if narrow else 2 * size for narrow, size in runs]
+        # fp32 first, and an even number in all: then fp32 begins at a multiple of 4 bytes in the part of each rank.
+        self._order = sorted(range(len(runs)), key=lambda index: self._kinds[index])
+        self._widths = [in_bf16[index] for index in self._order]
+        self._widths.append(sum(in_bf16) % 2)
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Of what FSDP takes the whole weights from."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Fill `output_tensor` from the `input_tensor` of all ranks: fp32, flat; the input is a part of the output.
+
+        Has ended in the order of the stream when it returns, also with async_op.
+        """
+        self._check(input_tensor)
+        own = input_tensor.new_zeros(sum(self._widths), dtype=torch.bfloat16)
+        for packed, flat in self._pairs(own.unsqueeze(0), input_tensor.unsqueeze(0)):
+            packed.copy_(flat)
+        whole = own.new_empty(group.size() * own.numel())
+        dist.all_gather_into_tensor(whole, own, group=group)
+        for packed, flat in self._pairs(whole.view(group.size(), -1), output_tensor.view(group.size(), -1)):
+            flat.copy_(packed)
+
+    def _pairs(self, packed_PN: Tensor, flat_PN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the same runs in what travels, bf16 or fp32, and in what FSDP sees, fp32. P: ranks."""
+        flat = flat_PN.split(self._runs, dim=1)
+        for index, packed in zip(self._order, packed_PN.split(self._widths, dim=1), strict=False):
+            yield packed if self._kinds[index] else packed.view(torch.float32), flat[index]
+
+    def _check(self, input_tensor: Tensor) -> None:
+        parts = self._unchecked
+        if not parts:
+            return
+        if len(input_tensor) != sum(self._sizes) or not all(
+            part.is_in(place) for part, place in zip(parts, input_tensor.split(self._sizes), strict=True)
+        ):
+            raise RuntimeError("FSDP of this torch lays out parameters otherwise than workers.training.narrow_gather")
+        self._unchecked = ()
+
+
+def _places(unit: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The sharded parameters of a unit, each once, as FSDP collects them: children first, without nested units."""
+    seen: set[nn.Module | nn.Parameter] = {unit}
+
+    def walk(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        for child in module.children():
+            if child not in seen and not isinstance(child, FSDPModule):
+                seen.add(child)
+                yield from walk(child)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen and is_sharded(parameter):
+                seen.add(parameter)
+                yield module, name
+
+    yield from walk(unit)
