@@ -36,7 +36,7 @@ class SyntheticRun:
         return LoadLayout(names, (self.num_experts,) * self.num_layers, (True,) * self.num_layers)
 
 
-def make_run(path: Path, made: SyntheticRun = SyntheticRun(), *, tensorboard: bool = False) -> Path:
+def make_run(path: Path, made: SyntheticRun = SyntheticRun()) -> Path:
     """Write the run and return its path."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(_config(path.name, made))
@@ -45,7 +45,7 @@ def make_run(path: Path, made: SyntheticRun = SyntheticRun(), *, tensorboard: bo
     bias = np.zeros((made.num_layers, made.num_experts), np.float32)
     seen = np.zeros((made.num_layers, made.num_experts), np.int64)
     clock, version = 1.7e9, 0
-    with RunLog.create(path, made.layout, tensorboard=tensorboard) as log:
+    with RunLog.create(path, made.layout) as log:
         log.event("started", time=clock, workers=2, ep_size=2)
         log.event(
             "rank_map", time=clock + 2, ranks=["rank 0: 127.0.0.1 cpu experts 0-3", "rank 1: 127.0.0.1 cpu experts 4-7"]

@@ -7,6 +7,7 @@ from dispatch.errors import InvalidValue
 
 MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of lock and partial files, are longer
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # see runtime/loggers
 MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
 
 
@@ -43,6 +44,9 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the computation; weights, router and optimizer are float32 with either. A preset that trains on
     the GPUs of this machine takes bfloat16."""
+    log_to: tuple[str, ...] = ()
+    """Tools that get the metrics while the run trains: any of tensorboard, wandb and mlflow, each an extra of that
+    name. They can be others where a run resumes."""
     on_bias_mismatch: Literal["stop", "repair"] = "stop"
     """When the bias of a rank was changed by something else: stop, or repair it from the law's state and go on."""
 
@@ -63,6 +67,7 @@ class RunConfig:
                 raise InvalidValue(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidValue(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        self._check_loggers()
         if self.on_bias_mismatch not in ("stop", "repair"):
             raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
@@ -72,6 +77,12 @@ class RunConfig:
             )
         if self.name is not None and len(self.name.encode()) > MAX_NAME_BYTES:
             raise InvalidValue(f"run.name {self.name[:20]!r}... must have at most {MAX_NAME_BYTES} bytes")
+
+    def _check_loggers(self) -> None:
+        unknown = [name for name in self.log_to if name not in LOGGERS]
+        if unknown or len(set(self.log_to)) < len(self.log_to):
+            what = f"names {unknown[0]!r}" if unknown else f"({', '.join(self.log_to)}) names one twice"
+            raise InvalidValue(f"run.log_to {what}; it can name {', '.join(LOGGERS)}, each once, as in [wandb]")
 
     def sequences_per_rank(self, world_size: int) -> int:
         """Each rank's share of the global batch. Raises ValueError where the ranks do not divide it."""

@@ -15,11 +15,13 @@ from cluster.gang.preflight import check_resources
 from cluster.ray.access import check_access, find_access
 from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from dispatch.errors import InvalidValue
+from runtime.job.companion import loggers_beside
 from runtime.job.initial_weights import begin_with
 from runtime.job.launch import LaunchedGang, balance_of, make_spec, open_gang
 from runtime.job.live import LiveView
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.job.training_job import TrainingJob
+from runtime.loggers.logger import check_installed
 from runtime.report.hf_files import FOLDER as IMPORTED
 from runtime.report.run_inputs import find_checkpoint, open_data
 from runtime.runs.run_data import keep_data, knows_its_text
@@ -85,6 +87,7 @@ def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: 
         )
     if resume_from and not config.run.accept_holes:
         refuse_holes(run_dir, resume_from)
+    check_installed(config.run.log_to)
     if config.cluster.address is not None:
         check_access(find_access(config.cluster.address), allow_open=config.cluster.allow_without_token)
     size = model_size(config.model, config.optim)
@@ -173,7 +176,17 @@ def _watch(
     workers = counted(gang.world_size, "worker")
     say(console, f"Ray was up after {launched.ray_s:.1f} s, {workers} {launched.gang_s:.1f} s later")
     done = step_of(resume_from) if resume_from else 0
-    with stop as signal, LiveView(config.run.steps, done_steps=done, console=console) as view:
+
+    def warn(text: str) -> None:
+        say(console, text)
+        if lock.is_held():
+            append_event(run_dir, "warning", text=text)
+
+    with (
+        loggers_beside(run_dir, config.run.log_to, warn),
+        stop as signal,
+        LiveView(config.run.steps, done_steps=done, console=console) as view,
+    ):
         job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)
         try:
             outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()

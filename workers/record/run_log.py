@@ -20,7 +20,6 @@ from dispatch.layout import LoadLayout
 from workers.record.append_file import AppendFile, keep_parts
 from workers.record.record_lines import Line, complete_lines, is_sound, sort_lines
 from workers.record.run_fence import RunFence, lost
-from workers.record.scalars import ScalarFile
 from workers.record.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
 
 METRICS = "metrics.jsonl"
@@ -46,7 +45,7 @@ class LoadHistory(NamedTuple):
 
 
 class RunLog:
-    """Writes metrics, events, load history and TensorBoard scalars of one run. One writer per run directory.
+    """Writes metrics, events and load history of one run. One writer per run directory.
 
     Other processes can read what a call wrote when it returns. A full disk never stops the run: `on_warning` hears of
     it once, and what is missing is kept in memory and written when there is space.
@@ -57,14 +56,12 @@ class RunLog:
         path: Path,
         layout: LoadLayout,
         *,
-        first_step: int,
         on_warning: Callable[[str], None],
-        tensorboard: bool,
         has_statistic: bool,
         fence: RunFence | None,
     ) -> None:
         """Open the files for appending; use `create`."""
-        self._path, self._layout, self._fence = path, layout, fence
+        self._path, self._fence = path, fence
         self._record = _record_dtype(layout)
         self._on_warning = on_warning
         self._warned = False
@@ -75,10 +72,6 @@ class RunLog:
         if has_statistic:
             self._statistics = AppendFile(path / STATISTICS)
             self._files.append(self._statistics)
-        self._scalars: ScalarFile | None = None
-        if tensorboard:
-            self._scalars = ScalarFile(path / "tensorboard", first_step=first_step)
-            self._files.append(self._scalars.file)
 
     @classmethod
     def create(
@@ -88,7 +81,6 @@ class RunLog:
         resume_step: int | None = None,
         *,
         on_warning: Callable[[str], None] = _logger.warning,
-        tensorboard: bool = True,
         has_statistic: bool = False,
         fence: RunFence | None = None,
     ) -> Self:
@@ -110,16 +102,7 @@ class RunLog:
             (path / LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
         else:
             _cut_back(path, layout, resume_step)
-        first_step = 0 if resume_step is None else resume_step + 1
-        return cls(
-            path,
-            layout,
-            first_step=first_step,
-            on_warning=on_warning,
-            tensorboard=tensorboard,
-            has_statistic=has_statistic,
-            fence=fence,
-        )
+        return cls(path, layout, on_warning=on_warning, has_statistic=has_statistic, fence=fence)
 
     def train(self, line: Mapping[str, Any]) -> None:
         """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing.
@@ -178,10 +161,7 @@ class RunLog:
         self.close()
 
     def _metrics_line(self, kind: str, line: Mapping[str, Any]) -> None:
-        plain = _plain({"kind": kind, "time": time.time(), **line})
-        if self._scalars:
-            self._scalars.add(plain, prefix=kind, layer_names=self._layout.names)
-        self._write(self._metrics, _as_line(plain))
+        self._write(self._metrics, _as_line({"kind": kind, "time": time.time(), **line}))
 
     def _write(self, file: AppendFile, data: bytes) -> None:
         file.write(data)

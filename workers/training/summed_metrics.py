@@ -43,7 +43,7 @@ class SummedMetric:
     per: Callable[[RankStep], int] | None = None
 
 
-# A line here is all that a metric needs to be in metrics.jsonl and TensorBoard; docs/run-directory.md explains each.
+# A line here is all that a metric needs to be in metrics.jsonl; docs/run-directory.md explains each.
 SUMMED_METRICS = [
     SummedMetric("loss", lambda rank: rank.nll_sum, per=lambda rank: rank.num_targets),
     SummedMetric("aux_loss", lambda rank: rank.balance_sum, per=lambda rank: rank.num_tokens),

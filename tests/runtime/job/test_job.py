@@ -43,6 +43,7 @@ SETTINGS = (
     "--balance.rate=0.02",
     "--aux.loss=sequence",
     "--aux.alpha=0",  # measured, no more
+    "--run.log_to=[tensorboard]",
 )
 
 

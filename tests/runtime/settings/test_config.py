@@ -193,6 +193,7 @@ def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str
 
 # A value for each setting whose neighbour of the default would break a rule of its section.
 CHOSEN: dict[str, Any] = {
+    "run.log_to": ("tensorboard", "mlflow"),
     "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "cluster.max_workers": 4,
     "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
@@ -372,6 +373,8 @@ def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_clu
         ({"name": "a/b"}, "run.name 'a/b' must be a plain directory name"),
         ({"name": ".."}, "run.name '..' must be a plain directory name"),
         ({"name": ""}, "run.name '' must be a plain directory name"),
+        ({"log_to": ("wandb", "comet")}, r"run.log_to names 'comet'; it can name tensorboard, wandb, mlflow"),
+        ({"log_to": ("wandb", "wandb")}, r"run.log_to \(wandb, wandb\) names one twice"),
         ({"on_bias_mismatch": "ignore"}, r"run.on_bias_mismatch is 'ignore'; it must be stop or repair"),
     ],
 )

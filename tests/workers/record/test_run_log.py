@@ -20,7 +20,7 @@ LAYOUT = LoadLayout(("layers.1.moe", "layers.2.moe"), (2, 3), (True, False))  # 
 
 
 def new_log(path: Path, **options) -> RunLog:
-    return RunLog.create(path, options.pop("layout", LAYOUT), tensorboard=False, **options)
+    return RunLog.create(path, options.pop("layout", LAYOUT), **options)
 
 
 def write_steps(log: RunLog, *steps: int) -> None:
@@ -198,23 +198,6 @@ def test_what_a_disk_never_took_is_counted_at_the_end(tmp_path: Path) -> None:
         log.event("started")
         log.close()
     assert len(heard) == 2 and "bytes are lost" in heard[1]
-
-
-def test_tensorboard_shows_scalars_by_layer_and_forgets_superseded_steps(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with RunLog.create(tmp_path, LAYOUT) as log:
-        for step in (1, 2, 3):
-            log.train({"step": step, "loss": 1.0, "grad_norm": float("nan"), "max_vio_batch_per_layer": [0.5, 0.25]})
-    with RunLog.create(tmp_path, LAYOUT, resume_step=2) as log:
-        log.train({"step": 3, "loss": 9.0})
-        log.eval({"step": 3, "val_bits_per_byte_per_source": {"plays": 2.0}})
-    scalars = EventAccumulator(str(tmp_path / "tensorboard"))
-    scalars.Reload()
-    assert [(each.step, each.value) for each in scalars.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 9.0)]
-    assert [each.value for each in scalars.Scalars("train/max_vio_batch_per_layer/layers.2.moe")] == [0.25, 0.25]
-    assert scalars.Scalars("eval/val_bits_per_byte_per_source/plays")[0].value == 2.0
-    assert "train/grad_norm" not in scalars.Tags()["scalars"]
 
 
 def test_reading_a_run_needs_no_torch() -> None:

@@ -19,7 +19,7 @@ RECORD_BYTES = 8 + 12 * 4
 
 
 def write(path: Path, first: int = 1, last: int = STEPS, resume: int | None = None) -> Path:
-    with RunLog.create(path, LAYOUT, resume, tensorboard=False, has_statistic=True) as log:
+    with RunLog.create(path, LAYOUT, resume, has_statistic=True) as log:
         if resume is None:
             log.eval({"step": 0, "val_loss": 6.0})
         for step in range(first, last + 1):

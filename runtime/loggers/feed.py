@@ -1,0 +1,172 @@
+"""Hands a logger the lines of metrics.jsonl: each once, in order, also where the run resumes or the logger fails."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runtime.loggers.logger import LoggedRun, MetricsLogger
+from runtime.loggers.scalars import scalars
+from runtime.runs.run_dir import CONFIG_FILE
+from runtime.watch.curves import is_number
+from runtime.watch.load_file import LoadFile
+from runtime.watch.settings_file import SettingsFile
+from runtime.watch.tail import Rewritten, Tail
+from workers.record.atomic_file import write_atomically
+from workers.record.record_lines import Line, is_sound
+from workers.record.run_log import METRICS
+
+FOLDER = "loggers"  # of the run directory: what each logger has had
+POLL_S = 1.0
+RETRY_S = 60.0  # after a failure; a server that is restarted is back by then
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How far a logger has got, and its id of the run."""
+
+    id: str | None = None
+    step: int = -1
+    time: float = 0.0
+
+    def is_before(self, line: Line) -> bool:
+        """Whether the logger lacks a line. One of a step that is made anew has a later time than the first had."""
+        return bool(line["step"] > self.step or line["time"] > self.time)
+
+    def behind(self, line: Line) -> "Sent":
+        """The same logger once it has had a line. A clock that was put back does not bring what it has had again."""
+        return Sent(self.id, line["step"], max(self.time, line["time"]))
+
+
+class Feed:
+    """The lines of one run for one logger. Nothing is lost when the logger fails: it gets them when it works again."""
+
+    def __init__(
+        self, run_dir: Path, name: str, open_logger: Callable[[LoggedRun], MetricsLogger], environ: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self._run_dir, self._open_logger, self._environ = run_dir, open_logger, environ
+        self._state_file = run_dir / FOLDER / f"{name}.json"
+        self._sent = _read_sent(self._state_file)
+        self._load = LoadFile(run_dir)
+        self._logger: MetricsLogger | None = None
+        self._begin_anew()
+
+    def poll(self) -> bool:
+        """Hand on the next lines. Returns whether there were any. Raises what the logger raises; then call `drop`."""
+        try:
+            lines = self._tail.read()
+        except Rewritten:  # the run resumed, and moved later lines aside
+            self._begin_anew()
+            return True
+        if lines:
+            self._hand_on([text for _, text in lines])
+        return bool(lines)
+
+    def drop(self) -> None:
+        """Give up the logger as it is; the next poll opens it again and goes on after the last line that it took."""
+        logger, self._logger = self._logger, None
+        self._begin_anew()
+        if logger is not None:
+            with contextlib.suppress(Exception):  # it has failed already, and that was told
+                logger.close("running")
+
+    def close(self, state: str) -> None:
+        """End the logger's work; the run is in this state."""
+        if self._logger is not None:
+            self._logger.close(state)
+            self._logger = None
+
+    def _begin_anew(self) -> None:
+        self._tail, self._is_catching_up = Tail(self._run_dir / METRICS), True
+
+    def _hand_on(self, texts: list[bytes]) -> None:
+        before = self._sent
+        try:
+            for line in self._unsent(texts):
+                self._opened().log(line, scalars(line, self._layer_names()))
+                self._sent = self._sent.behind(line)
+        finally:
+            if self._sent != before:
+                self._save()
+
+    def _unsent(self, texts: list[bytes]) -> Iterator[Line]:
+        for text in texts:
+            line = _parsed(text)
+            if line is None or (self._is_catching_up and not self._sent.is_before(line)):
+                continue
+            self._is_catching_up = False
+            yield line
+
+    def _opened(self) -> MetricsLogger:
+        if self._logger is None:
+            settings = SettingsFile(self._run_dir / CONFIG_FILE)
+            settings.poll()
+            name = self._run_dir.absolute().name
+            run = LoggedRun(self._run_dir, name, settings.flat, self._environ, self._sent.id)
+            self._logger = self._open_logger(run)
+            self._sent = Sent(self._logger.id, self._sent.step, self._sent.time)
+            self._save()  # before the first line: a process that is killed must not leave a second run behind
+        return self._logger
+
+    def _layer_names(self) -> tuple[str, ...]:
+        return self._load.layout.names if self._load.layout is not None else ()
+
+    def _save(self) -> None:
+        self._state_file.parent.mkdir(exist_ok=True)
+        write_atomically(self._state_file, json.dumps(asdict(self._sent)) + "\n")
+
+
+def follow(
+    feed: Feed,
+    ended: threading.Event,
+    state_of_run: Callable[[], str],
+    tell: Callable[[str], None],
+    *,
+    poll_s: float = POLL_S,
+    retry_s: float = RETRY_S,
+) -> None:
+    """Feed a logger until `ended` is set and it has all lines. A failure is told once, and tried again."""
+    has_failed = False
+    while True:
+        is_last = ended.is_set()  # asked before the lines are read: none can follow
+        try:
+            while feed.poll():
+                pass
+            if is_last:
+                feed.close(state_of_run())
+                return
+            if has_failed:
+                tell(f"{feed.name} takes the metrics again, and has got what it lacked")
+            has_failed = False
+        except Exception as error:  # noqa: BLE001 - of somebody else's package: the run must not hear more of it
+            feed.drop()
+            if is_last:
+                tell(f"{feed.name} lacks the last metrics of the run ({_brief(error)}); metrics.jsonl has them all")
+                return
+            if not has_failed:
+                tell(f"{feed.name} failed ({_brief(error)}); the run goes on, and it is tried again")
+            has_failed = True
+        ended.wait(retry_s if has_failed else poll_s)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+
+
+def _parsed(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and is_sound(line) and is_number(line.get("time")) else None
+
+
+def _read_sent(path: Path) -> Sent:
+    try:
+        stored = json.loads(path.read_text())
+        return Sent(stored["id"] and str(stored["id"]), int(stored["step"]), float(stored["time"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return Sent()

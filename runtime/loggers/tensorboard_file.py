@@ -1,0 +1,55 @@
+"""An event file for TensorBoard, without torch or TensorFlow."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.loggers.logger import LoggedRun
+from workers.record.append_file import AppendFile
+from workers.record.record_lines import Line
+
+FOLDER = "tensorboard"
+
+
+class TensorBoardFile:
+    """One event file in the run directory. TensorBoard's own writer has a thread that a full disk ends."""
+
+    id = None  # its files are found by their place
+
+    def __init__(self, run: LoggedRun) -> None:
+        """Start a new file beside those that earlier processes wrote."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder = run.path / FOLDER
+        folder.mkdir(exist_ok=True)
+        # TensorBoard finds a file by "tfevents" and reads several in the order of their names.
+        self._file = AppendFile(folder / f"events.out.tfevents.{time.time_ns() // 1000}.trimtab")
+        self._records = RecordWriter(self._file)
+        self._event, self._start = Event, SessionLog(status=SessionLog.START)
+        self._trained: int | None = None  # the last step of training that this file has
+        self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def log(self, line: Line, values: Mapping[str, float]) -> None:
+        self._begin_anew(line)
+        event = self._event(wall_time=line["time"], step=line["step"])
+        for tag, value in values.items():
+            event.summary.value.add(tag=tag, simple_value=value)
+        self._put(event)
+
+    def close(self, state: str) -> None:
+        self._file.close()
+        if self._file.num_missing_bytes:
+            raise OSError(f"{self._file.path}: the last {self._file.num_missing_bytes} bytes are lost")
+
+    def _begin_anew(self, line: Line) -> None:
+        """Where steps are made anew, TensorBoard is told to hide what it has from there on, also in older files."""
+        step, is_train = line["step"], line["kind"] == "train"
+        if self._trained is None or (is_train and step <= self._trained):
+            first = step if is_train or step == 0 else step + 1  # an evaluation follows its step, which stays
+            self._put(self._event(wall_time=line["time"], step=first, session_log=self._start))
+        if is_train or self._trained is None:
+            self._trained = step
+
+    def _put(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())

@@ -1,0 +1,51 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from runtime.job.companion import Companion
+from tests.synthetic_run import make_run
+
+
+def test_what_a_companion_prints_is_heard_line_by_line() -> None:
+    heard: list[str] = []
+    with Companion("dates", ["calendar", "2026", "2"], heard.append):
+        pass
+    assert heard[0].split() == ["February", "2026"] and "28" in heard[-1]
+
+
+def test_a_companion_that_fails_is_told_of_and_nothing_else_happens() -> None:
+    heard: list[str] = []
+    with Companion("page", ["runtime.no_such_module"], heard.append):
+        pass
+    assert len(heard) == 1
+    assert (
+        heard[0].startswith("page: ended with exit code 1 (") and "No module named runtime.no_such_module" in heard[0]
+    )
+
+
+def test_one_that_does_not_end_is_left_alone_after_a_while() -> None:
+    heard: list[str] = []
+    with Companion("slow", ["timeit", "-n1", "-r1", "import time; time.sleep(2)"], heard.append, end_s=0.1):
+        pass
+    assert len(heard) == 1 and heard[0].startswith("slow: still at work after the run's end; process ")
+
+
+def test_a_companion_ends_when_its_driver_is_killed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    code = (
+        "import sys, time\nfrom runtime.job.companion import Companion\n"
+        f"with Companion('loggers', ['runtime.loggers', {str(tmp_path / 'run')!r}], print) as each:\n"
+        "    print(each._process.pid, flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
+        companion = psutil.Process(int(driver.stdout.readline()))
+        assert "runtime.loggers" in companion.cmdline()
+        os.kill(driver.pid, signal.SIGKILL)
+        began = time.monotonic()
+        companion.wait(15)
+    assert time.monotonic() - began < 15
