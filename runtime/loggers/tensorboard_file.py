@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from runtime.loggers.load_pictures import heat_map, histogram
 from runtime.loggers.logger import LoggedRun
+from runtime.watch.load_file import LoadFile
 from workers.record.append_file import AppendFile
 from workers.record.record_lines import Line
 
@@ -28,6 +30,7 @@ class TensorBoardFile:
         self._records = RecordWriter(self._file)
         self._event, self._start = Event, SessionLog(status=SessionLog.START)
         self._trained: int | None = None  # the last step of training that this file has
+        self._load = LoadFile(run.path)
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def log(self, line: Line, values: Mapping[str, float]) -> None:
@@ -35,12 +38,27 @@ class TensorBoardFile:
         event = self._event(wall_time=line["time"], step=line["step"])
         for tag, value in values.items():
             event.summary.value.add(tag=tag, simple_value=value)
+        if line["kind"] == "eval":
+            self._add_load(event)
         self._put(event)
 
     def close(self, state: str) -> None:
         self._file.close()
         if self._file.num_missing_bytes:
             raise OSError(f"{self._file.path}: the last {self._file.num_missing_bytes} bytes are lost")
+
+    def _add_load(self, event: Any) -> None:
+        """How the load of the last steps is spread in each layer, and a picture of all layers."""
+        found, layout = self._load.last(until=event.step), self._load.layout
+        if found is None or layout is None:
+            return
+        counts = [found.counts_N[where] for where in layout.slices]
+        shares = [counts_E / max(float(counts_E.mean()), 1e-9) for counts_E in counts]
+        for name, shares_E in zip(layout.names, shares, strict=True):
+            event.summary.value.add(tag=f"load/{name}", histo=histogram(shares_E))
+        width, height, png = heat_map(shares)
+        picture = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": png}
+        event.summary.value.add(tag="load/experts by layer", image=picture)
 
     def _begin_anew(self, line: Line) -> None:
         """Where steps are made anew, TensorBoard is told to hide what it has from there on, also in older files."""

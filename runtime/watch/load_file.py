@@ -77,15 +77,16 @@ class LoadFile:
                 return None
             return _columns(records, records.layout.slices[layer], begin, end, num, with_bias=with_bias)
 
-    def last(self) -> LastLoad | None:
-        """The load of all layers over the last records; None where there is none."""
+    def last(self, until: int | None = None) -> LastLoad | None:
+        """The load of all layers over the last records, up to a step where one is given; None where there is none."""
         with self._records() as records:
-            if records is None or not records.num:
+            end = 0 if records is None else records.num if until is None else records.find(until + 1)
+            if records is None or not end:
                 return None
             everything = slice(0, records.layout.total)
-            numbers = range(max(0, records.num - LAST_RECORDS), records.num)
+            numbers = range(max(0, end - LAST_RECORDS), end)
             counts = sum((records.counts(number, everything) for number in numbers), np.zeros(1, np.int64))
-            bias = records.bias(records.num - 1, everything)
+            bias = records.bias(end - 1, everything)
             return LastLoad(records.step(numbers[0]), records.step(numbers[-1]), len(numbers), counts, bias)
 
     @contextmanager

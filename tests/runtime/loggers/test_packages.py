@@ -1,6 +1,7 @@
 """The real packages, without network: each receives the numbers of metrics.jsonl, also of a run that resumed."""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from runtime.loggers.scalars import scalars
 from runtime.watch.settings_file import SettingsFile
 from tests.runtime.loggers import offline_wandb
 from tests.synthetic_run import SyntheticRun, make_run
-from workers.record.run_log import RunLog, append_event, read_metrics
+from workers.record.run_log import RunLog, append_event, read_load_history, read_metrics
 
 MADE = SyntheticRun(steps=6, total_steps=9, eval_every=2, finished=False, skipped_steps=(2,))
 OFFLINE = {
@@ -72,6 +73,25 @@ def test_tensorboard_shows_what_was_recorded_and_hides_what_was_superseded(run_d
     shown = {(name, each.step): each.value for name, each in pairs}
     assert len(shown) == len(pairs)  # a step has one value
     assert shown == pytest.approx(recorded(run_dir), rel=1e-6)  # float32
+
+
+def test_tensorboard_shows_the_load_of_each_layer_at_evaluations(run_dir: Path) -> None:
+    needs("tensorboard")
+    import matplotlib.image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "histograms": 0})
+    found.Reload()
+    history = read_load_history(run_dir)
+    counts_NE = history.counts[history.steps <= 4][:, history.layout.slices[1]].sum(0)
+    [spread] = [each for each in found.Histograms("load/layers.2.moe") if each.step == 4]
+    assert (spread.histogram_value.num, spread.histogram_value.sum) == (8, pytest.approx(8))  # 1 is the mean
+    assert spread.histogram_value.max == pytest.approx(counts_NE.max() / counts_NE.mean())
+    [image] = [each for each in found.Images("load/experts by layer") if each.step == 4]
+    pixels = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
+    assert pixels.shape == (image.height, image.width, 3) == (3 * 16, 8 * 16, 3)
+    busiest = pixels[24, counts_NE.argmax() * 16 + 8]
+    assert busiest[0] > busiest[2]  # red: more than the mean
 
 
 def test_wandb_offline_receives_the_numbers_under_one_id(run_dir: Path) -> None:

@@ -1,0 +1,69 @@
+"""The load of the experts as TensorBoard can show it: how it is spread in a layer, and all layers as a heat map.
+
+E experts of a layer; C columns, as many as the largest layer has experts.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.watch.load_codes import codes_of
+
+# Upper ends of the bars, as multiples of the mean load: no token at all, a 16th to 32 times the mean, and beyond.
+BAR_ENDS = np.array([0.0, *2.0 ** np.arange(-4, 5.25, 0.25), np.inf])
+MAX_CELL, MAX_WIDTH = 16, 1_024  # pixels
+# As in runtime/watch/static/heat.js: no token, far less than the mean, the mean, far more than it.
+_DEAD, _LESS, _MEAN, _MORE = ((209, 0, 165), (22, 84, 158), (244, 244, 242), (170, 28, 40))
+_NOTHING = 255  # white, where a layer has fewer experts than others
+
+
+def histogram(shares_E: NDArray[np.float64]) -> dict[str, Any]:
+    """The fields of a histogram of TensorBoard. shares_E: load of each expert over the mean of its layer."""
+    counts = np.bincount(np.searchsorted(BAR_ENDS, shares_E), minlength=len(BAR_ENDS))
+    most = float(shares_E.max())
+    return {
+        "min": float(shares_E.min()),
+        "max": most,
+        "num": float(len(shares_E)),
+        "sum": float(shares_E.sum()),
+        "sum_squares": float((shares_E**2).sum()),
+        "bucket_limit": np.minimum(BAR_ENDS, max(most, 64.0)).tolist(),
+        "bucket": counts.astype(float).tolist(),
+    }
+
+
+def heat_map(shares: Sequence[NDArray[np.float64]]) -> tuple[int, int, bytes]:
+    """Width, height and PNG of a picture with a row for each layer and a cell for each of its experts."""
+    colours = _palette()
+    pixels = np.full((len(shares), max(map(len, shares)), 3), _NOTHING, np.uint8)  # (layers, C, 3)
+    for row, shares_E in enumerate(shares):
+        pixels[row, : len(shares_E)] = colours[codes_of(shares_E)]
+    cell = max(1, min(MAX_CELL, MAX_WIDTH // pixels.shape[1]))
+    pixels = pixels.repeat(cell, 0).repeat(cell, 1)
+    return pixels.shape[1], pixels.shape[0], _png(pixels)
+
+
+def _palette() -> NDArray[np.uint8]:
+    """(256, 3): the colour of each code of a load."""
+    height = (np.arange(256) - 128) / 127
+    weight = np.abs(height)[:, None] ** 0.8
+    ends = np.where(height[:, None] < 0, _LESS, _MORE)
+    colours = np.round(_MEAN + (ends - np.array(_MEAN)) * weight.clip(0, 1))
+    colours[0] = _DEAD
+    return colours.astype(np.uint8)
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    """An image (rows, columns, 3) as a file. matplotlib would take a second to import for it."""
+    rows, columns, _ = pixels.shape
+    lines = np.concatenate([np.zeros((rows, 1), np.uint8), pixels.reshape(rows, -1)], 1)  # each begins with its filter
+    head = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
