@@ -3,13 +3,13 @@
 E experts of a layer; C columns, as many as the largest layer has experts.
 """
 
-import struct
-import zlib
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image  # comes with matplotlib
 
 from runtime.watch.load_codes import codes_of
 
@@ -54,16 +54,12 @@ def _palette() -> NDArray[np.uint8]:
     ends = np.where(height[:, None] < 0, _LESS, _MORE)
     colours = np.round(_MEAN + (ends - np.array(_MEAN)) * weight.clip(0, 1))
     colours[0] = _DEAD
-    return colours.astype(np.uint8)
+    palette: NDArray[np.uint8] = colours.astype(np.uint8)
+    return palette
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """An image (rows, columns, 3) as a file. matplotlib would take a second to import for it."""
-    rows, columns, _ = pixels.shape
-    lines = np.concatenate([np.zeros((rows, 1), np.uint8), pixels.reshape(rows, -1)], 1)  # each begins with its filter
-    head = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
-    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b""))
-    chunks = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    """An image (rows, columns, 3) as a file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
