@@ -14,13 +14,7 @@ from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
 from dispatch.routing.replay import Routing, by_block
-from workers.model.attention import (
-    KeyValueCache,
-    rotary_table,
-    visible,
-    visible_in_documents,
-    within_window,
-)
+from workers.model.attention import Documents, KeyValueCache, Seen, rotary_table, visible, within_window
 from workers.model.lora import add_adapters
 from workers.model.loss import TokenLoss, after_next, linear_cross_entropy
 from workers.model.model_config import ModelConfig
@@ -50,17 +44,17 @@ class Block(nn.Module):
         x: Tensor,
         rotary: Tensor | None,
         token_mask: Tensor | None,
-        seen: Tensor | None = None,
+        seen: Seen = None,
         cache: KeyValueCache | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Map x (B, S, hidden) to the same shape. seen: the mask of attention, None for causal order alone."""
+        """Map x (B, S, hidden) to the same shape. seen: what attention reaches, None for causal order alone."""
         attend = _recomputed(self._attend) if self.recompute == "attention" else self._attend
         x = x + attend(x, rotary, seen, cache)
         feed = _recomputed(self._feed) if self.recompute == "experts" and self.has_moe else self._feed
         return x + feed(x, token_mask, routing)
 
-    def _attend(self, x: Tensor, rotary: Tensor | None, seen: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def _attend(self, x: Tensor, rotary: Tensor | None, seen: Seen, cache: KeyValueCache | None) -> Tensor:
         y: Tensor = self.attention(self.attention_norm(x), rotary, seen, cache)
         return self.post_attention_norm(y) if self.post_norms else y
 
@@ -184,7 +178,7 @@ class Decoder(nn.Module):
         x: Tensor,
         rotary: Tensor,
         token_mask: Tensor | None,
-        seen_and_near: tuple[Tensor | None, Tensor | None],
+        seen_and_near: tuple[Seen, Seen],
         cache: KeyValueCache | None,
         given: Sequence[Routing | None],
     ) -> Tensor:
@@ -206,28 +200,31 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         cache: KeyValueCache | None,
         document_starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The rotary table of these tokens, and the attention mask; None for causal order alone."""
+    ) -> tuple[Tensor, Seen]:
+        """The rotary table of these tokens, and what attention reaches; None for causal order alone."""
         if document_starts is not None:
             # Rotary scores depend on distances alone: positions need not begin again with each document.
-            return self._rotary(x, x.shape[1]), visible_in_documents(document_starts)
+            return self._rotary(x, x.shape[1]), Documents.of(document_starts)
         rotary = self._rotary(x, x.shape[1] if positions is None else positions)
-        if positions is None:
-            if cache is not None:
-                cache.begin(torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
-            return rotary, None  # causal order alone, which has the faster kernels
         if cache is not None:
-            return rotary, cache.begin(positions)
+            places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if positions is None else positions
+            seen = cache.begin(places)
+            # Causal order alone has the faster kernels, where no window needs to know which keys there are.
+            return rotary, None if positions is None and not self.config.sliding_window else seen
+        if positions is None:
+            return rotary, None
         mask = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
         return rotary, visible(positions, positions, mask)
 
-    def _near(self, x: Tensor, seen: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """What tokens see of `seen` in blocks with a window. Without positions places stand for them."""
-        places = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        queries = keys = places if positions is None else positions
-        if cache is not None and seen is not None:
-            keys = torch.arange(seen.shape[-1], device=x.device).unsqueeze(0)
-        return within_window(seen, queries, keys, self.config.sliding_window)
+    def _near(self, x: Tensor, seen: Seen, positions: Tensor | None, cache: KeyValueCache | None) -> Seen:
+        """What attention reaches of `seen` in blocks with a window."""
+        window, places = self.config.sliding_window, partial(torch.arange, device=x.device)
+        if seen is None:
+            return Documents.whole_rows(len(x), x.shape[1], x.device).within(window) if window < x.shape[1] else None
+        if isinstance(seen, Documents):
+            return seen.within(window)
+        queries = places(seen.shape[-2]).unsqueeze(0) if positions is None else positions
+        return within_window(seen, queries, queries if cache is None else places(seen.shape[-1]).unsqueeze(0), window)
 
     def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
         config = self.config

@@ -2,7 +2,8 @@
 
 The counts are those of kernels on CPUs, which a test compares with torch's own record of saved tensors. On CUDA
 the fused RMSNorm keeps a little less. Attention is taken to be fused, as on CUDA in bf16 with any head and on CPUs with
-heads of one width: no (S, S) matrix is kept.
+heads of one width: no (S, S) matrix is kept. Packed documents under a window are counted as one document a row, which
+keeps most.
 
 Counts of a token, times T; letters: H hidden, F inner width of an expert, K top-k, E experts, L experts of this rank, R
 expert rows, Q arrived rows, W expert ids a row, b bytes of an element in the compute dtype. The residual stream and all
@@ -37,7 +38,9 @@ class MicroBatch:
     expert_rows, arrived_rows: of one MoE layer; a rank that exchanges nothing has its own tokens for arrived rows.
     ids_per_row: expert ids and weights that travel with a row. experts: how they are computed (dispatch.experts): fused
     on CUDA; on CPUs grouped, which keeps a copy of each expert row, or looped, one after the other. casts_experts: they
-    are copied where the compute dtype is another, as they are not where they are gathered in it.
+    are copied where the compute dtype is another, as they are not where they are gathered in it. packed: rows hold
+    documents that attention keeps apart. varlen: one kernel serves documents and windows, as on CUDA in bf16; without
+    it they are copied block by block (workers.model.attention.attend).
     """
 
     tokens: int
@@ -50,6 +53,8 @@ class MicroBatch:
     experts: Literal["fused", "grouped", "looped"]
     exchanges: bool
     casts_experts: bool = True
+    packed: bool = False
+    varlen: bool = False
 
     @property
     def casts(self) -> bool:
@@ -57,9 +62,13 @@ class MicroBatch:
         return self.element_bytes != FP32
 
 
-def attention_bytes(config: ModelConfig, batch: MicroBatch) -> float:
-    """The attention of one layer with its norms."""
-    per_token = _latent(config, batch) if config.attention == "latent" else _grouped_query(config, batch)
+def attention_bytes(config: ModelConfig, batch: MicroBatch, window: int = 0) -> float:
+    """The attention of one layer with its norms; `window` is that of the layer."""
+    if config.attention == "latent":
+        per_token = _latent(config, batch)
+    else:
+        window = window if window < batch.seq_len else 0
+        per_token = _grouped_query(config, batch, window) + _masks(batch, window) / batch.tokens
     num_norms = 2 if config.post_norms else 1  # with that of its output
     return batch.tokens * (num_norms * _norm(config.hidden) + per_token)
 
@@ -139,15 +148,13 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast, num_adapters
 
     cast: of the dense weights. num_adapters: of dense matrices, where `model.lora` is on.
     """
-    num_windows = sum(map(config.has_window, range(config.num_layers)))  # each layer keeps its mask as what it adds
     head = head_bytes(config, batch)
     if config.recompute == "full":
-        # The input of each layer; the layer for multi-token prediction has two, and the mask is theirs together.
-        inputs = _inputs(config, batch, config.num_layers + 2 * config.num_mtp_layers)
-        return {INPUTS: inputs + bool(num_windows) * batch.seq_len**2, HEAD: head}
+        # The input of each layer; the layer for multi-token prediction has two.
+        return {INPUTS: _inputs(config, batch, config.num_layers + 2 * config.num_mtp_layers), HEAD: head}
     num_layers, num_moe = config.num_layers + config.num_mtp_layers, config.num_moe_layers
     kept = {
-        "attention": num_layers * attention_bytes(config, batch) + num_windows * batch.element_bytes * batch.seq_len**2,
+        "attention": sum(attention_bytes(config, batch, window) for window in _windows(config)),
         "dense feed-forward": config.num_dense_layers * dense_bytes(config, batch),
         "router and shared experts": num_moe * router_bytes(config, batch),
         "routed experts": num_moe * expert_bytes(config, batch),
@@ -160,7 +167,7 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast, num_adapters
     if config.lora.rank:  # those of parts that are recomputed too: a little more than is kept
         kept["adapters"] = float(batch.tokens * batch.element_bytes * config.lora.rank * num_adapters)
     if config.recompute == "attention":
-        kept["attention"] = num_layers * _inputs(config, batch, 1) + bool(num_windows) * batch.seq_len**2
+        kept["attention"] = _inputs(config, batch, num_layers)
         kept[CAST] -= batch.element_bytes * cast.attention * batch.casts
     if config.recompute == "experts":
         for name in ("router and shared experts", "routed experts", "row maps"):
@@ -181,11 +188,17 @@ def _again(config: ModelConfig, batch: MicroBatch) -> float:
     """What a recompute makes again in the backward of one layer."""
     parts = (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes)
     moe = sum(part(config, batch) for part in parts) if config.num_moe_layers else 0.0
-    attention = attention_bytes(config, batch)
+    attention = max(attention_bytes(config, batch, window) for window in _windows(config))
     if config.recompute == "full":
         dense = dense_bytes(config, batch) if config.num_dense_layers else 0.0
         return attention + max(dense, moe) + config.num_mtp_layers * mtp_bytes(config, batch)
     return {"none": 0.0, "attention": attention, "experts": moe}[config.recompute]
+
+
+def _windows(config: ModelConfig) -> list[int]:
+    """The window of each layer, 0 for none; one for multi-token prediction has none."""
+    layers = [config.sliding_window * config.has_window(index) for index in range(config.num_layers)]
+    return layers + [0] * config.num_mtp_layers
 
 
 def _inputs(config: ModelConfig, batch: MicroBatch, number: int) -> float:
@@ -218,25 +231,41 @@ def _swiglu(hidden: int, inner: int, batch: MicroBatch) -> float:
     return batch.element_bytes * (4 * inner + (2 * hidden if batch.casts else 0))
 
 
-def _grouped_query(config: ModelConfig, batch: MicroBatch) -> float:
-    heads, kv_heads, width, size = config.num_heads, config.num_kv_heads, config.head_width, batch.element_bytes
-    rotated = (heads + kv_heads) * width
-    kept: float = size * (
-        config.hidden + rotated + kv_heads * width
-    )  # the input, and the product that the values are cut of
+def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float:
+    width, size = config.head_width, batch.element_bytes
+    queries, values = config.num_heads * width, config.num_kv_heads * width
+    rotated = queries + values
+    by_block = (batch.packed or window > 0) and not batch.varlen
+    copies = by_block or config.attention_sinks  # else values are cut of the product that all come from
+    kept: float = size * config.hidden  # the input
     if config.query_key_norm != "none":
-        rows = heads + kv_heads if config.query_key_norm == "head" else 2
+        rows = config.num_heads + config.num_kv_heads if config.query_key_norm == "head" else 2
         # Under autocast the norm widens its input first; else that is the product itself.
         kept += _norm(rotated, rows) if batch.casts else FP32 * (rotated + rows)
     if config.clip_qkv:
-        kept += size * (kv_heads * width + (rotated if config.query_key_norm != "none" else 0))
+        kept += size * ((0 if copies else values) + (rotated if config.query_key_norm != "none" else 0))
     if config.attention_gate:  # the sigmoid, and its product with the output; autocast makes a copy of its input
-        kept += size * (2 * heads * width + (config.hidden if batch.casts else 0))
-    if config.attention_sinks:
-        # Queries, keys, values and output are copies with more dimensions; what they were cut of is not kept.
-        wider = size * SINK_DIMS * (2 * heads + 2 * kv_heads)
-        kept += wider + size * (heads * width - (rotated if config.query_key_norm == "none" else 0))
-    return kept + size * (rotated + heads * width) + FP32 * heads
+        kept += size * (2 * queries + (config.hidden if batch.casts else 0))
+    if not copies or config.clip_qkv or (config.query_key_norm != "none" and not batch.casts):
+        kept += size * (rotated + values)
+    per_key = 1 + _keys_seen_again(batch, window) if by_block else 1
+    wider = SINK_DIMS if config.attention_sinks else 0
+    heads, kv_heads = config.num_heads * (width + wider), config.num_kv_heads * (width + wider)
+    kept += size * (2 * heads + (2 if copies else 1) * per_key * kv_heads)  # queries, keys, values and output
+    return kept + size * queries * copies + FP32 * config.num_heads
+
+
+def _keys_seen_again(batch: MicroBatch, window: int) -> float:
+    """Of a token: the share of keys that a second block sees, in rows of one document."""
+    return (-(-batch.seq_len // window) - 1) * window / batch.seq_len if window else 0.0
+
+
+def _masks(batch: MicroBatch, window: int) -> float:
+    """Of the blocks of one layer that continue others, as what is added to scores: of whole ones, and of the rest."""
+    if not window or batch.varlen:
+        return 0.0
+    whole, rest = (batch.seq_len >= 2 * window), batch.seq_len % window
+    return batch.element_bytes * (2 * window**2 * whole + rest * (window + rest))
 
 
 def _latent(config: ModelConfig, batch: MicroBatch) -> float:
@@ -247,8 +276,13 @@ def _latent(config: ModelConfig, batch: MicroBatch) -> float:
     kept += _norm(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * sizes.kv_rank
     if sizes.query_rank:
         kept += _norm(sizes.query_rank) + size * sizes.query_rank
-    kept += size * heads * (2 * score_width + sizes.nope_dim + sizes.value_dim)  # queries, keys, and keys with values
-    return kept + size * heads * sizes.value_dim + FP32 * heads
+    if not batch.packed:
+        per_head = 2 * score_width + sizes.nope_dim + 2 * sizes.value_dim  # queries, keys, keys with values, output
+    elif batch.varlen:  # values and output as wide as keys; what `out_proj` reads
+        per_head = 4 * score_width + sizes.value_dim
+    else:  # values are a copy, and output is there by document and whole
+        per_head = 2 * score_width + 3 * sizes.value_dim
+    return kept + size * heads * per_head + FP32 * heads
 
 
 def _expert_scratch(config: ModelConfig, batch: MicroBatch) -> float:

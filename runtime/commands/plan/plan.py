@@ -176,6 +176,8 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
         experts="fused",
         exchanges=not alone,
         casts_experts=is_bf16 and gathered_expert_bytes(config) != element_bytes,
+        packed=config.data.has_documents,
+        varlen=is_bf16 and not model.attention_sinks,
     )
 
 

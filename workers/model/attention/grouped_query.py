@@ -1,15 +1,13 @@
 """Causal attention with grouped queries, plain or with biases, sinks, or normalised queries and keys."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.model.attention.attend import Seen, attend
 from workers.model.attention.cache import KeyValueCache
-from workers.model.attention.mask import scores_mask
 from workers.model.attention.rotary import rotate
-from workers.model.attention.sinks import attend_with_sinks
 
 QueryKeyNorm = Literal["none", "head", "all"]
 
@@ -66,14 +64,15 @@ class GroupedQueryAttention(nn.Module):
         self.out_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=out_bias)
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotary: Tensor | None, seen: Seen = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Attend within each sequence to this and earlier positions.
 
         Args:
             x: (B, S, hidden).
             rotary: `rotary_table` of the S positions, for all dimensions of a head or its first; None rotates nothing.
-            mask: bool (B, 1, S, K) of `visible`; None: each token sees itself and all before it.
+            seen: bool (B, 1, S, K) of `visible`, or the documents that fill the rows; None: each token sees itself and
+                all before it.
             cache: keeps rotated keys and values; these tokens then see those of the K places filled so far too.
         """
         num_rotated = self.num_heads + self.num_kv_heads
@@ -87,17 +86,9 @@ class GroupedQueryAttention(nn.Module):
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             keys, values = cache.put(self, keys, values)
-        outputs = self._attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)
-        outputs = outputs.transpose(1, 2).flatten(2)
+        outputs = attend(queries, keys, values, seen, scale=self.scale, sinks=self.sinks).flatten(2)
         y: Tensor = self.out_proj(outputs if self.gate_proj is None else outputs * self.gate_proj(x).sigmoid())
         return y
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        if self.sinks is not None:
-            scale = self.scale or self.head_dim**-0.5
-            return attend_with_sinks(queries, keys, values, self.sinks, mask, scale)
-        masking: dict[str, Any] = scores_mask(mask)
-        return F.scaled_dot_product_attention(queries, keys, values, scale=self.scale, enable_gqa=True, **masking)
 
     def _normalise(self, rotated: Tensor) -> Tensor:
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)

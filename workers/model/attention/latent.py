@@ -1,15 +1,13 @@
 """Multi-head latent attention: queries, keys and values from narrow latents (DeepSeek-V2, arXiv 2405.04434)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.errors import InvalidValue
+from workers.model.attention.attend import Seen, attend
 from workers.model.attention.cache import KeyValueCache
-from workers.model.attention.mask import scores_mask
 from workers.model.attention.rotary import rotate
 from workers.model.lora import effective_weight
 
@@ -67,26 +65,24 @@ class LatentAttention(nn.Module):
         self.kv_proj = nn.Linear(config.kv_rank, num_heads * (config.nope_dim + config.value_dim), bias=False)
         self.out_proj = nn.Linear(num_heads * config.value_dim, hidden, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, seen: Seen = None, cache: KeyValueCache | None = None) -> Tensor:
         """Map x (B, S, hidden) to the same shape; arguments as of `GroupedQueryAttention.forward`."""
         latent, shared_key = torch.split(self.kv_latent_proj(x), [self.config.kv_rank, self.config.rope_dim], dim=-1)
         rotated_key = rotate(shared_key.unsqueeze(2), rotary).squeeze(2)
-        latent, queries, masking = self.kv_norm(latent), self._queries(x, rotary), scores_mask(mask)
+        latent, queries = self.kv_norm(latent), self._queries(x, rotary)
         if cache is None:
-            attended = self._attend(queries, latent, rotated_key, masking)
+            attended = self._attend(queries, latent, rotated_key, seen)
         else:
             (kept,) = cache.put(self, torch.cat([latent, rotated_key], dim=-1))
             if x.shape[1] == 1:
-                attended = self._attend_to_latents(queries, kept, masking)
+                attended = self._attend_to_latents(queries, kept, seen)
             else:  # expanding the latents computes less where they serve many queries
                 latent, rotated_key = torch.split(kept, [self.config.kv_rank, self.config.rope_dim], dim=-1)
-                attended = self._attend(queries, latent, rotated_key, masking)
+                attended = self._attend(queries, latent, rotated_key, seen)
         y: Tensor = self.out_proj(attended.flatten(2))
         return y
 
-    def _attend(self, queries: Tensor, latent: Tensor, rotated_key: Tensor, masking: dict[str, Any]) -> Tensor:
+    def _attend(self, queries: Tensor, latent: Tensor, rotated_key: Tensor, seen: Seen) -> Tensor:
         """Attention output of every head, (B, S, heads, value_dim), computed with keys and values per head.
 
         Args:
@@ -95,12 +91,9 @@ class LatentAttention(nn.Module):
             rotated_key: (B, K, rope_dim).
         """
         keys, values = self._expand(latent, rotated_key)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=self.scale, **masking
-        )
-        return attended.transpose(1, 2)
+        return attend(queries, keys, values, seen, scale=self.scale)
 
-    def _attend_to_latents(self, queries: Tensor, kept: Tensor, masking: dict[str, Any]) -> Tensor:
+    def _attend_to_latents(self, queries: Tensor, kept: Tensor, seen: Seen) -> Tensor:
         """As `_attend` for S = 1, without expanding keys and values per head (arXiv 2405.04434, section 2.1.2).
 
         kept (B, K, kv_rank + rope_dim): the latent and the rotated key of each token. The projection to keys is
@@ -112,11 +105,9 @@ class LatentAttention(nn.Module):
         to_key, to_value = torch.split(heads, [config.nope_dim, config.value_dim], dim=1)
         plain, rotated = torch.split(queries, [config.nope_dim, config.rope_dim], dim=-1)
         absorbed = torch.cat([torch.einsum("bshn,hnr->bshr", plain, to_key), rotated], dim=-1)
-        keys = kept.unsqueeze(1)
-        attended = F.scaled_dot_product_attention(
-            absorbed, keys, keys[..., : config.kv_rank], scale=self.scale, **masking
-        )
-        return torch.einsum("bshr,hvr->bshv", attended, to_value)
+        keys = kept.unsqueeze(2)
+        attended = attend(absorbed.transpose(1, 2), keys, keys[..., : config.kv_rank], seen, scale=self.scale)
+        return torch.einsum("bshr,hvr->bshv", attended.transpose(1, 2), to_value)
 
     def _queries(self, x: Tensor, rotary: Tensor) -> Tensor:
         if self.config.query_rank:

@@ -1,7 +1,5 @@
 """Attention sinks: a learned score of each head that stands for no token, and takes a share of the attention."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,7 @@ def attend_with_sinks(
         queries: (B, heads, S, head_dim).
         keys, values: (B, kv_heads, K, head_dim).
         sinks: (heads,), scores as they are after `scale`.
-        mask: bool (B or 1, 1, S, K); None for causal order alone, where S = K.
+        mask: bool (B or 1, 1, S, K) or (S, K); None for causal order alone, where S = K.
         scale: factor on the scores.
     Returns:
         (B, heads, S, head_dim).
@@ -39,6 +37,5 @@ def attend_with_sinks(
         queries = F.pad(queries, (0, 0, 1, 0))
     else:
         mask = F.pad(mask, (1, 0), value=True)
-    masking: dict[str, Any] = scores_mask(mask)
-    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **masking)
+    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **scores_mask(mask))
     return attended[:, :, mask is None :, :head_dim]
