@@ -76,13 +76,16 @@ class HostStates:
                 following.arrive(self._inward)
             if piece is not None:
                 piece.wait(self._inward)
-                for parameter in piece.states:
-                    parameter.grad = gradients[parameter]
-                self._optimizer.step()
-                for parameter in piece.states:
-                    parameter.grad = None
+                self._step_alone(piece, gradients)
                 piece.send_back(self._outward)
             before = piece
+
+    def _step_alone(self, piece: "_Piece", gradients: dict[Tensor, Tensor]) -> None:
+        for parameter in piece.states:
+            parameter.grad = gradients[parameter]
+        self._optimizer.step()
+        for parameter in piece.states:
+            parameter.grad = None
 
     def _pieces(self, parameters: Iterable[Tensor]) -> "Iterator[_Piece]":
         """Runs of parameters, in the optimizer's order: ranks that gather a matrix together do so in the same order."""
