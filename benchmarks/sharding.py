@@ -1,6 +1,6 @@
 """Steps with sharded states beside steps without, in turns on the same ranks: seconds, and bytes against the plan.
 
-    python -m benchmarks.sharding [--workers 4] [--pairs 10] [--micro-batches 1]
+    python -m benchmarks.sharding [--workers 4] [--pairs 10] [--micro-batches 1] [--dtype float32]
 
 Each rank over gloo holds a trainer for each parallel.shard. They take turns, in another order in each round, so that
 what else the machine does meets all of them; told is the median over rounds of a mode's time over that of `none`. Bytes
@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ from workers.run_config import RunConfig
 from workers.training.rank_state import build_rank
 from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
+
+DType = Literal["float32", "bfloat16"]
 
 WARM_UP = 2
 MODEL = ModelConfig(
@@ -77,10 +79,11 @@ class RingBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def config_of(shard: Shard, world_size: int, num_micro: int, text: Path) -> TrainConfig:
+def config_of(shard: Shard, world_size: int, num_micro: int, dtype: DType, text: Path) -> TrainConfig:
     """Settings of a run, half of whose ranks share the experts."""
+    batch = 2 * world_size * num_micro
     return TrainConfig(
-        run=RunConfig(global_batch_size=2 * world_size * num_micro, micro_batch_size=2, steps=10_000, eval_every=0),
+        run=RunConfig(global_batch_size=batch, micro_batch_size=2, steps=10_000, eval_every=0, dtype=dtype),
         model=MODEL,
         data=DataConfig(path=str(text), cache_dir=str(text.parent / "cache")),
         parallel=ParallelConfig(shard=shard, ep_size=max(1, world_size // 2), exchange="rank"),
@@ -147,12 +150,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="processes (%(default)s)")
     parser.add_argument("--pairs", type=int, default=10, help="rounds that are timed (%(default)s)")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="run.dtype (%(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text.txt"
         text.write_text("".join(f"{n} green bottles hanging on the wall;\n" for n in range(40_000)))
-        configs = {shard: config_of(shard, options.workers, options.micro_batches, text) for shard in get_args(Shard)}
+        settings = (options.workers, options.micro_batches, options.dtype, text)
+        configs = {shard: config_of(shard, *settings) for shard in get_args(Shard)}
         dataset = prepare_dataset(configs["none"].data)
         specs = {shard: make_spec(config, folder, dataset) for shard, config in configs.items()}
         results = run_processes(options.workers, measure, specs, options.pairs)
