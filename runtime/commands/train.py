@@ -21,5 +21,10 @@ def run(options: argparse.Namespace) -> int:
     from runtime.job import job
 
     return job.train(
-        request.config, resume=request.resume, step=request.step, init=request.init, dry_run=request.dry_run
+        request.config,
+        resume=request.resume,
+        step=request.step,
+        init=request.init,
+        dry_run=request.dry_run,
+        watch=request.watch,
     )

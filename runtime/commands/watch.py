@@ -1,19 +1,19 @@
 """`trimtab watch RUN [RUN ...]`."""
 
 import argparse
-import importlib.util
 import ipaddress
 import os
 import re
+import sys
 from pathlib import Path
 
-from dispatch.errors import InvalidValue, UserError
+from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
 from runtime.commands.options import add_runs_dir, whole
 from runtime.runs.run_dir import find_run, place_of_run
+from runtime.watch.packages import check_installed
 
 HELP = "Show runs in a browser while they train, and afterwards."
-NEEDED = ("starlette", "uvicorn")
 MAX_RUNS = 16
 TOKEN_VARIABLE = "TRIMTAB_WATCH_TOKEN"  # noqa: S105 - its name
 _TOKEN = re.compile(r"[\w.~-]{16,128}", re.ASCII)  # as it may stand in a URL and in a cookie
@@ -37,6 +37,11 @@ def add_arguments(parser: CommandParser) -> None:
         help="an address of this machine to serve at; whoever reaches it and has the token sees the runs, and the "
         "network sees the token (127.0.0.1: this machine alone)",
     )
+    parser.add_argument(
+        "--until-input-ends",
+        action="store_true",
+        help="print the URL alone, and end when standard input does, as that of a program that starts it",
+    )
     add_runs_dir(parser)
     parser.epilog = f"The token in the URL is a new one at every start, or what {TOKEN_VARIABLE} holds."
 
@@ -47,8 +52,20 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     from runtime.watch.serve import serve
 
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    serve(run_dirs, address=options.bind, port=options.port, token=token, say=print)
+    def tell_url(url: str) -> None:
+        names = ", ".join(map(str, run_dirs))
+        around = "{}" if options.until_input_ends else f"watching {names}\n\n  {{}}\n\nCtrl-C ends it; the run goes on"
+        sys.stdout.write(around.format(url) + "\n")
+        sys.stdout.flush()
+
+    serve(
+        run_dirs,
+        address=options.bind,
+        port=options.port,
+        token=os.environ.get(TOKEN_VARIABLE) or None,
+        tell_url=tell_url,
+        lasts_as=sys.stdin.buffer if options.until_input_ends else None,
+    )
     return 0
 
 
@@ -62,8 +79,7 @@ def _place(name: str, runs_dir: str | None, *, wait: bool) -> Path:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"trimtab watch needs {' and '.join(lacking)}; install them with: pip install 'trimtab[watch]'")
+    check_installed("trimtab watch")
     if len(options.runs) > MAX_RUNS:
         raise InvalidValue(f"{len(options.runs)} runs are more than a page shows; name at most {MAX_RUNS}")
     if (token := os.environ.get(TOKEN_VARIABLE)) and not _TOKEN.fullmatch(token):

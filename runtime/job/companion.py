@@ -24,13 +24,20 @@ class Companion:
         name: what it is for the user.
         arguments: its module and what follows.
         hear: called on a thread with each line that it prints, and with how it ended where it failed.
-        end_s: how long its end is waited for. Then it goes on alone.
+        end_s: how long its end is waited for.
+        may_outlive: whether it then goes on alone; else it is killed.
     """
 
     def __init__(
-        self, name: str, arguments: Sequence[str], hear: Callable[[str], None], *, end_s: float = END_S
+        self,
+        name: str,
+        arguments: Sequence[str],
+        hear: Callable[[str], None],
+        *,
+        end_s: float = END_S,
+        may_outlive: bool = True,
     ) -> None:
-        self._name, self._hear, self._end_s = name, hear, end_s
+        self._name, self._hear, self._end_s, self._may_outlive = name, hear, end_s, may_outlive
         self._command = [sys.executable, "-P", "-m", *arguments]
 
     def __enter__(self) -> Self:
@@ -50,7 +57,10 @@ class Companion:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         _end_of(self._process.stdin).close()
         self._thread.join(self._end_s if error is None else min(self._end_s, END_AFTER_ERROR_S))
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._may_outlive:
+            self._process.kill()
+            self._thread.join()
+        elif self._thread.is_alive():
             self._hear(f"{self._name}: still at work after the run's end; process {self._process.pid} goes on alone")
 
     def _listen(self) -> None:
@@ -60,7 +70,7 @@ class Companion:
             if code := self._process.wait():
                 errors.seek(max(0, errors.seek(0, 2) - _LAST_WORDS))
                 words = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                self._hear(f"{self._name}: ended with exit code {code} ({words}); the run goes on")
+                self._hear(f"{self._name}: ended with exit code {code}{words and f' ({words})'}; the run goes on")
 
 
 def _end_of(pipe: IO[str] | None) -> IO[str]:
@@ -75,3 +85,18 @@ def loggers_beside(
     if not names:
         return nullcontext()
     return Companion("run.log_to", ["runtime.loggers", str(run_dir.absolute()), *names], warn)
+
+
+def page_beside(
+    run_dir: Path, say: Callable[[str], None], *, is_wanted: bool
+) -> AbstractContextManager[Companion | None]:
+    """Serve the live page of the run while it trains; the URL is said."""
+    if not is_wanted:
+        return nullcontext()
+    arguments = ["runtime", "watch", str(run_dir.absolute()), "--wait", "--until-input-ends"]
+    return Companion(
+        "watch",
+        arguments,
+        lambda text: say(text if text.startswith("watch: ") else f"watch  {text}"),
+        may_outlive=False,
+    )

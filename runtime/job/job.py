@@ -15,7 +15,7 @@ from cluster.gang.preflight import check_resources
 from cluster.ray.access import check_access, find_access
 from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from dispatch.errors import InvalidValue
-from runtime.job.companion import loggers_beside
+from runtime.job.companion import loggers_beside, page_beside
 from runtime.job.initial_weights import begin_with
 from runtime.job.launch import LaunchedGang, balance_of, make_spec, open_gang
 from runtime.job.live import LiveView
@@ -35,6 +35,7 @@ from runtime.settings.states import training_bytes
 from runtime.terminal.interrupt import StopSignal
 from runtime.terminal.quantities import counted
 from runtime.terminal.say import say
+from runtime.watch.packages import check_installed as check_page_installed
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints, step_of
 from workers.data.shards import Dataset
 from workers.record.atomic_file import write_atomically
@@ -44,16 +45,24 @@ from workers.training.outcome import TrainOutcome
 
 
 def train(
-    config: TrainConfig, *, resume: Path | None, step: int | None, init: Path | None = None, dry_run: bool = False
+    config: TrainConfig,
+    *,
+    resume: Path | None,
+    step: int | None,
+    init: Path | None = None,
+    dry_run: bool = False,
+    watch: bool = False,
 ) -> int:
     """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
 
     init: the run whose weights a new one begins with. step: the checkpoint of either; None takes the newest.
-    dry_run: only check and say what would be trained.
+    dry_run: only check and say what would be trained. watch: serve the live page meanwhile.
 
     Everything that can be refused is refused before a process starts, and leaves no run directory behind.
     """
     console = Console(highlight=False)
+    if watch:
+        check_page_installed("--watch")
     run_dir = resume or new_run_dir(config.run.dir, config.run.name, datetime.now())
     with (hold if resume else hold_new)(run_dir, lambda text: say(console, text)) as lock:
         stop = StopSignal()
@@ -63,7 +72,8 @@ def train(
         if dry_run:
             say(console, "dry run: nothing was refused, and nothing was started or written")
             return 0
-        outcome = _train(config, run_dir, lock, stop, dataset, start=start, is_new=resume is None, console=console)
+        with page_beside(run_dir, lambda text: say(console, text), is_wanted=watch):
+            outcome = _train(config, run_dir, lock, stop, dataset, start=start, is_new=resume is None, console=console)
         from runtime.report.report import print_summary  # imports matplotlib, for which no run should start later
 
         print_summary(run_dir, console)

@@ -40,7 +40,7 @@ SHORT_OPTIONS = {
     "--workers": "--cluster.num_workers",
     "--device": "--cluster.device",
 }
-DRY_RUN = "--dry-run"
+DRY_RUN, WATCH = "--dry-run", "--watch"
 MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
 FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in older runs' config.yaml
@@ -52,7 +52,7 @@ class TrainRequest:
 
     resume: directory of the run to go on with; None starts a new one. init: directory of the run whose weights a new
     one begins with; None draws them. step: the checkpoint of either; None takes the newest. dry_run: check everything,
-    train nothing.
+    train nothing. watch: serve the live page meanwhile.
     """
 
     config: TrainConfig
@@ -60,6 +60,7 @@ class TrainRequest:
     step: int | None
     init: Path | None = None
     dry_run: bool = False
+    watch: bool = False
 
 
 def parse_train(
@@ -73,9 +74,8 @@ def parse_train(
         InvalidValue: wrong usage or configuration, with the way out.
         SystemExit: --help was asked for and answered.
     """
-    is_dry = DRY_RUN in arguments
-    request = _parse_train([argument for argument in arguments if argument != DRY_RUN], count_gpus)
-    return replace(request, dry_run=is_dry)
+    request = _parse_train([argument for argument in arguments if argument not in (DRY_RUN, WATCH)], count_gpus)
+    return replace(request, dry_run=DRY_RUN in arguments, watch=WATCH in arguments)
 
 
 def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int]) -> TrainRequest:

@@ -19,6 +19,7 @@ _FIRST = {
     "--resume RUN": "go on with a run: its name or directory",
     "--init RUN": "a new run with the weights of that one: fine-tuning",
     "--dry-run": "check all of it and say what would be trained; start and write nothing",
+    "--watch": "serve the live page meanwhile, and print its address",
     "--name NAME": "name of the run, runs/NAME (the time)",
     "--steps N": "optimizer steps ({run.steps})",
     "--workers N": "expert workers ({cluster.num_workers})",
@@ -94,6 +95,7 @@ def settings_parser(defaults: TrainConfig, presets: str, sections: list[str]) ->
     source.add_argument("--init", metavar="RUN", help=words)
     source.add_argument("--step", metavar="N", help="with --resume or --init: checkpoint of step N (the newest)")
     source.add_argument("--dry-run", action="store_true", help="check everything; start and write nothing")
+    source.add_argument("--watch", action="store_true", help="serve the live page while it trains; prints the URL")
     values, hints, titles = flatten(defaults), get_type_hints(TrainConfig), _words_of(TrainConfig)
     for section in sections:
         group = parser.add_argument_group(titles[section].rstrip("."))

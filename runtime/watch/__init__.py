@@ -7,6 +7,6 @@ reads lines as they are appended, `spread` a few lines of all of a long file at 
 a directory that may be anybody's; `plain` makes values of theirs fit to be sent.
 
 `follower` polls all runs on a thread. `app` answers requests with what they hold, behind `guard`, which decides who may
-ask; `exposition` tells Prometheus. `serve` binds the address and prints the URL. The page itself is in `static/`; it
-needs no build step and no network.
+ask; `exposition` tells Prometheus. `serve` binds the address and tells the URL; `packages` says what it needs. The page
+itself is in `static/`; it needs no build step and no network.
 """

@@ -3,11 +3,12 @@
 import secrets
 import signal
 import socket
-import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import uvicorn
 
@@ -22,10 +23,18 @@ MAX_CONNECTIONS = 64
 CLOSE_S = 2  # for answers that are under way when a signal comes
 
 
-def serve(run_dirs: Sequence[Path], *, address: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
+def serve(
+    run_dirs: Sequence[Path],
+    *,
+    address: str,
+    port: int,
+    token: str | None,
+    tell_url: Callable[[str], None],
+    lasts_as: BinaryIO | None = None,
+) -> None:
     """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP, which then raise as they would elsewhere.
 
-    port: 0 takes a free one. token: None makes a new one.
+    port: 0 takes a free one. token: None makes a new one. lasts_as: a stream at whose end serving ends too.
 
     Raises:
         InvalidValue: the address is none of this machine, or the port is taken.
@@ -50,11 +59,16 @@ def serve(run_dirs: Sequence[Path], *, address: str, port: int, token: str | Non
     )
     server = uvicorn.Server(config)
     with listening, Follower(runs, turns):
-        names = ", ".join(str(run.path) for run in runs)
-        say(f"watching {names}\n\n  http://{_host(address)}:{port}/?token={token}\n\nCtrl-C ends it; the run goes on")
-        sys.stdout.flush()
+        tell_url(f"http://{_host(address)}:{port}/?token={token}")
+        if lasts_as is not None:
+            threading.Thread(target=_end_with, args=(lasts_as, server), name="end of input", daemon=True).start()
         with _hangup_ends(server):
             server.run(sockets=[listening])
+
+
+def _end_with(stream: BinaryIO, server: uvicorn.Server) -> None:
+    stream.read()
+    server.should_exit = True
 
 
 @contextmanager

@@ -63,6 +63,22 @@ def test_it_prints_an_url_and_a_signal_ends_it_in_order_with_a_page_open(
         stream.close()
 
 
+def test_one_that_a_program_starts_prints_the_url_alone_and_ends_with_its_input(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", SyntheticRun(steps=5))
+    command = [str(TRIMTAB), "watch", "./one", "--until-input-ends"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
+        url = process.stdout.readline().rstrip("\n")
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", url)
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        opener.open(url, timeout=10).read()
+        with opener.open(f"{url.partition('?')[0]}api/stream", timeout=10) as stream:
+            assert stream.readline().startswith(b"data: ")  # a page is open
+            process.stdin.close()
+            assert process.wait(10) == 0
+        assert process.stdout.read() == ""
+
+
 def test_the_same_run_is_watched_by_two_at_once_and_changed_by_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one", SyntheticRun(steps=5))
     before = sorted(str(path) for path in run.rglob("*"))

@@ -1,4 +1,5 @@
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from runtime.job.companion import Companion
+from runtime.job.companion import Companion, page_beside
 from tests.synthetic_run import make_run
 
 
@@ -33,6 +34,32 @@ def test_one_that_does_not_end_is_left_alone_after_a_while() -> None:
     with Companion("slow", ["timeit", "-n1", "-r1", "import time; time.sleep(2)"], heard.append, end_s=0.1):
         pass
     assert len(heard) == 1 and heard[0].startswith("slow: still at work after the run's end; process ")
+
+
+def test_one_that_may_not_outlive_the_run_is_killed_after_a_while() -> None:
+    heard: list[str] = []
+    sleep = ["timeit", "-n1", "-r1", "import time; time.sleep(60)"]
+    began = time.monotonic()
+    with Companion("slow", sleep, heard.append, end_s=0.1, may_outlive=False):
+        pass
+    assert time.monotonic() - began < 30 and "ended with exit code -9" in heard[0]
+
+
+def test_the_page_beside_a_run_says_its_url_and_its_death_is_told(tmp_path: Path) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    make_run(tmp_path / "run")
+    with page_beside(tmp_path / "run", said.put, is_wanted=True) as page:
+        assert said.get(timeout=60).startswith("watch  http://127.0.0.1:")
+        os.kill(page._process.pid, signal.SIGKILL)
+        assert said.get(timeout=60) == "watch: ended with exit code -9; the run goes on"
+
+
+def test_the_page_beside_a_run_ends_with_it(tmp_path: Path) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    make_run(tmp_path / "run")
+    with page_beside(tmp_path / "run", said.put, is_wanted=True) as page:
+        said.get(timeout=60)
+    assert page._process.returncode == 0 and said.empty()
 
 
 def test_a_companion_ends_when_its_driver_is_killed(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0
 
 
-def test_a_run_begins_with_the_weights_and_biases_of_another_one(run_dir, folder):
+def test_a_run_begins_with_the_weights_and_biases_of_another_one(run_dir, folder, capsys):
     text = f"--data.path=[{ROOT / 'LICENSE'}]"
     request = parse_train([f"--init={run_dir}", "--step=10", "--name=tuned", text, "--steps=2", "--run.eval_every=0"])
     assert request.config.optim.lr == 1e-5
@@ -111,7 +111,9 @@ def test_a_run_begins_with_the_weights_and_biases_of_another_one(run_dir, folder
     assert (history.bias[0] == read_load_history(run_dir).bias[10]).all()
     assert [event["event"] for event in read_events(tuned)[:2]] == ["initialised", "started"]
     assert [line["step"] for line in read_metrics(tuned)[0]] == [1, 2]
-    assert job.train(parse_train([f"--resume={tuned}", "--steps=3"]).config, resume=tuned, step=None) == 0
+    request = parse_train([f"--resume={tuned}", "--steps=3", "--watch"])
+    assert job.train(request.config, resume=tuned, step=None, watch=request.watch) == 0
+    assert re.search(r"^watch  http://127\.0\.0\.1:\d+/\?token=", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_no_coordinator_of_a_run_stays_in_a_ray_that_was_joined(run_dir):
