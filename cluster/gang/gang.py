@@ -20,11 +20,13 @@ from cluster.config import ClusterConfig
 from cluster.gang.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.ray.ray_watch import RayWatch
 from cluster.ray.session import forwarded_environment
+from cluster.watch.activity_watch import Answers
 from cluster.watch.calls import call_all, control, left
 from cluster.watch.failures import GangFailed
 from cluster.watch.kill import kill_process
 from cluster.watch.member import Member
 from cluster.watch.stacks import wait_for_stacks
+from dispatch.diagnosis.activity import Activity
 from workers.actor import JoinsGang, WorkerActor, WorkerLocation
 from workers.gang.mailbox import CONTROL_GROUP
 
@@ -77,6 +79,7 @@ class Gang:
         self._members: list[Member] = []
         self._bundles: list[int] = []  # by rank, as are the members
         self._epoch = -1
+        self._answers: Answers = {}
         self.rank_map: tuple[RankPlace, ...] = ()
         self.startup_s: dict[str, float] = {}
         self.ray_watch = RayWatch.of_this_process()
@@ -152,6 +155,7 @@ class Gang:
         Raises:
             GangFailed: with the first cause; the gang is stopped then, since the ranks no longer agree on anything.
         """
+        self._answers = {}
         calls = [member.actor.call.remote(method, *args) for member in self._members]
         try:
             return self._call_all(
@@ -163,11 +167,21 @@ class Gang:
                 on_ray_died=on_ray_died,
                 limit_s=limit_s,
                 bound_s=self._config.collective_timeout_s,
+                answers=self._answers,
             )
         except Exception:
             if not keep:
                 self.stop()
             raise
+
+    def seen(self) -> dict[int, tuple[Activity, float]]:
+        """What the training thread of each rank was in when it answered last during `run`, and how many s ago."""
+        now = time.monotonic()
+        return {
+            rank: (answer["training"], now - at)
+            for rank, (answer, at) in sorted(self._answers.items())
+            if answer and "training" in answer
+        }
 
     def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
         """Call a quick method of one rank's worker, also while `run` is busy.

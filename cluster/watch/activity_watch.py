@@ -19,6 +19,8 @@ from workers.gang.mailbox import CONTROL_GROUP
 if TYPE_CHECKING:
     from cluster.watch.member import Member
 
+Answers = dict[int, tuple[Answer, float]]  # by rank, with the time of each by the monotonic clock
+
 ASK_EVERY_S = 1.0
 ANSWER_S = 2.0  # For one answer from a rank that may hang; all are asked at once.
 
@@ -29,10 +31,11 @@ class ActivityWatch:
     It never waits while all ranks answer. A worker without a method `activity` is not judged.
     """
 
-    def __init__(self, members: Sequence[Member], bound_s: float) -> None:
+    def __init__(self, members: Sequence[Member], bound_s: float, answers: Answers | None = None) -> None:
+        """answers: where the last of each rank is kept, for others to read too."""
         self._members, self._bound_s = {member.rank: member for member in members}, bound_s
         self._asked: dict[int, tuple[ray.ObjectRef[Any], float]] = {}
-        self._answers: dict[int, tuple[Answer, float]] = {}
+        self._answers: Answers = {} if answers is None else answers
 
     @property
     def all_answer(self) -> bool:

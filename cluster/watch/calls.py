@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.ray.ray_watch import RayDied
-from cluster.watch.activity_watch import ANSWER_S, ActivityWatch
+from cluster.watch.activity_watch import ANSWER_S, ActivityWatch, Answers
 from cluster.watch.failures import GangFailed, WorkerFailure, WorkerUnreachable, cause_first
 from cluster.watch.member import Member
 from cluster.watch.stacks import stacks_of, wait_for_stacks
@@ -40,19 +40,21 @@ def call_all(
     on_ray_died: Callable[[], None] | None = None,
     limit_s: float = math.inf,
     bound_s: float = math.inf,
+    answers: Answers | None = None,
 ) -> list[Any]:
     """Wait for `calls`, one for each member, and return their results by rank.
 
     Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
     `check_ray` is called as often and raises RayDied. Where `on_ray_died` makes the ranks end their calls, they get
-    until SAVED_BY_S for that: they may outlive Ray, and what they made need not be lost.
+    until SAVED_BY_S for that: they may outlive Ray, and what they made need not be lost. `answers` gets what each rank
+    says that it is in, where `bound_s` is finite.
 
     Raises:
         RayDied: from `check_ray`.
         GangFailed: a rank died or raised, `limit_s` passed, or a collective lasted longer than `bound_s`; within a few
             seconds of it, whatever the other ranks do.
     """
-    watch = ActivityWatch(members, bound_s) if math.isfinite(bound_s) else None
+    watch = ActivityWatch(members, bound_s, answers) if math.isfinite(bound_s) else None
     stall: Stall | None = None
     pending = dict(zip(calls, members, strict=True))
     results: dict[int, Any] = {}

@@ -50,7 +50,7 @@ class Activity:
 
     step, layer, phase: its place, and for how long. waits_in: the oldest collective that it started and that has not
     ended. started: by group, how many collectives it has started. recent: the places of the last ones, by group and
-    index.
+    index. memory_bytes: what its process holds; 0 where nobody asked.
     """
 
     step: int
@@ -60,6 +60,7 @@ class Activity:
     waits_in: Collective | None
     started: dict[str, int]
     recent: dict[tuple[str, int], str]
+    memory_bytes: int = 0
 
     def __str__(self) -> str:
         return place_text(self.step, self.phase, self.layer)

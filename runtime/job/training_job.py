@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.watch.failures import GangFailed
 from runtime.job.launch import LaunchedGang
 from runtime.job.live import LiveView
+from runtime.job.now_file import NowFile
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.report.event_text import told_event
 from runtime.runs.run_lock import RunLock
@@ -44,6 +45,7 @@ class TrainingJob:
         signal: StopSignal,
     ) -> None:
         self._config, self._run_dir, self._lock, self._launched = config, run_dir, lock, launched
+        self._now = NowFile(run_dir)
         self._resume_from = resume_from and resume_from.absolute()
         self._view, self._signal = view, signal
         self._watch = Watch(config.balance.law if config.aux.loss == "none" else config.aux.loss)
@@ -74,6 +76,7 @@ class TrainingJob:
     def on_poll(self, gang: "Gang") -> None:
         self._lock.check()
         self._forward_stop_request(gang)
+        self._now.write(gang.seen())
         lines = gang.control(0, "progress", self._num_seen)
         self._num_seen += len(lines)
         for line in lines:

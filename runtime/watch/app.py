@@ -64,6 +64,7 @@ def make_app(
         Route("/api/runs/{run:int}", api.facts),
         Route("/api/runs/{run:int}/curves", undisturbed(api.curves)),
         Route("/api/runs/{run:int}/events", api.events),
+        Route("/api/runs/{run:int}/now", api.now),
         Route("/api/runs/{run:int}/load", undisturbed(api.load)),
         Route("/api/runs/{run:int}/last_load", undisturbed(api.last_load)),
         Route("/api/runs/{run:int}/expert", undisturbed(api.expert)),
@@ -99,6 +100,10 @@ class _Api:
 
     def events(self, request: Request) -> Response:
         return _json(self._run(request).events.since(_whole(request, "since", 0, 0, _LAST_STEP)))
+
+    def now(self, request: Request) -> Response:
+        """What each rank is in."""
+        return _json(self._run(request).now)
 
     def load(self, request: Request) -> Response:
         """The load of a layer as a heat map: expert by span of steps."""

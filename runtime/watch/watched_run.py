@@ -12,6 +12,7 @@ from runtime.watch.curves import PHASES, REST, is_number, pace_s, rest_s, slim
 from runtime.watch.event_log import EventLog
 from runtime.watch.load_file import LoadFile
 from runtime.watch.metrics import Metrics
+from runtime.watch.now_file import NOW, NowFile
 from runtime.watch.settings_file import SettingsFile
 from runtime.watch.tail import Rewritten
 from workers.record.record_lines import Line
@@ -27,9 +28,10 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.metrics, self.events = Metrics(path / METRICS), EventLog(path / EVENTS)
         self.settings, self.load = SettingsFile(path / CONFIG_FILE), LoadFile(path)
+        self.now = NowFile(path / NOW)
 
     def poll(self) -> bool:
-        return any([self.metrics.poll(), self.events.poll(), self.settings.poll()])
+        return any([self.metrics.poll(), self.events.poll(), self.settings.poll(), self.now.poll()])
 
 
 class WatchedRun:
@@ -58,6 +60,11 @@ class WatchedRun:
     def load(self) -> LoadFile:
         """The load of every expert."""
         return self._files.load
+
+    @property
+    def now(self) -> Any:
+        """What each rank is in, as now.json says; None where the run is not under way."""
+        return self._files.now.latest if self.state() in UNDER_WAY else None
 
     @property
     def is_behind(self) -> bool:

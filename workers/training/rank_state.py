@@ -1,7 +1,7 @@
 """What one rank builds once it knows its place: data, model, optimizer."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from workers.checkpoints.state import canonical_state
 from workers.control.loop import ControlLoop
 from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
+from workers.gang.memory import held_bytes
 from workers.gang.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.freezing import freeze
@@ -96,7 +97,8 @@ class RankState:
 
     def activity(self) -> dict[str, Activity]:
         """What the threads of this rank are in, for who watches it; from any thread."""
-        return {"training": self.groups.tracker.read(), "control": self.control_tracker.read()}
+        training = replace(self.groups.tracker.read(), memory_bytes=held_bytes(self.groups.device))
+        return {"training": training, "control": self.control_tracker.read()}
 
 
 def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:

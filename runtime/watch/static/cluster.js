@@ -1,5 +1,6 @@
 // Where the ranks are, and what has gone wrong and come back.
 
+import { ask } from "./api.js";
 import { card, el, table } from "./dom.js";
 import { bytes, count, counted, duration, milliseconds, setting } from "./format.js";
 import { chartGrid, eventTable } from "./parts.js";
@@ -11,7 +12,7 @@ export function make(root, context) {
   const ranks = el("div", {});
   const events = eventTable("Failures, recoveries and warnings", (event) => event.verdict !== "plain", 100);
   root.append(cards, el("h2", { text: "Failures, recoveries and warnings" }), events.box, el("h2", { text: "Ranks" }), ranks,
-    el("p", { class: "note", text: "As the run began or last resumed. What each rank is in at this moment is not recorded; when a collective takes too long, the failure above says it." }),
+    el("p", { class: "note", text: "Places as the run began or last resumed. What each rank is in is asked every 2 s while the run is under way; when a collective takes too long, the failure above says who holds it up." }),
     el("h2", { text: "Rank 0 through time" }));
   const grid = chartGrid(root, context, [
     { title: "Sent in a step", names: ["sent_bytes"], show: bytes, lines: [{ label: "rows and gradients", colour: "blue", band: true }] },
@@ -24,7 +25,7 @@ export function make(root, context) {
       const run = context.runs[context.run], facts = context.facts[context.run];
       if (!run || !facts) return;
       cards.replaceChildren(...figures(run, facts));
-      ranks.replaceChildren(rankTable(facts.ranks));
+      ranks.replaceChildren(rankTable(facts.ranks, await ask(`runs/${context.run}/now`)));
       await Promise.all([grid.draw(), events.draw(context)]);
     },
     leave: grid.leave,
@@ -46,11 +47,24 @@ function figures(run, facts) {
   ];
 }
 
-function rankTable(ranks) {
+/** What each rank is in, by its number: a text, and the bytes that it holds. */
+function activities(now) {
+  const rows = isRow(now) && Array.isArray(now.ranks) ? now.ranks.filter(isRow) : [];
+  const since = isRow(now) && typeof now.time === "number" ? Math.max(Date.now() / 1e3 - now.time, 0) : 0;
+  return new Map(rows.map((row) => [row.rank, {
+    place: [setting(row.phase), row.layer ? `of ${setting(row.layer)}` : "", `in step ${setting(row.step)}`].filter(Boolean).join(" "),
+    wait: row.waits_in && typeof row.waits_s === "number" ? duration(row.waits_s + since) : "",
+    memory: row.memory_bytes > 0 ? bytes(row.memory_bytes) : "n/a",
+  }]));
+}
+
+function rankTable(ranks, now) {
+  const found = activities(now);
   const rows = Array.isArray(ranks) ? ranks.filter(isRow) : [];
   if (!rows.length) return el("p", { class: "muted", text: "No rank map is recorded yet." });
   const experts = (value) => (Array.isArray(value) ? value.map(setting).join(" to ") : setting(value));
-  return table("Ranks", ["Rank", "Node", "Device", "Process", "Experts", "EP rank", "Replica", "Interface"],
-    rows.map((row) => [setting(row.rank), setting(row.node), setting(row.device), setting(row.pid), experts(row.experts),
+  const live = (row) => { const each = found.get(row.rank); return found.size ? [each?.place ?? "n/a", each?.wait ?? "", each?.memory ?? "n/a"] : []; };
+  return table("Ranks", ["Rank", "Node", "Device", ...(found.size ? ["Is in", "Waits for others since", "Memory"] : []), "Process", "Experts", "EP rank", "Replica", "Interface"],
+    rows.map((row) => [setting(row.rank), setting(row.node), setting(row.device), ...live(row), setting(row.pid), experts(row.experts),
       setting(row.ep_rank), setting(row.edp_rank), setting(row.interface)]), { class: "unbroken" });
 }

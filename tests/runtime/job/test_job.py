@@ -87,6 +87,11 @@ def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     estimate = records_bytes(config_from_yaml_file(run_dir / "config.yaml"))
     assert records < estimate < 1.5 * records
     assert list((run_dir / "tensorboard").iterdir())
+    now = json.loads((run_dir / "now.json").read_text())
+    assert [(row["rank"], row["step"] <= 20, row["memory_bytes"] > 2**26) for row in now["ranks"]] == [
+        (0, True, True),
+        (1, True, True),
+    ]
     assert evals[-1]["val_bits_per_byte"] < evals[0]["val_bits_per_byte"]
     assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0
 

@@ -41,7 +41,7 @@ def client(path: Path) -> Iterator[TestClient]:
 
 
 PATHS = ["/", "/static/main.js", "/api/runs", "/api/runs/0", "/api/runs/0/curves", "/api/runs/0/load", "/api/stream",
-         "/api/runs/0/events", "/metrics", "/nothing", "/../config.yaml"]  # fmt: skip
+         "/api/runs/0/now", "/api/runs/0/events", "/metrics", "/nothing", "/../config.yaml"]  # fmt: skip
 
 
 @pytest.mark.parametrize("where", PATHS)

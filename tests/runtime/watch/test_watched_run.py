@@ -40,6 +40,26 @@ def test_a_run_that_is_not_there_yet_is_not_begun_then_starting_then_running(tmp
     assert run.facts()["layers"] == list(LAYOUT.names)
 
 
+def test_what_each_rank_is_in_is_shown_while_the_run_is_under_way(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", SyntheticRun(steps=5, total_steps=9))
+    append_event(path, "resumed", step=5)
+    (path / "run.lock.00000003").write_text("{}")
+    run = polled(path)
+    assert run.now is None
+    now = {"time": 1e9, "ranks": [{"rank": 0, "phase": "combine", "memory_bytes": 5}]}
+    (path / "now.json").write_text(json.dumps(now))
+    stamp = run.stamp
+    assert run.poll() and run.stamp > stamp  # so that the page asks, also where no step is made
+    assert run.now == now
+    (path / "now.json").write_text("[" * 100_000)
+    run.poll()
+    assert run.now is None
+    (path / "now.json").write_text(json.dumps(now))
+    append_event(path, "finished", step=9)
+    run.poll()
+    assert run.now is None
+
+
 def test_a_run_whose_process_is_gone_without_a_word_is_told(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", SyntheticRun(steps=5, total_steps=9))
     append_event(path, "resumed", step=5)

@@ -1,0 +1,20 @@
+"""What a process holds, for those who watch it."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of the device that torch has taken for this process, or on a CPU those that the process has resident.
+
+    0 where the system does not tell. Quick, from any thread, and without waiting for the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # no Linux
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
