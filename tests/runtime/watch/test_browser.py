@@ -88,7 +88,7 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
             )
             assert steps_drawn(page)[1] >= before[1]
             watched.show("cluster")
-            wait_for(page, lambda: len(re.findall(r"in step \d+\s.*\s[\d.]+ (MB|GB)", page.inner_text("main"))) == 2)
+            wait_for(page, lambda: len(re.findall(r"in step \d+\s.*\s[\d.]+ [MG]iB", page.inner_text("main"))) == 2)
             watched.show("overview")
             watched.wait_for_state("finished", START_S)
             # Between the failure and the recovery it may be seen as failed, for the moment that it is.
