@@ -1,5 +1,6 @@
 // Is it learning, is it balanced, is it fast, is it healthy?
 
+import { askCurves } from "./api.js";
 import { smoothed } from "./chart.js";
 import { card, el, svg } from "./dom.js";
 import { counted, digits, duration, milliseconds, percent, short } from "./format.js";
@@ -11,12 +12,17 @@ const SMOOTHING = [["none", 0], ["some", 0.6], ["strong", 0.92]];
 const PHASES = [["dispatch_s", "tokens to their experts"], ["experts_s", "experts"], ["combine_s", "results back"],
   ["bias_update_s", "bias update"], ["control_wait_s", "wait for the coordinator"], ["other_s", "attention, gradients, optimizer, all else"]];
 
+const RECENT = 64; // steps of the means, as in runtime/watch/metrics.py
+const COMPARED = ["loss", "max_vio_batch", "tokens_per_s", "lr", "grad_norm", "bias_min", "bias_max", "control_wait_s", "step_s"];
+
 export function make(root, context) {
   const glance = el("section", { class: "cards glance", "aria-label": "At a glance" });
   const more = el("section", { class: "cards", "aria-label": "Figures" });
   const smoothing = el("select", { onchange: () => { context.smoothing = Number(smoothing.value); context.redraw(); } },
     ...SMOOTHING.map(([text, value]) => el("option", { value, text, selected: value === context.smoothing })));
-  const controls = el("div", { class: "controls" }, el("label", {}, "Smoothing ", smoothing));
+  const against = el("select", { onchange: () => { context.against = against.value === "" ? null : Number(against.value); context.redraw(); } });
+  const againstLabel = el("label", { hidden: true }, "Figures against ", against);
+  const controls = el("div", { class: "controls" }, el("label", {}, "Smoothing ", smoothing), againstLabel);
   root.append(glance, more, controls);
   const smooth = (curve) => ({ ...curve, mean: smoothed(curve.mean, context.smoothing) });
   const grid = chartGrid(root, context, [
@@ -39,8 +45,10 @@ export function make(root, context) {
     async draw() {
       const run = context.runs[context.run];
       if (!run) return;
-      glance.replaceChildren(...glanceCards(run));
-      more.replaceChildren(...moreCards(run));
+      offerOthers(againstLabel, against, context);
+      const other = await figuresOf(context.runs[context.against], context.against, run);
+      glance.replaceChildren(...glanceCards(run, other));
+      more.replaceChildren(...moreCards(run, other));
       phases.replaceChildren(...bars(run.mean));
       await Promise.all([grid.draw(), events.draw(context)]);
     },
@@ -48,7 +56,39 @@ export function make(root, context) {
   };
 }
 
-function glanceCards(run) {
+/** The other runs that the figures can be held against. */
+function offerOthers(label, select, context) {
+  const others = [...context.runs.keys()].filter((number) => number !== context.run);
+  label.hidden = others.length === 0;
+  if (!others.includes(context.against)) context.against = null;
+  const offered = ["", ...others].join();
+  if (select.dataset.offered === offered) return;
+  select.dataset.offered = offered;
+  select.replaceChildren(el("option", { value: "", text: "nothing" }),
+    ...others.map((number) => el("option", { value: number, text: context.runs[number].name, selected: number === context.against })));
+}
+
+/** Means of another run over the same steps as those of this one; null without one. */
+async function figuresOf(other, number, run) {
+  if (!other) return null;
+  const recent = { first: Math.max(1, run.step - RECENT + 1), last: run.step }, held = run.last_eval.step ?? 0;
+  const [means, evaluation] = await Promise.all([askCurves(number, COMPARED, recent, 1),
+    askCurves(number, ["val_bits_per_byte"], { first: held, last: held }, 1)]);
+  const values = Object.entries({ ...means.curves, ...evaluation.curves }).map(([name, curve]) => [name, curve.mean[0]]);
+  return { name: other.name, ...Object.fromEntries(values) };
+}
+
+/** What the other run had at the same steps, and by how much this one differs. */
+function versus(other, name, value, show) {
+  const theirs = other?.[name];
+  if (!Number.isFinite(theirs)) return other ? `${other.name}: not recorded at these steps` : "";
+  const change = (value - theirs) / Math.abs(theirs);
+  return `${other.name}: ${show(theirs)}${Number.isFinite(change) ? ` (here ${change < 0 ? "−" : "+"}${percent(Math.abs(change))})` : ""}`;
+}
+
+const joined = (...notes) => notes.filter(Boolean).join("; ");
+
+function glanceCards(run, other) {
   const { mean, latest, first_eval: first, last_eval: last } = run;
   const ratio = mean.max_vio_batch / mean.max_vio_floor;
   const isBetter = last.step > first.step ? last.val_bits_per_byte < first.val_bits_per_byte : null;
@@ -56,25 +96,29 @@ function glanceCards(run) {
   const trouble = run.num_failures ? `${counted(run.num_failures, "failure")}, ${counted(run.num_recoveries, "recovery", "recoveries")}` : "no failure so far";
   const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
   return [
-    card("Loss", digits(mean.loss), last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :
-      `held out: ${digits(last.val_bits_per_byte)} bits/byte ${held}`, isBetter === null ? "" : isBetter ? "good" : "bad"),
-    card("Imbalance (MaxVio)", digits(mean.max_vio_batch), Number.isFinite(ratio) ?
-      `${digits(ratio)} × chance (${digits(mean.max_vio_floor)}); ${latest.dead_experts ?? 0} experts without a token` : ""),
-    card("Tokens per second", short(mean.tokens_per_s), [`${milliseconds(mean.step_s)} a step`,
-      mean.mfu === undefined ? "" : `MFU ${percent(mean.mfu)}`].filter(Boolean).join("; ")),
+    card("Loss", digits(mean.loss), joined(last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :
+      `held out: ${digits(last.val_bits_per_byte)} bits/byte ${held}`, versus(other, "loss", mean.loss, digits),
+    other && last.val_bits_per_byte !== undefined && `held out ${versus(other, "val_bits_per_byte", last.val_bits_per_byte, digits)}`),
+    isBetter === null ? "" : isBetter ? "good" : "bad"),
+    card("Imbalance (MaxVio)", digits(mean.max_vio_batch), joined(Number.isFinite(ratio) ?
+      `${digits(ratio)} × chance (${digits(mean.max_vio_floor)}); ${latest.dead_experts ?? 0} experts without a token` : "",
+    versus(other, "max_vio_batch", mean.max_vio_batch, digits))),
+    card("Tokens per second", short(mean.tokens_per_s), joined(`${milliseconds(mean.step_s)} a step`,
+      mean.mfu === undefined ? "" : `MFU ${percent(mean.mfu)}`, versus(other, "tokens_per_s", mean.tokens_per_s, short))),
     card("Health", run.state, trouble, healthy),
   ];
 }
 
-function moreCards(run) {
+function moreCards(run, other) {
   const { latest, mean } = run;
   return [
     card("Time left", run.left_s === null ? "n/a" : duration(run.left_s), run.left_s === null ? "" :
       `until about ${new Date(Date.now() + run.left_s * 1e3).toLocaleString("sv").slice(0, 16)}`),
-    card("Learning rate", digits(latest.lr)),
-    card("Gradient norm", latest.grad_norm === undefined && latest.step ? "not finite" : digits(latest.grad_norm), latest.skipped ? "this step was skipped" : "", latest.skipped ? "bad" : ""),
-    card("Bias range", `${digits(latest.bias_min)} to ${digits(latest.bias_max)}`),
-    card("Wait for the coordinator", percent(mean.control_wait_s / mean.step_s), "of the step"),
+    card("Learning rate", digits(latest.lr), versus(other, "lr", latest.lr, digits)),
+    card("Gradient norm", latest.grad_norm === undefined && latest.step ? "not finite" : digits(latest.grad_norm), joined(latest.skipped && "this step was skipped", versus(other, "grad_norm", latest.grad_norm, digits)), latest.skipped ? "bad" : ""),
+    card("Bias range", `${digits(latest.bias_min)} to ${digits(latest.bias_max)}`, other && `${other.name}: ${digits(other.bias_min)} to ${digits(other.bias_max)}`),
+    card("Wait for the coordinator", percent(mean.control_wait_s / mean.step_s),
+      joined("of the step", other && `${other.name}: ${percent(other.control_wait_s / other.step_s)}`)),
   ];
 }
 

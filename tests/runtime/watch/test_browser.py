@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from runtime.report.event_text import event_text
 from tests.runtime.job.test_job import _arguments
 from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
 from tests.synthetic_run import SyntheticRun, make_run
-from workers.record.run_log import append_event, read_events
+from workers.record.run_log import append_event, read_events, read_metrics
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 
@@ -147,6 +148,25 @@ def test_a_window_is_chosen_by_the_pointer_and_by_the_keyboard(chromium: Browser
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 0 to 200'")
         assert watched.complaints == []
+
+
+def test_the_figures_of_a_run_stand_beside_those_of_another_at_the_same_steps(chromium: Browser, folder: Path) -> None:
+    with served(folder, "two", "one") as url, opened(chromium, url) as watched:
+        page = watched.page
+        page.wait_for_selector('figure[data-chart="Loss"] canvas')
+        page.get_by_label("Figures against").select_option("one")
+        mean = [
+            statistics.fmean(line["loss"] for line in read_metrics(folder / "runs" / name)[0][26:90])
+            for name in ("two", "one")
+        ]
+        percent = f"{abs(mean[0] / mean[1] - 1) * 100:.1f}"
+        wait_for(page, lambda: "one: " in page.inner_text(".glance"))
+        text = page.inner_text(".glance")
+        found = re.search(r"one: ([\d.]+) \(here [+−]([\d.]+)\s?%\)", text)
+        assert found and float(found[1]) == pytest.approx(mean[1], rel=0.01)
+        assert float(found[2]) == pytest.approx(float(percent), abs=0.6)
+        assert "one: " in page.inner_text('section[aria-label="Figures"]')
+        assert serious_faults(watched) == [] and watched.complaints == []
 
 
 def test_an_expert_is_chosen_on_the_heat_map(chromium: Browser, folder: Path) -> None:
