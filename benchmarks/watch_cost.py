@@ -1,9 +1,9 @@
 """`python -m benchmarks.watch_cost`: whether a step takes longer while the run is watched, and while it is logged.
 
 Short runs on two workers take turns: alone, with a page that somebody has open (`--watch`), and with all loggers
-(`run.log_to`). Each round has one of each, in another order, and what is published is the ratio of their medians to
-that of the run alone in the same round. How much a machine that does other things changes by itself is told by the
-ratio of a second run alone to the first.
+(`run.log_to`). Each round has one of each, in another order, and what is published is the ratio of their lower
+quartiles to that of the run alone in the same round: a step that other programs hold up tells nothing of ours. How much
+the machine changes by itself is told by the ratio of a second run alone to the first.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Viewer(io.StringIO):
 
 
 def step_s(folder: Path, name: str, kind: str, steps: int) -> float:
-    """The median step of one run, in seconds."""
+    """The lower quartile of the steps of one run, in seconds."""
     loggers = "[tensorboard,wandb,mlflow]" if kind == LOGGED else "[]"
     how = [f"--run.dir={folder}", f"--name={name}", f"--steps={steps}", f"--run.log_to={loggers}"]
     rest = ["--config=tiny", "--device=cpu", "--run.eval_every=0", "--run.checkpoint_every=0"]
@@ -78,7 +78,7 @@ def step_s(folder: Path, name: str, kind: str, steps: int) -> float:
     viewer.leave()
     if kind == WATCHED and not viewer.num_drawn:
         raise RuntimeError("nobody looked at the page: give more --steps")
-    return statistics.median(line["step_s"] for line in read_metrics(folder / name)[0][WARM_STEPS:])
+    return statistics.quantiles([line["step_s"] for line in read_metrics(folder / name)[0][WARM_STEPS:]])[0]
 
 
 def rounds(folder: Path, num: int, steps: int) -> Iterator[dict[str, float]]:
