@@ -49,7 +49,14 @@ class ManifestPlan:
         return [
             *("trimtab", "train", "--cluster.address", "auto"),
             *("--cluster.num_workers", str(self.num_nodes * self.workers_per_node)),
-            *("--cluster.device", "cuda" if self.gpus_per_node else "cpu"),
+            *self._device,
             *("--run.dir", f"{self.shared_dir}/runs", "--data.cache_dir", f"{self.shared_dir}/cache"),
             *self.train_arguments,
         ]
+
+    @property
+    def _device(self) -> list[str]:
+        """On CPUs a worker reserves all of its machine: else Ray places workers together where there is room."""
+        if self.gpus_per_node:
+            return ["--cluster.device", "cuda"]
+        return ["--cluster.device", "cpu", "--cluster.cpus_per_worker", str(self.cpus_per_node)]

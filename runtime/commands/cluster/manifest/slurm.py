@@ -18,8 +18,14 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the script and return the exit code."""
     from cluster.nodes.manifests.slurm import slurm_script
+    from runtime.settings.config_file import parse_train
 
-    return write(options.out, slurm_script(plan_of(options), time_limit=options.time))
+    plan = plan_of(options)
+    request = parse_train(plan.train_command[2:])
+    run_dir, run_name = request.config.run.dir, request.config.run.name
+    if request.resume is not None:
+        run_dir, run_name = str(request.resume.absolute().parent), request.resume.name
+    return write(options.out, slurm_script(plan, time_limit=options.time, run_dir=run_dir, run_name=run_name))
 
 
 def _time_limit(text: str) -> str:

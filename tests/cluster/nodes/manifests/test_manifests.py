@@ -53,14 +53,16 @@ def test_kuberay_demands_the_token_and_starts_one_pod_a_node():
     assert "workerGroupSpecs" not in ray_cluster(PLANS[0], **KUBERAY)["spec"]
 
 
+@pytest.mark.parametrize("run_name", [None, "it's $HOME; `x`"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_slurm_script_is_one_that_bash_and_shellcheck_accept(plan, tmp_path):
+def test_the_slurm_script_is_one_that_bash_and_shellcheck_accept(plan, run_name, tmp_path):
     path = tmp_path / "script"
-    path.write_text(slurm_script(plan, time_limit="1-00:00:00"))
+    path.write_text(slurm_script(plan, time_limit="1-00:00:00", run_dir="/a b/runs", run_name=run_name))
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "| head" not in path.read_text()  # SIGPIPE and pipefail would end it now and then
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", str(path)], check=True)
+        # That the $ in a name, quoted, does not expand is what is wanted.
+        subprocess.run(["shellcheck", "--exclude=SC2016", str(path)], check=True)
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", path.read_text(), re.MULTILINE))
     assert directives["nodes"] == str(plan.num_nodes)
     assert directives.get("gpus-per-node", "0") == str(plan.gpus_per_node)

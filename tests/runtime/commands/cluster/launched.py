@@ -55,6 +55,15 @@ class Place:
         shutil.rmtree(self.folder)
 
 
+def programs_in(folder: Path) -> Path:
+    """A folder for a PATH, with the commands that an installation of the package has: `trimtab` and `ray`."""
+    folder.mkdir()
+    for name, module in (("trimtab", "runtime"), ("ray", "ray.scripts.scripts")):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def new_place() -> Place:
     """Not pytest's own folder, whose path is too long for Ray's sockets."""
     folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))

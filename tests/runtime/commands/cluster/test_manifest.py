@@ -9,7 +9,7 @@ import yaml
 
 from cluster.nodes.node import NodeOptions
 from runtime.cli import main
-from runtime.settings.config_file import parse_train
+from runtime.settings.config_file import config_to_yaml, load_config, parse_train
 
 TRAIN = ("--config", "tiny", "--run.global_batch_size", "16", "--run.name", "it's $HOME; `x`")
 KUBERAY = ("kuberay", "--nodes", "2", "--image", "registry.example/trimtab:1", "--claim", "shared")
@@ -67,14 +67,51 @@ def test_the_rayjob_trains_with_a_command_that_we_understand(capsys):
     )
 
 
+def train_words(script: str, number: int, run_dir: Path, **variables: str) -> list[str]:
+    """The command of the training, as bash makes it at the job's start of this number."""
+    start, end = script.index("run="), script.index("# The address")
+    lines = script[start:end].replace("/shared/runs", str(run_dir.parent))
+    environment = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(number), "PATH": "/usr/bin:/bin"}
+    told = f"set -euo pipefail\n{lines}\nprintf '%s\\0' \"${{train[@]}}\""
+    done = subprocess.run(["bash", "-c", told], env=environment | variables, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
 def test_the_slurm_script_trains_with_a_command_that_we_understand(capsys, tmp_path):
     out = tmp_path / "job.sh"
     assert manifest(capsys, *SLURM, "--out", str(out), "--", *TRAIN) == f"{out}\n"
     text = out.read_text()
-    check_training(words_after(text, "trimtab train"), "cpu", 2)
+    words = train_words(text, 0, Path("/shared/runs/any"))
+    check_training(words, "cpu", 2)
+    cluster = parse_train(words[2:]).config.cluster
+    assert cluster.cpus_per_worker == 4  # else Ray would place both workers on one node
+    assert cluster.start_timeout_s > 300  # SlurmdTimeout: Slurm is to end the job, not the run itself
     assert main(["cluster", "token", str(tmp_path / "token")]) == 0  # the command that the script makes its token with
     assert 'trimtab cluster token "$RAY_AUTH_TOKEN_PATH"' in text
     assert "export RAY_AUTH_MODE=token" in text
+
+
+@pytest.mark.parametrize(("options", "name"), [((), "trimtab-7"), (("--name", "my run"), "my run")])
+def test_a_slurm_job_that_starts_again_goes_on_with_its_run(capsys, tmp_path, options, name):
+    text, run_dir = manifest(capsys, *SLURM, "--", "--config", "tiny", *options), tmp_path / name
+    new = train_words(text, 0, run_dir)
+    assert parse_train(new[2:]).config.run.name == name
+    assert train_words(text, 1, run_dir) == new  # the node was lost before the run began
+    (run_dir / "checkpoints" / ".step_00000010.x.partial").mkdir(parents=True)
+    assert train_words(text, 1, run_dir) == new
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.lost-1"]  # it has nothing to go on from
+    (run_dir / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert train_words(text, 2, run_dir) == ["trimtab", "train", "--resume", str(run_dir)]
+    assert train_words(text, 0, run_dir) == new  # a job of its own does not touch it: `trimtab train` refuses the name
+
+
+def test_a_slurm_job_goes_on_with_the_run_that_its_options_resume(capsys, tmp_path):
+    run_dir = tmp_path / "first"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(config_to_yaml(load_config("tiny")))
+    text = manifest(capsys, *SLURM, "--", "--resume", str(run_dir), "--steps", "40")
+    assert train_words(text, 0, run_dir)[-4:] == ["--resume", str(run_dir), "--steps", "40"]
+    assert f"\nrun={run_dir}\n" in text
 
 
 def test_ray_up_starts_head_and_nodes_by_commands_that_we_understand(capsys, started, monkeypatch):
