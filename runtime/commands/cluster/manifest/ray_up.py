@@ -17,6 +17,9 @@ def add_arguments(parser: CommandParser) -> None:
         "--worker", type=_ipv4, action="append", default=[], metavar="ADDRESS", help="another; again for more"
     )
     parser.add_argument("--ssh-user", required=True, help="who logs in there")
+    parser.add_argument(
+        "--ssh-key", metavar="FILE", help="private key for all of them, copied to the head, which starts the workers"
+    )
     add_sizes(parser, nodes=False)
 
 
@@ -27,7 +30,8 @@ def run(options: argparse.Namespace) -> int:
     from cluster.nodes.manifests.ray_up import ray_up
 
     options.nodes = 1 + len(options.worker)
-    manifest = ray_up(plan_of(options), head=options.head, workers=options.worker, ssh_user=options.ssh_user)
+    login = {"ssh_user": options.ssh_user, "ssh_key": options.ssh_key}
+    manifest = ray_up(plan_of(options), head=options.head, workers=options.worker, **login)
     return write(options.out, as_yaml(manifest))
 
 

@@ -130,6 +130,12 @@ def test_ray_up_starts_head_and_nodes_by_commands_that_we_understand(capsys, sta
     assert [Path(place).expanduser() for place in config["file_mounts"]] == [Path("~/.trimtab/token").expanduser()]
 
 
+def test_ray_up_gives_the_head_the_key_with_which_it_starts_the_workers(capsys):
+    assert yaml.safe_load(manifest(capsys, *RAY_UP))["auth"] == {"ssh_user": "me"}
+    key = ["--ssh-key", "~/.ssh/cluster"]
+    assert yaml.safe_load(manifest(capsys, *RAY_UP, *key))["auth"]["ssh_private_key"] == "~/.ssh/cluster"
+
+
 @pytest.mark.parametrize("arguments", [(*KUBERAY, "--", *TRAIN), (*KUBERAY, "--stay"), (*SLURM, "--", *TRAIN), RAY_UP])
 def test_no_manifest_opens_the_dashboard_installs_at_start_or_holds_a_secret(arguments, capsys):
     text = manifest(capsys, *arguments)
