@@ -2,11 +2,16 @@
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.command import CommandParser
 from runtime.commands.options import number, whole
 from runtime.settings.consent import add_consent
+
+if TYPE_CHECKING:
+    from runtime.commands.plan.subject import Subject
 
 HELP = "Tell the memory of each rank and the bytes of a step before anything starts."
 
@@ -52,6 +57,26 @@ def add_arguments(parser: CommandParser) -> None:
     add("--fit", action="store_true", help="search for settings, and without --world for ranks, that fit")
     add("--memory-gib", type=number(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")
     add("--json", action="store_true", help="print the plan as JSON")
+    _add_simulation(parser)
+
+
+def _add_simulation(parser: CommandParser) -> None:
+    add = parser.add_argument_group("simulation", "How long a step takes, and what imbalance costs.").add_argument
+    add("--simulate", action="store_true", help="simulate a step, balanced and not, in place of the plan's tables")
+    add("--hardware", default="h100", metavar="NAME", help="h100, h800, h200, b200, or a file of rates (%(default)s)")
+    add("--max-vio", type=number(0, 1e6), nargs="+", metavar="V", help="MaxVio of each layer (0 to 4)")
+    add("--trace", metavar="RUN", help="a run with recorded scores (balance.record): replay laws on it")
+    add(
+        "--law",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="law to replay; again for more (none, sign, adaptive)",
+    )
+    add("--worlds", type=whole(1), nargs="+", metavar="N", help="numbers of ranks to compare (8 to 16384)")
+    add("--overlap", type=number(0, 1), default=0.0, help="share of computation that hides exchanges (%(default)s)")
+    add("--bubble", type=number(0, 0.99), default=0.0, help="share of a step that pipeline stages wait (%(default)s)")
+    add("--out", type=Path, metavar="DIR", help="folder to write simulation.json and simulation.png to")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,6 +93,9 @@ def run(options: argparse.Namespace) -> int:
     subject = smallest_world(options) if searches else read_subject(options)
     fit = fit_settings(subject, limit_bytes, ep_size=options.ep) if options.fit else None
     plan = fit.plan if fit else make_plan(subject)
+    if options.simulate:
+        _simulate(plan.subject, options)
+        return 0 if plan.peak_bytes <= limit_bytes else 1
     if options.json:
         found = {"options": fit.options, "tried": fit.tried} if fit else {}
         sys.stdout.write(json.dumps(as_json(plan, options.memory_gib) | found) + "\n")
@@ -76,3 +104,23 @@ def run(options: argparse.Namespace) -> int:
         if fit is not None:
             print_fit(fit)
     return 0 if plan.peak_bytes <= limit_bytes else 1
+
+
+def _simulate(subject: "Subject", options: argparse.Namespace) -> None:
+    import json
+
+    from runtime.commands.plan.simulate.report import as_json, simulate
+    from runtime.commands.plan.simulate.table import print_report
+
+    report = simulate(subject, options)
+    values = json.dumps(as_json(report), allow_nan=False) + "\n"
+    if options.json:
+        sys.stdout.write(values)
+    else:
+        print_report(report)
+    if options.out:
+        from runtime.commands.plan.simulate.chart import write_chart
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "simulation.json").write_text(values)
+        write_chart(report, options.out / "simulation.png")

@@ -230,3 +230,33 @@ def test_a_config_json_that_is_none_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(text)
     assert message in refused(capsys, str(tmp_path), "--world", "8")
+
+
+def test_a_simulation_says_what_imbalance_costs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("small", "--world", "8", "--simulate", "--max-vio", "0", "1", "--worlds", "8", "64")
+    found = plan_of(capsys, *arguments, "--out", str(tmp_path))
+    assert [each["times_balanced"] > 1 for each in found["here"]["costs"]] == [False, True]
+    assert [each["world_size"] for each in found["worlds"]] == [8, 64]
+    assert found["sensitivity"]["max_vio"] == 1
+    assert json.loads((tmp_path / "simulation.json").read_text()) == found
+    assert (tmp_path / "simulation.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "on 8 ranks of h100" in printed
+    assert "MaxVio itself" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hardware", "abacus"), "--hardware abacus is neither h100, h800, h200, b200 nor a file"),
+        (("--max-vio", "9"), "--max-vio 9 must be between 0 and 3"),
+        (("--worlds", "12"), "--worlds 12 must be a multiple of --ranks-per-node (8)"),
+        (("--trace", "no_such_run"), "no_such_run"),
+        (("--law", "sign"), "--law needs --trace"),
+    ],
+)
+def test_a_simulation_of_what_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, "small", "--world", "8", "--simulate", *arguments)

@@ -1,0 +1,53 @@
+"""A simulation as a picture: what imbalance costs against MaxVio, and against the number of ranks."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from runtime.commands.plan.simulate.report import Report
+from runtime.report.chart_style import SERIES, THEME, new_axes, set_head, write_png
+
+LOOKS = [(color, style) for style in ("-", "--") for color in (*SERIES, "red", "ink")]
+
+
+def write_chart(report: Report, target: Path) -> None:
+    """Write the PNG."""
+    write_png(lambda figure: _draw(figure, report), (9.6, 4.2), target)
+
+
+def _draw(figure: FigureBase, report: Report) -> None:
+    left, right = figure.subfigures(1, 2)  # type: ignore[misc] # two of them are an array
+    name = Path(report.subject.name).stem
+    _draw_vios(new_axes(left, f"MaxVio\n{name}, {report.hardware.name}", "step, times a balanced one"), report)
+    _draw_worlds(new_axes(right, "ranks", "step, times a balanced one"), report)
+
+
+def _draw_vios(axes: Axes, report: Report) -> None:
+    handles = []
+    for at, (color, style) in zip(report.worlds, itertools.cycle(LOOKS), strict=False):
+        label = f"{at.world_size:,} (EP {at.ep_size})"
+        points = [(each.max_vio, each.times_balanced) for each in at.costs]
+        handles += axes.plot(*zip(*points, strict=True), color=THEME[color], ls=style, marker="o", ms=3, label=label)
+    for law, (color, _) in zip(report.laws, reversed(LOOKS[:6]), strict=False):
+        handles += axes.plot(law.max_vio, law.steady_times, marker="D", ms=6, lw=0, color=THEME[color], label=law.law)
+    axes.set_ylim(bottom=1)
+    set_head(axes, "Cost of imbalance by MaxVio", handles)
+
+
+def _draw_worlds(axes: Axes, report: Report) -> None:
+    sizes = np.array([at.world_size for at in report.worlds])
+    handles = []
+    for index, (color, style) in zip(range(len(report.here.costs)), itertools.cycle(LOOKS), strict=False):
+        label = f"MaxVio {report.here.costs[index].max_vio:g}"
+        values = [at.costs[index].times_balanced for at in report.worlds]
+        handles += axes.plot(sizes, values, color=THEME[color], ls=style, marker="o", ms=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sizes.tolist()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=1)
+    set_head(axes, "Cost of imbalance by world size", handles)

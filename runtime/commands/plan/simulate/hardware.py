@@ -1,0 +1,149 @@
+"""What the simulation assumes of a machine: rates that are achieved, not those of data sheets, each with its source.
+
+Data sheets: NVIDIA H100 (SXM5), H200, B200; H800 is an H100 with NVLink of 400 instead of 900 GB/s in both directions.
+MEASURED_ON_H100: one H100 80 GB SXM, torch 2.11, measured by this project on 2026-11-28: dense matmuls inside a
+training step 775 TFLOP/s, fused attention there 506 (forward and backward, only the half of the scores that causal
+order needs), grouped matmuls 677, a copy 3.0 TB/s. The shares of the data sheet (989 TFLOP/s, 3.35 TB/s) are carried
+over to the other devices, on which nothing was measured.
+LINKS: DeepEP's README (github.com/deepseek-ai/DeepEP, docs/legacy.md): all-to-all on H800 153 GB/s over NVLink, which
+is 0.77 of the 200 GB/s of the data sheet in one direction, and 51 GB/s over 400 Gb/s InfiniBand with 64 ranks, 8 a
+node; these contain what stays at home, 1/8 of it, so that 45 GB/s cross the network.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dispatch.errors import InvalidValue
+
+MatmulKind = Literal["dense", "grouped", "attention"]
+
+MEASURED_ON_H100 = {"dense": 775 / 989, "grouped": 677 / 989, "attention": 506 / 989, "memory": 3.0 / 3.35}
+NVLINK_SHARE = 153 / 200
+INFINIBAND_BYTES_PER_S = 51e9 * 7 / 8
+# Of one message. No source that was measured under load: an order of magnitude, whose weight `sensitivity.py` shows.
+NVLINK_ALPHA_S, INFINIBAND_ALPHA_S = 2e-6, 4e-6
+# Counts and bias travel over TCP, whatever the devices have: docs/control-path.md, one hop between two processes.
+CONTROL_ALPHA_S, CONTROL_BYTES_PER_S = 1e-4, 1e9
+# Norm of the gradients, clipping and AdamW in fp32: 4 + 8 + 28 bytes are read or written for an element.
+UPDATE_BYTES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Seconds of a message: alpha_s + bytes / bytes_per_s."""
+
+    alpha_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: float, num_messages: float) -> float:
+        """Of so many bytes in so many messages, one after the other."""
+        return num_messages * self.alpha_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Rates of one rank's device, and its links.
+
+    *_flops_per_s: of matmuls in the compute dtype, by their kind. memory_bytes_per_s: of all else, read and written.
+    update_s: of the norm, the clipping and the optimizer, for an element. reduce_factor: how many times longer than an
+    all-to-all of as many bytes a sum over ranks takes. call_s: host time of a kernel, where the device does not hide
+    it. cores: of the machine that all ranks share, each rank on one of them at a time; 0 where each has its own device.
+    """
+
+    name: str
+    dense_flops_per_s: float
+    grouped_flops_per_s: float
+    attention_flops_per_s: float
+    memory_bytes_per_s: float
+    update_s: float
+    node: Link
+    network: Link
+    control: Link
+    reduce_factor: float = 1.0
+    call_s: float = 0.0
+    cores: int = 0
+
+    def flops_per_s(self, kind: MatmulKind) -> float:
+        """Of matmuls of this kind."""
+        rates = {"dense": self.dense_flops_per_s, "grouped": self.grouped_flops_per_s}
+        return rates.get(kind, self.attention_flops_per_s)
+
+    def crowding(self, num_ranks: int) -> float:
+        """How many times longer `num_ranks` alike take side by side than one alone."""
+        return max(1.0, num_ranks / self.cores) if self.cores else 1.0
+
+
+def _device(name: str, bf16_flops_per_s: float, memory: float, nvlink: float) -> Hardware:
+    """From the data sheet: FLOP/s of dense bf16 matmuls, bytes/s of memory, and of NVLink in one direction."""
+    memory *= MEASURED_ON_H100["memory"]
+    return Hardware(
+        name=name,
+        dense_flops_per_s=bf16_flops_per_s * MEASURED_ON_H100["dense"],
+        grouped_flops_per_s=bf16_flops_per_s * MEASURED_ON_H100["grouped"],
+        attention_flops_per_s=bf16_flops_per_s * MEASURED_ON_H100["attention"],
+        memory_bytes_per_s=memory,
+        update_s=UPDATE_BYTES / memory,
+        node=Link(alpha_s=NVLINK_ALPHA_S, bytes_per_s=nvlink * NVLINK_SHARE),
+        network=Link(alpha_s=INFINIBAND_ALPHA_S, bytes_per_s=INFINIBAND_BYTES_PER_S),
+        control=Link(alpha_s=CONTROL_ALPHA_S, bytes_per_s=CONTROL_BYTES_PER_S),
+    )
+
+
+PRESETS = {
+    "h100": _device("h100", 989e12, 3.35e12, 450e9),
+    "h800": _device("h800", 989e12, 3.35e12, 200e9),
+    "h200": _device("h200", 989e12, 4.8e12, 450e9),
+    "b200": _device("b200", 2.25e15, 8e12, 900e9),
+}
+
+
+def hardware_of(name: str) -> Hardware:
+    """A preset, or a file that `python -m benchmarks.simulate --out FILE` wrote.
+
+    Raises:
+        InvalidValue: there is no such preset, or the file is none.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        return from_json(json.loads(Path(name).expanduser().read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidValue(
+            f"--hardware {name} is neither {', '.join(PRESETS)} nor a file of rates ({error}); measure this machine by "
+            "python -m benchmarks.simulate --out FILE"
+        ) from error
+
+
+def to_json(hardware: Hardware) -> dict[str, Any]:
+    """Plain values."""
+    return asdict(hardware)
+
+
+def from_json(values: Mapping[str, Any]) -> Hardware:
+    """What `to_json` gave."""
+    links = {name: Link(**values[name]) for name in ("node", "network", "control")}
+    return Hardware(**{**values, **links})
+
+
+def assumptions(hardware: Hardware) -> dict[str, float]:
+    """All rates and times by name, as `scaled` takes them; those that are 0 play no part and are left out."""
+    found: dict[str, float] = {}
+    for field in fields(hardware):
+        value = getattr(hardware, field.name)
+        if isinstance(value, Link):
+            found |= {f"{field.name}.{name}": each for name, each in asdict(value).items()}
+        elif isinstance(value, float):
+            found[field.name] = value
+    return {name: value for name, value in found.items() if value}
+
+
+def scaled(hardware: Hardware, name: str, factor: float) -> Hardware:
+    """The same with one assumption, named as `assumptions` does, times `factor`."""
+    first, _, second = name.partition(".")
+    value = getattr(hardware, first)
+    if second:
+        return replace(hardware, **{first: replace(value, **{second: getattr(value, second) * factor})})
+    return replace(hardware, **{first: value * factor})

@@ -1,0 +1,80 @@
+"""What `trimtab plan --simulate` found, and as JSON."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dispatch.errors import InvalidValue
+from runtime.commands.plan.simulate.hardware import Hardware, hardware_of, to_json
+from runtime.commands.plan.simulate.laws import LawCost, cost_of_laws
+from runtime.commands.plan.simulate.sensitivity import Moved, sensitivity
+from runtime.commands.plan.simulate.simulation import Schedule, Simulation
+from runtime.commands.plan.simulate.sweep import MAX_VIOS, WORLDS, AtWorld, by_max_vio, by_world
+from runtime.commands.plan.subject import Subject
+from runtime.runs.run_dir import find_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that was simulated. sensitive_vio: the MaxVio of `moved`. laws: empty without a trace."""
+
+    subject: Subject
+    hardware: Hardware
+    schedule: Schedule
+    here: AtWorld
+    worlds: tuple[AtWorld, ...]
+    sensitive_vio: float
+    moved: tuple[Moved, ...]
+    trace: str
+    laws: tuple[LawCost, ...]
+
+
+def simulate(subject: Subject, given: argparse.Namespace) -> Report:
+    """Simulate the subject as the options of the command line ask.
+
+    Raises:
+        InvalidValue: an option is wrong; names value, rule and way out.
+    """
+    hardware = hardware_of(given.hardware)
+    schedule = Schedule(overlap=given.overlap, bubble=given.bubble)
+    simulation = Simulation(subject, hardware, schedule)
+    moe = subject.config.model.moe
+    vios = given.max_vio or [value for value in MAX_VIOS if value <= moe.num_experts / moe.top_k - 1]
+    middle = sorted(vios)[len(vios) // 2]
+    if given.law and not given.trace:
+        raise InvalidValue("--law needs --trace RUN, a run whose recorded scores it is replayed on")
+    trace, laws = cost_of_laws(simulation, find_run(given.trace), given.law) if given.trace else ("", [])
+    return Report(
+        subject=subject,
+        hardware=hardware,
+        schedule=schedule,
+        here=by_max_vio(simulation, vios),
+        worlds=tuple(by_world(subject, hardware, schedule, given.worlds or WORLDS, vios)),
+        sensitive_vio=middle,
+        moved=tuple(sensitivity(subject, hardware, schedule, middle)),
+        trace=trace,
+        laws=tuple(laws),
+    )
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Plain values: seconds, bytes, and steps as multiples of a balanced one."""
+    plain: Callable[[AtWorld], dict[str, Any]] = lambda at: {  # noqa: E731 - one expression, used twice
+        "world_size": at.world_size,
+        "ep_size": at.ep_size,
+        "balanced_step_s": at.balanced.step_s,
+        "tokens_per_s_per_rank": at.balanced.tokens_per_s_per_rank,
+        "parts_s": dict(at.balanced.parts),
+        "costs": [asdict(each) for each in at.costs],
+    }
+    return {
+        "config": report.subject.name,
+        "hardware": to_json(report.hardware),
+        "schedule": asdict(report.schedule),
+        "here": plain(report.here),
+        "worlds": [plain(each) for each in report.worlds],
+        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
+        "trace": report.trace,
+        "laws": [asdict(each) for each in report.laws],
+    }

@@ -1,0 +1,187 @@
+"""A training step in time: what each part of it takes, and the memory of the rank that gets most tokens.
+
+The parts follow one another, as Trimtab runs them. `Schedule` says what else may be assumed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dispatch.exchange.placement import ExpertPlacement
+from runtime.commands.plan.activations import FP32, MicroBatch, peak_bytes, saved_bytes, scratch_bytes
+from runtime.commands.plan.plan import Plan, make_plan, micro_batch
+from runtime.commands.plan.simulate.hardware import Hardware
+from runtime.commands.plan.simulate.layer import Exchange, LayerTime, layer_time, with_rows
+from runtime.commands.plan.simulate.routing import Factors, balanced
+from runtime.commands.plan.simulate.work import Passes, attention_work, dense_work, head_work, router_work
+from runtime.commands.plan.subject import Subject
+from runtime.commands.plan.traffic import Layout, Links, Traffic
+from runtime.settings.config import TrainConfig
+from runtime.settings.size import count_parameters
+from runtime.settings.states import own_elements, whole_elements
+from workers.training.gradients import BUCKET_BYTES
+
+ACCUMULATED_BYTES = 3 * FP32  # read a gradient, read its sum, write the sum
+NOTHING = Traffic(Links(0.0, 0.0), Links(0.0, 0.0))
+EXCHANGE, EXPERTS, BUBBLE = "all-to-all", "routed experts", "pipeline bubble"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the parts lie in time, where it is not one after the other on every rank.
+
+    overlap: the share of a layer's computation behind which its exchange hides. stages: of a pipeline, over which the
+    layers are divided; the ranks of the subject are those of one stage. bubble: share of the step in which a stage
+    waits for others.
+    """
+
+    overlap: float = 0.0
+    stages: int = 1
+    bubble: float = 0.0
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One step. parts: seconds by name, in all step_s. peak_bytes: of the rank with most rows, as the plan counts."""
+
+    parts: Mapping[str, float]
+    peak_bytes: float
+    tokens: int
+    num_ranks: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_s_per_rank(self) -> float:
+        """Of all stages' ranks alike."""
+        return self.tokens / self.step_s / self.num_ranks
+
+
+class Simulation:
+    """A subject on some hardware, asked for the time of its step under any routing."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        hardware: Hardware,
+        schedule: Schedule | None = None,
+        experts: Literal["fused", "grouped", "looped"] = "fused",
+    ) -> None:
+        """Plan the subject. experts: how they are computed, see `MicroBatch`."""
+        config = subject.config
+        self.plan: Plan = make_plan(subject)
+        self.hardware, self.schedule = hardware, schedule or Schedule()
+        self.world_size = config.cluster.num_workers
+        self.ep_size = config.parallel.resolve(self.world_size)
+        placement = ExpertPlacement(config.model.moe.num_experts, self.ep_size)
+        self.experts_of_ranks = placement.num_local_experts
+        self.ranks_per_node = subject.ranks_per_node
+        layout = Layout(placement, min(subject.ranks_per_node, self.ep_size))
+        batch = micro_batch(config, layout, self.plan.exchange)
+        self.batch: MicroBatch = replace(batch, experts=experts)
+        self.num_micro = config.run.num_micro_batches(self.world_size)
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the run."""
+        return self.plan.subject.config
+
+    @property
+    def balanced(self) -> Factors:
+        """Factors of a perfectly even load."""
+        return balanced(self.config.model.num_moe_layers, self.experts_of_ranks)
+
+    def step(self, factors: Factors | None = None) -> Simulated:
+        """Simulate one. factors: (MoE layers, EP ranks) as of `routing`; None for an even load."""
+        factors = self.balanced if factors is None else factors
+        parts = self._computed(factors) | self._once_a_step()
+        stages, bubble = self.schedule.stages, self.schedule.bubble
+        parts = {name: seconds / stages for name, seconds in parts.items()} | {"control": self._control_s(parts)}
+        if bubble:
+            parts[BUBBLE] = sum(parts.values()) * bubble / (1 - bubble)
+        tokens = self.config.run.global_batch_size * self.config.model.max_seq_len
+        return Simulated(parts, self.peak_bytes(factors), tokens, self.world_size * stages)
+
+    def peak_bytes(self, factors: Factors) -> float:
+        """Of the rank with most rows over all layers; its scratch is that of its fullest layer."""
+        mean, most = float(factors.mean(0).max()), float(factors.max())
+        config, counts = self.config.model, self.plan.counts
+        adapters = len(count_parameters(config, trained_only=True).dense_shapes) // 2
+        saved = saved_bytes(config, with_rows(self.batch, mean, self.ep_size), counts.cast, num_adapters=adapters)
+        scratch = scratch_bytes(config, with_rows(self.batch, most, self.ep_size))
+        return self.plan.state_bytes + max(peak_bytes(saved, scratch), self.plan.bucket_bytes)
+
+    def _computed(self, factors: Factors) -> dict[str, float]:
+        """Forward and backward of all micro-batches."""
+        model, batch = self.config.model, self.batch
+        num_layers = model.num_layers + model.num_mtp_layers
+        again = model.recompute
+        attention = num_layers * self._both(attention_work(model, batch), again in ("attention", "full"))
+        dense = model.num_dense_layers * self._both(dense_work(model, batch), again == "full")
+        router = model.num_moe_layers * self._both(router_work(model, batch), again in ("experts", "full"))
+        layers = [layer_time(model, batch, self.hardware, self._exchange, row, self.world_size) for row in factors]
+        beside = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
+        micro = {
+            "attention": attention,
+            "dense feed-forward": dense,
+            "router and shared experts": router,
+            EXPERTS: sum(each.forward_experts + each.backward_experts for each in layers),
+            EXCHANGE: sum(self._exposed(each, beside) for each in layers),
+            "head and loss": self._both(head_work(model, batch), recomputed=False),
+        }
+        return {name: self.num_micro * seconds for name, seconds in micro.items()}
+
+    def _exposed(self, layer: LayerTime, beside: float) -> float:
+        """What does not hide behind the computation of its layer, in each direction. beside: of all but the experts."""
+        overlap = self.schedule.overlap
+        forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + beside))
+        return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + beside))
+
+    @property
+    def _exchange(self) -> Exchange:
+        """Of one layer of one micro-batch."""
+        model, near = self.config.model, min(self.ranks_per_node, self.ep_size)
+        share = 1 / (max(model.num_moe_layers, 1) * self.num_micro)
+        sent = self.plan.traffic[self.plan.exchange] if self.batch.exchanges else NOTHING
+        traffic = Traffic(sent.forward.times(share), sent.backward.times(share))
+        return Exchange(traffic, near - 1, self.ep_size - near, model.recompute in ("experts", "full"))
+
+    def _both(self, work: Passes, recomputed: bool) -> float:
+        seconds = (1 + recomputed) * work.forward.seconds(self.hardware) + work.backward.seconds(self.hardware)
+        return seconds * self.hardware.crowding(self.world_size)
+
+    def _once_a_step(self) -> dict[str, float]:
+        """Sums of gradients, and the optimizer with what is added up before."""
+        trained = count_parameters(self.config.model, trained_only=True)
+        crowding = self.hardware.crowding(self.world_size)
+        own = sum(own_elements(self.config, trained))
+        whole = sum(whole_elements(self.config, trained))
+        accumulated = (self.num_micro - 1) * whole * ACCUMULATED_BYTES / self.hardware.memory_bytes_per_s
+        return {
+            "gradients": crowding * sum(self._reduced_s(name, size) for name, size in self.plan.gradients.items()),
+            "optimizer": crowding * (own * self.hardware.update_s + accumulated),
+        }
+
+    def _reduced_s(self, name: str, num_bytes: float) -> float:
+        """A ring over the ranks that hold the same parameters, bucket by bucket, by the slowest link among them."""
+        num_ranks = self.world_size if name == "dense" else self.world_size // self.ep_size
+        spans_nodes = num_ranks > 1 and (name == "experts" or num_ranks > self.ranks_per_node)
+        spans_nodes = spans_nodes and self.world_size > self.ranks_per_node
+        link = self.hardware.network if spans_nodes else self.hardware.node
+        num_buckets = -(-num_bytes // BUCKET_BYTES)
+        return self.hardware.reduce_factor * link.seconds(num_bytes, num_buckets * 2 * (num_ranks - 1).bit_length())
+
+    def _control_s(self, parts: Mapping[str, float]) -> float:
+        """What of the counts' way to the coordinator and back does not hide behind the backward of a micro-batch."""
+        hops = (self.world_size - 1).bit_length()
+        num_counts = self.config.model.num_moe_layers * self.config.model.moe.num_experts
+        # Summed up and down the tree, then the bias down again.
+        seconds = 2 * self.hardware.control.seconds(8 * num_counts * hops, hops)
+        seconds += self.hardware.control.seconds(4 * num_counts * hops, hops)
+        backward = 2 / 3 * sum(parts.values()) / self.num_micro
+        return (
+            seconds * self.hardware.crowding(self.world_size) if self.hardware.cores else max(0.0, seconds - backward)
+        )
