@@ -23,7 +23,7 @@ from workers.training.gradients import BUCKET_BYTES
 
 ACCUMULATED_BYTES = 3 * FP32  # read a gradient, read its sum, write the sum
 NOTHING = Traffic(Links(0.0, 0.0), Links(0.0, 0.0))
-EXCHANGE, EXPERTS, BUBBLE = "all-to-all", "routed experts", "pipeline bubble"
+EXCHANGE, EXPERTS, GRADIENTS, BUBBLE = "all-to-all", "routed experts", "gradients", "pipeline bubble"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,7 @@ class Simulation:
         """Simulate one. factors: (MoE layers, EP ranks) as of `routing`; None for an even load."""
         factors = self.balanced if factors is None else factors
         parts = self._computed(factors) | self._once_a_step()
+        parts[GRADIENTS] = self._exposed_gradients(parts)
         stages, bubble = self.schedule.stages, self.schedule.bubble
         parts = {name: seconds / stages for name, seconds in parts.items()} | {"control": self._control_s(parts)}
         if bubble:
@@ -161,9 +162,19 @@ class Simulation:
         whole = sum(whole_elements(self.config, trained))
         accumulated = (self.num_micro - 1) * whole * ACCUMULATED_BYTES / self.hardware.memory_bytes_per_s
         return {
-            "gradients": crowding * sum(self._reduced_s(name, size) for name, size in self.plan.gradients.items()),
+            GRADIENTS: crowding * sum(self._reduced_s(name, size) for name, size in self.plan.gradients.items()),
             "optimizer": crowding * (own * self.hardware.update_s + accumulated),
         }
+
+    def _exposed_gradients(self, parts: Mapping[str, float]) -> float:
+        """Where states are sharded, gathers and reductions travel beside the computation of other layers, as FSDP does.
+
+        Without, they follow the last backward. Where ranks share cores nothing hides.
+        """
+        if self.config.parallel.shard == "none" or self.hardware.cores:
+            return parts[GRADIENTS]
+        beside = sum(parts.values()) - parts[GRADIENTS] - parts[EXCHANGE] - parts["optimizer"]
+        return max(0.0, parts[GRADIENTS] - beside)
 
     def _reduced_s(self, name: str, num_bytes: float) -> float:
         """A ring over the ranks that hold the same parameters, bucket by bucket, by the slowest link among them."""

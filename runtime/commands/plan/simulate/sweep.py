@@ -63,7 +63,7 @@ def by_world(
 def at_world(subject: Subject, world_size: int) -> Subject:
     """The subject on so many ranks: as many sequences on each, experts shared by at most as many ranks as before.
 
-    Where all ranks share them they still do, as far as there are experts.
+    Where all ranks share them they still do, as far as there are experts. An exchange over nodes is left to `auto`.
 
     Raises:
         InvalidValue: the ranks do not fill whole nodes.
@@ -74,10 +74,12 @@ def at_world(subject: Subject, world_size: int) -> Subject:
         raise InvalidValue(f"--worlds {world_size} must be a multiple of --ranks-per-node ({node})")
     ep_before = config.parallel.resolve(before)
     most = world_size if ep_before == before else ep_before
+    backend = config.parallel.backend
+    exchange = "auto" if backend is not None and backend.needs_nodes else config.parallel.exchange
     grown = replace(
         config,
         run=replace(config.run, global_batch_size=config.run.sequences_per_rank(before) * world_size),
-        parallel=replace(config.parallel, ep_size=1, replicate=1),
+        parallel=replace(config.parallel, ep_size=1, replicate=1, exchange=exchange),
         cluster=replace(config.cluster, num_workers=world_size),
     )
     moved = replace(subject, config=grown, ranks_per_node=node)

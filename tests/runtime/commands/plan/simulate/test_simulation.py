@@ -178,6 +178,16 @@ def test_an_exchange_that_hides_takes_no_time_unless_it_is_longer_than_the_compu
     assert Simulation(subject(), slow, Schedule(overlap=1)).step().parts["all-to-all"] > 0
 
 
+def test_sums_of_sharded_gradients_hide_behind_the_computation_and_others_do_not() -> None:
+    quick, slow = (replace(SLOW, node=Link(alpha_s=0, bytes_per_s=rate)) for rate in (1e12, 1e5))
+    sharded = replace(
+        subject(node=8), config=replace(subject().config, parallel=ParallelConfig(ep_size=8, shard="full"))
+    )
+    assert Simulation(sharded, quick).step().parts["gradients"] == 0
+    assert Simulation(sharded, slow).step().parts["gradients"] > 0
+    assert Simulation(subject(node=8), quick).step().parts["gradients"] > 0
+
+
 def test_ranks_that_share_cores_take_as_long_as_all_their_work_on_all_cores() -> None:
     crowded = replace(SLOW, cores=2)
     two, four = (Simulation(subject(world=size, ep=size, node=size), crowded) for size in (2, 4))

@@ -1,0 +1,1 @@
+"""Steps that `trimtab plan --simulate` predicts, beside measured ones and beside figures that others publish."""

@@ -1,0 +1,151 @@
+"""Rates of this machine, one core at a time: matmuls at the shapes of a model, passes over memory, gloo.
+
+By CPU time, as `barrier_clock` measures steps: what else the machine does has no part in it.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.commands.bench.dispatch.limits import Shape, matmul_flops, matmul_limit
+from runtime.commands.plan.activations import FP32
+from runtime.commands.plan.simulate.hardware import Hardware, Link
+from runtime.commands.plan.simulate.work import ATTENTION_BACKWARD, added, norm, swiglu
+from workers.model.model_config import ModelConfig
+
+SAMPLES = 3
+SMALL_BYTES, LARGE_BYTES = 1024, 8 * 2**20
+
+
+def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
+    """CPU seconds of one call, after one to warm up."""
+    call()
+    found = []
+    for _ in range(samples):
+        began = time.process_time()
+        call()
+        found.append(time.process_time() - began)
+    return statistics.median(found)
+
+
+def rates_of(model: ModelConfig, sequences: int, ep_size: int, links: Link, reduce_factor: float) -> Hardware:
+    """What the simulation needs for this model and so many sequences on a rank, all measured on one core."""
+    tokens = sequences * model.max_seq_len
+    return Hardware(
+        name="this machine",
+        dense_flops_per_s=dense_rate(model, tokens),
+        grouped_flops_per_s=grouped_rate(model, tokens, ep_size),
+        attention_flops_per_s=attention_rate(model, sequences),
+        memory_bytes_per_s=memory_rate(model, tokens),
+        update_s=update_seconds(model),
+        node=links,
+        network=links,
+        control=links,
+        reduce_factor=reduce_factor,
+        call_s=call_seconds(),
+        cores=num_cores(),
+    )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def dense_rate(model: ModelConfig, tokens: int) -> float:
+    """FLOP/s of the dense matmuls of a layer, forward and backward."""
+    hidden, width = model.hidden, model.num_heads * model.head_width
+    shapes = [(hidden, 3 * width), (width, hidden), (hidden, model.dense_ffn_hidden), (model.dense_ffn_hidden, hidden)]
+    seconds = flops = 0.0
+    for inner, outer in shapes:
+        x, weight, grad = torch.randn(tokens, inner), torch.randn(outer, inner), torch.randn(tokens, outer)
+        seconds += seconds_of(lambda x=x, weight=weight, grad=grad: (x @ weight.T, grad @ weight, grad.T @ x))  # type: ignore[misc]
+        flops += 6 * tokens * inner * outer
+    return flops / seconds
+
+
+def grouped_rate(model: ModelConfig, tokens: int, ep_size: int) -> float:
+    """FLOP/s of the experts' six matmuls, one expert after the other."""
+    moe = model.moe
+    shape = Shape(tokens, model.hidden, moe.ffn_hidden, moe.num_experts, moe.top_k)
+    local = 4  # enough for the rate
+    run = matmul_limit(shape, local, ep_size, torch.float32)
+    rows = local * shape.rows_per_expert(ep_size)
+    return matmul_flops(rows, model.hidden, moe.ffn_hidden) / seconds_of(lambda: run(torch.empty(0)))
+
+
+def attention_rate(model: ModelConfig, sequences: int) -> float:
+    """FLOP/s of causal attention, counted as the simulation counts them."""
+    sizes = (sequences, model.num_heads, model.max_seq_len, model.head_width)
+    queries, keys, values = (torch.randn(sizes, requires_grad=True) for _ in range(3))
+    grad = torch.randn(sizes)
+    seconds = seconds_of(lambda: F.scaled_dot_product_attention(queries, keys, values, is_causal=True).backward(grad))
+    flops = 2 * sequences * model.max_seq_len * model.num_heads * 2 * model.head_width * model.max_seq_len / 2
+    return (1 + ATTENTION_BACKWARD) * flops / seconds
+
+
+def memory_rate(model: ModelConfig, tokens: int) -> float:
+    """Bytes/s of a norm, a SwiGLU and a residual sum, forward and backward, counted as the simulation counts them."""
+    hidden, inner = model.hidden, model.dense_ffn_hidden
+    normed = nn.RMSNorm(hidden)
+    x, branch, gate, up = (torch.randn(tokens, width, requires_grad=True) for width in (hidden, hidden, inner, inner))
+    grad, inner_grad = torch.randn(tokens, hidden), torch.randn(tokens, inner)
+
+    def passes() -> None:
+        (normed(x) + branch).backward(grad)
+        (F.silu(gate) * up).backward(inner_grad)
+
+    counted = norm(tokens * hidden, FP32) + added(tokens * hidden, FP32) + swiglu(tokens * inner, FP32)
+    return (counted.forward.passed_bytes + counted.backward.passed_bytes) / seconds_of(passes)
+
+
+def update_seconds(model: ModelConfig) -> float:
+    """Seconds for an element of the norm of the gradients, clipping and AdamW."""
+    shape = (model.moe.num_experts // 4, 2 * model.moe.ffn_hidden, model.hidden)
+    parameters = [nn.Parameter(torch.randn(shape)) for _ in range(4)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as workers.training.adamw
+
+    def update() -> None:
+        gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_norm(gradients, 2, torch.float64)  # noqa: SLF001 - as workers.training.gradients does
+        torch._foreach_mul_(gradients, 0.999)
+        optimizer.step()
+
+    for parameter in parameters:
+        parameter.grad = torch.randn(shape)
+    return seconds_of(update) / sum(parameter.numel() for parameter in parameters)
+
+
+def call_seconds() -> float:
+    """Host time of an operation on next to nothing, with its share of autograd."""
+    x, number = torch.ones(8, requires_grad=True), 200
+
+    def chain() -> None:
+        y = x
+        for _ in range(number):
+            y = y * 1.0
+        y.sum().backward()
+
+    return seconds_of(chain) / (2 * number)
+
+
+def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
+    """Gloo between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective."""
+    size = dist.get_world_size(group)
+    small, large = (_all_to_all_seconds(group, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
+    peers = size - 1
+    link = Link(alpha_s=small / peers, bytes_per_s=LARGE_BYTES * peers / size / max(large - small, 1e-9))
+    flat = torch.zeros(LARGE_BYTES // 4)
+    summed = seconds_of(lambda: dist.all_reduce(flat, group=group))
+    return link, (summed - small) * link.bytes_per_s / (2 * LARGE_BYTES * peers / size)
+
+
+def _all_to_all_seconds(group: dist.ProcessGroup, num_bytes: int) -> float:
+    sent, received = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
+    return seconds_of(lambda: dist.all_to_all_single(received, sent, group=group), 2 * SAMPLES)
