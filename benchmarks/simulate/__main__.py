@@ -43,7 +43,7 @@ def measure_all(folder: Path, ep_sizes: Sequence[int]) -> tuple[list[Measured], 
     found: list[Measured] = []
     links: dict[int, tuple[Link, float]] = {}
     for ep_size in ep_sizes:
-        configs = {case: case.config(text) for case in cases_of(ep_size)}
+        configs = {case: case.config(text) for each in cases_of(ep_size) for case in (each, each.twin)}
         dataset = prepare_dataset(next(iter(configs.values())).data)
         specs = {case: make_spec(config, folder, dataset) for case, config in configs.items()}
         cases, link, factor = run_processes(ep_size, measure, specs)[0]
@@ -60,14 +60,25 @@ def row_of(each: Measured, hardware: Hardware, text: Path) -> str:
     error = seconds / each.step_s - 1
     times = (f"{1e3 * value:.0f}" for value in (each.wall_s, each.step_s, seconds))
     ratios = (f"{100 * error:+.0f} %", f"{seconds / even:.2f}")
-    memory = f"{hardware.memory_bytes_per_s / 1e9:.1f}"
-    return f"| {' | '.join((str(each.case.ep_size), each.case.name, *times, *ratios, rates, memory))} |"
+    others = (f"{hardware.memory_bytes_per_s / 1e9:.1f}", f"{1e3 * hardware.host_s:.1f}")
+    return f"| {' | '.join((str(each.case.ep_size), each.case.name, *times, *ratios, rates, *others))} |"
 
 
 def print_measured(found: Sequence[Measured], link: Link, factor: float, folder: Path) -> Hardware:
     """The table, and the rates of the last case with its links."""
-    print(f"gloo, 2 ranks: {1e6 * link.alpha_s:.0f} us, {link.bytes_per_s / 1e9:.2f} GB/s; a sum {factor:.1f} times\n")
-    heads = ("EP", "model", "wall, ms", "measured, ms", "predicted, ms", "error", "times even", "GFLOP/s", "GB/s")
+    print(f"gloo, 2 ranks: {link.bytes_per_s / 1e9:.2f} GB/s; a sum over ranks takes {factor:.1f} times as long\n")
+    heads = (
+        "EP",
+        "model",
+        "wall, ms",
+        "measured, ms",
+        "predicted, ms",
+        "error",
+        "times even",
+        "GFLOP/s",
+        "GB/s",
+        "host, ms",
+    )
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     text, hardware = folder / "text.txt", found[0].rates
     for each in sorted(found, key=lambda one: one.case.ep_size):

@@ -20,6 +20,7 @@ from runtime.commands.plan.simulate.work import ATTENTION_BACKWARD, added, norm,
 from workers.model.model_config import ModelConfig
 
 SAMPLES = 3
+NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # of a rank alone
 SMALL_BYTES, LARGE_BYTES = 1024, 8 * 2**20
 
 
@@ -34,8 +35,8 @@ def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
     return statistics.median(found)
 
 
-def rates_of(model: ModelConfig, sequences: int, ep_size: int, links: Link, reduce_factor: float) -> Hardware:
-    """What the simulation needs for this model and so many sequences on a rank, all measured on one core."""
+def rates_of(model: ModelConfig, sequences: int, ep_size: int, host_s: float) -> Hardware:
+    """What the simulation needs for this model and so many sequences on a rank, but the links; measured on one core."""
     tokens = sequences * model.max_seq_len
     return Hardware(
         name="this machine",
@@ -44,11 +45,10 @@ def rates_of(model: ModelConfig, sequences: int, ep_size: int, links: Link, redu
         attention_flops_per_s=attention_rate(model, sequences),
         memory_bytes_per_s=memory_rate(model, tokens),
         update_s=update_seconds(model),
-        node=links,
-        network=links,
-        control=links,
-        reduce_factor=reduce_factor,
-        call_s=call_seconds(),
+        node=NO_LINK,
+        network=NO_LINK,
+        control=NO_LINK,
+        host_s=host_s,
         cores=num_cores(),
     )
 
@@ -122,25 +122,13 @@ def update_seconds(model: ModelConfig) -> float:
     return seconds_of(update) / sum(parameter.numel() for parameter in parameters)
 
 
-def call_seconds() -> float:
-    """Host time of an operation on next to nothing, with its share of autograd."""
-    x, number = torch.ones(8, requires_grad=True), 200
-
-    def chain() -> None:
-        y = x
-        for _ in range(number):
-            y = y * 1.0
-        y.sum().backward()
-
-    return seconds_of(chain) / (2 * number)
-
-
 def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
     """Gloo between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective."""
     size = dist.get_world_size(group)
     small, large = (_all_to_all_seconds(group, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
     peers = size - 1
-    link = Link(alpha_s=small / peers, bytes_per_s=LARGE_BYTES * peers / size / max(large - small, 1e-9))
+    # What a message costs whatever its size is a part of `host_s`, which is measured with messages.
+    link = Link(alpha_s=0.0, bytes_per_s=LARGE_BYTES * peers / size / max(large - small, 1e-9))
     flat = torch.zeros(LARGE_BYTES // 4)
     summed = seconds_of(lambda: dist.all_reduce(flat, group=group))
     return link, (summed - small) * link.bytes_per_s / (2 * LARGE_BYTES * peers / size)

@@ -33,6 +33,13 @@ NARROW = replace(
     moe=MoEConfig(num_experts=32, top_k=4, ffn_hidden=192, num_shared_experts=0),
 )
 MODELS = {"wide": WIDE, "narrow": NARROW}
+MODELS |= {
+    f"tiny {name}": replace(
+        model, hidden=32, num_heads=2, num_kv_heads=2, dense_ffn_hidden=32, max_seq_len=8,
+        moe=replace(model.moe, ffn_hidden=16),
+    )
+    for name, model in MODELS.items()
+}  # fmt: skip
 # Added to the scores of the experts of the first ranks, which then take most tokens.
 HOT_BIAS = 0.5
 
@@ -62,6 +69,11 @@ class Case:
             cluster=ClusterConfig(num_workers=self.ep_size, device="cpu"),
         )
 
+    @property
+    def twin(self) -> "Case":
+        """As many layers, experts and ranks, next to no work: what is left is what sizes do not change."""
+        return replace(self, model=f"tiny {self.model}", sequences=1, skewed=False)
+
     def subject(self, text: Path) -> Subject:
         """For the simulation: all ranks on one machine."""
         return Subject(self.name, self.config(text), self.ep_size, ())
@@ -75,5 +87,6 @@ class Case:
 
 def cases_of(ep_size: int) -> list[Case]:
     """Two models with two numbers of tokens each, and where experts are shared each model with skewed routing too."""
-    found = [Case(model, ep_size, sequences) for model in MODELS for sequences in (1, 2)]
-    return found + [Case(model, ep_size, 2, skewed=True) for model in MODELS if ep_size > 1]
+    models = ("wide", "narrow")
+    found = [Case(model, ep_size, sequences) for model in models for sequences in (1, 2)]
+    return found + [Case(model, ep_size, 2, skewed=True) for model in models if ep_size > 1]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from benchmarks.simulate.barrier_clock import critical_path, over_ranks, stretches
-from benchmarks.simulate.calibrate import link_of, num_cores, rates_of
-from benchmarks.simulate.cases import MODELS, Case
+from benchmarks.simulate.calibrate import NO_LINK, link_of, num_cores, rates_of
+from benchmarks.simulate.cases import MODELS, Case, cases_of
 from runtime.commands.plan.simulate.hardware import Hardware, Link
 from workers.gang.parallel import RankGroups, join_groups
 from workers.training.rank_state import build_rank
@@ -20,7 +20,6 @@ from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 WARM_UP, STEPS = 1, 3
-NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # of a rank alone
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,33 @@ def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tup
         timeout_s=300.0,
     )
     link, reduce_factor = link_of(groups.world_group) if world_size > 1 else (NO_LINK, 1.0)
-    found = [_measured(case, spec, groups) for case, spec in specs.items()]
+    found = [_measured(case, specs, groups) for case in cases_of(world_size)]
     dist.destroy_process_group()
     return [each for each in found if each is not None], link, reduce_factor
 
 
-def _measured(case: Case, spec: WorkerSpec, groups: RankGroups) -> Measured | None:
+def _measured(case: Case, specs: Mapping[Case, WorkerSpec], groups: RankGroups) -> Measured | None:
+    crowding = max(1.0, groups.world_size / num_cores())
+    host_s = _steps(case.twin, specs[case.twin], groups)[0] / crowding / MODELS[case.model].num_layers
+    rates = _rates(case, groups, host_s)
+    step_s, wall_s, load_LE = _steps(case, specs[case], groups)
+    return None if rates is None else Measured(case, step_s, wall_s, load_LE, rates)
+
+
+def _steps(case: Case, spec: WorkerSpec, groups: RankGroups) -> tuple[float, float, NDArray[np.float64]]:
+    """Seconds of a step as of undisturbed ranks, those by the clock, and the load of the last step. Collective."""
     trainer = _trainer(case, spec, groups)
     for step in range(WARM_UP):
         trainer.step(step + 1)
-    rates = _rates(case, groups)
     results, seconds = [], []
     for step in range(STEPS):
         with stretches(groups.tracker) as mine:
             results.append(trainer.step(WARM_UP + step + 1))
         seconds.append(critical_path(over_ranks(mine, groups.world_group), num_cores()))
     trainer.control.close()
-    if rates is None:
-        return None
     load_LE = results[-1].control.counts_M.numpy().reshape(len(trainer.routers), -1)
     wall_s = statistics.median(result.step_s for result in results)
-    return Measured(case, statistics.median(seconds), wall_s, load_LE.astype(np.float64), rates)
+    return statistics.median(seconds), wall_s, load_LE.astype(np.float64)
 
 
 def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
@@ -83,8 +88,9 @@ def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
     return Trainer(**parts, control=state.open_control(), run=spec.run, optim=spec.optim, aux=spec.aux)
 
 
-def _rates(case: Case, groups: RankGroups) -> Hardware | None:
-    """Of rank 0 alone, while the others wait. Collective."""
-    rates = rates_of(MODELS[case.model], case.sequences, case.ep_size, NO_LINK, 1.0) if groups.rank == 0 else None
+def _rates(case: Case, groups: RankGroups, host_s: float) -> Hardware | None:
+    """On as many ranks at once as there are cores, as in a step, while the others wait. Rank 0's. Collective."""
+    busy = groups.rank < num_cores()
+    rates = rates_of(MODELS[case.model], case.sequences, case.ep_size, host_s) if busy else None
     dist.barrier(groups.world_group)
-    return rates
+    return rates if groups.rank == 0 else None

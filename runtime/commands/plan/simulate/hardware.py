@@ -49,8 +49,9 @@ class Hardware:
 
     *_flops_per_s: of matmuls in the compute dtype, by their kind. memory_bytes_per_s: of all else, read and written.
     update_s: of the norm, the clipping and the optimizer, for an element. reduce_factor: how many times longer than an
-    all-to-all of as many bytes a sum over ranks takes. call_s: host time of a kernel, where the device does not hide
-    it. cores: of the machine that all ranks share, each rank on one of them at a time; 0 where each has its own device.
+    all-to-all of as many bytes a sum over ranks takes. host_s: what a layer takes whatever its sizes, in both
+    directions, where no device hides it. cores: of the machine that all ranks share, each rank on one of them at a
+    time; 0 where each has its own device.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Hardware:
     network: Link
     control: Link
     reduce_factor: float = 1.0
-    call_s: float = 0.0
+    host_s: float = 0.0
     cores: int = 0
 
     def flops_per_s(self, kind: MatmulKind) -> float:

@@ -133,6 +133,8 @@ class Simulation:
             EXCHANGE: sum(self._exposed(each, beside) for each in layers),
             "head and loss": self._both(head_work(model, batch), recomputed=False),
         }
+        if self.hardware.host_s:
+            micro["host"] = num_layers * self.hardware.host_s * self.hardware.crowding(self.world_size)
         return {name: self.num_micro * seconds for name, seconds in micro.items()}
 
     def _exposed(self, layer: LayerTime, beside: float) -> float:

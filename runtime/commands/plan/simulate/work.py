@@ -30,18 +30,13 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Work:
-    """Matmuls, passes over memory beside them, and kernels that the host starts."""
+    """Matmuls, and bytes that pass over memory beside them."""
 
     matmuls: tuple[Matmul, ...] = ()
     passed_bytes: float = 0.0
-    num_calls: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.matmuls + other.matmuls,
-            self.passed_bytes + other.passed_bytes,
-            self.num_calls + other.num_calls,
-        )
+        return Work(self.matmuls + other.matmuls, self.passed_bytes + other.passed_bytes)
 
     @property
     def flops(self) -> float:
@@ -51,7 +46,7 @@ class Work:
     def seconds(self, hardware: Hardware) -> float:
         """On a device, or a core, of its own."""
         matmuls = sum(matmul.seconds(hardware) for matmul in self.matmuls)
-        return matmuls + self.passed_bytes / hardware.memory_bytes_per_s + self.num_calls * hardware.call_s
+        return matmuls + self.passed_bytes / hardware.memory_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -74,17 +69,17 @@ def linear(rows: float, inner: int, outer: int, size: int, kind: MatmulKind = "d
     num_bytes = size * (rows * (inner + outer) + copies * inner * outer)
     cast = (FP32 + size) * copies * inner * outer if size != FP32 else 0.0
     once = Matmul(kind, flops, num_bytes)
-    return Passes(Work((once,), cast, 1), Work((once, once), cast, 2))
+    return Passes(Work((once,), cast), Work((once, once), cast))
 
 
-def elementwise(elements: float, read_and_written: float, backward: float, calls: int = 1) -> Passes:
+def elementwise(elements: float, read_and_written: float, backward: float) -> Passes:
     """A fused kernel and its backward, by the bytes that each moves for an element."""
-    return Passes(Work((), elements * read_and_written, calls), Work((), elements * backward, calls))
+    return Passes(Work((), elements * read_and_written), Work((), elements * backward))
 
 
 def norm(elements: float, size: int) -> Passes:
     """RMSNorm of the fp32 stream into the compute dtype."""
-    return elementwise(elements, FP32 + size, 2 * FP32 + size, calls=4)
+    return elementwise(elements, FP32 + size, 2 * FP32 + size)
 
 
 def added(elements: float, size: int) -> Passes:
@@ -94,7 +89,7 @@ def added(elements: float, size: int) -> Passes:
 
 def swiglu(elements: float, size: int) -> Passes:
     """Reads gate and up and writes their product; backward reads both and its gradient, and writes three."""
-    return elementwise(elements, 3 * size, 6 * size, calls=3)
+    return elementwise(elements, 3 * size, 6 * size)
 
 
 def attention_work(config: ModelConfig, batch: MicroBatch) -> Passes:
@@ -106,7 +101,7 @@ def attention_work(config: ModelConfig, batch: MicroBatch) -> Passes:
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
     projected = linear(tokens, config.hidden, (heads + 2 * kv_heads) * width, size)
     turned = tokens * (heads + kv_heads) * width
-    rotated = elementwise(turned, 2 * size, 2 * size, calls=6)
+    rotated = elementwise(turned, 2 * size, 2 * size)
     if config.query_key_norm != "none":
         rotated += norm(turned, size)
     return around + projected + rotated + _scores(config, batch) + linear(tokens, heads * width, config.hidden, size)
@@ -121,7 +116,7 @@ def _latent_projections(config: ModelConfig, tokens: float, size: int) -> Passes
     keys = linear(tokens, hidden, sizes.kv_rank + sizes.rope_dim, size) + norm(tokens * sizes.kv_rank, size)
     keys += linear(tokens, sizes.kv_rank, heads * (sizes.nope_dim + sizes.value_dim), size)
     # Queries and keys are each put together of a part that is rotated and one that is not.
-    joined = elementwise(tokens * 2 * heads * score_width, 2 * size, 2 * size, calls=8)
+    joined = elementwise(tokens * 2 * heads * score_width, 2 * size, 2 * size)
     return queries + keys + joined + linear(tokens, heads * sizes.value_dim, hidden, size)
 
 
@@ -135,7 +130,7 @@ def _scores(config: ModelConfig, batch: MicroBatch) -> Passes:
     num_bytes = batch.element_bytes * batch.tokens * kept * widths / 2
     forward = Matmul("attention", flops, num_bytes)
     backward = Matmul("attention", ATTENTION_BACKWARD * flops, 2 * num_bytes)
-    return Passes(Work((forward,), 0.0, 3), Work((backward,), 0.0, 3))
+    return Passes(Work((forward,)), Work((backward,)))
 
 
 def dense_work(config: ModelConfig, batch: MicroBatch) -> Passes:
@@ -148,7 +143,7 @@ def router_work(config: ModelConfig, batch: MicroBatch) -> Passes:
     moe = config.moe
     gate = linear(batch.tokens, config.hidden, moe.num_experts, FP32)
     # Logits to scores, with the bias, chosen and counted; backward of the scores.
-    chosen = elementwise(batch.tokens * moe.num_experts, 6 * FP32, 4 * FP32, calls=20)
+    chosen = elementwise(batch.tokens * moe.num_experts, 6 * FP32, 4 * FP32)
     work = _around_feed(config, batch) + gate + chosen
     if moe.num_shared_experts:
         work += _feed_forward(config.hidden, moe.num_shared_experts * moe.ffn_hidden, batch)
@@ -163,13 +158,11 @@ def expert_work(config: ModelConfig, batch: MicroBatch) -> Passes:
     gate_up = linear(rows, hidden, 2 * inner, size, "grouped", local)
     down = linear(rows, inner, hidden, size, "grouped", local)
     copies, sums = 2 * size * rows * hidden, size * (rows + batch.arrived_rows) * hidden
-    moved = Passes(Work((), copies + sums, 8), Work((), 2 * copies + sums, 8))
+    moved = Passes(Work((), copies + sums), Work((), 2 * copies + sums))
     work = gate_up + down + swiglu(rows * inner, size) + moved
     if batch.exchanges:  # rows are packed before each exchange, and what comes back is summed
         packed = 2 * size * batch.arrived_rows * hidden
-        work += Passes(Work((), 2 * packed, 20), Work((), 2 * packed, 20))
-    if batch.experts != "fused":  # one after the other
-        work += Passes(Work((), 0.0, 6 * local), Work((), 0.0, 10 * local))
+        work += Passes(Work((), 2 * packed), Work((), 2 * packed))
     return work
 
 
@@ -177,9 +170,9 @@ def head_work(config: ModelConfig, batch: MicroBatch) -> Passes:
     """Embedding, last norm, output projection and loss, of multi-token prediction too; its gradient comes with it."""
     tokens, size = batch.tokens, batch.element_bytes
     logits = linear(tokens, config.hidden, config.vocab_size, size)
-    lost = Work((), 5 * FP32 * tokens * config.vocab_size, 8)
+    lost = Work((), 5 * FP32 * tokens * config.vocab_size)
     once = Passes(logits.forward + logits.backward + lost) + norm(tokens * config.hidden, size)
-    embedded = elementwise(tokens * config.hidden, 2 * FP32, 2 * FP32, calls=2)
+    embedded = elementwise(tokens * config.hidden, 2 * FP32, 2 * FP32)
     work = once + embedded
     if config.num_mtp_layers:
         joined = norm(2 * tokens * config.hidden, size) + linear(tokens, 2 * config.hidden, config.hidden, size)

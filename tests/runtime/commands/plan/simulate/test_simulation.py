@@ -44,7 +44,6 @@ SLOW = Hardware(
     node=Link(alpha_s=1e-4, bytes_per_s=1e9),
     network=Link(alpha_s=3e-4, bytes_per_s=2e8),
     control=Link(alpha_s=1e-4, bytes_per_s=1e9),
-    call_s=1e-6,
 )
 
 
