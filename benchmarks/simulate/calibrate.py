@@ -21,7 +21,8 @@ from workers.model.model_config import ModelConfig
 
 SAMPLES = 3
 NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # of a rank alone
-SMALL_BYTES, LARGE_BYTES = 1024, 8 * 2**20
+COLD_SETS = 12
+LARGE_BYTES = 16 * 2**20
 
 
 def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
@@ -44,7 +45,7 @@ def rates_of(model: ModelConfig, sequences: int, ep_size: int, host_s: float) ->
         grouped_flops_per_s=grouped_rate(model, tokens, ep_size),
         attention_flops_per_s=attention_rate(model, sequences),
         memory_bytes_per_s=memory_rate(model, tokens),
-        update_s=update_seconds(model),
+        update_s=update_seconds(model, ep_size),
         node=NO_LINK,
         network=NO_LINK,
         control=NO_LINK,
@@ -91,49 +92,60 @@ def attention_rate(model: ModelConfig, sequences: int) -> float:
 
 
 def memory_rate(model: ModelConfig, tokens: int) -> float:
-    """Bytes/s of a norm, a SwiGLU and a residual sum, forward and backward, counted as the simulation counts them."""
+    """Bytes/s of a norm, a SwiGLU and a residual sum, forward and backward, counted as the simulation counts them.
+
+    Of one set of tensors after the other, as a step goes from layer to layer: none is still in the cache.
+    """
     hidden, inner = model.hidden, model.dense_ffn_hidden
-    normed = nn.RMSNorm(hidden)
-    x, branch, gate, up = (torch.randn(tokens, width, requires_grad=True) for width in (hidden, hidden, inner, inner))
+    normed, widths = nn.RMSNorm(hidden), (hidden, hidden, inner, inner)
+    sets = [[torch.randn(tokens, width, requires_grad=True) for width in widths] for _ in range(COLD_SETS)]
     grad, inner_grad = torch.randn(tokens, hidden), torch.randn(tokens, inner)
 
     def passes() -> None:
-        (normed(x) + branch).backward(grad)
-        (F.silu(gate) * up).backward(inner_grad)
+        for x, branch, gate, up in sets:
+            x.grad = branch.grad = gate.grad = up.grad = None
+            (normed(x) + branch).backward(grad)
+            (F.silu(gate) * up).backward(inner_grad)
 
     counted = norm(tokens * hidden, FP32) + added(tokens * hidden, FP32) + swiglu(tokens * inner, FP32)
-    return (counted.forward.passed_bytes + counted.backward.passed_bytes) / seconds_of(passes)
+    moved = counted.forward.passed_bytes + counted.backward.passed_bytes
+    return COLD_SETS * moved / seconds_of(passes)
 
 
-def update_seconds(model: ModelConfig) -> float:
-    """Seconds for an element of the norm of the gradients, clipping and AdamW."""
-    shape = (model.moe.num_experts // 4, 2 * model.moe.ffn_hidden, model.hidden)
-    parameters = [nn.Parameter(torch.randn(shape)) for _ in range(4)]
+def update_seconds(model: ModelConfig, ep_size: int) -> float:
+    """Seconds for an element of the norm of the gradients, clipping and AdamW, and of memory for a new gradient.
+
+    A step drops its gradients, so that the next one writes them to memory that the system hands out anew.
+    """
+    local, hidden, inner = model.moe.num_experts // ep_size, model.hidden, model.moe.ffn_hidden
+    shapes = [(local, 2 * inner, hidden), (local, hidden, inner)] * model.num_moe_layers
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as workers.training.adamw
+    written = [torch.empty(shape) for shape in shapes]
 
     def update() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
         gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_norm(gradients, 2, torch.float64)  # noqa: SLF001 - as workers.training.gradients does
         torch._foreach_mul_(gradients, 0.999)
         optimizer.step()
+        optimizer.zero_grad()
 
-    for parameter in parameters:
-        parameter.grad = torch.randn(shape)
-    return seconds_of(update) / sum(parameter.numel() for parameter in parameters)
+    # Writing itself is a part of the matmuls that make gradients.
+    seconds = seconds_of(update) - seconds_of(lambda: [each.fill_(1e-3) for each in written])
+    return seconds / sum(parameter.numel() for parameter in parameters)
 
 
 def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
-    """Gloo between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective."""
+    """Gloo between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective.
+
+    What a message costs whatever its size is a part of `host_s`, which is measured with messages.
+    """
     size = dist.get_world_size(group)
-    small, large = (_all_to_all_seconds(group, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
-    peers = size - 1
-    # What a message costs whatever its size is a part of `host_s`, which is measured with messages.
-    link = Link(alpha_s=0.0, bytes_per_s=LARGE_BYTES * peers / size / max(large - small, 1e-9))
-    flat = torch.zeros(LARGE_BYTES // 4)
-    summed = seconds_of(lambda: dist.all_reduce(flat, group=group))
-    return link, (summed - small) * link.bytes_per_s / (2 * LARGE_BYTES * peers / size)
-
-
-def _all_to_all_seconds(group: dist.ProcessGroup, num_bytes: int) -> float:
-    sent, received = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
-    return seconds_of(lambda: dist.all_to_all_single(received, sent, group=group), 2 * SAMPLES)
+    sent, received = (torch.zeros(LARGE_BYTES, dtype=torch.uint8) for _ in range(2))
+    exchange_s = seconds_of(lambda: dist.all_to_all_single(received, sent, group=group), 3 * SAMPLES)
+    flat = torch.zeros(LARGE_BYTES // FP32)
+    sum_s = seconds_of(lambda: dist.all_reduce(flat, group=group), 3 * SAMPLES)
+    # A ring sends twice as much as an all-to-all.
+    return Link(alpha_s=0.0, bytes_per_s=LARGE_BYTES * (size - 1) / size / exchange_s), sum_s / (2 * exchange_s)

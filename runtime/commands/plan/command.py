@@ -63,7 +63,12 @@ def add_arguments(parser: CommandParser) -> None:
 def _add_simulation(parser: CommandParser) -> None:
     add = parser.add_argument_group("simulation", "How long a step takes, and what imbalance costs.").add_argument
     add("--simulate", action="store_true", help="simulate a step, balanced and not, in place of the plan's tables")
-    add("--hardware", default="h100", metavar="NAME", help="h100, h800, h200, b200, or a file of rates (%(default)s)")
+    add(
+        "--hardware",
+        default="h100",
+        metavar="NAME",
+        help="h100, h800, h200, b200, cpu, or a file of rates (%(default)s)",
+    )
     add("--max-vio", type=number(0, 1e6), nargs="+", metavar="V", help="MaxVio of each layer (0 to 4)")
     add("--trace", metavar="RUN", help="a run with recorded scores (balance.record): replay laws on it")
     add(

@@ -48,7 +48,7 @@ class Hardware:
     """Rates of one rank's device, and its links.
 
     *_flops_per_s: of matmuls in the compute dtype, by their kind. memory_bytes_per_s: of all else, read and written.
-    update_s: of the norm, the clipping and the optimizer, for an element. reduce_factor: how many times longer than an
+    update_s: of the norm, the clipping and the optimizer, and of new memory for gradients, for an element. reduce_factor: how many times longer than an
     all-to-all of as many bytes a sum over ranks takes. host_s: what a layer takes whatever its sizes, in both
     directions, where no device hides it. cores: of the machine that all ranks share, each rank on one of them at a
     time; 0 where each has its own device.
@@ -93,11 +93,28 @@ def _device(name: str, bf16_flops_per_s: float, memory: float, nvlink: float) ->
     )
 
 
+# Two cores of an AMD EPYC (Zen 4) that all ranks share, fp32, gloo over loopback: python -m benchmarks.simulate.
+_LOOPBACK = Link(alpha_s=0.0, bytes_per_s=2.7e9)
+CPU = Hardware(
+    name="cpu",
+    dense_flops_per_s=102e9,
+    grouped_flops_per_s=92e9,
+    attention_flops_per_s=40e9,
+    memory_bytes_per_s=16e9,
+    update_s=1.4e-9,
+    node=_LOOPBACK,
+    network=_LOOPBACK,
+    control=_LOOPBACK,
+    reduce_factor=1.7,
+    host_s=5.8e-3,
+    cores=2,
+)
 PRESETS = {
     "h100": _device("h100", 989e12, 3.35e12, 450e9),
     "h800": _device("h800", 989e12, 3.35e12, 200e9),
     "h200": _device("h200", 989e12, 4.8e12, 450e9),
     "b200": _device("b200", 2.25e15, 8e12, 900e9),
+    "cpu": CPU,
 }
 
 

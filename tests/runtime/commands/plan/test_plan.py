@@ -249,7 +249,7 @@ def test_a_simulation_says_what_imbalance_costs(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--hardware", "abacus"), "--hardware abacus is neither h100, h800, h200, b200 nor a file"),
+        (("--hardware", "abacus"), "--hardware abacus is neither h100, h800, h200, b200, cpu nor a file"),
         (("--max-vio", "9"), "--max-vio 9 must be between 0 and 3"),
         (("--worlds", "12"), "--worlds 12 must be a multiple of --ranks-per-node (8)"),
         (("--trace", "no_such_run"), "no_such_run"),
