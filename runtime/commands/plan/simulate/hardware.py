@@ -49,9 +49,9 @@ class Hardware:
 
     *_flops_per_s: of matmuls in the compute dtype, by their kind. memory_bytes_per_s: of all else, read and written.
     update_s: of the norm, the clipping and the optimizer, and of new memory for gradients, for an element.
-    reduce_factor: how many times longer than an all-to-all of as many bytes a sum over ranks takes. host_s: what a layer
-    takes whatever its sizes, in both directions, where no device hides it. cores: of the machine that all ranks share,
-    each rank on one of them at a time; 0 where each has its own device.
+    reduce_factor: how many times longer than an all-to-all of as many bytes a sum over ranks takes. host_s: what a
+    layer takes whatever its sizes, in both directions, where no device hides it. cores: of the machine that all ranks
+    share, each rank on one of them at a time; 0 where each has its own device.
     """
 
     name: str
