@@ -164,3 +164,14 @@ def test_threads_are_as_before(run: Path, tmp_path: Path) -> None:
     replay(run, laws=["none"], threshold=None, shift=None, first=None, out=tmp_path)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_a_plan_says_what_the_imbalance_of_each_law_would_cost(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "small", "--world", "16", "--simulate", "--worlds", "16", "--max-vio", "0", "1"]
+    capsys.readouterr()
+    assert main([*arguments, "--json", "--trace", str(run), "--law", "none", "--law", "newton"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [law["law"] for law in found["laws"]] == ["none", "newton"]
+    assert all(1 < law["steady_times"] <= law["worst_times"] for law in found["laws"])
+    assert main([*arguments, "--trace", str(run)]) == 0
+    assert "law on run" in capsys.readouterr().out
