@@ -155,15 +155,17 @@ class Worker:
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
         state = self._load(checkpoint_path)
-        run, world_size = self._spec.run, state.groups.world_size
+        run, num_ranks = self._spec.run, state.groups.dp_size
         return evaluate(
             state.model,
             state.dataset,
             state.sampler,
             state.groups,
-            batch_size=max(1, run.global_batch_size // world_size // run.num_micro_batches(world_size)),
+            batch_size=max(1, run.global_batch_size // num_ranks // run.num_micro_batches(num_ranks)),
             num_sequences=num_sequences,
             autocast=state.autocast(),
+            routers=state.routers,
+            pipeline=state.pipeline,
         )
 
     def generate(

@@ -63,6 +63,11 @@ class PendingCollective:
         self.waited_for, self.args = True, ()
         self.tracker.close_ended()
 
+    def end(self) -> None:
+        """Say that a message noted by `note_message` is there."""
+        self.waited_for = self.ended = True
+        self.tracker.close_ended()
+
     @property
     def is_open(self) -> bool:
         """Whether it has not ended, or ended in an error: then it stays, as this rank's last word."""
@@ -136,7 +141,10 @@ class ActivityTracker:
             WrongSplits: they are not what this rank announced.
         """
         self.close_ended()
-        started = self._note(op.__name__, group, splits)
+        name = group.group_name
+        if name not in self._members:
+            self._members[name] = tuple(dist.get_process_group_ranks(group))
+        started = self._note(op.__name__, name, self._members[name], splits)
         if splits is not None and splits.sent != splits.announced:
             raise WrongSplits(
                 step=self.step,
@@ -152,6 +160,14 @@ class ActivityTracker:
     def run(self, op: Callable[..., Any], *args: Any, group: dist.ProcessGroup) -> None:
         """Start a collective and wait for it."""
         self.start(op, *args, group=group).wait()
+
+    def note_message(self, op: str, name: str, members: tuple[int, int]) -> PendingCollective:
+        """Note a message between two ranks that this tracker does not start itself; `end` it when it is there.
+
+        name: the same on both ranks, which note the messages of this name in the same order.
+        """
+        self.close_ended()
+        return self._note(op, name, members, None)
 
     @property
     def place_number(self) -> int:
@@ -209,16 +225,13 @@ class ActivityTracker:
             recent={(each.group, each.index): str(each) for each in tuple(self._recent)},
         )
 
-    def _note(self, op: str, group: dist.ProcessGroup, splits: Splits | None) -> PendingCollective:
-        name = group.group_name
-        if name not in self._members:
-            self._members[name] = tuple(dist.get_process_group_ranks(group))
+    def _note(self, op: str, name: str, members: tuple[int, ...], splits: Splits | None) -> PendingCollective:
         index = self._started[name] = self._started.get(name, 0) + 1
         what = Collective(
             op=op,
             group=name,
             index=index,
-            members=self._members[name],
+            members=members,
             step=self.step,
             layer=self.shown_layer,
             phase=self.phase,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from dispatch.config import ScheduleConfig
@@ -16,6 +16,7 @@ from dispatch.exchange.node_groups import NodeGroups, make_node_groups
 from dispatch.exchange.payload import Payload
 from dispatch.exchange.registry import BACKENDS, Backend
 from workers.gang.connections import Connections, listening, refuse_strangers
+from workers.gang.pipeline import PipelineConfig, PipelineGroups
 from workers.gang.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
 
 # NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
@@ -29,7 +30,8 @@ class ParallelConfig:
     """How the ranks divide the model."""
 
     ep_size: int = 0
-    """Ranks that share one set of experts; must divide the number of workers. 0 takes all workers."""
+    """Ranks that share one set of experts; must divide the number of workers, with a pipeline those of a stage. 0 takes
+    all of them."""
     exchange: Annotated[str, BACKENDS] = "auto"
     """What travels: a row for each 'rank' that a token needs, for each 'assignment' of it, or for each 'node' and from
     there to its ranks; 'auto' takes what costs the wire least of these. 'deep_ep' leaves it to DeepEP's kernels, on
@@ -48,6 +50,8 @@ class ParallelConfig:
     over all ranks. Must divide the number of workers, and the ranks that hold the same experts."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order of a layer's work: chunks, overlap, a bound on rows."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """Stages of layers: pipeline parallelism."""
 
     def __post_init__(self) -> None:
         if self.ep_size < 0:
@@ -81,10 +85,11 @@ class ParallelConfig:
         Else EP size and number of replicas are the largest up to those wanted that fit the ranks, and what was said of
         nodes is dropped where it no longer fits.
         """
-        wanted = min(self.ep_size or world_size, world_size)
-        ep_size = max(size for size in range(1, wanted + 1) if world_size % size == 0)
-        changed = self if ep_size == (self.ep_size or world_size) else replace(self, ep_size=ep_size)
-        replicas = max(num for num in replica_counts(world_size, ep_size) if num <= self.replicate)
+        num_ranks = self.pipeline.ranks_per_stage(world_size)
+        wanted = min(self.ep_size or num_ranks, num_ranks)
+        ep_size = max(size for size in range(1, wanted + 1) if num_ranks % size == 0)
+        changed = self if ep_size == (self.ep_size or num_ranks) else replace(self, ep_size=ep_size)
+        replicas = max(num for num in replica_counts(num_ranks, ep_size) if num <= self.replicate)
         changed = changed if replicas == self.replicate else replace(changed, replicate=replicas)
         if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
             return changed
@@ -101,19 +106,21 @@ class ParallelConfig:
         return self.at(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
-        """The EP size for this many ranks. Raises InvalidValue where it or the replicas do not divide them."""
-        ep_size = self.ep_size or world_size
-        if world_size % ep_size:
+        """The EP size for this many ranks. Raises InvalidValue where pipeline, EP or replicas do not divide them."""
+        num_ranks = self.pipeline.ranks_per_stage(world_size)
+        ep_size = self.ep_size or num_ranks
+        if num_ranks % ep_size:
+            of_stage = " of a pipeline stage" if self.pipeline.size > 1 else ""
             raise InvalidValue(
-                f"parallel.ep_size ({ep_size}) must divide the number of workers ({world_size}); "
-                f"use one of {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+                f"parallel.ep_size ({ep_size}) must divide the number of workers{of_stage} ({num_ranks}); "
+                f"use one of {[size for size in range(1, num_ranks + 1) if num_ranks % size == 0]}"
             )
         if self.ranks_per_node and ep_size % self.ranks_per_node:
             raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must divide parallel.ep_size ({ep_size}), so that "
                 "all nodes of an expert-parallel group have equally many ranks"
             )
-        check_replicas(self.replicate, world_size, ep_size)
+        check_replicas(self.replicate, num_ranks, ep_size)
         return ep_size
 
 
@@ -125,8 +132,9 @@ class RankGroups:
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
     never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
     checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. replicas: the
-    meshes of sharded states, where they are replicated. connections: of all those that are gloo. tracker: where the
-    training thread says what it is in; it starts its collectives there.
+    meshes of sharded states, where they are replicated. pipeline: the place in one, where there is one: the EP and EDP
+    groups are then those of a stage. connections: of all those that are gloo. tracker: where the training thread says
+    what it is in; it starts its collectives there.
     """
 
     rank: int
@@ -144,8 +152,24 @@ class RankGroups:
     memory_group: dist.ProcessGroup
     nodes: NodeGroups | None = None
     replicas: ReplicaGroups | None = None
+    pipeline: PipelineGroups | None = None
     connections: Connections = field(default_factory=Connections)
     tracker: ActivityTracker = field(default_factory=ActivityTracker)
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """The ranks with the same layers, which divide the batch among them: all of them without a pipeline."""
+        return self.world_group if self.pipeline is None else self.pipeline.stage_group
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that read different sequences: those of a stage."""
+        return self.world_size if self.pipeline is None else self.world_size // self.pipeline.size
+
+    @property
+    def dp_rank(self) -> int:
+        """The place among them."""
+        return self.rank % self.dp_size
 
 
 def join_groups(
@@ -158,11 +182,13 @@ def join_groups(
     timeout_s: float,
     ranks_per_node: int = 0,
 ) -> RankGroups:
-    """Form the default group over `store`, the (edp, ep) mesh and the control group, and exercise each once.
+    """Form the default group over `store`, the (pp, edp, ep) mesh and the control group, and exercise each once.
 
     ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
 
-    EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens.
+    EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens; stages of
+    a pipeline, which send least, are the outer one.
+
     Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`. Raises StrangerConnected.
     """
     on_cuda = device.type == "cuda"
@@ -171,7 +197,11 @@ def join_groups(
     before = listening()
     _form_default_group(rank, world_size, store, device, timeout)
     ep_size = config.resolve(world_size)
-    mesh = init_device_mesh(device.type, (world_size // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    pp_size, edp_size = config.pipeline.size, world_size // config.pipeline.size // ep_size
+    sizes = {"pp": pp_size, "edp": edp_size, "ep": ep_size}
+    if pp_size == 1:
+        del sizes["pp"]
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
     for group in [*mesh.get_all_groups(), *(replicas.groups if replicas else [])]:
         _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
@@ -184,7 +214,7 @@ def join_groups(
         ep_rank=mesh.get_local_rank("ep"),
         ep_size=ep_size,
         edp_rank=mesh.get_local_rank("edp"),
-        edp_size=world_size // ep_size,
+        edp_size=edp_size,
         device=device,
         world_group=dist.group.WORLD or _no_group(),
         ep_group=mesh.get_group("ep"),
@@ -192,12 +222,20 @@ def join_groups(
         control_group=dist.new_group(backend="gloo", timeout=control_timeout),
         nodes=nodes,
         replicas=replicas,
+        pipeline=_pipeline_groups(mesh, timeout) if pp_size > 1 else None,
         checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
     refuse_strangers(before_gloo, store, rank, world_size)
     _exercise(groups)
     return replace(groups, connections=Connections.since(before, groups.control_group))
+
+
+def _pipeline_groups(mesh: DeviceMesh, timeout: timedelta) -> PipelineGroups:
+    stage_group, _ = dist.new_subgroups(group_size=mesh.size(1) * mesh.size(2), timeout=timeout)
+    if stage_group is None:
+        raise RuntimeError("torch.distributed has formed no group of this rank's stage")
+    return PipelineGroups(mesh.get_local_rank("pp"), mesh.size(0), mesh.get_group("pp"), stage_group)
 
 
 def _form_default_group(rank: int, world_size: int, store: Store, device: torch.device, timeout: timedelta) -> None:
@@ -232,6 +270,7 @@ def _exercise(groups: RankGroups) -> None:
     of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
     of_tokens += groups.replicas.groups if groups.replicas else []
+    of_tokens += [groups.pipeline.group, groups.pipeline.stage_group] if groups.pipeline else []
     pairs = [(group, groups.device) for group in of_tokens]
     on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
     for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:

@@ -100,22 +100,36 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, make_dispatcher: Callable[[], Dispatcher], schedule: ScheduleConfig | None = None
+        self,
+        config: ModelConfig,
+        make_dispatcher: Callable[[], Dispatcher],
+        schedule: ScheduleConfig | None = None,
+        layers: Sequence[range] | None = None,
     ) -> None:
-        """Build the model; calls make_dispatcher once for each MoE layer. `schedule`: the order of work in a layer."""
+        """Build the model, or those layers of it that stages of a pipeline hold.
+
+        Args:
+            make_dispatcher: called once for each MoE layer.
+            schedule: the order of work in a layer.
+            layers: the layers to build, by index, which is also in their names; the embedding comes with the first one
+                of the model, last norm and head with its last. For `run_layers` and `loss` alone, without multi-token
+                prediction, tied embeddings and adapters. None builds all there is.
+        """
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
+        built = [index for part in layers or [range(config.num_layers)] for index in part]
+        if 0 in built:
+            self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
 
         def make_moe() -> MoELayer:
             return MoELayer(config.hidden, config.moe, make_dispatcher(), schedule)
 
-        self.layers = nn.ModuleList(
-            Block(config, make_moe() if index >= config.num_dense_layers else None)
-            for index in range(config.num_layers)
-        )
-        self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        if not config.tie_embeddings:
+        self.layers = nn.ModuleList()
+        for index in built:
+            self.layers.add_module(str(index), Block(config, make_moe() if index >= config.num_dense_layers else None))
+        if config.num_layers - 1 in built:
+            self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        if config.num_layers - 1 in built and not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.num_mtp_layers:
             self.mtp = NextTokenBlock(config, make_moe())
@@ -160,21 +174,47 @@ class Decoder(nn.Module):
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
-        x = self.token_embedding(token_ids)
-        x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+        x = self._embedded(token_ids)
         rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
         near = self._near(x, seen, positions, cache) if self.config.sliding_window else None
         num_dense, num_blocks = self.config.num_dense_layers, self.config.num_layers + (next_ids is not None)
         given = by_block(routings, num_dense, num_blocks - num_dense)
-        normed = self._normed(x, rotary, token_mask, (seen, near), cache, given)
+        whole = range(self.config.num_layers)
+        normed = self._through(whole, x, rotary, token_mask, (seen, near), cache, given)
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
             return predicted
         further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, given[-1])
         return predicted, self._head(further, None if targets is None else after_next(targets))
 
-    def _normed(
+    def run_layers(self, layers: range, x: Tensor, *, document_starts: Tensor | None = None) -> Tensor:
+        """Part of `forward`, for a stage of a pipeline: some layers in a row, with embedding and last norm at the ends.
+
+        Args:
+            x: token ids (B, S) where the first layer of the model is among them, else what the layer before returned.
+            document_starts: as in `forward`.
+        Returns:
+            (B, S, hidden), normalised after the last layer of the model, for `loss`.
+
+        Collective, as `forward`.
+        """
+        x = self._embedded(x) if layers.start == 0 else x
+        rotary, seen = self._places(x, None, None, None, document_starts)
+        near = self._near(x, seen, None, None) if self.config.sliding_window else None
+        return self._through(layers, x, rotary, None, (seen, near), None, [None] * self.config.num_layers)
+
+    def loss(self, normed: Tensor, targets: Tensor) -> TokenLoss:
+        """The loss of targets (B, S), from the normalised output of the last layer."""
+        head = self.token_embedding if self.config.tie_embeddings else self.lm_head
+        return linear_cross_entropy(normed, head.weight, targets)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        x: Tensor = self.token_embedding(token_ids)
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+
+    def _through(
         self,
+        layers: range,
         x: Tensor,
         rotary: Tensor,
         token_mask: Tensor | None,
@@ -183,12 +223,12 @@ class Decoder(nn.Module):
         given: Sequence[Routing | None],
     ) -> Tensor:
         everywhere = self.config.rotate_full_attention or not self.config.sliding_window
-        for index, block in enumerate(self.layers):
+        for index in layers:
+            block = self.layers.get_submodule(str(index))
             window = self.config.has_window(index)
             known = rotary if window or everywhere else None
             x = self._whole(block)(x, known, token_mask, seen_and_near[window], cache, given[index])
-        y: Tensor = self.norm(x)
-        return y
+        return self.norm(x) if layers.stop == self.config.num_layers else x
 
     def _whole(self, block: nn.Module) -> Callable[..., Any]:
         return _recomputed(block) if self.config.recompute == "full" else block
@@ -236,9 +276,9 @@ class Decoder(nn.Module):
 
     def _head(self, normed: Tensor, targets: Tensor | None) -> Predicted:
         """The logits, or the loss of targets."""
-        head = self.token_embedding if self.config.tie_embeddings else self.lm_head
         if targets is not None:
-            return linear_cross_entropy(normed, head.weight, targets)
+            return self.loss(normed, targets)
+        head = self.token_embedding if self.config.tie_embeddings else self.lm_head
         logits = F.linear(normed, head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,15 @@ from torch import Tensor
 from dispatch.balance import routers_of
 from dispatch.routing.router import Router
 from dispatch.routing.selection import count_by_expert
-from workers.data.sampler import Sampler
+from workers.data.sampler import Batch, Sampler
 from workers.data.shards import Dataset
 from workers.data.windows import NO_TARGET
 from workers.gang.parallel import RankGroups
 from workers.model.decoder import Decoder
+from workers.model.loss import TokenLoss
+
+if TYPE_CHECKING:
+    from workers.training.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,12 @@ def evaluate(
     batch_size: int,
     num_sequences: int | None,
     autocast: AbstractContextManager[None],
+    routers: Mapping[str, Router] | None = None,
+    pipeline: "Pipeline | None" = None,
 ) -> Evaluation:
     """Measure the model on the same sequences at any world size.
+
+    routers: whose load is wanted, where they are not those of `model`. pipeline: which this rank's `model` is part of.
 
     Collective: every rank makes the same number of forwards, padded where its share is shorter, and one reduction.
     Leaves the model in training mode; evaluation never counts as training load, whatever it counts for itself.
@@ -65,12 +73,12 @@ def evaluate(
     model.eval()
     num_sources = len(dataset.source_names)
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
-    with _HeldOutLoad(routers_of(model), num_sources) as load:
-        for batch in sampler.val_batches(groups.rank, groups.world_size, batch_size, num_sequences):
+    with _HeldOutLoad(routers_of(model) if routers is None else routers, num_sources) as load:
+        for batch in sampler.val_batches(groups.dp_rank, groups.dp_size, batch_size, num_sequences):
             load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
-            with autocast:
-                ids, targets, starts = batch.sequences.to(groups.device)
-                loss = model(ids, document_starts=starts, targets=targets)
+            loss = _loss(model, batch.sequences.to(groups.device), autocast, pipeline)
+            if loss is None:  # it is known where the last layers are
+                continue
             nats_B = loss.of_token.sum(1, dtype=torch.float64).cpu()
             tokens_B = batch.is_real_B * (batch.sequences.targets != NO_TARGET).sum(1)
             # where, not a product: a NaN of a padding row must not reach the sum.
@@ -82,6 +90,16 @@ def evaluate(
     bits, bits_by_source = dataset.bits_per_byte(nats, tokens)
     seconds = time.perf_counter() - began
     return Evaluation(sum(nats) / sum(tokens), bits, bits_by_source, sum(tokens), load_SN, seconds)
+
+
+def _loss(
+    model: Decoder, batch: Batch, autocast: AbstractContextManager[None], pipeline: "Pipeline | None"
+) -> TokenLoss | None:
+    if pipeline is not None:
+        return pipeline.evaluate(batch)
+    with autocast:
+        loss: TokenLoss = model(batch.input_ids, document_starts=batch.document_starts, targets=batch.targets)
+    return loss
 
 
 class _HeldOutLoad:

@@ -1,7 +1,7 @@
 """Gradients of the global batch on every rank: summed, measured and clipped as one process would.
 
-Dense parameters are replicated over the world, the experts of a rank over `edp_group` only (`workers.gang.parallel`).
-Where these ranks shard them (`workers.training.sharding`), FSDP sums the gradients itself, in backward.
+Dense parameters are replicated over the world, with a pipeline over the ranks of their stage; the experts of a rank
+over `edp_group` only (`workers.gang.parallel`). Where these ranks shard them (`workers.training.sharding`), FSDP sums the gradients itself, in backward.
 """
 
 import math
@@ -39,7 +39,7 @@ def reduce_gradients(model: nn.Module, groups: RankGroups) -> None:
     """
     dense, experts = split_parameters(model)
     for parameters, group, size in (
-        (dense, groups.world_group, groups.world_size),
+        (dense, groups.stage_group, groups.dp_size),
         (experts, groups.edp_group, groups.edp_size),
     ):
         for parameter in parameters:
@@ -54,10 +54,11 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     """The 2-norm of the gradient of the whole model, as one process would see it, computed in float64.
 
     Replicated parameters count once, shards are added over the ranks that have others: sharded ones over all ranks,
-    experts else over the EP group. The same on all ranks; inf or NaN as soon as any gradient of any rank is not finite.
+    experts else over the EP group, the layers of a stage over the pipeline. The same on all ranks; inf or NaN as soon
+    as any gradient of any rank is not finite.
     Needs `reduce_gradients` before it.
 
-    Collective over the EP group, or all ranks. Waits for the device once.
+    Collective over the EP group and the pipeline, or all ranks. Waits for the device once.
     """
     dense, experts = split_parameters(model)
     of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
@@ -70,7 +71,10 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
         return float(total.sqrt())
     if groups.ep_size > 1:
         groups.tracker.run(dist.all_reduce, of_experts, group=groups.ep_group)
-    return float((of_dense + of_experts).sqrt())
+    total = of_dense + of_experts
+    if groups.pipeline is not None:
+        groups.tracker.run(dist.all_reduce, total, group=groups.pipeline.group)
+    return float(total.sqrt())
 
 
 def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:

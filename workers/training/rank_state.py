@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,10 +35,16 @@ from workers.training.sharding import shard_states
 from workers.training.step import autocast
 from workers.training.worker_spec import WorkerSpec
 
+if TYPE_CHECKING:
+    from workers.training.pipeline import Pipeline
+
 
 @dataclass(frozen=True)
 class RankState:
-    """The live objects of one rank."""
+    """The live objects of one rank.
+
+    model: with a pipeline the layers of this rank's stages. routers: of all stages, see `routers_of_all`.
+    """
 
     spec: WorkerSpec
     groups: RankGroups
@@ -48,6 +55,7 @@ class RankState:
     routers: dict[str, Router]
     law: Law
     control_tracker: ActivityTracker
+    pipeline: "Pipeline | None" = None
 
     @property
     def dataset(self) -> Dataset:
@@ -88,9 +96,15 @@ class RankState:
             tracker=self.control_tracker,
         )
 
+    def tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
+        """What this rank holds of the model, and of its optimizer where one is given, by canonical name."""
+        biases = {f"model.{name}.expert_bias_E": router.expert_bias_E for name, router in self.routers.items()}
+        of_stages = biases if self.pipeline is not None else {}
+        return of_stages | canonical_state(self.model, optimizer, self.spec.optim.initial_state)
+
     def load_weights(self, path: Path) -> None:
         """Read the model of a checkpoint; adapters stay as drawn where it was imported and has none. Collective."""
-        weights = canonical_state(self.model)
+        weights = self.tensors()
         if checkpoint.read_manifest(path).extra.get("imported"):
             weights = without_adapters(weights)
         checkpoint.load(path, weights, self.groups.control_group, sections=("model",))
@@ -109,7 +123,14 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     model = _build_model(spec, groups, meter)
     freeze(model, spec.optim.freeze)
     name_layers(model, groups.tracker)
-    routers = routers_of(model)
+    routers, pipeline = routers_of(model), None
+    if groups.pipeline is not None:
+        # A second of imports that other runs need not wait for.
+        from workers.training.pipeline import Pipeline, routers_of_all
+
+        routers = routers_of_all(routers, spec.model, groups.device)
+        autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
+        pipeline = Pipeline(model, spec.parallel.pipeline, groups, spec.run, autocast_once)
     law = Law(spec.balance, layout_of(routers))
     attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
     return RankState(
@@ -122,6 +143,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         routers=routers,
         law=law,
         control_tracker=control_tracker,
+        pipeline=pipeline,
     )
 
 
@@ -144,9 +166,11 @@ def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
         meter=meter,
         buffer_pool=BufferPool(),
     )
+    place = groups.pipeline
+    layers = spec.parallel.pipeline.layers_of(place.rank, spec.model.num_layers) if place else None
     # On meta first: weights are drawn once, on the device where they stay.
     with meta_device():
-        model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule)
+        model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule, layers)
     shard_states(model, groups, spec.parallel.shard, spec.run.dtype)
     model.to_empty(device=groups.device)
     init_weights(model, spec.run.seed)

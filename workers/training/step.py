@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from dispatch.balance import read_counts, reset_counts, routers_of
 from dispatch.diagnosis.meter import Meter
 from dispatch.errors import UserError
+from dispatch.routing.router import Router
 from workers.control.loop import ControlLoop, StepControl
 from workers.data.sampler import Batch, Sampler
 from workers.gang.parallel import RankGroups, Shard
@@ -23,6 +25,9 @@ from workers.training.offload import HostStates
 from workers.training.optimizer import OptimConfig, learning_rate
 from workers.training.sharding import set_sync
 from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
+
+if TYPE_CHECKING:
+    from workers.training.pipeline import Pipeline
 
 # A step with a gradient that is not finite is skipped, as one bad batch would poison the weights. This many in a row
 # are not bad batches but a diverged model.
@@ -52,7 +57,10 @@ class StepResult:
 
 @dataclass
 class Trainer:
-    """Steps a model on this rank; every rank of the gang calls `step` together."""
+    """Steps a model on this rank; every rank of the gang calls `step` together.
+
+    routers: those of `model`, with a pipeline those of all its stages.
+    """
 
     model: Decoder
     optimizer: torch.optim.Optimizer
@@ -64,10 +72,12 @@ class Trainer:
     optim: OptimConfig
     aux: AuxLossConfig
     shard: Shard = "none"
+    routers: Mapping[str, Router] = field(default_factory=dict)
+    pipeline: "Pipeline | None" = None
 
     def __post_init__(self) -> None:
-        self.routers = routers_of(self.model)
-        self.num_micro = self.run.num_micro_batches(self.groups.world_size)
+        self.routers = self.routers or routers_of(self.model)
+        self.num_micro = self.run.num_micro_batches(self.groups.dp_size)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
         offloads = self.optim.offload == "states"
@@ -88,21 +98,8 @@ class Trainer:
         tracker.step = step
         tracker.set_phase("forward")
         lr = learning_rate(step - 1, self.run.steps, self.optim)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        if self.aux_losses is not None:
-            self.aux_losses.begin_step()
-        num_targets = max(1, self.sampler.num_targets(step - 1))  # of all ranks and micro-batches
-        for micro, batch in enumerate(self._micro_batches(step)):
-            nll_sum, total = self._forward(batch, num_targets)
-            loss_sum += nll_sum
-            if micro == self.num_micro - 1:
-                # All tokens of the step are routed: the load travels while backward runs.
-                measured = self._report(step, loss_sum, num_targets, stop_requested)
-            # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
-            tracker.set_phase("backward")
-            set_sync(self.model, self.shard, is_last=micro == self.num_micro - 1)
-            (total / num_targets).backward()
-            tracker.set_phase("forward")
+        run_step = self._accumulate if self.pipeline is None else self._run_pipeline
+        measured = run_step(step, max(1, self.sampler.num_targets(step - 1)), stop_requested)
         grad_norm, finite = self._update(lr)
         reset_counts(self.routers)
         tracker.set_phase("bias update")
@@ -123,6 +120,37 @@ class Trainer:
             max_vio_computation_batch=self._computation_vio(control.maxima),
             control=control,
         )
+
+    def _accumulate(self, step: int, num_targets: int, stop_requested: bool) -> RankStep:
+        """Forward and backward of one micro-batch after the other. num_targets: of all ranks and micro-batches."""
+        tracker = self.groups.tracker
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        if self.aux_losses is not None:
+            self.aux_losses.begin_step()
+        for micro, batch in enumerate(self._micro_batches(step)):
+            nll_sum, total = self._forward(batch, num_targets)
+            loss_sum += nll_sum
+            if micro == self.num_micro - 1:
+                # All tokens of the step are routed: the load travels while backward runs.
+                measured = self._report(step, loss_sum, num_targets, stop_requested)
+            # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
+            tracker.set_phase("backward")
+            set_sync(self.model, self.shard, is_last=micro == self.num_micro - 1)
+            (total / num_targets).backward()
+            tracker.set_phase("forward")
+        return measured
+
+    def _run_pipeline(self, step: int, num_targets: int, stop_requested: bool) -> RankStep:
+        """The same through the stages of all ranks."""
+        if self.pipeline is None:
+            raise RuntimeError("this rank is in no pipeline")
+        measured: list[RankStep] = []
+
+        def report(nll_sum: Tensor) -> None:
+            measured.append(self._report(step, nll_sum, num_targets, stop_requested))
+
+        self.pipeline.step(list(self._micro_batches(step)), num_targets, report)
+        return measured[0]
 
     def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
         """Return the language model's summed loss, detached, and the loss to train on."""
@@ -148,7 +176,7 @@ class Trainer:
         return nll_sum.detach(), total
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:
-        place = (self.groups.rank, self.groups.world_size)
+        place = (self.groups.dp_rank, self.groups.dp_size)
         for micro in range(self.num_micro):
             yield self.sampler.batch(step - 1, *place, micro, self.num_micro).to(self.groups.device)
 
@@ -163,12 +191,14 @@ class Trainer:
             num_tokens=self.num_step_tokens,
         )
         sums, floats = sums_of_rank(measured)
+        rows = measured.moved.busiest_rows
+        maxima = torch.tensor(rows, dtype=torch.int64) if self.pipeline is None else self.pipeline.busiest_rows(rows)
         self.control.begin_step(
             step,
             read_counts(self.routers),
             sums=sums,
             floats=floats,
-            maxima=torch.tensor(measured.moved.busiest_rows, dtype=torch.int64),
+            maxima=maxima,
             stop_requested=stop_requested,
         )
         return measured

@@ -14,7 +14,7 @@ from workers.checkpoints import checkpoint
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, CheckpointCorrupt
 from workers.checkpoints.memory_checkpoint import MemoryCheckpoints
 from workers.checkpoints.staging import Snapshot
-from workers.checkpoints.state import canonical_state, law_state, law_tensors, random_state, set_random_state
+from workers.checkpoints.state import law_state, law_tensors, random_state, set_random_state
 from workers.control.loop import ControlLoop
 from workers.model.flops import ModelFlops
 from workers.record.run_log import RunLog
@@ -66,6 +66,8 @@ class TrainingRun:
             optim=state.spec.optim,
             aux=state.spec.aux,
             shard=state.spec.parallel.shard,
+            routers=state.routers,
+            pipeline=state.pipeline,
         )
 
     def load(self, path: Path) -> int:
@@ -157,9 +159,11 @@ class TrainingRun:
             state.dataset,
             state.sampler,
             state.groups,
-            batch_size=state.spec.run.global_batch_size // state.groups.world_size // self.trainer.num_micro,
+            batch_size=state.spec.run.global_batch_size // state.groups.dp_size // self.trainer.num_micro,
             num_sequences=state.spec.run.eval_sequences,
             autocast=state.autocast(),
+            routers=state.routers,
+            pipeline=state.pipeline,
         )
         state.meter.take()  # what evaluation moved is not the next step's
         if self._log is not None:
@@ -199,7 +203,7 @@ class TrainingRun:
     def _tensors(self) -> dict[str, torch.Tensor]:
         state = self._state
         return {
-            **canonical_state(state.model, state.optimizer, state.spec.optim.initial_state),
+            **state.tensors(state.optimizer),
             **law_tensors(self._control.state()[1]),
             **random_state(state.groups.rank, state.groups.device),
         }

@@ -1,0 +1,272 @@
+"""The stages of a pipeline that one rank holds, and how the micro-batches of a step pass through those of all ranks.
+
+The order of work and the messages are those of torch.distributed.pipelining.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from dispatch.diagnosis.activity_tracker import PendingCollective
+from dispatch.routing.router import Router
+from workers.data.sampler import Batch
+from workers.gang.parallel import RankGroups
+from workers.gang.pipeline import PipelineConfig, PipelineGroups
+from workers.model.decoder import Decoder
+from workers.model.loss import TokenLoss
+from workers.model.model_config import ModelConfig
+from workers.run_config import RunConfig
+
+
+class Pipeline:
+    """Runs micro-batches through the stages of all ranks; every rank of the gang calls its methods together.
+
+    model: this rank's layers. autocast: a new context that computes in the run's dtype.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: PipelineConfig,
+        groups: RankGroups,
+        run: RunConfig,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        place = groups.pipeline
+        if place is None:
+            raise ValueError("the groups were formed without a pipeline")
+        self._model, self._groups, self._autocast = model, groups, autocast
+        self._num_micro = run.num_micro_batches(groups.dp_size)
+        example = _example(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
+        indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
+        self._stages = [
+            TrackedStage(self._part(layers), index, config.num_stages, example, groups, place)
+            for index, layers in zip(indices, parts, strict=True)
+        ]
+        self._schedule = _schedule(config, self._stages, self._num_micro, self._loss)
+        self._begin(1, lambda _: None)
+
+    def _part(self, layers: range) -> "_Part":
+        return _Part(self._model, layers, self._autocast, self._routed)
+
+    def _begin(self, num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
+        self._num_targets, self._on_routed = num_targets, on_routed
+        self._nll_sum = torch.zeros((), dtype=torch.float64, device=self._groups.device)
+        self._forwards: list[range] = []  # layers of the forwards so far, in their order
+
+    def step(self, batches: Sequence[Batch], num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
+        """Forward and backward of all micro-batches; gradients are added up.
+
+        Args:
+            batches: the micro-batches, of this rank's place in its stage, on its device.
+            num_targets: of the global batch, which the loss is divided by.
+            on_routed: called once, when this rank has made its last forward, with the summed loss of its sequences:
+                float64, 0 on ranks without the last stage.
+        """
+        self._begin(num_targets, on_routed)
+        inputs = (torch.cat([batch.input_ids for batch in batches]),) if self._stages[0].is_first else ()
+        targets = torch.cat([batch.targets for batch in batches]) if self._stages[-1].is_last else None
+        starts = [batch.document_starts for batch in batches if batch.document_starts is not None]
+        further: dict[str, Any] = {"document_starts": torch.cat(starts)} if starts else {}
+        try:
+            self._schedule.step(*inputs, target=targets, return_outputs=False, **further)
+        except RuntimeError as error:
+            if error.__cause__ is not None and "failed to run forward" in str(error):
+                raise error.__cause__ from None  # torch hides what it was
+            raise
+
+    def busiest_rows(self, rows: Sequence[int]) -> Tensor:
+        """`Reading.busiest_rows` of a step in its place among those of all stages, which other ranks leave 0.
+
+        int64 (num_micro_batches x number of MoE layers).
+        """
+        config, left = self._model.config, iter(rows)
+        placed = torch.zeros(self._num_micro, config.num_moe_layers, dtype=torch.int64)
+        num_passes = dict.fromkeys(self._forwards, 0)
+        for layers in self._forwards:
+            for layer in layers:
+                if layer >= config.num_dense_layers:
+                    placed[num_passes[layers], layer - config.num_dense_layers] = next(left)
+            num_passes[layers] += 1
+        return placed.flatten()
+
+    def evaluate(self, batch: Batch) -> TokenLoss | None:
+        """The loss of a batch without gradients, on ranks with the last stage; None on the others."""
+        sent = []
+        for stage in self._stages:
+            x = batch.input_ids if stage.is_first else self._receive(stage, batch.input_ids)
+            with self._autocast():
+                x = self._model.run_layers(stage.layers, x, document_starts=batch.document_starts)
+                if stage.is_last:
+                    return self._model.loss(x, batch.targets)
+            stage.note_sent("activations", stage.stage_index + 1)
+            sent.append((dist.isend(x, stage.rank_of(stage.stage_index + 1), group=stage.group), x))
+        for work, _ in sent:
+            if work is not None:
+                work.wait()
+        return None
+
+    def _receive(self, stage: "TrackedStage", input_ids: Tensor) -> Tensor:
+        x = _example(self._model, len(input_ids), input_ids.device)
+        message = stage.expect("activations", stage.stage_index - 1)
+        dist.recv(x, stage.rank_of(stage.stage_index - 1), group=stage.group)
+        message.end()
+        return x
+
+    def _loss(self, normed: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            loss = self._model.loss(normed, targets)
+        self._nll_sum += loss.total.detach()
+        self._routed(self._stages[-1].layers)
+        # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
+        return loss.total / self._num_targets
+
+    def _routed(self, layers: range) -> None:
+        self._forwards.append(layers)
+        if len(self._forwards) == self._num_micro * len(self._stages):
+            self._on_routed(self._nll_sum)
+
+
+class _Part(nn.Module):
+    """Layers of a model as a module of their own, which torch's stage calls with one micro-batch."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        layers: range,
+        autocast: Callable[[], AbstractContextManager[None]],
+        on_forward: Callable[[range], None],
+    ) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+        self._autocast, self._on_forward = autocast, on_forward
+
+    def forward(self, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        with self._autocast():
+            y = self.model.run_layers(self.layers, x, document_starts=document_starts)
+        if self.layers.stop < self.model.config.num_layers:  # else its loss follows
+            self._on_forward(self.layers)
+        return y
+
+
+class TrackedStage(PipelineStage):
+    """A stage that says on the rank's tracker what it does, and which messages it waits for.
+
+    A message is noted by sender and receiver under one name, so that who compares the ranks sees which one is missing.
+    """
+
+    def __init__(
+        self, part: _Part, index: int, num_stages: int, example: Tensor, groups: RankGroups, place: PipelineGroups
+    ) -> None:
+        ids = torch.empty(example.shape[:2], dtype=torch.int64, device="meta")
+        # With examples torch need not run the model once to learn the shapes.
+        inputs = ids if index == 0 else example
+        super().__init__(
+            part, index, num_stages, groups.device, input_args=(inputs,), output_args=(example,), group=place.group
+        )
+        self.layers, self._tracker, self._groups = part.layers, groups.tracker, groups
+        self._expected: dict[tuple[str, int], PendingCollective] = {}
+
+    def rank_of(self, stage: int) -> int:
+        """The global rank of another stage in this pipeline."""
+        return dist.get_global_rank(self._group, self.stage_index_to_group_rank[stage])
+
+    def expect(self, what: str, source: int) -> PendingCollective:
+        """Note that this rank waits for a message of another stage from now on."""
+        self._tracker.set_phase(f"pipeline, stage {self.stage_index} waits for {what} of stage {source}")
+        return self._tracker.note_message("irecv", *self._message(what, source, self.stage_index))
+
+    def note_sent(self, what: str, destination: int) -> None:
+        """Note that this rank has sent a message to another stage."""
+        self._tracker.note_message("isend", *self._message(what, self.stage_index, destination)).end()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What torch receives before a forward."""
+        ops: list[dist.P2POp] = super().get_fwd_recv_ops(fwd_chunk_id)
+        if ops:
+            self._expected["forward", fwd_chunk_id] = self.expect("activations", self.stage_index - 1)
+        return ops
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What torch receives before a backward."""
+        ops: list[dist.P2POp] = super().get_bwd_recv_ops(bwd_chunk_id)
+        if ops:
+            self._expected["backward", bwd_chunk_id] = self.expect("gradients", self.stage_index + 1)
+        return ops
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What torch sends after a forward."""
+        ops: list[dist.P2POp] = super().get_fwd_send_ops(fwd_chunk_id)
+        if ops:
+            self.note_sent("activations", self.stage_index + 1)
+        return ops
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What torch sends after a backward."""
+        ops: list[dist.P2POp] = super().get_bwd_send_ops(bwd_chunk_id)
+        if ops:
+            self.note_sent("gradients", self.stage_index - 1)
+        return ops
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Forward of a micro-batch."""
+        self._arrived("forward", fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Backward of a micro-batch."""
+        self._arrived("backward", bwd_chunk_id)
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def _arrived(self, what: str, chunk: int) -> None:
+        if (message := self._expected.pop((what, chunk), None)) is not None:
+            message.end()
+        self._tracker.set_phase(f"{what}, stage {self.stage_index}")
+
+    def _message(self, what: str, source: int, destination: int) -> tuple[str, tuple[int, int]]:
+        name = f"{self._group.group_name}, {what} of stage {source}"
+        return name, (self.rank_of(source), self.rank_of(destination))
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self.group is None:
+            raise RuntimeError("a stage was made without its group")
+        return self.group
+
+
+def routers_of_all(routers: Mapping[str, Router], config: ModelConfig, device: torch.device) -> dict[str, Router]:
+    """The routers of all stages in the order of the layers; in place of those of others, ones that never see a token.
+
+    These hold the bias of their layer, as all ranks do, and count nothing, so that a sum over all ranks of what all
+    routers counted has each layer once. routers: this rank's.
+    """
+    names = [f"layers.{index}.moe.router" for index in range(config.num_dense_layers, config.num_layers)]
+    return {name: routers.get(name) or _absent_router(config, device) for name in names}
+
+
+def _absent_router(config: ModelConfig, device: torch.device) -> Router:
+    with torch.device("meta"):  # else its gate, of which nothing is needed, would draw from the random generator
+        router = Router(1, config.moe)
+    router.to_empty(device=device).reset_buffers()
+    return router
+
+
+def _example(model: Decoder, batch_size: int, device: torch.device | str = "meta") -> Tensor:
+    """What a stage hands to the next one: (B, S, hidden), in the dtype of the parameters also under autocast."""
+    dtype, config = next(model.parameters()).dtype, model.config
+    return torch.empty(
+        batch_size, config.max_seq_len, config.hidden, dtype=dtype, device=device, requires_grad=device == "meta"
+    )
+
+
+def _schedule(
+    config: PipelineConfig, stages: list[TrackedStage], num_micro: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    if config.schedule == "1f1b":
+        return Schedule1F1B(stages[0], num_micro, loss_fn=loss, scale_grads=False)
+    return ScheduleInterleaved1F1B([*stages], num_micro, loss_fn=loss, scale_grads=False)
