@@ -16,6 +16,7 @@ from runtime.terminal.new_text import NewText
 from runtime.terminal.say import say
 from workers.data.chat import load_template
 from workers.data.tokenizer import Tokenizer, load_tokenizer
+from workers.gang.pipeline import PipelineConfig
 from workers.generation.generate import SamplingConfig, Speed
 from workers.training.evaluation import Evaluation
 from workers.worker import Continuations
@@ -120,7 +121,7 @@ def config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainC
         changes["device"] = device
     cluster = replace(config.cluster, **changes)
     # An exchange is chosen for the ranks and devices that the run was trained on.
-    parallel = replace(config.parallel, ep_size=0, exchange="auto", ranks_per_node=0)
+    parallel = replace(config.parallel, ep_size=0, exchange="auto", ranks_per_node=0, pipeline=PipelineConfig())
     config = replace(config, cluster=cluster, parallel=parallel)
     cross_check(config)
     return config

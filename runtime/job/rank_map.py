@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def rank_map(config: TrainConfig, gang: "Gang") -> list[dict[str, Any]]:
-    """One row a rank: node, process, device, network, and its experts of every MoE layer (first, last)."""
+    """One row a rank: node, process, device, network, its experts of a MoE layer (first, last), stages if there are."""
     ep_size = config.parallel.ep_size_of(gang.world_size)
     placement = ExpertPlacement(config.model.moe.num_experts, ep_size)
-    return [_row(place, ep_size, placement) for place in gang.rank_map]
+    stage_size = config.parallel.pipeline.ranks_per_stage(gang.world_size)
+    rows = [_row(place, ep_size, stage_size, placement) for place in gang.rank_map]
+    return [row | _stages(config, row["rank"] // stage_size) for row in rows]
 
 
 def exchange_of(config: TrainConfig, gang: "Gang") -> ExchangeChoice:
@@ -36,14 +38,28 @@ def rank_table(ranks: Sequence[dict[str, Any]], exchange: ExchangeChoice) -> str
     rows = [
         f"  rank {row['rank']}  {row['node']} {row['interface']}  pid {row['pid']}  {row['device']}, "
         f"{row['threads']} threads  experts {row['experts'][0]} to {row['experts'][1]} "
-        f"(ep {row['ep_rank']}, edp {row['edp_rank']})"
+        f"(ep {row['ep_rank']}, edp {row['edp_rank']})" + _stage_text(row)
         for row in ranks
     ]
     lines = ["rank map", *rows, f"exchange: {exchange.exchange}; {exchange.reason}"]
     return "\n".join([*lines, *_transport(ranks)])
 
 
-def _row(place: "RankPlace", ep_size: int, placement: ExpertPlacement) -> dict[str, Any]:
+def _stages(config: TrainConfig, pp_rank: int) -> dict[str, Any]:
+    """The stages of a rank and first and last layer of each; nothing without a pipeline."""
+    pipeline = config.parallel.pipeline
+    if pipeline.size == 1:
+        return {}
+    layers = pipeline.layers_of(pp_rank, config.model.num_layers)
+    return {"stages": list(pipeline.stages_of(pp_rank)), "layers": [[part[0], part[-1]] for part in layers]}
+
+
+def _stage_text(row: dict[str, Any]) -> str:
+    parts = zip(row.get("stages", []), row.get("layers", []), strict=True)
+    return "".join(f"  stage {stage}: layers {first} to {last}" for stage, (first, last) in parts)
+
+
+def _row(place: "RankPlace", ep_size: int, stage_size: int, placement: ExpertPlacement) -> dict[str, Any]:
     experts = placement.owned_by(place.rank % ep_size)
     return {
         "rank": place.rank,
@@ -56,7 +72,7 @@ def _row(place: "RankPlace", ep_size: int, placement: ExpertPlacement) -> dict[s
         "interface": place.interface,
         "transport": dict(place.transport),
         "ep_rank": place.rank % ep_size,
-        "edp_rank": place.rank // ep_size,
+        "edp_rank": place.rank % stage_size // ep_size,
         "experts": [experts[0], experts[-1]],
     }
 

@@ -14,6 +14,7 @@ from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import ExchangeShape
 from dispatch.laws import BalanceConfig
 from dispatch.routing.statistics import make_statistic
+from runtime.settings.pipeline_rules import check_pipeline
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
@@ -94,6 +95,11 @@ class TrainConfig:
     """Cluster: where the ranks run."""
 
     @property
+    def dp_size(self) -> int:
+        """Workers that read different sequences: all of them, with a pipeline those of a stage."""
+        return self.parallel.pipeline.ranks_per_stage(self.cluster.num_workers)
+
+    @property
     def freezes_router(self) -> bool:
         """Whether routers, and so their biases, stay as they are."""
         return "router" in self.optim.freeze or self.model.lora.rank > 0
@@ -106,7 +112,8 @@ def cross_check(config: TrainConfig) -> None:
         ValueError: names the settings, their values, the rule between them and a way out.
     """
     world_size = config.cluster.num_workers
-    config.run.num_micro_batches(world_size)
+    config.run.num_micro_batches(config.dp_size)
+    check_pipeline(config)
     ep_size = config.parallel.resolve(world_size)
     if config.model.num_dense_layers == config.model.num_layers:
         raise InvalidValue(

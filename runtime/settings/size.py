@@ -133,7 +133,7 @@ def batch_bytes_at_least(config: TrainConfig) -> int:
 
     A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
     """
-    workers = config.cluster.num_workers
+    workers = config.dp_size
     sequences = config.run.sequences_per_rank(workers) // config.run.num_micro_batches(workers)
     tokens = sequences * config.model.max_seq_len
     inputs = tokens * config.model.hidden * config.model.num_layers

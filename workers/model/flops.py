@@ -36,14 +36,20 @@ def peak_by_name(name: str) -> float | None:
     return next((peak for part, peak in BF16_PEAKS.items() if part in name), None)
 
 
-def train_flops_per_token(model: Decoder) -> int:
+def linear_weights(model: nn.Module) -> int:
+    """Weights of the linear maps, of which each token is multiplied with all."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def train_flops_per_token(model: Decoder, num_linear: int | None = None) -> int:
     """FLOPs of forward and backward that one token costs, as PaLM counts them (arXiv 2204.02311, appendix B).
 
     Six for each weight that the token is multiplied with, of the routed experts those it chooses; and the scores of
     attention over `max_seq_len` tokens, the masked ones too. What is recomputed in backward is not counted again.
+    num_linear: `linear_weights` of the whole model, where `model` is a stage of a pipeline.
     """
     config = model.config
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights = linear_weights(model) if num_linear is None else num_linear
     # A tied head is no Linear; that of the decoder serves multi-token prediction once more.
     weights += (config.tie_embeddings + config.num_mtp_layers) * config.vocab_size * config.hidden
     moe = config.moe
@@ -67,9 +73,9 @@ class ModelFlops:
     num_ranks: int
 
     @classmethod
-    def of(cls, model: Decoder, device: torch.device, num_ranks: int) -> "ModelFlops":
-        """Those of training `model` on `num_ranks` devices like this one."""
-        return cls(train_flops_per_token(model), bf16_peak(device), num_ranks)
+    def of(cls, model: Decoder, device: torch.device, num_ranks: int, num_linear: int | None = None) -> "ModelFlops":
+        """Those of training `model` on `num_ranks` devices like this one. num_linear: see `train_flops_per_token`."""
+        return cls(train_flops_per_token(model, num_linear), bf16_peak(device), num_ranks)
 
     def fields(self, tokens_per_s: float) -> dict[str, float | None]:
         """Fields of a line of metrics.jsonl: TFLOP/s of a rank, and the share of its device's peak (MFU)."""

@@ -1,7 +1,8 @@
 """Gradients of the global batch on every rank: summed, measured and clipped as one process would.
 
 Dense parameters are replicated over the world, with a pipeline over the ranks of their stage; the experts of a rank
-over `edp_group` only (`workers.gang.parallel`). Where these ranks shard them (`workers.training.sharding`), FSDP sums the gradients itself, in backward.
+over `edp_group` only (`workers.gang.parallel`). Where these ranks shard them (`workers.training.sharding`), FSDP sums
+the gradients itself, in backward.
 """
 
 import math

@@ -40,7 +40,7 @@ class Pipeline:
         place = groups.pipeline
         if place is None:
             raise ValueError("the groups were formed without a pipeline")
-        self._model, self._groups, self._autocast = model, groups, autocast
+        self._model, self._groups, self._autocast, self._place = model, groups, autocast, place
         self._num_micro = run.num_micro_batches(groups.dp_size)
         example = _example(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
         indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
@@ -80,6 +80,12 @@ class Pipeline:
                 raise error.__cause__ from None  # torch hides what it was
             raise
 
+    def sum_over_stages(self, value: int) -> int:
+        """Add up what each rank of this pipeline has."""
+        total = torch.tensor(value, dtype=torch.int64, device=self._groups.device)
+        self._groups.tracker.run(dist.all_reduce, total, group=self._place.group)
+        return int(total)
+
     def busiest_rows(self, rows: Sequence[int]) -> Tensor:
         """`Reading.busiest_rows` of a step in its place among those of all stages, which other ranks leave 0.
 
@@ -105,7 +111,7 @@ class Pipeline:
                 if stage.is_last:
                     return self._model.loss(x, batch.targets)
             stage.note_sent("activations", stage.stage_index + 1)
-            sent.append((dist.isend(x, stage.rank_of(stage.stage_index + 1), group=stage.group), x))
+            sent.append((dist.isend(x, stage.rank_of(stage.stage_index + 1), group=self._place.group), x))
         for work, _ in sent:
             if work is not None:
                 work.wait()
@@ -114,7 +120,7 @@ class Pipeline:
     def _receive(self, stage: "TrackedStage", input_ids: Tensor) -> Tensor:
         x = _example(self._model, len(input_ids), input_ids.device)
         message = stage.expect("activations", stage.stage_index - 1)
-        dist.recv(x, stage.rank_of(stage.stage_index - 1), group=stage.group)
+        dist.recv(x, stage.rank_of(stage.stage_index - 1), group=self._place.group)
         message.end()
         return x
 
@@ -169,12 +175,12 @@ class TrackedStage(PipelineStage):
         super().__init__(
             part, index, num_stages, groups.device, input_args=(inputs,), output_args=(example,), group=place.group
         )
-        self.layers, self._tracker, self._groups = part.layers, groups.tracker, groups
+        self.layers, self._tracker, self._place = part.layers, groups.tracker, place
         self._expected: dict[tuple[str, int], PendingCollective] = {}
 
     def rank_of(self, stage: int) -> int:
         """The global rank of another stage in this pipeline."""
-        return dist.get_global_rank(self._group, self.stage_index_to_group_rank[stage])
+        return dist.get_global_rank(self._place.group, self.stage_index_to_group_rank[stage])
 
     def expect(self, what: str, source: int) -> PendingCollective:
         """Note that this rank waits for a message of another stage from now on."""
@@ -229,14 +235,8 @@ class TrackedStage(PipelineStage):
         self._tracker.set_phase(f"{what}, stage {self.stage_index}")
 
     def _message(self, what: str, source: int, destination: int) -> tuple[str, tuple[int, int]]:
-        name = f"{self._group.group_name}, {what} of stage {source}"
+        name = f"{self._place.group.group_name}, {what} of stage {source}"
         return name, (self.rank_of(source), self.rank_of(destination))
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        if self.group is None:
-            raise RuntimeError("a stage was made without its group")
-        return self.group
 
 
 def routers_of_all(routers: Mapping[str, Router], config: ModelConfig, device: torch.device) -> dict[str, Router]:

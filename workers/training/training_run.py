@@ -16,7 +16,7 @@ from workers.checkpoints.memory_checkpoint import MemoryCheckpoints
 from workers.checkpoints.staging import Snapshot
 from workers.checkpoints.state import law_state, law_tensors, random_state, set_random_state
 from workers.control.loop import ControlLoop
-from workers.model.flops import ModelFlops
+from workers.model.flops import ModelFlops, linear_weights
 from workers.record.run_log import RunLog
 from workers.record.score_log import ScoreLog
 from workers.training.evaluation import evaluate
@@ -54,7 +54,8 @@ class TrainingRun:
         self._publish, self._stop_requested = publish, stop_requested
         self._memory, self._nodes = memory or MemoryCheckpoints(), nodes
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
-        self._flops = ModelFlops.of(state.model, state.groups.device, state.groups.world_size)
+        num_linear = None if state.pipeline is None else state.pipeline.sum_over_stages(linear_weights(state.model))
+        self._flops = ModelFlops.of(state.model, state.groups.device, state.groups.world_size, num_linear)
         self.trainer = Trainer(
             model=state.model,
             optimizer=state.optimizer,

@@ -1,52 +1,232 @@
 """A pipeline of ranks trains as one process does: loss, gradients, weights, biases and evaluations."""
 
+import functools
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cluster.watch.stall import find_stall
+from dispatch.experts.stacked import Experts
 from tests.ranks import run_ranks
-from tests.workers.training_gang import join_worker, make_spec, whole_state
+from tests.workers.training_gang import LINES, join_worker, make_spec, whole_state
+from workers.data.prepare import prepare_dataset
+from workers.data.text import DataConfig
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
 
 INTERLEAVED = {"schedule": "interleaved_1f1b"}
+# By number of ranks. Two dense layers of five: with four stages the first one has no experts.
+LAYOUTS = {
+    1: {"one": {}},
+    2: {
+        "pp2": {"size": 2},
+        "pp2-interleaved": {"size": 2, "recompute": "full", **INTERLEAVED},
+        "pp2-micro3": {"size": 2, "micro_batch_size": 3, "recompute": "experts"},
+    },
+    4: {
+        "pp2-ep2": {"size": 2, "ep_size": 2},
+        "pp2-ep1-interleaved": {"size": 2, "ep_size": 1, **INTERLEAVED},
+        "pp4": {"size": 4, "micro_batch_size": 2},
+    },
+    8: {"pp4-ep2": {"size": 4, "ep_size": 2}},
+}
 
 
-def _spec(tmp_path, name="run", *, size=1, ep_size=0, micro_batch_size=1, num_layers=5, **pipeline):
-    spec = make_spec(tmp_path, micro_batch_size=micro_batch_size, eval_every=2, memory_checkpoint_every=0, steps=5)
+def _spec(tmp_path, name, *, size=1, ep_size=0, micro_batch_size=1, recompute="none", steps=5, **pipeline):
+    spec = make_spec(tmp_path, micro_batch_size=micro_batch_size, eval_every=2, steps=steps, memory_checkpoint_every=2)
     parallel = ParallelConfig(ep_size=ep_size, pipeline=PipelineConfig(size=size, **pipeline))
-    model = replace(spec.model, num_layers=num_layers)
+    model = replace(spec.model, num_layers=5, num_dense_layers=2, recompute=recompute)
     return replace(spec, run_dir=tmp_path / name, model=model, parallel=parallel)
 
 
-def _gradients_of_step(worker, step, found):
-    """Put the summed gradients of a step into `found`, by name and expert, before they are clipped."""
-    state, counted = worker._state, [0]
+def _specs(tmp_path, world_size):
+    return {name: _spec(tmp_path, name, **layout) for name, layout in LAYOUTS[world_size].items()}
 
-    def hook(*_):
-        counted[0] += 1
-        if counted[0] == step:
-            found.append({name: p.grad.clone() for name, p in state.model.named_parameters()})
 
-    state.optimizer.register_step_pre_hook(hook)
+def _gradients(model):
+    """By name and global expert id, so that ranks can be compared."""
+    found = {}
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, Experts):
+                experts = zip(module.expert_ids, parameter.grad, strict=True)
+                found |= {f"{owner}.{expert_id}.{name}": gradient.clone() for expert_id, gradient in experts}
+            else:
+                found[f"{owner}.{name}"] = parameter.grad.clone()
+    return found
 
 
 def _train(rank, world_size, specs):
     results = {}
     for name, spec in specs.items():
         worker, gradients = join_worker(spec, rank, world_size, name, float64=True), []
-        _gradients_of_step(worker, 3, gradients)
+        state = worker._state
+        state.optimizer.register_step_pre_hook(lambda *_, g=gradients, m=state.model: g.append(_gradients(m)))
         worker.train()
-        results[name] = (whole_state(worker), worker.progress(0), gradients[0])
+        biases = torch.cat([router.expert_bias_E for router in state.routers.values()])
+        results[name] = whole_state(worker), worker.progress(0), gradients[2], biases
     return results
 
 
-def test_smoke(tmp_path):
-    one = run_ranks(1, _train, {"one": _spec(tmp_path, "one")})[0]["one"]
-    two = run_ranks(2, _train, {"two": _spec(tmp_path, "two", size=2)}, timeout_s=60)
-    for key, expected in one[0].items():
-        torch.testing.assert_close(two[0]["two"][0][key], expected, rtol=1e-10, atol=1e-13, msg=lambda m, k=key: f"{k} {m}")
-    for a, b in zip(one[1], two[0]["two"][1]):
-        print(a); print(b)
-    assert 0
+@functools.cache
+def _one_process(folder):
+    return run_ranks(1, _train, _specs(folder, 1))[0]["one"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def _assert_close(found, expected, what):
+    atol = 1e-12 * expected.abs().max().item() if expected.is_floating_point() else 0
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
+SAME = {
+    *("loss", "grad_norm", "val_loss", "val_bits_per_byte", "dead_experts", "tokens_routed", "tokens_received"),
+    *("max_vio_batch_per_layer", "max_vio_held_out_per_layer", "max_vio_global_per_layer"),
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_stages_train_as_one_process_does(folder, world_size):
+    weights, lines, gradients, biases = _one_process(folder)
+    ranks = run_ranks(world_size, _train, _specs(folder, world_size))
+    for name in LAYOUTS[world_size]:
+        found = ranks[0][name]
+        assert found[0].keys() == weights.keys()
+        for key, expected in weights.items():
+            _assert_close(found[0][key], expected, f"{name} {key}")
+        of_ranks = [rank[name][2] for rank in ranks]
+        assert {key for of_rank in of_ranks for key in of_rank} == gradients.keys()
+        for of_rank in of_ranks:
+            for key, gradient in of_rank.items():
+                _assert_close(gradient, gradients[key], f"{name} gradient of {key}")
+        assert all(torch.equal(rank[name][3], biases) for rank in ranks)
+        kinds = [line for line in found[1] if line.get("kind") in ("train", "eval")]
+        expected_lines = [line for line in lines if line.get("kind") in ("train", "eval")]
+        assert len(kinds) == len(expected_lines) == 9
+        for line, expected in zip(kinds, expected_lines, strict=True):
+            for field in SAME & expected.keys():
+                assert line[field] == pytest.approx(expected[field], rel=1e-10), (name, field)
+            if line["kind"] == "train":
+                flops = [each["tflops_per_s"] / each["tokens_per_s"] for each in (line, expected)]
+                assert flops[0] * world_size == pytest.approx(flops[1], rel=1e-9)
+        assert biases.any()
+
+
+def _train_packed(rank, world_size, spec):
+    worker = join_worker(spec, rank, world_size, spec.run_dir.name, float64=True)
+    worker.train()
+    return whole_state(worker)
+
+
+def test_documents_packed_into_sequences_stay_apart_in_every_stage(folder):
+    text = folder / "pages"
+    text.mkdir()
+    for number, line in enumerate(LINES[:300]):
+        (text / f"{number}.txt").write_text(line * (1 + number % 3))
+    dataset = prepare_dataset(DataConfig(path=(str(text),), pack_documents=True, cache_dir=str(folder / "cache")))
+    states = {}
+    for world_size, layout in {1: {}, 2: {"size": 2}}.items():
+        spec = replace(_spec(folder, f"packed{world_size}", steps=2, **layout), data_dir=dataset.path)
+        states[world_size] = run_ranks(world_size, _train_packed, spec)[0]
+    assert states[1].keys() == states[2].keys()
+    for key, expected in states[1].items():
+        _assert_close(states[2][key], expected, key)
+
+
+def _train_from(rank, world_size, spec, path, stop_after):
+    name = f"{spec.run_dir.name}-{stop_after}"
+    worker = join_worker(spec, rank, world_size, name, float64=True, stop_after=stop_after)
+    worker.train(path)
+    return whole_state(worker)
+
+
+# By the layout that a checkpoint is of: by number of ranks, those that go on from it.
+RESUMES = {
+    (4, 2): {1: {}, 2: {"size": 2, **INTERLEAVED}, 4: {"size": 4, "micro_batch_size": 2}},
+    (1, 1): {2: {"size": 2}},
+}
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), RESUMES)
+def test_a_checkpoint_of_one_pipeline_is_read_by_any_other(folder, num_ranks, size):
+    weights = _one_process(folder)[0]
+    first = _spec(folder, f"first{size}", size=size)
+    run_ranks(num_ranks, _train_from, first, None, 3)
+    path = first.run_dir / "checkpoints" / "step_00000003"
+    for world_size, layout in RESUMES[num_ranks, size].items():
+        spec = _spec(folder, f"from{size}-{world_size}", **layout)
+        found = run_ranks(world_size, _train_from, spec, path, None)[0]
+        for key, expected in weights.items():
+            _assert_close(found[key], expected, f"{world_size} ranks, {key}")
+
+
+def _load_biases(rank, world_size, spec, path):
+    """The biases that a stage holds of all layers once it has read the weights alone, as of an imported model."""
+    worker = join_worker(spec, rank, world_size, "biases", float64=True)
+    worker._state.load_weights(path)
+    return torch.cat([router.expert_bias_E for router in worker._state.routers.values()])
+
+
+def test_weights_alone_bring_the_biases_of_all_stages(folder):
+    biases = _one_process(folder)[3]
+    path = folder / "one" / "checkpoints" / "step_00000005"
+    for found in run_ranks(2, _load_biases, _spec(folder, "biases", size=2), path):
+        assert torch.equal(found, biases)
+
+
+def _train_bf16(rank, world_size, spec):
+    worker = join_worker(spec, rank, world_size, spec.run_dir.name)
+    worker.train()
+    return [line["loss"] for line in worker.progress(0) if line.get("kind") == "train"]
+
+
+def test_stages_compute_in_bf16_as_one_process_does(folder):
+    losses = {}
+    for world_size, layout in {1: {}, 2: {"size": 2, "recompute": "full"}}.items():
+        spec = _spec(folder, f"bf16-{world_size}", **layout)
+        spec = replace(spec, run=replace(spec.run, dtype="bfloat16"))
+        losses[world_size] = run_ranks(world_size, _train_bf16, spec)[0]
+    assert losses[2] == pytest.approx(losses[1], rel=2e-3)
+
+
+def _hang(rank, world_size, spec):
+    """What a rank says while rank 0 stands still in the second step."""
+    worker = join_worker(spec, rank, world_size, "hang")
+    hung, seen, let_go = threading.Event(), [], threading.Event()
+    draw = worker._state.sampler.batch
+
+    def batch(step, *place):
+        if step == 1 and not hung.is_set():
+            hung.set()
+            if rank == 0:
+                let_go.wait(20)
+        return draw(step, *place)
+
+    def watch():
+        hung.wait(20)
+        time.sleep(1.0)
+        seen.append(worker.activity())
+        let_go.set()
+
+    worker._state.sampler.batch = batch
+    watching = threading.Thread(target=watch)
+    watching.start()
+    worker.train()
+    watching.join()
+    return seen[0]
+
+
+def test_a_stage_that_stands_still_is_named_by_the_one_that_waits_for_it(folder):
+    spec = _spec(folder, "hang", size=2)
+    spec = replace(spec, run=replace(spec.run, eval_every=0))
+    answers = dict(enumerate(run_ranks(2, _hang, spec, timeout_s=60)))
+    stall = find_stall(answers, {0: "rank 0", 1: "rank 1"}, 0.5, "the bound", {})
+    assert (stall.waiting, stall.missing) == ((1,), (0,))
+    assert "stage 1 waits for activations of stage 0" in str(stall.error)
