@@ -74,13 +74,15 @@ class ParameterCounts:
 
 
 @functools.lru_cache(maxsize=4)  # a model of 60 layers takes a moment, and a plan asks several times
-def count_parameters(config: ModelConfig, *, trained_only: bool = False) -> ParameterCounts:
+def count_parameters(
+    config: ModelConfig, *, trained_only: bool = False, layers: tuple[range, ...] | None = None
+) -> ParameterCounts:
     """Count on the meta device: no memory, a moment.
 
-    trained_only: leave out what the adapters of a model (`model.lora`) freeze.
+    trained_only: leave out what the adapters of a model (`model.lora`) freeze. layers: of a rank of a pipeline.
     """
     with meta_device():
-        model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts))
+        model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts), layers=layers)
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()

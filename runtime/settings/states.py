@@ -44,8 +44,8 @@ def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 def num_owners(config: TrainConfig) -> Held:
     """Ranks that would share out a dense parameter, and an expert; in one of the replicas where there are several."""
-    num_ranks, num_replicas = config.cluster.num_workers, config.parallel.replicate
-    edp_size = num_ranks // config.parallel.resolve(num_ranks)
+    num_ranks, num_replicas = config.dp_size, config.parallel.replicate
+    edp_size = num_ranks // config.parallel.resolve(config.cluster.num_workers)
     return Held(num_ranks // num_replicas, max(1, edp_size // num_replicas))
 
 
@@ -55,13 +55,16 @@ def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
     return sum(-(-rows // owners) * prod(row) for rows, *row in shapes)
 
 
-def state_bytes(config: TrainConfig, counts: ParameterCounts) -> dict[str, Held]:
+def state_bytes(
+    config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts | None = None
+) -> dict[str, Held]:
     """On the device: weights, gradients and optimizer state, or pieces of that; and what sharding gathers, at most.
 
     Weights and gradients are fp32 whatever run.dtype is.
-    Gradients and optimizer state are those of the adapters alone where the model has any.
+    Gradients and optimizer state are those of the adapters alone where the model has any. trained: those that have
+    them; None counts those of the whole model.
     """
-    trained = count_parameters(config.model, trained_only=True)
+    trained = trained or count_parameters(config.model, trained_only=True)
     states = {
         "weights": own_elements(config, counts).times(FP32),
         "gradients": own_elements(config, trained).times(FP32),
@@ -144,5 +147,10 @@ def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 
 def training_bytes(config: TrainConfig) -> int:
-    """All that `state_bytes` counts, and what lies in host memory."""
-    return sum(map(sum, state_bytes(config, count_parameters(config.model)).values())) + sum(host_bytes(config))
+    """All that `state_bytes` counts, and what lies in host memory; of the stage with most where there is a pipeline."""
+    pipeline, model = config.parallel.pipeline, config.model
+    if pipeline.size == 1:
+        return sum(map(sum, state_bytes(config, count_parameters(model)).values())) + sum(host_bytes(config))
+    parts = [tuple(pipeline.layers_of(pp_rank, model.num_layers)) for pp_rank in range(pipeline.size)]
+    of_stages = [count_parameters(model, layers=layers) for layers in parts]
+    return max(sum(map(sum, state_bytes(config, counts, counts).values())) for counts in of_stages)

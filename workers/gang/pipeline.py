@@ -69,6 +69,14 @@ class PipelineConfig:
             )
         return world_size // self.size
 
+    def in_flight(self, pp_rank: int, num_micro: int) -> int:
+        """Most forwards of a stage that a rank has made and whose backward is still to come, over its stages."""
+        if self.schedule == "1f1b":
+            return min(num_micro, self.size - pp_rank)
+        num_local, of_round = self.stages_per_rank, num_micro // max(1, num_micro // self.size)
+        warm_up = (num_local - 1) * of_round + 2 * (self.size - 1 - pp_rank)
+        return min(num_local * num_micro, warm_up + 1)
+
     def check_micro_batches(self, num_micro: int) -> None:
         """Raises InvalidValue where the schedule cannot run with so many micro-batches a step."""
         if self.size == 1:

@@ -31,6 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("config", metavar="CONFIG", help=CONFIG_HELP)
     add("--world", type=whole(1), metavar="N", help="ranks, a device each (workers of the configuration)")
     add("--ep", type=whole(1), metavar="N", help="ranks that share one set of experts (as configured; else all ranks)")
+    add("--pp", type=whole(1), metavar="N", help="groups of ranks that the layers are divided over (as configured)")
     add("--ranks-per-node", type=whole(1), metavar="N", help="neighbouring ranks of one machine (8, or all if fewer)")
     add("--exchange", choices=BACKENDS.choices, help="what travels (as configured)")
     add(

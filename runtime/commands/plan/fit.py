@@ -48,6 +48,11 @@ def fit_settings(subject: Subject, limit_bytes: float, *, ep_size: int | None) -
     ep_size: the only one to try; None tries all that the ranks and their nodes allow. Of several that fit the one is
     taken with which a rank sends least.
     """
+    if subject.config.parallel.pipeline.size > 1:
+        raise InvalidValue(
+            f"--fit knows no pipeline, but parallel.pipeline.size is {subject.config.parallel.pipeline.size}; "
+            "leave out --fit, or give --pp 1"
+        )
     tried: dict[str, float] = {}
     best: Plan | None = None
     for name, config in _savings(subject.config):

@@ -7,6 +7,7 @@ from typing import Any
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BACKENDS, one_row_a_rank
 from runtime.commands.plan.activations import FP32, MicroBatch, Parts, peak_bytes, saved_bytes, scratch_bytes
+from runtime.commands.plan.stages import PlanStage, stages_of
 from runtime.commands.plan.subject import Subject
 from runtime.commands.plan.traffic import Layout, Traffic, exchange_traffic, gradient_bytes, spread_of
 from runtime.settings.config import TrainConfig
@@ -33,7 +34,8 @@ class Plan:
     on_host: optimizer state in host memory. saved: kept from forward to backward of a micro-batch. scratch: the largest
     of each kind that is held besides. bucket_bytes: of gradients under way between ranks, after the last backward.
     traffic: by exchange, those that are possible. gradients: bytes that a ring sends to sum those of the dense
-    parameters and of the experts, and to gather their weights where they are sharded.
+    parameters and of the experts, and to gather their weights where they are sharded. stage: where there is a pipeline,
+    that of the rank which needs most.
     """
 
     subject: Subject
@@ -49,6 +51,7 @@ class Plan:
     exchange: str
     traffic: dict[str, Traffic]
     gradients: dict[str, float]
+    stage: PlanStage | None = None
 
     @property
     def states(self) -> Held:
@@ -68,7 +71,8 @@ class Plan:
     @property
     def sent_bytes(self) -> float:
         """By a rank in a step, over whichever link."""
-        return self.traffic[self.exchange].total.total + sum(self.gradients.values())
+        between_stages = self.stage.message_bytes if self.stage is not None else 0.0
+        return self.traffic[self.exchange].total.total + sum(self.gradients.values()) + between_stages
 
     def largest_parts(self) -> list[tuple[str, float]]:
         """Names and bytes, the largest first."""
@@ -83,10 +87,24 @@ class Plan:
 
 def make_plan(subject: Subject) -> Plan:
     """Plan it. Takes a moment, and no memory to speak of."""
+    if stages := stages_of(subject.config):
+        return max((_plan_of_stage(subject, stage) for stage in stages), key=lambda plan: plan.peak_bytes)
+    model = subject.config.model
+    return _plan(subject, count_parameters(model), count_parameters(model, trained_only=True))
+
+
+def _plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
+    counts = count_parameters(subject.config.model, layers=stage.layers)
+    alone = _plan(replace(subject, config=stage.alone), counts, counts)
+    size = model_size(subject.config.model, subject.config.optim)
+    saved, scratch = stage.saved(alone.saved), stage.scratch(alone.scratch)
+    return replace(alone, subject=subject, size=size, stage=stage, saved=saved, scratch=scratch)
+
+
+def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -> Plan:
+    """counts: of what a rank computes with, but for experts of other ranks; trained: of those that it trains."""
     config, world_size = subject.config, subject.config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
-    counts = count_parameters(config.model)
-    trained = count_parameters(config.model, trained_only=True)
     layout = Layout(ExpertPlacement(config.model.moe.num_experts, ep_size), min(subject.ranks_per_node, ep_size))
     exchange = _exchange(subject)
     batch = micro_batch(config, layout, exchange)
@@ -98,7 +116,7 @@ def make_plan(subject: Subject) -> Plan:
         counts=counts,
         rank_experts=whole.experts,
         num_local_experts=batch.num_local_experts,
-        state=state_bytes(config, counts),
+        state=state_bytes(config, counts, trained),
         on_host=host_bytes(config),
         saved=saved_bytes(config.model, batch, counts.cast, num_adapters=len(trained.dense_shapes) // 2),
         scratch=scratch_bytes(config.model, batch),
@@ -187,10 +205,9 @@ def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
     changes: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
     if config.model.recompute != "full":
         changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute="full"))
-    share = config.run.sequences_per_rank(config.cluster.num_workers)
-    if share // config.run.num_micro_batches(config.cluster.num_workers) > 1:
+    if config.run.sequences_per_rank(config.dp_size) // config.run.num_micro_batches(config.dp_size) > 1:
         changes["--micro-batch 1"] = lambda c: replace(c, run=replace(c.run, micro_batch_size=1))
-    if config.parallel.shard != "full" and config.cluster.num_workers > 1:
+    if config.parallel.shard != "full" and config.cluster.num_workers > 1 and plan.stage is None:
         changes["--shard full"] = lambda c: replace(c, parallel=replace(c.parallel, shard="full"))
     ep_size = max(ep_sizes(subject))
     if ep_size > config.parallel.resolve(config.cluster.num_workers):
@@ -226,10 +243,20 @@ def _bucket_bytes(config: TrainConfig, counts: ParameterCounts, batch: MicroBatc
 
 def ep_sizes(subject: Subject) -> list[int]:
     """How many ranks can share the experts: divisors of all ranks whose groups lie alike on their nodes."""
-    world_size, size = subject.config.cluster.num_workers, subject.ranks_per_node
+    world_size, size = subject.config.dp_size, subject.ranks_per_node
     most = min(world_size, subject.config.model.moe.num_experts)
     fitting = [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
     return [ep for ep in fitting if subject.config.parallel.replicate in replica_counts(world_size, ep)]
+
+
+def _pipeline_json(stage: PlanStage) -> dict[str, Any]:
+    return {
+        "size": stage.config.parallel.pipeline.size,
+        "rank": stage.pp_rank,
+        "layers": [[part.start, part.stop - 1] for part in stage.layers],
+        "in_flight": stage.in_flight,
+        "message_bytes": round(stage.message_bytes),
+    }
 
 
 def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
@@ -241,7 +268,7 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
         "ep_size": config.parallel.resolve(config.cluster.num_workers),
         "ranks_per_node": plan.subject.ranks_per_node,
         "global_batch_size": config.run.global_batch_size,
-        "micro_batches": config.run.num_micro_batches(config.cluster.num_workers),
+        "micro_batches": config.run.num_micro_batches(config.dp_size),
         "seq_len": config.model.max_seq_len,
         "dtype": config.run.dtype,
         "shard": config.parallel.shard,
@@ -249,6 +276,7 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
         "recompute": config.model.recompute,
         "optimizer": config.optim.name,
         "offload": config.optim.offload,
+        "pipeline": None if plan.stage is None else _pipeline_json(plan.stage),
         "notes": list(plan.subject.notes),
         "parameters": {"total": plan.size.total, "active": plan.size.active},
         "parameters_of_rank": {"dense": plan.counts.dense, "experts": plan.rank_experts},

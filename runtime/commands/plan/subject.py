@@ -11,6 +11,7 @@ from dispatch.exchange.placement import ExpertPlacement
 from runtime.runs.run_dir import CONFIG_FILE, find_run
 from runtime.settings.config import TrainConfig
 from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config
+from runtime.settings.pipeline_rules import check_pipeline
 from workers.model.families import Settings, family_of
 from workers.model.families.source import CONFIG as HUGGING_FACE_CONFIG
 from workers.model.families.source import read_json
@@ -102,7 +103,12 @@ def _with_options(config: TrainConfig, given: argparse.Namespace) -> TrainConfig
         run=over(config.run, global_batch_size=given.batch, micro_batch_size=given.micro_batch, dtype=given.dtype),
         model=over(config.model, max_seq_len=given.seq_len, recompute=given.recompute, num_mtp_layers=given.mtp),
         parallel=over(
-            config.parallel, ep_size=given.ep, exchange=given.exchange, shard=given.shard, replicate=given.replicate
+            config.parallel,
+            ep_size=given.ep,
+            exchange=given.exchange,
+            shard=given.shard,
+            replicate=given.replicate,
+            pipeline=None if given.pp is None else replace(config.parallel.pipeline, size=given.pp),
         ),
         cluster=over(config.cluster, num_workers=given.world),
         optim=over(config.optim, name=given.optimizer, offload=given.offload),
@@ -113,7 +119,8 @@ def _check(config: TrainConfig, ranks_per_node: int) -> None:
     world_size = config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
-    config.run.num_micro_batches(world_size)
+    config.run.num_micro_batches(config.dp_size)
+    check_pipeline(config)
     if world_size % ranks_per_node:
         raise InvalidValue(
             f"--ranks-per-node ({ranks_per_node}) must divide the number of ranks ({world_size}); nodes are alike here"

@@ -75,11 +75,11 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{subject.name}: {_billions(plan.size.total)} parameters, {_billions(plan.size.active)} of them active; "
         f"{moe.num_experts} experts, top-{moe.top_k}"
     )
-    num_micro = config.run.num_micro_batches(world_size)
-    sequences = config.run.sequences_per_rank(world_size) // num_micro
+    num_micro = config.run.num_micro_batches(config.dp_size)
+    sequences = config.run.sequences_per_rank(config.dp_size) // num_micro
     yield (
         f"{world_size} ranks, {subject.ranks_per_node} a node; {ep_size} share the experts, "
-        f"{plan.num_local_experts} of each layer on a rank; each expert is on {world_size // ep_size}"
+        f"{plan.num_local_experts} of each layer on a rank; each expert is on {config.dp_size // ep_size}"
     )
     yield (
         f"{config.run.global_batch_size} sequences of {config.model.max_seq_len} tokens a step, {num_micro} micro-batch"
@@ -87,6 +87,12 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{RECOMPUTED[config.model.recompute]}; sharded: {config.parallel.shard}"
         f"{f', in {config.parallel.replicate} replicas' if config.parallel.replicate > 1 else ''}"
     )
+    if (stage := plan.stage) is not None:
+        layers = ", ".join(f"{part.start} to {part.stop - 1}" for part in stage.layers)
+        yield (
+            f"Pipeline of {config.parallel.pipeline.size}: of rank {stage.pp_rank} in it, that needs most, with layers "
+            f"{layers} and {stage.in_flight} forward{'s' * (stage.in_flight > 1)} under way at most"
+        )
     yield from (f"{note}." for note in subject.notes)
 
 
@@ -122,6 +128,8 @@ def _traffic(plan: Plan) -> Table:
     for name, size in plan.gradients.items():
         label = "gradients" if plan.subject.config.parallel.shard == "none" else "gradients and gathers"
         _add(table, f"sum of {label}, {name}, by a ring", (None, None, size))
+    if plan.stage is not None:
+        _add(table, "activations and their gradients, to other stages", (None, None, plan.stage.message_bytes))
     return table
 
 

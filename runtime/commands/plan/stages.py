@@ -1,0 +1,76 @@
+"""What the ranks of a pipeline need: those of a stage as a run of their own, with its layers."""
+
+from dataclasses import dataclass, replace
+
+from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts
+from runtime.settings.config import TrainConfig
+from workers.gang.pipeline import PipelineConfig
+
+MESSAGES = "messages of other stages"
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """The ranks that hold some of the layers. in_flight: micro-batches whose activations they hold, at most."""
+
+    config: TrainConfig
+    pp_rank: int
+
+    @property
+    def layers(self) -> tuple[range, ...]:
+        """By index in the whole model, of each stage on the rank."""
+        return tuple(self._pipeline.layers_of(self.pp_rank, self.config.model.num_layers))
+
+    @property
+    def in_flight(self) -> int:
+        """Forwards of a stage whose backward is still to come, at most, over the stages of the rank."""
+        return self._pipeline.in_flight(self.pp_rank, self._num_micro)
+
+    @property
+    def alone(self) -> TrainConfig:
+        """The run of these ranks with these layers. Embedding, last norm and head are not of every stage."""
+        model, layers = self.config.model, [index for part in self.layers for index in part]
+        num_dense = sum(index < model.num_dense_layers for index in layers)
+        return replace(
+            self.config,
+            model=replace(model, num_layers=len(layers), num_dense_layers=num_dense),
+            parallel=replace(self.config.parallel, pipeline=PipelineConfig()),
+            cluster=replace(self.config.cluster, num_workers=self.config.dp_size, min_workers=0, max_workers=0),
+        )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the last layer of the model is among them."""
+        return self.layers[-1].stop == self.config.model.num_layers
+
+    def saved(self, of_micro_batch: Parts) -> Parts:
+        """What is kept for backward: of all micro-batches under way, and buffers for what other stages send."""
+        held = self.in_flight / len(self.layers)
+        kept = {name: held * size for name, size in of_micro_batch.items()}
+        kept[HEAD] = of_micro_batch[HEAD] if self.has_head else 0.0
+        return kept | {MESSAGES: self.message_bytes}  # torch has buffers for a whole step, and keeps them
+
+    def scratch(self, of_micro_batch: Parts) -> Parts:
+        """What is held besides: without a head none at the loss."""
+        return of_micro_batch if self.has_head else of_micro_batch | {AT_LOSS: 0.0}
+
+    @property
+    def message_bytes(self) -> float:
+        """What a rank receives from other stages in a step, and sends to them: activations and their gradients."""
+        neighbours = sum((part.start > 0) + (part.stop < self.config.model.num_layers) for part in self.layers)
+        sequences = self.config.run.sequences_per_rank(self.config.dp_size)
+        return float(FP32 * neighbours * sequences * self.config.model.max_seq_len * self.config.model.hidden)
+
+    @property
+    def _pipeline(self) -> PipelineConfig:
+        return self.config.parallel.pipeline
+
+    @property
+    def _num_micro(self) -> int:
+        return self.config.run.num_micro_batches(self.config.dp_size)
+
+
+def stages_of(config: TrainConfig) -> list[PlanStage]:
+    """Those of each pipeline rank; none without a pipeline."""
+    size = config.parallel.pipeline.size
+    return [PlanStage(config, pp_rank) for pp_rank in range(size)] if size > 1 else []

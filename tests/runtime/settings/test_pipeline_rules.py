@@ -1,0 +1,53 @@
+"""What a run with pipeline parallelism cannot have yet is refused before anything starts, with the reason."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from dispatch.errors import InvalidValue
+from runtime.settings.config import RunConfig, TrainConfig, cross_check, feasible_sizes
+from workers.gang.parallel import ParallelConfig
+from workers.gang.pipeline import PipelineConfig
+from workers.model.lora import LoraConfig
+
+
+def of_two_stages(**sections: dict[str, Any]) -> TrainConfig:
+    base = TrainConfig(
+        run=RunConfig(micro_batch_size=2),
+        cluster=ClusterConfig(num_workers=4),
+        parallel=ParallelConfig(pipeline=PipelineConfig(size=2)),
+    )
+    return replace(base, **{name: replace(getattr(base, name), **values) for name, values in sections.items()})
+
+
+def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
+    cross_check(of_two_stages())
+    cross_check(of_two_stages(parallel={"ep_size": 1, "pipeline": PipelineConfig(size=4)}, run={"micro_batch_size": 1}))
+    assert feasible_sizes(of_two_stages()) == (4,)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"cluster": {"num_workers": 3}}, r"pipeline.size \(2\) must divide the number of workers \(3\)"),
+        ({"run": {"micro_batch_size": 0}}, r"size \(2\) needs as many micro-batches in a step, .* there are 1"),
+        ({"model": {"num_layers": 2, "num_dense_layers": 0}, "parallel": {"pipeline": PipelineConfig(size=4)}}
+         | {"run": {"micro_batch_size": 1}}, r"model.num_layers \(2\) must be at least .* \(4\)"),
+        ({"parallel": {"shard": "full"}}, r"size \(2\) does not go with parallel.shard full yet: .*; set it to none"),
+        ({"model": {"tie_embeddings": True}}, r"model.tie_embeddings: the first stage and the last"),
+        ({"model": {"num_mtp_layers": 1}}, r"model.num_mtp_layers \(1\) yet: the last stage would need the embedding"),
+        ({"model": {"lora": LoraConfig(rank=4)}}, r"model.lora.rank \(4\) yet"),
+        ({"optim": {"freeze": ("router",)}}, r"optim.freeze \(router\) yet"),
+        ({"aux": {"loss": "switch"}}, r"auxiliary losses \(aux.\*\) yet: only the last stage has a loss"),
+        ({"aux": {"z_alpha": 1e-3}}, r"auxiliary losses \(aux.\*\) yet"),
+        ({"balance": {"record": 1}}, r"balance.record \(1\) yet: a rank scores the layers of its stage alone"),
+        ({"parallel": {"exchange": "deep_ep"}}, r"parallel.exchange deep_ep yet: several micro-batches"),
+        ({"cluster": {"min_workers": 2}}, r"other numbers of workers than cluster.num_workers yet"),
+        ({"cluster": {"max_workers": 8}}, r"leave cluster.min_workers and cluster.max_workers at 0"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_stages_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        cross_check(of_two_stages(**sections))
