@@ -112,8 +112,8 @@ def cross_check(config: TrainConfig) -> None:
         ValueError: names the settings, their values, the rule between them and a way out.
     """
     world_size = config.cluster.num_workers
-    config.run.num_micro_batches(config.dp_size)
     check_pipeline(config)
+    config.run.num_micro_batches(config.dp_size)
     ep_size = config.parallel.resolve(world_size)
     if config.model.num_dense_layers == config.model.num_layers:
         raise InvalidValue(

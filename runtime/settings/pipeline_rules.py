@@ -15,6 +15,13 @@ def check_pipeline(config: "TrainConfig") -> None:
     pipeline = config.parallel.pipeline
     if pipeline.size == 1:
         return
+    batch, num_ranks = config.run.global_batch_size, config.dp_size
+    if batch % num_ranks:
+        raise InvalidValue(
+            f"run.global_batch_size ({batch}) must be a multiple of the workers of a stage ({num_ranks} = "
+            f"cluster.num_workers {config.cluster.num_workers} / parallel.pipeline.size {pipeline.size}), which divide "
+            f"it among them; {-(-batch // num_ranks) * num_ranks} would do"
+        )
     divide_layers(config.model.num_layers, pipeline.num_stages)
     pipeline.check_micro_batches(config.run.num_micro_batches(config.dp_size))
     if reason := next(_reasons(config), None):

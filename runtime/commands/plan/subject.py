@@ -119,8 +119,8 @@ def _check(config: TrainConfig, ranks_per_node: int) -> None:
     world_size = config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
-    config.run.num_micro_batches(config.dp_size)
     check_pipeline(config)
+    config.run.num_micro_batches(config.dp_size)
     if world_size % ranks_per_node:
         raise InvalidValue(
             f"--ranks-per-node ({ranks_per_node}) must divide the number of ranks ({world_size}); nodes are alike here"

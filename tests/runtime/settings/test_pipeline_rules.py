@@ -32,6 +32,7 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
     ("sections", "message"),
     [
         ({"cluster": {"num_workers": 3}}, r"pipeline.size \(2\) must divide the number of workers \(3\)"),
+        ({"run": {"global_batch_size": 15}}, r"multiple of the workers of a stage \(2 = .* 16 would do"),
         ({"run": {"micro_batch_size": 0}}, r"size \(2\) needs as many micro-batches in a step, .* there are 1"),
         ({"model": {"num_layers": 2, "num_dense_layers": 0}, "parallel": {"pipeline": PipelineConfig(size=4)}}
          | {"run": {"micro_batch_size": 1}}, r"model.num_layers \(2\) must be at least .* \(4\)"),
