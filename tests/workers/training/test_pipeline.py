@@ -90,6 +90,7 @@ SAME = {
     *("loss", "grad_norm", "val_loss", "val_bits_per_byte", "dead_experts", "tokens_routed", "tokens_received"),
     *("max_vio_batch_per_layer", "max_vio_held_out_per_layer", "max_vio_global_per_layer"),
 }
+SAME_MICRO_BATCHES = {"max_vio_computation_batch"}  # of what is computed at once
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
@@ -111,8 +112,11 @@ def test_stages_train_as_one_process_does(folder, world_size):
         expected_lines = [line for line in lines if line.get("kind") in ("train", "eval")]
         assert len(kinds) == len(expected_lines) == 9
         for line, expected in zip(kinds, expected_lines, strict=True):
-            for field in SAME & expected.keys():
-                assert line[field] == pytest.approx(expected[field], rel=1e-10), (name, field)
+            for field in (
+                SAME | (SAME_MICRO_BATCHES if name in ("pp2", "pp2-interleaved") else set())
+            ) & expected.keys():
+                wanted = None if expected[field] is None else pytest.approx(expected[field], rel=1e-10)
+                assert line[field] == wanted, (name, field)
             if line["kind"] == "train":
                 flops = [each["tflops_per_s"] / each["tokens_per_s"] for each in (line, expected)]
                 assert flops[0] * world_size == pytest.approx(flops[1], rel=1e-9)
