@@ -3,8 +3,8 @@
 The order of work and the messages are those of torch.distributed.pipelining.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -73,12 +73,7 @@ class Pipeline:
         targets = torch.cat([batch.targets for batch in batches]) if self._stages[-1].is_last else None
         starts = [batch.document_starts for batch in batches if batch.document_starts is not None]
         further: dict[str, Any] = {"document_starts": torch.cat(starts)} if starts else {}
-        try:
-            self._schedule.step(*inputs, target=targets, return_outputs=False, **further)
-        except RuntimeError as error:
-            if error.__cause__ is not None and "failed to run forward" in str(error):
-                raise error.__cause__ from None  # torch hides what it was
-            raise
+        self._schedule.step(*inputs, target=targets, return_outputs=False, **further)
 
     def sum_over_stages(self, value: int) -> int:
         """Add up what each rank of this pipeline has."""
@@ -222,12 +217,14 @@ class TrackedStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of a micro-batch."""
         self._arrived("forward", fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with _as_it_was():
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Backward of a micro-batch."""
         self._arrived("backward", bwd_chunk_id)
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with _as_it_was():
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def _arrived(self, what: str, chunk: int) -> None:
         if (message := self._expected.pop((what, chunk), None)) is not None:
@@ -237,6 +234,17 @@ class TrackedStage(PipelineStage):
     def _message(self, what: str, source: int, destination: int) -> tuple[str, tuple[int, int]]:
         name = f"{self._place.group.group_name}, {what} of stage {source}"
         return name, (self.rank_of(source), self.rank_of(destination))
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """An error inside as it was raised: torch puts one of its own, a RuntimeError, in its place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is RuntimeError and error.__cause__ is not None and "ailed to run" in str(error):
+            raise error.__cause__ from None
+        raise
 
 
 def routers_of_all(routers: Mapping[str, Router], config: ModelConfig, device: torch.device) -> dict[str, Router]:

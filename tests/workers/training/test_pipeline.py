@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from cluster.watch.stall import find_stall
+from dispatch.errors import InvalidValue
 from dispatch.experts.stacked import Experts
 from tests.ranks import run_ranks
 from tests.workers.training_gang import LINES, join_worker, make_spec, whole_state
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
+from workers.gang.collateral import is_collateral
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
 
@@ -93,34 +95,36 @@ SAME = {
 SAME_MICRO_BATCHES = {"max_vio_computation_batch"}  # of what is computed at once
 
 
+def _assert_same_lines(lines, expected_lines, name, world_size):
+    fields = SAME | (SAME_MICRO_BATCHES if name in ("pp2", "pp2-interleaved") else set())
+    lines, expected_lines = (
+        [line for line in each if line.get("kind") in ("train", "eval")] for each in (lines, expected_lines)
+    )
+    assert len(lines) == len(expected_lines) == 9
+    for line, expected in zip(lines, expected_lines, strict=True):
+        for field in fields & expected.keys():
+            wanted = None if expected[field] is None else pytest.approx(expected[field], rel=1e-10)
+            assert line[field] == wanted, (name, field)
+        if line["kind"] == "train":
+            flops = [each["tflops_per_s"] / each["tokens_per_s"] for each in (line, expected)]
+            assert flops[0] * world_size == pytest.approx(flops[1], rel=1e-9)
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_stages_train_as_one_process_does(folder, world_size):
     weights, lines, gradients, biases = _one_process(folder)
+    assert biases.any()
     ranks = run_ranks(world_size, _train, _specs(folder, world_size))
     for name in LAYOUTS[world_size]:
-        found = ranks[0][name]
-        assert found[0].keys() == weights.keys()
+        found, found_lines, _, _ = ranks[0][name]
+        assert found.keys() == weights.keys()
         for key, expected in weights.items():
-            _assert_close(found[0][key], expected, f"{name} {key}")
-        of_ranks = [rank[name][2] for rank in ranks]
-        assert {key for of_rank in of_ranks for key in of_rank} == gradients.keys()
-        for of_rank in of_ranks:
-            for key, gradient in of_rank.items():
-                _assert_close(gradient, gradients[key], f"{name} gradient of {key}")
+            _assert_close(found[key], expected, f"{name} {key}")
+        assert {key for rank in ranks for key in rank[name][2]} == gradients.keys()
+        for key, gradient in ((key, gradient) for rank in ranks for key, gradient in rank[name][2].items()):
+            _assert_close(gradient, gradients[key], f"{name} gradient of {key}")
         assert all(torch.equal(rank[name][3], biases) for rank in ranks)
-        kinds = [line for line in found[1] if line.get("kind") in ("train", "eval")]
-        expected_lines = [line for line in lines if line.get("kind") in ("train", "eval")]
-        assert len(kinds) == len(expected_lines) == 9
-        for line, expected in zip(kinds, expected_lines, strict=True):
-            for field in (
-                SAME | (SAME_MICRO_BATCHES if name in ("pp2", "pp2-interleaved") else set())
-            ) & expected.keys():
-                wanted = None if expected[field] is None else pytest.approx(expected[field], rel=1e-10)
-                assert line[field] == wanted, (name, field)
-            if line["kind"] == "train":
-                flops = [each["tflops_per_s"] / each["tokens_per_s"] for each in (line, expected)]
-                assert flops[0] * world_size == pytest.approx(flops[1], rel=1e-9)
-        assert biases.any()
+        _assert_same_lines(found_lines, lines, name, world_size)
 
 
 def _train_packed(rank, world_size, spec):
@@ -234,3 +238,31 @@ def test_a_stage_that_stands_still_is_named_by_the_one_that_waits_for_it(folder)
     stall = find_stall(answers, {0: "rank 0", 1: "rank 1"}, 0.5, "the bound", {})
     assert (stall.waiting, stall.missing) == ((1,), (0,))
     assert "stage 1 waits for activations of stage 0" in str(stall.error)
+
+
+def _fail(rank, world_size, spec):
+    """Which errors the ranks end with when one fails in forward, and then when it fails in backward."""
+    found = []
+    for place in ("forward", "backward"):
+        worker = join_worker(spec, rank, world_size, f"fail-{place}")
+
+        def fail(*_):
+            raise InvalidValue("it is wrong")
+
+        if rank == 1:
+            block = worker._state.model.layers.get_submodule("4")
+            block.register_forward_hook(fail) if place == "forward" else block.attention_norm.weight.register_hook(fail)
+        try:
+            worker.train()
+        except RuntimeError as error:
+            found.append(is_collateral(str(error)))
+        except InvalidValue:
+            found.append("own")
+        worker.leave()
+    return found
+
+
+def test_an_error_inside_a_stage_keeps_its_type_and_the_others_know_that_it_is_not_theirs(folder):
+    spec = _spec(folder, "fail", size=2)
+    spec = replace(spec, run=replace(spec.run, eval_every=0))
+    assert run_ranks(2, _fail, spec, timeout_s=60) == [[True, True], ["own", "own"]]
