@@ -14,7 +14,7 @@ from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import ExchangeShape
 from dispatch.laws import BalanceConfig
 from dispatch.routing.statistics import make_statistic
-from runtime.settings.pipeline_rules import check_pipeline
+from runtime.settings.pipeline_rules import PipelineRules
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
@@ -139,6 +139,12 @@ def cross_check(config: TrainConfig) -> None:
     _check_report(config)
     if config.parallel.backend is not None and ep_size > 1:
         config.parallel.backend.check(_exchange_shape(config, ep_size))
+
+
+def check_pipeline(config: TrainConfig) -> None:
+    """Raises InvalidValue where the settings do not go with the stages of a pipeline."""
+    names = ("run", "model", "parallel", "cluster", "optim", "aux")
+    PipelineRules(**{name: getattr(config, name) for name in names}, record=config.balance.record).check()
 
 
 def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:

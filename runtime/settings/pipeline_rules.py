@@ -1,57 +1,73 @@
 """What a run with pipeline parallelism cannot have yet, said before anything starts."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
+from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
+from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import divide_layers
-
-if TYPE_CHECKING:
-    from runtime.settings.config import TrainConfig
-
-
-def check_pipeline(config: "TrainConfig") -> None:
-    """Raises InvalidValue: the layers, micro-batches or other settings do not go with the stages of `config`."""
-    pipeline = config.parallel.pipeline
-    if pipeline.size == 1:
-        return
-    batch, num_ranks = config.run.global_batch_size, config.dp_size
-    if batch % num_ranks:
-        raise InvalidValue(
-            f"run.global_batch_size ({batch}) must be a multiple of the workers of a stage ({num_ranks} = "
-            f"cluster.num_workers {config.cluster.num_workers} / parallel.pipeline.size {pipeline.size}), which divide "
-            f"it among them; {-(-batch // num_ranks) * num_ranks} would do"
-        )
-    divide_layers(config.model.num_layers, pipeline.num_stages)
-    pipeline.check_micro_batches(config.run.num_micro_batches(config.dp_size))
-    if reason := next(_reasons(config), None):
-        raise InvalidValue(f"parallel.pipeline.size ({pipeline.size}) does not go with {reason}")
+from workers.model.model_config import ModelConfig
+from workers.run_config import RunConfig
+from workers.training.aux_losses import AuxLossConfig
+from workers.training.optimizer import OptimConfig
 
 
-def _reasons(config: "TrainConfig") -> Iterator[str]:
-    parallel, model, cluster = config.parallel, config.model, config.cluster
-    if parallel.shard != "none":
-        yield f"parallel.shard {parallel.shard} yet: weights would be gathered once a micro-batch; set it to none"
-    if model.tie_embeddings:
-        yield "model.tie_embeddings: the first stage and the last one would each hold the matrix; set it to false"
-    if model.num_mtp_layers:
-        yield (
-            f"model.num_mtp_layers ({model.num_mtp_layers}) yet: the last stage would need the embedding of the first; "
-            "set it to 0"
-        )
-    if model.lora.rank:
-        yield f"model.lora.rank ({model.lora.rank}) yet: a stage without anything to train ends backward; set it to 0"
-    if config.optim.freeze:
-        yield f"optim.freeze ({', '.join(config.optim.freeze)}) yet, for the same reason as adapters; leave it empty"
-    if config.aux.active:
-        yield "auxiliary losses (aux.*) yet: only the last stage has a loss; leave balancing to balance.law"
-    if config.balance.record:
-        yield f"balance.record ({config.balance.record}) yet: a rank scores the layers of its stage alone; set it to 0"
-    if parallel.exchange == "deep_ep":
-        yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
-    bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
-    if bounds != {cluster.num_workers}:
-        yield (
-            "other numbers of workers than cluster.num_workers yet: a smaller gang would have other stages; leave "
-            "cluster.min_workers and cluster.max_workers at 0"
-        )
+@dataclass(frozen=True, kw_only=True)
+class PipelineRules:
+    """The settings that stages have to go with. record: `balance.record`."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    cluster: ClusterConfig
+    optim: OptimConfig
+    aux: AuxLossConfig
+    record: int
+
+    def check(self) -> None:
+        """Raises InvalidValue: the layers, micro-batches or other settings do not go with the stages."""
+        pipeline, num_workers = self.parallel.pipeline, self.cluster.num_workers
+        if pipeline.size == 1:
+            return
+        batch, num_ranks = self.run.global_batch_size, pipeline.ranks_per_stage(num_workers)
+        if batch % num_ranks:
+            raise InvalidValue(
+                f"run.global_batch_size ({batch}) must be a multiple of the workers of a stage ({num_ranks} = "
+                f"cluster.num_workers {num_workers} / parallel.pipeline.size {pipeline.size}), which divide it among "
+                f"them; {-(-batch // num_ranks) * num_ranks} would do"
+            )
+        divide_layers(self.model.num_layers, pipeline.num_stages)
+        pipeline.check_micro_batches(self.run.num_micro_batches(num_ranks))
+        if reason := next(self._reasons(), None):
+            raise InvalidValue(f"parallel.pipeline.size ({pipeline.size}) does not go with {reason}")
+
+    def _reasons(self) -> Iterator[str]:
+        parallel, model, cluster = self.parallel, self.model, self.cluster
+        if parallel.shard != "none":
+            yield f"parallel.shard {parallel.shard} yet: weights would be gathered once a micro-batch; set it to none"
+        if model.tie_embeddings:
+            yield "model.tie_embeddings: the first stage and the last one would each hold the matrix; set it to false"
+        if model.num_mtp_layers:
+            yield (
+                f"model.num_mtp_layers ({model.num_mtp_layers}) yet: the last stage would need the embedding, which "
+                "the first one has; set it to 0"
+            )
+        if model.lora.rank:
+            yield f"model.lora.rank ({model.lora.rank}) yet: backward ends where nothing is trained; set it to 0"
+        if self.optim.freeze:
+            yield f"optim.freeze ({', '.join(self.optim.freeze)}) yet, for the same reason as adapters; leave it empty"
+        if self.optim.offload != "none":
+            yield f"optim.offload {self.optim.offload} yet: the two were not tried together; set it to none"
+        if self.aux.active:
+            yield "auxiliary losses (aux.*) yet: only the last stage has a loss; leave balancing to balance.law"
+        if self.record:
+            yield f"balance.record ({self.record}) yet: a rank scores the layers of its stage alone; set it to 0"
+        if parallel.exchange == "deep_ep":
+            yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
+        bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
+        if bounds != {cluster.num_workers}:
+            yield (
+                "other numbers of workers than cluster.num_workers yet: a smaller gang would have other stages; leave "
+                "cluster.min_workers and cluster.max_workers at 0"
+            )

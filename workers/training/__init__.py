@@ -7,5 +7,6 @@ first step to the last, with evaluations (`evaluation`) and checkpoints (`saver`
 `rank_state` builds what a rank needs from its `worker_spec`, which is all that the driver tells it; `sharding` divides
 the states over the ranks by fully_shard, whose gathers `narrow_gather` makes small. `summed_metrics` declares what is
 summed over ranks; `metrics` makes the lines of metrics.jsonl. `aux_losses` are the router losses that are off by
-default; `faults` makes ranks fail on purpose, by a `fault_plan`, in tests.
+default; `pipeline` runs micro-batches through the stages of several ranks; `faults` makes ranks fail on purpose, by a
+`fault_plan`, in tests.
 """

@@ -9,9 +9,8 @@ from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.runs.run_dir import CONFIG_FILE, find_run
-from runtime.settings.config import TrainConfig
+from runtime.settings.config import TrainConfig, check_pipeline
 from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config
-from runtime.settings.pipeline_rules import check_pipeline
 from workers.model.families import Settings, family_of
 from workers.model.families.source import CONFIG as HUGGING_FACE_CONFIG
 from workers.model.families.source import read_json

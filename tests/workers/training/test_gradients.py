@@ -223,7 +223,8 @@ def test_a_bad_gradient_of_one_rank_makes_the_norm_non_finite_on_all(where: str,
 
 def one_rank_groups(**overrides: Any) -> Any:
     fields = {"world_size": 1, "ep_size": 1, "edp_size": 1, "device": torch.device("cpu")}
-    return type("Groups", (), {**fields, "world_group": None, "ep_group": None, "edp_group": None, **overrides})()
+    none = dict.fromkeys(("world_group", "ep_group", "edp_group", "pipeline"))
+    return type("Groups", (), {**fields, **none, **overrides})()
 
 
 def test_large_finite_fp32_gradients_have_a_finite_norm() -> None:
