@@ -1,6 +1,7 @@
 """A pipeline of ranks trains as one process does: loss, gradients, weights, biases and evaluations."""
 
 import functools
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -167,9 +168,10 @@ def test_a_checkpoint_of_one_pipeline_is_read_by_any_other(folder, num_ranks, si
     weights = _one_process(folder)[0]
     first = _spec(folder, f"first{size}", size=size)
     run_ranks(num_ranks, _train_from, first, None, 3)
-    path = first.run_dir / "checkpoints" / "step_00000003"
     for world_size, layout in RESUMES[num_ranks, size].items():
         spec = _spec(folder, f"from{size}-{world_size}", **layout)
+        shutil.copytree(first.run_dir, spec.run_dir)
+        path = spec.run_dir / "checkpoints" / "step_00000003"
         found = run_ranks(world_size, _train_from, spec, path, None)[0]
         for key, expected in weights.items():
             _assert_close(found[key], expected, f"{world_size} ranks, {key}")
@@ -244,7 +246,8 @@ def _fail(rank, world_size, spec):
     """Which errors the ranks end with when one fails in forward, and then when it fails in backward."""
     found = []
     for place in ("forward", "backward"):
-        worker = join_worker(spec, rank, world_size, f"fail-{place}")
+        spec = replace(spec, run_dir=spec.run_dir.parent / place)
+        worker = join_worker(spec, rank, world_size, place)
 
         def fail(*_):
             raise InvalidValue("it is wrong")
