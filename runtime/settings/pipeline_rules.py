@@ -43,9 +43,25 @@ class PipelineRules:
             raise InvalidValue(f"parallel.pipeline.size ({pipeline.size}) does not go with {reason}")
 
     def _reasons(self) -> Iterator[str]:
-        parallel, model, cluster = self.parallel, self.model, self.cluster
+        yield from self._reasons_of_model()
+        parallel, cluster = self.parallel, self.cluster
         if parallel.shard != "none":
             yield f"parallel.shard {parallel.shard} yet: weights would be gathered once a micro-batch; set it to none"
+        if parallel.exchange == "deep_ep":
+            yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
+        if self.optim.offload != "none":
+            yield f"optim.offload {self.optim.offload} yet: the two were not tried together; set it to none"
+        if self.record:
+            yield f"balance.record ({self.record}) yet: a rank scores the layers of its stage alone; set it to 0"
+        bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
+        if bounds != {cluster.num_workers}:
+            yield (
+                "other numbers of workers than cluster.num_workers yet: a smaller gang would have other stages; leave "
+                "cluster.min_workers and cluster.max_workers at 0"
+            )
+
+    def _reasons_of_model(self) -> Iterator[str]:
+        model = self.model
         if model.tie_embeddings:
             yield "model.tie_embeddings: the first stage and the last one would each hold the matrix; set it to false"
         if model.num_mtp_layers:
@@ -57,17 +73,5 @@ class PipelineRules:
             yield f"model.lora.rank ({model.lora.rank}) yet: backward ends where nothing is trained; set it to 0"
         if self.optim.freeze:
             yield f"optim.freeze ({', '.join(self.optim.freeze)}) yet, for the same reason as adapters; leave it empty"
-        if self.optim.offload != "none":
-            yield f"optim.offload {self.optim.offload} yet: the two were not tried together; set it to none"
         if self.aux.active:
             yield "auxiliary losses (aux.*) yet: only the last stage has a loss; leave balancing to balance.law"
-        if self.record:
-            yield f"balance.record ({self.record}) yet: a rank scores the layers of its stage alone; set it to 0"
-        if parallel.exchange == "deep_ep":
-            yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
-        bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
-        if bounds != {cluster.num_workers}:
-            yield (
-                "other numbers of workers than cluster.num_workers yet: a smaller gang would have other stages; leave "
-                "cluster.min_workers and cluster.max_workers at 0"
-            )

@@ -41,6 +41,7 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
         ({"model": {"num_mtp_layers": 1}}, r"model.num_mtp_layers \(1\) yet: the last stage would need the embedding"),
         ({"model": {"lora": LoraConfig(rank=4)}}, r"model.lora.rank \(4\) yet"),
         ({"optim": {"freeze": ("router",)}}, r"optim.freeze \(router\) yet"),
+        ({"optim": {"offload": "states"}}, r"optim.offload states yet"),
         ({"aux": {"loss": "switch"}}, r"auxiliary losses \(aux.\*\) yet: only the last stage has a loss"),
         ({"aux": {"z_alpha": 1e-3}}, r"auxiliary losses \(aux.\*\) yet"),
         ({"balance": {"record": 1}}, r"balance.record \(1\) yet: a rank scores the layers of its stage alone"),
