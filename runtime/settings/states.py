@@ -7,7 +7,7 @@ from typing import NamedTuple
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
 from workers.model.lora import gathers_experts_narrow
-from workers.training.offload import PIECE_BYTES, PIECES_AT_ONCE
+from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE
 
 
 class Held(NamedTuple):

@@ -14,10 +14,6 @@ from torch import Tensor, nn
 
 from workers.gang.sharded import local_rows
 
-# Of state. A copy of 256 MiB takes about 5 ms over PCIe 5, beside which starting it is nothing.
-PIECE_BYTES = 256 * 2**20
-PIECES_AT_ONCE = 2  # the one that is updated, and its neighbour that arrives or leaves
-
 State = dict[str, Tensor]
 
 
@@ -42,7 +38,7 @@ class HostStates:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         initial_state: Callable[[str, Tensor], State],
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int,
     ) -> None:
         self._optimizer, self._initial_state, self._piece_bytes = optimizer, initial_state, piece_bytes
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}

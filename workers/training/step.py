@@ -22,7 +22,7 @@ from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.offload import HostStates
-from workers.training.optimizer import OptimConfig, learning_rate
+from workers.training.optimizer import PIECE_BYTES, OptimConfig, learning_rate
 from workers.training.sharding import set_sync
 from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
 
@@ -81,7 +81,11 @@ class Trainer:
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
         offloads = self.optim.offload == "states"
-        self.updates = HostStates(self.model, self.optimizer, self.optim.initial_state) if offloads else self.optimizer
+        self.updates = (
+            HostStates(self.model, self.optimizer, self.optim.initial_state, PIECE_BYTES)
+            if offloads
+            else self.optimizer
+        )
         self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
 
     def step(self, step: int, *, stop_requested: bool = False) -> StepResult:

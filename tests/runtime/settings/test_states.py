@@ -23,7 +23,7 @@ from workers.model.lora import LoraConfig
 from workers.model.model_config import ModelConfig
 from workers.training.gradients import reduce_gradients
 from workers.training.offload import HostStates
-from workers.training.optimizer import OptimConfig, build_optimizer
+from workers.training.optimizer import PIECE_BYTES, OptimConfig, build_optimizer
 from workers.training.sharding import set_sync, shard_states
 
 MODEL = ModelConfig(
@@ -69,7 +69,7 @@ def step(model: Decoder, groups: RankGroups, shard: str, optim: OptimConfig) -> 
     token_nll_sum(model(ids), ids).backward()
     reduce_gradients(model, groups)
     offloads = optim.offload == "states"
-    (HostStates(model, optimizer, optim.initial_state) if offloads else optimizer).step()
+    (HostStates(model, optimizer, optim.initial_state, PIECE_BYTES) if offloads else optimizer).step()
     parameters = list(model.parameters())
     moments = chain.from_iterable(state.values() for state in optimizer.state.values())
     return {

@@ -25,7 +25,7 @@ from workers.model.model_config import ModelConfig
 from workers.training import offload
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.offload import HostStates
-from workers.training.optimizer import OptimConfig, build_optimizer, decay_groups
+from workers.training.optimizer import PIECES_AT_ONCE, OptimConfig, build_optimizer, decay_groups
 from workers.training.sharding import set_sync, shard_states
 
 STEPS, SEQUENCES, NUM_EXPERTS = 5, 8, 8
@@ -123,7 +123,7 @@ def test_two_pieces_at_most_are_on_the_device(optimizer: str, monkeypatch: pytes
     of_parameters = [sum(v.nbytes for v in state.values() if v.ndim) for state in updates.state.values()]
     piece = max(PIECE_BYTES, *of_parameters)
     assert alive == 0
-    assert piece < most <= offload.PIECES_AT_ONCE * piece < sum(of_parameters) / 2
+    assert piece < most <= PIECES_AT_ONCE * piece < sum(of_parameters) / 2
 
 
 def test_state_is_the_same_memory_from_step_to_step() -> None:
