@@ -90,7 +90,7 @@ def _model(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
         model(ids, document_starts=starts, targets=targets).total.backward()
 
     def by_mask() -> None:
-        with patch.object(Documents, "of", lambda starts: _mask(starts, 0)):
+        with patch.object(Documents, "of", lambda starts, _context: _mask(starts, 0)):
             by_documents()
 
     return by_mask, by_documents

@@ -84,24 +84,30 @@ class RunConfig:
             what = f"names {unknown[0]!r}" if unknown else f"({', '.join(self.log_to)}) names one twice"
             raise InvalidValue(f"run.log_to {what}; it can name {', '.join(LOGGERS)}, each once, as in [wandb]")
 
-    def sequences_per_rank(self, world_size: int) -> int:
-        """Each rank's share of the global batch. Raises ValueError where the ranks do not divide it."""
-        if self.global_batch_size % world_size:
-            above = -(-self.global_batch_size // world_size) * world_size
-            raise InvalidValue(
-                f"run.global_batch_size ({self.global_batch_size}) must be a multiple of cluster.num_workers "
-                f"({world_size}): every worker takes the same number of sequences; {above} would do"
-            )
-        return self.global_batch_size // world_size
+    def sequences_per_rank(self, world_size: int, context: int = 1) -> int:
+        """Each rank's share of the global batch, or that of `context` ranks that have it together.
 
-    def num_micro_batches(self, world_size: int) -> int:
+        Raises ValueError where the ranks do not divide it.
+        """
+        num_shares = world_size // context
+        if self.global_batch_size % num_shares:
+            above = -(-self.global_batch_size // num_shares) * num_shares
+            shared = f" / parallel.context ({world_size} / {context})" if context > 1 else f" ({world_size})"
+            raise InvalidValue(
+                f"run.global_batch_size ({self.global_batch_size}) must be a multiple of cluster.num_workers"
+                f"{shared}: every worker takes the same number of sequences; {above} would do"
+            )
+        return self.global_batch_size // num_shares
+
+    def num_micro_batches(self, world_size: int, context: int = 1) -> int:
         """Forward and backward passes of one step on each rank. Raises ValueError where they would be uneven."""
-        share = self.sequences_per_rank(world_size)
+        share = self.sequences_per_rank(world_size, context)
         micro_batch_size = self.micro_batch_size or share
         if share % micro_batch_size:
             sizes = [size for size in range(1, share + 1) if share % size == 0]
             raise InvalidValue(
                 f"run.micro_batch_size ({micro_batch_size}) must divide a worker's share of the batch ({share} = "
-                f"run.global_batch_size {self.global_batch_size} / {world_size} workers); use one of {sizes}, or 0"
+                f"run.global_batch_size {self.global_batch_size} / {world_size // context} workers); use one of "
+                f"{sizes}, or 0"
             )
         return share // micro_batch_size

@@ -155,13 +155,13 @@ class Worker:
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
         state = self._load(checkpoint_path)
-        run, num_ranks = self._spec.run, state.groups.dp_size
+        run, num_shares = self._spec.run, state.groups.num_shares
         return evaluate(
             state.model,
             state.dataset,
             state.sampler,
             state.groups,
-            batch_size=max(1, run.global_batch_size // num_ranks // run.num_micro_batches(num_ranks)),
+            batch_size=max(1, run.global_batch_size // num_shares // run.num_micro_batches(num_shares)),
             num_sequences=num_sequences,
             autocast=state.autocast(),
             routers=state.routers,
@@ -272,7 +272,7 @@ class Worker:
             names=self._state.layout.names,
             num_experts=self._state.layout.num_experts,
             world_size=groups.world_size,
-            num_micro_batches=spec.run.num_micro_batches(groups.world_size),
+            num_micro_batches=spec.run.num_micro_batches(groups.num_shares),
         )
         # Only rank 0 is listened to; the others have the log of their process.
         warn = self._warn if groups.rank == 0 else _logger.warning

@@ -96,8 +96,18 @@ class TrainConfig:
 
     @property
     def dp_size(self) -> int:
-        """Workers that read different sequences: all of them, with a pipeline those of a stage."""
+        """Workers with the same layers, which divide the batch among them: all, with a pipeline those of a stage."""
         return self.parallel.pipeline.ranks_per_stage(self.cluster.num_workers)
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Of a step, on each rank, or on those that share them."""
+        return self.run.sequences_per_rank(self.dp_size, self.parallel.context)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step, on each rank."""
+        return self.run.num_micro_batches(self.dp_size, self.parallel.context)
 
     @property
     def freezes_router(self) -> bool:
@@ -113,8 +123,9 @@ def cross_check(config: TrainConfig) -> None:
     """
     world_size = config.cluster.num_workers
     check_pipeline(config)
-    config.run.num_micro_batches(config.dp_size)
     ep_size = config.parallel.resolve(world_size)
+    _ = config.num_micro_batches  # raises where ranks do not divide the batch
+    _check_context(config)
     if config.model.num_dense_layers == config.model.num_layers:
         raise InvalidValue(
             f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
@@ -145,6 +156,28 @@ def check_pipeline(config: TrainConfig) -> None:
     """Raises InvalidValue where the settings do not go with the stages of a pipeline."""
     names = ("run", "model", "parallel", "cluster", "optim", "aux")
     PipelineRules(**{name: getattr(config, name) for name in names}, record=config.balance.record).check()
+
+
+def _check_context(config: TrainConfig) -> None:
+    """The rules of sequences that ranks share."""
+    size, seq_len = config.parallel.context, config.model.max_seq_len
+    if size == 1:
+        return
+    if -(-seq_len // size) * (size - 1) >= seq_len:
+        raise InvalidValue(
+            f"parallel.context ({size}) leaves a rank without tokens of a sequence of model.max_seq_len ({seq_len}); "
+            "lower it"
+        )
+    if config.aux.loss == "sequence":
+        raise InvalidValue(
+            f"aux.loss 'sequence' needs whole sequences on a rank, and with parallel.context ({size}) no rank has one; "
+            "take --aux.loss global_batch, or --parallel.context 1"
+        )
+    if config.balance.record and seq_len % size:
+        raise InvalidValue(
+            f"balance.record needs as many tokens on every rank: model.max_seq_len ({seq_len}) must be a multiple of "
+            f"parallel.context ({size}), or set --balance.record 0"
+        )
 
 
 def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:

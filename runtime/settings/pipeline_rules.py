@@ -47,6 +47,8 @@ class PipelineRules:
         parallel, cluster = self.parallel, self.cluster
         if parallel.shard != "none":
             yield f"parallel.shard {parallel.shard} yet: weights would be gathered once a micro-batch; set it to none"
+        if parallel.context > 1:
+            yield f"parallel.context ({parallel.context}) yet: a stage passes on whole sequences; set it to 1"
         if parallel.exchange == "deep_ep":
             yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
         if self.optim.offload != "none":

@@ -135,9 +135,8 @@ def batch_bytes_at_least(config: TrainConfig) -> int:
 
     A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
     """
-    workers = config.dp_size
-    sequences = config.run.sequences_per_rank(workers) // config.run.num_micro_batches(workers)
-    tokens = sequences * config.model.max_seq_len
+    sequences = config.sequences_per_rank // config.num_micro_batches
+    tokens = sequences * -(-config.model.max_seq_len // config.parallel.context)
     inputs = tokens * config.model.hidden * config.model.num_layers
     return FP32 * (inputs + logits_at_once(tokens, config.model.vocab_size))
 

@@ -141,7 +141,7 @@ def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
     # Gradients of a unit are there twice: as backward made them, and flat, as they are sent, in fp32.
     if config.parallel.shard == "full":  # weights of the root, a block and the next; gradients of the root and a block
         return Held(FP32 * (2 * root + max(4 * block, root)), (2 * size + FP32) * layer)
-    if config.run.num_micro_batches(config.cluster.num_workers) > 1:  # gradients add up in fp32
+    if config.num_micro_batches > 1:  # gradients add up in fp32
         return Held(FP32 * (2 * whole.dense + max(block, root)), (size + FP32) * whole.experts + FP32 * layer)
     return Held(FP32 * (whole.dense + root + max(2 * block, root)), size * whole.experts + (size + FP32) * layer)
 

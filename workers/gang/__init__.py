@@ -5,6 +5,7 @@ that is `gang_store`; it works through Ray calls to the `mailbox` of each rank. 
 gloo's sockets, and breaks all connections when a rank fails. `exchange_choice` resolves the exchange "auto" from which
 ranks share a node. `agreement` lets all ranks raise where one fails, and `collateral` recognises errors that only say
 that another rank is gone. `sharded` gives the rows of a sharded tensor that this rank holds, and `replicas` the groups
-between which these are replicated. `pipeline` divides layers and ranks into stages. `heap` gives freed memory of CPU
-ranks back to the system; `memory` says how much a rank holds.
+between which these are replicated. `pipeline` divides layers and ranks into stages; `context` is the place of a rank
+among those that share its sequences. `heap` gives freed memory of CPU ranks back to the system; `memory` says how much
+a rank holds.
 """

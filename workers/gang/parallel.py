@@ -16,6 +16,7 @@ from dispatch.exchange.node_groups import NodeGroups, make_node_groups
 from dispatch.exchange.payload import Payload
 from dispatch.exchange.registry import BACKENDS, Backend
 from workers.gang.connections import Connections, listening, refuse_strangers
+from workers.gang.context import Context
 from workers.gang.pipeline import PipelineConfig, PipelineGroups
 from workers.gang.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
 
@@ -45,6 +46,9 @@ class ParallelConfig:
     shard: Shard = "none"
     """What ranks with the same parameters divide among them: nothing ('none'), the optimizer's moments and the master
     weights ('optimizer', ZeRO-1), or all states, gathering a block's weights when it computes ('full', ZeRO-3)."""
+    context: int = 1
+    """Neighbouring ranks that share each sequence, a run of its tokens each, and see the keys and values of all
+    (context parallelism); 1: a rank has whole sequences. Must divide the number of workers."""
     replicate: int = 1
     """Groups of neighbouring ranks that each hold all sharded states once, and sum their gradients (HSDP); 1 shards
     over all ranks. Must divide the number of workers, and the ranks that hold the same experts."""
@@ -73,6 +77,8 @@ class ParallelConfig:
                 "parallel.shard is 'none', with which every rank holds them whole; set --parallel.shard full, or leave "
                 "parallel.replicate at 1"
             )
+        if self.context < 1:
+            raise InvalidValue(f"parallel.context ({self.context}) must be at least 1; 1 gives a rank whole sequences")
         if self.ranks_per_node < 0:
             raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
@@ -82,8 +88,8 @@ class ParallelConfig:
     def at(self, world_size: int) -> Self:
         """These settings for a gang of another size than they were made for; unchanged where they fit.
 
-        Else EP size and number of replicas are the largest up to those wanted that fit the ranks, and what was said of
-        nodes is dropped where it no longer fits.
+        Else EP size, number of replicas and ranks that share a sequence are the largest up to those wanted that fit the
+        ranks, and what was said of nodes is dropped where it no longer fits.
         """
         num_ranks = self.pipeline.ranks_per_stage(world_size)
         wanted = min(self.ep_size or num_ranks, num_ranks)
@@ -91,6 +97,8 @@ class ParallelConfig:
         changed = self if ep_size == (self.ep_size or num_ranks) else replace(self, ep_size=ep_size)
         replicas = max(num for num in replica_counts(num_ranks, ep_size) if num <= self.replicate)
         changed = changed if replicas == self.replicate else replace(changed, replicate=replicas)
+        context = max(size for size in range(1, self.context + 1) if num_ranks % size == 0)
+        changed = changed if context == self.context else replace(changed, context=context)
         if not self.ranks_per_node or ep_size % self.ranks_per_node == 0:
             return changed
         exchange = "auto" if self.backend is not None and self.backend.needs_nodes else self.exchange
@@ -106,7 +114,7 @@ class ParallelConfig:
         return self.at(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
-        """The EP size for this many ranks. Raises InvalidValue where pipeline, EP or replicas do not divide them."""
+        """The EP size for so many ranks. Raises InvalidValue where it or another of these settings does not fit."""
         num_ranks = self.pipeline.ranks_per_stage(world_size)
         ep_size = self.ep_size or num_ranks
         if num_ranks % ep_size:
@@ -121,6 +129,11 @@ class ParallelConfig:
                 "all nodes of an expert-parallel group have equally many ranks"
             )
         check_replicas(self.replicate, num_ranks, ep_size)
+        if num_ranks % self.context:
+            raise InvalidValue(
+                f"parallel.context ({self.context}) must divide the number of workers ({num_ranks}); use one of "
+                f"{[size for size in range(1, num_ranks + 1) if num_ranks % size == 0]}"
+            )
         return ep_size
 
 
@@ -133,8 +146,9 @@ class RankGroups:
     never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
     checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. replicas: the
     meshes of sharded states, where they are replicated. pipeline: the place in one, where there is one: the EP and EDP
-    groups are then those of a stage. connections: of all those that are gloo. tracker: where the training thread says
-    what it is in; it starts its collectives there.
+    groups are then those of a stage. context: this rank's place among those that share its sequences, where they do.
+    connections: of all those that are gloo. tracker: where the training thread says what it is in; it starts its
+    collectives there.
     """
 
     rank: int
@@ -153,6 +167,7 @@ class RankGroups:
     nodes: NodeGroups | None = None
     replicas: ReplicaGroups | None = None
     pipeline: PipelineGroups | None = None
+    context: Context | None = None
     connections: Connections = field(default_factory=Connections)
     tracker: ActivityTracker = field(default_factory=ActivityTracker)
 
@@ -163,13 +178,18 @@ class RankGroups:
 
     @property
     def dp_size(self) -> int:
-        """Ranks that read different sequences: those of a stage."""
+        """How many they are."""
         return self.world_size if self.pipeline is None else self.world_size // self.pipeline.size
 
     @property
-    def dp_rank(self) -> int:
-        """The place among them."""
-        return self.rank % self.dp_size
+    def num_shares(self) -> int:
+        """Shares of a batch: each has one of them, or those that share its sequences."""
+        return self.dp_size // (self.context.size if self.context else 1)
+
+    @property
+    def share(self) -> int:
+        """That of this rank."""
+        return self.rank % self.dp_size // (self.context.size if self.context else 1)
 
 
 def join_groups(
@@ -205,6 +225,8 @@ def join_groups(
     replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
     for group in [*mesh.get_all_groups(), *(replicas.groups if replicas else [])]:
         _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
+    tracker = ActivityTracker()
+    context = _join_context(config.context, world_size, device, timeout, tracker) if config.context > 1 else None
     nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
     # NCCL opens connections as it likes, and not by gloo's rules: on CUDA only the groups below are looked at.
     before_gloo = listening() if on_cuda else before
@@ -223,6 +245,8 @@ def join_groups(
         nodes=nodes,
         replicas=replicas,
         pipeline=_pipeline_groups(mesh, timeout) if pp_size > 1 else None,
+        context=context,
+        tracker=tracker,
         checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
@@ -236,6 +260,16 @@ def _pipeline_groups(mesh: DeviceMesh, timeout: timedelta) -> PipelineGroups:
     if stage_group is None:
         raise RuntimeError("torch.distributed has formed no group of this rank's stage")
     return PipelineGroups(mesh.get_local_rank("pp"), mesh.size(0), mesh.get_group("pp"), stage_group)
+
+
+def _join_context(
+    size: int, world_size: int, device: torch.device, timeout: timedelta, tracker: ActivityTracker
+) -> Context:
+    """Form the groups of `size` neighbouring ranks that share their sequences. Collective over all ranks."""
+    mesh = init_device_mesh(device.type, (world_size // size, size), mesh_dim_names=("share", "context"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+    return Context(mesh.get_local_rank("context"), size, mesh.get_group("context"), tracker)
 
 
 def _form_default_group(rank: int, world_size: int, store: Store, device: torch.device, timeout: timedelta) -> None:
@@ -271,6 +305,7 @@ def _exercise(groups: RankGroups) -> None:
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
     of_tokens += groups.replicas.groups if groups.replicas else []
     of_tokens += [groups.pipeline.group, groups.pipeline.stage_group] if groups.pipeline else []
+    of_tokens += [groups.context.group] if groups.context else []
     pairs = [(group, groups.device) for group in of_tokens]
     on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
     for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:

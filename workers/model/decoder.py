@@ -14,6 +14,7 @@ from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
 from dispatch.routing.replay import Routing, by_block
+from workers.gang.context import Context
 from workers.model.attention import Documents, KeyValueCache, Seen, rotary_table, visible, within_window
 from workers.model.lora import add_adapters
 from workers.model.loss import TokenLoss, after_next, linear_cross_entropy
@@ -86,10 +87,12 @@ class NextTokenBlock(nn.Module):
         self.block = Block(config, moe)
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
 
-    def forward(self, normed: Tensor, embedded: Tensor, rotary: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, normed: Tensor, embedded: Tensor, rotary: Tensor, seen: Seen, routing: Routing | None = None
+    ) -> Tensor:
         """Map the decoder's normalised output and the next tokens' embeddings to the same shape, (B, S, hidden)."""
         x = self.proj(torch.cat([self.token_norm(embedded), self.hidden_norm(normed)], dim=-1))
-        y: Tensor = self.norm(self.block(x, rotary, None, routing=routing))
+        y: Tensor = self.norm(self.block(x, rotary, None, seen, routing=routing))
         return y
 
 
@@ -145,8 +148,10 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
         document_starts: Tensor | None = None,
+        context: Context | None = None,
         next_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        further_targets: Tensor | None = None,
         routings: Sequence[Routing | None] | None = None,
     ) -> Predicted | tuple[Predicted, Predicted]:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
@@ -166,16 +171,19 @@ class Decoder(nn.Module):
             logits_at: int64 (B,), the only place in each row whose logits are wanted.
             document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
                 beyond it. Without padding, positions and cache. None: a row is one document.
+            context: the ranks that share these rows: the other arguments have this rank's places, but document_starts,
+                which is then needed, has those of whole rows.
             next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with `targets` and
                 `routings` alone.
             targets: int64 (B, S), the token that each one is to predict, -100 for none.
+            further_targets: the same of the MTP layer; by default `after_next` of targets, then of whole rows.
             routings: of the MoE layers in their order, with next_ids that of the MTP layer too: experts to take, of all
                 B * S tokens; None for a layer that chooses itself. Recomputes take the same.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
         x = self._embedded(token_ids)
-        rotary, seen = self._places(x, token_mask, positions, cache, document_starts)
+        rotary, seen = self._places(x, token_mask, positions, cache, document_starts, context)
         near = self._near(x, seen, positions, cache) if self.config.sliding_window else None
         num_dense, num_blocks = self.config.num_dense_layers, self.config.num_layers + (next_ids is not None)
         given = by_block(routings, num_dense, num_blocks - num_dense)
@@ -184,8 +192,11 @@ class Decoder(nn.Module):
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
             return predicted
-        further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, given[-1])
-        return predicted, self._head(further, None if targets is None else after_next(targets))
+        shared = seen if context is not None else None  # documents are not kept apart here: the settings refuse them
+        further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, shared, given[-1])
+        if targets is not None and further_targets is None:
+            further_targets = after_next(targets)
+        return predicted, self._head(further, further_targets)
 
     def run_layers(self, layers: range, x: Tensor, *, document_starts: Tensor | None = None) -> Tensor:
         """Part of `forward`, for a stage of a pipeline: some layers in a row, with embedding and last norm at the ends.
@@ -199,7 +210,7 @@ class Decoder(nn.Module):
         Collective, as `forward`.
         """
         x = self._embedded(x) if layers.start == 0 else x
-        rotary, seen = self._places(x, None, None, None, document_starts)
+        rotary, seen = self._places(x, None, None, None, document_starts, None)
         near = self._near(x, seen, None, None) if self.config.sliding_window else None
         return self._through(layers, x, rotary, None, (seen, near), None, [None] * self.config.num_layers)
 
@@ -240,11 +251,16 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         cache: KeyValueCache | None,
         document_starts: Tensor | None,
+        context: Context | None,
     ) -> tuple[Tensor, Seen]:
         """The rotary table of these tokens, and what attention reaches; None for causal order alone."""
+        if context is not None and document_starts is None:
+            raise ValueError("ranks that share rows need document_starts, of whole rows")
         if document_starts is not None:
             # Rotary scores depend on distances alone: positions need not begin again with each document.
-            return self._rotary(x, x.shape[1]), Documents.of(document_starts)
+            seq_len = document_starts.shape[1]
+            first = 0 if context is None else context.chunk(seq_len).start
+            return self._rotary(x, seq_len)[first : first + x.shape[1]], Documents.of(document_starts, context)
         rotary = self._rotary(x, x.shape[1] if positions is None else positions)
         if cache is not None:
             places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if positions is None else positions
@@ -268,8 +284,9 @@ class Decoder(nn.Module):
 
     def _rotary(self, x: Tensor, positions: int | Tensor) -> Tensor:
         config = self.config
-        if x.shape[1] > config.max_seq_len:
-            raise ValueError(f"sequence of {x.shape[1]} tokens is longer than max_seq_len ({config.max_seq_len})")
+        seq_len = positions if isinstance(positions, int) else x.shape[1]
+        if seq_len > config.max_seq_len:
+            raise ValueError(f"sequence of {seq_len} tokens is longer than max_seq_len ({config.max_seq_len})")
         return rotary_table(
             positions, config.rotary_dim, config.rope_theta, device=x.device, dtype=x.dtype, yarn=config.yarn
         )

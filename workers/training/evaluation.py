@@ -16,12 +16,14 @@ from torch import Tensor
 from dispatch.balance import routers_of
 from dispatch.routing.router import Router
 from dispatch.routing.selection import count_by_expert
-from workers.data.sampler import Batch, Sampler
+from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
 from workers.data.windows import NO_TARGET
+from workers.gang.context import Context
 from workers.gang.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
+from workers.training.own_part import OwnPart, own_part
 
 if TYPE_CHECKING:
     from workers.training.pipeline import Pipeline
@@ -74,13 +76,14 @@ def evaluate(
     num_sources = len(dataset.source_names)
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
     with _HeldOutLoad(routers_of(model) if routers is None else routers, num_sources) as load:
-        for batch in sampler.val_batches(groups.dp_rank, groups.dp_size, batch_size, num_sequences):
+        for batch in sampler.val_batches(groups.share, groups.num_shares, batch_size, num_sequences):
             load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
-            loss = _loss(model, batch.sequences.to(groups.device), autocast, pipeline)
+            shared = own_part(batch.sequences.to(groups.device), groups.context)
+            loss = _loss(model, shared, groups.context, autocast, pipeline)
             if loss is None:  # it is known where the last layers are
                 continue
             nats_B = loss.of_token.sum(1, dtype=torch.float64).cpu()
-            tokens_B = batch.is_real_B * (batch.sequences.targets != NO_TARGET).sum(1)
+            tokens_B = batch.is_real_B * (shared.targets.cpu() != NO_TARGET).sum(1)
             # where, not a product: a NaN of a padding row must not reach the sum.
             totals[0].index_add_(0, batch.source_B, torch.where(batch.is_real_B, nats_B, 0.0))
             totals[1].index_add_(0, batch.source_B, tokens_B.double())
@@ -93,12 +96,17 @@ def evaluate(
 
 
 def _loss(
-    model: Decoder, batch: Batch, autocast: AbstractContextManager[None], pipeline: "Pipeline | None"
+    model: Decoder,
+    shared: OwnPart,
+    context: Context | None,
+    autocast: AbstractContextManager[None],
+    pipeline: "Pipeline | None",
 ) -> TokenLoss | None:
     if pipeline is not None:
-        return pipeline.evaluate(batch)
+        return pipeline.evaluate(shared)
+    given = {"document_starts": shared.document_starts, "context": context}
     with autocast:
-        loss: TokenLoss = model(batch.input_ids, document_starts=batch.document_starts, targets=batch.targets)
+        loss: TokenLoss = model(shared.input_ids, targets=shared.targets, **given)
     return loss
 
 

@@ -14,13 +14,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from dispatch.diagnosis.activity_tracker import PendingCollective
 from dispatch.routing.router import Router
-from workers.data.sampler import Batch
 from workers.gang.parallel import RankGroups
 from workers.gang.pipeline import PipelineConfig, PipelineGroups
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
+from workers.training.own_part import OwnPart
 
 
 class Pipeline:
@@ -59,7 +59,7 @@ class Pipeline:
         self._nll_sum = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         self._forwards: list[range] = []  # layers of the forwards so far, in their order
 
-    def step(self, batches: Sequence[Batch], num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
+    def step(self, batches: Sequence[OwnPart], num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
         """Forward and backward of all micro-batches; gradients are added up.
 
         Args:
@@ -96,7 +96,7 @@ class Pipeline:
             num_passes[layers] += 1
         return placed.flatten()
 
-    def evaluate(self, batch: Batch) -> TokenLoss | None:
+    def evaluate(self, batch: OwnPart) -> TokenLoss | None:
         """The loss of a batch without gradients, on ranks with the last stage; None on the others."""
         sent = []
         for stage in self._stages:

@@ -15,7 +15,7 @@ from dispatch.diagnosis.meter import Meter
 from dispatch.errors import UserError
 from dispatch.routing.router import Router
 from workers.control.loop import ControlLoop, StepControl
-from workers.data.sampler import Batch, Sampler
+from workers.data.sampler import Sampler
 from workers.gang.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.run_config import RunConfig
@@ -23,6 +23,7 @@ from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.offload import HostStates
 from workers.training.optimizer import PIECE_BYTES, OptimConfig, learning_rate
+from workers.training.own_part import OwnPart, own_part
 from workers.training.sharding import set_sync
 from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
 
@@ -77,7 +78,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.routers = self.routers or routers_of(self.model)
-        self.num_micro = self.run.num_micro_batches(self.groups.dp_size)
+        self.num_micro = self.run.num_micro_batches(self.groups.num_shares)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
         offloads = self.optim.offload == "states"
@@ -156,7 +157,7 @@ class Trainer:
         self.pipeline.step(list(self._micro_batches(step)), num_targets, report)
         return measured[0]
 
-    def _forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: OwnPart, num_targets: int) -> tuple[Tensor, Tensor]:
         """Return the language model's summed loss, detached, and the loss to train on."""
         has_mtp = self.model.config.num_mtp_layers > 0
         # One forward: with recompute no copy of a weight need stay to its end.
@@ -165,6 +166,8 @@ class Trainer:
             predicted = self.model(
                 batch.input_ids,
                 document_starts=batch.document_starts,
+                context=self.groups.context,
+                further_targets=batch.further_targets,
                 next_ids=batch.targets if has_mtp else None,
                 targets=batch.targets,
             )
@@ -179,10 +182,11 @@ class Trainer:
             total = total + self.optim.mtp_weight * further.total
         return nll_sum.detach(), total
 
-    def _micro_batches(self, step: int) -> Iterator[Batch]:
-        place = (self.groups.dp_rank, self.groups.dp_size)
+    def _micro_batches(self, step: int) -> Iterator[OwnPart]:
+        groups, place = self.groups, (self.groups.share, self.groups.num_shares)
         for micro in range(self.num_micro):
-            yield self.sampler.batch(step - 1, *place, micro, self.num_micro).to(self.groups.device)
+            batch = self.sampler.batch(step - 1, *place, micro, self.num_micro)
+            yield own_part(batch.to(groups.device), groups.context)
 
     def _report(self, step: int, nll_sum: Tensor, num_targets: int, stop_requested: bool) -> RankStep:
         balance_sum, z_sum = self.aux_losses.sums if self.aux_losses is not None else (None, None)

@@ -160,7 +160,7 @@ class TrainingRun:
             state.dataset,
             state.sampler,
             state.groups,
-            batch_size=state.spec.run.global_batch_size // state.groups.dp_size // self.trainer.num_micro,
+            batch_size=state.spec.run.global_batch_size // state.groups.num_shares // self.trainer.num_micro,
             num_sequences=state.spec.run.eval_sequences,
             autocast=state.autocast(),
             routers=state.routers,

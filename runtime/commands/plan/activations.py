@@ -40,7 +40,8 @@ class MicroBatch:
     on CUDA; on CPUs grouped, which keeps a copy of each expert row, or looped, one after the other. casts_experts: they
     are copied where the compute dtype is another, as they are not where they are gathered in it. packed: rows hold
     documents that attention keeps apart. varlen: one kernel serves documents and windows, as on CUDA in bf16; without
-    it they are copied block by block (workers.model.attention.attend).
+    it they are copied block by block (workers.model.attention.attend). context: ranks that share the sequences; tokens
+    are a rank's own, and counted is the last of them, which sees most keys.
     """
 
     tokens: int
@@ -55,6 +56,12 @@ class MicroBatch:
     casts_experts: bool = True
     packed: bool = False
     varlen: bool = False
+    context: int = 1
+
+    @property
+    def own_len(self) -> int:
+        """Tokens of a sequence on this rank."""
+        return -(-self.seq_len // self.context)
 
     @property
     def casts(self) -> bool:
@@ -64,13 +71,12 @@ class MicroBatch:
 
 def attention_bytes(config: ModelConfig, batch: MicroBatch, window: int = 0) -> float:
     """The attention of one layer with its norms; `window` is that of the layer."""
-    if config.attention == "latent":
-        per_token = _latent(config, batch)
-    else:
-        window = window if window < batch.seq_len else 0
-        per_token = _grouped_query(config, batch, window) + _masks(batch, window) / batch.tokens
+    window = window if window < batch.seq_len else 0
+    latent = config.attention == "latent"
+    per_token = _latent(config, batch) if latent else _grouped_query(config, batch, window)
+    masks = _masks(batch, window)
     num_norms = 2 if config.post_norms else 1  # with that of its output
-    return batch.tokens * (num_norms * _norm(config.hidden) + per_token)
+    return batch.tokens * (num_norms * _norm(config.hidden) + per_token) + masks
 
 
 def dense_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -180,7 +186,8 @@ def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast, num_adapters
 def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
     """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
     has_moe = config.num_moe_layers > 0
-    layer = max(_expert_scratch(config, batch) if has_moe else 0, _dense_scratch(config, batch))
+    experts = _expert_scratch(config, batch) if has_moe else 0.0
+    layer = max(experts, _dense_scratch(config, batch), _shared_scratch(config, batch))
     return {AT_LOSS: _loss_scratch(config, batch), IN_BACKWARD: _again(config, batch) + layer}
 
 
@@ -235,8 +242,8 @@ def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float
     width, size = config.head_width, batch.element_bytes
     queries, values = config.num_heads * width, config.num_kv_heads * width
     rotated = queries + values
-    by_block = (batch.packed or window > 0) and not batch.varlen
-    copies = by_block or config.attention_sinks  # else values are cut of the product that all come from
+    by_block = (batch.packed or batch.context > 1 or window > 0) and not batch.varlen
+    copies = by_block or config.attention_sinks or batch.context > 1  # else values are cut of the product of all
     kept: float = size * config.hidden  # the input
     if config.query_key_norm != "none":
         rows = config.num_heads + config.num_kv_heads if config.query_key_norm == "head" else 2
@@ -248,40 +255,52 @@ def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float
         kept += size * (2 * queries + (config.hidden if batch.casts else 0))
     if not copies or config.clip_qkv or (config.query_key_norm != "none" and not batch.casts):
         kept += size * (rotated + values)
-    per_key = 1 + _keys_seen_again(batch, window) if by_block else 1
+    per_key = _keys_per_token(batch, window)
     wider = SINK_DIMS if config.attention_sinks else 0
     heads, kv_heads = config.num_heads * (width + wider), config.num_kv_heads * (width + wider)
     kept += size * (2 * heads + (2 if copies else 1) * per_key * kv_heads)  # queries, keys, values and output
-    return kept + size * queries * copies + FP32 * config.num_heads
+    return kept + size * queries * (by_block or config.attention_sinks) + FP32 * config.num_heads
 
 
-def _keys_seen_again(batch: MicroBatch, window: int) -> float:
-    """Of a token: the share of keys that a second block sees, in rows of one document."""
-    return (-(-batch.seq_len // window) - 1) * window / batch.seq_len if window else 0.0
+def _keys_per_token(batch: MicroBatch, window: int) -> float:
+    """Keys that are kept for each token of this rank, in rows of one document: those before them too, and copies."""
+    before = batch.seq_len - batch.own_len
+    if not window:
+        return 1 + before / batch.own_len
+    again = 0 if batch.varlen else (-(-batch.own_len // window) - 1) * window
+    return 1 + (min(before, window) + again) / batch.own_len
 
 
 def _masks(batch: MicroBatch, window: int) -> float:
-    """Of the blocks of one layer that continue others, as what is added to scores: of whole ones, and of the rest."""
-    if not window or batch.varlen:
+    """Of the blocks of one layer that see keys before their own, as what is added to scores, one for each kind."""
+    if batch.varlen or (batch.context == 1 and not window):
         return 0.0
-    whole, rest = (batch.seq_len >= 2 * window), batch.seq_len % window
-    return batch.element_bytes * (2 * window**2 * whole + rest * (window + rest))
+    before = batch.seq_len - batch.own_len
+    step = window or batch.own_len
+    first, rest = min(step, batch.own_len), batch.own_len % step
+    kinds = {(first, min(before, step) if window else before)}
+    kinds |= {(step, step)} if batch.own_len >= 2 * step else set()
+    kinds |= {(rest, step)} if rest and batch.own_len > step else set()
+    return batch.element_bytes * sum(tokens * (seen + tokens) for tokens, seen in kinds if seen)
 
 
 def _latent(config: ModelConfig, batch: MicroBatch) -> float:
     sizes, heads, size = config.latent, config.num_heads, batch.element_bytes
-    score_width = sizes.nope_dim + sizes.rope_dim
+    score_width, per_key = sizes.nope_dim + sizes.rope_dim, _keys_per_token(batch, 0)
+    # Where ranks share sequences the latents of all are a part of what was gathered.
+    gathered = sizes.kv_rank if batch.context == 1 else per_key * (sizes.kv_rank + sizes.rope_dim)
     kept: float = size * config.hidden * (2 if batch.casts else 1)  # queries and keys each cast their input
     # Without autocast the norm keeps what the latent is cut of, with the shared key.
-    kept += _norm(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * sizes.kv_rank
+    kept += _norm(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * gathered
     if sizes.query_rank:
         kept += _norm(sizes.query_rank) + size * sizes.query_rank
-    if not batch.packed:
+    per_head = 0.0
+    if not batch.packed and batch.context == 1:
         per_head = 2 * score_width + sizes.nope_dim + 2 * sizes.value_dim  # queries, keys, keys with values, output
     elif batch.varlen:  # values and output as wide as keys; what `out_proj` reads
-        per_head = 4 * score_width + sizes.value_dim
+        per_head = 2 * score_width + 2 * per_key * score_width + sizes.value_dim
     else:  # values are a copy, and output is there by document and whole
-        per_head = 2 * score_width + 3 * sizes.value_dim
+        per_head = score_width + per_key * (score_width + sizes.value_dim) + 2 * sizes.value_dim
     return kept + size * heads * per_head + FP32 * heads
 
 
@@ -305,6 +324,20 @@ def _loss_scratch(config: ModelConfig, batch: MicroBatch) -> float:
     """Logits of a chunk, their gradient and the head in the compute dtype, and what a chunk adds to its gradient."""
     chunk = logits_at_once(batch.tokens, config.vocab_size) * (FP32 + (batch.element_bytes if batch.casts else 0))
     return chunk + batch.element_bytes * config.vocab_size * config.hidden * (2 if batch.casts else 1)
+
+
+def _shared_scratch(config: ModelConfig, batch: MicroBatch) -> float:
+    """Gradients of the keys and values of whole sequences, as they are made, in parts, and as they are sent."""
+    if batch.context == 1:
+        return 0.0
+    return 3 * batch.element_bytes * batch.tokens * batch.context * widths_of_keys(config)
+
+
+def widths_of_keys(config: ModelConfig) -> int:
+    """Elements of what ranks that share sequences gather of a token: keys and values of all heads, or the latent."""
+    if config.attention == "latent":
+        return config.latent.kv_rank + config.latent.rope_dim
+    return config.num_kv_heads * 2 * config.head_width
 
 
 def _dense_scratch(config: ModelConfig, batch: MicroBatch) -> float:

@@ -52,6 +52,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--recompute", nargs="?", const="full", choices=again, help="what backward computes again; alone: full")
     add("--shard", choices=("none", "optimizer", "full"), help="states that ranks divide among them (as configured)")
     add("--replicate", type=whole(1), metavar="N", help="groups of ranks with all sharded states each (as configured)")
+    add("--context", type=whole(1), metavar="N", help="ranks that share each sequence (as configured)")
     add("--optimizer", metavar="NAME", help="adamw, adamw_bf16, muon or your own, for its state (as configured)")
     add("--offload", choices=("none", "states"), help="what of the optimizer lies in host memory (as configured)")
     add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")

@@ -31,6 +31,7 @@ class Fit:
             "--parallel.ep_size": config.parallel.resolve(config.cluster.num_workers),
             "--parallel.shard": config.parallel.shard,
             "--parallel.replicate": config.parallel.replicate,
+            "--parallel.context": config.parallel.context,
             "--model.max_seq_len": config.model.max_seq_len,
             "--model.recompute": config.model.recompute,
             "--run.dtype": config.run.dtype,
@@ -75,7 +76,12 @@ def smallest_world(given: argparse.Namespace) -> Subject:
     """
     node, limit_bytes = given.ranks_per_node or RANKS_OF_A_NODE, given.memory_gib * 2**30
     for world_size in (*(size for size in (1, 2, 4) if size < node), *range(node, MAX_WORLD + 1, node)):
-        if (given.batch or world_size) % world_size or world_size % (given.ep or 1):
+        num_shares = max(1, world_size // (given.context or 1))
+        if (
+            (given.batch or world_size) % num_shares
+            or world_size % (given.ep or 1)
+            or world_size % (given.context or 1)
+        ):
             continue
         if (given.replicate or 1) not in replica_counts(world_size, given.ep or world_size):
             continue
@@ -95,7 +101,7 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """Settings, each with one saving more than those before it: the later, the more it costs beside memory."""
     yield "as given", config
     num_workers = config.cluster.num_workers
-    if config.run.sequences_per_rank(num_workers) > config.run.num_micro_batches(num_workers):
+    if config.sequences_per_rank > config.num_micro_batches:
         config = replace(config, run=replace(config.run, micro_batch_size=1))
         yield "micro-batches of 1", config
     for shard in ("optimizer", "full"):  # as many bytes as without, then half as many again

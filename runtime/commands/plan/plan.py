@@ -6,7 +6,15 @@ from typing import Any
 
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BACKENDS, one_row_a_rank
-from runtime.commands.plan.activations import FP32, MicroBatch, Parts, peak_bytes, saved_bytes, scratch_bytes
+from runtime.commands.plan.activations import (
+    FP32,
+    MicroBatch,
+    Parts,
+    peak_bytes,
+    saved_bytes,
+    scratch_bytes,
+    widths_of_keys,
+)
 from runtime.commands.plan.stages import PlanStage, stages_of
 from runtime.commands.plan.subject import Subject
 from runtime.commands.plan.traffic import Layout, Traffic, exchange_traffic, gradient_bytes, spread_of
@@ -34,8 +42,8 @@ class Plan:
     on_host: optimizer state in host memory. saved: kept from forward to backward of a micro-batch. scratch: the largest
     of each kind that is held besides. bucket_bytes: of gradients under way between ranks, after the last backward.
     traffic: by exchange, those that are possible. gradients: bytes that a ring sends to sum those of the dense
-    parameters and of the experts, and to gather their weights where they are sharded. stage: where there is a pipeline,
-    that of the rank which needs most.
+    parameters and of the experts, and to gather their weights where they are sharded. keys_bytes: what goes to
+    ranks that share the sequences. stage: where there is a pipeline, that of the rank which needs most.
     """
 
     subject: Subject
@@ -51,6 +59,7 @@ class Plan:
     exchange: str
     traffic: dict[str, Traffic]
     gradients: dict[str, float]
+    keys_bytes: float
     stage: PlanStage | None = None
 
     @property
@@ -72,7 +81,8 @@ class Plan:
     def sent_bytes(self) -> float:
         """By a rank in a step, over whichever link."""
         between_stages = self.stage.message_bytes if self.stage is not None else 0.0
-        return self.traffic[self.exchange].total.total + sum(self.gradients.values()) + between_stages
+        of_model = sum(self.gradients.values()) + between_stages + self.keys_bytes
+        return self.traffic[self.exchange].total.total + of_model
 
     def largest_parts(self) -> list[tuple[str, float]]:
         """Names and bytes, the largest first."""
@@ -108,7 +118,7 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -
     layout = Layout(ExpertPlacement(config.model.moe.num_experts, ep_size), min(subject.ranks_per_node, ep_size))
     exchange = _exchange(subject)
     batch = micro_batch(config, layout, exchange)
-    step_tokens = batch.tokens * config.run.num_micro_batches(world_size)
+    step_tokens = batch.tokens * config.num_micro_batches
     whole = whole_elements(config, counts)
     return Plan(
         subject=subject,
@@ -131,7 +141,17 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -
             payload=config.parallel.payload,
         ),
         gradients=_gradient_bytes(config, counts, trained),
+        keys_bytes=_keys_bytes(config, batch),
     )
+
+
+def _keys_bytes(config: TrainConfig, batch: MicroBatch) -> float:
+    """Of a step, keys and values of a rank's tokens to those that share its sequences, and gradients of theirs back."""
+    model = config.model
+    num_gathers = 2 + (model.recompute in ("attention", "full"))
+    num_layers = (model.num_layers + model.num_mtp_layers) * config.num_micro_batches
+    per_gather = batch.element_bytes * batch.tokens * widths_of_keys(model) * (config.parallel.context - 1)
+    return float(num_layers * num_gathers * per_gather)
 
 
 def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts) -> dict[str, float]:
@@ -152,7 +172,7 @@ def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: Param
     if config.parallel.shard == "optimizer":
         return {"dense": (whole[0] + own[0]) / 2 + once[0], "experts": (whole[1] + own[1]) / 2 + once[1]}
     # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
-    num_micro = config.run.num_micro_batches(config.cluster.num_workers)
+    num_micro = config.num_micro_batches
     root = gradient_bytes(root_bytes // FP32, owners.dense)
     dense, experts = whole[0] - root / 2 + own[0] / 2, whole[1] + own[1] / 2
     return {"dense": num_micro * dense + once[0], "experts": num_micro * experts + once[1]}
@@ -175,9 +195,9 @@ def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
 
 def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatch:
     """What a rank computes at once under balanced load: the rank with most experts, on CUDA."""
-    model, moe, world_size = config.model, config.model.moe, config.cluster.num_workers
-    sequences = config.run.sequences_per_rank(world_size) // config.run.num_micro_batches(world_size)
-    tokens, num_local = sequences * model.max_seq_len, max(layout.of_ranks)
+    model, moe = config.model, config.model.moe
+    sequences = config.sequences_per_rank // config.num_micro_batches
+    tokens, num_local = sequences * -(-model.max_seq_len // config.parallel.context), max(layout.of_ranks)
     alone, spread = len(layout.of_ranks) == 1, spread_of(moe, layout)
     # An exchange over nodes has no hops where one node holds all ranks; its rows then come as those of ranks.
     last = (BACKENDS[exchange].hops(spread) or one_row_a_rank(spread))[-1]
@@ -196,6 +216,7 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
         casts_experts=is_bf16 and gathered_expert_bytes(config) != element_bytes,
         packed=config.data.has_documents,
         varlen=is_bf16 and not model.attention_sinks,
+        context=config.parallel.context,
     )
 
 
@@ -205,7 +226,7 @@ def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
     changes: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
     if config.model.recompute != "full":
         changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute="full"))
-    if config.run.sequences_per_rank(config.dp_size) // config.run.num_micro_batches(config.dp_size) > 1:
+    if config.sequences_per_rank // config.num_micro_batches > 1:
         changes["--micro-batch 1"] = lambda c: replace(c, run=replace(c.run, micro_batch_size=1))
     if config.parallel.shard != "full" and config.cluster.num_workers > 1 and plan.stage is None:
         changes["--shard full"] = lambda c: replace(c, parallel=replace(c.parallel, shard="full"))
@@ -268,11 +289,12 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
         "ep_size": config.parallel.resolve(config.cluster.num_workers),
         "ranks_per_node": plan.subject.ranks_per_node,
         "global_batch_size": config.run.global_batch_size,
-        "micro_batches": config.run.num_micro_batches(config.dp_size),
+        "micro_batches": config.num_micro_batches,
         "seq_len": config.model.max_seq_len,
         "dtype": config.run.dtype,
         "shard": config.parallel.shard,
         "replicate": config.parallel.replicate,
+        "context": config.parallel.context,
         "recompute": config.model.recompute,
         "optimizer": config.optim.name,
         "offload": config.optim.offload,
@@ -296,5 +318,6 @@ def as_json(plan: Plan, memory_gib: float) -> dict[str, Any]:
             }
             for name, each in plan.traffic.items()
         },
+        "keys_bytes": round(plan.keys_bytes),
         "gradient_bytes": {name: round(size) for name, size in plan.gradients.items()},
     }

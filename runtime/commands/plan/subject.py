@@ -108,6 +108,7 @@ def _with_options(config: TrainConfig, given: argparse.Namespace) -> TrainConfig
             shard=given.shard,
             replicate=given.replicate,
             pipeline=None if given.pp is None else replace(config.parallel.pipeline, size=given.pp),
+            context=given.context,
         ),
         cluster=over(config.cluster, num_workers=given.world),
         optim=over(config.optim, name=given.optimizer, offload=given.offload),
@@ -119,7 +120,7 @@ def _check(config: TrainConfig, ranks_per_node: int) -> None:
     ep_size = config.parallel.resolve(world_size)
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     check_pipeline(config)
-    config.run.num_micro_batches(config.dp_size)
+    _ = config.num_micro_batches  # raises where ranks do not divide the batch
     if world_size % ranks_per_node:
         raise InvalidValue(
             f"--ranks-per-node ({ranks_per_node}) must divide the number of ranks ({world_size}); nodes are alike here"

@@ -75,8 +75,8 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{subject.name}: {_billions(plan.size.total)} parameters, {_billions(plan.size.active)} of them active; "
         f"{moe.num_experts} experts, top-{moe.top_k}"
     )
-    num_micro = config.run.num_micro_batches(config.dp_size)
-    sequences = config.run.sequences_per_rank(config.dp_size) // num_micro
+    num_micro = config.num_micro_batches
+    sequences = config.sequences_per_rank // num_micro
     yield (
         f"{world_size} ranks, {subject.ranks_per_node} a node; {ep_size} share the experts, "
         f"{plan.num_local_experts} of each layer on a rank; each expert is on {config.dp_size // ep_size}"
@@ -93,6 +93,8 @@ def _heading(plan: Plan) -> Iterator[str]:
             f"Pipeline of {config.parallel.pipeline.size}: of rank {stage.pp_rank} in it, that needs most, with layers "
             f"{layers} and {stage.in_flight} forward{'s' * (stage.in_flight > 1)} under way at most"
         )
+    if config.parallel.context > 1:
+        yield f"{config.parallel.context} ranks share each sequence; counted is the last of them, which keeps most keys"
     yield from (f"{note}." for note in subject.notes)
 
 
@@ -125,6 +127,8 @@ def _traffic(plan: Plan) -> Table:
         label = f"{kind} {exchange}{' (chosen)' * chosen}"
         for way, links in (("forward", traffic.forward), ("backward", traffic.backward), ("", traffic.total)):
             _add(table, f"{label}{', ' * bool(way)}{way}", (links.network, links.node, links.total), style=style)
+    if plan.keys_bytes:
+        _add(table, "keys and values of shared sequences, and their gradients", (None, None, plan.keys_bytes))
     for name, size in plan.gradients.items():
         label = "gradients" if plan.subject.config.parallel.shard == "none" else "gradients and gathers"
         _add(table, f"sum of {label}, {name}, by a ring", (None, None, size))

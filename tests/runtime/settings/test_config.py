@@ -294,6 +294,22 @@ def as_option(value: Any) -> str:
             {"balance__law": "quantile", "model__moe__num_experts": 256, "model__num_layers": 62},
             r"balance.law quantile counts 1001 numbers for each of 256 experts in .* MiB a step .*of at most 40; use",
         ),
+        (
+            {"cluster__num_workers": 4, "parallel__context": 2, "run__global_batch_size": 15},
+            r"global_batch_size \(15\) must be a multiple of .* / parallel.context \(4 / 2\).*; 16 would do",
+        ),
+        (
+            {"cluster__num_workers": 16, "parallel__context": 16, "parallel__ep_size": 2, "model__max_seq_len": 45},
+            r"parallel.context \(16\) leaves a rank without tokens of .*max_seq_len \(45\); lower it",
+        ),
+        (
+            {"parallel__context": 2, "aux__loss": "sequence", "aux__alpha": 0.01},
+            r"aux.loss 'sequence' needs whole sequences .*parallel.context \(2\).*; take --aux.loss global_batch",
+        ),
+        (
+            {"parallel__context": 2, "balance__record": 1, "model__max_seq_len": 45},
+            r"balance.record needs .*max_seq_len \(45\) must be a multiple of parallel.context \(2\)",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )

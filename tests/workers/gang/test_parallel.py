@@ -19,6 +19,7 @@ from workers.gang.parallel import ParallelConfig
             r"parallel.ranks_per_node \(-2\) must be 0 \(as they are placed\) or a positive number",
         ),
         ({"replicate": 0, "shard": "full"}, r"parallel.replicate \(0\) must be at least 1"),
+        ({"context": 0}, r"parallel.context \(0\) must be at least 1"),
         ({"replicate": 2}, r"parallel.replicate \(2\) .*parallel.shard is 'none'.*set --parallel.shard full"),
     ],
 )
@@ -39,6 +40,7 @@ def test_settings_that_contradict_themselves_are_refused(settings, message):
             8,
             r"hold the same experts \(2, at .*ep_size 4\); use .*\[1, 2\]",
         ),
+        ({"context": 3}, 4, r"parallel.context \(3\) must divide the number of workers \(4\); use one of \[1, 2, 4\]"),
         ({"ranks_per_node": 3}, 4, r"ranks_per_node \(3\) must divide parallel.ep_size \(4\)"),
     ],
 )
@@ -61,3 +63,10 @@ def test_a_gang_of_another_size_has_as_many_replicas_as_fit(world_size, ep_size,
     moved = ParallelConfig(ep_size=ep_size, shard="full", replicate=4).at(world_size)
     assert moved.replicate == replicas
     assert moved.resolve(world_size) == (1 if world_size == 3 else ep_size)
+
+
+@pytest.mark.parametrize(("world_size", "context"), [(8, 4), (6, 3), (4, 4), (2, 2), (5, 1)])
+def test_a_gang_of_another_size_shares_sequences_among_as_many_as_fit(world_size, context):
+    moved = ParallelConfig(ep_size=1, context=4).at(world_size)
+    assert moved.context == context
+    assert moved.resolve(world_size) == 1

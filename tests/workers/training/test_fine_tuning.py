@@ -60,7 +60,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_one_by_one(
         assert not torch.allclose(token_nll_sum(model(token_ids), targets), loss)
 
 
-def _chat(folder) -> DataConfig:
+def chat_data(folder) -> DataConfig:
     """Conversations of very different lengths, so that ranks and micro-batches differ in what they learn."""
     generator = torch.Generator().manual_seed(1)
     lines = []
@@ -105,7 +105,7 @@ def _steps(rank, world_size, spec):
 
 def test_any_layout_of_ranks_and_micro_batches_learns_the_same_from_uneven_targets(tmp_path):  # B12
     spec = make_spec(tmp_path)
-    dataset = prepare_dataset(_chat(tmp_path))
+    dataset = prepare_dataset(chat_data(tmp_path))
     spec = replace(spec, data_dir=dataset.path)
     found = {}
     for world_size, micro_batch_size in ((1, 12), (2, 6), (2, 2), (4, 1)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -32,8 +33,8 @@ def attend(
     Args:
         queries: (B, S, heads, width).
         keys, values: (B, K, kv_heads, width); values may have a width of their own.
-        seen: a mask as of `visible`; documents that fill the rows, where K = S; None: each token sees itself and all
-            before it.
+        seen: a mask as of `visible`; documents that fill the rows, where K is their length and S this rank's part of
+            it; None: each token sees itself and all before it.
         scale: factor on the scores, 1 / sqrt(width) by default.
         sinks: (heads,), as of `attend_with_sinks`.
 
@@ -48,6 +49,18 @@ def attend(
     if varlen is not None:
         return attend_by_varlen(queries, keys, values, seen, scale, varlen)
     return _attend_by_block(queries, keys, values, seen, scale, sinks)
+
+
+def of_whole_rows(seen: Seen, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention sees of a token, (B, S, ..., width) each, from all ranks that share its row, in one exchange.
+
+    As they are where none do. Collective over these ranks, in backward too.
+    """
+    if not isinstance(seen, Documents) or seen.context is None or not seen.lengths:
+        return first, second
+    together = torch.cat([first, second], dim=-1).to(_compute_dtype(first))  # attention would cast them too
+    whole = seen.context.whole(together, seen.seq_len)
+    return whole[..., : first.shape[-1]], whole[..., first.shape[-1] :]
 
 
 def varlen_kernel(queries: Tensor, values: Tensor) -> Varlen | None:
@@ -67,19 +80,41 @@ def varlen_kernel(queries: Tensor, values: Tensor) -> Varlen | None:
 def attend_by_varlen(
     queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, scale: float | None, varlen: Varlen
 ) -> Tensor:
-    """As `attend`, by one call of a function with the arguments of `torch.nn.attention.varlen.varlen_attn`."""
-    width, longest = max(queries.shape[-1], values.shape[-1]), max(documents.lengths)
+    """As `attend` of whole keys and values, by one call of what has the arguments of torch's `varlen_attn`."""
+    width = max(queries.shape[-1], values.shape[-1])
     width += -width % FLASH_WIDTH_STEP
-    # Its window counts the tokens before a query alone; (-1, 0) is causal order.
+    near_keys, near_values, *places = _packed(keys, values, documents)
+    # Its window counts the tokens before a query alone; (-1, 0) is causal order. The last query sees the last key.
     window = (documents.window - 1 if documents.window else -1, 0)
     attended = varlen(
-        *(_widened(each.flatten(0, 1), width).to(_compute_dtype(queries)) for each in (queries, keys, values)),
-        *(documents.offsets, documents.offsets, longest, longest),
+        *(
+            _widened(each, width).to(_compute_dtype(queries))
+            for each in (queries.flatten(0, 1), near_keys, near_values)
+        ),
+        *places,
         scale=scale or queries.shape[-1] ** -0.5,
         window_size=window,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
     return attended.view(*queries.shape[:3], width)[..., : values.shape[-1]]
+
+
+def _packed(keys: Tensor, values: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """The keys and values that are seen, (T, kv_heads, width), the offsets of queries and keys, and their longest."""
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    if documents.context is None:
+        longest = max(documents.lengths)
+        return keys, values, documents.offsets, documents.offsets, longest, longest
+    cut = documents.by_document
+    near_keys, near_values = (
+        torch.cat([parts[each] for seen in cut.seen for each in seen])
+        for parts in (keys.split(cut.parts), values.split(cut.parts))
+    )
+    num_queries = [block.num_tokens for block in cut.blocks]
+    num_keys = [sum(block) for block in cut.blocks]
+    offsets = [torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (num_queries, num_keys)]
+    of_queries, of_keys = (each.to(keys.device) for each in offsets)
+    return near_keys, near_values, of_queries, of_keys, max(num_queries), max(num_keys)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -95,23 +130,19 @@ def _widened(x: Tensor, width: int) -> Tensor:
 def _attend_by_block(
     queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, scale: float | None, sinks: Tensor | None
 ) -> Tensor:
-    lengths = [block.num_tokens for block in documents.blocks]
-    query_parts, key_parts, value_parts = (each.flatten(0, 1).split(lengths) for each in (queries, keys, values))
+    cut = documents.by_window
+    query_parts = queries.flatten(0, 1).split([block.num_tokens for block in cut.blocks])
+    key_parts, value_parts = (each.flatten(0, 1).split(cut.parts) for each in (keys, values))
     attended: dict[int, Tensor] = {}
-    for block, places in documents.alike.items():
-        number, seen = len(places), _seen_by(block.continues, places)
+    for block, places in cut.alike.items():
+        number, seen = len(places), [part for place in places for part in cut.seen[place]]
         now = _stacked([query_parts[place] for place in places], number)
         near_keys, near_values = (
             _stacked([parts[each] for each in seen], number) for parts in (key_parts, value_parts)
         )
         found = _attend_at_once(now, near_keys, near_values, documents.mask_of(block), scale, sinks)
         attended.update(zip(places, found.unbind(), strict=True))
-    return torch.cat([attended[place] for place in range(len(lengths))]).view(*queries.shape[:3], -1)
-
-
-def _seen_by(continues: bool, places: list[int]) -> list[int]:
-    """The blocks that each of these sees: its own, and before it the one it continues."""
-    return [each for place in places for each in range(place - continues, place + 1)]
+    return torch.cat([attended[place] for place in range(len(cut.blocks))]).view(*queries.shape[:3], -1)
 
 
 def _stacked(parts: list[Tensor], number: int) -> Tensor:

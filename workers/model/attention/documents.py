@@ -1,6 +1,7 @@
 """Which tokens see which in rows of packed documents, and under a sliding window, without a matrix of a whole row."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -8,15 +9,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workers.gang.context import Context
+
 
 class Block(NamedTuple):
-    """Tokens that follow each other in a document; what comes next in it is another block.
-
-    continues: it sees the block before it too, which is one of `window` tokens.
-    """
+    """Tokens that follow each other in a document, and how many keys before theirs they may see."""
 
     num_tokens: int
-    continues: bool
+    num_before: int
+
+
+class Cut(NamedTuple):
+    """Rows of documents, cut into parts that follow each other.
+
+    Attributes:
+        parts: tokens of each part, in all rows one after the other.
+        blocks: those of the parts that are this rank's queries, in order.
+        seen: of each block the parts whose keys it sees: its own, and before it those of `num_before` tokens.
+    """
+
+    parts: list[int]
+    blocks: list[Block]
+    seen: list[range]
+
+    @property
+    def alike(self) -> dict[Block, list[int]]:
+        """The places in `blocks` of each kind of block: those of a kind are computed together."""
+        found = defaultdict(list)
+        for place, block in enumerate(self.blocks):
+            found[block].append(place)
+        return found
 
 
 @dataclass(frozen=True)
@@ -26,53 +48,80 @@ class Documents:
     Attributes:
         offsets: int32 (N + 1,), where each of N documents begins in all rows one after the other, and their end.
         lengths: tokens of each document, at least 1.
+        seq_len: tokens of a row.
         window: a token sees so many of them at most, itself among them; 0 for all.
+        context: the ranks that share the rows; None: this one has all of them.
     """
 
     offsets: Tensor
     lengths: tuple[int, ...]
+    seq_len: int
     window: int = 0
+    context: Context | None = None
 
     @classmethod
-    def of(cls, document_starts: Tensor) -> "Documents":
+    def of(cls, document_starts: Tensor, context: Context | None = None) -> "Documents":
         """From int64 (B, S), where in its row the document of each token begins. Waits for the device."""
-        places = torch.arange(document_starts.shape[1], device=document_starts.device)
+        seq_len = document_starts.shape[1]
+        places = torch.arange(seq_len, device=document_starts.device)
         firsts = (document_starts == places).flatten().nonzero().flatten()
         offsets = torch.cat([firsts, firsts.new_tensor([document_starts.numel()])])
-        return cls(offsets.int(), tuple(offsets.diff().tolist()))
+        return cls(offsets.int(), tuple(offsets.diff().tolist()), seq_len, context=context)
 
     @classmethod
     def whole_rows(cls, num_rows: int, seq_len: int, device: torch.device) -> "Documents":
         """A document in each row."""
         offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * seq_len
-        return cls(offsets, (seq_len,) * num_rows)
+        return cls(offsets, (seq_len,) * num_rows, seq_len)
 
     def within(self, window: int) -> "Documents":
         """The same documents under a window."""
         return replace(self, window=window)
 
     @cached_property
-    def blocks(self) -> list[Block]:
-        """Those of all documents: a whole document where no window is shorter, else runs of `window` tokens."""
-        return [block for length in self.lengths for block in self._blocks_of(length)]
-
-    def _blocks_of(self, length: int) -> list[Block]:
-        step = min(self.window or length, length)
-        return [Block(min(step, length - first), first > 0) for first in range(0, length, step)]
+    def by_window(self) -> Cut:
+        """Blocks of a window's tokens at most, so that a mask of one is small."""
+        return self._cut(self.window)
 
     @cached_property
-    def alike(self) -> dict[Block, list[int]]:
-        """The places in `blocks` of each kind of block: those of a kind are computed together."""
-        found = defaultdict(list)
-        for place, block in enumerate(self.blocks):
-            found[block].append(place)
-        return found
+    def by_document(self) -> Cut:
+        """A block for each document that this rank has tokens of."""
+        return self._cut(0)
+
+    def _cut(self, most: int) -> Cut:
+        cut = Cut([], [], [])
+        for first, end in self._spans():
+            begin, stop = self._own(first), self._own(end)
+            if begin == stop:
+                cut.parts.append(end - first)
+                continue
+            near = min(begin - first, self.window or begin - first)
+            cut.parts.extend(filter(None, (begin - near - first, near)))
+            step = most or stop - begin
+            for start in range(begin, stop, step):
+                block = Block(min(step, stop - start), near if start == begin else step)
+                cut.seen.append(range(len(cut.parts) - (block.num_before > 0), len(cut.parts) + 1))
+                cut.parts.append(block.num_tokens)
+                cut.blocks.append(block)
+            cut.parts.extend(filter(None, (end - stop,)))
+        return cut
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Where in its row each document begins and ends."""
+        first = 0
+        for length in self.lengths:
+            yield first, first + length
+            first = (first + length) % self.seq_len
+
+    def _own(self, place: int) -> int:
+        """The nearest place that is this rank's, or the end of them."""
+        chunk = self.context.chunk(self.seq_len) if self.context else range(self.seq_len)
+        return min(max(place, chunk.start), chunk.stop)
 
     def mask_of(self, block: Block) -> Tensor | None:
-        """Bool (tokens, window + tokens): what they see of the block before theirs and of their own; None: causal."""
-        if not block.continues:
+        """Bool (tokens, before + tokens): what they see of the keys before theirs and of their own; None: causal."""
+        tokens, before = block
+        if not before and tokens <= (self.window or tokens):
             return None
-        whole = torch.ones(
-            block.num_tokens, self.window + block.num_tokens, dtype=torch.bool, device=self.offsets.device
-        )
-        return whole.triu(1).tril(self.window)
+        seen = torch.ones(tokens, before + tokens, dtype=torch.bool, device=self.offsets.device).tril(before)
+        return seen.triu(before - self.window + 1) if self.window else seen

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from workers.model.attention.attend import Seen, attend
+from workers.model.attention.attend import Seen, attend, of_whole_rows
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.rotary import rotate
 
@@ -86,6 +86,7 @@ class GroupedQueryAttention(nn.Module):
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             keys, values = cache.put(self, keys, values)
+        keys, values = of_whole_rows(seen, keys, values)
         outputs = attend(queries, keys, values, seen, scale=self.scale, sinks=self.sinks).flatten(2)
         y: Tensor = self.out_proj(outputs if self.gate_proj is None else outputs * self.gate_proj(x).sigmoid())
         return y

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dispatch.errors import InvalidValue
-from workers.model.attention.attend import Seen, attend
+from workers.model.attention.attend import Seen, attend, of_whole_rows
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.rotary import rotate
 from workers.model.lora import effective_weight
@@ -71,6 +71,8 @@ class LatentAttention(nn.Module):
         rotated_key = rotate(shared_key.unsqueeze(2), rotary).squeeze(2)
         latent, queries = self.kv_norm(latent), self._queries(x, rotary)
         if cache is None:
+            # Latents are a fraction of the keys and values of all heads, which each rank then expands for itself.
+            latent, rotated_key = of_whole_rows(seen, latent, rotated_key)
             attended = self._attend(queries, latent, rotated_key, seen)
         else:
             (kept,) = cache.put(self, torch.cat([latent, rotated_key], dim=-1))

@@ -157,9 +157,9 @@ def _default(workers: int) -> dict[str, Any]:
 def _from_config(config: TrainConfig, workers: int) -> dict[str, Any]:
     run, model, parallel = config.run, config.model, config.parallel
     # Of the training's own number of workers: the benchmark may have fewer ranks, with the same work each.
-    sequences = run.micro_batch_size or run.sequences_per_rank(config.cluster.num_workers)
+    sequences = run.micro_batch_size or config.sequences_per_rank
     return _default(workers) | {
-        "tokens": sequences * model.max_seq_len,
+        "tokens": sequences * -(-model.max_seq_len // parallel.context),
         "hidden": model.hidden,
         "moe": model.moe,
         "dtypes": (run.dtype,),

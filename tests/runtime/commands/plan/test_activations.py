@@ -1,5 +1,6 @@
 """The formula of kept bytes against torch's own record of saved tensors, and against its allocator."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -14,10 +15,13 @@ from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_byte
 from runtime.settings.size import count_parameters
 from tests.ranks import run_ranks
 from tests.workers.model.attention.slow_masks import starts_of
+from workers.data.sampler import Batch
+from workers.gang.context import Context
 from workers.model.attention import LatentConfig
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig, Recompute
+from workers.training.own_part import own_part
 from workers.training.step import autocast
 
 SEQUENCES, SEQ_LEN = 3, 48
@@ -93,7 +97,7 @@ def forward(model: Decoder, dtype: str, document_starts: torch.Tensor | None = N
         return loss.total + further.total
 
 
-def measured_bytes(model: Decoder, dtype: str, document_starts: torch.Tensor | None = None) -> int:
+def measured_bytes(model: Decoder, run: Callable[[Decoder], torch.Tensor]) -> int:
     """Bytes of all storages that the graph keeps, each once, those of the model left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -105,7 +109,7 @@ def measured_bytes(model: Decoder, dtype: str, document_starts: torch.Tensor | N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model, dtype, document_starts)
+        run(model)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -117,7 +121,7 @@ def test_formula_equals_what_torch_keeps(name: str, dtype: str, recompute: Recom
     batch = micro_batch(config, dtype)
     parts = saved_bytes(config, batch, count_parameters(config).cast)
     parts.pop("row maps", None)
-    measured = measured_bytes(build(config), dtype)
+    measured = measured_bytes(build(config), lambda model: forward(model, dtype))
     is_looped = batch.experts == "looped" and config.moe.has_plain_experts
     if is_looped and dtype == "bfloat16" and recompute in ("none", "attention"):
         # Rows of an expert are filled up to a multiple of 16 there: a few more than the formula's.
@@ -132,6 +136,7 @@ def test_formula_equals_what_torch_keeps(name: str, dtype: str, recompute: Recom
         assert measured == pytest.approx(total(parts), rel=1e-12)
 
 
+PACKED_ROWS = starts_of([20, 20, 8], [48], [1, 30, 17])
 PACKED = (
     "grouped queries",
     "normalised heads",
@@ -150,7 +155,7 @@ def test_formula_equals_what_packed_documents_keep(name: str, dtype: str) -> Non
     batch = replace(micro_batch(config, dtype), packed=True)
     parts = saved_bytes(config, batch, count_parameters(config).cast)
     parts.pop("row maps")
-    measured = measured_bytes(build(config), dtype, starts_of([20, 20, 8], [48], [1, 30, 17]))
+    measured = measured_bytes(build(config), lambda model: forward(model, dtype, PACKED_ROWS))
     if config.attention_sinks:
         assert total(parts) < measured < 1.02 * total(parts)  # a key more in each document
     elif config.sliding_window:
@@ -200,7 +205,39 @@ def ranks_keep(rank: int, world_size: int, config: ModelConfig, exchange: str) -
     dispatcher = make_dispatcher(config.moe.num_experts, dist.group.WORLD, **sizes)
     model = Decoder(config, lambda: dispatcher)
     init_weights(model, seed=0)
-    return measured_bytes(model, "float32")
+    return measured_bytes(model, lambda model: forward(model, "float32"))
+
+
+def sharing_ranks_keep(rank: int, world_size: int, config: ModelConfig, dtype: str) -> int:
+    """Bytes that a rank keeps of its part of sequences of one document."""
+    import torch.distributed as dist
+
+    context = Context(rank, world_size, dist.group.WORLD)
+    ids = torch.randint(config.vocab_size, (SEQUENCES, SEQ_LEN))
+    batch = own_part(Batch(ids, ids.clone()), context)
+    return measured_bytes(build(config), lambda model: shared_forward(model, batch, context, dtype))
+
+
+def shared_forward(model: Decoder, batch: Batch, context: Context, dtype: str) -> torch.Tensor:
+    with autocast(dtype, torch.device("cpu"), cache_enabled=False):
+        loss = model(batch.input_ids, targets=batch.targets, document_starts=batch.document_starts, context=context)
+    return loss.total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["grouped queries", "normalised heads", "window", "sinks", "latent"])
+def test_formula_equals_what_the_last_of_ranks_that_share_sequences_keeps(name: str, dtype: str) -> None:
+    config = CONFIGS[name]
+    batch = micro_batch(config, dtype)
+    batch = replace(batch, tokens=batch.tokens // 2, arrived_rows=batch.arrived_rows // 2, context=2)
+    batch = replace(batch, expert_rows=batch.tokens * config.moe.top_k)
+    parts = saved_bytes(config, batch, count_parameters(config).cast)
+    parts.pop("row maps")
+    measured = run_ranks(2, sharing_ranks_keep, config, dtype)[1]
+    if config.attention_sinks:
+        assert total(parts) < measured < 1.03 * total(parts)
+    else:
+        assert measured == pytest.approx(total(parts), rel=1e-12)
 
 
 @pytest.mark.parametrize("exchange", ["rank", "assignment"])

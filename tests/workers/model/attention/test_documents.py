@@ -19,6 +19,7 @@ from tests.workers.model.attention.slow_masks import (
     whole_masks,
 )
 from tests.workers.model.test_decoder import VARIANT, build, tokens
+from workers.gang.context import Context
 from workers.model.attention import Documents, LatentConfig
 from workers.model.attention.attend import attend, attend_by_varlen, varlen_kernel
 from workers.model.attention.documents import Block
@@ -75,12 +76,27 @@ def test_blocks_are_documents_or_windows_of_them() -> None:
     documents = Documents.of(starts_of([5, 2, 1], [8]))
     assert documents.lengths == (5, 2, 1, 8)
     assert documents.offsets.tolist() == [0, 5, 7, 8, 16]
-    assert documents.blocks == [Block(5, False), Block(2, False), Block(1, False), Block(8, False)]
-    near = documents.within(3)
-    first, further, rest = Block(3, False), Block(3, True), Block(2, True)
-    assert near.blocks == [first, rest, Block(2, False), Block(1, False), first, further, rest]
-    assert near.alike == {first: [0, 4], rest: [1, 6], Block(2, False): [2], Block(1, False): [3], further: [5]}
+    assert documents.by_window.blocks == [Block(5, 0), Block(2, 0), Block(1, 0), Block(8, 0)]
+    near = documents.within(3).by_window
+    assert near.blocks == [(3, 0), (2, 3), (2, 0), (1, 0), (3, 0), (3, 3), (2, 3)]
+    assert near.parts == [3, 2, 2, 1, 3, 3, 2]
+    assert [list(each) for each in near.seen] == [[0], [0, 1], [2], [3], [4], [4, 5], [5, 6]]
+    assert near.alike[Block(2, 3)] == [1, 6]
     assert Documents.whole_rows(2, 8, torch.device("cpu")).lengths == (8, 8)
+
+
+def test_a_rank_sees_its_documents_from_their_beginning_or_from_a_window_before() -> None:
+    # Places 4 to 7 of rows of 8:  a a a b | b b c c  and  a a a a | a a a a
+    second = Context(1, 2, None)  # type: ignore[arg-type]
+    documents = Documents.of(starts_of([3, 3, 2], [8]), second)
+    cut = documents.by_document
+    assert cut.parts == [3, 1, 2, 2, 4, 4]
+    assert cut.blocks == [(2, 1), (2, 0), (4, 4)]
+    assert [list(each) for each in cut.seen] == [[1, 2], [3], [4, 5]]
+    near = documents.within(3).by_window
+    assert near.parts == [3, 1, 2, 2, 1, 3, 3, 1]
+    assert near.blocks == [(2, 1), (2, 0), (3, 3), (1, 3)]
+    assert [list(each) for each in near.seen] == [[1, 2], [3], [5, 6], [6, 7]]
 
 
 # --- the kernel of CUDA ------------------------------------------------------------------------------------------
@@ -103,14 +119,16 @@ def slow_varlen(
     assert query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert query.shape[-1] % 8 == 0
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert max_q == max_k == cu_seq_q.diff().max()
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
     left, right = window_size
     assert right == 0
     found = []
-    for first, end in zip(cu_seq_q.tolist(), cu_seq_q[1:].tolist(), strict=False):
-        q, k, v = (each[first:end].transpose(0, 1) for each in (query, key, value))
-        seen = torch.ones(end - first, end - first, dtype=torch.bool).tril()
-        seen = seen if left < 0 else seen.triu(-left)
+    both = ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
+    for parts in zip(*(each.split(offsets.diff().tolist()) for each, offsets in both), strict=True):
+        q, k, v = (part.transpose(0, 1) for part in parts)
+        before = k.shape[1] - q.shape[1]  # the last query sees the last key
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(before)
+        seen = seen if left < 0 else seen.triu(before - left)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
         found.append(attended.transpose(0, 1))
     return torch.cat(found)
