@@ -33,6 +33,16 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="STEP",
         help="training step at which the laws begin, without bias (the first)",
     )
+    add(
+        "--copies",
+        action="append",
+        default=[],
+        type=whole(1),
+        metavar="N",
+        help="say what up to N copies of hot experts on each rank would have taken off the busiest; again for more",
+    )
+    add("--ranks", type=whole(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
+    add("--every", type=whole(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
     add("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 
@@ -41,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
     run_dir = run_of(options)
     from runtime.commands.replay.replay import replay
 
+    if options.copies:
+        _say_copies(run_dir, options)
     return replay(
         run_dir,
         laws=options.law,
@@ -49,3 +61,11 @@ def run(options: argparse.Namespace) -> int:
         first=options.first,
         out=options.out,
     )
+
+
+def _say_copies(run_dir: Path, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from runtime.commands.replay.copies import copies_table
+
+    Console(highlight=False).print(copies_table(run_dir, options.copies, ep_size=options.ranks, every=options.every))

@@ -5,11 +5,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
+from dispatch.layout import LoadLayout
 from runtime.cli import main
+from runtime.commands.replay.copies import outcomes_of
 from runtime.commands.replay.play import play
 from runtime.commands.replay.replay import replay
 from runtime.commands.replay.score_trace import RecordedTrace
@@ -19,7 +23,7 @@ from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.data.text import DataConfig
 from workers.record.record_file import list_records
-from workers.record.run_log import HISTORY, read_load_history
+from workers.record.run_log import HISTORY, LoadHistory, read_load_history
 
 STEPS = 32  # fewer leave no room for the practical floor
 
@@ -175,3 +179,29 @@ def test_a_plan_says_what_the_imbalance_of_each_law_would_cost(run: Path, capsys
     assert all(1 < law["steady_times"] <= law["worst_times"] for law in found["laws"])
     assert main([*arguments, "--trace", str(run)]) == 0
     assert "law on run" in capsys.readouterr().out
+
+
+def test_copies_are_judged_by_the_loads_of_the_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy / "scores", ignore_errors=True)  # they need no scores
+    assert main(["replay", str(copy), "--copies", "1", "--copies", "2", "--ranks", "4", "--every", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "experts over 4 ranks, copies placed every 8 steps"
+    rows = {line[:9]: [float(cell) for cell in line.split()[3:6]] for line in lines if line.startswith("at most")}
+    none, one, two = (rows[f"at most {num}"] for num in (0, 1, 2))
+    assert none[2] == 0
+    assert all(row[1] >= row[0] >= 1 for row in rows.values())  # this run is nearly even: copies need not pay
+    assert 0 < one[2] <= two[2] <= 8
+
+
+def test_copies_are_placed_by_loads_that_came_before() -> None:
+    # 2 layers of 4 experts on 2 ranks; expert 0 is hot up to step 4, expert 3 after it.
+    counts = np.array([[70, 10, 10, 10] * 2] * 4 + [[10, 10, 10, 70] * 2] * 4)
+    layout = LoadLayout(("a", "b"), (4, 4), (True, True))
+    history = LoadHistory(np.arange(1, 9), counts, np.zeros((8, 8), np.float32), layout)
+    every_step, every_4 = (outcomes_of(history, [1], ep_size=2, every=every)[1] for every in (1, 4))
+    assert every_step.worst > 1.6  # step 5, which the loads of step 4 mislead
+    assert every_step.busiest < 1.2
+    assert every_4.busiest == every_4.worst == every_step.worst
+    assert outcomes_of(history, [], ep_size=2, every=4)[0].busiest == pytest.approx(1.6)
+    with pytest.raises(InvalidValue, match="recorded 8 steps, and the first 8 only place"):
+        outcomes_of(history, [1], ep_size=2, every=8)
