@@ -47,6 +47,7 @@ USES = (
     Use("train --resume mine --steps 100", "--steps 2", "Step 2 of 2", ("runs/mine/report.html",)),
     Use("export mine OUT", says="OUT", leaves=("OUT/config.json", "OUT/model.safetensors", "OUT/tokenizer.json")),
     Use("plan paper-1b --world 64 --ep 8", says="Fits in 80 GiB: yes"),
+    Use("plan paper-1b --world 64 --ep 8 --simulate", says="MaxVio"),
     Use("doctor cluster", says="2 ranks on cpu joined"),
     Use("doctor first", says="step_00000016"),
     Use("chaos quick", typed_in="tests/runtime/commands/chaos/test_chaos.py"),

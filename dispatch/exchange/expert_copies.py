@@ -12,7 +12,8 @@ in tokens times S: all numbers are integers, and every rank that has the loads d
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
+from itertools import accumulate, chain
 
 from dispatch.exchange.placement import ExpertPlacement
 
@@ -46,13 +47,45 @@ class ExpertCopies:
 
     def copies_on(self, ep_rank: int) -> list[int]:
         """Experts that the rank holds a copy of, in order of id."""
-        own = self.placement.owned_by(ep_rank)
-        return [expert for expert, ranks in sorted(self.holders.items()) if ep_rank in ranks and expert not in own]
+        return self._copies_P[ep_rank]
+
+    @cached_property
+    def _copies_P(self) -> list[list[int]]:  # noqa: N802 - the shape is part of the name
+        owned = [self.placement.owned_by(rank) for rank in range(self.placement.ep_size)]
+        copies_P = [list[int]() for _ in owned]
+        for expert, ranks in sorted(self.holders.items()):
+            for rank in set(ranks):
+                if expert not in owned[rank]:
+                    copies_P[rank].append(expert)
+        return copies_P
 
     @property
     def num_copies(self) -> int:
         """Copies on all ranks."""
-        return sum(len(self.copies_on(ep_rank)) for ep_rank in range(self.placement.ep_size))
+        return sum(map(len, self._copies_P))
+
+    @property
+    def num_physical(self) -> tuple[int, ...]:
+        """Physical experts of each rank: its own, in order, and behind them its copies. Their ids go rank by rank."""
+        own = self.placement.num_local_experts
+        return tuple(num + len(copies) for num, copies in zip(own, self._copies_P, strict=True))
+
+    def physical_ids(self, ep_rank: int) -> list[list[int]]:
+        """The physical expert that computes each expert (E), for each share of the rank's tokens (G)."""
+        firsts = [0, *accumulate(self.num_physical)]
+        own = [
+            first + at
+            for first, num in zip(firsts, self.placement.num_local_experts, strict=False)
+            for at in range(num)
+        ]
+        ids_GE = [list(own) for _ in range(self.shares_per_rank)]
+        for expert, holder_S in self.holders.items():
+            for share, ids_E in enumerate(ids_GE):
+                holder = holder_S[ep_rank * self.shares_per_rank + share]
+                if expert not in self.placement.owned_by(holder):
+                    num_own = self.placement.num_local_experts[holder]
+                    ids_E[expert] = firsts[holder] + num_own + self._copies_P[holder].index(expert)
+        return ids_GE
 
     def rank_loads(self, loads_E: Sequence[int]) -> list[int]:
         """What each rank computes of the tokens of each expert, in tokens times S; the mean is sum(loads_E) times G."""

@@ -30,11 +30,11 @@ class NodeAwareDispatcher(AllToAllDispatcher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.ranks = ExchangeGroup(self.placement.num_local_experts, self.ep_group, self.meter, self.buffer_pool)
+        self.ranks = ExchangeGroup(self.num_physical_P, self.ep_group, self.meter, self.buffer_pool)
 
     def _make_groups(self) -> tuple[ExchangeGroup, ...]:
         size = dist.get_world_size(self.nodes.local_group)
-        experts_P = self.placement.num_local_experts
+        experts_P = self.num_physical_P
         experts_N = tuple(sum(experts_P[start : start + size]) for start in range(0, len(experts_P), size))
         first = dist.get_rank(self.nodes.network_group) * size
         return (
@@ -82,7 +82,7 @@ def _over_nodes(spread: Spread) -> list[Hop]:
     ]
 
 
-@register_backend("node", hops=_over_nodes, needs_nodes=True)
+@register_backend("node", hops=_over_nodes, needs_nodes=True, takes_copies=True)
 def _node(context: BackendContext) -> Dispatcher:
     return NodeAwareDispatcher(
         context.shape.num_experts,

@@ -86,6 +86,7 @@ class Backend:
     automatic: bool
     needs_nodes: bool
     replayable: bool
+    takes_copies: bool
 
 
 # Each with the module that registers it.
@@ -115,6 +116,7 @@ def register_backend(
     automatic: bool = True,
     needs_nodes: bool = False,
     replayable: bool = True,
+    takes_copies: bool = False,
 ) -> Callable[[Build], Build]:
     """Make a function that builds a `Dispatcher` an exchange that `parallel.exchange` can name.
 
@@ -126,11 +128,18 @@ def register_backend(
         automatic: whether `auto` may choose it.
         needs_nodes: whether it needs the groups of `make_node_groups`.
         replayable: whether torch's all-to-all can repeat its messages bare, as `trimtab bench dispatch` does.
+        takes_copies: whether it builds an `AllToAllDispatcher`, which can send an expert's rows to copies of it.
     """
 
     def register(build: Build) -> Build:
         backend = Backend(
-            build=build, hops=hops, check=check, automatic=automatic, needs_nodes=needs_nodes, replayable=replayable
+            build=build,
+            hops=hops,
+            check=check,
+            automatic=automatic,
+            needs_nodes=needs_nodes,
+            replayable=replayable,
+            takes_copies=takes_copies,
         )
         BACKENDS.register(name, backend, build)
         return build

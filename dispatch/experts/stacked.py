@@ -1,7 +1,7 @@
 """The experts of one rank as one stacked SwiGLU: two tensors, not L modules.
 
 Shapes: Q arrived rows (may be 0), R expert rows, a copy for each of its experts (may be 0), H hidden, F ffn_hidden,
-G = 2F, L local experts.
+G = 2F, L local experts (where others have copies here: these behind them).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from dispatch.exchange.buffer_pool import BufferPool
 from dispatch.exchange.dispatcher import DispatchHandle
 from dispatch.experts.fused import fused_swiglu
 from dispatch.experts.grouped import few_enough, grouped_swiglu
+from dispatch.experts.joined_rows import JoinedRows
 from dispatch.experts.looped import LoopedSwiGLU
 from dispatch.experts.weight_grads import ExpertWeights, WeightGrads
 from dispatch.kernels.serving import triton_serves
@@ -36,6 +37,7 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, ffn_hidden: int, expert_ids: range, meter: Meter, buffer_pool: BufferPool) -> None:
         super().__init__()
         self.expert_ids, self.meter, self.buffer_pool = expert_ids, meter, buffer_pool
+        self.joined: dict[str, JoinedRows] = {}  # by name of the parameter, where the rank holds copies
         self.gate_up_proj = nn.Parameter(torch.empty(len(expert_ids), 2 * ffn_hidden, hidden))
         self.down_proj = nn.Parameter(torch.empty(len(expert_ids), hidden, ffn_hidden))
         if not self.gate_up_proj.is_meta:
@@ -57,7 +59,12 @@ class Experts(nn.Module):
 
     def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The weights that rows are multiplied with, in `dtype`: (L, G, H) and (L, H, F)."""
-        return self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        return self.rows("gate_up_proj").to(dtype), self.rows("down_proj").to(dtype)
+
+    def rows(self, name: str) -> Tensor:
+        """A stacked parameter, and behind it the rows of the copies that this rank holds."""
+        own: Tensor = getattr(self, name)
+        return self.joined[name].stack() if name in self.joined else own
 
     def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:
         """Apply each expert to its rows.

@@ -65,8 +65,8 @@ class VariantExperts(Experts):
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """As of `Experts`, with the biases."""
-        plain, biases = super().weights(dtype), (self.gate_up_proj_bias, self.down_proj_bias)
-        cast = [None if bias is None else bias.to(dtype) for bias in biases]
+        plain, names = super().weights(dtype), ("gate_up_proj_bias", "down_proj_bias")
+        cast = [None if getattr(self, name) is None else self.rows(name).to(dtype) for name in names]
         return _VariantWeights(plain.gate_up_LGH, plain.down_LHF, plain.grads, *cast)
 
     def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:

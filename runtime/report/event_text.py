@@ -35,6 +35,10 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
     "warning": ("{text}",),
     "coordinator_lost": ("at step {step}, rank 0 goes on with the same law by itself", "{reason}"),
     "coordinator_back": ("at step {step}, lost since step {lost_since_step}",),
+    "copies_placed": (
+        "after step {step}, {num_copies} copies of hot experts",
+        "busiest rank {before} of the mean before, {after} with them",
+    ),
     "bias_repaired": ("at step {step}, on rank {ranks}",),
     "failed": ("{reason}", "rank {rank} on {node}, pid {pid}", "cause: {cause}"),
     "gave_up": ("{reason}",),

@@ -24,6 +24,7 @@ class Held(NamedTuple):
 BF16 = 2
 GATHERED = "gathered weights and their gradients"
 PIECES = "pieces of offloaded states"
+COPIES = "copies of hot experts and their gradients"
 
 
 def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
@@ -75,6 +76,8 @@ def state_bytes(
         states[PIECES] = _pieces(config, trained)
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:
         states[GATHERED] = _gathered(config, counts)
+    if config.parallel.expert_copies and config.parallel.resolve(config.cluster.num_workers) > 1:
+        states[COPIES] = Held(0, _of_copies(config, counts) + _of_copies(config, trained)).times(FP32)
     return states
 
 
@@ -111,6 +114,11 @@ def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
     )
     size = min(PIECES_AT_ONCE * max(PIECE_BYTES, *largest), sum(_optimizer_bytes(config, trained)))
     return Held(size, 0) if largest.dense > largest.experts else Held(0, size)
+
+
+def _of_copies(config: TrainConfig, counts: ParameterCounts) -> int:
+    """Elements of as many copies as a rank may hold, in all layers."""
+    return config.parallel.expert_copies * counts.experts // config.model.moe.num_experts
 
 
 def gathered_expert_bytes(config: TrainConfig) -> int:

@@ -58,7 +58,7 @@ def test_train_hands_the_checked_configuration_over(job: SimpleNamespace) -> Non
     assert main(["train", "--config", "tiny", "--steps", "3"]) == 0
     [((config,), options)] = job.calls
     assert (config.run.steps, config.model) == (3, load_config("tiny").model)
-    assert options == {"resume": None, "step": None, "init": None, "dry_run": False}
+    assert options == {"resume": None, "step": None, "init": None, "dry_run": False, "watch": False}
 
 
 def test_train_without_options_trains_the_default_model(job: SimpleNamespace) -> None:

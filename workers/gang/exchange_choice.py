@@ -49,6 +49,7 @@ def choose_exchange(
         exchange = cheapest_exchange(placement, ranks_per_node or 1, hidden=hidden, top_k=top_k)
     else:
         where = f"as set; {where}"
+    config.check_takes_copies(exchange)
     costs = wire_costs(placement, ranks_per_node or 1, hidden=hidden, top_k=top_k)
     of_nodes = ranks_per_node if BACKENDS[exchange].needs_nodes else 0
     return ExchangeChoice(exchange, of_nodes, where + _expectation(costs))

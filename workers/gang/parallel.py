@@ -52,6 +52,11 @@ class ParallelConfig:
     replicate: int = 1
     """Groups of neighbouring ranks that each hold all sharded states once, and sum their gradients (HSDP); 1 shards
     over all ranks. Must divide the number of workers, and the ranks that hold the same experts."""
+    expert_copies: int = 0
+    """Copies of other ranks' hot experts that a rank holds in each layer, at most; 0 for none. The update stays exact;
+    each copy costs an expert's weights and gradients, in memory and once a step on the wire."""
+    copies_every: int = 10
+    """Steps between placements of the copies, each by the loads of the steps since the one before."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order of a layer's work: chunks, overlap, a bound on rows."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -79,10 +84,45 @@ class ParallelConfig:
             )
         if self.context < 1:
             raise InvalidValue(f"parallel.context ({self.context}) must be at least 1; 1 gives a rank whole sequences")
+        self._check_copies()
         if self.ranks_per_node < 0:
             raise InvalidValue(
                 f"parallel.ranks_per_node ({self.ranks_per_node}) must be 0 (as they are placed) or a positive number "
                 "of ranks"
+            )
+
+    def _check_copies(self) -> None:
+        if type(self.expert_copies) is not int or self.expert_copies < 0:
+            raise InvalidValue(
+                f"parallel.expert_copies ({self.expert_copies}) must be a whole number of copies a rank, 0 for none"
+            )
+        if type(self.copies_every) is not int or self.copies_every < 1:
+            raise InvalidValue(f"parallel.copies_every ({self.copies_every}) must be a whole number of steps above 0")
+        if self.expert_copies and self.shard != "none":
+            raise InvalidValue(
+                f"parallel.expert_copies ({self.expert_copies}) needs each expert whole on its owner, but "
+                f"parallel.shard {self.shard} divides states; set --parallel.shard none, or --parallel.expert_copies 0"
+            )
+        if self.expert_copies and self.pipeline.size > 1:
+            raise InvalidValue(
+                f"parallel.expert_copies ({self.expert_copies}) is placed by ranks that have all layers, but "
+                f"parallel.pipeline.size ({self.pipeline.size}) divides them; set one of them to its default"
+            )
+        if self.expert_copies and self.context > 1:
+            raise InvalidValue(
+                f"parallel.expert_copies ({self.expert_copies}) was not tried yet with sequences that ranks share "
+                f"(parallel.context {self.context}); set one of them to its default"
+            )
+        if self.expert_copies and self.backend is not None:
+            self.check_takes_copies(self.exchange)
+
+    def check_takes_copies(self, exchange: str) -> None:
+        """Raise InvalidValue where this exchange sends an expert's rows to one rank only, and copies are wanted."""
+        if self.expert_copies and not BACKENDS[exchange].takes_copies:
+            able = ", ".join(name for name, backend in BACKENDS.items() if backend.takes_copies)
+            raise InvalidValue(
+                f"parallel.expert_copies ({self.expert_copies}) is not for parallel.exchange {exchange}, which sends "
+                f"all rows of an expert to one rank; choose --parallel.exchange {able}, or --parallel.expert_copies 0"
             )
 
     def at(self, world_size: int) -> Self:

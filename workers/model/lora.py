@@ -94,9 +94,12 @@ class LoraExperts(Experts):
         backward of a layer holds their gradient for a moment. Gradients and moments of the base are never there.
         """
         with torch.autocast(self.gate_up_proj.device.type, enabled=False):  # bf16 would lose what is added
-            gate_up = _merged(self.gate_up_proj, self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.lora_scale)
-            down = _merged(self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B, self.lora_scale)
+            gate_up, down = map(self._merged, ("gate_up_proj", "down_proj"))
             return gate_up.to(dtype), down.to(dtype)
+
+    def _merged(self, name: str) -> Tensor:
+        weight_LOI, lora_a_LRI, lora_b_LOR = (self.rows(name + part) for part in ("", "_lora_A", "_lora_B"))
+        return torch.baddbmm(weight_LOI, lora_b_LOR, lora_a_LRI, alpha=self.lora_scale)
 
 
 def effective_weight(linear: nn.Linear) -> Tensor:
@@ -154,7 +157,3 @@ def adapter_names(name: str) -> tuple[str, str]:
     """Names of A and B beside the matrix of this canonical name, whether it has an adapter or not."""
     base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
     return f"{base}lora_A", f"{base}lora_B"
-
-
-def _merged(weight_LOI: Tensor, lora_a_LRI: Tensor, lora_b_LOR: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(weight_LOI, lora_b_LOR, lora_a_LRI, alpha=scale)

@@ -20,6 +20,7 @@ from workers.gang.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
+from workers.training.expert_copies import CopiesPlaced, ExpertCopying
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
 from workers.training.offload import HostStates
 from workers.training.optimizer import PIECE_BYTES, OptimConfig, learning_rate
@@ -54,6 +55,7 @@ class StepResult:
     sent_bytes: int
     max_vio_computation_batch: float
     control: StepControl
+    placed: CopiesPlaced | None  # another placement of hot experts' copies, from the next step on
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Trainer:
     shard: Shard = "none"
     routers: Mapping[str, Router] = field(default_factory=dict)
     pipeline: "Pipeline | None" = None
+    copying: ExpertCopying | None = None
 
     def __post_init__(self) -> None:
         self.routers = self.routers or routers_of(self.model)
@@ -111,6 +114,7 @@ class Trainer:
         # On a skipped step the bias stays too, or it would move without the weights that caused the load.
         control = self.control.finish_step(apply=finite)
         self._watch_divergence(step, finite, grad_norm)
+        placed = self._renew_copies(step, control.load_N) if finite else None  # else no weight has changed
         forward, backward = measured.moved, self.meter.take()
         return StepResult(
             step=step,
@@ -124,6 +128,7 @@ class Trainer:
             sent_bytes=forward.sent_bytes + backward.sent_bytes,
             max_vio_computation_batch=self._computation_vio(control.maxima),
             control=control,
+            placed=placed,
         )
 
     def _accumulate(self, step: int, num_targets: int, stop_requested: bool) -> RankStep:
@@ -214,6 +219,8 @@ class Trainer:
     def _update(self, lr: float) -> tuple[float, bool]:
         tracker = self.groups.tracker
         tracker.set_phase("gradients")
+        if self.copying is not None:
+            self.copying.sum_gradients()
         reduce_gradients(self.model, self.groups)
         tracker.set_phase("gradient norm")
         grad_norm = global_grad_norm(self.model, self.groups)
@@ -226,6 +233,12 @@ class Trainer:
             self.updates.step()
         self.optimizer.zero_grad()
         return grad_norm, finite
+
+    def _renew_copies(self, step: int, load_N: Tensor) -> CopiesPlaced | None:
+        if self.copying is None:
+            return None
+        self.groups.tracker.set_phase("expert copies")
+        return self.copying.end_step(step, load_N)
 
     def _watch_divergence(self, step: int, finite: bool, grad_norm: float) -> None:
         self.num_skipped_in_a_row = 0 if finite else self.num_skipped_in_a_row + 1

@@ -20,6 +20,7 @@ from workers.model.flops import ModelFlops, linear_weights
 from workers.record.run_log import RunLog
 from workers.record.score_log import ScoreLog
 from workers.training.evaluation import evaluate
+from workers.training.expert_copies import expert_copying
 from workers.training.metrics import eval_line, train_line
 from workers.training.outcome import TrainOutcome
 from workers.training.rank_state import RankState
@@ -69,6 +70,7 @@ class TrainingRun:
             shard=state.spec.parallel.shard,
             routers=state.routers,
             pipeline=state.pipeline,
+            copying=expert_copying(state.model, state.layout, state.spec.parallel, state.groups),
         )
 
     def load(self, path: Path) -> int:
@@ -146,6 +148,8 @@ class TrainingRun:
         self._load_since_eval_N += result.control.load_N
         for event in result.control.events:
             self.tell(**event)
+        if result.placed is not None:
+            self.tell("copies_placed", step=result.step, **asdict(result.placed))
         if self._log is not None:
             line = train_line(result, self._state.layout, self._state.spec.model.moe.top_k, self._flops)
             self._log.train(line)

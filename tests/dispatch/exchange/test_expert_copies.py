@@ -113,3 +113,15 @@ def test_skewed_loads_become_nearly_even() -> None:
 def test_more_ranks_than_experts_are_refused() -> None:
     with pytest.raises(InvalidValue, match="ep_size"):
         place_copies([1, 2], 3, 1)
+
+
+def test_physical_experts_go_rank_by_rank_with_the_copies_behind_the_own() -> None:
+    # 3 experts on 2 ranks, 8 shares each. Rank 1 has a copy of expert 0, for its own tokens and share 1 of rank 0.
+    placement = ExpertPlacement(3, 2)
+    copies = ExpertCopies(placement, {0: (0, 1, *[0] * 6, *[1] * 8)})
+    assert copies.num_physical == (2, 2)  # of rank 0 the experts 0 1, of rank 1 the expert 2 and the copy
+    usual, other = [0, 1, 2], [3, 1, 2]
+    assert copies.physical_ids(0) == [usual, other, *[usual] * 6]
+    assert copies.physical_ids(1) == [other] * 8
+    assert copies.rank_loads([16, 8, 4]) == [16 * 7 + 8 * 16, 16 * 9 + 4 * 16]
+    assert copies.busiest([16, 8, 4]) == 240 / (28 * 8)

@@ -230,8 +230,9 @@ def test_every_setting_reaches_the_effective_configuration(monkeypatch: pytest.M
     base = flatten(load_config("small"))
     others = {key: another_value(key, hint, base[key]) for key, hint in hints.items()}
     assert not [key for key in others if others[key] == base[key]]
-    # They exclude the latent attention of the others.
-    alone = {f"model.{name}": others.pop(f"model.{name}") for name in ("sliding_window", "out_bias", "attention_sinks")}
+    # They exclude the latent attention, or the sharding, of the others.
+    names = ("model.sliding_window", "model.out_bias", "model.attention_sinks", "parallel.expert_copies")
+    alone = {name: others.pop(name) for name in names}
     for changed in (others, alone):
         arguments = [part for key, value in changed.items() for part in (f"--{key}", as_option(value))]
         config = parse_train(arguments).config

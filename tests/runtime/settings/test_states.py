@@ -11,7 +11,7 @@ from dispatch.config import MoEConfig
 from dispatch.exchange.factory import make_dispatcher
 from runtime.settings.config import ClusterConfig, TrainConfig
 from runtime.settings.size import count_parameters
-from runtime.settings.states import GATHERED, PIECES, host_bytes, state_bytes
+from runtime.settings.states import COPIES, GATHERED, PIECES, host_bytes, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
@@ -121,3 +121,11 @@ def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:
         planned.pop(GATHERED, None)
         most = {name: max(found[index][name] for found in by_rank) for name in planned}
         assert most == pytest.approx(planned, rel=0.02), LAYOUTS[index]
+
+
+def test_copies_of_experts_take_their_weights_and_gradients_in_every_layer() -> None:
+    config = TrainConfig(model=MODEL, cluster=ClusterConfig(num_workers=4), parallel=ParallelConfig(expert_copies=2))
+    states = state_bytes(config, count_parameters(MODEL))
+    assert states[COPIES] == (0, 2 * (3 * 64 * 32) * 2 * 4 * MODEL.num_moe_layers)  # 2 experts: weights and gradients
+    alone = replace(config, cluster=ClusterConfig(num_workers=1))
+    assert COPIES not in state_bytes(alone, count_parameters(MODEL))

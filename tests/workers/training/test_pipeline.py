@@ -111,6 +111,7 @@ def _assert_same_lines(lines, expected_lines, name, world_size):
             assert flops[0] * world_size == pytest.approx(flops[1], rel=1e-9)
 
 
+# B8
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_stages_train_as_one_process_does(folder, world_size):
     weights, lines, gradients, biases = _one_process(folder)

@@ -1,0 +1,120 @@
+"""Copies of a layer's hot experts at work: weights travel from the owners, gradients back to them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dispatch.diagnosis.activity_tracker import PendingCollective
+from dispatch.exchange.all_to_all import AllToAllDispatcher
+from dispatch.exchange.expert_copies import ExpertCopies
+from dispatch.experts.joined_rows import JoinedRows
+from dispatch.layer import MoELayer
+
+
+class LayerCopies:
+    """The copies of one layer's experts. Every rank of the EP group makes one, and calls its methods together.
+
+    A training step is: forward and backward, `sum_gradients`, the sums over the replicas of an expert, the optimizer,
+    `place` where another placement is due, `send_weights`. The update is that without copies, but for the order in
+    which gradients are summed. Parameters, optimizer state and checkpoints have each expert once, with its owner.
+
+    Args:
+        layer: its dispatcher is one by torch's all-to-all; `place` replaces it.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        if not isinstance(layer.dispatcher, AllToAllDispatcher):
+            kind = type(layer.dispatcher).__name__
+            raise ValueError(f"{kind} knows no copies; use one of dispatch.exchange.all_to_all")
+        self._layer, self._plain = layer, layer.dispatcher
+        self.placed = ExpertCopies(self._plain.placement)
+        self._routes = _Routes.of(self.placed, self._plain.ep_rank)
+
+    def place(self, copies: ExpertCopies) -> None:
+        """Let the layer use these copies from now on; they have no weights until `send_weights`."""
+        if copies == self.placed:
+            return
+        self.placed, self._routes = copies, _Routes.of(copies, self._plain.ep_rank)
+        self._layer.dispatcher = self._plain.with_copies(copies) if copies.holders else self._plain
+        experts, num_copies = self._layer.experts, sum(self._routes.received_P)
+        for joined in experts.joined.values():
+            joined.part()
+        parameters = experts.named_parameters(recurse=False) if num_copies else ()
+        experts.joined = {name: JoinedRows(parameter, num_copies) for name, parameter in parameters}
+
+    def send_weights(self) -> list[PendingCollective]:
+        """Start to send the owners' weights to the copies; await them before the next forward."""
+        pending = []
+        for name, own in self._parameters():
+            mine = self._layer.experts.joined.get(name)
+            received = _no_rows(own) if mine is None else mine.copies.detach()
+            rows = own.detach()[self._routes.places(own.device)]
+            pending.append(self._start(received, rows, self._routes.received_P, self._routes.sent_P))
+        return pending
+
+    def sum_gradients(self) -> None:
+        """Add the gradients of the copies to those of the owners, in order of rank, and forget them."""
+        for name, own in self._parameters():
+            if own.requires_grad:
+                self._sum(own, self._layer.experts.joined.get(name))
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._layer.experts.named_parameters(recurse=False)) if self.placed.holders else []
+
+    def _sum(self, own: nn.Parameter, mine: JoinedRows | None) -> None:
+        routes = self._routes
+        received = own.new_empty(sum(routes.sent_P), *own.shape[1:])
+        gradient = _no_rows(own) if mine is None else mine.take_gradient()
+        self._start(received, gradient, routes.sent_P, routes.received_P).wait()
+        if own.grad is None:
+            own.grad = torch.zeros_like(own)
+        # Rank by rank: rows of one call would be added in any order on CUDA, where several are of one expert.
+        places_P = routes.places(own.device).split(routes.sent_P)
+        for places, rows in zip(places_P, received.split(routes.sent_P), strict=True):
+            own.grad.index_add_(0, places, rows)
+
+    def _start(
+        self, received: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> PendingCollective:
+        meter, group = self._plain.meter, self._plain.ep_group
+        meter.count_bytes(rows.nbytes, "network")
+        return meter.tracker.start(
+            dist.all_to_all_single, received, rows.contiguous(), output_splits, input_splits, group=group
+        )
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """Which rows of a rank's experts go where, and how many come.
+
+    sent: places among the own experts, those of the copies of rank 0 first, by expert. sent_P, received_P: how many go
+    to each rank, and come from it. What comes is in order of rank, and so of expert, as the copies are.
+    """
+
+    sent: tuple[int, ...]
+    sent_P: list[int]
+    received_P: list[int]
+
+    @classmethod
+    def of(cls, copies: ExpertCopies, ep_rank: int) -> "_Routes":
+        """The routes of one rank."""
+        owned_P = [copies.placement.owned_by(rank) for rank in range(copies.placement.ep_size)]
+        own, held = owned_P[ep_rank], copies.copies_on(ep_rank)
+        sent = [
+            [expert - own.start for expert in copies.copies_on(rank) if expert in own] for rank in range(len(owned_P))
+        ]
+        return cls(
+            sent=tuple(place for places in sent for place in places),
+            sent_P=list(map(len, sent)),
+            received_P=[sum(expert in ids for expert in held) for ids in owned_P],
+        )
+
+    def places(self, device: torch.device) -> Tensor:
+        """`sent` as int64."""
+        return torch.tensor(self.sent, dtype=torch.int64, device=device)
+
+
+def _no_rows(own: Tensor) -> Tensor:
+    return own.new_empty(0, *own.shape[1:])
