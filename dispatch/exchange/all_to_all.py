@@ -7,8 +7,7 @@ Shapes: T tokens of a chunk on this rank (may be 0), K top-k, H hidden, C chunks
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,8 @@ from dispatch.exchange.dispatcher import (
     chunks_of,
 )
 from dispatch.exchange.exchange_group import ExchangeGroup, fan_out
-from dispatch.exchange.expert_copies import ExpertCopies
 from dispatch.exchange.payload import Payload
+from dispatch.exchange.physical_experts import PhysicalExperts
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BackendContext, one_row_a_rank, one_row_an_assignment, register_backend
 from dispatch.exchange.token_exchange import PendingRows, TokenExchange
@@ -39,7 +38,7 @@ _Exchanges = tuple[TokenExchange, ...]  # one for each group that a row passes
 
 
 @dataclass
-class AllToAllDispatcher(Dispatcher):
+class AllToAllDispatcher(PhysicalExperts, Dispatcher):
     """One row for each (token, rank): copied to its experts where it arrives, and one partial sum comes back.
 
     At top-8 over 2 ranks that is a quarter of the rows of the usual exchange, in backward too. The idea is DeepEP's
@@ -47,7 +46,6 @@ class AllToAllDispatcher(Dispatcher):
 
     per_assignment: a row for each (token, expert) instead, see `AssignmentGroup`.
     payload: how rows are coded on the way to the experts. What comes back, and gradients, are never coded.
-    copies: of hot experts; None where each is on one rank. Rows travel by the ids of physical experts (`ExpertCopies`).
     """
 
     num_experts: int
@@ -56,24 +54,11 @@ class AllToAllDispatcher(Dispatcher):
     payload: Payload = "compute"
     meter: Meter = field(default_factory=Meter)
     buffer_pool: BufferPool = field(default_factory=BufferPool)
-    copies: ExpertCopies | None = None
 
     def __post_init__(self) -> None:
         self.placement = ExpertPlacement(self.num_experts, dist.get_world_size(self.ep_group))
         self.ep_rank = dist.get_rank(self.ep_group)
-        self._physical_GE = None if self.copies is None else torch.tensor(self.copies.physical_ids(self.ep_rank))
         self.groups = self._make_groups()
-
-    def with_copies(self, copies: ExpertCopies) -> Self:
-        """This dispatcher where hot experts have copies; all ranks take the same ones at the same time."""
-        other = replace(self, copies=copies)
-        other.exchange, other.top_k = self.exchange, self.top_k
-        return other
-
-    @property
-    def num_physical_P(self) -> tuple[int, ...]:  # noqa: N802 - the shape is part of the name
-        """Experts that each rank computes, copies among them."""
-        return self.placement.num_local_experts if self.copies is None else self.copies.num_physical
 
     def _make_groups(self) -> tuple[ExchangeGroup, ...]:
         kind = AssignmentGroup if self.per_assignment else ExchangeGroup
@@ -81,7 +66,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
         """See `Dispatcher.plan`. One message of a few integers for each group."""
-        chunks = chunks_of(self._physical_ids(topk_ids_TK), num_chunks)
+        chunks = chunks_of(self.physical_ids(topk_ids_TK), num_chunks)
         with self.meter.span("dispatch", topk_ids_TK.device):
             *sizes, counts_CL, places = host_lists(*self._exchange_sizes(chunks))
             self.meter.tracker.check_met(places, [group.process_group for group in self.groups])
@@ -89,15 +74,6 @@ class AllToAllDispatcher(Dispatcher):
         by_group = [zip(there, back, strict=True) for there, back in zip(sizes[::2], sizes[1::2], strict=True)]
         layer, splits = self.meter.tracker.layer, zip(*by_group, strict=True)
         return [ChunkPlan(*each, layer) for each in zip(chunks, counts_CL, splits, strict=True)]
-
-    def _physical_ids(self, topk_ids_TK: Tensor) -> Tensor:
-        """Where each assignment is computed: the expert's id, unless there are copies."""
-        if self._physical_GE is None:
-            return topk_ids_TK
-        self._physical_GE = self._physical_GE.to(topk_ids_TK.device)
-        num_shares, num_experts = self._physical_GE.shape
-        share_T = torch.arange(len(topk_ids_TK), device=topk_ids_TK.device) % num_shares
-        return self._physical_GE.flatten()[share_T.unsqueeze(1) * num_experts + topk_ids_TK]
 
     def _exchange_sizes(self, chunks: Sequence[Tensor]) -> list[Tensor]:
         """Rows to and from each rank, both (C, P), and assignments of each local expert, (C, L), on the device.

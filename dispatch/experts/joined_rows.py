@@ -42,6 +42,22 @@ class JoinedRows:
         self._own.data = self._own.detach().clone()
 
 
+class JoinedParameters(nn.Module):
+    """A module with stacked parameters that may have rows of copies behind them.
+
+    joined: those of a rank that holds copies, by the name of the parameter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[str, JoinedRows] = {}
+
+    def rows(self, name: str) -> Tensor:
+        """A stacked parameter, and behind it the rows of the copies that this rank holds."""
+        own: Tensor = getattr(self, name)
+        return self.joined[name].stack() if name in self.joined else own
+
+
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, _copies: Tensor, joined: JoinedRows) -> Tensor:

@@ -16,7 +16,7 @@ from dispatch.exchange.buffer_pool import BufferPool
 from dispatch.exchange.dispatcher import DispatchHandle
 from dispatch.experts.fused import fused_swiglu
 from dispatch.experts.grouped import few_enough, grouped_swiglu
-from dispatch.experts.joined_rows import JoinedRows
+from dispatch.experts.joined_rows import JoinedParameters
 from dispatch.experts.looped import LoopedSwiGLU
 from dispatch.experts.weight_grads import ExpertWeights, WeightGrads
 from dispatch.kernels.serving import triton_serves
@@ -27,7 +27,7 @@ Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # arrived rows and th
 LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # the exchange around it: x_TH, topk_weights_TK to y_TH
 
 
-class Experts(nn.Module):
+class Experts(JoinedParameters):
     """`expert_ids` of a layer: down(silu(gate(x)) * up(x) * row weight) on the rows of each expert.
 
     gate_up_proj is (L, 2F, H), the gate first, down_proj is (L, H, F), row i belonging to expert_ids[i]. The combine
@@ -37,7 +37,6 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, ffn_hidden: int, expert_ids: range, meter: Meter, buffer_pool: BufferPool) -> None:
         super().__init__()
         self.expert_ids, self.meter, self.buffer_pool = expert_ids, meter, buffer_pool
-        self.joined: dict[str, JoinedRows] = {}  # by name of the parameter, where the rank holds copies
         self.gate_up_proj = nn.Parameter(torch.empty(len(expert_ids), 2 * ffn_hidden, hidden))
         self.down_proj = nn.Parameter(torch.empty(len(expert_ids), hidden, ffn_hidden))
         if not self.gate_up_proj.is_meta:
@@ -60,11 +59,6 @@ class Experts(nn.Module):
     def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The weights that rows are multiplied with, in `dtype`: (L, G, H) and (L, H, F)."""
         return self.rows("gate_up_proj").to(dtype), self.rows("down_proj").to(dtype)
-
-    def rows(self, name: str) -> Tensor:
-        """A stacked parameter, and behind it the rows of the copies that this rank holds."""
-        own: Tensor = getattr(self, name)
-        return self.joined[name].stack() if name in self.joined else own
 
     def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:
         """Apply each expert to its rows.

@@ -37,8 +37,15 @@ def all_rows(rows: Tensor, like: Tensor) -> Tensor:
     own = rows.new_zeros(rows_of_rank, *rows.shape[1:])
     own[: len(rows)] = rows
     whole = rows.new_empty(group.size() * rows_of_rank, *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, own, group=group)
+    gather_into(whole, own, group)
     return whole[:num_rows]  # what the last ranks lack is at the end
+
+
+def gather_into(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `whole` with `own` of each rank, one after the other. Collective."""
+    # Called all_gather_single since torch 2.13, which warns of the name before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, own, group=group)
 
 
 def _shard_group(tensor: DTensor) -> dist.ProcessGroup:

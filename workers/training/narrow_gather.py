@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 # Private names, as FSDPModule.set_custom_all_gather takes this and torch.distributed.fsdp does not export it.
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from workers.gang.sharded import is_sharded, local_rows
+from workers.gang.sharded import gather_into, is_sharded, local_rows
 
 
 def gather_narrow(unit: FSDPModule, num_owners: int) -> None:
@@ -76,7 +76,7 @@ class NarrowGather(AllGather):
         for packed, flat in self._pairs(own.unsqueeze(0), input_tensor.unsqueeze(0)):
             packed.copy_(flat)
         whole = own.new_empty(group.size() * own.numel())
-        dist.all_gather_into_tensor(whole, own, group=group)
+        gather_into(whole, own, group)
         for packed, flat in self._pairs(whole.view(group.size(), -1), output_tensor.view(group.size(), -1)):
             flat.copy_(packed)
 
