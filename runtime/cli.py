@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from dispatch.own_packages import check_not_hidden
 from runtime.commands.command import Group, choose, run_command
+from runtime.commands.completion import FIRST_WORD, answer
 from runtime.terminal.failure import told
 from runtime.terminal.interrupt import Stopped, stop_signals_raise
 from runtime.terminal.lasting_output import lasting_output
 
-COMPLETION = "_ARGCOMPLETE"  # set by the shell that asks which words fit
 BENCH = {
     "dispatch": "runtime.commands.bench.dispatch.command",
     "coordinator": "runtime.commands.bench.coordinator.command",
@@ -82,9 +82,7 @@ COMMANDS: dict[str, str | Group] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process by default, and return its exit code."""
-    if COMPLETION in os.environ and argv is None:
-        from runtime.commands.completion import answer
-
+    if FIRST_WORD in os.environ and argv is None:  # the shell asks which words fit
         answer(_trimtab())
     arguments = sys.argv[1:] if argv is None else list(argv)
     with lasting_output():

@@ -20,7 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.gang.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
 from cluster.ray.ray_watch import RayWatch
 from cluster.ray.session import forwarded_environment
-from cluster.watch.activity_watch import Answers
+from cluster.watch.activity_watch import Answers, seen_in
 from cluster.watch.calls import call_all, control, left
 from cluster.watch.failures import GangFailed
 from cluster.watch.kill import kill_process
@@ -176,12 +176,7 @@ class Gang:
 
     def seen(self) -> dict[int, tuple[Activity, float]]:
         """What the training thread of each rank was in when it answered last during `run`, and how many s ago."""
-        now = time.monotonic()
-        return {
-            rank: (answer["training"], now - at)
-            for rank, (answer, at) in sorted(self._answers.items())
-            if answer and "training" in answer
-        }
+        return seen_in(self._answers)
 
     def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
         """Call a quick method of one rank's worker, also while `run` is busy.

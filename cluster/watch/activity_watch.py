@@ -102,6 +102,16 @@ class ActivityWatch:
                 self._answers[rank] = ({} if isinstance(answer, Failure) else answer), time.monotonic()
 
 
+def seen_in(answers: Answers) -> dict[int, tuple[Activity, float]]:
+    """What the training thread of each rank was in when it answered, and how many seconds ago."""
+    now = time.monotonic()
+    return {
+        rank: (answer["training"], now - at)
+        for rank, (answer, at) in sorted(answers.items())
+        if answer and "training" in answer
+    }
+
+
 def _place(answer: Mapping[str, Activity]) -> str:
     activity = answer["training"]
     return str(activity.waits_in or activity)

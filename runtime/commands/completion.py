@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from runtime.commands.command import CommandParser, Group, group_parser, parser_of
 from runtime.runs.run_dir import folder_of_runs, runs_in
 
-FIRST = "_ARGCOMPLETE"  # by the shell's function: the number of the word that names the program, from 1
+FIRST_WORD = "_ARGCOMPLETE"  # by the shell's function: the number of the word that names the program, from 1
 RUNS = ("run", "runs", "resume", "init")  # arguments that name a run
 
 
@@ -18,10 +18,10 @@ def answer(commands: Group) -> None:
 
     words = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
     entry: Group | str = commands
-    first = int(os.environ[FIRST])
+    first = int(os.environ[FIRST_WORD])
     while isinstance(entry, Group) and first < len(words) and words[first] in entry.commands:
         entry, first = entry.commands[words[first]], first + 1
-    os.environ[FIRST] = str(first)  # the last word that was read here stands for the program
+    os.environ[FIRST_WORD] = str(first)  # the last word that was read here stands for the program
     autocomplete(_parser(entry), always_complete_options="long")
 
 

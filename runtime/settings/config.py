@@ -199,20 +199,22 @@ def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
     return True
 
 
-def gpus_of_this_machine(cluster: ClusterConfig) -> int:
-    """How many GPUs a Ray of this machine's own would have; 0 where the run joins a cluster."""
-    return 0 if cluster.address is not None else torch.cuda.device_count()
-
-
 def on_gpus(
-    config: TrainConfig, chosen: Collection[str], count_gpus: Callable[[ClusterConfig], int] = gpus_of_this_machine
+    config: TrainConfig, chosen: Collection[str], count_gpus: Callable[[ClusterConfig], int] | None = None
 ) -> TrainConfig:
     """A worker for each GPU, as many as the other settings allow, in bf16.
 
-    chosen: names of settings that stay as they are. Without a GPU and on `device cpu` all stay.
+    chosen: names of settings that stay as they are. count_gpus: those of a cluster that is joined; without it none is
+    asked. Without a GPU and on `device cpu` all stay.
     """
     cluster = config.cluster
-    if cluster.device == "cpu" or cluster.gpus_per_worker is not None or not (gpus := count_gpus(cluster)):
+    if cluster.device == "cpu" or cluster.gpus_per_worker is not None:
+        return config
+    if cluster.address is None:
+        gpus = torch.cuda.device_count()
+    else:
+        gpus = count_gpus(cluster) if count_gpus is not None else 0
+    if not gpus:
         return config
     if "cluster.num_workers" not in chosen:
         feasible = (size for size in range(gpus, 0, -1) if _is_feasible(config, size))

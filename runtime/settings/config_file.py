@@ -27,7 +27,6 @@ from runtime.settings.config import (
     check_same_model,
     cross_check,
     flatten,
-    gpus_of_this_machine,
     on_gpus,
 )
 from runtime.settings.consent import check_consent, import_named
@@ -63,12 +62,10 @@ class TrainRequest:
     watch: bool = False
 
 
-def parse_train(
-    arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] = gpus_of_this_machine
-) -> TrainRequest:
+def parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] | None = None) -> TrainRequest:
     """Read the command line of `trimtab train`. Options override the settings of a file or run; all rules are checked.
 
-    count_gpus: tells how many GPUs there are for the workers of a preset.
+    count_gpus: tells how many GPUs a joined cluster has for the workers of a preset.
 
     Raises:
         InvalidValue: wrong usage or configuration, with the way out.
@@ -78,7 +75,7 @@ def parse_train(
     return replace(request, dry_run=DRY_RUN in arguments, watch=WATCH in arguments)
 
 
-def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int]) -> TrainRequest:
+def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] | None) -> TrainRequest:
     arguments = _fill_in([_lengthen(argument) for argument in arguments])
     import_named(arguments)
     try:

@@ -1,5 +1,6 @@
 """The ranks of a gang and the groups they talk in."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Annotated, Literal, Self, get_args
@@ -258,13 +259,10 @@ def join_groups(
     _form_default_group(rank, world_size, store, device, timeout)
     ep_size = config.resolve(world_size)
     pp_size, edp_size = config.pipeline.size, world_size // config.pipeline.size // ep_size
-    sizes = {"pp": pp_size, "edp": edp_size, "ep": ep_size}
-    if pp_size == 1:
-        del sizes["pp"]
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    of_stages = {"pp": pp_size} if pp_size > 1 else {}
+    mesh = _mesh(device, of_stages | {"edp": edp_size, "ep": ep_size}, timeout)
     replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
-    for group in [*mesh.get_all_groups(), *(replicas.groups if replicas else [])]:
-        _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
+    _bound(replicas.groups if replicas else [], timeout)
     tracker = ActivityTracker()
     context = _join_context(config.context, world_size, device, timeout, tracker) if config.context > 1 else None
     nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
@@ -295,6 +293,18 @@ def join_groups(
     return replace(groups, connections=Connections.since(before, groups.control_group))
 
 
+def _mesh(device: torch.device, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
+    """Form a mesh of all ranks, whose dimensions have these names and sizes. Collective."""
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    _bound(mesh.get_all_groups(), timeout)
+    return mesh
+
+
+def _bound(groups: Iterable[dist.ProcessGroup], timeout: timedelta) -> None:
+    for group in groups:
+        _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
+
+
 def _pipeline_groups(mesh: DeviceMesh, timeout: timedelta) -> PipelineGroups:
     stage_group, _ = dist.new_subgroups(group_size=mesh.size(1) * mesh.size(2), timeout=timeout)
     if stage_group is None:
@@ -306,9 +316,7 @@ def _join_context(
     size: int, world_size: int, device: torch.device, timeout: timedelta, tracker: ActivityTracker
 ) -> Context:
     """Form the groups of `size` neighbouring ranks that share their sequences. Collective over all ranks."""
-    mesh = init_device_mesh(device.type, (world_size // size, size), mesh_dim_names=("share", "context"))
-    for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+    mesh = _mesh(device, {"share": world_size // size, "context": size}, timeout)
     return Context(mesh.get_local_rank("context"), size, mesh.get_group("context"), tracker)
 
 

@@ -24,7 +24,7 @@ class PlanStage:
     @property
     def in_flight(self) -> int:
         """Forwards of a stage whose backward is still to come, at most, over the stages of the rank."""
-        return self._pipeline.in_flight(self.pp_rank, self._num_micro)
+        return self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)
 
     @property
     def alone(self) -> TrainConfig:
@@ -58,16 +58,12 @@ class PlanStage:
     def message_bytes(self) -> float:
         """What a rank receives from other stages in a step, and sends to them: activations and their gradients."""
         neighbours = sum((part.start > 0) + (part.stop < self.config.model.num_layers) for part in self.layers)
-        sequences = self.config.run.sequences_per_rank(self.config.dp_size)
+        sequences = self.config.sequences_per_rank
         return float(FP32 * neighbours * sequences * self.config.model.max_seq_len * self.config.model.hidden)
 
     @property
     def _pipeline(self) -> PipelineConfig:
         return self.config.parallel.pipeline
-
-    @property
-    def _num_micro(self) -> int:
-        return self.config.run.num_micro_batches(self.config.dp_size)
 
 
 def stages_of(config: TrainConfig) -> list[PlanStage]:

@@ -82,7 +82,7 @@ class Simulation:
         layout = Layout(placement, min(subject.ranks_per_node, self.ep_size))
         batch = micro_batch(config, layout, self.plan.exchange)
         self.batch: MicroBatch = replace(batch, experts=experts)
-        self.num_micro = config.run.num_micro_batches(self.world_size)
+        self.num_micro = config.num_micro_batches
 
     @property
     def config(self) -> TrainConfig:
