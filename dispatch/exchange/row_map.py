@@ -3,6 +3,7 @@
 Shapes: S sources (tokens, or rows that arrived; may be 0), A copies (may be 0), H hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dispatch.kernels.serving import triton_serves
+
+RowFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class RowMap:
 
     def copy(self, rows_SH: Tensor) -> Tensor:
         """One row a copy, (A, H)."""
-        copies_AH: Tensor = _Copy.apply(rows_SH, self)
+        copies_AH: Tensor = _Linear.apply(rows_SH, self.copy_of, self.sum_of)
         return copies_AH
 
     def sum(self, copies_AH: Tensor) -> Tensor:
         """The sum of each source's copies, (S, H), in fixed order; zero for a source without one."""
-        sums_SH: Tensor = _Sum.apply(copies_AH, self)
+        sums_SH: Tensor = _Linear.apply(copies_AH, self.sum_of, self.copy_of)
         return sums_SH
 
     def copy_of(self, rows_SH: Tensor) -> Tensor:
@@ -62,23 +65,14 @@ class RowMap:
         return F.embedding_bag(self.copies_by_source_A, copies_AH, self.first_S, mode="sum")
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_SH: Tensor, row_map: RowMap) -> Tensor:
-        ctx.row_map = row_map
-        return row_map.copy_of(rows_SH)
+class _Linear(torch.autograd.Function):
+    """A linear function of rows, and its transpose for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.sum_of(grad_AH), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, copies_AH: Tensor, row_map: RowMap) -> Tensor:
-        ctx.row_map = row_map
-        return row_map.sum_of(copies_AH)
+    def forward(ctx: Any, rows: Tensor, function: RowFunction, transpose: RowFunction) -> Tensor:
+        ctx.transpose = transpose
+        return function(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.copy_of(grad_SH), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grad), None, None

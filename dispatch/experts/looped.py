@@ -144,38 +144,16 @@ class LoopedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
-        arrived_QH, sources_R, weights_R, gate_up_RG, gate_up_LGH, down_LHF = ctx.saved_tensors
-        rows = ExpertRows(sources_R, weights_R, *ctx.rows)
-        grad_weights_R = torch.empty_like(weights_R, dtype=ctx.weight_dtype)
         with ctx.meter.span("experts", grad_sums_QH.device):
-            grad_arrived_QH = _backward(
-                rows,
-                arrived_QH,
-                grad_sums_QH,
-                gate_up_RG,
-                gate_up_LGH,
-                down_LHF,
-                grad_weights_R,
-                ctx.grads,
-                frozen=not ctx.needs_input_grad[2],
-            )
-        # None for the weights: their gradients are in ctx.grads, over all chunks of the layer.
-        return grad_arrived_QH, rows.unfill(grad_weights_R), *[None] * 6
+            # None for the weights: their gradients are in ctx.grads, over all chunks of the layer.
+            return *_backward(ctx, grad_sums_QH), *[None] * 6
 
 
-def _backward(
-    rows: ExpertRows,
-    arrived_QH: Tensor,
-    grad_sums_QH: Tensor,
-    gate_up_RG: Tensor,
-    gate_up_LGH: Tensor,
-    down_LHF: Tensor,
-    grad_weights_R: Tensor,
-    grads: WeightGrads,
-    *,
-    frozen: bool,
-) -> Tensor:
-    """The gradient of the arrived rows; those of row weights and, unless frozen, expert weights go into arguments."""
+def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of arrived rows and of row weights. Those of expert weights, unless frozen, go to ctx.grads."""
+    arrived_QH, sources_R, weights_R, gate_up_RG, gate_up_LGH, down_LHF = ctx.saved_tensors
+    rows, grads, frozen = ExpertRows(sources_R, weights_R, *ctx.rows), ctx.grads, not ctx.needs_input_grad[2]
+    grad_weights_R = torch.empty_like(weights_R, dtype=ctx.weight_dtype)
     buffer_pool, (_, num_hidden, num_inner) = grads.buffer_pool, down_LHF.shape
     x_nH, grad_out_nH, grad_gate_up_nG, inner_nF, grad_inner_nF = (
         buffer_pool.empty(rows.longest, size, like=arrived_QH)
@@ -203,7 +181,7 @@ def _backward(
             torch.index_select(arrived_QH, 0, sources, out=x)
             grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
         sums.add_product(run, grad_gate_up, gate_up_LGH[expert])
-    return sums.total()
+    return sums.total(), rows.unfill(grad_weights_R)
 
 
 def weighted_swiglu(gate_up_nG: Tensor, weights_n: Tensor, *, out: Tensor) -> Tensor:
