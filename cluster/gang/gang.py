@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.gang.placement import ClusterTooSmall, node_of_ranks, rank_order, reserve, threads_of
+from cluster.gang.placement import ClusterTooSmall, RankPlace, node_of_ranks, rank_places, reserve
 from cluster.ray.ray_watch import RayWatch
 from cluster.ray.session import forwarded_environment
 from cluster.watch.activity_watch import Answers, seen_in
@@ -34,24 +34,6 @@ STOP_S = 5.0  # For killed processes to be gone.
 # For a kept process to end its call and leave its groups: some ten milliseconds, as its connections are broken.
 # Replacements start meanwhile.
 LEAVE_S = 12.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankPlace:
-    """One row of the rank map."""
-
-    rank: int
-    ip: str
-    node_id: str
-    gpu_ids: tuple[int, ...]
-    pid: int
-    num_threads: int
-    interface: str
-    transport: Mapping[str, str]
-
-    @property
-    def device(self) -> str:
-        return "cuda " + ",".join(map(str, self.gpu_ids)) if self.gpu_ids else "cpu"
 
 
 class Gang:
@@ -76,8 +58,7 @@ class Gang:
         self._group: PlacementGroup | None = None
         self._actors: dict[int, ActorHandle[WorkerActor]] = {}  # by bundle, as are the places
         self._places: dict[int, WorkerLocation] = {}
-        self._members: list[Member] = []
-        self._bundles: list[int] = []  # by rank, as are the members
+        self._members: list[Member] = []  # by rank, as is the rank map
         self._epoch = -1
         self._answers: Answers = {}
         self.rank_map: tuple[RankPlace, ...] = ()
@@ -199,7 +180,8 @@ class Gang:
         self._group = self._reserve(sizes)
         self.startup_s = {"place": time.monotonic() - begun}
         limit_s = self._config.start_timeout_s
-        self._start_in(range(self._group.bundle_count), limit_s)
+        # All are created before any is waited for.
+        self._await_starts({bundle: self._restart(bundle) for bundle in range(self._group.bundle_count)}, limit_s)
         self._join(limit_s)
         self.startup_s["total"] = time.monotonic() - begun
 
@@ -285,7 +267,7 @@ class Gang:
     def _kill_silent(self, failed: GangFailed) -> None:
         for failure in failed.failures:
             if failure.kind == "silent" and failed.method != "start":
-                kill_process(self._places[self._bundles[failure.rank]])
+                kill_process(self.rank_map[failure.rank])
 
     def _kept_bundles(self, failed: GangFailed) -> list[int]:
         """Bundles of the processes that may join again, by rank: not the dead, nor those that do not answer or hang.
@@ -297,8 +279,8 @@ class Gang:
             return []
         # In `start`, lost ranks have no location yet, and the others were not called.
         lost = {failure.rank for failure in failed.failures if failure.kind not in ("error", "running")}
-        ranks = [rank for rank in range(len(self._bundles)) if failed.method == "start" or rank not in lost]
-        return [self._bundles[rank] for rank in ranks if self._bundles[rank] in self._places]
+        able = [place.bundle for place in self.rank_map if failed.method == "start" or place.rank not in lost]
+        return [bundle for bundle in able if bundle in self._places]
 
     def _leave(self, bundles: Sequence[int]) -> list[int]:
         """Have these processes leave their groups; returns those that did, in the same order."""
@@ -325,10 +307,6 @@ class Gang:
         if bundle in self._actors:
             ray.kill(self._actors.pop(bundle))
 
-    def _start_in(self, bundles: Iterable[int], limit_s: float) -> None:
-        # All are created before any is waited for.
-        self._await_starts({bundle: self._restart(bundle) for bundle in bundles}, limit_s)
-
     def _await_starts(self, starting: dict[int, ray.ObjectRef[Any]], limit_s: float) -> None:
         begun = time.monotonic()
         # Until the ranks are known, a member's rank is its bundle.
@@ -340,46 +318,30 @@ class Gang:
         self._assign_ranks()
 
     def _assign_ranks(self) -> None:
-        bundles = sorted(self._places)
-        places = [self._places[bundle] for bundle in bundles]
-        threads = threads_of(places, self._config.threads_per_worker)
-        order = rank_order(places, self._ep_size_of(len(places)))
-        self._bundles = [bundles[index] for index in order]
-        self.rank_map = tuple(
-            RankPlace(
-                rank=rank,
-                ip=places[index].ip,
-                node_id=places[index].node_id,
-                gpu_ids=places[index].gpu_ids,
-                pid=places[index].pid,
-                num_threads=threads[index],
-                interface=places[index].interface,
-                transport=places[index].transport,
-            )
-            for rank, index in enumerate(order)
-        )
+        ep_size = self._ep_size_of(len(self._places))
+        self.rank_map = rank_places(self._places, ep_size, self._config.threads_per_worker)
         self._members = [
             Member(
-                rank=row.rank,
-                actor=self._actors[bundle],
-                ip=row.ip,
-                pid=row.pid,
-                device=row.device,
-                node_id=row.node_id,
-                stack_file=self._places[bundle].stack_file,
+                rank=place.rank,
+                actor=self._actors[place.bundle],
+                ip=place.ip,
+                pid=place.pid,
+                device=place.device,
+                node_id=place.node_id,
+                stack_file=place.stack_file,
             )
-            for row, bundle in zip(self.rank_map, self._bundles, strict=True)
+            for place in self.rank_map
         ]
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
         self._epoch += 1
         timeout_s = self._config.collective_timeout_s
-        nodes = node_of_ranks([row.ip for row in self.rank_map])
+        nodes = node_of_ranks([place.ip for place in self.rank_map])
         actors = [member.actor for member in self._members]
         joins = [
-            member.actor.join.remote(row.rank, nodes, actors, self._epoch, timeout_s, row.num_threads)
-            for member, row in zip(self._members, self.rank_map, strict=True)
+            actor.join.remote(place.rank, nodes, actors, self._epoch, timeout_s, place.num_threads)
+            for actor, place in zip(actors, self.rank_map, strict=True)
         ]
         self._call_all(self._members, "join", joins, limit_s=limit_s)
         self.startup_s["join"] = time.monotonic() - begun

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -24,6 +25,19 @@ LOOK_S = 1  # Between two looks whether Ray still lives, while workers wait for 
 
 class ClusterTooSmall(UserError, RuntimeError):
     """The workers do not fit on the cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace(WorkerLocation):
+    """One row of the rank map: where a rank's worker is. bundle: its index in the placement group."""
+
+    rank: int
+    bundle: int
+    num_threads: int
+
+    @property
+    def device(self) -> str:
+        return "cuda " + ",".join(map(str, self.gpu_ids)) if self.gpu_ids else "cpu"
 
 
 def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str, float]:
@@ -92,6 +106,19 @@ def reserve(config: ClusterConfig, check_ray: Callable[[], None]) -> PlacementGr
             "Stop what else runs there, or raise cluster.start_timeout_s to wait longer"
         )
     return group
+
+
+def rank_places(
+    locations: Mapping[int, WorkerLocation], ep_size: int, threads_per_worker: int
+) -> tuple[RankPlace, ...]:
+    """The place of each rank, by rank. locations: of the workers, by bundle."""
+    bundles = sorted(locations)
+    places = [locations[bundle] for bundle in bundles]
+    threads = threads_of(places, threads_per_worker)
+    return tuple(
+        RankPlace(**vars(places[index]), rank=rank, bundle=bundles[index], num_threads=threads[index])
+        for rank, index in enumerate(rank_order(places, ep_size))
+    )
 
 
 def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.gang.placement import node_of_ranks
+from cluster.gang.placement import RankPlace, node_of_ranks
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.settings.config import TrainConfig
 from workers.gang.exchange_choice import ExchangeChoice, choose_exchange
 
 if TYPE_CHECKING:
-    from cluster.gang.gang import Gang, RankPlace
+    from cluster.gang.gang import Gang
 
 
 def rank_map(config: TrainConfig, gang: "Gang") -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def _stage_text(row: dict[str, Any]) -> str:
     return "".join(f"  stage {stage}: layers {first} to {last}" for stage, (first, last) in parts)
 
 
-def _row(place: "RankPlace", ep_size: int, stage_size: int, placement: ExpertPlacement) -> dict[str, Any]:
+def _row(place: RankPlace, ep_size: int, stage_size: int, placement: ExpertPlacement) -> dict[str, Any]:
     experts = placement.owned_by(place.rank % ep_size)
     return {
         "rank": place.rank,

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.gang.placement import ClusterTooSmall, check_fits, node_of_ranks, rank_order, threads_of, worker_resources
+from cluster.gang.placement import (
+    ClusterTooSmall,
+    check_fits,
+    node_of_ranks,
+    rank_order,
+    rank_places,
+    threads_of,
+    worker_resources,
+)
 from workers.actor import WorkerLocation
 
 JOINED = ClusterConfig(address="10.0.0.1:6379", num_workers=4, cpus_per_worker=2.0)
@@ -29,6 +37,18 @@ def test_expert_parallel_groups_stay_on_a_node_where_they_fit():
     # Nodes with 3, 2, 3 places and groups of 2: by address alone two groups would cross nodes, [2, 3] and [4, 5].
     assert rank_order(places, 2) == [0, 1, 3, 4, 5, 6, 2, 7]
     assert rank_order(places, 4) == list(range(8))  # none fits
+
+
+def test_a_rank_keeps_the_bundle_and_the_threads_of_its_worker():
+    locations = {
+        7: place("10.0.0.9", num_cores=4),
+        2: place("10.0.0.10", num_cores=6),
+        5: place("10.0.0.9", num_cores=4),
+    }
+    rows = rank_places(locations, 1, 0)
+    assert [(row.rank, row.bundle, row.ip, row.num_threads) for row in rows] == [
+        (0, 5, "10.0.0.9", 2), (1, 7, "10.0.0.9", 2), (2, 2, "10.0.0.10", 6),
+    ]  # fmt: skip
 
 
 def test_machines_are_numbered_as_ranks_reach_them():
