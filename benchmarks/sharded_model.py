@@ -30,7 +30,7 @@ from runtime.commands.plan.subject import Subject
 from runtime.job.launch import make_spec
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.config_file import config_from_yaml_file
-from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import latest
 from workers.data.prepare import prepare_dataset
 from workers.worker import Worker
 
@@ -96,7 +96,7 @@ def train_rank(run_dir: Path, rank: int, world_size: int) -> TrainedRank:
     before = _status_bytes("VmRSS")
     store = dist.FileStore(str(run_dir / "store"), world_size)
     worker.join(rank=rank, world_size=world_size, store=store, timeout_s=600.0)
-    worker.train(checkpoint.latest(run_dir / "checkpoints"))
+    worker.train(latest(run_dir / "checkpoints"))
     lines = [line for line in worker.progress(0) if line.get("kind") == "train"]
     worker.leave()
     seconds = [line["step_s"] for line in lines]

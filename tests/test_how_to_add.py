@@ -15,6 +15,7 @@ from runtime.settings.size import model_size
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import latest
 from workers.checkpoints.state import canonical_state
 from workers.gang.parallel import ParallelConfig
 from workers.model import families
@@ -95,7 +96,7 @@ def test_a_run_takes_an_exchange_a_law_an_optimizer_and_a_metric_of_ones_own(fol
     # The optimizer's own state is in the checkpoint, expert by expert: another number of ranks reads it to the bit.
     momenta = [name for name in saved if name.startswith("optim.momentum_buffer.")]
     assert sum(".experts." in name for name in momenta) == 2 * 8 * 2  # layers, experts, weights
-    path = checkpoint.latest(spec.run_dir / "own" / "checkpoints")
+    path = latest(spec.run_dir / "own" / "checkpoints")
     resumed = run_ranks(1, _resume, spec, path)[0]
     assert resumed.keys() == saved.keys()
     assert all(resumed[name].equal(saved[name]) for name in resumed)

@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from dispatch.diagnosis.activity import Activity
-from workers.checkpoints import checkpoint
-from workers.checkpoints.checkpoint import CheckpointCorrupt
-from workers.checkpoints.checkpoint_files import CHECKPOINTS
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointCorrupt, set_aside_later
 from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.exchange_choice import choose_exchange
@@ -249,7 +247,7 @@ class Worker:
         holes = []
         if resume_step is not None:
             holes = new_holes(self._spec.run_dir, find_holes(self._spec.run_dir, resume_step))
-            checkpoint.set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
+            set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
             set_aside_later_scores(self._spec.run_dir, resume_step)
         log = RunLog.create(
             self._spec.run_dir,

@@ -9,7 +9,7 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.layer import SHAPES
@@ -55,10 +55,10 @@ def main() -> int:
         except RaceFailed as failure:
             failed = True
             _say(f"no result: {failure}")
-            output.add({"case": case.to_json(), "failed": str(failure)}, f"### {case.title}\n\nNo result.\n")
+            output.add({"case": asdict(case), "failed": str(failure)}, f"### {case.title}\n\nNo result.\n")
             continue
         outcome = report.outcome_from_json(result)
-        record = {"case": case.to_json(), "machine": about, "versions": versions, "summary": report.summary(outcome)}
+        record = {"case": asdict(case), "machine": about, "versions": versions, "summary": report.summary(outcome)}
         output.add(record | result, report.as_markdown(case, outcome, versions))
         print(f"\n{report.as_text(case, outcome, versions)}", flush=True)
     print(f"\n{report.NOTE}")

@@ -4,7 +4,7 @@ Shapes: T tokens of this rank, E experts, H hidden, F ffn_hidden, K top-k.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -47,13 +47,9 @@ class Case:
         load = "skewed" if self.skewed else "balanced"
         return f"{self.shape_name} {self.dtype_name}, {load}, {ranks}, {threads} a rank, {self.allocator} allocator"
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values; `from_json` reads them back."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read what `asdict` made of one."""
         return cls(**(values | {"shape": Shape(**values["shape"])}))
 
 

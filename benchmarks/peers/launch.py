@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def race(case: Case, names: list[str], say: Callable[[str], None]) -> dict[str, 
 
 
 def _start(case: Case, names: list[str], rank: int, folder: Path) -> subprocess.Popen[str]:
-    job = json.dumps({"case": case.to_json(), "names": names, "rank": rank, "store": str(folder / "store")})
+    job = json.dumps({"case": asdict(case), "names": names, "rank": rank, "store": str(folder / "store")})
     with _log(folder, rank).open("w") as log:
         return subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", "benchmarks.peers.worker", job],

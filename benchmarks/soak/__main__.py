@@ -21,10 +21,11 @@ import psutil
 
 from benchmarks.soak.memory import Track, Tracks, wait_until_gone
 from cluster.ray.session import RaySession
+from runtime.commands.compare.run_pool import last_step
 from runtime.job import job
 from runtime.report.run_record import RunRecord, headlines
 from runtime.settings.config_file import parse_train
-from workers.record.run_log import read_metrics
+from workers.record.run_log import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 MAX_MIB = 1.0  # in 1,000 steps: 1 GiB in a million
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _soak(run_dir: Path, given: argparse.Namespace) -> Tracks:
-    tracks = Tracks(lambda: _last_step(run_dir))
+    tracks = Tracks(lambda: last_step(run_dir / METRICS))
     requests = list(_segments(run_dir, given))  # parsed one by one: a run must exist to be resumed
     first = parse_train(requests[0]).config
     with RaySession.open(first.cluster), tracks.watching():
@@ -86,16 +87,6 @@ def _segments(run_dir: Path, given: argparse.Namespace) -> Iterator[list[str]]:
             ]
         else:
             yield [f"--resume={run_dir}", *rhythm]
-
-
-def _last_step(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return 0
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 8192))
-        lines = [line for line in stream.read().split(b"\n")[1:-1] if b'"train"' in line]
-    return int(lines[-1].partition(b'"step": ')[2].partition(b",")[0]) if lines else 0
 
 
 def _show_memory(tracks: Tracks) -> list[str]:

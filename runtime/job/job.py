@@ -36,7 +36,7 @@ from runtime.terminal.interrupt import StopSignal
 from runtime.terminal.quantities import counted
 from runtime.terminal.say import say
 from runtime.watch.packages import check_installed as check_page_installed
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints, step_of
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, latest, list_checkpoints, step_of
 from workers.data.shards import Dataset
 from workers.record.atomic_file import write_atomically
 from workers.record.record_check import find_holes, new_holes
@@ -206,9 +206,8 @@ def _watch(
             if not isinstance(error, GangFailed | GaveUp) and lock.is_held():
                 trace = "".join(traceback.format_exception(error))[-MAX_DIAGNOSIS_CHARS:]
                 append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}", diagnosis=trace)
-            if saved := list_checkpoints(run_dir / CHECKPOINTS):
-                step = step_of(saved[-1])
-                view.event(f"saved up to step {step}; go on with: trimtab train --resume {run_dir}")
+            if saved := latest(run_dir / CHECKPOINTS):
+                view.event(f"saved up to step {step_of(saved)}; go on with: trimtab train --resume {run_dir}")
             if isinstance(error, Exception) and (run_dir / METRICS).exists():  # who interrupts, waits for nothing
                 view.event(_report_of_failed(run_dir))
             raise

@@ -18,7 +18,7 @@ from runtime.settings.config import TrainConfig
 from runtime.settings.size import model_size
 from runtime.terminal.interrupt import StopSignal
 from runtime.terminal.quantities import byte_size, duration
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError, list_checkpoints, step_of
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError, latest, step_of
 from workers.record.run_log import append_event
 from workers.training.outcome import TrainOutcome
 
@@ -106,8 +106,8 @@ class TrainingJob:
     def _newest_checkpoint(self) -> Path | None:
         if not self._is_recording:  # later ones belong to steps that this run was told to make anew
             return self._resume_from
-        saved = list_checkpoints(self._run_dir / CHECKPOINTS)
-        return saved[-1].absolute() if saved else None
+        saved = latest(self._run_dir / CHECKPOINTS)
+        return saved and saved.absolute()
 
     def _from_memory(self, gang: "Gang", newest: Path | None) -> Path | None:
         """Write what the processes hold of a later step than `newest` to the disk; returns what to go on from."""

@@ -11,8 +11,7 @@ from dispatch.laws import BalanceConfig, Law
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoints.checkpoint import CheckpointCorrupt, latest, read_manifest
-from workers.checkpoints.checkpoint_files import write_manifest
+from workers.checkpoints.checkpoint_files import CheckpointCorrupt, latest, read_manifest, write_manifest
 from workers.gang.parallel import ParallelConfig
 from workers.generation.generate import SamplingConfig
 from workers.record.run_log import read_events, read_load_history, read_metrics

@@ -29,10 +29,8 @@ from workers.checkpoints.checkpoint_files import (
     checkpoint_path,
     digest,
     discard,
-    latest,
     list_checkpoints,
     read_manifest,
-    set_aside_later,
     step_of,
     sync_folder,
     write_manifest,
@@ -43,21 +41,6 @@ from workers.checkpoints.shares import TensorSpec, all_gather_specs, divide
 from workers.checkpoints.slices import whole_specs
 from workers.checkpoints.state import missing_experts
 from workers.gang import agreement
-
-__all__ = [
-    "save",
-    "load",
-    "verify",
-    "read_manifest",
-    "list_checkpoints",
-    "latest",
-    "step_of",
-    "set_aside_later",
-    "Manifest",
-    "CheckpointError",
-    "DiskRefused",
-    "CheckpointCorrupt",
-]
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
@@ -88,8 +71,7 @@ def save(
         root: the checkpoints folder of the run, the same for all ranks and seen by all their machines. It is made here,
             its parent is not.
         tensors: what this rank holds, by canonical name (see workers.checkpoints.state). A name that several ranks have
-        is taken to
-            be the same tensor.
+            is taken to be the same tensor.
         extra: JSON values that are the same on all ranks; rank 0's are kept.
         group: gloo group of all ranks; None for a process on its own.
         keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
@@ -166,9 +148,9 @@ def load(
     return manifest.extra
 
 
-def verify(path: Path, group: Group = None) -> Manifest:
-    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt as `load`. Collective."""
-    return _open_or_offer_previous(path, group)[0]
+def verify(path: Path) -> Manifest:
+    """Compare every file of a checkpoint with its manifest. Raises CheckpointCorrupt as `load`."""
+    return _open_or_offer_previous(path, None)[0]
 
 
 def _open_or_offer_previous(path: Path, group: Group) -> tuple[Manifest, Metadata]:

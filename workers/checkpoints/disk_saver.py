@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from workers.checkpoints import checkpoint
 from workers.checkpoints.background import Background
-from workers.checkpoints.checkpoint import CheckpointError, DiskRefused
-from workers.checkpoints.checkpoint_files import discard, enough_to_remove
+from workers.checkpoints.checkpoint_files import CheckpointError, DiskRefused, discard, enough_to_remove, step_of
 from workers.checkpoints.shares import TensorBlock
 from workers.checkpoints.staging import Snapshot, Staging
 from workers.gang.parallel import RankGroups
@@ -149,7 +148,7 @@ class DiskSaver:
     def _remove_oldest(self, missing_bytes: int) -> None:
         """Make room for the last checkpoint, where that can be done and one of the older ones stays. On rank 0."""
         if paths := enough_to_remove(self._root, missing_bytes):
-            steps = [checkpoint.step_of(path) for path in paths]
+            steps = [step_of(path) for path in paths]
             self._tell("checkpoints_removed", step=self._step, removed=steps, missing_bytes=missing_bytes)
             for path in paths:
                 discard(path)

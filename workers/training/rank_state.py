@@ -19,6 +19,7 @@ from dispatch.layer import name_layers
 from dispatch.layout import LoadLayout
 from dispatch.routing.router import Router
 from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import read_manifest
 from workers.checkpoints.state import canonical_state
 from workers.control.loop import ControlLoop
 from workers.data.sampler import Sampler
@@ -105,7 +106,7 @@ class RankState:
     def load_weights(self, path: Path) -> None:
         """Read the model of a checkpoint; adapters stay as drawn where it was imported and has none. Collective."""
         weights = self.tensors()
-        if checkpoint.read_manifest(path).extra.get("imported"):
+        if read_manifest(path).extra.get("imported"):
             weights = without_adapters(weights)
         checkpoint.load(path, weights, self.groups.control_group, sections=("model",))
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from workers.checkpoints.checkpoint import CheckpointError
+from workers.checkpoints.checkpoint_files import CheckpointError
 from workers.checkpoints.disk_saver import DiskSaver
 from workers.checkpoints.memory_checkpoint import MemoryCheckpoints, partner_shift
 from workers.checkpoints.staging import Snapshot, Staging

@@ -11,7 +11,7 @@ import torch
 from dispatch.balance import read_bias
 from dispatch.errors import InvalidValue
 from workers.checkpoints import checkpoint
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, CheckpointCorrupt
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, CheckpointCorrupt, read_manifest
 from workers.checkpoints.memory_checkpoint import MemoryCheckpoints
 from workers.checkpoints.staging import Snapshot
 from workers.checkpoints.state import law_state, law_tensors, random_state, set_random_state
@@ -80,7 +80,7 @@ class TrainingRun:
             CheckpointCorrupt, CheckpointError: on every rank.
             ValueError: the checkpoint was trained on other text.
         """
-        if checkpoint.read_manifest(path).extra.get("imported"):
+        if read_manifest(path).extra.get("imported"):
             return self._load_imported(path)
         tensors = self._tensors()
         extra = checkpoint.load(path, tensors, self._state.groups.control_group)

@@ -116,7 +116,7 @@ class Campaign:
         """Write the results into the user's folder."""
         self.results().write(self._options.out)
         run = self._target("chaos")
-        lines = run.superseded_lines("train") + run.lines("train")
+        lines = run.superseded_lines() + run.lines()
         write_chart([(line["time"], line["step"]) for line in lines], self.trials, self._options.out / "chaos.png")
 
     def keep(self) -> None:
@@ -134,7 +134,7 @@ class Campaign:
             run.wait(lambda: run.exit_code is not None, "calm run", CALM_S, may_end=True)
         finally:
             run.stop()
-        lines = run.lines("train")
+        lines = run.lines()
         if run.exit_code != 0 or len(lines) != steps:
             raise RuntimeError(f"the undisturbed run failed already; it said:\n{run.said()[-3000:]}")
         self._calm, self._calm_weights = read_record(run.run_dir), checkpoint_digests(run.run_dir)

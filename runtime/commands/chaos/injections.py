@@ -16,8 +16,7 @@ from runtime.commands.chaos.own_ray import kill_own_ray_and_driver
 from runtime.commands.chaos.plan import ChaosFault
 from runtime.commands.chaos.second_writer import second_writer
 from runtime.commands.chaos.target import TargetRun, Unfulfilled
-from workers.checkpoints.checkpoint import list_checkpoints
-from workers.checkpoints.checkpoint_files import CHECKPOINTS
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints
 
 DELAY_S, JITTER_S, LOSS = 0.01, 0.002, 0.01
 BITS_PER_S = 10 * 10**6

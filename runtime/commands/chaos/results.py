@@ -11,6 +11,7 @@ from typing import Any
 from runtime.commands.chaos.plan import Preset
 from runtime.commands.chaos.trial import Trial
 
+SHOWN_ENDS = 130  # characters at each end of a long text
 # Of the event `recovered` by what they are in a recovery from a killed worker.
 PARTS = {
     "detection": ("noticing", "others ended"),
@@ -168,9 +169,9 @@ def _words(results: Results) -> list[str]:
     return lines
 
 
-def _shortened(text: str, ends: int = 130) -> str:
+def _shortened(text: str) -> str:
     """Leave out the middle of a long text, where Ray lists what a process can die of."""
-    return text if len(text) <= 2 * ends else f"{text[:ends]} … {text[-ends:]}"
+    return text if len(text) <= 2 * SHOWN_ENDS else f"{text[:SHOWN_ENDS]} … {text[-SHOWN_ENDS:]}"
 
 
 def _seconds(value: float) -> str:

@@ -110,17 +110,16 @@ class TargetRun:
             return []
         return [event for event in read_events(self.run_dir) if event["event"] == name and event["time"] >= since]
 
-    def lines(self, kind: str) -> list[dict[str, Any]]:
-        """Read the lines of metrics.jsonl of a kind, "train" or "eval", without those of repeated steps."""
-        train, evals = read_metrics(self.run_dir) if (self.run_dir / METRICS).exists() else ([], [])
-        return train if kind == "train" else evals
+    def lines(self) -> list[dict[str, Any]]:
+        """Read the lines of metrics.jsonl of training steps, without those of repeated steps."""
+        return read_metrics(self.run_dir)[0] if (self.run_dir / METRICS).exists() else []
 
-    def superseded_lines(self, kind: str) -> list[dict[str, Any]]:
-        """Read the lines that were set aside because their steps were repeated."""
+    def superseded_lines(self) -> list[dict[str, Any]]:
+        """Read those lines that were set aside because their steps were repeated."""
         path = self.run_dir / "metrics.superseded.jsonl"
         texts = path.read_text().splitlines() if path.exists() else []
         lines = [json.loads(text) for text in texts if text.endswith("}")]  # a crash may tear the last one
-        return [line for line in lines if line["kind"] == kind]
+        return [line for line in lines if line["kind"] == "train"]
 
     def said(self, offset: int = 0) -> str:
         """Read what all its drivers have printed, one after the other, from an offset in characters on."""

@@ -59,13 +59,13 @@ class Trial:
 def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
     """Let a fault strike, and watch the run come through it. If it is dead afterwards, the next trial says so."""
     trial = Trial(fault=fault)
-    before, superseded = len(run.said()), len(run.superseded_lines("train"))
+    before, superseded = len(run.said()), len(run.superseded_lines())
     try:
         trial.struck = _fire(run, fault, plan)
         OUTCOMES[fault.kind.outcome](run, trial, before)
     except (Unfulfilled, TestbedFailed) as error:
         trial.fail(str(error))
-    trial.redone = len(run.superseded_lines("train")) - superseded
+    trial.redone = len(run.superseded_lines()) - superseded
     return trial
 
 
@@ -193,10 +193,10 @@ def _saves(run: TargetRun, trial: Trial, before: int) -> None:
     if run.exit_code != exit_code_of(signal.SIGHUP) or not run.events("interrupted", trial.struck):
         raise Unfulfilled(f"the run did not save and stop; it ended with exit code {run.exit_code}")
     _keep_promise(run, trial, lambda: run.said(before))
-    superseded = len(run.superseded_lines("train"))
+    superseded = len(run.superseded_lines())
     trial.verdict = "survived"
     _resume(run, trial, None)
-    if again := len(run.superseded_lines("train")) - superseded:
+    if again := len(run.superseded_lines()) - superseded:
         raise Unfulfilled(f"{again} steps were lost, although the run was to save before it stopped")
 
 
@@ -247,7 +247,7 @@ def _resume(run: TargetRun, trial: Trial, step: int | None) -> None:
 def _first_step(run: TargetRun, since: float) -> dict[str, Any] | None:
     if not run.events("resumed", since):
         return None
-    return next((line for line in run.lines("train") if line["time"] >= since), None)
+    return next((line for line in run.lines() if line["time"] >= since), None)
 
 
 def _keep_promise(run: TargetRun, trial: Trial, text: Callable[[], str], promise: str | None = None) -> None:

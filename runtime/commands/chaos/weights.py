@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from workers.checkpoints.checkpoint import list_checkpoints, step_of
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError, list_checkpoints, step_of
 from workers.checkpoints.tensor_reader import TensorReader
 
 EXTRA = "values beside the tensors"

@@ -12,8 +12,7 @@ from runtime.commands.compare.methods import Method, parse_methods, with_values
 from runtime.settings.config import TrainConfig, cross_check, flatten
 from runtime.settings.config_file import config_from_yaml, config_to_yaml
 from runtime.settings.yaml_text import load_yaml, read_bounded
-from workers.checkpoints.checkpoint import list_checkpoints
-from workers.checkpoints.checkpoint_files import CHECKPOINTS
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, latest
 from workers.record.atomic_file import write_atomically
 from workers.record.run_log import EVENTS, read_events
 
@@ -95,8 +94,7 @@ class ComparePlan:
 
     def newest_checkpoint(self, key: RunKey) -> Path | None:
         """Where an unfinished run goes on; None where it begins again."""
-        found = list_checkpoints(self.run_dir(key) / CHECKPOINTS)
-        return found[-1] if found else None
+        return latest(self.run_dir(key) / CHECKPOINTS)
 
 
 def grown(saved: ComparePlan, wanted: ComparePlan) -> ComparePlan:

@@ -13,6 +13,8 @@ from typing import Self
 
 import runtime
 from runtime.commands.compare.plan import ComparePlan, RunKey
+from workers.checkpoints.checkpoint_files import step_of
+from workers.record.run_log import METRICS
 
 POLL_S = 0.2
 KILL_WAIT_S = 5.0
@@ -114,8 +116,8 @@ class RunPool:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the terminal's Ctrl-C is for us alone: we let the runs save
             )
-        first_step = int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
-        return ActiveRun(key, process, self._plan.run_dir(key) / "metrics.jsonl", first_step)
+        first_step = step_of(checkpoint) if checkpoint else 0
+        return ActiveRun(key, process, self._plan.run_dir(key) / METRICS, first_step)
 
     def _reason(self, run: ActiveRun) -> str | None:
         code = run.process.returncode

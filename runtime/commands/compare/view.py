@@ -13,7 +13,7 @@ from rich.text import Text
 from runtime.commands.compare.plan import ComparePlan, RunKey
 from runtime.commands.compare.run_pool import ActiveRun, EndedRun
 from runtime.terminal.quantities import duration
-from workers.checkpoints.checkpoint import step_of
+from workers.checkpoints.checkpoint_files import step_of
 
 PLAIN_EVERY_S = 30.0
 

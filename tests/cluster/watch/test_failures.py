@@ -8,7 +8,7 @@ from cluster.gang.supervisor import GaveUp, _details
 from cluster.watch.failures import GangFailed, WorkerFailure, cause_first
 from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 from dispatch.errors import InvalidValue, UserError
-from workers.checkpoints.checkpoint import DiskRefused
+from workers.checkpoints.checkpoint_files import DiskRefused
 from workers.control.errors import ControlTimeout
 from workers.gang.connections import StrangerConnected
 

@@ -30,7 +30,7 @@ from runtime.settings.config_file import config_from_yaml_file, load_config, par
 from runtime.settings.size import records_bytes
 from runtime.terminal.new_text import NewText
 from tests.workers.data.test_tokenizer import write_tokenizer
-from workers.checkpoints.checkpoint import CheckpointCorrupt, list_checkpoints
+from workers.checkpoints.checkpoint_files import CheckpointCorrupt, list_checkpoints
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.data.prepare import prepare_dataset
 from workers.generation.generate import SamplingConfig

@@ -29,18 +29,16 @@ from dispatch.laws import BalanceConfig, LawState
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll
 from workers.checkpoints import checkpoint
-from workers.checkpoints.checkpoint import (
+from workers.checkpoints.checkpoint import load, save, verify
+from workers.checkpoints.checkpoint_files import (
     CheckpointCorrupt,
     CheckpointError,
     DiskRefused,
     latest,
     list_checkpoints,
-    load,
     read_manifest,
-    save,
     set_aside_later,
     step_of,
-    verify,
 )
 from workers.checkpoints.dcp import write_share
 from workers.checkpoints.index import read_index

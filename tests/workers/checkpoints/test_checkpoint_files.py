@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from workers.checkpoints.checkpoint import CheckpointCorrupt, CheckpointError, load, read_manifest, save, verify
-from workers.checkpoints.checkpoint_files import Manifest, digest, write_manifest
+from workers.checkpoints.checkpoint import load, save, verify
+from workers.checkpoints.checkpoint_files import (
+    CheckpointCorrupt,
+    CheckpointError,
+    Manifest,
+    digest,
+    read_manifest,
+    write_manifest,
+)
 from workers.checkpoints.index import read_index
 
 

@@ -16,8 +16,7 @@ from tests.ranks import run_ranks
 from tests.workers.checkpoints.checkpoint_contents import differing
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import disk_saver
-from workers.checkpoints.checkpoint import CheckpointError, list_checkpoints
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, enough_to_remove
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError, enough_to_remove, list_checkpoints
 from workers.record.run_log import read_events, read_load_history, read_metrics
 
 

@@ -11,8 +11,7 @@ from tests.ranks import run_ranks, start_process
 from tests.workers.checkpoints.checkpoint_contents import differing, tensors_of
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import memory_checkpoint
-from workers.checkpoints.checkpoint import CheckpointError
-from workers.checkpoints.checkpoint_files import CHECKPOINTS
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError
 from workers.checkpoints.memory_checkpoint import HeldShard, newest_recoverable, partner_shift
 from workers.gang.parallel import ParallelConfig
 from workers.record.run_log import read_events

@@ -11,7 +11,7 @@ from dispatch.balance import read_bias, read_counts, reset_counts
 from dispatch.laws import BalanceConfig
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.checkpoints.checkpoint import latest
+from workers.checkpoints.checkpoint_files import latest
 from workers.generation.generate import SamplingConfig, generate
 from workers.training.aux_losses import AuxLossConfig
 from workers.training.training_run import TrainingRun

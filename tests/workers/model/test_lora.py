@@ -14,7 +14,7 @@ from runtime.settings.config_file import load_config, override
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import latest
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.attention import KeyValueCache, LatentConfig
 from workers.model.decoder import Decoder
@@ -156,8 +156,8 @@ def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path):
     runs = [replace(spec, run_dir=tmp_path / name) for name in ("whole", "parts")]
     run_ranks(2, _train_on, runs[0], "whole", None, None)
     assert run_ranks(2, _train_on, runs[1], "first", 3, None)[0] == 3
-    run_ranks(2, _train_on, runs[1], "second", None, checkpoint.latest(runs[1].run_dir / "checkpoints"))
-    whole, parts = (_tensors(checkpoint.latest(run.run_dir / "checkpoints")) for run in runs)
+    run_ranks(2, _train_on, runs[1], "second", None, latest(runs[1].run_dir / "checkpoints"))
+    whole, parts = (_tensors(latest(run.run_dir / "checkpoints")) for run in runs)
     assert whole.keys() == parts.keys()
     assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
     assert "model.layers.1.moe.experts.7.down_proj_lora_B" in whole

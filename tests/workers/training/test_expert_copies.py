@@ -10,7 +10,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoints.checkpoint import latest
+from workers.checkpoints.checkpoint_files import latest
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
 from workers.model.lora import LoraConfig

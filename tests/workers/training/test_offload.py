@@ -16,7 +16,7 @@ from dispatch.exchange.local import LocalDispatcher
 from tests.ranks import run_ranks
 from tests.workers.training.test_gradients import form_groups
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoints.checkpoint import checkpoint_path
+from workers.checkpoints.checkpoint_files import checkpoint_path
 from workers.checkpoints.state import canonical_state
 from workers.gang.parallel import ParallelConfig, RankGroups, Shard
 from workers.model.decoder import Decoder

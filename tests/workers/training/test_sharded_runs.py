@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
-from workers.checkpoints.checkpoint import checkpoint_path
+from workers.checkpoints.checkpoint_files import checkpoint_path
 from workers.gang.parallel import ParallelConfig
 from workers.training.training_run import TrainingRun
 

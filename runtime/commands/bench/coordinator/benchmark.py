@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def run_benchmark(case: ControlCase, out: Path) -> int:
 
     show(measured)
     record = new_name(out, datetime.now())
-    record.write_text(json.dumps(measured.to_json()) + "\n")
+    record.write_text(json.dumps(asdict(measured)) + "\n")
     write_chart(measured, record.with_suffix(".png"))
     sys.stdout.write(f"\n{record}\n{record.with_suffix('.png')}\n")
     return 0

@@ -4,8 +4,7 @@ Shapes: M counts of a law over all layers, W ranks.
 """
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,10 +54,6 @@ class ControlCase:
         other = replace(self, law=law)
         layer_bytes = 8 * other.make_law().num_counts // self.layers
         return replace(other, layers=max(1, min(self.layers, _REPORT_LIMIT_BYTES // layer_bytes)))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
 
 def case_of(given: Namespace) -> ControlCase:

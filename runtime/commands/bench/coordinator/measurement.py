@@ -1,7 +1,6 @@
 """What `trimtab bench coordinator` has measured: for its tables, its picture and its record."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from runtime.commands.bench.coordinator.case import ControlCase
 from runtime.commands.bench.coordinator.load import LoadFigures
@@ -20,7 +19,3 @@ class ControlMeasurement:
     ranks: RankFigures
     hop: HopCost | None
     modelled: list[Modelled]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all figures and samples as plain values."""
-        return asdict(self)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def _show(case: LayerCase, measured: LayerMeasurement, out: Path) -> None:
     sys.stdout.flush()
     record = new_name(out, datetime.now())
     values = {
-        "case": case.to_json(),
+        "case": asdict(case),
         "exchange": measured.exchange,
         "figures": {dtype: each.to_json() for dtype, each in figures.items()},
         "samples": {dtype: each.samples for dtype, each in measured.by_dtype.items()},

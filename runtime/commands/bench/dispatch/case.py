@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,10 +98,6 @@ class LayerCase:
             num_tokens=self.tokens,
             skew=self.skew,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
 
 def case_of(given: argparse.Namespace) -> LayerCase:

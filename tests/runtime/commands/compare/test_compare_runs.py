@@ -18,7 +18,7 @@ from runtime.commands.compare.plan import ComparePlan
 from runtime.job import job
 from runtime.job.launch import make_spec, open_ranks
 from runtime.settings.config_file import parse_train
-from workers.checkpoints.checkpoint import list_checkpoints
+from workers.checkpoints.checkpoint_files import list_checkpoints
 from workers.data.prepare import prepare_dataset
 from workers.data.sampler import Sampler
 from workers.record.run_log import read_events, read_load_history, read_metrics

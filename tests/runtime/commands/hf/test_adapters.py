@@ -18,6 +18,7 @@ from tests.workers.model.families.directories import write_directory
 from tests.workers.model.families.hugging_face import CONFIGS, Batch, auto_class
 from tests.workers.training_gang import join_worker
 from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import latest
 from workers.checkpoints.state import canonical_state
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.data.prepare import prepare_dataset
@@ -45,7 +46,7 @@ def run_with_adapters(folder: Path, name: str, targets: list[str]) -> Path:
     config = config_from_yaml_file(run / "config.yaml").model
     model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts))
     state = canonical_state(model)
-    extra = checkpoint.load(checkpoint.latest(run / "checkpoints"), without_adapters(state), None, sections=("model",))
+    extra = checkpoint.load(latest(run / "checkpoints"), without_adapters(state), None, sections=("model",))
     generator = torch.Generator().manual_seed(4)
     for key in filter(is_adapter, state):
         # Small enough for fp32 to agree in another order of products to 1e-5.
@@ -86,7 +87,7 @@ def _train(rank: int, world_size: int, run: Path, name: str, stop_after: int | N
     config = config_from_yaml_file(run / "config.yaml")
     spec = make_spec(config, run, prepare_dataset(config.data))
     worker = join_worker(spec, rank, world_size, name, stop_after=stop_after)
-    worker.train(checkpoint.latest(run / "checkpoints"))
+    worker.train(latest(run / "checkpoints"))
 
 
 def test_an_imported_model_trains_adapters_that_peft_loads_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -97,16 +98,16 @@ def test_an_imported_model_trains_adapters_that_peft_loads_and_stays_as_it_was(t
     options += ["--optim.lr", "2e-3"]
     run, batch = tmp_path / "run", Batch.ragged()
     import_run(source, run, *options)
-    untrained = TensorReader(checkpoint.latest(run / "checkpoints"))
+    untrained = TensorReader(latest(run / "checkpoints"))
     assert main(["export", str(run), str(tmp_path / "early")]) == 2  # no adapters yet
     # Whole experts go to other ranks, with their adapters.
     run_ranks(2, _train, run, "first", 4)
     run_ranks(4, _train, run, "second", None)
-    trained = TensorReader(checkpoint.latest(run / "checkpoints"))
+    trained = TensorReader(latest(run / "checkpoints"))
     assert trained.manifest.step == 10
     for name in untrained.shapes:
         assert torch.equal(untrained.read([name])[name], trained.read([name])[name]), name
-    assert main(["doctor", str(checkpoint.latest(run / "checkpoints"))]) == 0
+    assert main(["doctor", str(latest(run / "checkpoints"))]) == 0
     export(run, tmp_path / "adapter")
     export(run, tmp_path / "merged", "--merged")
     ours, base = our_logits(run, batch)[batch.mask], AutoModelForCausalLM.from_pretrained(source)

@@ -21,6 +21,7 @@ from tests.workers.model.families.directories import PREFIX, quantise, to_mxfp4,
 from tests.workers.model.families.hugging_face import CONFIGS, Batch, auto_class, is_of_vision
 from tests.workers.training_gang import join_worker
 from workers.checkpoints import checkpoint
+from workers.checkpoints.checkpoint_files import latest, read_manifest
 from workers.checkpoints.state import canonical_state
 from workers.data.prepare import prepare_dataset
 from workers.model.attention import positions_of
@@ -116,7 +117,7 @@ def test_processes_that_hold_a_shard_each_import_the_same(tmp_path: Path) -> Non
     export(tmp_path / "run", tmp_path / "out", "--max-file-gb", "0.001")
     assert_same_bytes(source, tmp_path / "out")
     # Experts lie with the process that holds them, dense weights once.
-    manifest = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step_00000000")
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step_00000000")
     assert manifest.world_size == 2
     # Nothing else is left behind.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "source"]
@@ -127,14 +128,14 @@ def _train_all(rank: int, world_size: int, folder: Path) -> None:
     for run in sorted(folder.glob("run *")):
         config = config_from_yaml_file(run / "config.yaml")
         worker = join_worker(make_spec(config, run, prepare_dataset(config.data)), rank, world_size, run.name)
-        outcome = worker.train(checkpoint.latest(run / "checkpoints"))
+        outcome = worker.train(latest(run / "checkpoints"))
         assert (outcome.step, outcome.completed) == (10, True)
 
 
 def our_model(run: Path) -> Decoder:
     config = config_from_yaml_file(run / "config.yaml").model
     model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts)).eval()
-    checkpoint.load(checkpoint.latest(run / "checkpoints"), canonical_state(model), None, sections=("model",))
+    checkpoint.load(latest(run / "checkpoints"), canonical_state(model), None, sections=("model",))
     return model
 
 
@@ -199,7 +200,7 @@ def test_a_bias_that_the_family_lacks_is_not_lost_in_silence(
     import_run(source, run)
     config = config_from_yaml_file(run / "config.yaml")
     assert config.balance.law == "none"
-    path = checkpoint.latest(run / "checkpoints")
+    path = latest(run / "checkpoints")
     model = Decoder(config.model, lambda: LocalDispatcher(8))
     state = canonical_state(model)
     extra = checkpoint.load(path, state, None, sections=("model",))
@@ -230,7 +231,7 @@ def test_a_bias_that_moved_too_little_for_bf16_is_exported_in_fp32(tmp_path: Pat
     assert_same_bytes(source, tmp_path / "same")
     config = config_from_yaml_file(run / "config.yaml").model
     state = canonical_state(Decoder(config, lambda: LocalDispatcher(16)))
-    extra = checkpoint.load(checkpoint.latest(run / "checkpoints"), state, None, sections=("model",))
+    extra = checkpoint.load(latest(run / "checkpoints"), state, None, sections=("model",))
     moved = state["model.layers.1.moe.router.expert_bias_E"].add_(0.001)
     checkpoint.save(run / "checkpoints", 1, state, extra, None)
     export(run, tmp_path / "moved")

@@ -11,7 +11,7 @@ from dispatch.laws import BalanceConfig
 from runtime.commands.replay.history import reproduce_bias
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.checkpoints.checkpoint import latest
+from workers.checkpoints.checkpoint_files import latest
 from workers.record.run_log import HISTORY, read_events, read_load_history, read_metrics
 from workers.record.statistic_log import STATISTICS
 
