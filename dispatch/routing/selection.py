@@ -11,31 +11,6 @@ import torch
 from torch import Tensor
 
 
-def choose_experts(
-    scores_TE: Tensor,
-    expert_bias_E: Tensor,
-    top_k: int,
-    *,
-    num_groups: int = 1,
-    groups_kept: int = 1,
-    scores_per_group: int = 2,
-    multiplies: bool = False,
-) -> Tensor:
-    """Choose `top_k` experts a token by biased score; ties go to the lowest expert id.
-
-    The arguments are those of `biased_scores`. Returns topk_ids_TK, int64, best first.
-    """
-    biased_TE = biased_scores(
-        scores_TE,
-        expert_bias_E,
-        num_groups=num_groups,
-        groups_kept=groups_kept,
-        scores_per_group=scores_per_group,
-        multiplies=multiplies,
-    )
-    return ordered_topk(biased_TE, top_k)
-
-
 def biased_scores(
     scores_TE: Tensor,
     expert_bias_E: Tensor,

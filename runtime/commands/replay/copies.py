@@ -36,9 +36,7 @@ class CopiesOutcome:
     num_copies: float
 
 
-def outcomes_of(
-    history: LoadHistory, copies: Sequence[int], *, ep_size: int, every: int, ranks_per_node: int = 1
-) -> list[CopiesOutcome]:
+def outcomes_of(history: LoadHistory, copies: Sequence[int], *, ep_size: int, every: int) -> list[CopiesOutcome]:
     """What 0 and each of `copies` give where the loads of `every` steps place the copies of the next `every`.
 
     The first `every` steps, which no loads precede, are left out.
@@ -51,20 +49,17 @@ def outcomes_of(
             f"the run recorded {len(history.steps)} steps, and the first {every} only place copies; choose a smaller "
             "--every"
         )
-    return [
-        _outcome(history, each, ep_size=ep_size, every=every, ranks_per_node=ranks_per_node)
-        for each in dict.fromkeys((0, *copies))
-    ]
+    return [_outcome(history, each, ep_size=ep_size, every=every) for each in dict.fromkeys((0, *copies))]
 
 
-def _outcome(history: LoadHistory, copies: int, *, ep_size: int, every: int, ranks_per_node: int) -> CopiesOutcome:
+def _outcome(history: LoadHistory, copies: int, *, ep_size: int, every: int) -> CopiesOutcome:
     busiest, num_copies = list[NDArray[np.float64]](), list[int]()
     for where in history.layout.slices:
         counts_SE = history.counts[:, where]
         parts = list[float]()
         for start in range(every, len(counts_SE), every):
             before_E = counts_SE[start - every : start].sum(0).tolist()
-            placed = place_copies(before_E, ep_size, copies, ranks_per_node=ranks_per_node)
+            placed = place_copies(before_E, ep_size, copies)
             num_copies.append(placed.num_copies)
             parts += [placed.busiest(loads_E) for loads_E in counts_SE[start : start + every].tolist()]
         busiest.append(np.array(parts))

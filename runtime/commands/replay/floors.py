@@ -8,21 +8,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dispatch.config import RouterConfig
 from dispatch.laws import BalanceConfig, Law
 from dispatch.laws.load_metrics import max_vio, max_vio_floor
 from dispatch.layout import LoadLayout
-from dispatch.routing.selection import choose_experts, count_by_expert
+from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
 from runtime.commands.replay.play import Player
-from runtime.commands.replay.trace import Choice, Trace
+from runtime.commands.replay.trace import Trace
 
 REACH = 6  # neighbours on either side
 MIN_NEIGHBOURS = 6
 SMOOTHED = 5  # samples; one is of a few layers, and swings by a tenth
 STRIDE = 4  # tokens of one sequence resemble each other: the others say little more
 NUM_ROUNDS = 8
+NUM_SAMPLES = 128  # steps that are tried
 
 
-def floor_by_step(trace: Trace, num_samples: int = 128) -> NDArray[np.float64]:
+def floor_by_step(trace: Trace) -> NDArray[np.float64]:
     """MaxVio_batch that the best constant bias for a step would leave when it may not see the step itself, (S,).
 
     For some steps, the bias that balances their neighbours together is tried on the step. What is left is chance, of
@@ -34,7 +36,7 @@ def floor_by_step(trace: Trace, num_samples: int = 128) -> NDArray[np.float64]:
     for side in _sides(trace):
         if len(side) <= MIN_NEIGHBOURS:
             return np.full(len(trace.steps), np.nan)
-        wanted = max(2, round(num_samples * len(side) / len(trace.steps)))
+        wanted = max(2, round(NUM_SAMPLES * len(side) / len(trace.steps)))
         steps = np.unique(np.linspace(side[0], side[-1], min(wanted, len(side))).astype(int))
         sampled = _smoothed(np.array([_floor_of(trace, int(step), side) for step in steps]))
         values[side[0] - trace.steps[0] : side[-1] + 1 - trace.steps[0]] = np.interp(np.array(side), steps, sampled)
@@ -44,7 +46,7 @@ def floor_by_step(trace: Trace, num_samples: int = 128) -> NDArray[np.float64]:
 def chance_floor(trace: Trace) -> float:
     """`max_vio_floor` of the last step, mean over layers: what independent tokens would leave."""
     scores = trace.scores(trace.steps[-1])
-    return float(np.mean([max_vio_floor(len(each), each.shape[1], trace.choice.top_k) for each in scores]))
+    return float(np.mean([max_vio_floor(len(each), each.shape[1], trace.router.top_k) for each in scores]))
 
 
 def _sides(trace: Trace) -> list[range]:
@@ -59,23 +61,24 @@ def _floor_of(trace: Trace, step: int, side: range) -> float:
     around = [trace.scores(each) for each in side if each != step and abs(each - step) <= REACH]
     values = []
     for layer, scores_TE in enumerate(trace.scores(step)):
-        bias_E = _balancing_bias(torch.cat([each[layer][::STRIDE] for each in around]), trace.choice)
-        topk_ids_TK = choose_experts(scores_TE, bias_E, trace.choice.top_k, **trace.choice.groups)
+        bias_E = _balancing_bias(torch.cat([each[layer][::STRIDE] for each in around]), trace.router)
+        biased_TE = biased_scores(scores_TE, bias_E, multiplies=False, **trace.router.groups)
+        topk_ids_TK = ordered_topk(biased_TE, trace.router.top_k)
         values.append(max_vio(count_by_expert(topk_ids_TK, scores_TE.shape[1])))
     return float(np.mean(values))
 
 
-def _balancing_bias(scores_TE: Tensor, choice: Choice) -> Tensor:
+def _balancing_bias(scores_TE: Tensor, router: RouterConfig) -> Tensor:
     """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate.
 
     Where groups limit the choice, `newton` swings and `adaptive` finds its own gain.
     """
-    if choice.num_groups > 1:
+    if router.num_groups > 1:
         config = [BalanceConfig(law="adaptive")] * NUM_ROUNDS
     else:
         config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(NUM_ROUNDS)]
     layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
-    player = Player(config[0], layout, choice)
+    player = Player(config[0], layout, router)
     for round_, each in enumerate(config, 1):
         player.law = Law(each, layout)
         player.step(round_, [scores_TE])

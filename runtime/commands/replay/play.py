@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dispatch.config import RouterConfig
 from dispatch.errors import InvalidValue
 from dispatch.laws import STATISTIC_SCALE, BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
 from dispatch.routing.statistics import RouterChoice
-from runtime.commands.replay.trace import Choice, Trace
+from runtime.commands.replay.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Played:
 class Player:
     """One law on its way through a trace; `step` once for each step, in order."""
 
-    def __init__(self, config: BalanceConfig, layout: LoadLayout, choice: Choice) -> None:
+    def __init__(self, config: BalanceConfig, layout: LoadLayout, router: RouterConfig) -> None:
         self.law: Law = Law(config, layout)
         self.state: LawState = self.law.initial_state()
-        self._layout, self._choice = layout, choice
+        self._layout, self._router = layout, router
         self._rows: list[tuple[Tensor, Tensor, float]] = []
 
     def step(self, step: int, scores: list[Tensor]) -> None:
@@ -47,17 +48,17 @@ class Player:
             if self.law.statistic is not None:
                 statistics.append(self.law.statistic.count(routing, None).flatten())
             chosen += float(scores_TE.gather(1, routing.topk_ids_TK).sum(dtype=torch.float64))
-            best += float(scores_TE.topk(self._choice.top_k, dim=1).values.sum(dtype=torch.float64))
+            best += float(scores_TE.topk(self._router.top_k, dim=1).values.sum(dtype=torch.float64))
         load_N = torch.cat(loads)
         self._rows.append((load_N, self.state.bias_N, 1 - chosen / best if best else 0.0))
         self.state = self.law.update(torch.cat([load_N, *statistics]), self.state, step)
 
     def _route(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> RouterChoice:
-        choice = self._choice
-        biased_TE = biased_scores(scores_TE, bias_E, multiplies=self.law.entry.multiplies, **choice.groups)
+        router = self._router
+        biased_TE = biased_scores(scores_TE, bias_E, multiplies=self.law.entry.multiplies, **router.groups)
         scales = self.state.extras.get(STATISTIC_SCALE)
         scale = torch.zeros(()) if scales is None else scales[layer]
-        return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, choice.top_k), bias_E, scale)
+        return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, router.top_k), bias_E, scale)
 
     def played(self) -> Played:
         """Return everything so far."""
@@ -76,11 +77,11 @@ def play(
         ValueError: a law is not fit for the trace's groups.
     """
     for config in laws.values():
-        if trace.choice.num_groups > 1 and not config.entry.group_limited:
+        if trace.router.num_groups > 1 and not config.entry.group_limited:
             raise InvalidValue(
                 f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
             )
-    players = {label: Player(config, trace.layout, trace.choice) for label, config in laws.items()}
+    players = {label: Player(config, trace.layout, trace.router) for label, config in laws.items()}
     for step in trace.steps:
         scores = trace.scores(step)
         for player in players.values():

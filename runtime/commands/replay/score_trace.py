@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispatch.config import RouterConfig
 from dispatch.errors import InvalidValue
-from dispatch.layout import LoadLayout
 from runtime.commands.replay.starts import read_starts
-from runtime.commands.replay.trace import Choice
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.config_file import config_from_yaml_file
 from workers.record.record_file import RecordPlace, list_records, read_record
@@ -91,20 +90,14 @@ class RecordedTrace:
 
     def __init__(self, run: Path, shift: int | None = None, first: int | None = None) -> None:
         config = config_from_yaml_file(run / CONFIG_FILE)
-        moe = config.model.moe
         self._found = read_scores(run)
         self._first = first
         if first is not None:
             self._found.begin_at(first)
         self._name = run.resolve().name
-        self._layout = read_load_history(run).layout
-        self._choice = Choice(
-            top_k=moe.top_k,
-            num_groups=moe.num_groups,
-            groups_kept=moe.groups_kept,
-            scores_per_group=moe.scores_per_group,
-        )
-        self._shift_step = self._own_shift(config.data.shift_at) if shift is None else self._number_of(shift)
+        self.layout = read_load_history(run).layout
+        self.router: RouterConfig = config.model.moe
+        self.shift_step = self._own_shift(config.data.shift_at) if shift is None else self._number_of(shift)
 
     @property
     def name(self) -> str:
@@ -115,16 +108,6 @@ class RecordedTrace:
         return self._name if num_steps == last else f"{self._name}, {num_steps} recorded of {last} steps"
 
     @property
-    def layout(self) -> LoadLayout:
-        """The run's MoE layers."""
-        return self._layout
-
-    @property
-    def choice(self) -> Choice:
-        """The run's."""
-        return self._choice
-
-    @property
     def training_steps(self) -> list[int]:
         """Which steps of the training were recorded."""
         return self._found.steps
@@ -133,11 +116,6 @@ class RecordedTrace:
     def steps(self) -> range:
         """1 to the number of recorded steps."""
         return range(1, len(self._found.steps) + 1)
-
-    @property
-    def shift_step(self) -> int | None:
-        """The first recorded step from `shift` on."""
-        return self._shift_step
 
     def scores(self, step: int) -> list[Tensor]:
         """Of the whole global batch, to 16 bits."""

@@ -13,34 +13,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dispatch.config import RouterConfig
 from dispatch.layout import LoadLayout
-from runtime.commands.replay.trace import Choice
 
 # The part of a token's direction that its kind of text, its sequence and the token itself decide.
 _KIND, _TOPIC, _TOKEN = 0.7, 0.35, 0.62
+_SEQ_LEN, _HIDDEN = 64, 32
+_DRIFT = 0.01  # relative random step of the router's weights, a step
+_LOGIT_STD = 1.5
+# Shares of the kinds of text before the shift and from it on.
+_MIX, _MIX_AFTER = (0.4, 0.3, 0.2, 0.1), (0.05, 0.05, 0.1, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSimulation:
-    """A trace (runtime.commands.replay.trace) of one MoE layer.
-
-    drift: relative random step of the router's weights, a step. mix, mix_after: shares of the kinds of text before and
-    from `shift_step` on.
-    """
+    """A trace (runtime.commands.replay.trace) of one MoE layer. shift_step: from which the mix of text is another."""
 
     seed: int
     num_steps: int = 400
     shift_step: int | None = 250
-    num_experts: int = 64
-    choice: Choice = Choice(top_k=6)  # noqa: RUF009 - frozen
+    router: RouterConfig = RouterConfig(num_experts=64, top_k=6)  # noqa: RUF009 - frozen
     num_sequences: int = 128
-    seq_len: int = 64
-    hidden: int = 32
-    drift: float = 0.01
-    logit_std: float = 1.5
-    softmax: bool = False
-    mix: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
-    mix_after: tuple[float, ...] = (0.05, 0.05, 0.1, 0.8)
 
     @property
     def name(self) -> str:
@@ -48,7 +41,7 @@ class RouterSimulation:
 
     @property
     def layout(self) -> LoadLayout:
-        return LoadLayout(("simulated",), (self.num_experts,), (True,))
+        return LoadLayout(("simulated",), (self.router.num_experts,), (True,))
 
     @property
     def steps(self) -> range:
@@ -56,28 +49,28 @@ class RouterSimulation:
 
     def scores(self, step: int) -> list[Tensor]:
         x_TH = self._tokens(step)
-        logits_TE = x_TH @ self._weights_SEH[step - 1].T * (self.logit_std * self.hidden**0.5)
-        return [logits_TE.softmax(1) if self.softmax else logits_TE.sigmoid()]
+        logits_TE = x_TH @ self._weights_SEH[step - 1].T * (_LOGIT_STD * _HIDDEN**0.5)
+        return [logits_TE.softmax(1) if self.router.score == "softmax" else logits_TE.sigmoid()]
 
     @cached_property
     def _weights_SEH(self) -> Tensor:  # noqa: N802 - the shape is part of the name
-        steps_SEH = self._random(0, self.num_steps, self.num_experts, self.hidden)
-        steps_SEH[1:] *= self.drift
+        steps_SEH = self._random(0, self.num_steps, self.router.num_experts, _HIDDEN)
+        steps_SEH[1:] *= _DRIFT
         walk_SEH = steps_SEH.cumsum(0)
         # A walk alone would grow the logits with its length.
         return _unit(walk_SEH)
 
     @cached_property
     def _kinds_DH(self) -> Tensor:  # noqa: N802
-        return _unit(self._random(1, len(self.mix), self.hidden))
+        return _unit(self._random(1, len(_MIX), _HIDDEN))
 
     def _tokens(self, step: int) -> Tensor:
         after = self.shift_step is not None and step >= self.shift_step
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 2)
-        shares = torch.tensor(self.mix_after if after else self.mix)
+        shares = torch.tensor(_MIX_AFTER if after else _MIX)
         kinds_B = torch.multinomial(shares, self.num_sequences, replacement=True, generator=generator)
-        topics_BH = _unit(torch.randn(self.num_sequences, self.hidden, generator=generator))
-        tokens_BSH = _unit(torch.randn(self.num_sequences, self.seq_len, self.hidden, generator=generator))
+        topics_BH = _unit(torch.randn(self.num_sequences, _HIDDEN, generator=generator))
+        tokens_BSH = _unit(torch.randn(self.num_sequences, _SEQ_LEN, _HIDDEN, generator=generator))
         about_BH = _KIND * self._kinds_DH[kinds_B] + _TOPIC * topics_BH
         x_TH: Tensor = (about_BH.unsqueeze(1) + _TOKEN * tokens_BSH).flatten(0, 1)
         return x_TH

@@ -3,31 +3,12 @@
 Shapes: T tokens of a step (may differ by step and be 0), E experts of a layer.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from dispatch.config import RouterConfig
 from dispatch.layout import LoadLayout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How experts are chosen from scores; the settings of dispatch.config.RouterConfig."""
-
-    top_k: int
-    num_groups: int = 1
-    groups_kept: int = 1
-    scores_per_group: int = 2
-
-    @property
-    def groups(self) -> dict[str, Any]:
-        """The arguments of `dispatch.routing.selection.biased_scores`."""
-        return {
-            "num_groups": self.num_groups,
-            "groups_kept": self.groups_kept,
-            "scores_per_group": self.scores_per_group,
-        }
 
 
 class Trace(Protocol):
@@ -44,7 +25,7 @@ class Trace(Protocol):
         ...
 
     @property
-    def choice(self) -> Choice:
+    def router(self) -> RouterConfig:
         """How experts are chosen, the same in all layers."""
         ...
 

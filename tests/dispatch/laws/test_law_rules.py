@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from dispatch.config import RouterConfig
 from dispatch.laws import LAWS, BalanceConfig, Law, LawState, register_law
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import ordered_topk
 from dispatch.routing.statistics import HISTOGRAM_BINS, CutoffHistogram, RouterChoice
 from runtime.commands.replay.play import Player, max_vio_by_step, play
 from runtime.commands.replay.simulation import RouterSimulation
-from runtime.commands.replay.trace import Choice
 
 OURS = [
     "adaptive", "multiplicative", "newton", "none", "proportional", "quantile", "rms", "sign", "smebu", "warm",
@@ -136,8 +136,8 @@ def test_adaptive_takes_a_whole_step_first_shrinks_it_in_noise_and_starts_anew_a
 
 
 def test_warm_jumps_then_steps_and_jumps_again_after_a_shift():
-    trace = RouterSimulation(seed=0, num_steps=24, shift_step=15, num_experts=16, choice=Choice(top_k=2))
-    player = Player(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.choice)
+    trace = RouterSimulation(seed=0, num_steps=24, shift_step=15, router=RouterConfig(num_experts=16, top_k=2))
+    player = Player(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     moved = np.abs(np.diff(player.played().bias, axis=0)).max(1)
@@ -182,9 +182,9 @@ def test_a_law_that_travelled_goes_on_as_if_it_had_not(name):  # B26
 def test_in_closed_loop_every_law_balances_and_holds_without_swinging(name):  # P15
     rates = {"sign": 0.01, "multiplicative": 0.02, "proportional": 0.02, "rms": 0.01, "smebu": 0.02}
     trace = RouterSimulation(
-        seed=3, num_steps=60, shift_step=None, num_experts=16, choice=Choice(top_k=2), num_sequences=64
+        seed=3, num_steps=60, shift_step=None, router=RouterConfig(num_experts=16, top_k=2), num_sequences=64
     )
-    player = Player(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.choice)
+    player = Player(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     played = player.played()
@@ -198,20 +198,19 @@ def test_in_closed_loop_every_law_balances_and_holds_without_swinging(name):  # 
     assert (played.regret >= 0).all() and played.regret[-1] < 0.1
 
 
-@pytest.mark.parametrize("softmax", [False, True])
-def test_adaptive_finds_the_scale_of_the_scores_by_itself(softmax):
-    trace = RouterSimulation(
-        seed=4, num_steps=40, shift_step=None, num_experts=32, choice=Choice(top_k=4), num_sequences=64, softmax=softmax
-    )
-    player = Player(BalanceConfig(law="adaptive"), trace.layout, trace.choice)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_adaptive_finds_the_scale_of_the_scores_by_itself(score):
+    router = RouterConfig(num_experts=32, top_k=4, score=score)
+    trace = RouterSimulation(seed=4, num_steps=40, shift_step=None, router=router, num_sequences=64)
+    player = Player(BalanceConfig(law="adaptive"), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
     assert max_vio_by_step(player.played().counts, trace.layout.slices)[15:].mean() < 0.5
 
 
 def test_every_law_that_is_registered_for_group_limits_balances_them():
-    choice = Choice(top_k=6, num_groups=8, groups_kept=3, scores_per_group=2)
-    trace = RouterSimulation(seed=5, num_steps=40, shift_step=None, num_experts=32, choice=choice, num_sequences=64)
+    router = RouterConfig(num_experts=32, top_k=6, num_groups=8, groups_kept=3, scores_per_group=2)
+    trace = RouterSimulation(seed=5, num_steps=40, shift_step=None, router=router, num_sequences=64)
     names = [name for name in OURS if LAWS[name].group_limited]
     # Laws whose step is fixed need a larger one than their own to arrive within 40 steps.
     rates = dict.fromkeys(("sign", "multiplicative", "rms", "smebu"), 0.02) | {"proportional": 0.05}

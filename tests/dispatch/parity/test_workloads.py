@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dispatch.parity.workloads import BURST_EVERY, WORKLOADS, Workload, tokens_that_choose
-from dispatch.routing.selection import choose_experts
+from dispatch.routing.selection import biased_scores, ordered_topk
 
 # 8 experts, top-2, 2 ranks: experts 0 1 2 3 | 4 5 6 7. With 16 tokens a rank the mean load is 2 * 16 * 2 / 8 = 8.
 SIZES = {"num_experts": 8, "top_k": 2, "ep_size": 2, "num_tokens": 16}
@@ -154,9 +154,9 @@ def test_tokens_that_choose_make_a_router_choose_exactly_that(name):
     ids = Workload(name=name, **SIZES | {"top_k": 3}).route(1).topk_ids_TK
     router_weight = torch.randn(8, 12) / 12**0.5
     logits = tokens_that_choose(ids, router_weight) @ router_weight.t()
-    assert torch.equal(choose_experts(logits.sigmoid(), torch.zeros(8), 3), ids)
-    assert torch.equal(choose_experts(logits.softmax(-1), torch.zeros(8), 3), ids)
-    biased = choose_experts(logits.sigmoid(), torch.linspace(-0.1, 0.1, 8), 3)
+    assert torch.equal(ordered_topk(biased_scores(logits.sigmoid(), torch.zeros(8)), 3), ids)
+    assert torch.equal(ordered_topk(biased_scores(logits.softmax(-1), torch.zeros(8)), 3), ids)
+    biased = ordered_topk(biased_scores(logits.sigmoid(), torch.linspace(-0.1, 0.1, 8)), 3)
     assert torch.equal(biased.sort(1).values, ids.sort(1).values)
 
 

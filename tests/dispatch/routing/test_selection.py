@@ -5,18 +5,11 @@ from hypothesis import strategies as st
 
 from dispatch.config import RouterConfig
 from dispatch.parity.reference import reference_choice
-from dispatch.routing.selection import choose_experts, ordered_topk
+from dispatch.routing.selection import biased_scores, ordered_topk
 
 
 def _choose(scores, bias, config):
-    return choose_experts(
-        torch.tensor(scores),
-        torch.tensor(bias),
-        config.top_k,
-        num_groups=config.num_groups,
-        groups_kept=config.groups_kept,
-        scores_per_group=config.scores_per_group,
-    ).tolist()
+    return ordered_topk(biased_scores(torch.tensor(scores), torch.tensor(bias), **config.groups), config.top_k).tolist()
 
 
 def test_ties_go_to_the_lowest_expert():  # B22
@@ -50,7 +43,7 @@ def test_negative_biased_scores_stay_inside_the_chosen_groups():  # B17
     torch.manual_seed(0)
     config = RouterConfig(num_experts=16, top_k=8, num_groups=4, groups_kept=2)
     scores = torch.rand(200, 16)
-    ids = choose_experts(scores, torch.full((16,), -3.0), 8, num_groups=4, groups_kept=2)
+    ids = ordered_topk(biased_scores(scores, torch.full((16,), -3.0), **config.groups), config.top_k)
     assert config.top_k == ids.shape[1]
     # Two groups of four hold exactly the eight chosen.
     assert all(len({expert // 4 for expert in row}) == 2 for row in ids.tolist())

@@ -48,7 +48,7 @@ def run_benchmark(
     console = Console(highlight=False)
     comparisons = []
     for trace in traces:
-        fit = {spec: law for spec, law in chosen.items() if trace.choice.num_groups == 1 or law.entry.group_limited}
+        fit = {spec: law for spec, law in chosen.items() if trace.router.num_groups == 1 or law.entry.group_limited}
         with one_thread():
             comparison = compare(trace, play_with_progress(trace, fit))
         comparisons.append(comparison)

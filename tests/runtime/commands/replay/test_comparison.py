@@ -8,10 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from dispatch.config import RouterConfig
 from dispatch.laws import BalanceConfig
 from dispatch.laws.load_metrics import max_vio
 from dispatch.layout import LoadLayout
-from dispatch.routing.selection import choose_experts, count_by_expert
+from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
 from runtime.commands.replay.chart import LOOKS, write_chart
 from runtime.commands.replay.comparison import Comparison, compare
 from runtime.commands.replay.figures import first_balanced
@@ -19,7 +20,6 @@ from runtime.commands.replay.floors import _balancing_bias, _floor_of, floor_by_
 from runtime.commands.replay.play import Played
 from runtime.commands.replay.simulation import RouterSimulation
 from runtime.commands.replay.table import as_table
-from runtime.commands.replay.trace import Choice
 
 
 class FlatTrace:
@@ -27,7 +27,7 @@ class FlatTrace:
 
     name = "flat"
     layout = LoadLayout(("a", "b"), (2, 2), (True, True))
-    choice = Choice(top_k=1)
+    router = RouterConfig(num_experts=2, top_k=1)
     steps = range(1, 17)
 
     def __init__(self, shift_step: int | None) -> None:
@@ -112,10 +112,12 @@ def test_a_step_is_not_balanced_by_a_bias_that_has_seen_it() -> None:
 
 
 def test_the_practical_floor_knows_a_balancing_bias_where_groups_limit_the_choice() -> None:
-    choice = Choice(top_k=6, num_groups=8, groups_kept=3, scores_per_group=2)
-    trace = RouterSimulation(seed=1, num_steps=8, shift_step=None, num_experts=32, choice=choice, num_sequences=64)
+    router = RouterConfig(num_experts=32, top_k=6, num_groups=8, groups_kept=3, scores_per_group=2)
+    trace = RouterSimulation(seed=1, num_steps=8, shift_step=None, router=router, num_sequences=64)
     scores_TE = torch.cat([trace.scores(step)[0][::4] for step in trace.steps])
-    topk_ids_TK = choose_experts(scores_TE, _balancing_bias(scores_TE, choice), choice.top_k, **choice.groups)
+    topk_ids_TK = ordered_topk(
+        biased_scores(scores_TE, _balancing_bias(scores_TE, router), **router.groups), router.top_k
+    )
     assert max_vio(count_by_expert(topk_ids_TK, 32)) < 0.05
 
 

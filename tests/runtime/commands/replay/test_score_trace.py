@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dispatch.routing.selection import choose_experts, count_by_expert
+from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
 from runtime.commands.replay.score_trace import read_scores
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
@@ -70,7 +70,7 @@ def test_the_scores_of_a_step_are_those_that_it_was_routed_by(runs: Path, name: 
         for where, scores_TE in zip(history.layout.slices, found.read(step), strict=True):
             assert scores_TE.shape == (TOKENS, 8) and scores_TE.dtype == torch.float32  # each token once
             bias_E = torch.from_numpy(history.bias[index, where].copy())
-            counts_E = count_by_expert(choose_experts(scores_TE, bias_E, 2), 8)
+            counts_E = count_by_expert(ordered_topk(biased_scores(scores_TE, bias_E), 2), 8)
             num_different += int((counts_E - torch.from_numpy(history.counts[index, where].copy())).abs().sum())
     # 16 bits of a score turn the choice of a token that was all but undecided; here 3,840 choices were made.
     assert num_different <= 8
