@@ -94,9 +94,7 @@ def config_of(shard: Shard, world_size: int, num_micro: int, dtype: DType, text:
 def trainer_of(spec: WorkerSpec, groups: RankGroups) -> Trainer:
     """A trainer of its own model on these groups."""
     state = build_rank(spec, groups)
-    parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
-    control = state.open_control()
-    return Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux, shard=spec.parallel.shard)
+    return state.trainer(state.open_control())
 
 
 def measure(

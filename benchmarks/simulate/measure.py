@@ -84,8 +84,7 @@ def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
     state = build_rank(spec, groups)
     for router in state.routers.values():
         router.expert_bias_E.copy_(case.hot_bias(router.num_experts))
-    parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
-    return Trainer(**parts, control=state.open_control(), run=spec.run, optim=spec.optim, aux=spec.aux)
+    return state.trainer(state.open_control())
 
 
 def _rates(case: Case, groups: RankGroups, host_s: float) -> Hardware | None:

@@ -31,9 +31,10 @@ from workers.model.freezing import freeze
 from workers.model.init import init_weights
 from workers.model.lora import without_adapters
 from workers.model.meta_device import meta_device
+from workers.training.expert_copies import expert_copying
 from workers.training.optimizer import build_optimizer
 from workers.training.sharding import shard_states
-from workers.training.step import autocast
+from workers.training.step import Trainer, autocast
 from workers.training.worker_spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -95,6 +96,25 @@ class RankState:
             timeout_s=self.spec.control_timeout_s,
             on_bias_mismatch=self.spec.run.on_bias_mismatch,
             tracker=self.control_tracker,
+        )
+
+    def trainer(self, control: ControlLoop) -> Trainer:
+        """What steps the model of this rank, with a control path from `open_control`."""
+        spec = self.spec
+        return Trainer(
+            model=self.model,
+            optimizer=self.optimizer,
+            sampler=self.sampler,
+            groups=self.groups,
+            control=control,
+            meter=self.meter,
+            run=spec.run,
+            optim=spec.optim,
+            aux=spec.aux,
+            shard=spec.parallel.shard,
+            routers=self.routers,
+            pipeline=self.pipeline,
+            copying=expert_copying(self.model, self.layout, spec.parallel, self.groups),
         )
 
     def tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:

@@ -4,13 +4,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dispatch.balance import read_counts, reset_counts, routers_of
+from dispatch.balance import read_counts, reset_counts
 from dispatch.diagnosis.meter import Meter
 from dispatch.errors import UserError
 from dispatch.routing.router import Router
@@ -74,13 +74,12 @@ class Trainer:
     run: RunConfig
     optim: OptimConfig
     aux: AuxLossConfig
-    shard: Shard = "none"
-    routers: Mapping[str, Router] = field(default_factory=dict)
-    pipeline: "Pipeline | None" = None
-    copying: ExpertCopying | None = None
+    shard: Shard
+    routers: Mapping[str, Router]
+    pipeline: "Pipeline | None"
+    copying: ExpertCopying | None
 
     def __post_init__(self) -> None:
-        self.routers = self.routers or routers_of(self.model)
         self.num_micro = self.run.num_micro_batches(self.groups.num_shares)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0

@@ -20,12 +20,11 @@ from workers.model.flops import ModelFlops, linear_weights
 from workers.record.run_log import RunLog
 from workers.record.score_log import ScoreLog
 from workers.training.evaluation import evaluate
-from workers.training.expert_copies import expert_copying
 from workers.training.metrics import eval_line, train_line
 from workers.training.outcome import TrainOutcome
 from workers.training.rank_state import RankState
 from workers.training.saver import CheckpointSaver
-from workers.training.step import StepResult, Trainer
+from workers.training.step import StepResult
 
 
 class TrainingRun:
@@ -57,21 +56,7 @@ class TrainingRun:
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
         num_linear = None if state.pipeline is None else state.pipeline.sum_over_stages(linear_weights(state.model))
         self._flops = ModelFlops.of(state.model, state.groups.device, state.groups.world_size, num_linear)
-        self.trainer = Trainer(
-            model=state.model,
-            optimizer=state.optimizer,
-            sampler=state.sampler,
-            groups=state.groups,
-            control=control,
-            meter=state.meter,
-            run=state.spec.run,
-            optim=state.spec.optim,
-            aux=state.spec.aux,
-            shard=state.spec.parallel.shard,
-            routers=state.routers,
-            pipeline=state.pipeline,
-            copying=expert_copying(state.model, state.layout, state.spec.parallel, state.groups),
-        )
+        self.trainer = state.trainer(control)
 
     def load(self, path: Path) -> int:
         """Go on from a checkpoint, at any world and EP size. Returns its step.

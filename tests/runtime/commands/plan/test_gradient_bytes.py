@@ -12,7 +12,6 @@ from runtime.settings.config import TrainConfig
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.gang.parallel import ParallelConfig, Shard
-from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 NORM_BYTES = 8 * 2  # of the gradient, in float64
@@ -22,10 +21,8 @@ def sent_bytes(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]
     found = []
     for spec in specs:
         state = join_worker(spec, rank, world_size, f"{len(found)}")._state
-        parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
         with state.open_control() as control:
-            shard = spec.parallel.shard
-            trainer = Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux, shard=shard)
+            trainer = state.trainer(control)
             with RingBytes() as counted:
                 trainer.step(1)
         found.append(counted.by_group_size.total())

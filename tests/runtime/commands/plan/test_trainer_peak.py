@@ -13,7 +13,6 @@ from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.gang.parallel import ParallelConfig, Shard
 from workers.model.model_config import ModelConfig
-from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 
@@ -21,9 +20,7 @@ def peak_of_second_step(rank: int, world_size: int, spec: WorkerSpec, name: str 
     """Above weights and moments, which the first step has made."""
     state = join_worker(spec, rank, world_size, name)._state
     control = state.open_control()
-    parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
-    trainer = Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux)
-    trainer.shard = spec.parallel.shard
+    trainer = state.trainer(control)
     trainer.step(1)
     try:
         return peak_allocated_bytes(lambda: trainer.step(2))
