@@ -61,7 +61,7 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def measure_layer(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
+def measure_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Forward and backward of a layer beside the limit of its matmuls; memory above weights and input."""
     config = MoEConfig(
         num_experts=shape.num_experts, top_k=shape.top_k, ffn_hidden=shape.ffn_hidden, num_shared_experts=0
@@ -82,7 +82,7 @@ def measure_layer(shape: Shape, dtype: torch.dtype, device: torch.device, rounds
     x, grad = tokens(), tokens()
     peak = _peak_bytes(lambda: step(x, grad), device)
     samples = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         x, grad = tokens(), tokens()
         samples.append((elapsed_ms(lambda: step(x, grad), device), elapsed_ms(lambda: limit(x), device)))  # noqa: B023
     layer_ms, limit_ms = (statistics.median(column) for column in zip(*samples, strict=True))

@@ -28,6 +28,7 @@ from cluster.ray.probe import check_answers
 from dispatch.errors import InvalidValue, UserError
 
 START_LIMIT_S = 120.0
+LOG_LINES = 15  # of a node that failed
 STOP_PATIENCE_S = 10.0  # Ray's own: it asks its processes to end, and kills them after some seconds.
 
 # Variables that the user's own override. A head declares a silent node dead after about 8 s; Ray's defaults take a
@@ -234,9 +235,9 @@ def _wait_usable(node: NodeState, on_wait: Callable[[str], None]) -> None:
         time.sleep(0.2)
 
 
-def _log_of(node: NodeState, num_lines: int = 15) -> str:
+def _log_of(node: NodeState) -> str:
     lines = (node.folder / LOG_FILE).read_text(errors="replace").splitlines()
-    return "its log ends with:\n" + "\n".join(f"  {line}" for line in lines[-num_lines:])
+    return "its log ends with:\n" + "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
 
 
 def _check_free(options: NodeOptions) -> None:

@@ -14,18 +14,19 @@ from dispatch.parity.layers import Adapter, slow_layer
 from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
 from dispatch.values import all_gather_values, read_tensor, tensor_value
 
+FLOOR = 1e-4
+
 
 @dataclass(frozen=True)
 class Precision:
     """How exact a dtype has to be, and what can be asked of it.
 
-    limit: largest relative error. floor: an element counts as at least this large, so that limit * floor is the
-    absolute error allowed beside zero. scaled: an element counts as at least its tensor's largest, where rounding is of
+    limit: largest relative error. An element counts as at least FLOOR, so that limit * FLOOR is the absolute error
+    allowed beside zero. scaled: an element counts as at least its tensor's largest, where rounding is of
     that size anyway. optimizers: keys of OPTIMIZERS whose steps are compared.
     """
 
     limit: float
-    floor: float = 1e-4
     scaled: bool = True
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
 
@@ -125,12 +126,12 @@ def _deviation(column: str, name: str, rank: int, got: Tensor | None, want: Tens
         return Deviation(column, name, rank, infinite, magnitude, note)
     if not want.numel():
         return Deviation(column, name, rank, 0.0, magnitude)
-    size = want.abs().clamp_min(max(precision.floor, magnitude if precision.scaled else 0.0))
+    size = want.abs().clamp_min(max(FLOOR, magnitude if precision.scaled else 0.0))
     error = float(((got - want).abs() / size).max())
     if error != error:  # noqa: PLR0124 - NaN
         return Deviation(column, name, rank, infinite, magnitude, "not a number")
     # A comparison of numbers below the floor would pass whatever they are.
-    note = "too small to compare" if 0 < magnitude <= precision.floor else ""
+    note = "too small to compare" if 0 < magnitude <= FLOOR else ""
     return Deviation(column, name, rank, error, magnitude, note)
 
 

@@ -24,8 +24,7 @@ class Companion:
         name: what it is for the user.
         arguments: its module and what follows.
         hear: called on a thread with each line that it prints, and with how it ended where it failed.
-        end_s: how long its end is waited for.
-        may_outlive: whether it then goes on alone; else it is killed.
+        may_outlive: whether it goes on alone where it has not ended END_S after its input; else it is killed.
     """
 
     def __init__(
@@ -34,10 +33,9 @@ class Companion:
         arguments: Sequence[str],
         hear: Callable[[str], None],
         *,
-        end_s: float = END_S,
         may_outlive: bool = True,
     ) -> None:
-        self._name, self._hear, self._end_s, self._may_outlive = name, hear, end_s, may_outlive
+        self._name, self._hear, self._may_outlive = name, hear, may_outlive
         self._command = [sys.executable, "-P", "-m", *arguments]
 
     def __enter__(self) -> Self:
@@ -56,7 +54,7 @@ class Companion:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         _end_of(self._process.stdin).close()
-        self._thread.join(self._end_s if error is None else min(self._end_s, END_AFTER_ERROR_S))
+        self._thread.join(END_S if error is None else END_AFTER_ERROR_S)
         if self._thread.is_alive() and not self._may_outlive:
             self._process.kill()
             self._thread.join()

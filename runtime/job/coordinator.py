@@ -155,9 +155,7 @@ class CoordinatorClient:
         return answer
 
 
-def start_coordinator(
-    run_id: str, law_module: str | None = None, *, actor_class: type[CoordinatorActor] = CoordinatorActor
-) -> Any:
+def start_coordinator(run_id: str, law_module: str | None = None) -> Any:
     """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
 
     It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
@@ -166,5 +164,5 @@ def start_coordinator(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(actor_class)
+    remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(CoordinatorActor)
     return remote_class.options(scheduling_strategy=here).remote(run_id, law_module)

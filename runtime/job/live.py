@@ -15,6 +15,7 @@ from rich.text import Text
 
 from runtime.terminal.quantities import duration, milliseconds, percent, short, three_digits
 
+EVERY_S = 5.0  # between two plain lines of steps
 RATE_WINDOW = 64  # the time left is estimated from this many steps, with the evaluations and checkpoints among them
 CURVE_WIDTH = 32  # of the small curves, which show all steps so far
 MIN_WIDTH = 72  # columns of a terminal that shows more than names and values
@@ -29,7 +30,6 @@ class LiveView:
         done_steps: those made before, when a run resumes.
         console: where to; by default standard output.
         live: False prints plain lines. By default that is so unless the console's file is a capable terminal.
-        every_s: seconds between two plain lines of steps.
         clock: seconds.
     """
 
@@ -40,13 +40,12 @@ class LiveView:
         done_steps: int = 0,
         console: Console | None = None,
         live: bool | None = None,
-        every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console()
         # Asked of the file: FORCE_COLOR makes rich take a pipe for a terminal, and a pipe cannot move its cursor.
         is_capable = self._console.file.isatty() and not self._console.is_dumb_terminal
-        self._total_steps, self._every_s, self._clock = total_steps, every_s, clock
+        self._total_steps, self._clock = total_steps, clock
         self._began = clock()
         self._pace = deque([(self._began, done_steps)], maxlen=RATE_WINDOW + 1)
         # The refreshing thread reads these: a line is replaced, never changed, and the lists only grow.
@@ -71,7 +70,7 @@ class LiveView:
         self._vios.append(_number(line, "max_vio_batch"))
         self._line = dict(line)
         is_last = line["step"] >= self._total_steps
-        if not self._live and (is_last or now - self._printed_s >= self._every_s):
+        if not self._live and (is_last or now - self._printed_s >= EVERY_S):
             self._printed_s = now
             self._print(_plain_line(line, self._total_steps, self._left_s))
 
@@ -97,7 +96,7 @@ class LiveView:
     def saving(self, text: str) -> None:
         """Show how far the last checkpoint is, for which the run waits."""
         now = self._clock()
-        if not self._live and now - self._printed_s >= self._every_s:
+        if not self._live and now - self._printed_s >= EVERY_S:
             self._printed_s = now
             self._print(text)
         self._saving = text

@@ -11,8 +11,9 @@ from runtime.commands.bench.dispatch.limits import Shape
 CPU, TINY = torch.device("cpu"), Shape(6, 16, 8, 4, 2)
 
 
-def test_a_layer_is_measured_beside_its_limit_and_shown():
-    row = gpu.measure_layer(TINY, torch.float32, CPU, rounds=3)
+def test_a_layer_is_measured_beside_its_limit_and_shown(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUNDS", 3)
+    row = gpu.measure_layer(TINY, torch.float32, CPU)
     # 18 operations for each of 12 expert rows of 16 and 8.
     assert row["tflops"] * row["layer_ms"] * 1e9 == pytest.approx(18 * 12 * 16 * 8)
     assert row["limit_tflops"] > row["tflops"]

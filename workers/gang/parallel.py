@@ -334,17 +334,17 @@ def _form_default_group(rank: int, world_size: int, store: Store, device: torch.
     )
 
 
-def local_device(choice: str, local_index: int = 0) -> torch.device:
+def local_device(choice: str) -> torch.device:
     """The device of this rank: `choice` is auto, cpu or cuda. It decides the backend: CUDA → NCCL, CPU → gloo.
 
-    local_index: among the devices that this process sees. An actor sees those that Ray gave it, so 0 is its first.
+    An actor sees the devices that Ray gave it, so 0 is its first.
     """
     if choice == "cuda" and not torch.cuda.is_available():
         raise InvalidValue(
             "device is 'cuda', but torch sees no CUDA device here; use --device cpu or install a CUDA torch"
         )
     use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", local_index) if use_cuda else torch.device("cpu")
+    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
 
 
 def _exercise(groups: RankGroups) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 
+from runtime.job import coordinator
 from runtime.job.coordinator import CoordinatorActor, CoordinatorClient, start_coordinator
 
 RECEIVED, COMPUTED, SLOW = "received", "computed", "slow"
@@ -47,7 +49,8 @@ class FailingCoordinator:
 
     @classmethod
     def start(cls, folder: Path) -> "FailingCoordinator":
-        return cls(start_coordinator("run", actor_class=actor_class_in(folder)), folder)
+        with patch.object(coordinator, "CoordinatorActor", actor_class_in(folder)):
+            return cls(start_coordinator("run"), folder)
 
     def client(self, timeout_s: float = 1.0) -> CoordinatorClient:
         return CoordinatorClient(self.actor, timeout_s)

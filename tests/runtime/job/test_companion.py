@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
+from runtime.job import companion
 from runtime.job.companion import Companion, page_beside
 from tests.synthetic_run import make_run
 
@@ -29,18 +31,20 @@ def test_a_companion_that_fails_is_told_of_and_nothing_else_happens() -> None:
     )
 
 
-def test_one_that_does_not_end_is_left_alone_after_a_while() -> None:
+def test_one_that_does_not_end_is_left_alone_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companion, "END_S", 0.1)
     heard: list[str] = []
-    with Companion("slow", ["timeit", "-n1", "-r1", "import time; time.sleep(2)"], heard.append, end_s=0.1):
+    with Companion("slow", ["timeit", "-n1", "-r1", "import time; time.sleep(2)"], heard.append):
         pass
     assert len(heard) == 1 and heard[0].startswith("slow: still at work after the run's end; process ")
 
 
-def test_one_that_may_not_outlive_the_run_is_killed_after_a_while() -> None:
+def test_one_that_may_not_outlive_the_run_is_killed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companion, "END_S", 0.1)
     heard: list[str] = []
     sleep = ["timeit", "-n1", "-r1", "import time; time.sleep(60)"]
     began = time.monotonic()
-    with Companion("slow", sleep, heard.append, end_s=0.1, may_outlive=False):
+    with Companion("slow", sleep, heard.append, may_outlive=False):
         pass
     assert time.monotonic() - began < 30 and "ended with exit code -9" in heard[0]
 

@@ -40,7 +40,7 @@ class Clock:
 
 def test_a_pipe_gets_plain_lines_at_most_every_few_seconds_and_the_last_step() -> None:
     console, clock = pipe(), Clock()
-    with LiveView(4, console=console, every_s=5, clock=clock) as view:
+    with LiveView(4, console=console, clock=clock) as view:
         for step, clock.now in ((1, 1), (2, 2), (3, 7), (4, 8)):
             view.update({**STEP, "step": step})
     assert written(console).splitlines() == [
@@ -150,7 +150,7 @@ def test_a_small_curve_spans_all_steps_in_a_fixed_width() -> None:
 
 def test_the_last_checkpoint_shows_how_far_it_is_until_its_event_comes() -> None:
     console, clock = pipe(), Clock()
-    with LiveView(4, console=console, every_s=5, clock=clock) as view:
+    with LiveView(4, console=console, clock=clock) as view:
         view.update({**STEP, "step": 4})
         for clock.now in (1, 6, 7, 12):
             view.saving(f"saving: {clock.now} s")
