@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.paired import mean_and_deviation
 from runtime.commands.compare.plan import ComparePlan
 from workers.record.run_log import read_metrics
 
@@ -28,12 +29,10 @@ def rows_of(plan: ComparePlan) -> dict[str, list[str]]:
     for key in plan.runs:
         runs.setdefault(key.method.spec, []).append(figures_of(plan.run_dir(key)))
     optimizer = f"`{plan.base.optim.name}`, {plan.base.optim.lr:g}"
-    return {spec: [f"`{spec}`", optimizer, *map(_spread, zip(*each, strict=True))] for spec, each in runs.items()}
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    return {
+        spec: [f"`{spec}`", optimizer, *(mean_and_deviation(values, 3) for values in zip(*each, strict=True))]
+        for spec, each in runs.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

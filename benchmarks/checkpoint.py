@@ -11,13 +11,12 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.paired import seconds_of
 from workers.checkpoints.checkpoint import load, save
 from workers.checkpoints.checkpoint_files import checkpoint_path
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
         def load_all() -> None:
             load(checkpoint_path(root, 1), tensors, None, sections=("model",))
 
-        seconds = [[_seconds(part) for part in (plain, save_all, load_all)] for _ in range(given.pairs)]
+        seconds = [[seconds_of(part) for part in (plain, save_all, load_all)] for _ in range(given.pairs)]
     for label, times in zip(("plain", "save", "load"), zip(*seconds, strict=True), strict=True):
         middle = statistics.median(times)
         print(f"{label:6}{middle:8.2f} s{given.gigabytes / middle:8.2f} GB/s")
@@ -63,12 +62,6 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     file.unlink()
-
-
-def _seconds(part: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    part()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

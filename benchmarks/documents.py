@@ -7,18 +7,15 @@ lengths are drawn by a seed. Told are medians, the ratio of pairs, and the bytes
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks.paired import Step, compare_steps
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from workers.model.attention import Documents, visible, within_window
 from workers.model.attention.attend import Seen, attend
 from workers.model.decoder import Decoder
@@ -26,7 +23,6 @@ from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig
 
 HEADS, KV_HEADS, HIDDEN, VOCAB = 8, 2, 512, 2048
-Step = Callable[[], None]
 
 
 def main(argv: list[str]) -> int:
@@ -39,21 +35,13 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     starts = _drawn_starts(given.seq_len, given.documents)
-    print(f"{'':24}{'ms':>10}{'MiB at most':>14}")
-    for name, steps in (
+    for subject, steps in (
         ("attention", _attention(starts, given.window, given.sinks)),
         ("step", _model(starts, given.window, given.sinks)),
     ):
-        _compare(name, steps, given.pairs)
+        names = (f"{subject} by mask", f"{subject} by documents")
+        compare_steps(dict(zip(names, steps, strict=True)), given.pairs)
     return 0
-
-
-def _compare(subject: str, steps: tuple[Step, Step], num_pairs: int) -> None:
-    seconds = [[_seconds(step) for step in steps] for _ in range(num_pairs + 1)][1:]
-    peaks = [peak_allocated_bytes(step) for step in steps]
-    for name, times, peak in zip(("mask", "documents"), zip(*seconds, strict=True), peaks, strict=True):
-        print(f"{subject + ', ' + name:24}{1000 * statistics.median(times):10.1f}{peak / 2**20:14.1f}")
-    print(f"    time of documents over mask, median of pairs: {statistics.median(b / a for a, b in seconds):.2f}")
 
 
 def _attention(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
@@ -107,12 +95,6 @@ def _mask(starts: Tensor, window: int) -> Tensor:
     places = torch.arange(starts.shape[1]).unsqueeze(0)
     seen = visible(places, places, torch.ones_like(starts, dtype=torch.bool)) & (places >= starts.unsqueeze(2))
     return within_window(seen, places, places, window) if window else seen
-
-
-def _seconds(step: Step) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

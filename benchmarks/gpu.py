@@ -24,6 +24,7 @@ from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
 from dispatch.layer import MoELayer
 from runtime.commands.bench.dispatch.limits import Shape, matmul_flops, matmul_limit
+from runtime.commands.bench.dispatch.memory import peak_cuda_bytes
 
 SHAPES = {
     "qwen3": Shape(32768, 2048, 768, 128, 8),
@@ -80,7 +81,7 @@ def measure_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> dic
         step(tokens(), tokens())
         limit(tokens())
     x, grad = tokens(), tokens()
-    peak = _peak_bytes(lambda: step(x, grad), device)
+    peak = peak_cuda_bytes(lambda: step(x, grad)) if device.type == "cuda" else 0
     samples = []
     for _ in range(ROUNDS):
         x, grad = tokens(), tokens()
@@ -132,17 +133,6 @@ def measure_kernels(shape: Shape, dtype: torch.dtype, device: torch.device) -> d
         samples = [elapsed_ms(call, device) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
         found[name] = {"ms": statistics.median(samples), "gb_per_s": num_bytes / statistics.median(samples) / 1e6}
     return found
-
-
-def _peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """What the step takes at most above what there is; 0 on a CPU."""
-    if device.type != "cuda":
-        step()
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def report(found: dict[str, Any]) -> str:

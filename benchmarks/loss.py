@@ -2,19 +2,16 @@
 
     python -m benchmarks.loss [--tokens 4096] [--hidden 512] [--vocab 32768] [--pairs 7]
 
-One thread, fp32. Told are medians, and the ratio of each pair.
+One thread, fp32. Told are medians, and the median ratio inside a pair.
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
+from benchmarks.paired import compare_steps
 from workers.model.loss import MAX_LOGITS, linear_cross_entropy
 
 
@@ -36,20 +33,8 @@ def main(argv: list[str]) -> int:
     def whole() -> None:
         F.cross_entropy(F.linear(x, weight), targets, reduction="sum").backward()
 
-    steps = (whole, chunked)
-    seconds = [[_seconds(step) for step in steps] for _ in range(given.pairs + 1)][1:]
-    peaks = [peak_allocated_bytes(step) for step in steps]
-    print(f"{'':8}{'ms':>10}{'MiB at most':>14}")
-    for name, times, peak in zip(("whole", "chunked"), zip(*seconds, strict=True), peaks, strict=True):
-        print(f"{name:8}{1000 * statistics.median(times):10.1f}{peak / 2**20:14.1f}")
-    print(f"time of chunked over whole, median of pairs: {statistics.median(b / a for a, b in seconds):.2f}")
+    compare_steps({"whole": whole, "chunked": chunked}, given.pairs)
     return 0
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.paired import mean_and_deviation
 from benchmarks.processes import run_processes
 from runtime.job.launch import make_spec, open_ranks
 from runtime.settings.config import TrainConfig
@@ -86,16 +87,11 @@ def table(found: dict[str, list[tuple[Curve, float]]], loss: float) -> list[str]
         known = [each for each in reached if each is not None]
         mean = statistics.fmean(known) if len(known) == len(reached) else None
         first = mean if first is None else first
-        told = "not by all seeds" if mean is None else f"{_spread([each / 1e6 for each in known], 3)} M"
+        told = "not by all seeds" if mean is None else f"{mean_and_deviation([each / 1e6 for each in known], 3)} M"
         ratio = "" if mean is None or not first else f"{mean / first:.2f}"
-        last = _spread([curve[-1][1] for curve, _ in runs], 4)
+        last = mean_and_deviation([curve[-1][1] for curve, _ in runs], 4)
         lines.append(f"| `{spec}` | {told} | {ratio} | {last} | {statistics.median(each for _, each in runs):.2f} |")
     return lines
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from benchmarks.processes import run_processes
 from runtime.cli import main as trimtab
+from runtime.commands.bench.dispatch.memory import status_bytes
 from runtime.commands.plan.plan import Plan, make_plan
 from runtime.commands.plan.subject import Subject
 from runtime.job.launch import make_spec
@@ -93,19 +94,14 @@ def train_rank(run_dir: Path, rank: int, world_size: int) -> TrainedRank:
     torch.set_num_threads(1)
     config = config_from_yaml_file(run_dir / CONFIG_FILE)
     worker = Worker(make_spec(config, run_dir, prepare_dataset(config.data)))
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     store = dist.FileStore(str(run_dir / "store"), world_size)
     worker.join(rank=rank, world_size=world_size, store=store, timeout_s=600.0)
     worker.train(latest(run_dir / "checkpoints"))
     lines = [line for line in worker.progress(0) if line.get("kind") == "train"]
     worker.leave()
     seconds = [line["step_s"] for line in lines]
-    return TrainedRank(before, _status_bytes("VmHWM"), [line["loss"] for line in lines], seconds)
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return TrainedRank(before, status_bytes("VmHWM"), [line["loss"] for line in lines], seconds)
 
 
 def plan_of(run_dir: Path) -> Plan:

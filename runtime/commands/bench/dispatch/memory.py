@@ -43,9 +43,9 @@ def peak_resident_bytes(step: Callable[[], object]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def peak_cuda_bytes(step: Callable[[], object]) -> int:
@@ -57,7 +57,8 @@ def peak_cuda_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A line of /proc/self/status, such as VmRSS or VmHWM, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
