@@ -10,7 +10,7 @@ from dispatch.config import ScheduleConfig
 from dispatch.laws import BalanceConfig, Law
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
-from tests.workers.training_gang import join_worker, make_spec, whole_state
+from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt, latest, read_manifest, write_manifest
 from workers.gang.parallel import ParallelConfig
 from workers.generation.generate import SamplingConfig
@@ -66,13 +66,7 @@ def test_any_layout_of_ranks_trains_the_same_model(tmp_path):  # P1, P5, P11, B4
     one, one_lines = runs.pop((1, 0))
     assert len(runs) == 14
     for name, (state, lines) in runs.items():
-        assert state.keys() == one.keys()
-        for key, expected in one.items():
-            # Elements near zero are judged by the size of their tensor: rounding differs with the order of sums.
-            atol = 1e-11 * expected.abs().max().item() if expected.ndim else 0
-            torch.testing.assert_close(
-                state[key], expected, rtol=1e-10, atol=atol, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
-            )
+        assert_same_state(state, one, name)
         for line, expected in zip(lines, one_lines, strict=True):
             if line.get("kind") == "train":
                 assert line["loss"] == pytest.approx(expected["loss"], rel=1e-10)

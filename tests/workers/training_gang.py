@@ -91,6 +91,14 @@ def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None,
     return worker
 
 
+def assert_same_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: object) -> None:
+    """Equal but for the rounding of float64. Elements near zero are judged by the size of their tensor."""
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        atol = 1e-11 * value.abs().max().item() if value.ndim else 0  # rounding differs with the order of sums
+        torch.testing.assert_close(state[key], value, rtol=1e-10, atol=atol, msg=lambda m, k=key: f"{name} {k}: {m}")
+
+
 def whole_state(worker) -> dict[str, torch.Tensor]:
     """Parameters, biases and moments of all ranks by canonical name, the same on every rank."""
     state = worker._state

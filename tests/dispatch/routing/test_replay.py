@@ -164,7 +164,7 @@ def test_weights_are_those_of_the_routers_own_rule(score: str, normalize: bool) 
     torch.testing.assert_close(layer(x, routing=replace(routing, topk_weights_TK=None)), expected)
 
 
-def test_a_step_of_replays_alone_moves_no_bias() -> None:
+def test_a_step_of_replays_alone_moves_no_bias() -> None:  # B36
     layer, (x, of_loss, routing) = layer_of(1), inputs_of(0)
     for law in ("adaptive", "sign"):
         balancer = LossFreeBalancer(layer, BalanceConfig(law=law, horizon=10))

@@ -10,7 +10,7 @@ from dispatch.laws import LawState
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.control.control_ranks import LiveBias, load_of, one_step, plain_law
-from tests.workers.training_gang import join_worker, make_spec, whole_state
+from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.control.errors import BiasDiverged
 from workers.record.run_log import read_events, read_load_history, read_metrics
 
@@ -108,9 +108,7 @@ def test_a_repaired_run_loses_no_token_and_its_gradients_are_those_of_its_routin
     assert [line["bias_version"] for line in train] == [0, 1, 2, 2, 3, 4]
     assert history.bias[STEP - 1].tobytes() == history.bias[STEP].tobytes() != history.bias[STEP + 1].tobytes()
     # One rank with two micro-batches, the second routed by the same wrong bias, trains the same weights.
-    for key, one in states[1].items():
-        atol = 1e-11 * one.abs().max().item() if one.ndim else 0
-        torch.testing.assert_close(states[2][key], one, rtol=1e-10, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
+    assert_same_state(states[2], states[1], "two ranks")
 
 
 def _train_until_it_stops(rank: int, world_size: int, spec: Any) -> Exception | None:

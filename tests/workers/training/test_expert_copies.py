@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from tests.ranks import run_ranks
-from tests.workers.training_gang import join_worker, make_spec, whole_state
+from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import latest
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
@@ -44,21 +43,12 @@ def _train(rank, world_size, spec):
     return results
 
 
-def _assert_same(found, expected, name):
-    assert found.keys() == expected.keys()  # no copy in a checkpoint
-    for key, tensor in expected.items():
-        atol = 1e-11 * tensor.abs().max().item() if tensor.ndim else 0
-        torch.testing.assert_close(
-            found[key], tensor, rtol=1e-10, atol=atol, msg=lambda text, key=key: f"{name} {key}: {text}"
-        )
-
-
 def test_a_run_with_copies_is_the_run_without(tmp_path):
     spec = make_spec(tmp_path, steps=STEPS, global_batch_size=8, checkpoint_every=STEPS)
     results = run_ranks(4, _train, spec)[0]
     for name in _specs(spec):
         (without, losses), (with_copies, same_losses) = results[name, 0], results[name, 2]
-        _assert_same(with_copies, without, name)
+        assert_same_state(with_copies, without, name)
         assert same_losses == pytest.approx(losses, rel=1e-10)
         histories = [read_load_history(tmp_path / f"{name}-{copies}") for copies in (0, 2)]
         assert np.array_equal(histories[0].counts, histories[1].counts)
@@ -90,8 +80,8 @@ def test_a_run_with_copies_resumes_without_them_and_the_other_way_round(tmp_path
             parallel=ParallelConfig(expert_copies=then, copies_every=1),
         )
         states[first, then] = run_ranks(2, _resume, spec)[0]
-    _assert_same(states[2, 0], states[0, 0], "then without")
-    _assert_same(states[0, 2], states[0, 0], "then with")
+    assert_same_state(states[2, 0], states[0, 0], "then without")
+    assert_same_state(states[0, 2], states[0, 0], "then with")
 
 
 def _start(rank, world_size, spec):

@@ -10,7 +10,7 @@ from dispatch.config import ScheduleConfig
 from dispatch.laws import LAWS, BalanceConfig
 from tests.ranks import run_ranks
 from tests.workers.training.slow_aux_losses import slow_balance_loss, slow_sequence_loss, slow_z_loss
-from tests.workers.training_gang import join_worker, make_spec, whole_state
+from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.gang.parallel import ParallelConfig
 from workers.training.aux_losses import AuxLossConfig
 
@@ -161,12 +161,7 @@ def test_any_layout_of_ranks_trains_the_same_model_with_auxiliary_losses(tmp_pat
     assert {(line["aux_loss"], line["z_loss"]) for line in off_lines if line.get("kind") == "train"} == {(None, None)}
     for name, (state, lines) in runs.items():
         one, one_lines = runs[name[0], 1, 0]
-        assert state.keys() == one.keys()
-        for key, expected in one.items():
-            atol = 1e-11 * expected.abs().max().item() if expected.ndim else 0
-            torch.testing.assert_close(
-                state[key], expected, rtol=1e-10, atol=atol, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
-            )
+        assert_same_state(state, one, name)
         for line, expected in zip(lines, one_lines, strict=True):
             if line.get("kind") == "train":
                 for field in ("loss", "aux_loss", "grad_norm"):
