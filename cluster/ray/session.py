@@ -20,7 +20,7 @@ from workers.actor import TRANSPORT_PREFIXES
 
 @dataclass(frozen=True, kw_only=True)
 class RaySession:
-    """A connection to Ray.
+    """This process's connection to Ray while it is open.
 
     `owned` is true when closing it ends the Ray processes; `open_s` is how long opening took.
     """

@@ -126,7 +126,7 @@ def _key(wait: _Wait) -> tuple[str, int]:
 
 
 def _state(answer: Answer, wait: _Wait, last_seen: str) -> str:
-    """What a missing rank does instead."""
+    """What a rank that is missing in `wait` does instead, as a predicate: "does not answer: ..."."""
     if answer is None:
         return "does not answer: it is stopped, or its node is slow or cut off" + last_seen
     activity = answer[wait.thread]

@@ -61,7 +61,7 @@ class ExpertCopies:
 
     @property
     def num_copies(self) -> int:
-        """Copies on all ranks."""
+        """How many copies all ranks hold together."""
         return sum(map(len, self._copies_P))
 
     @property

@@ -46,7 +46,7 @@ class RowMap:
         return sums_SH
 
     def copy_of(self, rows_SH: Tensor) -> Tensor:
-        """`copy` without gradients."""
+        """What `copy` computes; autograd does not see it."""
         if triton_serves(rows_SH):
             from dispatch.kernels.rows import copy_rows
 
@@ -54,7 +54,7 @@ class RowMap:
         return rows_SH.index_select(0, self.source_of_copy_A)
 
     def sum_of(self, copies_AH: Tensor) -> Tensor:
-        """`sum` without gradients."""
+        """What `sum` computes; autograd does not see it."""
         if triton_serves(copies_AH):
             from dispatch.kernels.rows import sum_rows
 

@@ -29,7 +29,7 @@ class JoinedRows:
         return stack
 
     def whole(self) -> Tensor:
-        """The same without gradients."""
+        """What `stack` gives, detached."""
         return self._rows.detach()
 
     def take_gradient(self) -> Tensor:

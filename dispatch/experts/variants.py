@@ -34,7 +34,7 @@ def make_experts(hidden: int, config: MoEConfig, expert_ids: range, meter: Meter
 
 @dataclass(frozen=True)
 class _VariantWeights(ExpertWeights):
-    """With the biases; None where there are none."""
+    """The weights with their biases, which are None where the config has none."""
 
     gate_up_bias_LG: Tensor | None
     down_bias_LH: Tensor | None
@@ -57,20 +57,20 @@ class VariantExperts(Experts):
             self.down_proj_bias = nn.Parameter(torch.zeros(len(expert_ids), hidden))
 
     def reset_parameters(self) -> None:
-        """As of `Experts`; biases are 0."""
+        """See `Experts.reset_parameters`; biases begin at 0."""
         super().reset_parameters()
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """As of `Experts`, with the biases."""
+        """See `Experts.weights`; with the biases."""
         plain, names = super().weights(dtype), ("gate_up_proj_bias", "down_proj_bias")
         cast = [None if getattr(self, name) is None else self.rows(name).to(dtype) for name in names]
         return _VariantWeights(plain.gate_up_LGH, plain.down_LHF, plain.grads, *cast)
 
     def compute(self, arrived_QH: Tensor, handle: DispatchHandle[Any], weights: ExpertWeights | None = None) -> Tensor:
-        """As of `Experts`."""
+        """See `Experts.compute`."""
         weights = weights or self.weights(arrived_QH.dtype)
         if not isinstance(weights, _VariantWeights):
             raise TypeError(f"weights are {type(weights).__name__}; they must be those of `VariantExperts.weights`")

@@ -105,7 +105,7 @@ class LawState:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def copy(self) -> "LawState":
-        """With tensors of its own."""
+        """A state that shares no memory with this one."""
         return LawState(self.bias_N.clone(), {name: value.clone() for name, value in self.extras.items()})
 
     def to_wire(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Law:
         return self.layout.total * (1 + self._width)
 
     def initial_state(self) -> LawState:
-        """Bias zero everywhere."""
+        """The state that a run begins with: no bias, extras as the law says."""
         total, num_layers = self.layout.total, len(self.layout.names)
         sizes = [(total, self.entry.per_expert), (num_layers, self.entry.per_layer)]
         extras = {

@@ -49,7 +49,7 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 
 @dataclass(frozen=True, kw_only=True)
 class LawEntry:
-    """A law as registered.
+    """A law as registered, see `register_law`.
 
     rule: (load, state, rate, **options) -> LayerState. rate: default step. options: constants of the rule and their
     defaults. per_expert, per_layer: initial values of its extras. statistic: name in dispatch.routing.statistics, or

@@ -35,7 +35,7 @@ class Statistic(Protocol):
 
     @property
     def width(self) -> int:
-        """W."""
+        """Integers that it counts per expert: W."""
         ...
 
     def count(self, routing: RouterChoice, counted_T: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ STATISTICS: Mapping[str, Callable[[], Statistic]] = {"near_cutoff": NearCutoff, 
 
 
 def make_statistic(name: str) -> Statistic:
-    """A statistic by name."""
+    """The statistic of this name, which begins with nothing counted."""
     if name not in STATISTICS:
         raise ValueError(f"there is no statistic {name!r}; a law may ask for {', '.join(sorted(STATISTICS))}")
     return STATISTICS[name]()

@@ -128,7 +128,7 @@ def _train(
     is_new: bool,
     console: Console,
 ) -> TrainOutcome:
-    """start: as of `_checked`."""
+    """Start the gang and let it train; `start` is as in `_checked`."""
     resume_from = None if is_new else start
     with ExitStack() as stack:
         with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):

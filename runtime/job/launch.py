@@ -23,7 +23,7 @@ class Ranks(Protocol):
     """What runs a method of every rank's worker: a gang, or this process alone."""
 
     def run(self, method: str, *args: Any) -> list[Any]:
-        """Results by rank."""
+        """What the method returned on each rank, by rank."""
         ...
 
 

@@ -89,7 +89,7 @@ class LiveView:
         self._print(text)
 
     def event(self, text: str) -> None:
-        """Show that something happened."""
+        """Print a line about something that happened."""
         self._saving = ""  # it ends with an event, whichever
         self._print(text)
 

@@ -101,12 +101,12 @@ class TrainConfig:
 
     @property
     def sequences_per_rank(self) -> int:
-        """Of a step, on each rank, or on those that share them."""
+        """Sequences of a step on each rank, or on each group of ranks that share sequences."""
         return self.run.sequences_per_rank(self.dp_size, self.parallel.context)
 
     @property
     def num_micro_batches(self) -> int:
-        """Of a step, on each rank."""
+        """Micro-batches of a step on each rank."""
         return self.run.num_micro_batches(self.dp_size, self.parallel.context)
 
     @property

@@ -24,7 +24,7 @@ class Slice(NamedTuple):
 
     @classmethod
     def of_key(cls, key: str) -> "Slice":
-        """What `key` names."""
+        """The slice whose `key` this is."""
         match = _KEY.fullmatch(key)
         return cls(key) if match is None else cls(match["name"], int(match["first"]), int(match["stop"]))
 

@@ -106,7 +106,7 @@ class NeedState:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why no update comes."""
+    """The coordinator's answer where no update will come, and why."""
 
     reason: str
 

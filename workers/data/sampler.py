@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from dispatch.errors import InvalidValue
-from workers.data.mix import MixCounts, MixSchedule
+from workers.data.mix import IndexArray, MixCounts, MixSchedule
 from workers.data.shards import Dataset, FlagArray, TokenArray
-from workers.data.windows import DocumentWindows, IndexArray, TextWindows, Windows
+from workers.data.windows import DocumentWindows, TextWindows, Windows
 
 _ALL_SOURCES = -1  # in the place of a source: the windows of the whole training stream
 
 
 class Batch(NamedTuple):
-    """Sequences of one rank.
+    """Sequences that one rank trains on together.
 
     Attributes:
         input_ids: int64 (B, S).

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from workers.data.mix import IndexArray
 from workers.data.shards import FIRST, TARGET, FlagArray, TokenArray
-
-IndexArray = npt.NDArray[np.int64]
 
 NO_TARGET = -100  # what torch's cross entropy passes over
 

@@ -24,7 +24,7 @@ class RecordPlace(NamedTuple):
 
     @property
     def start(self) -> int:
-        """Of the header."""
+        """Where the header of the record begins."""
         return self.offset - HEADER.size
 
 

@@ -15,7 +15,7 @@ SHARED_MEMORY_GIB = 8  # Of a node's memory, as used: Ray's object store and NCC
 
 
 def ray_cluster(plan: ManifestPlan, *, image: str, claim: str) -> dict[str, Any]:
-    """A RayCluster.
+    """A RayCluster for KubeRay, as the plan sizes its nodes.
 
     Args:
         image: container image with this package and its ray.

@@ -1,6 +1,5 @@
 """The tables of `trimtab bench coordinator` for the terminal."""
 
-import os
 from typing import Any
 
 from rich import box
@@ -13,6 +12,7 @@ from runtime.commands.bench.coordinator.model import Modelled
 from runtime.commands.bench.coordinator.ranks import PHASES, RoundSamples
 from runtime.terminal.quantities import three_digits
 from runtime.terminal.tables import new_table
+from workers.actor import usable_cores
 
 WIDTH = 100  # of the output where that is no terminal
 
@@ -82,5 +82,5 @@ def _note(measured: ControlMeasurement) -> str:
     return MODEL_NOTE.format(
         alpha=three_digits(1e6 * measured.hop.alpha_s),
         beta=three_digits(1e6 * 2**20 * measured.hop.beta_s),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=usable_cores(),
     )

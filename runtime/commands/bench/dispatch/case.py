@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from runtime.commands.bench.dispatch.choices import DTYPES
 from runtime.commands.bench.dispatch.limits import Shape
 from runtime.settings.config import TrainConfig
 from runtime.settings.config_file import load_config
+from workers.actor import usable_cores
 
 DEFAULT_WORKERS = 2
 DEFAULT_SHAPE = Shape(tokens=4096, hidden=512, ffn_hidden=256, num_experts=64, top_k=8)
@@ -174,8 +174,7 @@ def _workers(given: int | None) -> int:
 
 
 def _share_of_cores(workers: int) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return max(1, math.floor(cores / (launched_ranks_per_node() or workers)))
+    return max(1, math.floor(usable_cores() / (launched_ranks_per_node() or workers)))
 
 
 def _device(given: str, workers: int) -> str:
