@@ -10,7 +10,7 @@ from dispatch.config import ScheduleConfig
 from dispatch.laws import BalanceConfig, Law
 from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
-from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
+from tests.workers.training_gang import InfiniteGradient, assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt, latest, read_manifest, write_manifest
 from workers.gang.parallel import ParallelConfig
 from workers.generation.generate import SamplingConfig
@@ -169,18 +169,9 @@ def _skip_and_more(rank, world_size, spec):
     worker = join_worker(_with_run(spec, "overflow"), rank, world_size, "overflow")
     before = {}
 
-    class Poison(torch.autograd.Function):
-        @staticmethod
-        def forward(_ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(_ctx, grad):
-            return grad * float("inf")
-
     def poison(_module, _inputs, output):
         if worker._steps_seen == 3 and rank == 1:
-            return Poison.apply(output)
+            return InfiniteGradient.apply(output)
         return None
 
     worker._steps_seen = 0

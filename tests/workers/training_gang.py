@@ -111,3 +111,15 @@ def whole_state(worker) -> dict[str, torch.Tensor]:
     for part, tensor in sorted(held.items(), key=lambda each: each[0][:2]):
         whole.setdefault(part.name, []).append(tensor)
     return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in whole.items()}
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Passes a tensor through; its gradient makes the optimizer skip the step."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx, grad):
+        return grad * float("inf")

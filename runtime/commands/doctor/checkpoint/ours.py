@@ -98,7 +98,7 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, 
         return None, None, [Damage(severity="warning", file=MANIFEST, problem=problem)]
     try:
         optim = {"name": manifest.extra.get("optimizer", OptimConfig.name)}
-        return config_from_yaml(yaml.safe_dump({"model": _plain(told), "optim": optim})), None, []
+        return config_from_yaml(yaml.safe_dump({"model": told, "optim": optim})), None, []
     except InvalidValue as error:
         return None, None, [Damage(file=MANIFEST, problem=f"tells a model that is none: {error}")]
 
@@ -195,11 +195,6 @@ def _facts(reader: TensorReader, watch: TensorWatch) -> dict[str, str]:
         "files": f"{len(manifest.files)}, as they were written (size and sha256)",
         **watch.facts(experts),
     }
-
-
-def _plain(told: Any) -> Any:
-    """Values of JSON as YAML can hold them."""
-    return {key: _plain(value) for key, value in told.items()} if isinstance(told, Mapping) else told
 
 
 def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dispatch.laws import BalanceConfig
 from runtime.commands.replay.history import reproduce_bias
 from tests.ranks import run_ranks
-from tests.workers.training_gang import join_worker, make_spec
+from tests.workers.training_gang import InfiniteGradient, join_worker, make_spec
 from workers.checkpoints.checkpoint_files import latest
 from workers.record.run_log import HISTORY, read_events, read_load_history, read_metrics
 from workers.record.statistic_log import STATISTICS
@@ -31,24 +30,12 @@ LAWS = {
 SKIPPED_STEP, RESUMED_AFTER, LAST_STEP = 3, 6, 12
 
 
-class _Infinite(torch.autograd.Function):
-    """Its gradient makes the optimizer skip the step."""
-
-    @staticmethod
-    def forward(_ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(_ctx, grad):
-        return grad * float("inf")
-
-
 def _skip_step(worker, step: int) -> None:
     forwards = []
 
     def poison(_module, _inputs, output):
         forwards.append(1)
-        return _Infinite.apply(output) if len(forwards) == step else None
+        return InfiniteGradient.apply(output) if len(forwards) == step else None
 
     worker._state.model.norm.register_forward_hook(poison)
 
