@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.machine.node_state import ray_folder
 from cluster.ray.local_ray import OBJECT_STORE_BYTES
+from cluster.ray.ray_folder import check_folder
 from dispatch.errors import InvalidValue
 
 # Measured on Linux with ray 2.60 and torch 2.13 (CPU): Ray's own processes, and one worker before it holds a model.
@@ -54,7 +55,11 @@ def check_resources(
 
 
 def check_local(config: ClusterConfig, available: Available, model_bytes_per_worker: int = 0) -> None:
-    """Raise NotEnoughResources if a Ray of our own with these workers does not fit into `available`."""
+    """Raise NotEnoughResources if a Ray of our own with these workers does not fit into `available`.
+
+    Raises InvalidValue where RAY_TMPDIR is no folder for one.
+    """
+    check_folder()
     way_out = "set RAY_TMPDIR to another disk"
     check_disk(available.ray_disk_bytes, RAY_DISK_BYTES, ray_folder(), "Ray's session folder", way_out)
     if available.shm_bytes < OBJECT_STORE_BYTES:

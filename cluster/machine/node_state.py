@@ -12,7 +12,11 @@ from pathlib import Path
 from cluster.machine.processes import Process, family
 from dispatch.errors import InvalidValue, UserError
 
-LONGEST_FOLDER = 46  # Characters of a node's folder: Ray appends 61 to it, and a socket's path may have 107.
+# Ray names its session by the time and the pid of the head, which has up to 7 digits, and puts its sockets below that.
+BEFORE_SOCKET = "/r/session_2026-01-31_23-59-59_999999_4194303/sockets/"
+STORE_SOCKET = "plasma_store"  # the longest name on a node without a dashboard
+DASHBOARD_SOCKET = "dash_MetricsHead"  # the longest on a head with ray[default]
+SOCKET_BYTES = 107  # of a Unix socket's path, without the 0 behind it
 STATE_FILE = "node.json"
 LOG_FILE = "ray.log"
 
@@ -53,8 +57,26 @@ class NodeState:
 
 
 def ray_folder() -> Path:
-    """Where a local Ray keeps its logs and sockets. Not TMPDIR, which may be too long for a socket's path."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))  # noqa: S108 A private folder is made in it.
+    """Where a local Ray keeps its logs and sockets. Not TMPDIR, which may be too long for a socket's path.
+
+    Raises:
+        ValueError: RAY_TMPDIR names no folder.
+    """
+    folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp").absolute()  # noqa: S108 A private folder is made in it.
+    if not folder.is_dir():
+        raise InvalidValue(f"RAY_TMPDIR ({folder}) must be a folder that exists; make it, or unset RAY_TMPDIR for /tmp")
+    return folder
+
+
+def check_room_for_sockets(folder: Path, longest_name: str) -> None:
+    """Raise InvalidValue where the path of Ray's socket of this name below `folder` is longer than the system takes."""
+    size, most = len(os.fsencode(folder)), SOCKET_BYTES - len(BEFORE_SOCKET) - len(longest_name)
+    if size > most:
+        raise InvalidValue(
+            f"the folder for Ray's files, {folder}, is {size} bytes long, more than the {most} that leave room for the "
+            f"sockets in it; set RAY_TMPDIR to a folder whose path is at least {size - most} bytes shorter than "
+            f"{ray_folder()}"
+        )
 
 
 def nodes_folder() -> Path:
@@ -83,11 +105,7 @@ def node_folder(address: str) -> Path:
         ValueError: its path is too long for sockets.
     """
     folder = nodes_folder() / address
-    if len(str(folder)) > LONGEST_FOLDER:
-        raise InvalidValue(
-            f"the folder of the node, {folder}, has {len(str(folder))} characters, more than the {LONGEST_FOLDER} that "
-            "leave room for the sockets in it; set RAY_TMPDIR to a shorter one"
-        )
+    check_room_for_sockets(folder, DASHBOARD_SOCKET)
     return folder
 
 
@@ -116,7 +134,8 @@ def forget(node: NodeState) -> None:
 
 
 def _place() -> Path:
-    return ray_folder() / f"trimtab-{os.getuid()}"
+    # Short: with the longest user id and address it leaves just enough room for Ray's sockets below /tmp.
+    return ray_folder() / f"tt-{os.getuid()}"
 
 
 def _read(path: Path) -> NodeState:

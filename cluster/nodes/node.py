@@ -24,7 +24,7 @@ from cluster.machine.processes import end, process_of
 from cluster.machine.token import check_token, ensure_token, token_environment
 from cluster.ray.access import Access, check_access
 from cluster.ray.local_ray import OBJECT_STORE_BYTES, WORKER_PRIORITY
-from cluster.ray.probe import check_answers
+from cluster.ray.probe import check_answers, host_and_port
 from dispatch.errors import InvalidValue, UserError
 
 START_LIMIT_S = 120.0
@@ -185,12 +185,12 @@ def local_address_to(head: str) -> str:
     """The address of this machine from which packets to HOST:PORT leave. Sends nothing.
 
     Raises:
-        ValueError: there is no route, or the host name is unknown.
+        ValueError: it is no HOST:PORT, there is no route, or the host name is unknown.
     """
-    host, _, port = head.rpartition(":")
+    address = host_and_port(head)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
-            unsent.connect((host, int(port)))
+            unsent.connect(address)
             return str(unsent.getsockname()[0])
     except OSError as error:
         raise InvalidValue(f"there is no way from this machine to the head at {head} ({error})") from error

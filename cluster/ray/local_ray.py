@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig
 from cluster.machine.deferred_signals import stop_signals_deferred
 from cluster.machine.search_path import job_config
-from cluster.ray.ray_folder import end_processes_of, own_folder
+from cluster.ray.ray_folder import check_folder, end_processes_of, own_folder
 from cluster.ray.ray_watch import ESSENTIAL, RayWatch
 from dispatch.errors import UserError
 
@@ -45,7 +45,9 @@ def local_ray(config: ClusterConfig) -> Iterator[None]:
 
     Raises:
         RayNotStarted: it failed to start, or took longer than `start_timeout_s`.
+        InvalidValue: RAY_TMPDIR names no folder, or one whose path is too long.
     """
+    check_folder()
     import ray
     from ray._private import ray_constants
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.machine.node_state import NodeState
 from cluster.machine.token import WITHOUT, token_environment
-from dispatch.errors import UserError
+from dispatch.errors import InvalidValue, UserError
 
 ANSWER_LIMIT_S = 3.0
 AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -31,19 +31,31 @@ class TokenRefused(ClusterUnreachable):
 
 
 def check_answers(address: str, timeout_s: float = 3.0) -> None:
-    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long."""
+    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long.
+
+    Raises:
+        InvalidValue: it is neither "auto" nor HOST:PORT.
+    """
     if address == "auto":
         return
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdecimal():
-        raise ClusterUnreachable(f'cluster.address ({address!r}) must be HOST:PORT of a Ray head, or "auto"')
+    host, port = host_and_port(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+        socket.create_connection((host.strip("[]"), port), timeout_s).close()
     except OSError as error:
         raise ClusterUnreachable(
             f"nothing answers at {address} ({error}): see with `trimtab cluster status` on the head that it is up, and "
             "that this machine reaches its port. Training without --cluster.address starts a Ray on this machine"
         ) from error
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Divide HOST:PORT. Raises InvalidValue where it has another form, or no such port can be."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
+        raise InvalidValue(
+            f'the address of a Ray head ({address!r}) must be HOST:PORT, with a port from 1 to 65535, or "auto"'
+        )
+    return host, int(port)
 
 
 @contextmanager

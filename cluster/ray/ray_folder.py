@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from cluster.machine.node_state import ray_folder
+from cluster.machine.node_state import STORE_SOCKET, check_room_for_sockets, ray_folder
 from cluster.machine.processes import PROC, Process, process_of, wait_gone
 
 PREFIX = "trimtab-ray-"
+OF_MKDTEMP = "12345678"  # as many characters as it appends
 LOCK = "driver.lock"
 END_S = 5.0
 
@@ -28,8 +29,7 @@ def own_folder() -> Iterator[Path]:
     The kernel gives a lock back when its process ends, however it ends: a folder whose lock is free has no driver.
     """
     remove_left_overs()
-    # Short, since the paths of the Unix sockets below it may have 107 characters. Private (0700): Ray opens its own
-    # folder to everybody, so it gets one inside.
+    # Private (0700): Ray opens its own folder to everybody, so it gets one inside.
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder()))
     with (folder / f"{LOCK}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -39,6 +39,11 @@ def own_folder() -> Iterator[Path]:
         finally:
             end_processes_of(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_folder() -> None:
+    """Raise InvalidValue where RAY_TMPDIR names no folder, or one whose path leaves no room for Ray's sockets."""
+    check_room_for_sockets(ray_folder() / f"{PREFIX}{OF_MKDTEMP}", STORE_SOCKET)
 
 
 def remove_left_overs() -> None:

@@ -107,7 +107,7 @@ def _anything(testbed: Testbed) -> list[str]:
 def temporary_files(testbed: Testbed, machine: Machine) -> list[Path]:
     """What lies where a machine's processes keep such files, but for the folder of its nodes where that is empty."""
     found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OF_OTHERS.match(path.name))
-    return [path for path in found if not (path.name == f"trimtab-{os.getuid()}" and not any(path.iterdir()))]
+    return [path for path in found if not (path.name == f"tt-{os.getuid()}" and not any(path.iterdir()))]
 
 
 def _once_gone(look: Callable[[], list[str]]) -> list[str]:

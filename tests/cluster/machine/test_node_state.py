@@ -2,12 +2,17 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from cluster.machine.node_state import (
+    DASHBOARD_SOCKET,
+    STORE_SOCKET,
     NodeState,
     NodeStillThere,
+    _place,
+    check_room_for_sockets,
     forget,
     live_nodes,
     node_folder,
@@ -16,11 +21,13 @@ from cluster.machine.node_state import (
     read_nodes,
 )
 from cluster.machine.processes import Process, process_of
+from cluster.ray.ray_folder import check_folder
+from dispatch.errors import InvalidValue
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    link = ray_folder() / f"tt-{os.getpid()}"  # pytest's own path is too long for sockets
+    link = ray_folder() / f"ttt-{os.getpid()}"  # pytest's own path is too long for sockets
     link.symlink_to(tmp_path)
     monkeypatch.setenv("RAY_TMPDIR", str(link))
     yield
@@ -78,5 +85,36 @@ def test_a_file_that_is_no_state_is_named():
 def test_a_folder_too_long_for_sockets_is_refused(monkeypatch, tmp_path):
     (long := tmp_path / ("x" * 60)).mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    with pytest.raises(ValueError, match="set RAY_TMPDIR to a shorter one"):
+    with pytest.raises(ValueError, match=f"at least {len(str(long / 'tt-0/10.0.0.1')) - 37} bytes shorter than {long}"):
         node_folder("10.0.0.1")
+
+
+@pytest.mark.parametrize(("name", "most"), [(STORE_SOCKET, 41), (DASHBOARD_SOCKET, 37)])
+def test_the_longest_folder_leaves_the_bytes_that_ray_needs(name, most):
+    socket = "/r/session_2026-12-31_23-59-59_999999_4194303/sockets/" + name  # 4194304 is Linux's limit of pids
+    assert most + len(socket) == 107
+    check_room_for_sockets(Path("/" + "x" * (most - 1)), name)
+    for too_long in ("/" + "x" * most, "/" + "é" * (most // 2) + "x"):  # bytes count, not characters
+        with pytest.raises(ValueError, match=f"more than the {most} that leave room"):
+            check_room_for_sockets(Path(too_long), name)
+
+
+def test_the_default_folder_has_room_for_any_user_and_address(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "")
+    monkeypatch.setattr(os, "getuid", lambda: 2**32 - 2)
+    check_room_for_sockets(_place() / "255.255.255.255", DASHBOARD_SOCKET)
+
+
+@pytest.mark.parametrize("missing", ["absent", "file"])
+def test_a_folder_of_ray_that_is_none_is_refused_with_its_variable(monkeypatch, tmp_path, missing):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / missing))
+    for look in (read_nodes, nodes_folder, check_folder):
+        with pytest.raises(InvalidValue, match=rf"RAY_TMPDIR \(.*/{missing}\) must be a folder that exists; make it"):
+            look()
+
+
+def test_a_relative_folder_of_ray_is_one_place_whatever_the_current_folder_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", ".")
+    assert ray_folder() == tmp_path

@@ -325,7 +325,7 @@ def test_down_ends_one_node_or_all_and_nothing_else(cluster, bystander):
 
 
 def nodes(place: Place) -> Path:
-    return place.folder / f"trimtab-{os.getuid()}"
+    return place.folder / f"tt-{os.getuid()}"
 
 
 def wait_for(condition, limit_s: float = 30) -> bool:

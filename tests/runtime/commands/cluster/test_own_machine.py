@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from cluster.machine.node_state import BEFORE_SOCKET, DASHBOARD_SOCKET
 from tests.runtime.commands.cluster.launched import Place, free_ports, new_place
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,24 @@ def test_by_default_it_listens_on_loopback_alone_and_takes_no_other_machine(plac
     assert place.processes() == []
 
 
+def test_in_the_longest_folder_that_is_taken_every_socket_of_ray_fits_to_the_byte(place):
+    most = 107 - len(BEFORE_SOCKET) - len(DASHBOARD_SOCKET) - len(f"/tt-{os.getuid()}/127.0.0.1")
+    (folder := place.folder / ("x" * (most - len(str(place.folder)) - 1))).mkdir()
+    started = place.run(*up(place), RAY_TMPDIR=str(folder))
+    assert started.returncode == 0, started.stderr
+    try:
+        sockets = [path for path in folder.rglob("sockets/*") if path.is_socket()]
+        session = sockets[0].parent.parent.name
+        digits = 7 - len(session.rpartition("_")[2])  # that the pid of another head may have more
+        assert max(len(str(each)) for each in sockets) + digits == 107, sockets
+        assert place.run("submit", "--list", RAY_TMPDIR=str(folder)).returncode == 0
+    finally:
+        place.run("cluster", "down", RAY_TMPDIR=str(folder))
+    (longer := folder.with_name(folder.name + "x")).mkdir()
+    refused = place.run(*up(place), RAY_TMPDIR=str(longer))
+    assert (refused.returncode, "at least 1 bytes shorter" in refused.stderr) == (2, True)
+
+
 def test_a_cluster_without_token_is_started_and_joined_only_by_those_who_say_so(place):
     started = place.run(*up(place, "--bind", "127.0.0.5", "--without-token"))
     assert started.returncode == 0, started.stderr
@@ -91,7 +110,7 @@ def test_a_cluster_without_token_is_started_and_joined_only_by_those_who_say_so(
 def test_an_interrupted_up_leaves_nothing_behind(place, number):
     command = [sys.executable, "-m", "runtime", *up(place)]
     starting = subprocess.Popen(command, env=place.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    nodes = place.folder / f"trimtab-{os.getuid()}"
+    nodes = place.folder / f"tt-{os.getuid()}"
     deadline = time.monotonic() + 60
     while not list(nodes.glob("127.0.0.1/r/session_*/logs/gcs_server.out")) and time.monotonic() < deadline:
         time.sleep(0.05)
