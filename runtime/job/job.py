@@ -40,7 +40,7 @@ from workers.checkpoints.checkpoint_files import CHECKPOINTS, latest, list_check
 from workers.data.shards import Dataset
 from workers.record.atomic_file import write_atomically
 from workers.record.record_check import find_holes, new_holes
-from workers.record.run_log import METRICS, append_event
+from workers.record.run_log import METRICS, append_event, read_events
 from workers.training.outcome import TrainOutcome
 
 
@@ -68,6 +68,8 @@ def train(
         stop = StopSignal()
         source = resume or init
         start = None if source is None else find_checkpoint(source, step)
+        if resume and start and step_of(start) == config.run.steps:
+            return _end_complete(run_dir, config.run.steps, console, only_tell=dry_run)
         dataset = _checked(config, run_dir, start=start, is_new=resume is None, console=console)
         if dry_run:
             say(console, "dry run: nothing was refused, and nothing was started or written")
@@ -91,9 +93,10 @@ def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: 
     start: the checkpoint to go on from, or, of a new run, the one of another run to begin with.
     """
     resume_from = None if is_new else start
-    if resume_from and step_of(resume_from) >= config.run.steps:
+    if resume_from and step_of(resume_from) > config.run.steps:
         raise InvalidValue(
-            f"{run_dir} has trained its {config.run.steps} steps: nothing is left to do; give a larger --steps to go on"
+            f"{run_dir} would go on from step {step_of(resume_from)}, and run.steps ({config.run.steps}) must be more; "
+            "give a larger --steps, or an earlier checkpoint with --step N"
         )
     if resume_from and not config.run.accept_holes:
         refuse_holes(run_dir, resume_from)
@@ -115,6 +118,19 @@ def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: 
     for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
         say(console, f"note   {text}")
     return dataset
+
+
+def _end_complete(run_dir: Path, steps: int, console: Console, *, only_tell: bool) -> int:
+    """Say that no step of a run is left, and return the exit code 0: a job that is started again has done its work.
+
+    only_tell: leave the run as it is. Else what an end between the last checkpoint and the report left undone is done.
+    """
+    say(console, f"{run_dir} has trained its {steps} steps: nothing is left to do; a larger --steps goes on")
+    ends = [event["step"] for event in read_events(run_dir) if event["event"] == "finished"]
+    if not only_tell and steps not in ends:
+        append_event(run_dir, "finished", step=steps, saved_step=steps)
+        say(console, report_line(run_dir))
+    return 0
 
 
 def _train(

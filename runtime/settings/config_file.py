@@ -40,6 +40,7 @@ SHORT_OPTIONS = {
     "--device": "--cluster.device",
 }
 DRY_RUN, WATCH = "--dry-run", "--watch"
+NO_SETTINGS = ("config", "resume", "init", "step", "help", "help-all")  # options beside those of settings
 MAX_LENGTH_OF_NO_TEXT = 40
 VALUES_IF_BARE = {"--balance.record": "1"}
 FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in older runs' config.yaml
@@ -359,6 +360,8 @@ def _describe(hint: Any) -> str:
 
 def _suggest(key: str, dashes: str = "") -> str:
     known = [*get_type_hints(TrainConfig), *_setting_types(TrainConfig)]
+    if dashes:
+        known += [*NO_SETTINGS, *(option.removeprefix(dashes) for option in (*SHORT_OPTIONS, DRY_RUN, WATCH))]
     near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
     return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else "; see `trimtab train --help`"
 

@@ -13,7 +13,8 @@ def add_arguments(parser: CommandParser) -> None:
     """Declare the options; the command behind -- is left."""
     parser.usage = "trimtab submit [options] -- COMMAND ...   or   trimtab submit --list | --logs JOB | --stop JOB"
     parser.description = (
-        "Do what the command line says, and return the exit code: of a job that is followed, the job's own."
+        "Run a command of trimtab as a job on a cluster, with the code of this folder, and follow it to its end: the "
+        "exit code is the job's. Or list, follow or end jobs."
     )
     parser.add_argument(
         "--address", default="auto", help="head as HOST:PORT, or URL of its job API (the head on this machine)"

@@ -44,6 +44,8 @@ def submit(given: argparse.Namespace) -> int:
     with _client(url, access) as client:
         if given.list:
             return _list(client)
+        if named := given.stop or given.logs:
+            _check_known(client, named)
         if given.stop:
             client.stop_job(given.stop)
             return _say(f"stopping {given.stop}")
@@ -130,10 +132,20 @@ async def _follow(client: Any, job_id: str) -> int:
 
 
 def _list(client: Any) -> int:
-    for job in sorted(client.list_jobs(), key=lambda each: each.start_time or 0):
-        if job.submission_id:  # the others are drivers that nobody submitted
-            _say(f"{job.submission_id}  {job.status:9}  {job.entrypoint}")
-    return 0
+    for job in (jobs := _jobs(client)):
+        _say(f"{job.submission_id}  {job.status:9}  {job.entrypoint}")
+    return 0 if jobs else _say("no job was submitted to this cluster")
+
+
+def _jobs(client: Any) -> list[Any]:
+    """All that were submitted, the oldest first; the others are drivers."""
+    return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda each: each.start_time or 0)
+
+
+def _check_known(client: Any, job_id: str) -> None:
+    known = [job.submission_id for job in _jobs(client)]
+    if job_id not in known:
+        raise InvalidValue(f"the cluster has no job {job_id!r}; it has {', '.join(known[-5:]) or 'none'}")
 
 
 def _job_api(address: str) -> tuple[str, Access | None]:
@@ -147,9 +159,14 @@ def _job_api(address: str) -> tuple[str, Access | None]:
         raise JobsUnavailable(
             "the head was started without ray[default]: pip install 'trimtab[cluster]', then down and up"
         )
+    if access.gcs_address == "auto":
+        raise JobsUnavailable(
+            "this machine is no node of a cluster; start one with `trimtab cluster up`, or give --address URL of the "
+            "job API of another"
+        )
     raise JobsUnavailable(
         f"the job API of {access.gcs_address} listens on its head alone: submit there, or open a tunnel, ssh -N -L "
-        "8265:127.0.0.1:8265 HEAD, and give --address http://127.0.0.1:8265; `trimtab cluster up` starts one here"
+        "8265:127.0.0.1:8265 HEAD, and give --address http://127.0.0.1:8265"
     )
 
 

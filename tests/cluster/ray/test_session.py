@@ -16,6 +16,7 @@ import ray
 
 from cluster.config import ClusterConfig
 from cluster.machine.deferred_signals import stop_signals_deferred
+from cluster.nodes.node import local_address_to
 from cluster.ray.local_ray import auth_token
 from cluster.ray.session import (
     ClusterUnreachable,
@@ -23,6 +24,7 @@ from cluster.ray.session import (
     check_answers,
     forwarded_environment,
 )
+from dispatch.errors import InvalidValue
 from tests.ray_fixture import ROOT
 
 SAVE_AFTER_CTRL_C = """
@@ -148,10 +150,14 @@ def test_an_address_where_nothing_listens_is_refused_within_seconds():
     assert time.monotonic() - begun < 5
 
 
-@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "head", "10.0.0.1:", ":6379", "10.0.0.1:port"])
-def test_an_address_of_another_form_is_refused_with_the_right_form(address):
-    with pytest.raises(ClusterUnreachable, match='must be HOST:PORT of a Ray head, or "auto"'):
-        check_answers(address)
+@pytest.mark.parametrize(
+    "address",
+    ["ray://10.0.0.1:10001", "head", "10.0.0.1:", ":6379", "10.0.0.1:port", "10.0.0.1:0", "10.0.0.1:65536", "head:²"],
+)
+@pytest.mark.parametrize("ask", [check_answers, local_address_to])
+def test_an_address_of_another_form_is_refused_with_the_right_form(address, ask):
+    with pytest.raises(InvalidValue, match='must be HOST:PORT, with a port from 1 to 65535, or "auto"'):
+        ask(address)
 
 
 def test_only_transport_settings_are_forwarded(monkeypatch):

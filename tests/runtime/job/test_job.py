@@ -277,11 +277,6 @@ def test_killing_the_coordinator_costs_no_step_and_no_bit(folder, ray_session): 
     assert [line["loss"] for line in calm] == [line["loss"] for line in disturbed]
 
 
-def test_a_finished_run_says_how_to_go_on(run_dir):
-    with pytest.raises(ValueError, match="larger --steps"):
-        job.train(config_from_yaml_file(run_dir / "config.yaml"), resume=run_dir, step=None)
-
-
 def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(folder, run_dir):
     newest = max(path for path in (run_dir / "checkpoints" / "step_00000020").glob("*.distcp"))
     content = newest.read_bytes()
@@ -399,9 +394,36 @@ def test_a_dry_run_of_a_resume_leaves_the_run_as_it_is(run_dir, capsys, monkeypa
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(run_dir), "--steps=99", "--dry-run"]) == 0
     assert "going on from" in capsys.readouterr().out
-    assert main(["train", "--resume", str(run_dir), "--dry-run"]) == 2
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run_dir), "--dry-run"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_resume_of_a_complete_run_says_so_and_ends_well_as_a_job_that_is_started_again_must(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(job, "open_gang", None)
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy"))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(copy)]) == 0
+    assert "copy has trained its 20 steps: nothing is left to do; a larger --steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    # A node was lost between the last checkpoint and the end.
+    events = (copy / "events.jsonl").read_text().splitlines(keepends=True)
+    (copy / "events.jsonl").write_text("".join(line for line in events if '"finished"' not in line))
+    (copy / "report.html").unlink()
+    assert main(["train", "--resume", str(copy), "--dry-run"]) == 0
+    assert not (copy / "report.html").exists()
+    assert main(["train", "--resume", str(copy)]) == 0
+    assert f"report: {copy / 'report.html'}" in capsys.readouterr().out
+    assert read_events(copy)[-1]["event"] == "finished"
+
+
+def test_fewer_steps_than_are_done_are_refused_with_both_ways_out(run_dir, capsys):
+    assert main(["train", "--resume", str(run_dir), "--steps=12"]) == 2
+    told = capsys.readouterr().err
+    assert "would go on from step 20, and run.steps (12) must be more; give a larger --steps" in told
+    assert "or an earlier checkpoint with --step N" in told
 
 
 @pytest.mark.parametrize(

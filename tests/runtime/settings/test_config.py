@@ -174,6 +174,10 @@ def test_options_override_the_file_and_short_forms_work() -> None:
     [
         (["--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden?"),
         (["--hidden", "3"], "unknown option --hidden; did you mean --model.hidden?"),
+        (["--stpes", "3"], "unknown option --stpes; did you mean --steps?"),
+        (["--reusme", "first"], "unknown option --reusme; did you mean --resume?"),
+        (["--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
+        (["--runs-dir", "all"], "unknown option --runs-dir; did you mean --run.dir?"),
         (["--xyz"], "unknown option --xyz; see `trimtab train --help`"),
         (["--conf", "tiny"], "unknown option --conf"),
         (["--steps", "many"], "run.steps is 'many'; it must be a whole number"),
