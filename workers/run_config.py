@@ -70,10 +70,10 @@ class RunConfig:
         self._check_loggers()
         if self.on_bias_mismatch not in ("stop", "repair"):
             raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
-        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+        if self.name is not None and not _is_plain(self.name):
             raise InvalidValue(
-                f"run.name {self.name!r} must be a plain directory name, without a slash or a leading dot; "
-                "where the runs lie is run.dir"
+                f"run.name {self.name!r} must be a plain directory name, without a slash, a control character, or a "
+                "leading dot or dash; where the runs lie is run.dir"
             )
         if self.name is not None and len(self.name.encode()) > MAX_NAME_BYTES:
             raise InvalidValue(f"run.name {self.name[:20]!r}... must have at most {MAX_NAME_BYTES} bytes")
@@ -111,3 +111,7 @@ class RunConfig:
                 f"{sizes}, or 0"
             )
         return share // micro_batch_size
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and "/" not in name and not name.startswith((".", "-")) and bool(name)

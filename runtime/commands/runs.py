@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
 from runtime.commands.options import add_runs_dir
-from runtime.runs.run_dir import folder_of_runs, runs_in
+from runtime.runs.run_dir import default_runs_dir, folder_of_runs, runs_in
 
 HELP = "List runs: state, step, loss, and when each was last heard of."
+WIDEST = 10_000  # characters
+DAY_S = 24 * 3600
 HEADS = ("run", "state", "step", "loss", "bits/byte", "tokens/s", "last sign", "left")
 
 
@@ -25,6 +28,10 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the list and return the exit code."""
     folder = folder_of_runs(options.runs_dir)
+    if options.runs_dir is not None and not folder.is_dir():
+        raise InvalidValue(
+            f"--runs-dir {folder} must be a folder; `trimtab runs` without it lists {default_runs_dir()}/"
+        )
     runs = sorted(map(_summary, runs_in(folder)), key=lambda each: each["last_time"] or 0.0)
     if options.json:
         sys.stdout.write("".join(json.dumps(each) + "\n" for each in runs))
@@ -55,7 +62,8 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
     table = new_table(HEADS, left=(0, 1))
     for each in runs:
         table.add_row(*_cells(each))
-    Console(highlight=False, markup=False).print(table)
+    # As wide as its cells on any terminal: a name that is cut could not be copied.
+    Console(highlight=False, markup=False, emoji=False, width=WIDEST).print(table)
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
@@ -68,6 +76,6 @@ def _cells(run: dict[str, Any]) -> list[str]:
         f"{run['step']}/{run['total_steps'] or '?'}",
         *("" if run[name] is None else three_digits(run[name]) for name in ("loss", "val_bits_per_byte")),
         "" if run["tokens_per_s"] is None else short(run["tokens_per_s"]),
-        "" if since is None else f"{duration(since)} ago",
+        "" if since is None else f"{duration(since) if since < 2 * DAY_S else f'{since / DAY_S:.0f} days'} ago",
         "" if run["left_s"] is None else duration(run["left_s"]),
     ]

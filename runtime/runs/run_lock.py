@@ -143,7 +143,10 @@ def hold(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
     Raises:
         InvalidValue: another process owns it; names it.
     """
-    lock = _acquire(run_dir, say)
+    try:
+        lock = _acquire(run_dir, say)
+    except OSError as error:  # of a full disk without a name, or with that of a file that nobody else sees
+        raise OSError(error.errno, error.strerror, str(run_dir)) from error
     try:
         yield lock
     finally:
@@ -158,9 +161,14 @@ def hold_new(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
     killed before any training is taken over.
 
     Raises:
-        InvalidValue: it exists and holds something, or another process owns it.
+        InvalidValue: it exists and holds something, another process owns it, or its folder cannot be.
     """
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:  # a file, or /proc, on the way to it
+        raise InvalidValue(
+            f"run.dir ({run_dir.parent}) cannot be a folder ({error.strerror}); choose another with --run.dir"
+        ) from error
     try:
         run_dir.mkdir(mode=0o700)
     except FileExistsError as error:

@@ -163,6 +163,11 @@ def is_preset(name: str) -> bool:
     return name in _find_presets()
 
 
+def preset_like(name: str) -> str | None:
+    """The preset whose name is most like a mistyped one, if any is."""
+    return next(iter(difflib.get_close_matches(name, _find_presets(), n=1)), None)
+
+
 def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
     """Call `config_from_yaml` with the text of a file; errors name its path."""
     try:
@@ -377,6 +382,6 @@ def _find_config(name: str) -> Path:
     path = presets.get(name, Path(name).expanduser())
     if path.is_file():
         return path
-    near = difflib.get_close_matches(name, presets, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"give a YAML file or a preset: {', '.join(sorted(presets))}"
+    near = preset_like(name)
+    hint = f"did you mean {near}?" if near else f"give a YAML file or a preset: {', '.join(sorted(presets))}"
     raise InvalidValue(f"--config {name}: there is no such file or preset; {hint}")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.command import CommandParser
 from runtime.commands.options import number, whole
@@ -13,6 +14,17 @@ from runtime.settings.consent import add_consent
 if TYPE_CHECKING:
     from runtime.commands.plan.subject import Subject
 
+# Options of --simulate, with what they are where they were not given.
+OF_SIMULATION: dict[str, object] = {
+    "hardware": "h100",
+    "max_vio": None,
+    "trace": None,
+    "law": [],
+    "worlds": None,
+    "overlap": 0.0,
+    "bubble": 0.0,
+    "out": None,
+}
 HELP = "Tell the memory of each rank and the bytes of a step before anything starts."
 
 DESCRIPTION = """\
@@ -95,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
     from runtime.commands.plan.subject import hugging_face_file, read_subject
     from runtime.commands.plan.table import print_fit, print_plan
 
+    _check_simulates(options)
     limit_bytes = options.memory_gib * 2**30
     searches = options.fit and options.world is None and hugging_face_file(options.config) is not None
     subject = smallest_world(options) if searches else read_subject(options)
@@ -111,6 +124,14 @@ def run(options: argparse.Namespace) -> int:
         if fit is not None:
             print_fit(fit)
     return 0 if plan.peak_bytes <= limit_bytes else 1
+
+
+def _check_simulates(options: argparse.Namespace) -> None:
+    given = [name for name, default in OF_SIMULATION.items() if getattr(options, name) != default]
+    if given and not options.simulate:
+        raise InvalidValue(
+            f"--{given[0].replace('_', '-')} is an option of the simulation; add --simulate, or leave it out"
+        )
 
 
 def _simulate(subject: "Subject", options: argparse.Namespace) -> None:

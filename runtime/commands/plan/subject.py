@@ -10,7 +10,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.runs.run_dir import CONFIG_FILE, find_run
 from runtime.settings.config import TrainConfig, check_pipeline
-from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config
+from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config, preset_like
 from workers.model.families import Settings, family_of
 from workers.model.families.source import CONFIG as HUGGING_FACE_CONFIG
 from workers.model.families.source import read_json
@@ -63,10 +63,16 @@ def _from_trimtab(name: str) -> TrainConfig:
     try:
         run_dir = find_run(name)
     except InvalidValue:
-        raise InvalidValue(
-            f"{name} is neither a preset, nor a file, nor a run: give a YAML file or preset of Trimtab, a run's "
-            f"directory or name, or a Hugging Face {HUGGING_FACE_CONFIG} or its directory"
-        ) from None
+        near = preset_like(name)
+        way_out = (
+            f"did you mean {near}?"
+            if near
+            else (
+                "give a YAML file or preset of Trimtab, a run's directory or name, or a Hugging Face "
+                f"{HUGGING_FACE_CONFIG} or its directory"
+            )
+        )
+        raise InvalidValue(f"{name!r} is neither a preset, nor a file, nor a run; {way_out}") from None
     return config_from_yaml_file(run_dir / CONFIG_FILE)
 
 

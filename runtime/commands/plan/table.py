@@ -45,7 +45,10 @@ def print_plan(plan: Plan, memory_gib: float) -> None:
 def print_fit(fit: Fit) -> None:
     """What was tried, one saving more each time, and the settings of the plan."""
     tried = ", ".join(f"{name} {byte_size(size)}" for name, size in fit.tried.items())
-    text = f"Tried, each with all before it and the EP size that takes least: {tried}."
+    text = (
+        f"Tried, each with all before it and the EP size that takes least: {tried}. Of the EP sizes that fit, the plan "
+        "has the one with which a rank sends least."
+    )
     console = Console(width=WIDTH, highlight=False)
     console.print(textwrap.fill(text, WIDTH), markup=False)
     console.print(f"Settings: {fit.options}", markup=False, soft_wrap=True)

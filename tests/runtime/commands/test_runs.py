@@ -49,6 +49,25 @@ def made(tmp_path: Path) -> Path:
     return path
 
 
+def test_long_names_are_whole_on_a_narrow_terminal_and_in_a_pipe(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    made.rename(tmp_path / (name := ":cat: " + "n" * 200))
+    assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
+    head, row = lines_of(capsys)
+    assert row.startswith(f"{name}  interrupted  20/40")
+    assert row.split()[-2:] == ["days", "ago"]
+    assert head.split()[:3] == ["run", "state", "step"]
+
+
+def test_a_mistyped_folder_of_runs_is_not_taken_for_an_empty_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["runs", "--runs-dir", str(tmp_path / "rnus")]) == 2
+    assert "rnus must be a folder; `trimtab runs` without it lists runs/" in capsys.readouterr().err
+
+
 def test_runs_are_listed_with_their_state_and_last_figures(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,3 +165,20 @@ def test_a_new_run_that_never_trained_leaves_its_name_free(tmp_path: Path) -> No
     with pytest.raises(InvalidValue, match="exists already; choose another --name, remove it, or go on with --resume"):
         hold_new(run, silent).__enter__()
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/runs", "/proc/runs"])
+def test_a_folder_of_runs_that_cannot_be_made_is_refused_with_its_setting(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidValue, match=r"run.dir \(.*\) cannot be a folder .*; choose another with --run.dir"):
+        hold_new(tmp_path / folder / "first", print).__enter__()
+
+
+def test_a_disk_that_takes_no_lock_is_told_with_the_run_and_not_with_a_name_that_nobody_knows(tmp_path, monkeypatch):
+    def full(fd: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path}'")):
+        hold(tmp_path, print).__enter__()
+    assert list(tmp_path.iterdir()) == []

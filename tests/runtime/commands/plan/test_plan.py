@@ -211,7 +211,10 @@ def test_fit_without_a_world_takes_the_fewest_ranks(capsys: pytest.CaptureFixtur
         ([DEEPSEEK, "--world", "64", "--ep", "8", "--ranks-per-node", "6"], "--ranks-per-node (6) must divide the"),
         ([DEEPSEEK, "--world", "24", "--ep", "6", "--ranks-per-node", "4"], "(4) must divide --ep (6), or be a"),
         (["small", "--seq-len", "0"], "--seq-len: '0' must be a whole number of at least 1"),
-        (["nowhere"], "nowhere is neither a preset, nor a file, nor a run: give a YAML file"),
+        (["nowhere"], "'nowhere' is neither a preset, nor a file, nor a run; give a YAML file"),
+        (["tinny"], "'tinny' is neither a preset, nor a file, nor a run; did you mean tiny?"),
+        (["small", "--worlds", "8"], "--worlds is an option of the simulation; add --simulate, or leave it out"),
+        (["small", "--max-vio", "1"], "--max-vio is an option of the simulation; add --simulate"),
         (["nowhere.json", "--world", "8"], "nowhere.json cannot be read: No such file"),
     ],
 )
