@@ -32,6 +32,25 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def file_to_write(text: str) -> Path:
+    """A file that can be written later, after what it is to hold was measured."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must lie in a folder that exists; make {path.parent} first")
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """A folder that is there or can be made later, after what it is to hold was measured."""
+    path = Path(text).expanduser()
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a folder, or a new name for one, and {there} is a file")
+    return path
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Let the command line name a run, which `run_of` then finds."""
     parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in the folder of runs")

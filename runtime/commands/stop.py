@@ -1,15 +1,22 @@
 """`trimtab stop RUN`."""
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue, UserError
 from runtime.commands.command import CommandParser
 from runtime.commands.options import add_runs_dir, whole
 from runtime.runs.run_dir import find_run
+
+if TYPE_CHECKING:
+    from runtime.runs.run_lock import Owner
 
 HELP = "Let a run save its state and end."
 LOOK_EVERY_S = 0.2
@@ -38,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{run_dir} is trained by {owner}; stop it there: ssh {owner.host} kill {owner.pid}")
     sys.stdout.write(f"stopping {owner}\n")
     sys.stdout.flush()
-    os.kill(owner.pid, signal.SIGTERM)
+    _ask_to_stop(owner)
     until = time.monotonic() + options.timeout
     while owner_of(run_dir) == owner:
         if time.monotonic() > until:
@@ -49,3 +56,13 @@ def run(options: argparse.Namespace) -> int:
     told = WatchedRun(run_dir).glance()
     sys.stdout.write(f"{told['state']} at step {told['step']}; go on with: trimtab train --resume {run_dir}\n")
     return 0
+
+
+def _ask_to_stop(owner: Owner) -> None:
+    try:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(owner.pid, signal.SIGTERM)
+    except PermissionError as error:
+        raise UserError(
+            f"{owner} is a process of another user; ask them to stop it, or do it as root: sudo kill {owner.pid}"
+        ) from error

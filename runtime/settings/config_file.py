@@ -367,6 +367,7 @@ def _suggest(key: str, dashes: str = "") -> str:
     known = [*get_type_hints(TrainConfig), *_setting_types(TrainConfig)]
     if dashes:
         known += [*NO_SETTINGS, *(option.removeprefix(dashes) for option in (*SHORT_OPTIONS, DRY_RUN, WATCH))]
+    known = [name for name in known if name != key]  # what `trimtab train` has and another command does not
     near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
     return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else "; see `trimtab train --help`"
 

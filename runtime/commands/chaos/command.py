@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import number, whole
+from runtime.commands.options import folder_to_write, number, whole
 
 if TYPE_CHECKING:
     from runtime.commands.chaos.plan import ChaosOptions
@@ -37,7 +37,12 @@ def add_arguments(parser: CommandParser) -> None:
     add("--machines", type=whole(2), help="machines; the first is the head and runs the driver")
     add("--workers-per-machine", type=whole(1), help="expert workers of each")
     add("--minutes", type=number(1, 1440), help="longest duration of all of it")
-    add("--out", type=Path, default=Path("runs/chaos"), help="folder of chaos.md, .json and .png (%(default)s)")
+    add(
+        "--out",
+        type=folder_to_write,
+        default=Path("runs/chaos"),
+        help="folder of chaos.md, .json and .png (%(default)s)",
+    )
     add("--keep", action="store_true", help="copy both run directories and what they printed to OUT/kept")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import number, whole
+from runtime.commands.options import folder_to_write, number, whole
 from runtime.settings.consent import import_named
 
 HELP = "Train under several ways of balancing from the same seeds, and compare them."
@@ -27,10 +27,16 @@ def add_arguments(parser: CommandParser) -> None:
     parser.epilog = SPECS
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--laws", nargs="+", metavar="SPEC", help="the methods, see below")
+    add("--laws", nargs="+", action="extend", metavar="SPEC", help="the methods, see below")
     add("--seeds", type=whole(1), metavar="N", help=f"runs of each method ({DEFAULT_SEEDS}), from run.seed on")
     add("--resume", action="store_true", help="go on with the comparison in --out; laws and seeds may be added")
-    add("--out", type=Path, metavar="DIR", default=Path("runs/compare"), help="where all of it goes (%(default)s)")
+    add(
+        "--out",
+        type=folder_to_write,
+        metavar="DIR",
+        default=Path("runs/compare"),
+        help="where all of it goes (%(default)s)",
+    )
     add("--config", metavar="FILE", help=f"YAML file or preset of the settings ({DEFAULT_PRESET})")
     add("--jobs", type=whole(1), metavar="J", help="runs side by side (the cores over cluster.num_workers)")
     add(

@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.command import CommandParser
-from runtime.commands.options import number, whole
+from runtime.commands.options import folder_to_write, number, whole
 from runtime.settings.consent import add_consent
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _add_simulation(parser: CommandParser) -> None:
     add("--worlds", type=whole(1), nargs="+", metavar="N", help="numbers of ranks to compare (8 to 16384)")
     add("--overlap", type=number(0, 1), default=0.0, help="share of computation that hides exchanges (%(default)s)")
     add("--bubble", type=number(0, 0.99), default=0.0, help="share of a step that pipeline stages wait (%(default)s)")
-    add("--out", type=Path, metavar="DIR", help="folder to write simulation.json and simulation.png to")
+    add("--out", type=folder_to_write, metavar="DIR", help="folder to write simulation.json and simulation.png to")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, number, run_of, whole
+from runtime.commands.options import add_run, folder_to_write, number, run_of, whole
 
 HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
 
@@ -43,7 +43,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--ranks", type=whole(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
     add("--every", type=whole(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
-    add("--out", type=Path, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
+    add("--out", type=folder_to_write, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 
 def run(options: argparse.Namespace) -> int:

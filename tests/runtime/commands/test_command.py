@@ -101,3 +101,28 @@ def test_every_subcommand_of_trimtab_has_the_three_names_and_is_imported_without
     command = [sys.executable, "-c", script, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor {run} --json", "cluster manifest slurm --nodes 2 --out"])
+@pytest.mark.parametrize(
+    ("file", "said"), [("no/x", "must lie in a folder that exists; make"), ("", "is a folder; name")]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, file, said, tmp_path, capsys):
+    words = command.format(run=tmp_path).split()
+    assert cli.main([*words, str(tmp_path / file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["chaos quick", "plan tiny", "compare --laws sign", "replay a"],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main([*command.split(), "--out", str(tmp_path / "file" / "new")]) == 2
+    assert f"must be a folder, or a new name for one, and {tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
+def test_laws_may_be_named_by_one_option_or_by_several():
+    given = read_options("runtime.commands.compare.command", "trimtab", ["--laws", "sign", "none", "--laws", "newton"])
+    assert given.laws == ["sign", "none", "newton"]

@@ -1,3 +1,4 @@
+import errno
 import json
 import signal
 import socket
@@ -21,8 +22,8 @@ HOLDER = """
     from runtime.terminal.interrupt import stop_signals_raise
     from workers.record.run_log import append_event
     with stop_signals_raise(), hold(Path(sys.argv[1]), print):
-        print("held", flush=True)
         try:
+            print("held", flush=True)
             sys.stdin.read()
         except KeyboardInterrupt:
             append_event(Path(sys.argv[1]), "interrupted", step=20)
@@ -128,3 +129,40 @@ def test_nobody_is_stopped_where_nobody_trains_or_somebody_elsewhere(
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_run_of_another_user_cannot_be_stopped_and_the_answer_says_who_can(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    process = holder(made)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("os.kill", refuse)
+            assert main(["stop", str(made)]) == 1
+        told = capsys.readouterr().err
+        assert (
+            f"pid {process.pid} on" in told
+            and f"another user; ask them to stop it, or do it as root: sudo kill {process.pid}" in told
+        )
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_that_ends_before_it_is_told_to_has_stopped(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = holder(made)
+
+    def too_late(pid: int, number: int) -> None:
+        monkeypatch.undo()
+        process.kill()
+        process.communicate()
+        raise ProcessLookupError(errno.ESRCH, "No such process")
+
+    monkeypatch.setattr("os.kill", too_late)
+    assert main(["stop", str(made)]) == 0
+    assert "interrupted at step 20" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import yaml
 
 from cluster.nodes.manifests.plan import ManifestPlan
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import file_to_write, whole
 
 
 def add_sizes(parser: CommandParser, *, nodes: bool = True) -> None:
@@ -21,7 +21,7 @@ def add_sizes(parser: CommandParser, *, nodes: bool = True) -> None:
     parser.add_argument("--memory-per-node", type=whole(4), default=32, help="GiB of memory of each (%(default)s)")
     parser.add_argument("--shared", default="/shared", metavar="DIR", help="folder that all share (%(default)s)")
     parser.add_argument("--name", default="trimtab", help="name of cluster and job (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (standard output)")
+    parser.add_argument("--out", type=file_to_write, metavar="FILE", help="where to write it (standard output)")
     parser.leave("train_arguments", "behind --")
 
 

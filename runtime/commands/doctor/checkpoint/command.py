@@ -1,10 +1,9 @@
 """`trimtab doctor PATH`."""
 
 import argparse
-from pathlib import Path
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import file_to_write, whole
 from runtime.settings.consent import add_consent
 
 HELP = "A run, a checkpoint or a directory of Hugging Face: files, experts, values, biases, configuration."
@@ -24,7 +23,7 @@ def add_arguments(parser: CommandParser) -> None:
         "Hugging Face with config.json and safetensors"
     )  # fmt: skip
     parser.add_argument("--step", type=whole(0), help="of a run: its checkpoint (the newest)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write everything that was found there")
 
 
 def run(options: argparse.Namespace) -> int:

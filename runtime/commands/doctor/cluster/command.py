@@ -1,11 +1,10 @@
 """`trimtab doctor cluster`."""
 
 import argparse
-from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import file_to_write, whole
 
 HELP = "The nodes of a Ray cluster, or this machine: versions, devices, clocks, disks, network, process groups."
 
@@ -26,7 +25,7 @@ def add_arguments(parser: CommandParser) -> None:
         default=["runs", "~/.cache/trimtab", "/tmp"],  # noqa: S108 Ray's own place, looked at only.
         help="look at the disk of this path on every node; again for more (runs, ~/.cache/trimtab and /tmp always)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write everything that was found there")
 
 
 def run(options: argparse.Namespace) -> int:
