@@ -250,9 +250,16 @@ def read_load_history(path: str | Path) -> LoadHistory:
     return LoadHistory(records["step"], records["counts"], records["bias"], layout)
 
 
+def _without(run_dir: Path, name: str) -> InvalidValue:
+    return InvalidValue(
+        f"{run_dir} has no {name}: it is no run, or one that has not begun to train; give the folder of a run, as "
+        "runs/NAME"
+    )
+
+
 def _read_layout(path: Path) -> LoadLayout:
     if not (path / LAYOUT).exists():
-        raise InvalidValue(f"{path} is not a run directory: it has no {LAYOUT}; give the folder of a run, as runs/NAME")
+        raise _without(path, LAYOUT)
     stored = json.loads((path / LAYOUT).read_text())
     return LoadLayout(*(tuple(stored[field]) for field in ("names", "num_experts", "balanced")))
 
@@ -263,7 +270,7 @@ def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
 
 def _read_lines(path: Path, is_sound: Callable[[Line], bool]) -> list[Line]:
     if not path.exists():
-        raise InvalidValue(f"{path.parent} is not a run directory: it has no {path.name}; give a folder as runs/NAME")
+        raise _without(path.parent, path.name)
     lines = []
     for number, (_, line) in enumerate(complete_lines(path.read_bytes()), 1):
         if line is None or not is_sound(line):

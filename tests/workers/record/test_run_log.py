@@ -162,7 +162,7 @@ def test_a_run_of_another_model_is_not_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [read_metrics, read_load_history, read_events])
 def test_a_folder_without_a_run_is_named(tmp_path: Path, read) -> None:
-    with pytest.raises(ValueError, match="is not a run directory"):
+    with pytest.raises(ValueError, match="it is no run, or one that has not begun to train; give the folder"):
         read(tmp_path / "nothing")
 
 
