@@ -29,14 +29,15 @@ class LayerCopies:
             kind = type(layer.dispatcher).__name__
             raise ValueError(f"{kind} knows no copies; use one of dispatch.exchange.all_to_all")
         self._layer, self._plain = layer, layer.dispatcher
-        self.placed = ExpertCopies(self._plain.placement)
-        self._routes = _Routes.of(self.placed, self._plain.ep_rank)
+        self.placed, self._are_new = ExpertCopies(self._plain.placement), False
+        self._routes = self._routes_of(self.placed)
 
     def place(self, copies: ExpertCopies) -> None:
         """Let the layer use these copies from now on; they have no weights until `send_weights`."""
         if copies == self.placed:
             return
-        self.placed, self._routes = copies, _Routes.of(copies, self._plain.ep_rank)
+        self.placed, self._are_new = copies, True
+        self._routes = self._routes_of(copies)
         self._layer.dispatcher = self._plain.with_copies(copies) if copies.holders else self._plain
         experts, num_copies = self._layer.experts, sum(self._routes.received_P)
         for joined in experts.joined.values():
@@ -45,13 +46,19 @@ class LayerCopies:
         experts.joined = {name: JoinedRows(parameter, num_copies) for name, parameter in parameters}
 
     def send_weights(self) -> list[PendingCollective]:
-        """Start to send the owners' weights to the copies; await them before the next forward."""
+        """Start to send the owners' weights to the copies; await them before the next forward.
+
+        Frozen ones go once after `place`: in fine-tuning they would be nearly all of it.
+        """
         pending = []
         for name, own in self._parameters():
+            if not (own.requires_grad or self._are_new):
+                continue
             mine = self._layer.experts.joined.get(name)
             received = _no_rows(own) if mine is None else mine.copies.detach()
-            rows = own.detach()[self._routes.places(own.device)]
+            rows = own.detach()[self._routes.sent]
             pending.append(self._start(received, rows, self._routes.received_P, self._routes.sent_P))
+        self._are_new = False
         return pending
 
     def sum_gradients(self) -> None:
@@ -59,6 +66,9 @@ class LayerCopies:
         for name, own in self._parameters():
             if own.requires_grad:
                 self._sum(own, self._layer.experts.joined.get(name))
+
+    def _routes_of(self, copies: ExpertCopies) -> "_Routes":
+        return _Routes.of(copies, self._plain.ep_rank, next(self._layer.experts.parameters()).device)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._layer.experts.named_parameters(recurse=False)) if self.placed.holders else []
@@ -71,8 +81,7 @@ class LayerCopies:
         if own.grad is None:
             own.grad = torch.zeros_like(own)
         # Rank by rank: rows of one call would be added in any order on CUDA, where several are of one expert.
-        places_P = routes.places(own.device).split(routes.sent_P)
-        for places, rows in zip(places_P, received.split(routes.sent_P), strict=True):
+        for places, rows in zip(routes.sent.split(routes.sent_P), received.split(routes.sent_P), strict=True):
             own.grad.index_add_(0, places, rows)
 
     def _start(
@@ -89,16 +98,17 @@ class LayerCopies:
 class _Routes:
     """Which rows of a rank's experts go where, and how many come.
 
-    sent: places among the own experts, those of the copies of rank 0 first, by expert. sent_P, received_P: how many go
-    to each rank, and come from it. What comes is in order of rank, and so of expert, as the copies are.
+    sent: places among the own experts, int64, those of the copies of rank 0 first, by expert; on the device once for
+    all steps. sent_P, received_P: how many go to each rank, and come from it. What comes is in order of rank, and so of
+    expert, as the copies are.
     """
 
-    sent: tuple[int, ...]
+    sent: Tensor
     sent_P: list[int]
     received_P: list[int]
 
     @classmethod
-    def of(cls, copies: ExpertCopies, ep_rank: int) -> "_Routes":
+    def of(cls, copies: ExpertCopies, ep_rank: int, device: torch.device) -> "_Routes":
         """The routes of one rank."""
         owned_P = [copies.placement.owned_by(rank) for rank in range(copies.placement.ep_size)]
         own, held = owned_P[ep_rank], copies.copies_on(ep_rank)
@@ -106,14 +116,10 @@ class _Routes:
             [expert - own.start for expert in copies.copies_on(rank) if expert in own] for rank in range(len(owned_P))
         ]
         return cls(
-            sent=tuple(place for places in sent for place in places),
+            sent=torch.tensor([place for places in sent for place in places], dtype=torch.int64, device=device),
             sent_P=list(map(len, sent)),
             received_P=[sum(expert in ids for expert in held) for ids in owned_P],
         )
-
-    def places(self, device: torch.device) -> Tensor:
-        """`sent` as int64."""
-        return torch.tensor(self.sent, dtype=torch.int64, device=device)
 
 
 def _no_rows(own: Tensor) -> Tensor:

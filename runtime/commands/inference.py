@@ -120,9 +120,11 @@ def config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainC
     if device is not None:
         changes["device"] = device
     cluster = replace(config.cluster, **changes)
-    # An exchange is chosen for the ranks and devices that the run was trained on.
-    parallel = replace(config.parallel, ep_size=0, exchange="auto", ranks_per_node=0, pipeline=PipelineConfig())
-    config = replace(config, cluster=cluster, parallel=parallel)
+    # An exchange is chosen for the ranks and devices that the run was trained on, and copies are for training.
+    parallel = replace(
+        config.parallel, ep_size=0, exchange="auto", ranks_per_node=0, expert_copies=0, pipeline=PipelineConfig()
+    )
+    config = replace(config, cluster=cluster, parallel=parallel.at(cluster.num_workers))
     cross_check(config)
     return config
 

@@ -187,13 +187,17 @@ def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
     """
     cluster = config.cluster
     bounds = range(cluster.min_workers or cluster.num_workers, (cluster.max_workers or cluster.num_workers) + 1)
-    return tuple(size for size in reversed(bounds) if size == cluster.num_workers or _is_feasible(config, size))
+    return tuple(
+        size for size in reversed(bounds) if size == cluster.num_workers or _is_feasible(config, size, adapts=True)
+    )
 
 
-def _is_feasible(config: TrainConfig, num_workers: int) -> bool:
+def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool:
+    """adapts: whether `parallel` gives way to the number, as in a gang that lost ranks."""
     cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
     try:
-        cross_check(replace(config, cluster=cluster, parallel=config.parallel.at(num_workers)))
+        parallel = config.parallel.at(num_workers) if adapts else config.parallel
+        cross_check(replace(config, cluster=cluster, parallel=parallel))
     except InvalidValue:
         return False
     return True
@@ -217,8 +221,9 @@ def on_gpus(
     if not gpus:
         return config
     if "cluster.num_workers" not in chosen:
-        feasible = (size for size in range(gpus, 0, -1) if _is_feasible(config, size))
-        config = replace(config, cluster=replace(cluster, num_workers=next(feasible, cluster.num_workers)))
+        feasible = (size for size in range(gpus, 0, -1) if _is_feasible(config, size, adapts=False))
+        num_workers = next(feasible, max(gpus, cluster.num_workers))
+        config = replace(config, cluster=replace(cluster, num_workers=num_workers))
     if "run.dtype" not in chosen and config.cluster.num_workers <= gpus:
         config = replace(config, run=replace(config.run, dtype="bfloat16"))
     return config

@@ -133,6 +133,24 @@ def test_copies_take_rows_off_the_busiest_rank_and_leave_no_memory_behind():
     assert any(held for _, held in results)
 
 
+def _messages(rank, world_size):
+    """How many tensors of weights are sent after each placement, where one of two is frozen."""
+    layer = _layer("rank", ScheduleConfig(), {})
+    layer.experts.down_proj.requires_grad_(False)
+    copies, numbers = LayerCopies(layer), []
+    for placed in _placements(world_size):
+        copies.place(placed)
+        pending = copies.send_weights()
+        for each in pending:
+            each.wait()
+        numbers.append(len(pending))
+    return numbers
+
+
+def test_frozen_weights_are_sent_once_after_a_placement():
+    assert run_ranks(3, _messages) == [[0, 2, 1, 2, 0, 2]] * 3
+
+
 def test_a_dispatcher_of_one_rank_knows_no_copies():
     layer = MoELayer(8, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), LocalDispatcher(4))
     with pytest.raises(ValueError, match="LocalDispatcher knows no copies"):

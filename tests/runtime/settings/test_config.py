@@ -26,6 +26,7 @@ from runtime.settings.config_file import (
     parse_train,
 )
 from runtime.settings.size import recorded_scores_bytes
+from workers.gang.parallel import ParallelConfig
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")
 
@@ -346,6 +347,8 @@ def test_more_workers_on_cuda_than_gpus_are_refused_before_anything_starts(monke
         (0, [], 2, "float32"),
         (1, [], 1, "bfloat16"),
         (3, [], 2, "bfloat16"),  # a batch of 16 sequences cannot be divided by 3
+        (6, ["--parallel.context", "4"], 4, "bfloat16"),
+        (6, ["--parallel.ep_size", "4"], 4, "bfloat16"),
         (4, ["--workers", "2", "--run.dtype=float32"], 2, "float32"),
         (1, ["--workers", "2"], 2, "float32"),  # not enough of them: on CPUs
         (4, ["--device", "cpu"], 2, "float32"),
@@ -423,6 +426,22 @@ def test_the_exchange_of_a_run_is_not_kept_on_other_ranks_or_devices(tmp_path: P
             "auto",
             0,
         )
+
+
+def test_a_run_of_any_layout_is_evaluated_on_any_number_of_ranks(tmp_path: Path) -> None:
+    trained = with_settings(cluster__num_workers=4, run__global_batch_size=12)
+    for parallel in (
+        ParallelConfig(context=4, ep_size=2),
+        ParallelConfig(context=2, shard="full", replicate=2, ep_size=1),
+        ParallelConfig(expert_copies=1),
+    ):
+        config = dataclasses.replace(trained, parallel=parallel)
+        cross_check(config)
+        (tmp_path / CONFIG_FILE).write_text(config_to_yaml(config))
+        for workers, num_ranks in ((None, 1), (2, 2), (3, 3), (4, 4)):
+            found = config_for(tmp_path, workers, "cpu").parallel
+            assert found.context == max(size for size in range(1, parallel.context + 1) if num_ranks % size == 0)
+            assert (found.shard, found.expert_copies) == (parallel.shard, 0)
 
 
 def test_resume_takes_the_settings_of_the_run_and_lets_some_change(tmp_path: Any) -> None:

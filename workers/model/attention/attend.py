@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from inspect import signature
-from itertools import accumulate
 from typing import cast
 
 import torch
@@ -110,11 +109,7 @@ def _packed(keys: Tensor, values: Tensor, documents: Documents) -> tuple[Tensor,
         torch.cat([parts[each] for seen in cut.seen for each in seen])
         for parts in (keys.split(cut.parts), values.split(cut.parts))
     )
-    num_queries = [block.num_tokens for block in cut.blocks]
-    num_keys = [sum(block) for block in cut.blocks]
-    offsets = [torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (num_queries, num_keys)]
-    of_queries, of_keys = (each.to(keys.device) for each in offsets)
-    return near_keys, near_values, of_queries, of_keys, max(num_queries), max(num_keys)
+    return near_keys, near_values, *documents.places
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,17 @@ class Documents:
     def by_document(self) -> Cut:
         """A block for each document that this rank has tokens of."""
         return self._cut(0)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, int, int]:
+        """Offsets of the queries of `by_document` and of the keys that they see, and the most of each in a block."""
+        # Here, as all layers share it: a copy from pageable memory can make the host wait for the device.
+        blocks = self.by_document.blocks
+        counts = [block.num_tokens for block in blocks], [sum(block) for block in blocks]
+        of_queries, of_keys = (
+            torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=self.offsets.device) for each in counts
+        )
+        return of_queries, of_keys, max(counts[0]), max(counts[1])
 
     def _cut(self, most: int) -> Cut:
         cut = Cut([], [], [])
