@@ -109,11 +109,6 @@ class ParallelConfig:
                 f"parallel.expert_copies ({self.expert_copies}) is placed by ranks that have all layers, but "
                 f"parallel.pipeline.size ({self.pipeline.size}) divides them; set one of them to its default"
             )
-        if self.expert_copies and self.context > 1:
-            raise InvalidValue(
-                f"parallel.expert_copies ({self.expert_copies}) was not tried yet with sequences that ranks share "
-                f"(parallel.context {self.context}); set one of them to its default"
-            )
         if self.expert_copies and self.backend is not None:
             self.check_takes_copies(self.exchange)
 

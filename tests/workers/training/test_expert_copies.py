@@ -95,7 +95,6 @@ def test_what_copies_do_not_work_with_is_refused():
         ({"expert_copies": 1, "copies_every": 0}, r"copies_every \(0\) must be a whole number of steps"),
         ({"expert_copies": 1, "shard": "optimizer"}, "needs each expert whole .* set --parallel.shard none"),
         ({"expert_copies": 1, "pipeline": PipelineConfig(size=2)}, r"pipeline.size \(2\) divides them"),
-        ({"expert_copies": 1, "context": 2}, r"was not tried yet .*parallel.context 2"),
         ({"expert_copies": 1, "exchange": "deep_ep"}, "not for parallel.exchange deep_ep, .* rank, assignment, node"),
     ):
         with pytest.raises(InvalidValue, match=message):

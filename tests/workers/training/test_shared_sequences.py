@@ -23,7 +23,7 @@ LAYOUTS = [
     (2, ParallelConfig(context=2)),
     (2, ParallelConfig(context=2, ep_size=1)),
     (3, ParallelConfig(context=3, ep_size=1, shard="full")),
-    (4, ParallelConfig(context=2, ep_size=2)),
+    (4, ParallelConfig(context=2, ep_size=2, expert_copies=2, copies_every=1)),
     (4, ParallelConfig(context=4, ep_size=2, shard="optimizer")),
 ]
 KINDS = {
@@ -46,6 +46,7 @@ def _steps(rank, world_size, spec):
     with state.open_control() as control:
         run = TrainingRun(state, control, publish=print, stop_requested=worker._stop_requested)
         results = [run.trainer.step(step) for step in range(1, STEPS + 1)]
+    assert any(each.placed for each in results) == (spec.parallel.expert_copies > 0)
     options = {"batch_size": 2, "num_sequences": None, "autocast": contextlib.nullcontext()}
     measured = evaluate(state.model, state.dataset, state.sampler, state.groups, **options)
     numbers = [(each.summed["loss"], each.grad_norm) for each in results]

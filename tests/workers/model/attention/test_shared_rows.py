@@ -74,6 +74,7 @@ def attends(rank: int, world_size: int, kind: str, starts: Tensor) -> None:
     mine = context.part(leaves[0])
     found = attend_by_varlen(mine, leaves[1], leaves[2], there, None, slow_varlen)
     torch.testing.assert_close(found, context.part(wanted), rtol=1e-10, atol=1e-12)
+    assert there.places is there.places  # brought to the device once for all layers
 
 
 @pytest.mark.parametrize("kind", ["plain", "window", "latent widths"])
