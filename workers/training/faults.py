@@ -72,7 +72,7 @@ class FaultPlan:
         for number, fault in tuple(self._waiting.items()):  # the threads of a rank share the plan
             if (
                 fault.action in actions
-                and (fault.step, fault.phase) == (tracker.step, phase)
+                and (fault.step, fault.phase) == (tracker.step, phase.partition(", stage")[0])  # of a pipeline, any
                 and fault.layer in (None, tracker.layer)
             ):
                 del self._waiting[number]

@@ -197,3 +197,31 @@ def test_a_killed_worker_costs_sharded_states_neither_a_step_nor_a_bit(folder, r
     assert len(calm) == 8 and killed == calm
     assert [event["event"] for event in _events(runs[1], *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY
     assert _events(runs[1], "resumed")[0]["step"] == 3
+
+
+def test_killed_and_hanging_stages_cost_neither_a_step_nor_a_bit(folder, ray_session, monkeypatch):
+    stages = (
+        *("--steps=16", "--run.checkpoint_every=4", "--run.eval_every=8", "--cluster.collective_timeout_s=10"),
+        *("--parallel.pipeline.size=2", "--run.global_batch_size=8", "--run.micro_batch_size=2"),
+    )
+    assert job.train(_run_config(folder, "stages", *stages), resume=None, step=None) == 0
+    # A hang first: rank 0 waits for a gradient that never comes.
+    faults = [
+        {"rank": 1, "step": 3, "phase": "backward", "action": "stop"},
+        {"rank": 1, "step": 8, "phase": "backward", "action": "kill"},
+        {"rank": 0, "step": 12, "phase": "gradients", "action": "kill"},  # has the embedding, the store and the records
+    ]
+    (folder / "faults.json").write_text(json.dumps(faults))
+    monkeypatch.setenv("TRIMTAB_FAULTS", str(folder / "faults.json"))
+    assert job.train(_run_config(folder, "stages-killed", *stages), resume=None, step=None) == 0
+    runs = [folder / "runs" / name for name in ("stages", "stages-killed")]
+    (calm_train, calm_evals), (train, evals) = map(read_metrics, runs)
+    assert [line["step"] for line in train] == list(range(1, 17))
+    assert [line["loss"] for line in train] == [line["loss"] for line in calm_train]
+    assert [line["val_loss"] for line in evals] == [line["val_loss"] for line in calm_evals]
+    assert read_load_history(runs[1]).bias.tobytes() == read_load_history(runs[0]).bias.tobytes()
+    failed = _events(runs[1], "failed")
+    assert [(event["rank"], event["kind"]) for event in failed] == [(1, "silent"), (1, "died"), (0, "died")]
+    assert "waits for gradients of stage 1" in failed[0]["diagnosis"]
+    steps = [event["step"] for event in _events(runs[1], "resumed")]
+    assert steps[0] == 0 and 4 <= steps[1] < 8 and 8 <= steps[2] < 12
