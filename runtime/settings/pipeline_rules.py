@@ -45,8 +45,6 @@ class PipelineRules:
     def _reasons(self) -> Iterator[str]:
         yield from self._reasons_of_model()
         parallel, cluster = self.parallel, self.cluster
-        if parallel.shard != "none":
-            yield f"parallel.shard {parallel.shard} yet: weights would be gathered once a micro-batch; set it to none"
         if parallel.context > 1:
             yield f"parallel.context ({parallel.context}) yet: a stage passes on whole sequences; set it to 1"
         if parallel.exchange == "deep_ep":

@@ -1,12 +1,15 @@
 """Bytes of the states that a rank keeps from step to step, by how they are sharded."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
+from workers.gang.pipeline import PipelineConfig
 from workers.model.lora import gathers_experts_narrow
+from workers.model.model_config import ModelConfig
 from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE
 
 
@@ -81,11 +84,9 @@ def state_bytes(
     return states
 
 
-def host_bytes(config: TrainConfig) -> Held:
+def host_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
     """Of the optimizer's state that lies in host memory."""
-    if config.optim.offload == "none":
-        return Held(0, 0)
-    return _optimizer_bytes(config, count_parameters(config.model, trained_only=True))
+    return Held(0, 0) if config.optim.offload == "none" else _optimizer_bytes(config, trained)
 
 
 def _optimizer_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
@@ -158,7 +159,23 @@ def training_bytes(config: TrainConfig) -> int:
     """All that `state_bytes` counts, and what lies in host memory; of the stage with most where there is a pipeline."""
     pipeline, model = config.parallel.pipeline, config.model
     if pipeline.size == 1:
-        return sum(map(sum, state_bytes(config, count_parameters(model)).values())) + sum(host_bytes(config))
+        return _training_bytes(config, model)
     parts = [tuple(pipeline.layers_of(pp_rank, model.num_layers)) for pp_rank in range(pipeline.size)]
-    of_stages = [count_parameters(model, layers=layers) for layers in parts]
-    return max(sum(map(sum, state_bytes(config, counts, counts).values())) for counts in of_stages)
+    return max(_training_bytes(of_stage(config, layers), model, layers) for layers in parts)
+
+
+def _training_bytes(config: TrainConfig, model: ModelConfig, layers: tuple[range, ...] | None = None) -> int:
+    counts, trained = (count_parameters(model, trained_only=only, layers=layers) for only in (False, True))
+    return sum(map(sum, state_bytes(config, counts, trained).values())) + sum(host_bytes(config, trained))
+
+
+def of_stage(config: TrainConfig, layers: tuple[range, ...]) -> TrainConfig:
+    """The run of the ranks of a stage with its layers alone. Embedding, last norm and head are not of every stage."""
+    model, indices = config.model, [index for part in layers for index in part]
+    num_dense = sum(index < model.num_dense_layers for index in indices)
+    return replace(
+        config,
+        model=replace(model, num_layers=len(indices), num_dense_layers=num_dense),
+        parallel=replace(config.parallel, pipeline=PipelineConfig()),
+        cluster=replace(config.cluster, num_workers=config.dp_size, min_workers=0, max_workers=0),
+    )

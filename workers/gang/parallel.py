@@ -256,7 +256,7 @@ def join_groups(
     pp_size, edp_size = config.pipeline.size, world_size // config.pipeline.size // ep_size
     of_stages = {"pp": pp_size} if pp_size > 1 else {}
     mesh = _mesh(device, of_stages | {"edp": edp_size, "ep": ep_size}, timeout)
-    replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type)
+    replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type, pp_size)
     _bound(replicas.groups if replicas else [], timeout)
     tracker = ActivityTracker()
     context = _join_context(config.context, world_size, device, timeout, tracker) if config.context > 1 else None

@@ -18,7 +18,8 @@ class ReplicaGroups:
         group 0: ranks 0 1 2 3, with experts  A B A B
         group 1: ranks 4 5 6 7, with experts  A B A B
 
-    dense: the mesh (replicate, shard) over all ranks. experts: the same over the holders of this rank's experts.
+    dense: the mesh (replicate, shard) over all ranks, with a pipeline over those of this rank's stage. experts: the
+    same over the holders of this rank's experts.
     """
 
     num: int
@@ -31,17 +32,26 @@ class ReplicaGroups:
         return [*self.dense.get_all_groups(), *self.experts.get_all_groups()]
 
 
-def make_replica_groups(num: int, world_size: int, ep_size: int, device_type: str) -> ReplicaGroups | None:
-    """Form the groups; None where there is one replica. `check_replicas` holds. Collective over the default group."""
+def make_replica_groups(
+    num: int, world_size: int, ep_size: int, device_type: str, num_stages: int = 1
+) -> ReplicaGroups | None:
+    """Form the groups; None where there is one replica. `check_replicas` holds. Collective over the default group.
+
+    num_stages: equal runs of neighbouring ranks, each with replicas of its own.
+    """
     if num == 1:
         return None
-    of_group = world_size // num
-    dense = init_device_mesh(device_type, (num, of_group), mesh_dim_names=("replicate", "shard"))
+    stages = {"stage": num_stages} if num_stages > 1 else {}
+    of_group = world_size // num_stages // num
+    dense = _mesh(device_type, stages | {"replicate": num, "shard": of_group})["replicate", "shard"]
     if of_group % ep_size:  # experts with one holder
         return ReplicaGroups(num, dense, dense)
-    shape, names = (num, of_group // ep_size, ep_size), ("expert_replicate", "expert_shard", "expert_ep")
-    experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    return ReplicaGroups(num, dense, experts["expert_replicate", "expert_shard"])
+    sizes = {"expert_replicate": num, "expert_shard": of_group // ep_size, "expert_ep": ep_size}
+    return ReplicaGroups(num, dense, _mesh(device_type, stages | sizes)["expert_replicate", "expert_shard"])
+
+
+def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def replica_counts(world_size: int, ep_size: int) -> list[int]:

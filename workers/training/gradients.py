@@ -63,7 +63,7 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     """
     dense, experts = split_parameters(model)
     of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
-    if any(map(is_sharded, [*dense, *experts])):
+    if any(map(is_sharded, model.parameters())):  # not those that train alone: another stage may train others
         # Each rank has rows of its own, of the dense parameters as of the experts; or they are in each replica. Over
         # the world, not over a replica: all ranks must have the same bits, and two sums may be taken in another order.
         num_replicas = groups.replicas.num if groups.replicas else 1

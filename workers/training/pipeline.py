@@ -14,13 +14,14 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from dispatch.diagnosis.activity_tracker import PendingCollective
 from dispatch.routing.router import Router
-from workers.gang.parallel import RankGroups
+from workers.gang.parallel import ParallelConfig, RankGroups
 from workers.gang.pipeline import PipelineConfig, PipelineGroups
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.own_part import OwnPart
+from workers.training.sharding import set_sync_of_stage
 
 
 class Pipeline:
@@ -32,15 +33,16 @@ class Pipeline:
     def __init__(
         self,
         model: Decoder,
-        config: PipelineConfig,
+        parallel: ParallelConfig,
         groups: RankGroups,
         run: RunConfig,
         autocast: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        place = groups.pipeline
+        config, place = parallel.pipeline, groups.pipeline
         if place is None:
             raise ValueError("the groups were formed without a pipeline")
         self._model, self._groups, self._autocast, self._place = model, groups, autocast, place
+        self._shard = parallel.shard
         self._num_micro = run.num_micro_batches(groups.dp_size)
         example = _example(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
         indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
@@ -52,12 +54,13 @@ class Pipeline:
         self._begin(1, lambda _: None)
 
     def _part(self, layers: range) -> "_Part":
-        return _Part(self._model, layers, self._autocast, self._routed)
+        return _Part(self._model, layers, self._autocast, self._routed, self._before_backward)
 
     def _begin(self, num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
         self._num_targets, self._on_routed = num_targets, on_routed
         self._nll_sum = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         self._forwards: list[range] = []  # layers of the forwards so far, in their order
+        self._backwards: list[range] = []  # the same of the backwards
 
     def step(self, batches: Sequence[OwnPart], num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
         """Forward and backward of all micro-batches; gradients are added up.
@@ -132,6 +135,12 @@ class Pipeline:
         if len(self._forwards) == self._num_micro * len(self._stages):
             self._on_routed(self._nll_sum)
 
+    def _before_backward(self, layers: range) -> None:
+        done = self._backwards
+        done.append(layers)
+        last, last_of_rank = done.count(layers) == self._num_micro, len(done) == self._num_micro * len(self._stages)
+        set_sync_of_stage(self._model, layers, self._shard, is_last=last, is_last_of_rank=last_of_rank)
+
 
 class _Part(nn.Module):
     """Layers of a model as a module of their own, which torch's stage calls with one micro-batch."""
@@ -142,10 +151,11 @@ class _Part(nn.Module):
         layers: range,
         autocast: Callable[[], AbstractContextManager[None]],
         on_forward: Callable[[range], None],
+        before_backward: Callable[[range], None],
     ) -> None:
         super().__init__()
         self.model, self.layers = model, layers
-        self._autocast, self._on_forward = autocast, on_forward
+        self._autocast, self._on_forward, self._before_backward = autocast, on_forward, before_backward
 
     def forward(self, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
         with self._autocast():
@@ -153,6 +163,10 @@ class _Part(nn.Module):
         if self.layers.stop < self.model.config.num_layers:  # else its loss follows
             self._on_forward(self.layers)
         return y
+
+    def before_backward(self) -> None:
+        """A backward of a micro-batch follows."""
+        self._before_backward(self.layers)
 
 
 class TrackedStage(PipelineStage):
@@ -170,7 +184,8 @@ class TrackedStage(PipelineStage):
         super().__init__(
             part, index, num_stages, groups.device, input_args=(inputs,), output_args=(example,), group=place.group
         )
-        self.layers, self._tracker, self._place = part.layers, groups.tracker, place
+        self.layers, self._before_backward = part.layers, part.before_backward
+        self._tracker, self._place = groups.tracker, place
         self._expected: dict[tuple[str, int], PendingCollective] = {}
 
     def rank_of(self, stage: int) -> int:
@@ -223,6 +238,7 @@ class TrackedStage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Backward of a micro-batch."""
         self._arrived("backward", bwd_chunk_id)
+        self._before_backward()
         with _as_it_was():
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 

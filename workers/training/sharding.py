@@ -1,17 +1,18 @@
 """Parameters, gradients and moments sharded over the ranks that hold the same, by torch's fully_shard (FSDP2).
 
-Dense parameters lie over all ranks, the routed experts of a layer over `edp_group`: whole experts, since the rows of a
-stack are experts. With `parallel.replicate` they lie over the ranks of one replica (HSDP). Blocks are gathered one by
-one; embedding, last norm and head, which the root holds, stay gathered from forward to backward. Gradients are sums
-here as everywhere (`workers.training.gradients`).
+Dense parameters lie over all ranks, with a pipeline over those of a stage, the routed experts of a layer over
+`edp_group`: whole experts, since the rows of a stack are experts. With `parallel.replicate` they lie over the ranks of
+one replica (HSDP). Blocks are gathered one by one; embedding, last norm and head, which the root holds, stay gathered
+from forward to backward. Gradients are sums here as everywhere (`workers.training.gradients`).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dispatch.experts.stacked import Experts, expert_parameters
 from workers.gang.parallel import RankGroups, Shard
@@ -27,7 +28,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
 
     Collective over the world: all ranks must call it.
     """
-    if shard == "none" or groups.world_size == 1:
+    if shard == "none" or groups.dp_size == 1:
         return
     dense, of_experts = _meshes(groups)
     options: dict[str, Any] = {
@@ -54,7 +55,8 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
     if dtype == "bfloat16":
         for unit in (*units, model):
             gather_narrow(unit, dense.size(dense.ndim - 1))
-    _prefetch(units)
+    _prefetch(model)
+    register_fsdp_forward_method(model, "run_layers")  # as stages of a pipeline call it
 
 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
@@ -62,7 +64,7 @@ def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
     if (replicas := groups.replicas) is not None:
         is_shared = groups.edp_size > replicas.num
         return replicas.dense, replicas.experts if is_shared else None
-    dense = DeviceMesh.from_group(groups.world_group, groups.device.type, mesh_dim_names=("world",))
+    dense = DeviceMesh.from_group(groups.stage_group, groups.device.type, mesh_dim_names=("dense",))
     if groups.edp_size == 1:
         return dense, None
     return dense, DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
@@ -82,9 +84,48 @@ def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
         model.set_requires_all_reduce(is_last)
 
 
-def _prefetch(units: list[nn.Module]) -> None:
-    """What each unit gathers while it computes: said here, since the default follows what was called last."""
+def set_sync_of_stage(model: Decoder, layers: range, shard: Shard, *, is_last: bool, is_last_of_rank: bool) -> None:
+    """The same in a pipeline, before a backward pass through these layers.
+
+    What the root holds is kept until the rank's last backward, and reduced in it: forwards of other micro-batches, that
+    wait for their backward, need it still.
+    """
+    for index in layers:
+        set_sync(model.layers.get_submodule(str(index)), shard, is_last=is_last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last_of_rank, recurse=False)
+        model.set_reshard_after_backward(is_last_of_rank, recurse=False)
+
+
+def _runs(model: Decoder) -> Iterator[list[nn.Module]]:
+    """The blocks that compute one after the other: all of them, or those of each stage that this rank holds."""
+    run: list[nn.Module] = []
+    last = -1
+    for name, block in model.layers.named_children():
+        if run and int(name) != last + 1:
+            yield run
+            run = []
+        run.append(block)
+        last = int(name)
+    yield [*run, *([model.mtp] if model.config.num_mtp_layers else [])]
+
+
+def _prefetch(model: Decoder) -> None:
+    """What each unit gathers while it computes: said here, since the default follows what forward called last.
+
+    In a pipeline that was another micro-batch. A unit that names itself gathers no other.
+    """
+    runs, root = list(_runs(model)), next(each for each in model.modules() if isinstance(each, FSDPModule))
+    for units in runs:
+        _prefetch_in(units)
+    last: list[FSDPModule] = [unit for unit in runs[0][-1:] if isinstance(unit, FSDPModule)]
+    root.set_modules_to_backward_prefetch(last if len(runs) == 1 else [root])
+
+
+def _prefetch_in(units: list[nn.Module]) -> None:
     order = [[each for each in unit.modules() if isinstance(each, FSDPModule)] for unit in units]  # itself, its experts
     for index, (unit, *experts) in enumerate(order):
         unit.set_modules_to_forward_prefetch([*experts, *(order[index + 1][:1] if index + 1 < len(order) else [])])
-        unit.set_modules_to_backward_prefetch([*experts, *(order[index - 1][:1] if index else [])])
+        unit.set_modules_to_backward_prefetch([*experts, *(order[index - 1][:1] if index else [])] or [unit])
+        for each in experts:
+            each.set_modules_to_backward_prefetch([each])

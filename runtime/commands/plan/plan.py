@@ -98,21 +98,26 @@ class Plan:
 def make_plan(subject: Subject) -> Plan:
     """Plan it. Takes a moment, and no memory to speak of."""
     if stages := stages_of(subject.config):
-        return max((_plan_of_stage(subject, stage) for stage in stages), key=lambda plan: plan.peak_bytes)
+        return max((plan_of_stage(subject, stage) for stage in stages), key=lambda plan: plan.peak_bytes)
     model = subject.config.model
     return _plan(subject, count_parameters(model), count_parameters(model, trained_only=True))
 
 
-def _plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
-    counts = count_parameters(subject.config.model, layers=stage.layers)
-    alone = _plan(replace(subject, config=stage.alone), counts, counts)
-    size = model_size(subject.config.model, subject.config.optim)
+def plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
+    """The same of the ranks with some of the layers."""
+    model, layers = subject.config.model, stage.layers
+    counts, trained = (count_parameters(model, trained_only=only, layers=layers) for only in (False, True))
+    alone = _plan(replace(subject, config=stage.alone), counts, trained, in_stages=True)
+    size = model_size(model, subject.config.optim)
     saved, scratch = stage.saved(alone.saved), stage.scratch(alone.scratch)
     return replace(alone, subject=subject, size=size, stage=stage, saved=saved, scratch=scratch)
 
 
-def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -> Plan:
-    """counts: of what a rank computes with, but for experts of other ranks; trained: of those that it trains."""
+def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool = False) -> Plan:
+    """counts: of what a rank computes with, but for experts of other ranks; trained: of those that it trains.
+
+    in_stages: these are of a pipeline.
+    """
     config, world_size = subject.config, subject.config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
     layout = Layout(ExpertPlacement(config.model.moe.num_experts, ep_size), min(subject.ranks_per_node, ep_size))
@@ -127,7 +132,7 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -
         rank_experts=whole.experts,
         num_local_experts=batch.num_local_experts,
         state=state_bytes(config, counts, trained),
-        on_host=host_bytes(config),
+        on_host=host_bytes(config, trained),
         saved=saved_bytes(config.model, batch, counts.cast, num_adapters=len(trained.dense_shapes) // 2),
         scratch=scratch_bytes(config.model, batch),
         bucket_bytes=_bucket_bytes(config, trained, batch, world_size),
@@ -140,7 +145,7 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts) -
             element_bytes=batch.element_bytes,
             payload=config.parallel.payload,
         ),
-        gradients=_gradient_bytes(config, counts, trained),
+        gradients=_gradient_bytes(config, counts, trained, in_stages=in_stages),
         keys_bytes=_keys_bytes(config, batch),
     )
 
@@ -154,7 +159,9 @@ def _keys_bytes(config: TrainConfig, batch: MicroBatch) -> float:
     return float(num_layers * num_gathers * per_gather)
 
 
-def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts) -> dict[str, float]:
+def _gradient_bytes(
+    config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool
+) -> dict[str, float]:
     """Of a step, to sum gradients and, where they are sharded, to gather weights and what the optimizer needs whole."""
     owners = num_owners(config)
     # What a sum of all elements would send, and a sum of those that are trained; a gather or a reduction sends half.
@@ -171,11 +178,14 @@ def _gradient_bytes(config: TrainConfig, counts: ParameterCounts, trained: Param
     once = [_matrix_gather_bytes(config, trained) + replicas.dense, replicas.experts]
     if config.parallel.shard == "optimizer":
         return {"dense": (whole[0] + own[0]) / 2 + once[0], "experts": (whole[1] + own[1]) / 2 + once[1]}
-    # Each micro-batch gathers for forward and for backward, the root once for both, and reduces.
+    # Each micro-batch gathers blocks for forward and for backward, and reduces. The root is gathered once for both, and
+    # in a stage, as it is reduced, for all micro-batches.
     num_micro = config.num_micro_batches
-    root = gradient_bytes(root_bytes // FP32, owners.dense)
-    dense, experts = whole[0] - root / 2 + own[0] / 2, whole[1] + own[1] / 2
-    return {"dense": num_micro * dense + once[0], "experts": num_micro * experts + once[1]}
+    root, of_root = (gradient_bytes(size, owners.dense) for size in (root_bytes // FP32, trained.root))
+    blocks, experts = whole[0] - root + (own[0] - of_root) / 2, whole[1] + own[1] / 2
+    num_root = 1 if in_stages else num_micro
+    dense = num_micro * blocks + num_root * (root + of_root) / 2
+    return {"dense": dense + once[0], "experts": num_micro * experts + once[1]}
 
 
 def _replica_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
@@ -228,7 +238,7 @@ def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
         changes["--recompute"] = lambda c: replace(c, model=replace(c.model, recompute="full"))
     if config.sequences_per_rank // config.num_micro_batches > 1:
         changes["--micro-batch 1"] = lambda c: replace(c, run=replace(c.run, micro_batch_size=1))
-    if config.parallel.shard != "full" and config.cluster.num_workers > 1 and plan.stage is None:
+    if config.parallel.shard != "full" and config.dp_size > 1:
         changes["--shard full"] = lambda c: replace(c, parallel=replace(c.parallel, shard="full"))
     ep_size = max(ep_sizes(subject))
     if ep_size > config.parallel.resolve(config.cluster.num_workers):

@@ -1,9 +1,10 @@
 """What the ranks of a pipeline need: those of a stage as a run of their own, with its layers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts
 from runtime.settings.config import TrainConfig
+from runtime.settings.states import of_stage
 from workers.gang.pipeline import PipelineConfig
 
 MESSAGES = "messages of other stages"
@@ -28,15 +29,8 @@ class PlanStage:
 
     @property
     def alone(self) -> TrainConfig:
-        """The run of these ranks with these layers. Embedding, last norm and head are not of every stage."""
-        model, layers = self.config.model, [index for part in self.layers for index in part]
-        num_dense = sum(index < model.num_dense_layers for index in layers)
-        return replace(
-            self.config,
-            model=replace(model, num_layers=len(layers), num_dense_layers=num_dense),
-            parallel=replace(self.config.parallel, pipeline=PipelineConfig()),
-            cluster=replace(self.config.cluster, num_workers=self.config.dp_size, min_workers=0, max_workers=0),
-        )
+        """The run of these ranks with these layers."""
+        return of_stage(self.config, self.layers)
 
     @property
     def has_head(self) -> bool:

@@ -19,6 +19,7 @@ from workers.data.text import DataConfig
 from workers.gang.collateral import is_collateral
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
+from workers.gang.sharded import is_sharded
 
 INTERLEAVED = {"schedule": "interleaved_1f1b"}
 # By number of ranks. Two dense layers of five: with four stages the first one has no experts.
@@ -33,14 +34,22 @@ LAYOUTS = {
         "pp2-ep2": {"size": 2, "ep_size": 2},
         "pp2-ep1-interleaved": {"size": 2, "ep_size": 1, **INTERLEAVED},
         "pp4": {"size": 4, "micro_batch_size": 2},
+        "pp2-optimizer": {"size": 2, "ep_size": 1, "shard": "optimizer", **INTERLEAVED},
+        "pp2-full": {"size": 2, "ep_size": 1, "shard": "full", "recompute": "full"},
+        "pp2-ep2-full": {"size": 2, "ep_size": 2, "shard": "full", **INTERLEAVED},
     },
-    8: {"pp4-ep2": {"size": 4, "ep_size": 2}},
+    8: {
+        "pp4-ep2": {"size": 4, "ep_size": 2},
+        "pp2-dp4-full": {"size": 2, "ep_size": 2, "shard": "full"},
+        "pp2-replicas": {"size": 2, "ep_size": 1, "shard": "full", "replicate": 2, **INTERLEAVED},
+    },
 }
 
 
-def _spec(tmp_path, name, *, size=1, ep_size=0, micro_batch_size=1, recompute="none", steps=5, **pipeline):
+def _spec(tmp_path, name, *, size=1, micro_batch_size=1, recompute="none", steps=5, **parallel):
     spec = make_spec(tmp_path, micro_batch_size=micro_batch_size, eval_every=2, steps=steps, memory_checkpoint_every=2)
-    parallel = ParallelConfig(ep_size=ep_size, pipeline=PipelineConfig(size=size, **pipeline))
+    pipeline = PipelineConfig(size=size, **({"schedule": parallel.pop("schedule")} if "schedule" in parallel else {}))
+    parallel = ParallelConfig(pipeline=pipeline, **parallel)
     model = replace(spec.model, num_layers=5, num_dense_layers=2, recompute=recompute)
     return replace(spec, run_dir=tmp_path / name, model=model, parallel=parallel)
 
@@ -55,11 +64,15 @@ def _gradients(model):
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, Experts):
-                experts = zip(module.expert_ids, parameter.grad, strict=True)
+                experts = zip(module.expert_ids, _whole(parameter.grad), strict=True)
                 found |= {f"{owner}.{expert_id}.{name}": gradient.clone() for expert_id, gradient in experts}
             else:
-                found[f"{owner}.{name}"] = parameter.grad.clone()
+                found[f"{owner}.{name}"] = _whole(parameter.grad).clone()
     return found
+
+
+def _whole(gradient):
+    return gradient.full_tensor() if is_sharded(gradient) else gradient
 
 
 def _train(rank, world_size, specs):
@@ -159,7 +172,7 @@ def _train_from(rank, world_size, spec, path, stop_after):
 
 # By the layout that a checkpoint is of: by number of ranks, those that go on from it.
 RESUMES = {
-    (4, 2): {1: {}, 2: {"size": 2, **INTERLEAVED}, 4: {"size": 4, "micro_batch_size": 2}},
+    (4, 2): {1: {}, 2: {"size": 2, **INTERLEAVED}, 4: {"size": 2, "ep_size": 1, "shard": "full"}},
     (1, 1): {2: {"size": 2}},
 }
 
@@ -167,7 +180,7 @@ RESUMES = {
 @pytest.mark.parametrize(("num_ranks", "size"), RESUMES)
 def test_a_checkpoint_of_one_pipeline_is_read_by_any_other(folder, num_ranks, size):
     weights = _one_process(folder)[0]
-    first = _spec(folder, f"first{size}", size=size)
+    first = _spec(folder, f"first{size}", size=size, **({"ep_size": 1, "shard": "optimizer"} if num_ranks > 1 else {}))
     run_ranks(num_ranks, _train_from, first, None, 3)
     for world_size, layout in RESUMES[num_ranks, size].items():
         spec = _spec(folder, f"from{size}-{world_size}", **layout)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.sharding import RingBytes
 from cluster.config import ClusterConfig
 from dispatch.config import MoEConfig
 from runtime.cli import main
+from runtime.commands.plan.plan import plan_of_stage
 from runtime.commands.plan.stages import stages_of
+from runtime.commands.plan.subject import Subject
 from runtime.settings.config import RunConfig, TrainConfig
 from runtime.settings.size import count_parameters
 from runtime.settings.states import state_bytes, training_bytes
@@ -18,7 +21,9 @@ from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
+from workers.gang.sharded import local_rows
 from workers.model.model_config import ModelConfig
+from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 MODEL = ModelConfig(
@@ -28,19 +33,26 @@ MODEL = ModelConfig(
     num_kv_heads=1,
     dense_ffn_hidden=96,
     max_seq_len=16,
+    vocab_size=260,  # divides into rows of ranks
     moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden=32),
 )
-PIPELINES = {
-    "1f1b": PipelineConfig(size=2),
-    "interleaved": PipelineConfig(size=2, schedule="interleaved_1f1b"),
-    "uneven": PipelineConfig(size=4),
+LAYOUTS = {
+    "1f1b": (2, ParallelConfig(pipeline=PipelineConfig(size=2))),
+    "interleaved": (2, ParallelConfig(pipeline=PipelineConfig(size=2, schedule="interleaved_1f1b"))),
+    "uneven": (4, ParallelConfig(pipeline=PipelineConfig(size=4))),
+    "optimizer": (4, ParallelConfig(ep_size=1, shard="optimizer", pipeline=PipelineConfig(size=2))),
+    "full": (4, ParallelConfig(ep_size=1, shard="full", pipeline=PipelineConfig(size=2))),
+    "full interleaved": (
+        4,
+        ParallelConfig(ep_size=1, shard="full", pipeline=PipelineConfig(size=2, schedule="interleaved_1f1b")),
+    ),
 }
+NORM_BYTES = 8 * 4  # of the gradient, in float64
 
 
-def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int], int]:
-    """Bytes of this rank after a step, and the most forwards that waited for their backward."""
-    worker = join_worker(spec, rank, world_size, spec.run_dir.name)
-    state = worker._state
+def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int], int, int]:
+    """Bytes of this rank after a step, the most forwards that waited for their backward, and bytes for gradients."""
+    state = join_worker(spec, rank, world_size, spec.run_dir.name)._state
     assert state.pipeline is not None
     most = [0]
     for stage in state.pipeline._stages:
@@ -51,32 +63,39 @@ def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int
             backward(*args, **kwargs)
 
         stage.backward_one_chunk = count  # type: ignore[method-assign]
-    worker.train()
-    parameters = list(state.model.parameters())
-    moments = [moment for each in state.optimizer.state.values() for moment in each.values() if moment.ndim]
-    return {"weights": sum(p.nbytes for p in parameters), "AdamW moments": sum(m.nbytes for m in moments)}, most[0]
+    names = ("model", "optimizer", "sampler", "groups", "meter", "routers", "pipeline")
+    parts = {name: getattr(state, name) for name in names}
+    with state.open_control() as control, RingBytes() as counted:
+        shard = spec.parallel.shard
+        Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux, shard=shard).step(1)
+    weights = [local_rows(parameter)[0] for parameter in state.model.parameters()]
+    moments = [
+        local_rows(moment)[0] for each in state.optimizer.state.values() for moment in each.values() if moment.ndim
+    ]
+    held = {"weights": sum(p.nbytes for p in weights), "AdamW moments": sum(m.nbytes for m in moments)}
+    return held, most[0], counted.by_group_size.total()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_rank_holds_the_states_and_the_micro_batches_of_the_plan(tmp_path: Path, name: str) -> None:
-    pipeline = PIPELINES[name]
-    spec = make_spec(tmp_path, steps=1, micro_batch_size=1, memory_checkpoint_every=0)
-    parallel = ParallelConfig(pipeline=pipeline)
-    spec = replace(spec, run_dir=tmp_path / name, model=MODEL, parallel=parallel)
-    config = TrainConfig(
-        model=MODEL,
-        run=RunConfig(global_batch_size=12, micro_batch_size=1),
-        parallel=parallel,
-        cluster=ClusterConfig(num_workers=pipeline.size),
-    )
-    found = run_ranks(pipeline.size, measure, spec)
-    for (measured, most), stage in zip(found, stages_of(config), strict=True):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_rank_holds_and_sends_what_the_plan_says(tmp_path: Path, name: str) -> None:
+    world_size, parallel = LAYOUTS[name]
+    of_stage = world_size // parallel.pipeline.size
+    run = RunConfig(global_batch_size=12 * of_stage, micro_batch_size=1)
+    spec = replace(make_spec(tmp_path), run_dir=tmp_path / name, model=MODEL, parallel=parallel)
+    spec = replace(spec, run=replace(spec.run, global_batch_size=12 * of_stage, micro_batch_size=1))
+    config = TrainConfig(model=MODEL, run=run, parallel=parallel, cluster=ClusterConfig(num_workers=world_size))
+    # The first rank of each stage, which has most rows where they are shared out.
+    found = run_ranks(world_size, measure, spec)[::of_stage]
+    for (measured, most, sent), stage in zip(found, stages_of(config), strict=True):
         counts = count_parameters(MODEL, layers=stage.layers)
         planned = state_bytes(stage.alone, counts, counts)
         assert measured == {kind: sum(planned[kind]) for kind in measured}
         assert most == stage.in_flight
-    most_bytes = max(measured["weights"] + measured["AdamW moments"] for measured, _ in found)
-    assert training_bytes(config) == most_bytes * 4 / 3  # and gradients, as many bytes as the weights
+        gradients = plan_of_stage(Subject(name, config, world_size, ()), stage).gradients
+        assert sent == pytest.approx(sum(gradients.values()), abs=NORM_BYTES)
+    if parallel.shard == "none":
+        most_bytes = max(measured["weights"] + measured["AdamW moments"] for measured, *_ in found)
+        assert training_bytes(config) == most_bytes * 4 / 3  # and gradients, as many bytes as the weights
 
 
 def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
