@@ -5,8 +5,12 @@ from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
+from dispatch.exchange.local import LocalDispatcher
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import divide_layers
+from workers.model.decoder import Decoder
+from workers.model.freezing import part_of
+from workers.model.meta_device import meta_device
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig
@@ -49,8 +53,6 @@ class PipelineRules:
             yield f"parallel.context ({parallel.context}) yet: a stage passes on whole sequences; set it to 1"
         if parallel.exchange == "deep_ep":
             yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
-        if self.optim.offload != "none":
-            yield f"optim.offload {self.optim.offload} yet: the two were not tried together; set it to none"
         if self.record:
             yield f"balance.record ({self.record}) yet: a rank scores the layers of its stage alone; set it to 0"
         bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
@@ -69,9 +71,22 @@ class PipelineRules:
                 f"model.num_mtp_layers ({model.num_mtp_layers}) yet: the last stage would need the embedding, which "
                 "the first one has; set it to 0"
             )
-        if model.lora.rank:
-            yield f"model.lora.rank ({model.lora.rank}) yet: backward ends where nothing is trained; set it to 0"
-        if self.optim.freeze:
-            yield f"optim.freeze ({', '.join(self.optim.freeze)}) yet, for the same reason as adapters; leave it empty"
+        if (model.lora.rank or self.optim.freeze) and (layers := self._layers_without_training()) is not None:
+            yield (
+                f"optim.freeze and model.lora.targets that leave nothing to train in a stage, as in that of "
+                f"layers {layers.start} to {layers.stop - 1}; freeze less, name more targets, or lower "
+                "parallel.pipeline.size"
+            )
         if self.aux.active:
             yield "auxiliary losses (aux.*) yet: only the last stage has a loss; leave balancing to balance.law"
+
+    def _layers_without_training(self) -> range | None:
+        """Those of the first stage with nothing to train."""
+        config = self.model
+        for layers in divide_layers(config.num_layers, self.parallel.pipeline.num_stages):
+            with meta_device():
+                model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts), layers=[layers])
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            if all(part_of(name) in self.optim.freeze for name in names):
+                return layers
+        return None

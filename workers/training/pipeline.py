@@ -263,20 +263,23 @@ def _as_it_was() -> Iterator[None]:
         raise
 
 
-def routers_of_all(routers: Mapping[str, Router], config: ModelConfig, device: torch.device) -> dict[str, Router]:
+def routers_of_all(
+    routers: Mapping[str, Router], config: ModelConfig, device: torch.device, *, frozen: bool
+) -> dict[str, Router]:
     """The routers of all stages in the order of the layers; in place of those of others, ones that never see a token.
 
     These hold the bias of their layer, as all ranks do, and count nothing, so that a sum over all ranks of what all
-    routers counted has each layer once. routers: this rank's.
+    routers counted has each layer once. routers: this rank's. frozen: they do not train, and their bias stays.
     """
     names = [f"layers.{index}.moe.router" for index in range(config.num_dense_layers, config.num_layers)]
-    return {name: routers.get(name) or _absent_router(config, device) for name in names}
+    return {name: routers.get(name) or _absent_router(config, device, frozen) for name in names}
 
 
-def _absent_router(config: ModelConfig, device: torch.device) -> Router:
+def _absent_router(config: ModelConfig, device: torch.device, frozen: bool) -> Router:
     with torch.device("meta"):  # else its gate, of which nothing is needed, would draw from the random generator
         router = Router(1, config.moe)
     router.to_empty(device=device).reset_buffers()
+    router.requires_grad_(not frozen)
     return router
 
 

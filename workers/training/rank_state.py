@@ -149,7 +149,8 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         # A second of imports that other runs need not wait for.
         from workers.training.pipeline import Pipeline, routers_of_all
 
-        routers = routers_of_all(routers, spec.model, groups.device)
+        frozen = "router" in spec.optim.freeze or spec.model.lora.rank > 0
+        routers = routers_of_all(routers, spec.model, groups.device, frozen=frozen)
         autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
         pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once)
     law = Law(spec.balance, layout_of(routers))

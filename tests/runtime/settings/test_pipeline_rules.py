@@ -10,7 +10,10 @@ from dispatch.errors import InvalidValue
 from runtime.settings.config import RunConfig, TrainConfig, cross_check, feasible_sizes
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
+from workers.model.freezing import NAMES
 from workers.model.lora import LoraConfig
+
+ALL_BUT_DENSE_FFN = tuple(name for name in NAMES if name != "dense_ffn")
 
 
 def of_two_stages(**sections: dict[str, Any]) -> TrainConfig:
@@ -25,7 +28,9 @@ def of_two_stages(**sections: dict[str, Any]) -> TrainConfig:
 def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
     cross_check(of_two_stages())
     cross_check(of_two_stages(parallel={"ep_size": 1, "pipeline": PipelineConfig(size=4)}, run={"micro_batch_size": 1}))
-    cross_check(of_two_stages(parallel={"ep_size": 1, "shard": "full"}))
+    cross_check(of_two_stages(parallel={"ep_size": 1, "shard": "full"}, optim={"offload": "states"}))
+    cross_check(of_two_stages(model={"lora": LoraConfig(rank=4)}))
+    cross_check(of_two_stages(optim={"freeze": ("router", "embedding")}))
     assert feasible_sizes(of_two_stages()) == (4,)
 
 
@@ -39,9 +44,8 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
          | {"run": {"micro_batch_size": 1}}, r"model.num_layers \(2\) must be at least .* \(4\)"),
         ({"model": {"tie_embeddings": True}}, r"size \(2\) does not go with model.tie_embeddings: the first stage"),
         ({"model": {"num_mtp_layers": 1}}, r"model.num_mtp_layers \(1\) yet: the last stage would need the embedding"),
-        ({"model": {"lora": LoraConfig(rank=4)}}, r"model.lora.rank \(4\) yet"),
-        ({"optim": {"freeze": ("router",)}}, r"optim.freeze \(router\) yet"),
-        ({"optim": {"offload": "states"}}, r"optim.offload states yet"),
+        ({"model": {"lora": LoraConfig(rank=4, targets=("dense_ffn",))}}, r"nothing to train .* layers 2 to 3; "),
+        ({"optim": {"freeze": ALL_BUT_DENSE_FFN}}, r"leave nothing to train in a stage, as in that of layers 2 to 3; "),
         ({"aux": {"loss": "switch"}}, r"auxiliary losses \(aux.\*\) yet: only the last stage has a loss"),
         ({"aux": {"z_alpha": 1e-3}}, r"auxiliary losses \(aux.\*\) yet"),
         ({"balance": {"record": 1}}, r"balance.record \(1\) yet: a rank scores the layers of its stage alone"),

@@ -20,6 +20,7 @@ from workers.gang.collateral import is_collateral
 from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
 from workers.gang.sharded import is_sharded
+from workers.model.lora import LoraConfig
 
 INTERLEAVED = {"schedule": "interleaved_1f1b"}
 # By number of ranks. Two dense layers of five: with four stages the first one has no experts.
@@ -140,6 +141,57 @@ def test_stages_train_as_one_process_does(folder, world_size):
             _assert_close(gradient, gradients[key], f"{name} gradient of {key}")
         assert all(torch.equal(rank[name][3], biases) for rank in ranks)
         _assert_same_lines(found_lines, lines, name, world_size)
+
+
+# On 4 ranks: changes of a run, by section, and how they are laid out.
+KINDS = {
+    "adapters": (
+        {"model": {"lora": LoraConfig(rank=2, targets=("attention", "experts"))}},
+        [{"size": 2, "ep_size": 2, "recompute": "full"}, {"size": 2, "ep_size": 1, "shard": "full", **INTERLEAVED}],
+    ),
+    "frozen": (
+        {"optim": {"freeze": ("embedding", "router", "norms")}},
+        [{"size": 4}, {"size": 2, "ep_size": 1, "shard": "optimizer"}],
+    ),
+    # Where the first stage alone has dense parameters that train, and experts have one holder.
+    "frozen but for dense_ffn and experts": (
+        {"optim": {"freeze": ("embedding", "attention", "router", "norms", "shared_experts")}},
+        [{"size": 2, "shard": "full"}],
+    ),
+    "offloaded": ({"optim": {"offload": "states"}}, [{"size": 2, "ep_size": 2}, {"size": 2, "shard": "full"}]),
+}
+
+
+def _specs_of_kinds(folder, world_size):
+    specs = {}
+    for kind, (changes, layouts) in KINDS.items():
+        for index, layout in enumerate(layouts if world_size > 1 else [{}]):
+            spec = _spec(folder, f"{kind}-{world_size}-{index}", **layout)
+            changed = {section: replace(getattr(spec, section), **values) for section, values in changes.items()}
+            specs[kind, index] = replace(spec, **changed)
+    return specs
+
+
+def _train_kinds(rank, world_size, specs):
+    found = {}
+    for key, spec in specs.items():
+        worker = join_worker(spec, rank, world_size, spec.run_dir.name, float64=True)
+        worker.train()
+        routers = worker._state.routers.values()
+        found[key] = whole_state(worker), torch.cat([router.expert_bias_E for router in routers])
+    return found
+
+
+def test_stages_train_parts_of_a_model_as_one_process_does(folder):
+    (whole,) = run_ranks(1, _train_kinds, _specs_of_kinds(folder, 1))
+    for found in run_ranks(4, _train_kinds, _specs_of_kinds(folder, 4)):
+        for (kind, index), (weights, biases) in found.items():
+            expected, expected_biases = whole[kind, 0]
+            assert torch.equal(biases, expected_biases), kind
+            assert biases.any() == (kind == "offloaded")  # a frozen router is not balanced
+            assert weights.keys() == expected.keys()
+            for key, value in expected.items():
+                _assert_close(weights[key], value, f"{kind} {index} {key}")
 
 
 def _train_packed(rank, world_size, spec):
