@@ -64,13 +64,6 @@ class PipelineRules:
 
     def _reasons_of_model(self) -> Iterator[str]:
         model = self.model
-        if model.tie_embeddings:
-            yield "model.tie_embeddings: the first stage and the last one would each hold the matrix; set it to false"
-        if model.num_mtp_layers:
-            yield (
-                f"model.num_mtp_layers ({model.num_mtp_layers}) yet: the last stage would need the embedding, which "
-                "the first one has; set it to 0"
-            )
         if (model.lora.rank or self.optim.freeze) and (layers := self._layers_without_training()) is not None:
             yield (
                 f"optim.freeze and model.lora.targets that leave nothing to train in a stage, as in that of "

@@ -40,7 +40,7 @@ def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
     whole, (_, edp_size) = whole_elements(config, counts), num_owners(config)
     if config.parallel.shard == "none":
         return whole
-    dense = _own_rows(counts.dense_shapes, config)
+    dense = own_rows(counts.dense_shapes, config)
     one_expert = counts.experts // config.model.moe.num_experts  # in all layers
     num_stacked = whole.experts // one_expert if one_expert else 0  # experts of a layer
     return Held(dense, -(-num_stacked // edp_size) * one_expert)
@@ -53,7 +53,7 @@ def num_owners(config: TrainConfig) -> Held:
     return Held(num_ranks // num_replicas, max(1, edp_size // num_replicas))
 
 
-def _own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
+def own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
     """Elements of dense tensors of which the first rank, that with most, keeps the optimizer's state."""
     owners = 1 if config.parallel.shard == "none" else num_owners(config).dense
     return sum(-(-rows // owners) * prod(row) for rows, *row in shapes)
@@ -91,7 +91,7 @@ def host_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
 
 def _optimizer_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
     own, optimizer = own_elements(config, trained), config.optim.entry
-    in_matrices = _own_rows(trained.matrix_shapes, config)
+    in_matrices = own_rows(trained.matrix_shapes, config)
     in_biases = own.experts * trained.expert_vectors // max(trained.experts, 1)
     return Held(
         optimizer.state_bytes(in_matrices, own.dense - in_matrices),
@@ -106,7 +106,7 @@ def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
     dense = (
         optimizer.state_bytes(*(rows, 0) if shape in matrices else (0, rows))
         for shape in trained.dense_shapes
-        for rows in (_own_rows([shape], config),)
+        for rows in (own_rows([shape], config),)
     )
     of_layer = own.experts // max(config.model.num_moe_layers, 1)
     # Gate and up are two thirds of a layer's experts; of adapters at most all.
@@ -173,9 +173,10 @@ def of_stage(config: TrainConfig, layers: tuple[range, ...]) -> TrainConfig:
     """The run of the ranks of a stage with its layers alone. Embedding, last norm and head are not of every stage."""
     model, indices = config.model, [index for part in layers for index in part]
     num_dense = sum(index < model.num_dense_layers for index in indices)
+    num_mtp = model.num_mtp_layers if indices[-1] == model.num_layers - 1 else 0
     return replace(
         config,
-        model=replace(model, num_layers=len(indices), num_dense_layers=num_dense),
+        model=replace(model, num_layers=len(indices), num_dense_layers=num_dense, num_mtp_layers=num_mtp),
         parallel=replace(config.parallel, pipeline=PipelineConfig()),
         cluster=replace(config.cluster, num_workers=config.dp_size, min_workers=0, max_workers=0),
     )

@@ -115,13 +115,14 @@ class Decoder(nn.Module):
             make_dispatcher: called once for each MoE layer.
             schedule: the order of work in a layer.
             layers: the layers to build, by index, which is also in their names; the embedding comes with the first one
-                of the model, last norm and head with its last. For `run_layers` and `loss` alone, without multi-token
-                prediction, tied embeddings and adapters. None builds all there is.
+                of the model, last norm, head and MTP layer with its last, and the embedding once more where these need
+                it. For `run_layers`, `loss` and `loss_after_next` alone. None builds all there is.
         """
         super().__init__()
         self.config = config
         built = [index for part in layers or [range(config.num_layers)] for index in part]
-        if 0 in built:
+        has_last = config.num_layers - 1 in built
+        if 0 in built or (has_last and config.shares_embedding):
             self.token_embedding = nn.Embedding(config.vocab_size, config.hidden)
 
         def make_moe() -> MoELayer:
@@ -130,11 +131,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList()
         for index in built:
             self.layers.add_module(str(index), Block(config, make_moe() if index >= config.num_dense_layers else None))
-        if config.num_layers - 1 in built:
+        if has_last:
             self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        if config.num_layers - 1 in built and not config.tie_embeddings:
+        if has_last and not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
-        if config.num_mtp_layers:
+        if has_last and config.num_mtp_layers:
             self.mtp = NextTokenBlock(config, make_moe())
         if config.lora.rank:
             add_adapters(self, config.lora)
@@ -218,6 +219,15 @@ class Decoder(nn.Module):
         """The loss of targets (B, S), from the normalised output of the last layer."""
         head = self.token_embedding if self.config.tie_embeddings else self.lm_head
         return linear_cross_entropy(normed, head.weight, targets)
+
+    def loss_after_next(self, normed: Tensor, next_ids: Tensor) -> TokenLoss:
+        """That of the MTP layer, as of `forward` with next_ids (B, S) and without documents.
+
+        Collective, as `forward`.
+        """
+        rotary = self._rotary(normed, normed.shape[1])
+        further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, None, None)
+        return self.loss(further, after_next(next_ids))
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         x: Tensor = self.token_embedding(token_ids)

@@ -154,6 +154,11 @@ class ModelConfig:
             )
 
     @property
+    def shares_embedding(self) -> bool:
+        """Whether what follows the last layer needs the embedding: as its head, or for multi-token prediction."""
+        return self.tie_embeddings or self.num_mtp_layers > 0
+
+    @property
     def num_moe_layers(self) -> int:
         """Number of MoE layers of the whole model, including that of multi-token prediction."""
         return self.num_layers - self.num_dense_layers + self.num_mtp_layers

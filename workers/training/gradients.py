@@ -20,6 +20,8 @@ from workers.gang.sharded import is_sharded, local_rows
 # Large enough for the bandwidth of a link, small beside a model: one bucket is what reducing adds to memory.
 BUCKET_BYTES = 64 * 2**20
 
+SHARED = "token_embedding.weight"  # which the last stage of a pipeline may have as well as the first one
+
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters in module order: (dense, experts). Ranks that hold the same ones agree on the order."""
@@ -62,6 +64,9 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     Collective over the EP group and the pipeline, or all ranks. Waits for the device once.
     """
     dense, experts = split_parameters(model)
+    if groups.pipeline is not None and groups.pipeline.rank > 0:  # the first stage has counted what others share
+        shared = [id(parameter) for name, parameter in model.named_parameters() if name == SHARED]
+        dense = [parameter for parameter in dense if id(parameter) not in shared]
     of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
     if any(map(is_sharded, model.parameters())):  # not those that train alone: another stage may train others
         # Each rank has rows of its own, of the dense parameters as of the experts; or they are in each replica. Over

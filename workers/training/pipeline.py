@@ -16,6 +16,7 @@ from dispatch.diagnosis.activity_tracker import PendingCollective
 from dispatch.routing.router import Router
 from workers.gang.parallel import ParallelConfig, RankGroups
 from workers.gang.pipeline import PipelineConfig, PipelineGroups
+from workers.gang.sharded import local_rows
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
 from workers.model.model_config import ModelConfig
@@ -37,12 +38,13 @@ class Pipeline:
         groups: RankGroups,
         run: RunConfig,
         autocast: Callable[[], AbstractContextManager[None]],
+        mtp_weight: float,
     ) -> None:
         config, place = parallel.pipeline, groups.pipeline
         if place is None:
             raise ValueError("the groups were formed without a pipeline")
         self._model, self._groups, self._autocast, self._place = model, groups, autocast, place
-        self._shard = parallel.shard
+        self._shard, self._mtp_weight, self._num_stages = parallel.shard, mtp_weight, config.num_stages
         self._num_micro = run.num_micro_batches(groups.dp_size)
         example = _example(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
         indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
@@ -78,6 +80,31 @@ class Pipeline:
         further: dict[str, Any] = {"document_starts": torch.cat(starts)} if starts else {}
         self._schedule.step(*inputs, target=targets, return_outputs=False, **further)
 
+    def sum_shared_gradients(self) -> None:
+        """Add up the gradients of the embedding, where the last stage has it too: both then make the same update.
+
+        After `reduce_gradients`, on all ranks.
+        """
+        first, last = self._stages[0].is_first, self._stages[-1].is_last
+        if not (first or last) or not self._model.config.shares_embedding:
+            return
+        gradient = self._model.token_embedding.weight.grad
+        if gradient is None:  # it is frozen
+            return
+        stage, other = (self._stages[0], self._num_stages - 1) if first else (self._stages[-1], 0)
+        own = local_rows(gradient)[0]
+        arriving, partner = torch.empty_like(own), stage.rank_of(other)
+        stage.note_sent("embedding gradients", other)
+        message = stage.expect("embedding gradients", other)
+        ops = [
+            dist.P2POp(dist.isend, own, partner, group=self._place.group),
+            dist.P2POp(dist.irecv, arriving, partner, group=self._place.group),
+        ]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        message.end()
+        own += arriving
+
     def sum_over_stages(self, value: int) -> int:
         """Add up what each rank of this pipeline has."""
         total = torch.tensor(value, dtype=torch.int64, device=self._groups.device)
@@ -96,6 +123,8 @@ class Pipeline:
             for layer in layers:
                 if layer >= config.num_dense_layers:
                     placed[num_passes[layers], layer - config.num_dense_layers] = next(left)
+            if config.num_mtp_layers and layers.stop == config.num_layers:
+                placed[num_passes[layers], -1] = next(left)
             num_passes[layers] += 1
         return placed.flatten()
 
@@ -125,10 +154,13 @@ class Pipeline:
     def _loss(self, normed: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
             loss = self._model.loss(normed, targets)
+            total = loss.total
+            if self._model.config.num_mtp_layers:
+                total = total + self._mtp_weight * self._model.loss_after_next(normed, targets).total
         self._nll_sum += loss.total.detach()
         self._routed(self._stages[-1].layers)
         # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
-        return loss.total / self._num_targets
+        return total / self._num_targets
 
     def _routed(self, layers: range) -> None:
         self._forwards.append(layers)
@@ -272,6 +304,7 @@ def routers_of_all(
     routers counted has each layer once. routers: this rank's. frozen: they do not train, and their bias stays.
     """
     names = [f"layers.{index}.moe.router" for index in range(config.num_dense_layers, config.num_layers)]
+    names += ["mtp.block.moe.router"] * config.num_mtp_layers
     return {name: routers.get(name) or _absent_router(config, device, frozen) for name in names}
 
 

@@ -152,7 +152,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         frozen = "router" in spec.optim.freeze or spec.model.lora.rank > 0
         routers = routers_of_all(routers, spec.model, groups.device, frozen=frozen)
         autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
-        pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once)
+        pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once, spec.optim.mtp_weight)
     law = Law(spec.balance, layout_of(routers))
     attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
     return RankState(

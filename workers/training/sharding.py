@@ -43,7 +43,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
         policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full", mp_policy=policy)
-    units = [*model.layers, *([model.mtp] if model.config.num_mtp_layers else [])]
+    units = [*model.layers, *_mtp(model)]
     for unit in units:
         fully_shard(unit, **options)
     # The root is needed as soon as backward begins: to give it back after forward would only gather it twice.
@@ -90,8 +90,9 @@ def set_sync_of_stage(model: Decoder, layers: range, shard: Shard, *, is_last: b
     What the root holds is kept until the rank's last backward, and reduced in it: forwards of other micro-batches, that
     wait for their backward, need it still.
     """
-    for index in layers:
-        set_sync(model.layers.get_submodule(str(index)), shard, is_last=is_last)
+    units = [model.layers.get_submodule(str(index)) for index in layers]
+    for unit in [*units, *(_mtp(model) if layers.stop == model.config.num_layers else [])]:
+        set_sync(unit, shard, is_last=is_last)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last_of_rank, recurse=False)
         model.set_reshard_after_backward(is_last_of_rank, recurse=False)
@@ -107,7 +108,12 @@ def _runs(model: Decoder) -> Iterator[list[nn.Module]]:
             run = []
         run.append(block)
         last = int(name)
-    yield [*run, *([model.mtp] if model.config.num_mtp_layers else [])]
+    yield [*run, *_mtp(model)]
+
+
+def _mtp(model: Decoder) -> list[nn.Module]:
+    """The layer for multi-token prediction, where this rank has one."""
+    return [module for name, module in model.named_children() if name == "mtp"]
 
 
 def _prefetch(model: Decoder) -> None:

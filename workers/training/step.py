@@ -221,6 +221,8 @@ class Trainer:
         if self.copying is not None:
             self.copying.sum_gradients()
         reduce_gradients(self.model, self.groups)
+        if self.pipeline is not None:
+            self.pipeline.sum_shared_gradients()
         tracker.set_phase("gradient norm")
         grad_norm = global_grad_norm(self.model, self.groups)
         tracker.set_phase("optimizer")

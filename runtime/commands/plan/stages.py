@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts
 from runtime.settings.config import TrainConfig
-from runtime.settings.states import of_stage
+from runtime.settings.states import of_stage, own_rows
 from workers.gang.pipeline import PipelineConfig
 
 MESSAGES = "messages of other stages"
@@ -50,10 +50,16 @@ class PlanStage:
 
     @property
     def message_bytes(self) -> float:
-        """What a rank receives from other stages in a step, and sends to them: activations and their gradients."""
+        """What a rank receives from other stages in a step, and sends to them: activations and their gradients.
+
+        And the gradient of an embedding that first and last stage share.
+        """
         neighbours = sum((part.start > 0) + (part.stop < self.config.model.num_layers) for part in self.layers)
         sequences = self.config.sequences_per_rank
-        return float(FP32 * neighbours * sequences * self.config.model.max_seq_len * self.config.model.hidden)
+        model = self.config.model
+        is_shared = model.shares_embedding and (self.has_head or self.layers[0].start == 0)
+        shared = own_rows([(model.vocab_size, model.hidden)], self.alone) if is_shared else 0
+        return float(FP32 * (neighbours * sequences * model.max_seq_len * model.hidden + shared))
 
     @property
     def _pipeline(self) -> PipelineConfig:

@@ -29,6 +29,7 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
     cross_check(of_two_stages())
     cross_check(of_two_stages(parallel={"ep_size": 1, "pipeline": PipelineConfig(size=4)}, run={"micro_batch_size": 1}))
     cross_check(of_two_stages(parallel={"ep_size": 1, "shard": "full"}, optim={"offload": "states"}))
+    cross_check(of_two_stages(model={"tie_embeddings": True, "num_mtp_layers": 1}))
     cross_check(of_two_stages(model={"lora": LoraConfig(rank=4)}))
     cross_check(of_two_stages(optim={"freeze": ("router", "embedding")}))
     assert feasible_sizes(of_two_stages()) == (4,)
@@ -42,12 +43,10 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
         ({"run": {"micro_batch_size": 0}}, r"size \(2\) needs as many micro-batches in a step, .* there are 1"),
         ({"model": {"num_layers": 2, "num_dense_layers": 0}, "parallel": {"pipeline": PipelineConfig(size=4)}}
          | {"run": {"micro_batch_size": 1}}, r"model.num_layers \(2\) must be at least .* \(4\)"),
-        ({"model": {"tie_embeddings": True}}, r"size \(2\) does not go with model.tie_embeddings: the first stage"),
-        ({"model": {"num_mtp_layers": 1}}, r"model.num_mtp_layers \(1\) yet: the last stage would need the embedding"),
         ({"model": {"lora": LoraConfig(rank=4, targets=("dense_ffn",))}}, r"nothing to train .* layers 2 to 3; "),
         ({"optim": {"freeze": ALL_BUT_DENSE_FFN}}, r"leave nothing to train in a stage, as in that of layers 2 to 3; "),
         ({"aux": {"loss": "switch"}}, r"auxiliary losses \(aux.\*\) yet: only the last stage has a loss"),
-        ({"aux": {"z_alpha": 1e-3}}, r"auxiliary losses \(aux.\*\) yet"),
+        ({"aux": {"z_alpha": 1e-3}}, r"size \(2\) does not go with auxiliary losses \(aux.\*\) yet"),
         ({"balance": {"record": 1}}, r"balance.record \(1\) yet: a rank scores the layers of its stage alone"),
         ({"parallel": {"exchange": "deep_ep"}}, r"parallel.exchange deep_ep yet: several micro-batches"),
         ({"cluster": {"min_workers": 2}}, r"other numbers of workers than cluster.num_workers yet"),

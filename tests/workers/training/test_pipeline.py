@@ -158,6 +158,15 @@ KINDS = {
         {"optim": {"freeze": ("embedding", "attention", "router", "norms", "shared_experts")}},
         [{"size": 2, "shard": "full"}],
     ),
+    "tied": ({"model": {"tie_embeddings": True}}, [{"size": 2, "ep_size": 2}, {"size": 4}]),
+    "multi-token": (
+        {"model": {"num_mtp_layers": 1}},
+        [
+            {"size": 2, "ep_size": 2, "recompute": "full", **INTERLEAVED},
+            {"size": 2, "ep_size": 1, "shard": "full"},
+            {"size": 2, "ep_size": 1, "shard": "optimizer", **INTERLEAVED},
+        ],
+    ),
     "offloaded": ({"optim": {"offload": "states"}}, [{"size": 2, "ep_size": 2}, {"size": 2, "shard": "full"}]),
 }
 
@@ -178,17 +187,22 @@ def _train_kinds(rank, world_size, specs):
         worker = join_worker(spec, rank, world_size, spec.run_dir.name, float64=True)
         worker.train()
         routers = worker._state.routers.values()
-        found[key] = whole_state(worker), torch.cat([router.expert_bias_E for router in routers])
+        biases = torch.cat([router.expert_bias_E for router in routers])
+        found[key] = whole_state(worker), biases, worker.progress(0)
     return found
 
 
 def test_stages_train_parts_of_a_model_as_one_process_does(folder):
     (whole,) = run_ranks(1, _train_kinds, _specs_of_kinds(folder, 1))
-    for found in run_ranks(4, _train_kinds, _specs_of_kinds(folder, 4)):
-        for (kind, index), (weights, biases) in found.items():
-            expected, expected_biases = whole[kind, 0]
+    by_rank = run_ranks(4, _train_kinds, _specs_of_kinds(folder, 4))
+    for (kind, index), (_, _, lines) in by_rank[0].items():
+        _assert_same_lines(lines, whole[kind, 0][2], f"{kind} {index}", 4)
+    for found in by_rank:
+        for (kind, index), (weights, biases, _) in found.items():
+            expected, expected_biases, _ = whole[kind, 0]
             assert torch.equal(biases, expected_biases), kind
-            assert biases.any() == (kind == "offloaded")  # a frozen router is not balanced
+            trains_routers = kind in ("tied", "multi-token", "offloaded")
+            assert biases.any() == trains_routers  # a frozen router is not balanced
             assert weights.keys() == expected.keys()
             for key, value in expected.items():
                 _assert_close(weights[key], value, f"{kind} {index} {key}")
@@ -239,6 +253,23 @@ def test_a_checkpoint_of_one_pipeline_is_read_by_any_other(folder, num_ranks, si
         shutil.copytree(first.run_dir, spec.run_dir)
         path = spec.run_dir / "checkpoints" / "step_00000003"
         found = run_ranks(world_size, _train_from, spec, path, None)[0]
+        for key, expected in weights.items():
+            _assert_close(found[key], expected, f"{world_size} ranks, {key}")
+
+
+def test_a_checkpoint_of_stages_that_share_the_embedding_is_read_by_any_pipeline(folder):
+    def spec(name, **layout):
+        plain = _spec(folder, f"shared-{name}", **layout)
+        return replace(plain, model=replace(plain.model, tie_embeddings=True, num_mtp_layers=1))
+
+    weights = run_ranks(2, _train_from, spec("whole", size=2), None, None)[0]
+    first = spec("first", size=2)
+    run_ranks(2, _train_from, first, None, 3)
+    for world_size, size in ((1, 1), (4, 4)):
+        later = spec(f"on-{world_size}", size=size)
+        shutil.copytree(first.run_dir, later.run_dir)
+        found = run_ranks(world_size, _train_from, later, later.run_dir / "checkpoints" / "step_00000003", None)[0]
+        assert found.keys() == weights.keys()
         for key, expected in weights.items():
             _assert_close(found[key], expected, f"{world_size} ranks, {key}")
 

@@ -39,6 +39,7 @@ MODEL = ModelConfig(
 LAYOUTS = {
     "1f1b": (2, ParallelConfig(pipeline=PipelineConfig(size=2))),
     "interleaved": (2, ParallelConfig(pipeline=PipelineConfig(size=2, schedule="interleaved_1f1b"))),
+    "multi-token": (2, ParallelConfig(pipeline=PipelineConfig(size=2))),
     "uneven": (4, ParallelConfig(pipeline=PipelineConfig(size=4))),
     "optimizer": (4, ParallelConfig(ep_size=1, shard="optimizer", pipeline=PipelineConfig(size=2))),
     "full": (4, ParallelConfig(ep_size=1, shard="full", pipeline=PipelineConfig(size=2))),
@@ -47,6 +48,7 @@ LAYOUTS = {
         ParallelConfig(ep_size=1, shard="full", pipeline=PipelineConfig(size=2, schedule="interleaved_1f1b")),
     ),
 }
+MODELS = {"multi-token": replace(MODEL, num_mtp_layers=1)}  # the others are of MODEL
 NORM_BYTES = 8 * 4  # of the gradient, in float64
 
 
@@ -78,16 +80,16 @@ def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_holds_and_sends_what_the_plan_says(tmp_path: Path, name: str) -> None:
-    world_size, parallel = LAYOUTS[name]
+    (world_size, parallel), model = LAYOUTS[name], MODELS.get(name, MODEL)
     of_stage = world_size // parallel.pipeline.size
     run = RunConfig(global_batch_size=12 * of_stage, micro_batch_size=1)
-    spec = replace(make_spec(tmp_path), run_dir=tmp_path / name, model=MODEL, parallel=parallel)
+    spec = replace(make_spec(tmp_path), run_dir=tmp_path / name, model=model, parallel=parallel)
     spec = replace(spec, run=replace(spec.run, global_batch_size=12 * of_stage, micro_batch_size=1))
-    config = TrainConfig(model=MODEL, run=run, parallel=parallel, cluster=ClusterConfig(num_workers=world_size))
+    config = TrainConfig(model=model, run=run, parallel=parallel, cluster=ClusterConfig(num_workers=world_size))
     # The first rank of each stage, which has most rows where they are shared out.
     found = run_ranks(world_size, measure, spec)[::of_stage]
     for (measured, most, sent), stage in zip(found, stages_of(config), strict=True):
-        counts = count_parameters(MODEL, layers=stage.layers)
+        counts = count_parameters(model, layers=stage.layers)
         planned = state_bytes(stage.alone, counts, counts)
         assert measured == {kind: sum(planned[kind]) for kind in measured}
         assert most == stage.in_flight
