@@ -8,6 +8,8 @@ from dispatch.errors import InvalidValue
 MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of lock and partial files, are longer
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")  # see runtime/loggers
+# Of samples: config.yaml and a line of samples.jsonl have to hold them.
+MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_SAMPLE_TOKENS = 16, 500, 512
 MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
 
 
@@ -31,6 +33,11 @@ class RunConfig:
     """Steps between two evaluations on held-out text; 0 evaluates at the end alone."""
     eval_sequences: int = 128
     """Sequences of an evaluation, over all workers; fewer where the held-out text has fewer."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts that each evaluation continues, for the page of `trimtab watch` and samples.jsonl; an empty one begins a
+    document. They can be others where a run resumes."""
+    sample_tokens: int = 64
+    """Tokens to add to each of them, the likeliest each time, unless the document ends before."""
     checkpoint_every: int = 100
     """Steps between two checkpoints; 0 saves at the end and on Ctrl-C alone."""
     keep_checkpoints: int = 3
@@ -68,6 +75,7 @@ class RunConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidValue(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
         self._check_loggers()
+        self._check_samples()
         if self.on_bias_mismatch not in ("stop", "repair"):
             raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
         if self.name is not None and not _is_plain(self.name):
@@ -83,6 +91,21 @@ class RunConfig:
         if unknown or len(set(self.log_to)) < len(self.log_to):
             what = f"names {unknown[0]!r}" if unknown else f"({', '.join(self.log_to)}) names one twice"
             raise InvalidValue(f"run.log_to {what}; it can name {', '.join(LOGGERS)}, each once, as in [wandb]")
+
+    def _check_samples(self) -> None:
+        prompts = self.sample_prompts
+        if len(prompts) > MAX_PROMPTS:
+            raise InvalidValue(f"run.sample_prompts has {len(prompts)} prompts; it can have {MAX_PROMPTS} at most")
+        for number, prompt in enumerate(prompts, 1):
+            if len(prompt) > MAX_PROMPT_CHARACTERS:
+                raise InvalidValue(
+                    f"prompt {number} of run.sample_prompts has {len(prompt)} characters; it can have "
+                    f"{MAX_PROMPT_CHARACTERS} at most"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InvalidValue(f"prompt {number} of run.sample_prompts is not UTF-8; give it in that encoding")
+        if not 1 <= self.sample_tokens <= MAX_SAMPLE_TOKENS:
+            raise InvalidValue(f"run.sample_tokens ({self.sample_tokens}) must be 1 to {MAX_SAMPLE_TOKENS}")
 
     def sequences_per_rank(self, world_size: int, context: int = 1) -> int:
         """Each rank's share of the global batch, or that of `context` ranks that have it together.

@@ -21,7 +21,7 @@ from workers.gang.exchange_choice import choose_exchange
 from workers.gang.heap import give_back_large_blocks
 from workers.gang.parallel import join_groups, local_device
 from workers.generation.decoding import OnToken
-from workers.generation.generate import SamplingConfig, Speed, generate
+from workers.generation.generate import SamplingConfig, Speed, encode_prompts, generate
 from workers.record.record_check import find_holes, new_holes
 from workers.record.run_log import METRICS, RunLog
 from workers.record.score_log import ScoreLog, ScoreShape, set_aside_later_scores
@@ -171,11 +171,9 @@ class Worker:
     ) -> Continuations:
         """Continue this rank's share of the prompts; `on_token` is told of each new token."""
         state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
-        # An empty prompt starts a document: it follows the end of the one before.
-        ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
         generated = generate(
             state.model,
-            ids,
+            encode_prompts(tokenizer, prompts),
             sampling,
             state.groups,
             eod_id=tokenizer.eod_id,
@@ -255,6 +253,7 @@ class Worker:
             resume_step,
             on_warning=self._warn,
             has_statistic=self._state.law.statistic is not None,
+            has_samples=bool(self._spec.run.sample_prompts),
             fence=self._spec.fence,
         )
         for hole in holes:  # the user accepted it, or the run itself goes on after a failure

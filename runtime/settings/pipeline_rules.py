@@ -55,6 +55,8 @@ class PipelineRules:
             yield "parallel.exchange deep_ep yet: several micro-batches are under way at once; choose another exchange"
         if self.record:
             yield f"balance.record ({self.record}) yet: a rank scores the layers of its stage alone; set it to 0"
+        if prompts := self.run.sample_prompts:
+            yield f"run.sample_prompts ({len(prompts)}) yet: a rank has the layers of its stage alone; leave it empty"
         bounds = {cluster.min_workers or cluster.num_workers, cluster.max_workers or cluster.num_workers}
         if bounds != {cluster.num_workers}:
             yield (

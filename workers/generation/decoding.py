@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +10,18 @@ from workers.model.attention import KeyValueCache
 
 # Called with the index of a sequence and a token that was added to it.
 OnToken = Callable[[int, int], None]
+
+
+class TokenSpan(NamedTuple):
+    """Tokens that one forward reads of the sequence of this index: `num` from place `first` of its ids on."""
+
+    sequence: int
+    first: int
+    num: int
+
+
+# Called before each forward with what it reads, in the order of its rows, which may be none.
+OnRead = Callable[[Sequence[TokenSpan]], None]
 
 
 @dataclass
@@ -39,7 +51,7 @@ class DecodingBatch:
         sequences: of one token or more.
         max_new_tokens: after these a sequence ends, or at eod_id before, which is not added.
         max_seq_len: longest sequence that the model reads. One that outgrows it goes on from the last half of that.
-        on_token: is told of each token that is added.
+        on_token: is told of each token that is added. on_read: of the tokens that each forward reads.
     """
 
     def __init__(
@@ -50,8 +62,10 @@ class DecodingBatch:
         max_seq_len: int,
         eod_id: int,
         on_token: OnToken | None = None,
+        on_read: OnRead | None = None,
     ) -> None:
         self.running = list(sequences)
+        self._on_read = on_read or (lambda _spans: None)
         self._on_token = on_token or (lambda _index, _token_id: None)
         self._max_new_tokens, self._max_seq_len, self._eod_id = max_new_tokens, max_seq_len, eod_id
         for sequence in sequences:
@@ -64,6 +78,10 @@ class DecodingBatch:
         if any(len(each.ids) - each.first > self._max_seq_len for each in self.running):
             self._start_over()
         unread = [sequence.unread for sequence in self.running]
+        self._on_read([
+            TokenSpan(each.index, each.first + each.num_cached, len(ids))
+            for each, ids in zip(self.running, unread, strict=True)
+        ])  # fmt: skip
         lengths = torch.tensor([len(ids) for ids in unread], dtype=torch.int64)
         token_ids = torch.zeros(len(unread), max(map(len, unread), default=1), dtype=torch.int64)
         for row, ids in zip(token_ids, unread, strict=True):

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.errors import InvalidValue
+from workers.data.tokenizer import Tokenizer
 from workers.gang.parallel import RankGroups
-from workers.generation.decoding import DecodingBatch, DecodingSequence, OnToken
+from workers.generation.decoding import DecodingBatch, DecodingSequence, OnRead, OnToken
 from workers.model.decoder import Decoder
 
 
@@ -75,6 +76,11 @@ class Generated:
     speed: Speed
 
 
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt. An empty one starts a document: it follows the end of the one before."""
+    return [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
+
+
 @torch.no_grad()
 def generate(
     model: Decoder,
@@ -85,10 +91,12 @@ def generate(
     eod_id: int,
     autocast: AbstractContextManager[None],
     on_token: OnToken | None = None,
+    on_read: OnRead | None = None,
 ) -> Generated:
     """Continue this rank's share of the prompts, every world_size-th. A prompt has one token or more.
 
-    A text that outgrows max_seq_len goes on from the last half of that. on_token: is told of each new token.
+    A text that outgrows max_seq_len goes on from the last half of that. on_token: is told of each new token; on_read:
+    of the tokens that each forward of this rank reads.
 
     Collective: all ranks make the same number of forwards. A rank whose prompts are finished, or that has none, takes
     part with an empty batch, so that its experts serve the others.
@@ -106,6 +114,7 @@ def generate(
             max_seq_len=model.config.max_seq_len,
             eod_id=eod_id,
             on_token=on_token,
+            on_read=on_read,
         )
         with autocast:  # around all steps: it keeps its casts of the weights until it is left
             _continue(model, batch, sampling, groups, speed)

@@ -2,6 +2,6 @@
 
 Begin with `run_log`: the one writer of metrics, events and load history, and their readers. `append_file` survives a
 full disk; `atomic_file` replaces a file as a whole. The formats: `record_lines` (JSON lines), `record_file` (binary
-records), `score_log` and `statistic_log`. `record_check` finds steps that are missing; `run_fence` notices that the
-directory belongs to another run now.
+records), `sample_log` (JSON lines too), `score_log` and `statistic_log`. `record_check` finds steps that are missing;
+`run_fence` notices that the directory belongs to another run now.
 """

@@ -84,6 +84,15 @@ def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) 
         os.truncate(path, offset)
 
 
+def keep_lines(path: Path, raw: bytes, kept: Sequence[tuple[int, int]]) -> None:
+    """Leave the lines `kept` of `path`, whose bytes are `raw`, and move all others to the *.superseded.jsonl beside."""
+    aside = path.with_name(f"{path.stem}.superseded.jsonl")
+    keep_parts(path, aside, kept)
+    if raw and not raw.endswith(b"\n"):
+        with aside.open("ab") as file:
+            file.write(b"\n")
+
+
 def keep_parts(path: Path, aside: Path, kept: Sequence[tuple[int, int]], *, num_lost_bytes: int = 0) -> None:
     """Leave the parts `kept` of `path`, from their first byte to before their last, and move the rest to `aside`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from workers.record.record_file import list_records
 from workers.record.record_lines import Line, complete_lines, sort_lines
 from workers.record.run_log import EVENTS, HISTORY, METRICS, read_load_history
+from workers.record.sample_log import SAMPLES, damaged_samples
 from workers.record.statistic_log import STATISTICS
 
 
@@ -36,7 +37,8 @@ def find_holes(run: Path, step: int) -> list[Hole]:
     lines = sort_lines((run / METRICS).read_bytes(), step)
     metrics = Hole(METRICS, tuple(lines.bad), _missing(lines.steps, 1, step))
     history = Hole(HISTORY, (), _missing(read_load_history(run).steps.tolist(), 1, step))
-    holes = [metrics, history, _hole_in_statistics(run / STATISTICS, step)]
+    samples = Hole(SAMPLES, damaged_samples(run, step), ())  # none need be there: they can be asked for later
+    holes = [metrics, history, _hole_in_statistics(run / STATISTICS, step), samples]
     return [hole for hole in holes if hole.lines or hole.steps]
 
 

@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
-from workers.record.append_file import AppendFile, keep_parts
+from workers.record.append_file import AppendFile, keep_lines, keep_parts
 from workers.record.record_lines import Line, complete_lines, is_sound, sort_lines
 from workers.record.run_fence import RunFence, lost
+from workers.record.sample_log import SAMPLES, cut_back_samples
 from workers.record.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
 
 METRICS = "metrics.jsonl"
@@ -58,6 +59,7 @@ class RunLog:
         *,
         on_warning: Callable[[str], None],
         has_statistic: bool,
+        has_samples: bool,
         fence: RunFence | None,
     ) -> None:
         """Open the files for appending; use `create`."""
@@ -72,6 +74,10 @@ class RunLog:
         if has_statistic:
             self._statistics = AppendFile(path / STATISTICS)
             self._files.append(self._statistics)
+        self._samples: AppendFile | None = None
+        if has_samples:
+            self._samples = AppendFile(path / SAMPLES)
+            self._files.append(self._samples)
 
     @classmethod
     def create(
@@ -82,12 +88,13 @@ class RunLog:
         *,
         on_warning: Callable[[str], None] = _logger.warning,
         has_statistic: bool = False,
+        has_samples: bool = False,
         fence: RunFence | None = None,
     ) -> Self:
         """Start the records of a run, or go on with them after `resume_step` optimizer steps.
 
-        has_statistic: the law counts more than the load, and `load` will be given that too. fence: shows whether the
-        directory is still this run's, where it has an owner.
+        has_statistic: the law counts more than the load, and `load` will be given that too. has_samples: `samples` will
+        be called. fence: shows whether the directory is still this run's, where it has an owner.
 
         Resuming moves every later line and record to *.superseded files, so that steps stay unique.
 
@@ -102,7 +109,9 @@ class RunLog:
             (path / LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
         else:
             _cut_back(path, layout, resume_step)
-        return cls(path, layout, on_warning=on_warning, has_statistic=has_statistic, fence=fence)
+        return cls(
+            path, layout, on_warning=on_warning, has_statistic=has_statistic, has_samples=has_samples, fence=fence
+        )
 
     def train(self, line: Mapping[str, Any]) -> None:
         """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing.
@@ -128,6 +137,12 @@ class RunLog:
         self._write(self._history, record.tobytes())
         if self._statistics is not None and statistic is not None:
             self._write(self._statistics, pack_statistic(step, statistic))
+
+    def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Record the texts that were continued after `step` optimizer steps."""
+        if self._samples is not None:
+            now = {"step": step, "time": time.time()}
+            self._write(self._samples, b"".join(_as_line({**now, **line}) for line in lines))
 
     def sync(self) -> None:
         """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records.
@@ -287,10 +302,10 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
             f"in {layout.names}; resume with the run's own model settings"
         )
     raw = (path / METRICS).read_bytes()
-    _move_lines(path / METRICS, raw, sort_lines(raw, step).kept)
+    keep_lines(path / METRICS, raw, sort_lines(raw, step).kept)
     raw = (path / EVENTS).read_bytes()
     whole = [offset for offset, line in complete_lines(raw) if line is not None]
-    _move_lines(path / EVENTS, raw, [(offset, raw.index(b"\n", offset) + 1) for offset in whole])
+    keep_lines(path / EVENTS, raw, [(offset, raw.index(b"\n", offset) + 1) for offset in whole])
     dtype = _record_dtype(layout)
     steps = read_load_history(path).steps
     kept = [number * dtype.itemsize for number in np.flatnonzero(steps <= step).tolist()]
@@ -299,15 +314,7 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
     aside = path / "load" / "history.superseded.bin"
     keep_parts(path / HISTORY, aside, [(start, start + dtype.itemsize) for start in kept], num_lost_bytes=lost)
     cut_back_statistics(path, step)
-
-
-def _move_lines(path: Path, raw: bytes, kept: Sequence[tuple[int, int]]) -> None:
-    """Leave the lines of `raw` that are kept, and move all others aside."""
-    aside = path.with_name(f"{path.stem}.superseded.jsonl")
-    keep_parts(path, aside, kept)
-    if raw and not raw.endswith(b"\n"):
-        with aside.open("ab") as file:
-            file.write(b"\n")
+    cut_back_samples(path, step)
 
 
 def _as_line(values: Mapping[str, Any]) -> bytes:

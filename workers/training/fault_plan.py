@@ -29,6 +29,7 @@ PHASES = (
     "optimizer",
     "bias update",
     "evaluation",
+    "samples",
     "checkpoint write",
 )
 _CAN_SKIP = ("step", "dispatch", "gradients", "bias update")

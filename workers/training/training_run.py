@@ -23,6 +23,7 @@ from workers.training.evaluation import evaluate
 from workers.training.metrics import eval_line, train_line
 from workers.training.outcome import TrainOutcome
 from workers.training.rank_state import RankState
+from workers.training.samples import SampleTaker
 from workers.training.saver import CheckpointSaver
 from workers.training.step import StepResult
 
@@ -54,6 +55,7 @@ class TrainingRun:
         self._publish, self._stop_requested = publish, stop_requested
         self._memory, self._nodes = memory or MemoryCheckpoints(), nodes
         self._load_since_eval_N = torch.zeros(state.layout.total, dtype=torch.int64)
+        self._samples = SampleTaker(state) if state.spec.run.sample_prompts else None
         num_linear = None if state.pipeline is None else state.pipeline.sum_over_stages(linear_weights(state.model))
         self._flops = ModelFlops.of(state.model, state.groups.device, state.groups.world_size, num_linear)
         self.trainer = state.trainer(control)
@@ -155,10 +157,12 @@ class TrainingRun:
             routers=state.routers,
             pipeline=state.pipeline,
         )
+        samples = [] if self._samples is None else self._samples.take()
         state.meter.take()  # what evaluation moved is not the next step's
         if self._log is not None:
             line = eval_line(step, evaluation, self._load_since_eval_N, state.layout, state.spec.mix.weights_at(step))
             self._log.eval(line)
+            self._log.samples(step, samples)
             self._publish(line)
         self._load_since_eval_N.zero_()
 

@@ -197,6 +197,7 @@ def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str
 # A value for each setting whose neighbour of the default would break a rule of its section.
 CHOSEN: dict[str, Any] = {
     "run.log_to": ("tensorboard", "mlflow"),
+    "run.sample_prompts": ("Once upon a time,", "", "\u4f60 {'a': \"b\"}"),
     "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "cluster.max_workers": 4,
     "parallel.ep_size": 3,
     "model.hidden": 48, "model.num_heads": 4, "model.num_kv_heads": 4,
@@ -399,6 +400,11 @@ def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_clu
         ({"name": "a\nb"}, r"run.name 'a\\nb' must be a plain directory name, without a slash, a control character"),
         ({"log_to": ("wandb", "comet")}, r"run.log_to names 'comet'; it can name tensorboard, wandb, mlflow"),
         ({"log_to": ("wandb", "wandb")}, r"run.log_to \(wandb, wandb\) names one twice"),
+        ({"sample_prompts": ("a",) * 17}, "run.sample_prompts has 17 prompts; it can have 16 at most"),
+        ({"sample_prompts": ("", "b" * 501)}, "prompt 2 of run.sample_prompts has 501 characters; it can have 500"),
+        ({"sample_prompts": ("\udce4",)}, "prompt 1 of run.sample_prompts is not UTF-8"),
+        ({"sample_tokens": 0}, r"run.sample_tokens \(0\) must be 1 to 512"),
+        ({"sample_tokens": 513}, r"run.sample_tokens \(513\) must be 1 to 512"),
         ({"on_bias_mismatch": "ignore"}, r"run.on_bias_mismatch is 'ignore'; it must be stop or repair"),
     ],
 )

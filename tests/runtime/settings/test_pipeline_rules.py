@@ -48,6 +48,7 @@ def test_stages_with_enough_micro_batches_pass_all_checks() -> None:
         ({"aux": {"loss": "switch"}}, r"auxiliary losses \(aux.\*\) yet: only the last stage has a loss"),
         ({"aux": {"z_alpha": 1e-3}}, r"size \(2\) does not go with auxiliary losses \(aux.\*\) yet"),
         ({"balance": {"record": 1}}, r"balance.record \(1\) yet: a rank scores the layers of its stage alone"),
+        ({"run": {"sample_prompts": ("a", "b")}}, r"run.sample_prompts \(2\) yet: a rank has the layers of its stage"),
         ({"parallel": {"exchange": "deep_ep"}}, r"parallel.exchange deep_ep yet: several micro-batches"),
         ({"cluster": {"min_workers": 2}}, r"other numbers of workers than cluster.num_workers yet"),
         ({"cluster": {"max_workers": 8}}, r"leave cluster.min_workers and cluster.max_workers at 0"),

@@ -1,0 +1,58 @@
+"""Which experts took each token that generation has read.
+
+Shapes: B sequences of a forward, S tokens of the longest, K top-k; a router's rows are B * S, padding last in each B.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+from torch import Tensor
+
+from dispatch.routing.router import Router
+from workers.generation.decoding import TokenSpan
+
+# By place of the token in the ids of its sequence: the experts, best first.
+ExpertsOfTokens = dict[int, list[int]]
+
+
+class ExpertTrace:
+    """Context that notes what the routers choose; their own counters, which training reads, stay unchanged.
+
+    Give its `on_read` to `generate`. A text that outgrows the model is read again in part: its first reading counts.
+    """
+
+    def __init__(self, routers: Mapping[str, Router]) -> None:
+        self._routers = routers
+        self._spans: Sequence[TokenSpan] = ()  # of the forward under way
+        self._chosen: list[tuple[str, Sequence[TokenSpan], Tensor]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for name, router in self._routers.items():
+            self._stack.callback(router.register_forward_hook(self._noter(name)).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def on_read(self, spans: Sequence[TokenSpan]) -> None:
+        """Take the places of the tokens that the next forward reads."""
+        self._spans = spans
+
+    def by_sequence(self) -> dict[int, dict[str, ExpertsOfTokens]]:
+        """The experts of all tokens that were read: by sequence, by router. Waits for the device."""
+        found: dict[int, dict[str, ExpertsOfTokens]] = defaultdict(lambda: defaultdict(dict))
+        for name, spans, ids_BSK in self._chosen:
+            for span, ids_SK in zip(spans, ids_BSK.tolist(), strict=True):
+                for place, ids in enumerate(ids_SK[: span.num], span.first):
+                    found[span.sequence][name].setdefault(place, ids)
+        return found
+
+    def _noter(self, name: str) -> Any:
+        def note(_router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
+            if self._spans:  # else this rank serves the others alone
+                self._chosen.append((name, self._spans, choice[0].unflatten(0, (len(self._spans), -1))))
+
+        return note
