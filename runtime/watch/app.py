@@ -68,6 +68,7 @@ def make_app(
         Route("/api/runs/{run:int}/load", undisturbed(api.load)),
         Route("/api/runs/{run:int}/last_load", undisturbed(api.last_load)),
         Route("/api/runs/{run:int}/expert", undisturbed(api.expert)),
+        Route("/api/runs/{run:int}/samples", undisturbed(api.samples)),
         Route("/api/stream", api.stream),
         Route("/metrics", api.metrics),
     ]
@@ -147,6 +148,11 @@ class _Api:
             })  # fmt: skip
         how = {"first": found.first, "last": found.last, "num": found.num}
         return _json({**how, "layers": layers, **most_and_least(found, layout)})
+
+    def samples(self, request: Request) -> Response:
+        """The texts that were continued at a step, by default the last one, and the experts of a layer."""
+        step = _whole(request, "step", _LAST_STEP, 0, _LAST_STEP)
+        return _json(self._run(request).samples.at(step, _layer(request)))
 
     async def stream(self, request: Request) -> Response:
         """Server-sent events: the summary of a run whenever there is something new."""

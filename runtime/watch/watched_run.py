@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.run_dir import CONFIG_FILE, DATA_FILE
 from runtime.runs.run_lock import LEASE_S, PREFIX
 from runtime.watch.curves import PHASES, REST, is_number, pace_s, rest_s, slim
 from runtime.watch.event_log import EventLog
+from runtime.watch.json_file import JsonFile
 from runtime.watch.load_file import LoadFile
 from runtime.watch.metrics import Metrics
-from runtime.watch.now_file import NOW, NowFile
+from runtime.watch.sample_file import SampleFile
 from runtime.watch.settings_file import SettingsFile
 from runtime.watch.tail import Rewritten
 from workers.record.record_lines import Line
 from workers.record.run_log import EVENTS, METRICS
+from workers.record.sample_log import SAMPLES
 
+NOW = "now.json"
 UNDER_WAY = ("running", "recovering")
 GONE = "gone"  # the run says that it is under way, and no process holds its directory any more
 
@@ -28,10 +31,12 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.metrics, self.events = Metrics(path / METRICS), EventLog(path / EVENTS)
         self.settings, self.load = SettingsFile(path / CONFIG_FILE), LoadFile(path)
-        self.now = NowFile(path / NOW)
+        self.now, self.data = JsonFile(path / NOW), JsonFile(path / DATA_FILE)
+        self.samples = SampleFile(path / SAMPLES)
 
     def poll(self) -> bool:
-        return any([self.metrics.poll(), self.events.poll(), self.settings.poll(), self.now.poll()])
+        files = (self.metrics, self.events, self.settings, self.now, self.data, self.samples)
+        return sum(file.poll() for file in files) > 0  # not any(), which would leave out those after the first
 
 
 class WatchedRun:
@@ -62,6 +67,11 @@ class WatchedRun:
         return self._files.load
 
     @property
+    def samples(self) -> SampleFile:
+        """Texts that it continued."""
+        return self._files.samples
+
+    @property
     def now(self) -> Any:
         """What each rank is in, as now.json says; None where the run is not under way."""
         return self._files.now.latest if self.state() in UNDER_WAY else None
@@ -69,7 +79,7 @@ class WatchedRun:
     @property
     def is_behind(self) -> bool:
         """Whether there is more to be read."""
-        return self.metrics.share_read < 1 or not self.events.is_at_end
+        return self.metrics.share_read < 1 or not (self.events.is_at_end and self.samples.is_at_end)
 
     def poll(self) -> bool:
         """Read on. Returns whether there was something new."""
@@ -125,6 +135,7 @@ class WatchedRun:
             "num_events": self.events.num,
             "num_recoveries": self.events.num_recoveries,
             "num_failures": self.events.num_failures,
+            "num_samples": self.samples.num,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -137,6 +148,7 @@ class WatchedRun:
             "settings_trouble": self._files.settings.trouble,
             "layers": list(layout.names) if layout else [],
             "num_experts": list(layout.num_experts) if layout else [],
+            "data": self._files.data.latest,
             "ranks": start.get("rank_map"),
             "exchange": start.get("exchange"),
             "balance": start.get("balance"),

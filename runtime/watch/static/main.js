@@ -7,9 +7,10 @@ import { StepWindow } from "./window.js";
 import * as overview from "./overview.js";
 import * as balance from "./balance.js";
 import * as cluster from "./cluster.js";
+import * as text from "./text.js";
 import * as compare from "./compare.js";
 
-const VIEWS = { overview, balance, cluster, compare };
+const VIEWS = { overview, balance, cluster, text, compare };
 const REDRAW_MS = 1000; // at most so often, however fast the steps come
 const WORDS = { gone: "gone: ended without a word", "not begun": "not begun" };
 
@@ -48,7 +49,7 @@ async function draw() {
 
 /** What changes seldom is asked for again when an event or the first step has come. */
 async function learn(run, number) {
-  const sign = `${run.epoch} ${run.num_events} ${run.step > 0} ${run.total_steps}`;
+  const sign = `${run.epoch} ${run.num_events} ${run.num_samples > 0} ${run.step > 0} ${run.total_steps}`;
   if (context.facts[number]?.sign !== sign) context.facts[number] = { ...(await ask(`runs/${number}`)), sign };
 }
 

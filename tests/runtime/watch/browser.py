@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 TRIMTAB = Path(sys.executable).with_name("trimtab")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
-VIEWS = ("overview", "balance", "cluster", "compare")
+VIEWS = ("overview", "balance", "cluster", "text", "compare")
 _ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from runtime.watch.app import make_app
 from runtime.watch.guard import Guard, names_of
 from runtime.watch.watched_run import WatchedRun
+from tests.runtime.watch.text_run import LAYERS, SOURCES, make_text_run, sample
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import append_event, read_load_history, read_metrics
 
@@ -41,7 +42,8 @@ def client(path: Path) -> Iterator[TestClient]:
 
 
 PATHS = ["/", "/static/main.js", "/api/runs", "/api/runs/0", "/api/runs/0/curves", "/api/runs/0/load", "/api/stream",
-         "/api/runs/0/now", "/api/runs/0/events", "/metrics", "/nothing", "/../config.yaml"]  # fmt: skip
+         "/api/runs/0/now", "/api/runs/0/events", "/api/runs/0/samples", "/metrics", "/nothing",
+         "/../config.yaml"]  # fmt: skip
 
 
 @pytest.mark.parametrize("where", PATHS)
@@ -187,6 +189,20 @@ def test_loads_are_those_of_the_run(client: TestClient, path: Path) -> None:
     assert client.get("/api/runs/0/expert", headers=SIGNED, params={"expert": 8}).json() is None
 
 
+def test_samples_come_by_step_and_layer(tmp_path: Path) -> None:
+    with client_of(make_text_run(tmp_path / "run"), make_run(tmp_path / "none")) as client:
+        found = client.get("/api/runs/0/samples", headers=SIGNED, params={"step": 40, "layer": 1}).json()
+        assert (found["step"], found["samples"][1]["experts"]) == (40, sample(40, 1)["experts"][LAYERS[1]])
+        assert client.get("/api/runs/0/samples", headers=SIGNED).json()["step"] == 60
+        assert client.get("/api/runs/0/samples", headers=SIGNED, params={"layer": 9}).status_code == 200
+        assert client.get("/api/runs/0/samples", headers=SIGNED, params={"step": "x"}).status_code == 400
+        assert client.get("/api/runs/1/samples", headers=SIGNED).json() is None
+        assert client.get("/api/runs/2/samples", headers=SIGNED).status_code == 404
+        facts = [client.get(f"/api/runs/{run}", headers=SIGNED).json() for run in (0, 1)]
+        assert [each["data"] and each["data"]["sources"] for each in facts] == [SOURCES, None]
+        assert [each["num_samples"] for each in client.get("/api/runs", headers=SIGNED).json()] == [8, 0]
+
+
 def test_the_stream_tells_what_is_new(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     looks = iter([False, False, True])
@@ -218,11 +234,13 @@ def test_a_run_with_hostile_names_events_and_settings_is_told_as_text(tmp_path: 
 
 def test_a_run_whose_files_are_noise_is_answered(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
-    for name in ("metrics.jsonl", "events.jsonl", "config.yaml", "load/layout.json", "load/history.bin"):
+    for name in ("metrics.jsonl", "events.jsonl", "config.yaml", "load/layout.json", "load/history.bin",
+                 "data.json", "samples.jsonl"):  # fmt: skip
         (path / name).write_bytes(bytes(range(256)) * 300)
     with client_of(path) as client:
         for where in ("/api/runs", "/api/runs/0", "/api/runs/0/events", "/api/runs/0/curves?names=loss",
-                      "/api/runs/0/load", "/api/runs/0/last_load", "/api/runs/0/expert", "/metrics"):  # fmt: skip
+                      "/api/runs/0/load", "/api/runs/0/last_load", "/api/runs/0/expert", "/metrics",
+                      "/api/runs/0/samples"):  # fmt: skip
             assert client.get(where, headers=SIGNED).status_code == 200
 
 

@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page
 from runtime.report.event_text import event_text
 from tests.runtime.job.test_job import _arguments
 from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
+from tests.runtime.watch.text_run import LAYERS, make_text_run, sample
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import append_event, read_events, read_metrics
 
@@ -111,6 +112,7 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     made = make_run(folder / "runs" / "one", SyntheticRun(steps=200, total_steps=200))
+    make_text_run(folder / "runs" / "texts")
     append_event(made, "failed", reason="a rank was lost", diagnosis="a stack\n" * 50)
     make_run(folder / "runs" / "two", SyntheticRun(steps=90, total_steps=200, law="none", seed=1))
     return folder
@@ -187,11 +189,58 @@ def test_an_expert_is_chosen_on_the_heat_map(chromium: Browser, folder: Path) ->
         assert watched.page.input_value('input[type="number"]') == "5"
 
 
+def test_tokens_are_told_by_pointer_and_keyboard_at_the_chosen_step_and_layer(chromium: Browser, folder: Path) -> None:
+    with served(folder, "texts", "two") as url, opened(chromium, url) as watched:
+        page = watched.page
+        watched.show("text")
+        page.get_by_label("After step").select_option("40")
+        page.get_by_label("Experts of layer").select_option(LAYERS[2])
+        line = sample(40, 1)
+        told = [f"experts {', '.join(map(str, ids))}" for ids in line["experts"][LAYERS[2]] if ids]
+        box = page.locator(".sample").nth(1)
+        wait_for(
+            page, lambda: "after step 40" in page.inner_text("main") and f"in {LAYERS[2]}" in page.inner_text("main")
+        )
+        assert box.locator("[role=option]").count() == len(line["tokens"])
+        assert box.locator(".tokens").inner_text() == "·" + "".join(line["tokens"]).replace("\n", "↵\n")
+        box.locator("[role=option]").nth(3).hover()
+        assert box.locator(".told").inner_text() == f"“{line['tokens'][3]}”: {told[3]}"
+        box.locator("[role=option]").first.focus()
+        for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+            page.keyboard.press(key)
+            assert box.locator(".told").inner_text() == f"“{line['tokens'][at]}”: {told[at]}"
+            assert box.locator('[aria-selected="true"]').count() == 1
+        page.keyboard.press("End")
+        assert box.locator(".told").inner_text().endswith("not read by the model")
+        expert = line["experts"][LAYERS[2]][0][0]
+        takes = sum(expert in ids for ids in line["experts"][LAYERS[2]] if ids)
+        box.locator(".chips button").get_by_text(f"{expert} · {takes}").click()
+        assert box.locator(".marked").count() == takes
+        assert serious_faults(watched) == [] and watched.complaints == []
+        page.locator("#run").select_option("two")
+        wait_for(page, lambda: "run.sample_prompts" in page.inner_text("main"))
+
+
+def test_the_view_of_the_text_says_what_went_in(chromium: Browser, folder: Path) -> None:
+    with served(folder, "texts") as url, opened(chromium, url) as watched:
+        watched.show("text")
+        text = watched.page.inner_text("main")
+        assert "1,600\n" in text and "16 sequences of 100" in text  # tokens of a batch
+        assert "96.0k" in text and "0.800 times the text" in text  # of 60 steps, of 120,000 tokens
+        assert "whole documents" in text
+        row = watched.page.locator("main tr", has_text="plays").inner_text().split()
+        # 40 steps by 3 to 1 and 20 by 1 to 1: 48,000 and 16,000 tokens
+        assert row[:8] == ["plays", "3", "90,000", "5,000", "50.0", "%", "64.0k", "0.711"]
+
+
 def test_hostile_names_events_and_settings_stay_text(chromium: Browser, tmp_path: Path) -> None:
     path = make_run(tmp_path / HOSTILE.replace("/", "∕"))
     (path / "config.yaml").write_text(f"run: {{'{HOSTILE}': 1}}\n")
     layout = json.loads((path / "load" / "layout.json").read_text()) | {"names": [HOSTILE] * 3}
     (path / "load" / "layout.json").write_text(json.dumps(layout))
+    (path / "data.json").write_text(json.dumps({"tokenizer": HOSTILE, "sources": [{"name": HOSTILE}]}))
+    odd = {"step": 1, "sample": 0, "prompt": HOSTILE, "tokens": [HOSTILE], "experts": {HOSTILE: [[1]]}}
+    (path / "samples.jsonl").write_text(json.dumps(odd) + "\n")
     append_event(path, "started", rank_map=[{"rank": HOSTILE, "node": HOSTILE}], exchange={"reason": HOSTILE})
     append_event(path, HOSTILE, reason=HOSTILE, diagnosis=HOSTILE)
     append_event(path, "failed", reason=HOSTILE, diagnosis=HOSTILE)

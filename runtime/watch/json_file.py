@@ -1,4 +1,4 @@
-"""now.json of a run: what each rank is in, as the driver saw it last."""
+"""A small file of JSON that a run replaces as a whole: now.json, data.json."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 from runtime.watch.plain import plain
 from runtime.watch.regular_file import read_at_most
 
-NOW = "now.json"
 MAX_BYTES = 2**22  # some ten thousand ranks
 
 
-class NowFile:
+class JsonFile:
     """The file as it is now. `poll` reads it; `latest` may be asked on any thread."""
 
     def __init__(self, path: Path) -> None:

@@ -1,0 +1,107 @@
+"""samples.jsonl of one run: where each line lies is kept, and its content read when somebody asks."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from runtime.watch.regular_file import read_between
+from runtime.watch.tail import Tail
+from workers.record.record_lines import Line
+from workers.record.sample_log import is_sample
+
+MAX_STEPS = 5_000  # that are kept: of a longer run, those of its end
+MAX_SAMPLES = 16  # of a step; a run makes no more
+MAX_TOKENS = 2_048  # of a sample
+MAX_LAYERS = 1_024
+MAX_CHARACTERS = 200  # of a token or a name
+MAX_EXPERTS = 64  # of a token
+
+
+class SampleFile:
+    """The samples of a run. `poll` reads on; the rest may be asked on any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._tail = path, Tail(path)
+        self._places: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by step: where its lines start and stop
+        self.num = 0
+
+    def poll(self) -> bool:
+        """Read on. Returns whether there was something new.
+
+        Raises:
+            Rewritten: the file is not the one that was read; a new object must read it.
+        """
+        lines = self._tail.read()
+        for offset, text in lines:
+            if (line := _parsed(text)) is not None:
+                self._take(line["step"], (offset, offset + len(text)))
+        return bool(lines)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the last reading found no whole chunk more."""
+        return self._tail.is_at_end
+
+    def at(self, step: int | None, layer: int) -> dict[str, Any] | None:
+        """The samples of a step, with the experts of one layer; those of the last step where this one has none.
+
+        Returns all steps that are kept, the step of the samples, the names of the layers, and of each sample `tokens`,
+        `num_prompt_tokens` and `experts`, a list or None for each token. None: there are no samples.
+        """
+        places = {at: list(each) for at, each in list(self._places.items())}
+        if not places:
+            return None
+        shown = max(places) if step not in places else step
+        found = [line for place in places[shown] if (line := self._read(place)) is not None]
+        names = list(_experts(found[0]))[:MAX_LAYERS] if found else []
+        name = names[layer] if layer < len(names) else None
+        samples = [_sample(line, name) for line in found]
+        return {"steps": sorted(places), "step": shown, "layers": [_cut(each) for each in names], "samples": samples}
+
+    def _take(self, step: int, place: tuple[int, int]) -> None:
+        self.num += 1
+        if len(self._places[step]) < MAX_SAMPLES:
+            self._places[step].append(place)
+        if len(self._places) > MAX_STEPS:
+            del self._places[min(self._places)]
+
+    def _read(self, place: tuple[int, int]) -> Line | None:
+        return _parsed(read_between(self._path, *place))
+
+
+def _parsed(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and is_sample(line) else None
+
+
+def _experts(line: Line) -> dict[str, Any]:
+    found = line.get("experts")
+    return found if isinstance(found, dict) else {}
+
+
+def _sample(line: Line, layer: str | None) -> dict[str, Any]:
+    tokens = line.get("tokens")
+    tokens = [_cut(token) for token in tokens[:MAX_TOKENS]] if isinstance(tokens, list) else []
+    rows = _experts(line).get(layer) if layer is not None else None
+    rows = rows[: len(tokens)] if isinstance(rows, list) else []
+    num_prompt = line.get("num_prompt_tokens")
+    return {
+        "tokens": tokens,
+        "num_prompt_tokens": min(max(num_prompt, 0), len(tokens)) if type(num_prompt) is int else 0,
+        "experts": [_ids(row) for row in rows] + [None] * (len(tokens) - len(rows)),
+    }
+
+
+def _ids(row: Any) -> list[int] | None:
+    """Experts of a token, as a run writes them; None for anything else."""
+    if not isinstance(row, list) or len(row) > MAX_EXPERTS:
+        return None
+    return row if all(type(each) is int and 0 <= each < 2**20 for each in row) else None
+
+
+def _cut(value: Any) -> str:
+    return str(value)[:MAX_CHARACTERS]
