@@ -17,13 +17,14 @@ from playwright.sync_api import Browser, Page
 from runtime.report.event_text import event_text
 from tests.runtime.job.test_job import _arguments
 from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
-from tests.runtime.watch.text_run import LAYERS, make_text_run, sample
+from tests.runtime.watch.text_run import LAYERS, add_text, make_text_run, sample
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import append_event, read_events, read_metrics
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+SAMPLES = ('--run.sample_prompts=["12 green", "x, y"]', "--run.sample_tokens=8")
 WAIT_S = 120.0
 START_S = 240.0  # of a run, on a machine that does other things too
 
@@ -75,7 +76,7 @@ def serious_faults(watched: Watched) -> list[str]:
 def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Browser, tmp_path: Path) -> None:
     faults = [{"rank": 1, "step": 40, "phase": "experts", "action": "kill"}]
     (tmp_path / "faults.json").write_text(json.dumps(faults))
-    how = ("--name=live", "--steps=120", "--run.checkpoint_every=20", "--run.eval_every=20")
+    how = ("--name=live", "--steps=120", "--run.checkpoint_every=20", "--run.eval_every=20", *SAMPLES)
     with served(tmp_path, "live", "--wait") as url, opened(chromium, url) as watched:
         page = watched.page
         assert page.url.endswith("/")  # the token is out of the address
@@ -105,13 +106,19 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
         wait_for(page, lambda: "1 recovery" in page.inner_text("main"))
         for view in VIEWS:
             watched.show(view)
+        watched.show("text")
+        wait_for(page, lambda: "2 texts after step 120" in page.inner_text("main"))
+        tokens = page.locator(".sample").nth(1).locator("[role=option]").all_inner_texts()
+        assert "".join(tokens[:4]) == "x, y"
+        steps = page.get_by_label("After step").locator("option").all_inner_texts()
+        assert steps == ["the newest", *map(str, range(120, -20, -20))]
         assert watched.complaints == []
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
-    made = make_run(folder / "runs" / "one", SyntheticRun(steps=200, total_steps=200))
+    made = add_text(make_run(folder / "runs" / "one", SyntheticRun(steps=200, total_steps=200)))
     make_text_run(folder / "runs" / "texts")
     append_event(made, "failed", reason="a rank was lost", diagnosis="a stack\n" * 50)
     make_run(folder / "runs" / "two", SyntheticRun(steps=90, total_steps=200, law="none", seed=1))

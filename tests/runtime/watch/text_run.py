@@ -18,14 +18,18 @@ TEXTS = (
 )
 
 
-def make_text_run(path: Path, steps: tuple[int, ...] = (0, 20, 40, 60)) -> Path:
+def make_text_run(path: Path) -> Path:
     """The synthetic run with its text."""
-    make_run(path)
+    return add_text(make_run(path))
+
+
+def add_text(path: Path) -> Path:
+    """Give a synthetic run its text, and samples of four steps."""
     config = (path / "config.yaml").read_text().replace("hidden: 192", "hidden: 192\n  max_seq_len: 100")
     config = config.replace("data: {", "data: {mix: [3, 1], mix_after: [1, 1], shift_at: 41, pack_documents: true, ")
     (path / "config.yaml").write_text(config)
     (path / "data.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "sources": SOURCES}))
-    lines = [sample(step, number) for step in steps for number in range(len(TEXTS))]
+    lines = [sample(step, number) for step in (0, 20, 40, 60) for number in range(len(TEXTS))]
     (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
