@@ -10,6 +10,7 @@ MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of l
 LOGGERS = ("tensorboard", "wandb", "mlflow")  # see runtime/loggers
 # Of samples: config.yaml and a line of samples.jsonl have to hold them.
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_SAMPLE_TOKENS = 16, 500, 512
+MAX_TEMPERATURE = 100.0
 MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
 
 
@@ -37,7 +38,9 @@ class RunConfig:
     """Prompts that each evaluation continues, for the page of `trimtab watch` and samples.jsonl; an empty one begins a
     document. They can be others where a run resumes."""
     sample_tokens: int = 64
-    """Tokens to add to each of them, the likeliest each time, unless the document ends before."""
+    """Tokens to add to each of them, unless the document ends before."""
+    sample_temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 draws from the model's distribution, by run.seed."""
     checkpoint_every: int = 100
     """Steps between two checkpoints; 0 saves at the end and on Ctrl-C alone."""
     keep_checkpoints: int = 3
@@ -104,6 +107,8 @@ class RunConfig:
                 )
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 raise InvalidValue(f"prompt {number} of run.sample_prompts is not UTF-8; give it in that encoding")
+        if not 0 <= self.sample_temperature <= MAX_TEMPERATURE:
+            raise InvalidValue(f"run.sample_temperature ({self.sample_temperature}) must be 0 to {MAX_TEMPERATURE:g}")
         if not 1 <= self.sample_tokens <= MAX_SAMPLE_TOKENS:
             raise InvalidValue(f"run.sample_tokens ({self.sample_tokens}) must be 1 to {MAX_SAMPLE_TOKENS}")
 

@@ -19,8 +19,11 @@ class SampleTaker:
         self._state, self._run = state, state.spec.run
         self._tokenizer = load_tokenizer(state.spec.tokenizer)
         self._prompt_ids = encode_prompts(self._tokenizer, self._run.sample_prompts)
-        # Greedy: texts of two steps differ by their weights alone, and no random generator is asked.
-        self._sampling = SamplingConfig(max_new_tokens=self._run.sample_tokens)
+        # Drawn by generators of their own, the same at each evaluation: training's random state stays as it is, and
+        # texts of two steps differ by their weights alone.
+        self._sampling = SamplingConfig(
+            max_new_tokens=self._run.sample_tokens, temperature=self._run.sample_temperature, seed=self._run.seed
+        )
 
     def take(self) -> list[Sample]:
         """Continue all prompts; returns the lines of samples.jsonl in their order, on every rank.

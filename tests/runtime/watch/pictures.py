@@ -14,6 +14,7 @@ PICTURES = (
     ("overview", 400, "light"),
     ("overview", 400, "dark"),
     ("balance", 1400, "dark"),
+    ("text", 1400, "light"),
     ("compare", 1400, "light"),
 )
 NUM_COLOURS = 256  # of a picture: fewer bytes, and no difference to be seen

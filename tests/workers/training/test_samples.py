@@ -47,7 +47,12 @@ def test_a_run_with_samples_trains_bit_for_bit_as_one_without(tmp_path):
     spec = replace(make_spec(tmp_path, steps=4, eval_every=2), balance=BalanceConfig(law="newton"))
     plain = _with_run(spec, "plain")
     # One prompt: rank 1 has none. Three: rank 0 has two of them.
-    sampled = [_with_run(spec, f"with-{num}", sample_prompts=PROMPTS[:num], sample_tokens=NUM_NEW) for num in (1, 3)]
+    sampled = [
+        _with_run(
+            spec, f"with-{num}", sample_prompts=PROMPTS[:num], sample_tokens=NUM_NEW, sample_temperature=temperature
+        )
+        for num, temperature in ((1, 0.0), (3, 1.0))
+    ]
     for rank, (expected, *found) in enumerate(run_ranks(2, _train, [plain, *sampled])):
         for state, generator in found:
             assert torch.equal(generator, expected[1]), rank
