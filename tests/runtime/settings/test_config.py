@@ -197,6 +197,7 @@ def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str
 # A value for each setting whose neighbour of the default would break a rule of its section.
 CHOSEN: dict[str, Any] = {
     "run.log_to": ("tensorboard", "mlflow"),
+    "run.sample_temperature": 0.7,
     "run.sample_prompts": ("Once upon a time,", "", "\u4f60 {'a': \"b\"}"),
     "run.global_batch_size": 12, "run.micro_batch_size": 2, "cluster.num_workers": 3, "cluster.max_workers": 4,
     "parallel.ep_size": 3,
