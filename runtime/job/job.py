@@ -76,7 +76,7 @@ def train(
             return 0
         with page_beside(run_dir, lambda text: say(console, text), is_wanted=watch):
             outcome = _train(config, run_dir, lock, stop, dataset, start=start, is_new=resume is None, console=console)
-        from runtime.report.report import print_summary  # imports matplotlib, for which no run should start later
+        from runtime.report.report import print_summary
 
         print_summary(run_dir, console)
         say(console, report_line(run_dir))

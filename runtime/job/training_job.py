@@ -11,7 +11,7 @@ from runtime.job.launch import LaunchedGang
 from runtime.job.live import LiveView
 from runtime.job.now_file import NowFile
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
-from runtime.report.event_text import told_event
+from runtime.runs.event_text import told_event
 from runtime.runs.run_lock import RunLock
 from runtime.settings.cautions import Watch
 from runtime.settings.config import TrainConfig

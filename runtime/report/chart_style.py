@@ -1,11 +1,8 @@
-"""The common look of all charts: colours, axes, legends, smoothing, and the way into a page or a PNG.
+"""The common look of all charts: colours, axes, legends, smoothing, and the way into a PNG.
 
 Nothing here knows of runs. No pyplot: it keeps figures alive and has a state of its own.
 """
 
-import html
-import io
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +27,6 @@ THEME = {
     "red": "#d55e00",
     "pink": "#c06a9a",
     "grey": "#b4bac2",
-}
-DARK_THEME = {
-    "ink": "#e8eaed",
-    "muted": "#9aa4b2",
-    "grid": "#2c323a",
-    "blue": "#4aa8e0",
-    "orange": "#f0a830",
-    "green": "#2cc295",
-    "red": "#f5793a",
-    "pink": "#e08fbf",
-    "grey": "#5b6470",
 }
 SERIES = ("blue", "orange", "green", "pink")
 MAX_POINTS = 120  # a longer line is averaged: more cannot be told apart
@@ -69,23 +55,6 @@ def new_figure(draw: Callable[[FigureBase], None], size: tuple[float, float], *,
 def write_png(draw: Callable[[FigureBase], None], size: tuple[float, float], target: Path, *, dpi: int = 130) -> None:
     """Write a figure of `size` inches on white as PNG, drawn by `draw` in the common style."""
     new_figure(draw, size, facecolor="#ffffff").savefig(target, format="png", dpi=dpi)
-
-
-def to_svg(figure: Figure, title: str) -> str:
-    """SVG for inside a page: text as text in the page's font, each colour of THEME as the CSS variable of its name."""
-    buffer = io.StringIO()
-    # The salt keeps the ids of several pictures on one page apart, and equal from run to run.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "svg.image_inline": True}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Without a size of its own the picture takes the width that the page gives it.
-    svg = re.sub(r'^(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
-    for name, color in THEME.items():
-        svg = svg.replace(color, f"var(--{name})")
-    return svg
 
 
 def new_axes(figure: FigureBase, x_label: str, y_label: str) -> Axes:

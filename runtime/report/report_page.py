@@ -1,88 +1,179 @@
-"""The page around a report's figures and charts. Follows the reader's light or dark setting; prints in light."""
+"""The page of a report: its figures, events and settings as text that needs no script, and its charts."""
 
+import base64
+import hashlib
+import html
+import json
+import time
+from collections.abc import Iterator, Sequence
 from string import Template
+from typing import Any
 
-from runtime.report.chart_style import DARK_THEME, THEME
+from runtime.report.held import held_json
+from runtime.report.page_script import library, page_script, style
+from runtime.report.run_record import MAX_VIO_DEFINITION, Headline, RunRecord, headlines, phase_shares
+from runtime.runs.event_text import STACKS, event_text
+from runtime.terminal.quantities import duration, milliseconds, percent, three_digits
+from workers.record.record_lines import Line
 
+MAX_EVENTS = 400  # the first and the last ones of more
+NUM_FIRST_EVENTS = 40
+MAX_STACK_CHARACTERS = 32_000  # of an event
+MAX_EVENT_CHARACTERS = 4_000
+MAX_STACKS = 32  # events whose stacks are shown: the last ones
+MAX_EVALUATIONS = 12
+_VERDICTS = {True: "good", False: "bad", None: ""}
 
-def _variables(colors: dict[str, str]) -> str:
-    return " ".join(f"--{name}: {color};" for name, color in colors.items())
+# What the file is made of, and nothing else, from nowhere else; no text that becomes markup.
+_POLICY = (
+    "default-src 'none'; script-src $hashes; style-src '$style_hash'; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'"
+)
 
-
-_STYLE = f"""
-:root {{ color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --line: #dfe3e8; {_variables(THEME)} }}
-@media screen and (prefers-color-scheme: dark) {{
-  :root {{ --page: #14171b; --card: #1c2026; --line: #2f353d; {_variables(DARK_THEME)} }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: var(--page); color: var(--ink); line-height: 1.45;
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
-main {{ max-width: 1180px; margin: 0 auto; padding: 28px 20px 48px; }}
-h1 {{ font-size: 26px; margin: 0; overflow-wrap: anywhere; }}
-h2 {{ font-size: 17px; margin: 34px 0 10px; }}
-.state {{ font-size: 13px; font-weight: 600; padding: 2px 10px; border-radius: 10px; margin-left: 10px;
-  vertical-align: middle; border: 1px solid var(--line); color: var(--muted); }}
-.state.finished {{ color: var(--green); }} .state.failed {{ color: var(--red); }}
-.summary {{ color: var(--muted); margin: 4px 0 20px; }}
-.grid {{ display: grid; gap: 14px; }}
-.cards {{ grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }}
-.charts {{ grid-template-columns: repeat(2, minmax(0, 1fr)); grid-auto-flow: dense; }}
-.card, figure {{ background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0; }}
-.card {{ padding: 13px 16px; }}
-.label {{ color: var(--muted); font-size: 13px; }}
-.value {{ font-size: 25px; font-weight: 650; font-variant-numeric: tabular-nums; }}
-.good .value {{ color: var(--green); }} .bad .value {{ color: var(--red); }}
-.good .value::after {{ content: " ✓"; font-size: 18px; }} .bad .value::after {{ content: " ✗"; font-size: 18px; }}
-.note {{ color: var(--muted); font-size: 12.5px; }}
-figure {{ padding: 14px 16px 12px; break-inside: avoid; }}
-figure.wide {{ grid-column: 1 / -1; }}
-figure svg {{ display: block; width: 100%; height: auto; }}
-figure svg text {{ font-family: inherit !important; }}
-figure svg image {{ image-rendering: pixelated; }}
-figcaption {{ color: var(--muted); font-size: 12.5px; margin-top: 8px; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
-td {{ padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }}
-td:first-child, .events td:nth-child(2) {{ color: var(--muted); }}
-td:first-child, .events td:nth-child(-n+3) {{ white-space: nowrap; }}
-.events pre {{ white-space: pre-wrap; font-size: 12px; margin: 6px 0; }}
-.config tbody {{ display: block; columns: 2; column-gap: 40px; }}
-.config tr {{ display: flex; justify-content: space-between; break-inside: avoid;
-  border-bottom: 1px solid var(--line); }}
-.config td {{ border: 0; padding-right: 0; }} .config td + td {{ text-align: right; padding-left: 16px; }}
-@media (max-width: 800px) {{
-  .charts {{ grid-template-columns: minmax(0, 1fr); }} .config tbody {{ columns: 1; }}
-}}
-"""
-
-PAGE = Template(f"""<!doctype html>
+_PAGE = Template(f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="content-security-policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title: training report</title>
-<style>{_STYLE}</style>
+<style>$style</style>
 </head>
 <body>
+<header>
+<div class="title"><h1>$title</h1></div>
+<div id="state" class="state $state"><span class="word">$state</span></div>
+<p id="when" class="muted">$summary</p>
+</header>
 <main>
-<h1>$title<span class="state $state">$state</span></h1>
-<p class="summary">$summary</p>
-<section class="grid cards">
+<section class="cards figures" aria-label="Figures">
 $headlines
 </section>
-<h2>Charts</h2>
-<section class="grid charts">
 $charts
-</section>
+$tables
 <h2>Events</h2>
-<div class="scroll"><table class="events"><tbody>
 $events
-</tbody></table></div>
 <h2>Configuration</h2>
-<div class="scroll"><table class="config"><tbody>
+<div class="scroll" tabindex="0" role="region" aria-label="Configuration"><table class="config"><tbody>
 $config
 </tbody></table></div>
 </main>
+$scripts
 </body>
 </html>
 """)
+
+_CHARTS = f"""<h2>Charts</h2>
+<noscript><p class="note">The charts need JavaScript; the figures need none.</p></noscript>
+<p class="note">{MAX_VIO_DEFINITION};
+0 is perfect. Perfectly balanced routing with independent tokens would still show what comes by chance.</p>
+<div id="window" class="window" role="group" aria-label="Window of steps"></div>
+<div id="view"></div>"""
+
+
+def page_of(record: RunRecord, summary: str) -> str:
+    """The whole file. summary: the run in a sentence."""
+    scripts = [library(), page_script()] if record.train or record.evals else []
+    sheet = style()
+    return _PAGE.substitute(
+        title=_text(record.name),
+        state=_text(record.state),
+        summary=_text(summary),
+        style=sheet,
+        style_hash=_digest(sheet),
+        hashes=" ".join(f"'{_digest(each)}'" for each in scripts) or "'none'",
+        headlines="\n".join(map(_card, headlines(record))),
+        charts=_CHARTS if scripts else "<p>No step was recorded.</p>",
+        tables="\n".join(_tables(record)),
+        events=_table("Events", ("Time", "Since the start", "Event", "What"), _event_rows(record.events), "events"),
+        config="\n".join(_config_rows(record.config)),
+        scripts=_script_elements(record, scripts),
+    )
+
+
+def _script_elements(record: RunRecord, scripts: list[str]) -> str:
+    if not scripts:
+        return ""
+    held = f'<script id="held" type="application/json">{held_json(record)}</script>'
+    return "\n".join([held, *(f"<script>{script}</script>" for script in scripts)])
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _card(figure: Headline) -> str:
+    return (
+        f'<div class="card {_VERDICTS[figure.verdict]}"><div class="label">{_text(figure.label)}</div>'
+        f'<div class="value">{_text(figure.value)}</div><p class="note">{_text(figure.note)}</p></div>'
+    )
+
+
+def _tables(record: RunRecord) -> Iterator[str]:
+    if shares := phase_shares(record):
+        rows = [[_td(name), _td(milliseconds(seconds)), _td(percent(share))] for name, seconds, share in shares]
+        yield "<h2>Where the time of all steps went</h2>"
+        yield _table("Where the time of all steps went", ("Part", "Mean", "Share"), rows, "plain")
+    if record.evals:
+        num = min(len(record.evals), MAX_EVALUATIONS)
+        places = sorted({round(n * (len(record.evals) - 1) / max(num - 1, 1)) for n in range(num)})
+        rows = [_evaluation(record.evals[n]) for n in places]
+        yield "<h2>Evaluations</h2>"
+        yield _table("Evaluations", ("Step", "Held-out loss", "Bits per byte", "MaxVio_global"), rows, "plain")
+
+
+def _evaluation(line: Line) -> list[str]:
+    values = [line.get(name) for name in ("val_loss", "val_bits_per_byte", "max_vio_global")]
+    return [_td(str(line["step"])), *(_td("n/a" if value is None else three_digits(value)) for value in values)]
+
+
+def _table(label: str, head: Sequence[str], rows: Sequence[list[str]], kind: str) -> str:
+    heads = "".join(f'<th scope="col">{_text(each)}</th>' for each in head)
+    body = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(label)}"><table class="{kind}">'
+        f"<thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _td(text: str, kind: str = "") -> str:
+    return f'<td class="{kind}">{_text(text)}</td>' if kind else f"<td>{_text(text)}</td>"
+
+
+def _config_rows(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _config_rows(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield f"<tr>{_td(prefix + str(key))}{_td(shown)}</tr>"
+
+
+def _event_rows(events: list[Line]) -> list[list[str]]:
+    """The first and the last ones, where there are more than MAX_EVENTS."""
+    told = [n for n, event in enumerate(events) if any(event.get(name) for name in STACKS)][-MAX_STACKS:]
+    rows = [_event(event, events[0], has_stacks=n in told) for n, event in enumerate(events)]
+    if (num_left_out := len(rows) - MAX_EVENTS) <= 0:
+        return rows
+    gap = [_td(""), _td(""), _td(""), _td(f"{num_left_out:,} events more; all are in events.jsonl", "text")]
+    return [*rows[:NUM_FIRST_EVENTS], gap, *rows[NUM_FIRST_EVENTS - MAX_EVENTS :]]
+
+
+def _event(event: Line, first: Line, *, has_stacks: bool) -> list[str]:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    folded = "".join(_folded(name, event[name]) for name in STACKS if has_stacks and event.get(name))
+    words = _text(event_text(event)[:MAX_EVENT_CHARACTERS])
+    return [
+        _td(when, "nowrap"),
+        _td(f"+{duration(event['time'] - first['time'])}", "nowrap"),
+        _td(str(event["event"])[:64].replace("_", " "), "kind"),
+        f'<td class="text">{words}{folded}</td>',
+    ]
+
+
+def _folded(title: str, text: Any) -> str:
+    return f"<details><summary>{_text(title)}</summary><pre>{_text(str(text)[:MAX_STACK_CHARACTERS])}</pre></details>"
+
+
+def _text(value: str) -> str:
+    return html.escape(value)

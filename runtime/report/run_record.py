@@ -27,6 +27,13 @@ NUMBERS = (
     "grad_norm", "dispatch_s", "experts_s", "combine_s", "bias_update_s", "val_loss", "val_bits_per_byte",
     "max_vio_global",
 )  # fmt: skip
+PARTS = {  # of a step, in seconds of the training thread, none inside another
+    "experts_s": "experts",
+    "dispatch_s": "dispatch",
+    "combine_s": "combine",
+    "bias_update_s": "bias update",
+    "control_wait_s": "control wait",
+}
 MAX_NUMBER = 2**53  # sums of them stay far below the end of int64
 
 
@@ -90,11 +97,6 @@ class RunRecord:
         return floats(line.get(field) for line in self.train)
 
     @property
-    def eval_steps(self) -> list[int]:
-        """The steps of the evaluation lines."""
-        return [line["step"] for line in self.evals]
-
-    @property
     def skipped_steps(self) -> list[int]:
         """Steps whose gradient was not finite."""
         return [line["step"] for line in self.train if line.get("skipped")]
@@ -117,11 +119,6 @@ class RunRecord:
     def repaired_steps(self) -> set[int]:
         """Steps that some rank routed by a bias that was then repaired."""
         return {event["step"] for event in self.events if event["event"] == "bias_repaired"}
-
-    def max_vio_per_layer(self) -> NDArray[np.float64]:
-        """MaxVio_batch: (training lines, layers)."""
-        num_layers = len(self.history.layout.names)
-        return np.array([floats(line["max_vio_batch_per_layer"]) for line in self.train]).reshape(-1, num_layers)
 
 
 def _check_numbers(path: Path, line: Line) -> None:
@@ -172,7 +169,8 @@ def headlines(record: RunRecord) -> list[Headline]:
     if recoveries := record.recoveries:
         figures.append(_recoveries(recoveries))
     if skipped := record.skipped_steps:
-        note = "gradient not finite: weights and bias left as they were"
+        named = ", ".join(map(str, skipped[:MAX_GAPS])) + (", ..." if len(skipped) > MAX_GAPS else "")
+        note = f"gradient not finite: weights and bias left as they were; step {named}"
         figures.append(Headline("Skipped steps", str(len(skipped)), note))
     return figures
 
@@ -260,6 +258,16 @@ def _speed(record: RunRecord) -> Headline:
     return Headline("Tokens per second", short(float(speed)), note)
 
 
+def phase_shares(record: RunRecord) -> list[tuple[str, float, float]]:
+    """What the steps were spent on: the mean in seconds of each part and of all else, and its share of the time."""
+    whole = float(np.nansum(record.column("step_s")))
+    if not whole:
+        return []
+    spent = {label: float(np.nansum(record.column(field))) for field, label in PARTS.items()}
+    spent["everything else"] = max(0.0, whole - sum(spent.values()))
+    return [(label, seconds / len(record.train), seconds / whole) for label, seconds in spent.items()]
+
+
 def _recoveries(recoveries: list[Line]) -> Headline:
     seconds = [event["total_s"] for event in recoveries]
     steps = ", ".join(str(event["step"]) for event in recoveries[-5:])
@@ -280,15 +288,6 @@ def floats(values: Iterable[float | None]) -> NDArray[np.float64]:
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
-
-
-def layer_labels(record: RunRecord) -> list[str]:
-    """'layer 3' for 'layers.3.moe'; the name itself where it has not exactly one number."""
-    labels = []
-    for name in record.history.layout.names:
-        numbers = [part for part in name.split(".") if part.isdigit()]
-        labels.append(f"layer {numbers[0]}" if len(numbers) == 1 else clip(name))
-    return labels
 
 
 def clip(name: str) -> str:

@@ -7,6 +7,8 @@ the bounded memory of long curves, `curves` makes rows of lines, `load_codes` co
 they are appended, `spread` a few lines of all of a long file at once, and `regular_file` opens files of a directory
 that may be anybody's; `plain` makes values of theirs fit to be sent.
 
+`answers` makes of them the numbers that charts draw; report.html has the same ones.
+
 `follower` polls all runs on a thread. `app` answers requests with what they hold, behind `guard`, which decides who may
 ask; `exposition` tells Prometheus. `serve` binds the address and tells the URL; `packages` says what it needs. The page
 itself is in `static/`; it needs no build step and no network.

@@ -5,24 +5,20 @@ that were read when the server began.
 """
 
 import asyncio
-import base64
 import json
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from runtime.watch.answers import curves_of, expert_curves, last_load, load_map
 from runtime.watch.exposition import CONTENT_TYPE, exposition
 from runtime.watch.follower import Turns
-from runtime.watch.load_codes import codes_of, most_and_least
 from runtime.watch.watched_run import WatchedRun
 
 LOOK_S = 0.5  # of the stream, for something new
@@ -93,11 +89,7 @@ class _Api:
         names = request.query_params.get("names", "").split(",")[:MAX_CURVES]
         first, last = _window(request, metrics.last_step)
         spans = metrics.spans(names, first, last, _whole(request, "num", 400, 1, MAX_SPANS))
-        each = {
-            name: {"low": _column(spans.low, n), "high": _column(spans.high, n), "mean": _column(spans.mean, n)}
-            for n, name in enumerate(names)
-        }
-        return _json({"first": spans.first.tolist(), "last": spans.last.tolist(), "curves": each})
+        return _json(curves_of(spans, names))
 
     def events(self, request: Request) -> Response:
         return _json(self._run(request).events.since(_whole(request, "since", 0, 0, _LAST_STEP)))
@@ -111,11 +103,7 @@ class _Api:
         run = self._run(request)
         first, last = _window(request, run.metrics.last_step)
         found = run.load.columns(_layer(request), first, last, _whole(request, "num", 256, 1, MAX_COLUMNS))
-        if found is None:
-            return _json(None)
-        shares = found.counts / np.maximum(found.counts.mean(1, keepdims=True), 1e-9)
-        how = {"num_records": found.num_records, "num_read": found.num_read}
-        return _json({"steps": found.steps.tolist(), "codes": _text(codes_of(shares)), **how})
+        return _json(found and load_map(found))
 
     def expert(self, request: Request) -> Response:
         """Load, as a multiple of the mean of the layer, and bias of one expert."""
@@ -126,28 +114,11 @@ class _Api:
         expert = _whole(request, "expert", 0, 0, _LAST_STEP)
         if found is None or expert >= found.counts.shape[1]:
             return _json(None)
-        share = found.counts[:, expert] / np.maximum(found.counts.mean(1), 1e-9)
-        bias = [_finite(value) for value in found.bias[:, expert].tolist()]
-        return _json({"steps": found.steps.tolist(), "load": share.round(4).tolist(), "bias": bias})
+        return _json(expert_curves(found, expert))
 
     def last_load(self, request: Request) -> Response:
         """The load of all layers over the last steps: a row of codes for each, and the experts that stand out."""
-        run = self._run(request)
-        found, layout = run.load.last(), run.load.layout
-        if found is None or layout is None:
-            return _json(None)
-        layers = []
-        for where in layout.slices:
-            counts_E, bias_E = found.counts_N[where], found.bias_N[where]
-            share_E = counts_E / max(float(counts_E.mean()), 1e-9)
-            layers.append({
-                "codes": _text(codes_of(share_E)),
-                "max_vio": _finite(float(share_E.max() - 1)),
-                "dead": int((counts_E == 0).sum()),
-                "bias": [_finite(float(bias_E.min())), _finite(float(bias_E.max()))],
-            })  # fmt: skip
-        how = {"first": found.first, "last": found.last, "num": found.num}
-        return _json({**how, "layers": layers, **most_and_least(found, layout)})
+        return _json(last_load(self._run(request)))
 
     def samples(self, request: Request) -> Response:
         """The texts that were continued at a step, by default the last one, and the experts of a layer."""
@@ -203,19 +174,6 @@ def _window(request: Request, last_step: int) -> tuple[int, int]:
 
 def _layer(request: Request) -> int:
     return _whole(request, "layer", 0, 0, 2**20)
-
-
-def _text(codes: NDArray[np.uint8]) -> str:
-    return base64.b64encode(codes.tobytes()).decode()
-
-
-def _column(values: NDArray[np.float64], number: int) -> list[float | None]:
-    return [_finite(value) for value in values[:, number].tolist()]
-
-
-def _finite(value: float) -> float | None:
-    # Seven digits are more than a chart shows; the mean of a thousand steps would have seventeen.
-    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _dumped(value: Any) -> str:

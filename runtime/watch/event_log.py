@@ -5,7 +5,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from runtime.report.event_text import STACKS, event_text
+from runtime.runs.event_text import STACKS, event_text
 from runtime.watch.curves import is_number
 from runtime.watch.plain import plain
 from runtime.watch.tail import Tail

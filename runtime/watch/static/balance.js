@@ -1,15 +1,16 @@
 // Who gets the tokens: load by expert through time, layer by layer.
 
-import { ask } from "./api.js";
+import { ask, askCurves } from "./api.js";
 import { Chart } from "./chart.js";
 import { card, el, svg, table } from "./dom.js";
 import { count, digits, setting } from "./format.js";
 import { decoded, HeatMap, legend, loadOf } from "./heat.js";
-import { chartGrid } from "./parts.js";
+import { chartGrid, NUM_SPANS, zoom } from "./parts.js";
 
 export const TITLE = "Balance";
 
 const NUM_COLUMNS = 256;
+const MOMENTS = [{ path: "last_load", title: "All layers now" }];
 
 export function make(root, context) {
   const chosen = { layer: 0, expert: 0 };
@@ -17,24 +18,27 @@ export function make(root, context) {
   const layer = el("select", { onchange: () => { chosen.layer = Number(layer.value); context.redraw(); } });
   const expert = el("input", { type: "number", min: 0, value: 0, onchange: () => pick(Number(expert.value)) });
   const pick = (number) => { chosen.expert = number; expert.value = String(number); context.redraw(); };
-  const state = { load: null, now: null };
+  const state = { load: null };
   const map = new HeatMap({
     title: "Load of each expert through time", note: "Click an expert to see its load and bias below.",
     told: (row, column) => toldCell(state.load, row, column), onPick: (row) => pick(row),
   });
-  const all = new HeatMap({
-    title: "All layers now", note: "Click a layer to see it above.",
-    told: (row, column) => toldNow(state.now, context, row, column),
+  const moments = (context.moments ?? MOMENTS).map((each) => ({ ...each, rows: null }));
+  const mapOf = (moment) => new HeatMap({
+    title: moment.title, note: "", told: (row, column) => toldNow(moment.rows, context, row, column),
     onPick: (row, column) => { chosen.layer = row; layer.value = String(row); pick(column); },
   });
+  moments.forEach((each) => { each.map = mapOf(each); });
   const one = [
-    new Chart({ title: "Load of the chosen expert", lines: [{ label: "load", colour: "blue" }, { label: "mean of the layer", colour: "grey", dash: [6, 4] }] }),
-    new Chart({ title: "Bias of the chosen expert", lines: [{ label: "bias", colour: "orange" }] }),
+    new Chart({ ...zoom(context), title: "Load of the chosen expert", lines: [{ label: "load", colour: "blue" }, { label: "mean of the layer", colour: "grey", dash: [6, 4] }] }),
+    new Chart({ ...zoom(context), title: "Bias of the chosen expert", lines: [{ label: "bias", colour: "orange" }] }),
   ];
+  const imbalance = new Chart({ ...zoom(context), title: "MaxVio of the chosen layer",
+    lines: [{ label: "each batch", colour: "blue", band: true }, { label: "by chance", colour: "grey", dash: [6, 4] }] });
   const layers = el("div", { class: "bars" });
   const extremes = el("div", {});
   root.append(cards, el("div", { class: "controls" }, el("label", {}, "Layer ", layer), el("label", {}, "Expert ", expert), legend()),
-    map.figure, el("div", { class: "charts" }, ...one.map((chart) => chart.figure)), el("div", { class: "controls" }), all.figure,
+    map.figure, el("div", { class: "charts" }, ...[...one, imbalance].map((chart) => chart.figure)), ...moments.map((each) => each.map.figure),
     el("h2", { text: "MaxVio of each layer" }), el("p", { class: "note", text: "Over the last steps that were recorded; the mark is what chance alone would show over as many." }), layers,
     el("h2", { text: "Experts that stand out" }), extremes, el("h2", { text: "Through time" }));
   const grid = chartGrid(root, context, [
@@ -66,18 +70,33 @@ export function make(root, context) {
     one[1].draw(found.steps, found.steps, [{ mean: found.bias }]);
   }
 
-  async function drawNow() {
-    const found = await ask(`runs/${context.run}/last_load`);
-    all.figure.hidden = !found;
-    cards.replaceChildren(...figures(context, found));
+  async function drawLayer() {
+    const names = [`max_vio_batch_per_layer.${chosen.layer}`, "max_vio_floor"];
+    const found = await askCurves(context.run, names, context.window.parameters, NUM_SPANS);
+    imbalance.figure.hidden = !found.first.length;
+    if (found.first.length) imbalance.draw(found.first, found.last, names.map((name) => found.curves[name]));
+  }
+
+  function drawMoment(moment, found) {
+    moment.map.figure.hidden = !found;
     if (!found) return;
-    const rows = found.layers.map((each) => decoded(each.codes));
+    const rows = moment.rows = found.layers.map((each) => decoded(each.codes));
     const columns = Math.max(...rows.map((each) => each.length));
-    state.now = rows;
-    all.draw(rows.length, columns, (row, column) => rows[row][column], ["expert 0", `expert ${columns - 1}`],
+    const imbalance = found.layers.reduce((sum, each) => sum + each.max_vio, 0) / rows.length;
+    moment.map.note = `Steps ${count(found.first)} to ${count(found.last)} together: MaxVio ${digits(imbalance)}, mean of layers. Click a layer to see it above.`;
+    moment.map.caption.textContent = moment.map.note;
+    moment.map.draw(rows.length, columns, (row, column) => rows[row][column], ["expert 0", `expert ${columns - 1}`],
       `${rows.length} layers, one below the other, steps ${found.first} to ${found.last}`, Math.min(Math.max(rows.length * 12, 60), 420));
-    layers.replaceChildren(...layerBars(context, found));
-    extremes.replaceChildren(extremeTable(context, found));
+  }
+
+  async function drawMoments() {
+    const answers = await Promise.all(moments.map(({ path }) => ask(`runs/${context.run}/${path}`)));
+    const last = answers.at(-1);
+    answers.forEach((found, number) => drawMoment(moments[number], found));
+    cards.replaceChildren(...figures(context, last));
+    if (!last) return;
+    layers.replaceChildren(...layerBars(context, last));
+    extremes.replaceChildren(extremeTable(context, last));
   }
 
   return {
@@ -85,9 +104,9 @@ export function make(root, context) {
       const facts = context.facts[context.run];
       if (!facts) return;
       fillLayers(layer, context, facts);
-      await Promise.all([drawMap(), drawExpert(), drawNow(), grid.draw()]);
+      await Promise.all([drawMap(), drawExpert(), drawLayer(), drawMoments(), grid.draw()]);
     },
-    leave() { grid.leave(); one.forEach((chart) => chart.leave()); },
+    leave() { grid.leave(); [...one, imbalance].forEach((chart) => chart.leave()); },
   };
 }
 

@@ -9,7 +9,7 @@ import { chartGrid, eventTable } from "./parts.js";
 export const TITLE = "Overview";
 
 const SMOOTHING = [["none", 0], ["some", 0.6], ["strong", 0.92]];
-const PHASES = [["dispatch_s", "tokens to their experts"], ["experts_s", "experts"], ["combine_s", "results back"],
+export const PHASES = [["dispatch_s", "tokens to their experts"], ["experts_s", "experts"], ["combine_s", "results back"],
   ["bias_update_s", "bias update"], ["control_wait_s", "wait for the coordinator"], ["other_s", "attention, gradients, optimizer, all else"]];
 
 const RECENT = 64; // steps of the means, as in runtime/watch/metrics.py
@@ -18,25 +18,11 @@ const COMPARED = ["loss", "max_vio_batch", "tokens_per_s", "lr", "grad_norm", "b
 export function make(root, context) {
   const glance = el("section", { class: "cards glance", "aria-label": "At a glance" });
   const more = el("section", { class: "cards", "aria-label": "Figures" });
-  const smoothing = el("select", { onchange: () => { context.smoothing = Number(smoothing.value); context.redraw(); } },
-    ...SMOOTHING.map(([text, value]) => el("option", { value, text, selected: value === context.smoothing })));
   const against = el("select", { onchange: () => { context.against = against.value === "" ? null : Number(against.value); context.redraw(); } });
   const againstLabel = el("label", { hidden: true }, "Figures against ", against);
-  const controls = el("div", { class: "controls" }, el("label", {}, "Smoothing ", smoothing), againstLabel);
+  const controls = el("div", { class: "controls" }, smoothingChoice(context), againstLabel);
   root.append(glance, more, controls);
-  const smooth = (curve) => ({ ...curve, mean: smoothed(curve.mean, context.smoothing) });
-  const grid = chartGrid(root, context, [
-    { title: "Loss", names: ["loss", "val_loss"], note: "nats per token; the band is from the least to the greatest step", smooth,
-      lines: [{ label: "training", colour: "blue", band: true }, { label: "held out", colour: "orange", points: true }] },
-    { title: "Held-out bits per byte", names: ["val_bits_per_byte"], lines: [{ label: "bits per byte", colour: "orange", points: true }] },
-    { title: "MaxVio", names: ["max_vio_batch", "max_vio_floor"], smooth, note: "max load / mean load − 1, mean over layers",
-      lines: [{ label: "each batch", colour: "blue", band: true }, { label: "by chance", colour: "grey", dash: [6, 4] }] },
-    { title: "Tokens per second", names: ["tokens_per_s"], show: short, smooth, lines: [{ label: "tokens/s", colour: "green", band: true }] },
-    { title: "Gradient norm", names: ["grad_norm"], smooth, note: "before clipping", lines: [{ label: "norm", colour: "pink", band: true }] },
-    { title: "Learning rate", names: ["lr"], lines: [{ label: "rate", colour: "blue" }] },
-    { title: "Time of a step", names: ["step_s"], show: milliseconds, smooth, lines: [{ label: "step", colour: "green", band: true }] },
-    { title: "MFU", names: ["mfu"], show: percent, smooth, lines: [{ label: "MFU", colour: "green", band: true }] },
-  ]);
+  const grid = chartGrid(root, context, chartsOf(context));
   const phases = el("div", { class: "bars" });
   const events = eventTable("Last events", () => true, 12);
   root.append(el("h2", { text: "Where the time of a step goes" }), el("p", { class: "note", text: "Rank 0, mean of the last 64 steps." }),
@@ -54,6 +40,30 @@ export function make(root, context) {
     },
     leave: grid.leave,
   };
+}
+
+/** How much the curves are smoothed. */
+export function smoothingChoice(context) {
+  const select = el("select", { onchange: () => { context.smoothing = Number(select.value); context.redraw(); } },
+    ...SMOOTHING.map(([text, value]) => el("option", { value, text, selected: value === context.smoothing })));
+  return el("label", {}, "Smoothing ", select);
+}
+
+/** The charts of a run, for a grid. */
+export function chartsOf(context) {
+  const smooth = (curve) => ({ ...curve, mean: smoothed(curve.mean, context.smoothing) });
+  return [
+    { title: "Loss", names: ["loss", "val_loss"], note: "nats per token; the band is from the least to the greatest step", smooth,
+      lines: [{ label: "training", colour: "blue", band: true }, { label: "held out", colour: "orange", points: true }] },
+    { title: "Held-out bits per byte", names: ["val_bits_per_byte"], lines: [{ label: "bits per byte", colour: "orange", points: true }] },
+    { title: "MaxVio", names: ["max_vio_batch", "max_vio_floor"], smooth, note: "max load / mean load − 1, mean over layers",
+      lines: [{ label: "each batch", colour: "blue", band: true }, { label: "by chance", colour: "grey", dash: [6, 4] }] },
+    { title: "Tokens per second", names: ["tokens_per_s"], show: short, smooth, lines: [{ label: "tokens/s", colour: "green", band: true }] },
+    { title: "Gradient norm", names: ["grad_norm"], smooth, note: "before clipping", lines: [{ label: "norm", colour: "pink", band: true }] },
+    { title: "Learning rate", names: ["lr"], lines: [{ label: "rate", colour: "blue" }] },
+    { title: "Time of a step", names: ["step_s"], show: milliseconds, smooth, lines: [{ label: "step", colour: "green", band: true }] },
+    { title: "MFU", names: ["mfu"], show: percent, smooth, lines: [{ label: "MFU", colour: "green", band: true }] },
+  ];
 }
 
 /** The other runs that the figures can be held against. */

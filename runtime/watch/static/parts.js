@@ -5,12 +5,14 @@ import { Chart } from "./chart.js";
 import { el } from "./dom.js";
 import { duration, when } from "./format.js";
 
-const NUM_SPANS = 400;
+export const NUM_SPANS = 400;
+
+/** For a chart: a window that is drawn on it becomes that of all charts. */
+export const zoom = (context) => ({ onWindow: (first, last) => context.window.set([first, last]), onWhole: () => context.window.set(null) });
 
 /** A grid of charts whose curves come with one request. charts: [{ ...options of Chart, names }]. */
 export function chartGrid(root, context, charts) {
-  const window = { onWindow: (first, last) => context.window.set([first, last]), onWhole: () => context.window.set(null) };
-  const made = charts.map((each) => ({ names: each.names, smooth: each.smooth, chart: new Chart({ ...each, ...window }) }));
+  const made = charts.map((each) => ({ names: each.names, smooth: each.smooth, chart: new Chart({ ...each, ...zoom(context) }) }));
   root.append(el("div", { class: "charts" }, ...made.map(({ chart }) => chart.figure)));
   const names = [...new Set(made.flatMap((each) => each.names))];
   return {

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import os
 import re
@@ -10,11 +12,10 @@ from rich.console import Console
 
 from dispatch.errors import InvalidValue
 from runtime.job.job import report_line
-from runtime.report.chart_style import DARK_THEME, THEME, average, new_figure
-from runtime.report.charts import CHARTS, draw_loss
-from runtime.report.load_map import load_shares
-from runtime.report.report import print_summary, write_picture, write_report
-from runtime.report.run_record import Headline, RunRecord, headlines
+from runtime.report import report_page
+from runtime.report.chart_style import average
+from runtime.report.report import print_summary, write_report
+from runtime.report.run_record import Headline, RunRecord, headlines, phase_shares
 from runtime.terminal.quantities import duration, milliseconds, percent, short, three_digits
 from tests.synthetic_run import SyntheticRun, make_run
 from tests.workers.record.test_run_log import disk_that_takes
@@ -22,29 +23,31 @@ from workers.record.run_log import append_event
 
 
 class Page(HTMLParser):
-    """Open tags, external addresses and text of a page."""
+    """Open tags, external addresses, text, and the numbers that it holds for its charts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.charts: list[str] = []
+        self.held: dict = {}
+        self.is_held = False
         self.links: list[str] = []
         self.open: list[str] = []
         self.shown = ""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs) -> None:
-        values = dict(attrs)
+        self.is_held = dict(attrs).get("id") == "held"
         if tag not in ("meta", "br"):
             self.open.append(tag)
-        if tag == "svg":
-            self.charts.append(values["aria-label"])
         self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.shown += data
+        if self.is_held and self.open[-1] == "script":
+            self.held = json.loads(data)
+        elif self.open and self.open[-1] not in ("script", "style"):
+            self.shown += data
 
 
 def figures(run: Path) -> dict[str, Headline]:
@@ -64,56 +67,68 @@ def whole_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(make_run(tmp_path_factory.mktemp("runs") / "plays", SyntheticRun(skipped_steps=(4, 5))))
 
 
-def test_no_line_joins_the_untrained_model_and_the_next_evaluation(tmp_path: Path) -> None:
-    record = RunRecord.read(make_run(tmp_path / "run"))
-    assert record.eval_steps[0] == 0 and len(record.eval_steps) > 2
-    figure = new_figure(lambda figure: draw_loss(figure, record), (6, 3))
-    points, joined = (line for line in figure.axes[0].lines if line.get_marker() == "o")
-    assert list(points.get_xdata()) == record.eval_steps and points.get_linestyle() == "None"
-    assert list(joined.get_xdata()) == record.eval_steps[1:] and joined.get_label() == "held out"
-
-
-def test_a_whole_run_shows_every_chart_and_figure(whole_report: Path) -> None:
+def test_a_whole_run_shows_every_figure_and_holds_every_curve(whole_report: Path) -> None:
     page = Page(whole_report)
-    assert page.charts == [chart.title for chart in CHARTS] and len(page.charts) == 7
     for shown in (
         "Held-out bits per byte",
         "Tokens lost",
         "max(load) / mean(load) − 1",
         "60 of 60 steps",
         "balance.rate",
+        "everything else",
+        "MaxVio_global",
     ):
         assert shown in page.shown, shown
     assert page.open == []
+    assert [chart["title"] for chart in page.held["charts"]] == [
+        "Held-out bits per byte by source",
+        "Spread of the bias",
+    ]
+    assert {"loss", "val_loss", "max_vio_batch", "grad_norm", "dispatch_s", "other_s"} <= page.held["curves"][
+        "curves"
+    ].keys()
+    assert page.held["facts"]["layers"] == ["layers.1.moe", "layers.2.moe", "layers.3.moe"]
+    assert (page.held["first_load"]["first"], page.held["first_load"]["last"], page.held["last_load"]["last"]) == (
+        1,
+        10,
+        60,
+    )
 
 
 def test_the_page_needs_nothing_from_outside(whole_report: Path) -> None:
-    # What an inline SVG refers to lies in the page itself: ids and pictures as data.
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in Page(whole_report).links)
-    assert not re.search(r"@import|url\((?!#)|<script|<link", whole_report.read_text(encoding="utf-8"))
+    assert Page(whole_report).links == []
+    assert not re.search(r"@import|url\((?!#)|<link|\bsrc=", whole_report.read_text(encoding="utf-8"))
 
 
-def test_every_colour_of_a_chart_follows_the_theme(whole_report: Path) -> None:
-    source = whole_report.read_text(encoding="utf-8")
-    assert THEME.keys() == DARK_THEME.keys()
-    charts = "".join(re.findall(r"<svg.*?</svg>", source, re.DOTALL))
-    assert not [color for color in THEME.values() if color in charts]
-    # White is that of the crosses on dead experts. Black would vanish on a dark page.
-    assert set(re.findall(r"#[0-9a-f]{6}", re.sub(r"<image.*?/>|data:[^\"]*", "", charts))) <= {"#ffffff"}
+def test_the_policy_of_the_page_allows_its_own_scripts_and_style_and_no_others(whole_report: Path) -> None:
+    source = whole_report.read_bytes().decode()
+    policy = re.search(r'<meta http-equiv="content-security-policy" content="([^"]*)">', source)
+    assert policy and source.index(policy[0]) < source.index("<style>") < source.index("<script")
+    own = [re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL) for tag in ("script", "style")]
+    assert [len(each) for each in own] == [2, 1] and "unsafe" not in policy[1] and "'none'" in policy[1]
+    for text in own[0] + own[1]:
+        assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy[1]
+    assert policy[1].count("sha256-") == 3
 
 
+def test_the_time_of_all_steps_is_shared_out_wholly(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "plays", SyntheticRun(steps=2))
+    edit_line(run, 0, step_s=1.0, experts_s=0.5, dispatch_s=0.25, combine_s=0.0, bias_update_s=0.0, control_wait_s=0.0)
+    edit_line(run, 1, step_s=3.0, experts_s=0.5, dispatch_s=None, combine_s=0.0, bias_update_s=0.0, control_wait_s=0.0)
+    shares = phase_shares(RunRecord.read(run))
+    assert [(name, share) for name, _, share in shares if share] == [
+        ("experts", 0.25), ("dispatch", 0.0625), ("everything else", 0.6875),
+    ]  # fmt: skip
+    assert shares[0][1] == 0.5 and shares[-1][1] == 1.375
+
+
+LOAD, SOURCES, SPREAD, IMBALANCE = "load", "Held-out bits per byte by source", "Spread of the bias", "max_vio_batch"
 CUT_SHORT = {
-    "law_none": (SyntheticRun(law="none"), {"Spread of the bias"}),
-    "two_steps": (SyntheticRun(steps=2, finished=False), {"Held-out bits per byte"}),
-    "one_step": (
-        SyntheticRun(steps=1, finished=False),
-        {chart.title for chart in CHARTS} - {"Loss", "Load of every expert"},
-    ),
-    "no_step": (SyntheticRun(steps=0, finished=False), {chart.title for chart in CHARTS} - {"Loss"}),
-    "no_experts": (
-        SyntheticRun(num_layers=0),
-        {"Load imbalance of a batch", "Spread of the bias", "Load of every expert"},
-    ),
+    "law_none": (SyntheticRun(law="none"), {SPREAD}),
+    "two_steps": (SyntheticRun(steps=2, finished=False), {SOURCES}),
+    "one_step": (SyntheticRun(steps=1, finished=False), {SOURCES, SPREAD}),
+    "no_step": (SyntheticRun(steps=0, finished=False), {LOAD, SOURCES, SPREAD, IMBALANCE}),
+    "no_experts": (SyntheticRun(num_layers=0), {LOAD, SPREAD}),
 }
 
 
@@ -122,7 +137,9 @@ def test_a_run_that_lacks_something_is_reported_without_it(tmp_path: Path, case:
     made, missing = CUT_SHORT[case]
     run = make_run(tmp_path / case, made)
     page = Page(write_report(run))
-    assert {chart.title for chart in CHARTS} - set(page.charts) == missing
+    has = {chart["title"] for chart in page.held["charts"]} | page.held["curves"]["curves"].keys()
+    has |= {LOAD} if page.held["last_load"] else set()
+    assert {LOAD, SOURCES, SPREAD, IMBALANCE} - has == missing
     assert page.open == [] and "nan" not in page.shown.lower()
     print_summary(run, Console(quiet=True, force_terminal=True))
 
@@ -197,9 +214,9 @@ def test_control_wait_is_a_share_of_the_step(tmp_path: Path) -> None:
     assert figures(run)["Waiting for the coordinator"].value == "1.0 %"
 
 
-def test_skipped_steps_are_counted_and_drawn(whole_report: Path) -> None:  # B37
+def test_skipped_steps_are_counted_and_named(whole_report: Path) -> None:  # B37
     assert figures(whole_report.parent)["Skipped steps"].value == "2"
-    assert "skipped, not finite" in Page(whole_report).shown
+    assert "not finite: weights and bias left as they were; step 4, 5" in Page(whole_report).shown
 
 
 def test_what_a_user_names_is_escaped(tmp_path: Path) -> None:
@@ -207,7 +224,7 @@ def test_what_a_user_names_is_escaped(tmp_path: Path) -> None:
     with (run / "events.jsonl").open("a") as file:
         file.write('{"time": 1.7e9, "event": "failed", "error": "<script>alert(1)</script>"}\n')
     source = write_report(run).read_text(encoding="utf-8")
-    assert "<script" not in source and "&lt;script&gt;" in source and "a&lt;b&gt;&amp;c" in source
+    assert "<script>alert" not in source and "&lt;script&gt;" in source and "a&lt;b&gt;&amp;c" in source
 
 
 def test_the_diagnosis_of_a_failure_is_folded_line_by_line_and_escaped(tmp_path: Path) -> None:
@@ -226,13 +243,6 @@ def test_writing_again_gives_the_same_page_and_no_leftover(tmp_path: Path) -> No
     assert not list(run.glob("*.tmp"))
 
 
-def test_the_picture_is_a_png_and_refuses_a_run_without_curves(tmp_path: Path) -> None:
-    target = write_picture(make_run(tmp_path / "plays", SyntheticRun(steps=5)), tmp_path / "plays.png", dpi=40)
-    assert target.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="has 1 recorded steps"):
-        write_picture(make_run(tmp_path / "short", SyntheticRun(steps=1)), tmp_path / "short.png")
-
-
 def test_the_terminal_summary_fits_80_columns(tmp_path: Path) -> None:
     console = Console(width=80, record=True, force_terminal=True, file=(tmp_path / "out").open("w"))
     print_summary(make_run(tmp_path / "plays"), console)
@@ -248,12 +258,6 @@ def test_the_summary_in_a_pipe_is_neither_broken_nor_padded(tmp_path: Path) -> N
     assert title == "plays: finished. Step 60 of 60, 3 MoE layers of 8 experts, balance.law sign"
     assert lines[0].startswith("Held-out bits per byte ") and lines[0].endswith("nats/token")
     assert max(map(len, lines)) > 80 and [line for line in lines if line != line.rstrip()] == []
-
-
-def test_load_shares_are_relative_to_the_mean_of_the_layer() -> None:
-    # Two layers, of 2 and 3 experts; the third has no load at all.
-    shares = load_shares(np.array([1, 3, 0, 2, 4, 0]), (slice(0, 2), slice(2, 5), slice(5, 6)))
-    np.testing.assert_equal(shares, [[0.5, 1.5, np.nan], [0.0, 1.0, 2.0], [1.0, np.nan, np.nan]])
 
 
 def test_averaging_keeps_gaps_and_the_last_short_bin() -> None:
@@ -308,7 +312,7 @@ def test_a_damaged_run_folder_ends_in_one_line_that_names_the_file(tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_name_is_no_formula_and_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_layer_is_called_as_the_run_calls_it_and_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SyntheticRun(steps=3))
     layout = run / "load/layout.json"
     layout.write_text(layout.read_text().replace("layers.1.moe", r"$\\frac{1$"))
@@ -317,7 +321,8 @@ def test_a_layer_name_is_no_formula_and_a_planted_link_is_not_followed(tmp_path:
     for name in ("report.tmp", "report.html"):
         (run / name).symlink_to(victim)
     page = write_report(run)
-    assert victim.read_text() == "mine" and not page.is_symlink() and "frac{1" in page.read_text()
+    assert victim.read_text() == "mine" and not page.is_symlink()
+    assert Page(page).held["facts"]["layers"][0] == r"$\frac{1$"
 
 
 def test_missing_steps_stand_beside_the_lost_tokens(tmp_path: Path) -> None:
@@ -327,3 +332,15 @@ def test_missing_steps_stand_beside_the_lost_tokens(tmp_path: Path) -> None:
     lost = figures(run)["Tokens lost"]
     assert lost.value == "0" and lost.verdict is False
     assert lost.note.endswith("on the 5 recorded steps; the record lacks 3 steps: 3 to 4, 6")
+
+
+def test_of_many_events_the_first_and_the_last_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", SyntheticRun(steps=3))
+    monkeypatch.setattr(report_page, "MAX_EVENTS", 10)
+    monkeypatch.setattr(report_page, "NUM_FIRST_EVENTS", 2)
+    for number in range(30):
+        append_event(run, "warning", said=f"number {number}.", trace=f"trace {number}." if number in (27, 29) else "")
+    before = len((run / "events.jsonl").read_text().splitlines()) - 30
+    shown = Page(write_report(run)).shown
+    assert "number 22." in shown and "number 21." not in shown and "started" in shown and "trace 27." in shown
+    assert f"{before + 20} events more" in shown

@@ -14,7 +14,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from runtime.report.event_text import event_text
+from runtime.runs.event_text import event_text
 from tests.runtime.job.test_job import _arguments
 from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
 from tests.runtime.watch.text_run import LAYERS, add_text, make_text_run, sample

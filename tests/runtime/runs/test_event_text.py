@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from runtime.report.event_text import _CLAUSES, event_text, told_event
+from runtime.runs.event_text import _CLAUSES, event_text, told_event
 from tests.readme_checker import ROOT
 
 STARTED = {
