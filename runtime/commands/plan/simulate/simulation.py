@@ -123,7 +123,7 @@ class Simulation:
         attention = num_layers * self._both(attention_work(model, batch), again in ("attention", "full"))
         dense = model.num_dense_layers * self._both(dense_work(model, batch), again == "full")
         router = model.num_moe_layers * self._both(router_work(model, batch), again in ("experts", "full"))
-        layers = [layer_time(model, batch, self.hardware, self._exchange, row, self.world_size) for row in factors]
+        layers = [layer_time(model, batch, self.hardware, self.exchange, row, self.world_size) for row in factors]
         beside = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
         micro = {
             "attention": attention,
@@ -144,7 +144,7 @@ class Simulation:
         return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + beside))
 
     @property
-    def _exchange(self) -> Exchange:
+    def exchange(self) -> Exchange:
         """Of one layer of one micro-batch."""
         model, near = self.config.model, min(self.ranks_per_node, self.ep_size)
         share = 1 / (max(model.num_moe_layers, 1) * self.num_micro)
