@@ -11,7 +11,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, cast
 
 
 class Command(Protocol):
@@ -60,6 +60,15 @@ class CommandParser(argparse.ArgumentParser):
     def takes_settings(self) -> bool:
         """Whether the settings of `trimtab train` may stand among the options."""
         return self._rest is not None and self._rest[1] in ("everything", "unknown options")
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, with the option that a mistyped one is like, and exit with 2."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown.partition(" ")[0].partition("=")[0], known, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options, and the whole as one text in `command_line`. Exits as argparse does on --help and mistakes."""

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.system is not None and not options.chat:
         raise InvalidValue("--system is the first message of a conversation; add --chat")
     prompts = read_prompts(options.prompts_file) if options.prompts is None else options.prompts
+    _check_texts([*prompts, options.system or ""])
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     from runtime.commands import inference
     from workers.generation.generate import SamplingConfig
@@ -53,6 +55,14 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         device=options.device,
     )
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no text
+            raise InvalidValue(f"{text!r:.60} is not UTF-8 text; give it in UTF-8, or by --prompts-file") from error
 
 
 def read_prompts(path: Path | None) -> list[str]:

@@ -53,6 +53,7 @@ def _lasting(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_LastingFile(number, "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A folder's name that is no text, or a letter that this terminal has not, is shown by its number.
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.isatty() or number == 2,
     )

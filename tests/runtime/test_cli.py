@@ -89,6 +89,12 @@ def test_a_file_of_prompts_without_text_is_named(run: Path, capsys: pytest.Captu
         assert f"{run / 'prompts'} {reason}" in capsys.readouterr().err
 
 
+def test_bytes_that_are_no_text_are_no_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--prompt", "\udcff"], ["--prompt", "a", "--chat", "--system", "\udcff"]):
+        assert main(["generate", str(run), *options]) == 2
+        assert r"'\udcff' is not UTF-8 text; give it in UTF-8, or by --prompts-file" in capsys.readouterr().err
+
+
 def test_report_prints_where_it_wrote(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +126,9 @@ def test_report_prints_where_it_wrote(
         (["generate", "x", "--prompt", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["train", "--name", "n" * 300], "run.name 'nnnnnnnnnnnnnnnnnnnn'... must have at most 200 bytes"),
         (["report", "x", "--fast"], "unrecognized arguments: --fast"),
+        (["generate", "x", "--promt", "a"], "unrecognized arguments: --promt a; did you mean --prompt?"),
+        (["--verison"], "unrecognized arguments: --verison; did you mean --version?"),
+        (["runs", ""], "unrecognized arguments: "),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_starts(

@@ -22,7 +22,8 @@ def _write(path: Path, content: str | bytes) -> None:
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # A folder's name that is no text, which a report may tell, is written by its numbers.
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         aside.replace(path)

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,11 +53,15 @@ class RankState:
     text: tuple[Dataset, Sampler] | None
     meter: Meter
     model: Decoder
-    optimizer: torch.optim.Optimizer
     routers: dict[str, Router]
     law: Law
     control_tracker: ActivityTracker
     pipeline: "Pipeline | None" = None
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """That of the model; ranks that can only generate do without, and start sooner."""
+        return build_optimizer(self.model, self.spec.optim)
 
     @property
     def dataset(self) -> Dataset:
@@ -155,18 +159,20 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once, spec.optim.mtp_weight)
     law = Law(spec.balance, layout_of(routers))
     attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
-    return RankState(
+    state = RankState(
         spec=spec,
         groups=groups,
         text=text,
         meter=meter,
         model=model,
-        optimizer=build_optimizer(model, spec.optim),
         routers=routers,
         law=law,
         control_tracker=control_tracker,
         pipeline=pipeline,
     )
+    if text is not None:
+        _ = state.optimizer  # what is wrong with it is told before training begins
+    return state
 
 
 def _open_text(spec: WorkerSpec, data_dir: Path) -> tuple[Dataset, Sampler]:

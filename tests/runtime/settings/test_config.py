@@ -23,6 +23,7 @@ from runtime.settings.config_file import (
     config_from_yaml_file,
     config_to_yaml,
     load_config,
+    override,
     parse_train,
 )
 from runtime.settings.size import recorded_scores_bytes
@@ -603,3 +604,8 @@ def test_a_file_with_a_tag_of_python_is_refused_and_runs_nothing(tmp_path: Path,
     with pytest.raises(ValueError, match="the tag"):
         load_config(str(path))
     assert not ran.exists()
+
+
+def test_an_option_that_a_command_lacks_is_not_suggested_in_its_own_place() -> None:
+    with pytest.raises(InvalidValue, match="unknown option --watch; see `trimtab train --help`"):
+        override(load_config("tiny"), ["--watch"])

@@ -116,3 +116,10 @@ def test_a_reader_that_is_gone_ends_nothing(kind):
     process.communicate(b"\n", timeout=300)
     assert (process.returncode, os.read(told, 100)) == (0, b"went on")
     os.close(told)
+
+
+def test_what_a_terminal_cannot_show_is_shown_by_its_number():
+    script = "from runtime.terminal.lasting_output import lasting_output\nwith lasting_output(): print('\\xe9 \\udcff')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=300, check=True)
+    assert done.stdout == b"\\xe9 \\udcff\n"

@@ -142,3 +142,13 @@ def test_training_evaluation_and_generation_route_alike_here_and_in_a_replica(tm
         assert min(repeated for _, repeated in found) >= 2
         assert without > 0
         assert unbiased > 0  # the bias is what is being tested
+
+
+def _has_optimizer(rank, world_size, spec):
+    return "optimizer" in vars(join_worker(spec, rank, world_size, "built")._state)
+
+
+def test_ranks_without_text_build_no_optimizer_which_would_make_generation_start_later(tmp_path):
+    spec = make_spec(tmp_path, steps=1)
+    assert run_ranks(1, _has_optimizer, spec) == [True]
+    assert run_ranks(1, _has_optimizer, replace(spec, data_dir=None)) == [False]

@@ -21,3 +21,8 @@ def test_what_fails_is_told_with_the_file_that_was_meant_and_leaves_the_old_one(
         write_atomically(path, "new")
     monkeypatch.undo()
     assert (list(tmp_path.iterdir()), path.read_text()) == ([path], "old")
+
+
+def test_a_text_with_bytes_that_are_none_is_written_with_their_numbers(tmp_path):
+    write_atomically(tmp_path / "report.html", "run \udcff é")
+    assert (tmp_path / "report.html").read_bytes() == b"run \\udcff " + "é".encode()
