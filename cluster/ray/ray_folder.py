@@ -15,6 +15,7 @@ from typing import IO
 
 from cluster.machine.node_state import STORE_SOCKET, check_room_for_sockets, ray_folder
 from cluster.machine.processes import PROC, Process, process_of, wait_gone
+from dispatch.errors import InvalidValue
 
 PREFIX = "trimtab-ray-"
 OF_MKDTEMP = "12345678"  # as many characters as it appends
@@ -42,8 +43,10 @@ def own_folder() -> Iterator[Path]:
 
 
 def check_folder() -> None:
-    """Raise InvalidValue where RAY_TMPDIR names no folder, or one whose path leaves no room for Ray's sockets."""
-    check_room_for_sockets(ray_folder() / f"{PREFIX}{OF_MKDTEMP}", STORE_SOCKET)
+    """Raise InvalidValue where RAY_TMPDIR names no folder that can be written, or one without room for sockets."""
+    if not os.access(folder := ray_folder(), os.W_OK | os.X_OK):
+        raise InvalidValue(f"you cannot write {folder}, where Ray's files go; set RAY_TMPDIR to a folder that you can")
+    check_room_for_sockets(folder / f"{PREFIX}{OF_MKDTEMP}", STORE_SOCKET)
 
 
 def remove_left_overs() -> None:

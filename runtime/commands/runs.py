@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     elif runs:
         _print_table(runs)
     else:
+        if folder.is_dir():
+            any(folder.iterdir())  # raises where it may not be read, which is not the same as empty
         sys.stdout.write(f"no runs in {folder}/; start one with: trimtab train\n")
     return 0
 

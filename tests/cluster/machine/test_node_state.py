@@ -118,3 +118,9 @@ def test_a_relative_folder_of_ray_is_one_place_whatever_the_current_folder_is(mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_TMPDIR", ".")
     assert ray_folder() == tmp_path
+
+
+def test_a_folder_of_ray_that_cannot_be_written_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda _path, mode: mode == os.F_OK)  # root may write everywhere
+    with pytest.raises(InvalidValue, match=rf"you cannot write {ray_folder()}, where Ray's files go; set RAY_TMPDIR"):
+        check_folder()

@@ -166,3 +166,14 @@ def test_a_run_that_ends_before_it_is_told_to_has_stopped(
     monkeypatch.setattr("os.kill", too_late)
     assert main(["stop", str(made)]) == 0
     assert "interrupted at step 20" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    assert main(["runs", "--runs-dir", str(tmp_path)]) == 1
+    assert f"{tmp_path}: Permission denied; change its permissions" in capsys.readouterr().err
