@@ -16,6 +16,9 @@ from dispatch.errors import UserError
 
 BUG_CODE = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a run that failed
 
+# pathlib's words for ~ where HOME is not set and the system does not know the user, as in a container, and for ~NOBODY.
+_NO_HOME = "Could not determine home directory."
+
 # Refusals that no program can avoid by itself, with the way out. A file that is missing is not among them: where the
 # user named it, the place that opens it says so; where not, it is a bug.
 _SYSTEM_REFUSALS = {
@@ -43,6 +46,9 @@ def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
         reason, code = os.strerror(error.errno), 2 if error.errno == errno.ENAMETOOLONG else 1
         place = f"{error.filename}: " if error.filename else ""
         return f"trimtab {arguments[0]}: error: {place}{reason}; {_SYSTEM_REFUSALS[error.errno]}\n", code
+    if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
+        way_out = "set HOME, or write the path in full (that of the prepared text is --data.cache_dir)"
+        return f"trimtab {arguments[0]}: error: no home folder is known for a path that begins with ~; {way_out}\n", 2
     trace = "".join(traceback.format_exception(error))
     return _bug_report(trace, type(error).__name__, arguments), BUG_CODE
 

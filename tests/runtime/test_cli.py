@@ -127,6 +127,7 @@ def test_report_prints_where_it_wrote(
         (["train", "--name", "n" * 300], "run.name 'nnnnnnnnnnnnnnnnnnnn'... must have at most 200 bytes"),
         (["report", "x", "--fast"], "unrecognized arguments: --fast"),
         (["generate", "x", "--promt", "a"], "unrecognized arguments: --promt a; did you mean --prompt?"),
+        (["report", "~no-such-user/x"], "no home folder is known for a path that begins with ~; set HOME, or write"),
         (["--verison"], "unrecognized arguments: --verison; did you mean --version?"),
         (["runs", ""], "unrecognized arguments: "),
     ],
