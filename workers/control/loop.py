@@ -300,28 +300,23 @@ class ControlRound:
         with self._in_phase(given, "reduce"):
             reduction = self._tracker.start(tree_all_reduce, (ints, given.floats), given.maxima, group=self._group)
             self._finish(reduction, given)
-        counts_M, slots, totals, stop = torch.split(ints, sizes)
+        counts_M, slots, sums, stop = torch.split(ints, sizes)
         odd_ranks = self._check_ranks(given, slots.view(self._world_size, _NUM_SLOTS).tolist())
         events, cause = self._lead(given, counts_M, odd_ranks) if self._rank == 0 else ([], None)
         with self._in_phase(given, "broadcast"):
             self._finish(self._tracker.start(dist.broadcast, self._mail, 0, group=self._group), given)
         update = self._open_mail(given, cause)
-        return update, self._control(given, counts_M, totals, bool(stop), odd_ranks, events)
-
-    def _control(
-        self, given: RoundInput, counts_M: Tensor, sums: Tensor, stop: bool, odd: tuple[int, ...], events: list[Event]
-    ) -> StepControl:
-        return StepControl(
+        return update, StepControl(
             step=given.step,
             counts_M=counts_M,
             sums=sums,
             floats=given.floats,
             maxima=given.maxima,
-            stop=stop,
+            stop=bool(stop),
             bias_N=given.base.state.bias_N.clone(),
             bias_version=given.base.version,
             bias_checksum=given.live_checksum,
-            odd_ranks=odd,
+            odd_ranks=odd_ranks,
             round_s=self._seconds,
             events=tuple(events),
         )
