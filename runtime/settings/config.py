@@ -125,7 +125,7 @@ def cross_check(config: TrainConfig) -> None:
     check_pipeline(config)
     ep_size = config.parallel.resolve(world_size)
     _ = config.num_micro_batches  # raises where ranks do not divide the batch
-    _check_context(config)
+    check_context(config)
     if config.model.num_dense_layers == config.model.num_layers:
         raise InvalidValue(
             f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
@@ -158,8 +158,8 @@ def check_pipeline(config: TrainConfig) -> None:
     PipelineRules(**{name: getattr(config, name) for name in names}, record=config.balance.record).check()
 
 
-def _check_context(config: TrainConfig) -> None:
-    """The rules of sequences that ranks share."""
+def check_context(config: TrainConfig) -> None:
+    """Raises InvalidValue where the settings do not go with sequences that ranks share."""
     size, seq_len = config.parallel.context, config.model.max_seq_len
     if size == 1:
         return

@@ -32,6 +32,7 @@ class Fit:
             "--parallel.shard": config.parallel.shard,
             "--parallel.replicate": config.parallel.replicate,
             "--parallel.context": config.parallel.context,
+            "--parallel.expert_copies": config.parallel.expert_copies,
             "--model.max_seq_len": config.model.max_seq_len,
             "--model.recompute": config.model.recompute,
             "--run.dtype": config.run.dtype,
@@ -104,6 +105,9 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     if config.sequences_per_rank > config.num_micro_batches:
         config = replace(config, run=replace(config.run, micro_batch_size=1))
         yield "micro-batches of 1", config
+    if config.parallel.expert_copies:  # which need whole states too
+        config = replace(config, parallel=replace(config.parallel, expert_copies=0))
+        yield "no copies of experts", config
     for shard in ("optimizer", "full"):  # as many bytes as without, then half as many again
         if num_workers > 1 and config.parallel.shard in ("none", "optimizer") and config.parallel.shard != shard:
             config = replace(config, parallel=replace(config.parallel, shard=shard))

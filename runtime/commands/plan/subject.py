@@ -9,7 +9,7 @@ from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.runs.run_dir import CONFIG_FILE, find_run
-from runtime.settings.config import TrainConfig, check_pipeline
+from runtime.settings.config import TrainConfig, check_context, check_pipeline
 from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config, preset_like
 from workers.model.families import Settings, family_of
 from workers.model.families.source import CONFIG as HUGGING_FACE_CONFIG
@@ -126,6 +126,7 @@ def _check(config: TrainConfig, ranks_per_node: int) -> None:
     ep_size = config.parallel.resolve(world_size)
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     check_pipeline(config)
+    check_context(config)
     _ = config.num_micro_batches  # raises where ranks do not divide the batch
     if world_size % ranks_per_node:
         raise InvalidValue(

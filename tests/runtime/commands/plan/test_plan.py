@@ -176,6 +176,18 @@ def test_fit_adds_savings_until_a_rank_fits_and_says_how_to_start_it(capsys: pyt
     assert pasted.optim.offload == "states"
 
 
+def test_fit_gives_up_copies_of_experts_before_it_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "copies.yaml").write_text("parallel: {expert_copies: 1}")
+    found = plan_of(capsys, str(tmp_path / "copies.yaml"), "--fit", "--memory-gib", "0.01")
+    assert list(found["tried"])[:4] == ["as given", "micro-batches of 1", "no copies of experts", "shard optimizer"]
+    assert "--parallel.expert_copies 0 " in found["options"]
+
+
+def test_a_context_that_leaves_a_rank_without_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("tiny", "--world", "5", "--batch", "5", "--context", "5", "--seq-len", "6")
+    assert "parallel.context (5) leaves a rank without tokens" in refused(capsys, *arguments)
+
+
 def test_offload_moves_the_moments_to_the_host_and_leaves_pieces(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (DEEPSEEK, "--world", "256", "--shard", "full", "--offload")
     without, offloaded = (plan_of(capsys, *arguments, choice) for choice in ("none", "states"))

@@ -205,6 +205,14 @@ def test_worlds_keep_the_tokens_of_a_rank_and_share_experts_as_far_as_they_can()
     assert {each.config.run.sequences_per_rank(size) for size, each in sizes.items()} == {4}
 
 
+def test_worlds_keep_the_sequences_that_ranks_share() -> None:
+    base = subject(world=8, ep=4, global_batch_size=4, micro_batch_size=0)  # one for two ranks
+    base = replace(base, config=replace(base.config, parallel=replace(base.config.parallel, context=2)))
+    for size, context in ((8, 2), (16, 2), (1, 1)):
+        config = at_world(base, size).config
+        assert (config.parallel.context, config.sequences_per_rank) == (context, 1)
+
+
 def test_the_cost_of_imbalance_grows_with_the_ranks_that_share_the_experts() -> None:
     at = [by_max_vio(Simulation(at_world(subject(), size), PRESETS["h100"]), [2.0]) for size in (2, 4, 8, 16)]
     costs = [each.costs[0].times_balanced for each in at]
