@@ -120,11 +120,12 @@ def config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainC
     if device is not None:
         changes["device"] = device
     cluster = replace(config.cluster, **changes)
-    # An exchange is chosen for the ranks and devices that the run was trained on, and copies are for training.
+    # An exchange is chosen for the ranks and devices that the run was trained on; copies and records are for training.
     parallel = replace(
         config.parallel, ep_size=0, exchange="auto", ranks_per_node=0, expert_copies=0, pipeline=PipelineConfig()
     )
-    config = replace(config, cluster=cluster, parallel=parallel.at(cluster.num_workers))
+    balance = replace(config.balance, record=0)
+    config = replace(config, cluster=cluster, parallel=parallel.at(cluster.num_workers), balance=balance)
     cross_check(config)
     return config
 

@@ -1,8 +1,8 @@
 """Optimizer state in host memory (`optim.offload states`): pieces of it come to the device, are updated and go back.
 
 The update is made where it would be made without, by the optimizer's own code: any registered one serves, and every bit
-stays. On CUDA the state lies in pinned memory; the next piece arrives, and the one before leaves, on streams of their
-own beside an update. With `cpu` as the device the same code copies from the host to the host.
+stays. On CUDA the state lies in pinned memory; the next piece arrives while one is updated and leaves, on streams of
+their own. With `cpu` as the device the same code copies from the host to the host.
 """
 
 import weakref

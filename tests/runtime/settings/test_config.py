@@ -439,7 +439,7 @@ def test_the_exchange_of_a_run_is_not_kept_on_other_ranks_or_devices(tmp_path: P
 
 
 def test_a_run_of_any_layout_is_evaluated_on_any_number_of_ranks(tmp_path: Path) -> None:
-    trained = with_settings(cluster__num_workers=4, run__global_batch_size=12)
+    trained = with_settings(cluster__num_workers=4, run__global_batch_size=12, balance__record=10)
     for parallel in (
         ParallelConfig(context=4, ep_size=2),
         ParallelConfig(context=2, shard="full", replicate=2, ep_size=1),
