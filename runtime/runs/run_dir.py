@@ -37,12 +37,22 @@ def find_run(run: str, runs_dir: str | None = None) -> Path:
         raise InvalidValue(f"{run!r} names two runs, {found[0]} and ./{run}; give the path of the one that is meant")
     if found:
         return found[0]
+    _refuse_part_of_run(Path(run).expanduser())
     names = [path.name for path in runs_in(folder)]
     near = difflib.get_close_matches(Path(run).name, names, n=3)
     known = f"did you mean {' or '.join(near)}?" if near else f"runs in {folder}/: {', '.join(names) or 'none'}"
     looked = f"neither {places[0]} nor {places[1]} holds" if len(places) == 2 else f"{places[0]} does not hold"
     elsewhere = f"; for runs in another folder give its path, or set {RUNS_DIR_VARIABLE}"
     raise InvalidValue(f"there is no run {run!r}: {looked} a {CONFIG_FILE}; {known}{elsewhere}")
+
+
+def _refuse_part_of_run(path: Path) -> None:
+    """Raise InvalidValue where the path is a checkpoint or another file of a run, with the run to name instead."""
+    run_dir = next((each for each in path.parents if path.exists() and (each / CONFIG_FILE).is_file()), None)
+    if run_dir is not None:
+        step = path.name.removeprefix("step_")
+        chosen = f" with --step {int(step)}" if step.isdecimal() else ""
+        raise InvalidValue(f"{path} is a part of the run {run_dir}; give {run_dir}{chosen} instead")
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -177,3 +177,17 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(
     monkeypatch.setattr("os.listdir", refuse)
     assert main(["runs", "--runs-dir", str(tmp_path)]) == 1
     assert f"{tmp_path}: Permission denied; change its permissions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"), [("checkpoints/step_00000012", " with --step 12"), ("events.jsonl", ""), ("checkpoints", "")]
+)
+def test_a_part_of_a_run_is_refused_with_the_run_to_name_instead(
+    part: str, instead: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made / "checkpoints" / "step_00000012").mkdir(parents=True)
+    for command in (["report", str(made / part)], ["train", "--resume", str(made / part)]):
+        assert main(command) == 2
+        assert f"{part} is a part of the run {made}; give {made}{instead} instead\n" in capsys.readouterr().err
+    assert main(["report", str(made / "no")]) == 2
+    assert "there is no run" in capsys.readouterr().err
