@@ -42,7 +42,8 @@ class PlanStage:
         held = self.in_flight / len(self.layers)
         kept = {name: held * size for name, size in of_micro_batch.items()}
         kept[HEAD] = of_micro_batch[HEAD] if self.has_head else 0.0
-        return kept | {MESSAGES: self.message_bytes}  # torch has buffers for a whole step, and keeps them
+        # torch has buffers for a whole step, and keeps them; and to its end the gradients of what was received.
+        return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes}
 
     def scratch(self, of_micro_batch: Parts) -> Parts:
         """What is held besides: without a head none at the loss."""
@@ -55,11 +56,21 @@ class PlanStage:
         And the gradient of an embedding that first and last stage share.
         """
         neighbours = sum((part.start > 0) + (part.stop < self.config.model.num_layers) for part in self.layers)
-        sequences = self.config.sequences_per_rank
         model = self.config.model
         is_shared = model.shares_embedding and (self.has_head or self.layers[0].start == 0)
         shared = own_rows([(model.vocab_size, model.hidden)], self.alone) if is_shared else 0
-        return float(FP32 * (neighbours * sequences * model.max_seq_len * model.hidden + shared))
+        return float(neighbours * self._activation_bytes + FP32 * shared)
+
+    @property
+    def input_gradient_bytes(self) -> float:
+        """Gradients of the activations that other stages have sent, of a whole step."""
+        return float(sum(part.start > 0 for part in self.layers) * self._activation_bytes)
+
+    @property
+    def _activation_bytes(self) -> int:
+        """What a stage hands on in a step."""
+        model = self.config.model
+        return FP32 * self.config.sequences_per_rank * model.max_seq_len * model.hidden
 
     @property
     def _pipeline(self) -> PipelineConfig:

@@ -23,7 +23,6 @@ from workers.gang.parallel import ParallelConfig
 from workers.gang.pipeline import PipelineConfig
 from workers.gang.sharded import local_rows
 from workers.model.model_config import ModelConfig
-from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 MODEL = ModelConfig(
@@ -65,11 +64,8 @@ def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int
             backward(*args, **kwargs)
 
         stage.backward_one_chunk = count  # type: ignore[method-assign]
-    names = ("model", "optimizer", "sampler", "groups", "meter", "routers", "pipeline")
-    parts = {name: getattr(state, name) for name in names}
     with state.open_control() as control, RingBytes() as counted:
-        shard = spec.parallel.shard
-        Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux, shard=shard).step(1)
+        state.trainer(control).step(1)
     weights = [local_rows(parameter)[0] for parameter in state.model.parameters()]
     moments = [
         local_rows(moment)[0] for each in state.optimizer.state.values() for moment in each.values() if moment.ndim
@@ -101,7 +97,7 @@ def test_a_rank_holds_and_sends_what_the_plan_says(tmp_path: Path, name: str) ->
 
 
 def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["plan", "small", "--batch", "32", "--micro-batch", "1", *arguments, "--json"]) == 0
+    assert main(["plan", "small", "--batch", "16", "--micro-batch", "1", *arguments, "--json"]) == 0
     values: dict[str, Any] = json.loads(capsys.readouterr().out)
     return values
 
@@ -114,7 +110,7 @@ def test_the_plan_is_of_the_rank_that_needs_most(capsys: pytest.CaptureFixture[s
         "rank": 0,
         "layers": [[0, 1]],
         "in_flight": 2,
-        "message_bytes": 4 * 16 * 256 * 192,  # a rank's share of the batch, once as activations
+        "message_bytes": 4 * 8 * 256 * 192,  # a rank's share of the batch, once as activations
     }
     assert two["parameters"] == whole["parameters"]
     assert two["activation_bytes"]["head and loss"] == 0
@@ -123,13 +119,13 @@ def test_the_plan_is_of_the_rank_that_needs_most(capsys: pytest.CaptureFixture[s
     assert two["parameters_of_rank"]["experts"] * 3 == alone["parameters_of_rank"]["experts"]
     kept, of_one = (plan["activation_bytes"]["routed experts"] for plan in (two, alone))
     assert kept == pytest.approx(2 / 3 * of_one)
-    assert main(["plan", "small", "--world", "4", "--pp", "2", "--batch", "32", "--micro-batch", "1"]) == 0
+    assert main(["plan", "small", "--world", "4", "--pp", "2", "--batch", "16", "--micro-batch", "1"]) == 0
     text = capsys.readouterr().out
     assert "Pipeline of 2: of rank 0 in it, that needs most, with layers 0 to 1 and 2 forwards under way" in text
     assert "activations and their gradients, to other stages" in text
 
 
 def test_a_search_for_settings_knows_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "small", "--world", "4", "--pp", "2", "--batch", "32", "--micro-batch", "1", "--fit"]
+    arguments = ["plan", "small", "--world", "4", "--pp", "2", "--batch", "16", "--micro-batch", "1", "--fit"]
     assert main(arguments) == 2
     assert "--fit knows no pipeline, but parallel.pipeline.size is 2; leave out --fit" in capsys.readouterr().err

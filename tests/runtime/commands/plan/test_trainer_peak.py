@@ -1,17 +1,21 @@
 """The plan against a step of the real trainer: what its allocator hands out at most."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from cluster.config import ClusterConfig
 from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_bytes, scratch_bytes
+from runtime.commands.plan.stages import MESSAGES, PlanStage, stages_of
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import count_parameters
 from runtime.settings.states import GATHERED, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.gang.parallel import ParallelConfig, Shard
+from workers.gang.pipeline import PipelineConfig, PipelineSchedule
 from workers.model.model_config import ModelConfig
 from workers.training.worker_spec import WorkerSpec
 
@@ -40,8 +44,14 @@ def test_a_step_of_the_trainer_holds_what_the_plan_says(tmp_path: Path) -> None:
 
 def activation_peak(config: ModelConfig, num_sequences: int) -> float:
     """Of a micro-batch on a rank with all experts."""
+    batch = micro_batch(config, num_sequences)
+    return peak_bytes(saved_bytes(config, batch, count_parameters(config).cast), scratch_bytes(config, batch))
+
+
+def micro_batch(config: ModelConfig, num_sequences: int) -> MicroBatch:
+    """On a CPU, where nothing is exchanged."""
     tokens = num_sequences * config.max_seq_len
-    batch = MicroBatch(
+    return MicroBatch(
         tokens=tokens,
         seq_len=config.max_seq_len,
         num_local_experts=config.moe.num_experts,
@@ -52,7 +62,6 @@ def activation_peak(config: ModelConfig, num_sequences: int) -> float:
         experts="grouped",
         exchanges=False,
     )
-    return peak_bytes(saved_bytes(config, batch, count_parameters(config).cast), scratch_bytes(config, batch))
 
 
 def peaks_of_second_steps(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[int]:
@@ -84,3 +93,33 @@ def test_a_sharded_step_holds_at_most_what_the_plan_says(tmp_path: Path) -> None
     by_rank = run_ranks(4, peaks_of_second_steps, specs)
     for case, measured, plan in zip(SHARDED, zip(*by_rank, strict=True), planned, strict=True):
         assert 0.5 * sum(plan.values()) < max(measured) < 1.02 * sum(plan.values()), (case, measured, plan)
+
+
+def stage_peak(stage: PlanStage, num_sequences: int) -> float:
+    """Above weights and moments, and torch's buffers for messages, which all are there from the first step on."""
+    alone, counts = stage.alone, count_parameters(stage.config.model, layers=stage.layers)
+    batch = micro_batch(alone.model, num_sequences)
+    saved = stage.saved(saved_bytes(alone.model, batch, counts.cast)) | {MESSAGES: stage.input_gradient_bytes}
+    states = state_bytes(alone, counts, counts)
+    held = sum(sum(states.get(name, ())) for name in ("gradients", GATHERED))
+    return held + peak_bytes(saved, stage.scratch(scratch_bytes(alone.model, batch)))
+
+
+def test_a_rank_of_a_pipeline_holds_at_most_what_the_plan_says(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    moe = replace(spec.model.moe, ffn_hidden=64)
+    model = replace(spec.model, hidden=64, vocab_size=600, num_layers=6, moe=moe)
+    run = replace(spec.run, global_batch_size=32, micro_batch_size=2)
+    specs, configs = [], []
+    for shard, schedule in product(get_args(Shard), get_args(PipelineSchedule)):
+        parallel = ParallelConfig(shard=shard, ep_size=1, pipeline=PipelineConfig(size=2, schedule=schedule))
+        specs.append(replace(spec, run=run, model=model, parallel=parallel))
+        configs.append(TrainConfig(run=run, model=model, parallel=parallel, cluster=ClusterConfig(num_workers=4)))
+    by_rank = run_ranks(4, peaks_of_second_steps, specs)
+    for config, measured in zip(configs, zip(*by_rank, strict=True), strict=True):
+        for stage, peaks in zip(stages_of(config), (measured[:2], measured[2:]), strict=True):
+            planned = stage_peak(stage, 2)
+            case = config.parallel.shard, config.parallel.pipeline.schedule, stage.pp_rank
+            # With several stages on a rank torch holds a little more, which the plan does not know.
+            at_most = 1.02 if config.parallel.pipeline.schedule == "1f1b" else 1.05
+            assert 0.5 * planned < max(peaks) < at_most * planned, (case, max(peaks) / planned)
