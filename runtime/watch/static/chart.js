@@ -47,7 +47,7 @@ export class Chart {
     const series = [{}], bands = [];
     for (const line of this.lines) {
       if (line.band) bands.push({ series: [series.length + 1, series.length + 2], fill: `${colour(line.colour)}33` });
-      series.push(stroke(line), ...(line.band ? [unseen(), unseen()] : []));
+      series.push(stroke(line, this), ...(line.band ? [unseen(), unseen()] : []));
     }
     this.plot = new uPlot({
       width: this.place.clientWidth,
@@ -55,7 +55,7 @@ export class Chart {
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => this.onWhole?.() } },
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? undefined : padded } },
-      axes: [axis({ size: 30, values: (_, ticks) => ticks.map((step) => (Number.isInteger(step) ? short(step) : "")) }),
+      axes: [axis({ size: 30, values: (_, ticks) => ticks.map((step) => (!Number.isInteger(step) ? "" : step < 1000 ? String(step) : short(step))) }),
         axis({ size: 66, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.show(value))) })],
       series,
       bands,
@@ -114,11 +114,19 @@ export function smoothed(values, strength) {
 
 const key = (line) => el("span", { class: line.colour, text: line.label });
 
-function stroke(line) {
+function stroke(line, chart) {
   return {
-    stroke: colour(line.colour), width: line.width ?? 1.8, dash: line.dash, spanGaps: true,
+    stroke: colour(line.colour), width: line.width ?? 1.8, dash: line.dash, spanGaps: !line.points,
+    gaps: (plot, number) => untrained(plot, number, chart.first),
     points: { show: line.points ?? false, size: 6, fill: colour(line.colour) },
   };
+}
+
+/** From the evaluation of the untrained model to the next one: a straight line would run where the loss never was. */
+function untrained(plot, number, first) {
+  const [start, next] = [...plot.data[0].keys()].filter((n) => (plot.data[number][n] ?? null) !== null);
+  if (next === undefined || first[start] !== 0) return [];
+  return [[start, next].map((n) => plot.valToPos(plot.data[0][n], "x", true))];
 }
 
 const unseen = () => ({ stroke: "transparent", width: 0, points: { show: false }, spanGaps: true });

@@ -21,7 +21,7 @@ export function chartGrid(root, context, charts) {
       for (const { names: own, chart, smooth } of made) {
         const curves = own.map((name) => found.curves[name]);
         chart.figure.hidden = curves.every((curve) => curve.mean.every((value) => value === null));
-        if (!chart.figure.hidden) chart.draw(found.first, found.last, smooth ? curves.map(smooth) : curves);
+        if (!chart.figure.hidden) chart.draw(found.first, found.last, curves.map((curve, n) => (smooth && !chart.lines[n].points ? smooth(curve) : curve)));
       }
     },
     leave() { made.forEach(({ chart }) => chart.leave()); },

@@ -1,5 +1,6 @@
 """report.html in a real browser, from a disk: no server, no network."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -104,6 +105,29 @@ def test_a_window_of_steps_is_that_of_all_charts(page: Page) -> None:
     page.mouse.up()
     found = re.fullmatch(r"steps (\d+) to (\d+)", page.inner_text("#window .range"))
     assert found and [int(each) for each in found.groups()] == [pytest.approx(125, abs=4), pytest.approx(150, abs=4)]
+
+
+def test_evaluations_are_not_smoothed(page: Page, report: Path) -> None:
+    last = read_metrics(report.parent)[1][-1]
+    page.select_option("label:has-text('Smoothing') select", label="strong")
+    page.wait_for_timeout(300)
+    found = re.search(r"held out: ([\d.]+) at the end", label_of(page, "Loss"))
+    assert found and float(found[1]) == pytest.approx(last["val_loss"], rel=5e-3)
+
+
+def test_no_line_joins_the_untrained_model_and_the_next_evaluation(page: Page) -> None:
+    chart = page.locator('figure[data-chart="Held-out bits per byte"] canvas')
+    coloured = """canvas => {
+      const { width, height } = canvas, drawn = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+      const isLine = (x) => [...Array(height).keys()].some((y) => {
+        const [r, g, b, a] = drawn.slice((y * width + x) * 4, (y * width + x) * 4 + 4);
+        return a > 200 && r > 150 && g < 140 && b < 60;
+      });
+      return [...Array(width).keys()].filter(isLine);
+    }"""
+    columns = chart.evaluate(coloured)
+    gaps = [after - before for before, after in itertools.pairwise(columns) if after - before > 1]
+    assert len(gaps) == 1 and gaps[0] > 20  # evaluations every 20 of 200 steps
 
 
 def test_without_scripts_the_figures_are_there(chromium: Browser, report: Path) -> None:

@@ -17,7 +17,7 @@ PICTURES = (
     ("text", 1400, "light"),
     ("compare", 1400, "light"),
 )
-NUM_COLOURS = 256  # of a picture: fewer bytes, and no difference to be seen
+NUM_COLOURS = 256  # of a picture
 
 
 def main(folder: str, out: str, *runs: str) -> None:
@@ -28,9 +28,13 @@ def main(folder: str, out: str, *runs: str) -> None:
             with opened(chromium, url, width=width, height=height, scheme=scheme) as watched:
                 watched.show(view)
                 shot = Image.open(io.BytesIO(watched.page.screenshot()))
-            shot.convert("RGB").quantize(NUM_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                Path(out) / f"watch-{view}-{width}-{scheme}.png", optimize=True
-            )
+            save(shot, Path(out) / f"watch-{view}-{width}-{scheme}.png")
+
+
+def save(shot: Image.Image, target: Path) -> None:
+    """With few colours: fewer bytes, and no difference to be seen."""
+    few = shot.convert("RGB").quantize(NUM_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(target, optimize=True)
 
 
 if __name__ == "__main__":
