@@ -48,12 +48,12 @@ def _curves(run: WatchedRun) -> dict[str, Any]:
     names = run.metrics.names
     num = min(MAX_SPANS, MAX_NUMBERS // (3 * max(len(names), 1)))
     answer = curves_of(run.metrics.spans(names, 0, run.metrics.last_step, num), names)
-    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if any(_known(each["mean"]))}
+    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if _has_value(each["mean"])}
     return answer
 
 
-def _known(values: list[float | None]) -> Iterator[bool]:
-    return (value is not None for value in values)
+def _has_value(values: list[float | None]) -> bool:
+    return any(value is not None for value in values)
 
 
 def _slim(curve: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
