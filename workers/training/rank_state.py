@@ -85,8 +85,11 @@ class RankState:
         return self.law.layout
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A new context that computes in the run's dtype."""
-        return autocast(self.spec.run.dtype, self.groups.device)
+        """A new context that computes in the run's dtype, for forwards without gradients.
+
+        It keeps bf16 copies of dense weights to its end, but not where blocks are gathered one by one: all would stay.
+        """
+        return autocast(self.spec.run.dtype, self.groups.device, cache_enabled=self.spec.parallel.shard != "full")
 
     def open_control(self) -> ControlLoop:
         """The control path of this rank; all ranks open it together, close it when training ends."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
@@ -78,3 +79,35 @@ def test_a_sharded_run_resumes_bit_for_bit_and_in_any_other_layout(tmp_path, opt
                 torch.testing.assert_close(
                     last[key], expected, rtol=1e-10, atol=atol, msg=lambda m, n=(layout, step, key): f"{n}: {m}"
                 )
+
+
+class _Casts(TorchDispatchMode):
+    """Counts tensors that become bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.number += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        return func(*args, **kwargs)
+
+
+def _casts(rank, world_size, spec):
+    """Of two forwards under one context, as in generation."""
+    state, found = join_worker(spec, rank, world_size, "casts")._state, []
+    with torch.no_grad(), state.autocast():
+        for _ in range(2):
+            with _Casts() as casts:
+                state.model(torch.zeros(1, 8, dtype=torch.int64))
+            found.append(casts.number)
+    return found
+
+
+@pytest.mark.parametrize(("shard", "keeps"), [("none", True), ("full", False)])
+def test_only_whole_weights_leave_copies_in_bfloat16_between_forwards(tmp_path, shard, keeps):
+    spec = make_spec(tmp_path, dtype="bfloat16")
+    for first, second in run_ranks(2, _casts, replace(spec, parallel=ParallelConfig(shard=shard))):
+        assert first > 0
+        assert (second < first) == keeps
