@@ -36,8 +36,8 @@ def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
     return statistics.median(found)
 
 
-def rates_of(model: ModelConfig, sequences: int, ep_size: int, host_s: float) -> Hardware:
-    """What the simulation needs for this model and so many sequences on a rank, but the links; measured on one core."""
+def rates_of(model: ModelConfig, sequences: int, ep_size: int) -> Hardware:
+    """For this model and so many sequences on a rank, without the links and `host_s`; measured on one core."""
     tokens = sequences * model.max_seq_len
     return Hardware(
         name="this machine",
@@ -49,7 +49,6 @@ def rates_of(model: ModelConfig, sequences: int, ep_size: int, host_s: float) ->
         node=NO_LINK,
         network=NO_LINK,
         control=NO_LINK,
-        host_s=host_s,
         cores=num_cores(),
     )
 

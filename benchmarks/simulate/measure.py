@@ -1,8 +1,8 @@
 """Steps of the real trainer with the routing that they had, and the rates of the machine beside them."""
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from benchmarks.simulate.barrier_clock import critical_path, over_ranks, stretches
 from benchmarks.simulate.calibrate import NO_LINK, link_of, num_cores, rates_of
 from benchmarks.simulate.cases import MODELS, Case, cases_of
-from runtime.commands.plan.simulate.hardware import Hardware, Link
+from runtime.commands.plan.simulate.hardware import Hardware, Link, assumptions
 from workers.gang.parallel import RankGroups, join_groups
 from workers.training.rank_state import build_rank
 from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
-WARM_UP, STEPS = 1, 3
+# Of a round, and how many: an hour in which others use the machine changes what it can by more than a tenth.
+WARM_UP, STEPS, ROUNDS = 1, 3, 3
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,48 @@ def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tup
 
 
 def _measured(case: Case, specs: Mapping[Case, WorkerSpec], groups: RankGroups) -> Measured | None:
+    """Rates and steps in turn, round by round, so that what changes on the machine meanwhile changes both."""
     crowding = max(1.0, groups.world_size / num_cores())
-    host_s = _steps(case.twin, specs[case.twin], groups)[0] / crowding / MODELS[case.model].num_layers
-    rates = _rates(case, groups, host_s)
-    step_s, wall_s, load_LE = _steps(case, specs[case], groups)
-    return None if rates is None else Measured(case, step_s, wall_s, load_LE, rates)
+    twin, trainer = (_trainer(each, specs[each], groups) for each in (case.twin, case))
+    rounds = [(_steps(twin, at, groups), _rates(case, groups), _steps(trainer, at, groups)) for at in range(ROUNDS)]
+    for each in (twin, trainer):
+        each.control.close()
+    step_s, wall_s = (statistics.median(getattr(run, name) for *_, run in rounds) for name in ("step_s", "wall_s"))
+    found = [rates for _, rates, _ in rounds if rates is not None]
+    if not found:
+        return None
+    host_s = statistics.median(run.step_s for run, *_ in rounds) / crowding / MODELS[case.model].num_layers
+    return Measured(case, step_s, wall_s, rounds[-1][2].load_LE, replace(middle(found), host_s=host_s))
 
 
-def _steps(case: Case, spec: WorkerSpec, groups: RankGroups) -> tuple[float, float, NDArray[np.float64]]:
-    """Seconds of a step as of undisturbed ranks, those by the clock, and the load of the last step. Collective."""
-    trainer = _trainer(case, spec, groups)
-    for step in range(WARM_UP):
-        trainer.step(step + 1)
+def middle(rounds: Sequence[Hardware]) -> Hardware:
+    """The median of each rate."""
+    names = [name for name in assumptions(rounds[0]) if "." not in name]
+    return replace(rounds[0], **{name: statistics.median(getattr(each, name) for each in rounds) for name in names})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A few steps: the median of each clock, and the load of the last."""
+
+    step_s: float
+    wall_s: float
+    load_LE: NDArray[np.float64]
+
+
+def _steps(trainer: Trainer, at: int, groups: RankGroups) -> Run:
+    """Those of round `at`, after one to warm up. Collective."""
     results, seconds = [], []
-    for step in range(STEPS):
+    first = 1 + at * (WARM_UP + STEPS)
+    for step in range(first, first + WARM_UP):
+        trainer.step(step)
+    for step in range(first + WARM_UP, first + WARM_UP + STEPS):
         with stretches(groups.tracker) as mine:
-            results.append(trainer.step(WARM_UP + step + 1))
+            results.append(trainer.step(step))
         seconds.append(critical_path(over_ranks(mine, groups.world_group), num_cores()))
-    trainer.control.close()
     load_LE = results[-1].control.counts_M.numpy().reshape(len(trainer.routers), -1)
     wall_s = statistics.median(result.step_s for result in results)
-    return statistics.median(seconds), wall_s, load_LE.astype(np.float64)
+    return Run(statistics.median(seconds), wall_s, load_LE.astype(np.float64))
 
 
 def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
@@ -87,9 +109,9 @@ def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
     return state.trainer(state.open_control())
 
 
-def _rates(case: Case, groups: RankGroups, host_s: float) -> Hardware | None:
+def _rates(case: Case, groups: RankGroups) -> Hardware | None:
     """On as many ranks at once as there are cores, as in a step, while the others wait. Rank 0's. Collective."""
     busy = groups.rank < num_cores()
-    rates = rates_of(MODELS[case.model], case.sequences, case.ep_size, host_s) if busy else None
+    rates = rates_of(MODELS[case.model], case.sequences, case.ep_size) if busy else None
     dist.barrier(groups.world_group)
     return rates if groups.rank == 0 else None

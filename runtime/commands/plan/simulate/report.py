@@ -8,6 +8,7 @@ from typing import Any
 from dispatch.errors import InvalidValue
 from runtime.commands.plan.simulate.hardware import Hardware, hardware_of, to_json
 from runtime.commands.plan.simulate.laws import LawCost, cost_of_laws
+from runtime.commands.plan.simulate.scope import check_scope, left_out
 from runtime.commands.plan.simulate.sensitivity import Moved, sensitivity
 from runtime.commands.plan.simulate.simulation import Schedule, Simulation
 from runtime.commands.plan.simulate.sweep import MAX_VIOS, WORLDS, AtWorld, by_max_vio, by_world
@@ -17,7 +18,10 @@ from runtime.runs.run_dir import find_run
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that was simulated. sensitive_vio: the MaxVio of `moved`. laws: empty without a trace."""
+    """All that was simulated.
+
+    sensitive_vio: the MaxVio of `moved`. laws: empty without a trace. notes: of `left_out`.
+    """
 
     subject: Subject
     hardware: Hardware
@@ -28,6 +32,7 @@ class Report:
     moved: tuple[Moved, ...]
     trace: str
     laws: tuple[LawCost, ...]
+    notes: tuple[str, ...]
 
 
 def simulate(subject: Subject, given: argparse.Namespace) -> Report:
@@ -36,6 +41,7 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
     Raises:
         InvalidValue: an option is wrong; names value, rule and way out.
     """
+    check_scope(subject.config)
     hardware = hardware_of(given.hardware)
     schedule = Schedule(overlap=given.overlap, bubble=given.bubble)
     simulation = Simulation(subject, hardware, schedule)
@@ -55,6 +61,7 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
         moved=tuple(sensitivity(subject, hardware, schedule, middle)),
         trace=trace,
         laws=tuple(laws),
+        notes=left_out(subject.config),
     )
 
 
@@ -76,5 +83,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "worlds": [plain(each) for each in report.worlds],
         "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
         "trace": report.trace,
+        "notes": list(report.notes),
         "laws": [asdict(each) for each in report.laws],
     }

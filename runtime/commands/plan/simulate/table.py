@@ -22,6 +22,8 @@ def print_report(report: Report) -> None:
     """Heading, parts of a step, costs, laws where there is a trace, and sensitivity."""
     console = Console(width=WIDTH, highlight=False)
     console.print(_heading(report), markup=False)
+    for note in report.notes:
+        console.print(f"{note}.", markup=False)
     for table in _tables(report):
         console.print()
         console.print(table)

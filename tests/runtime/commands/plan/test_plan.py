@@ -269,9 +269,19 @@ def test_a_simulation_says_what_imbalance_costs(capsys: pytest.CaptureFixture[st
         (("--worlds", "12"), "--worlds 12 must be a multiple of --ranks-per-node (8)"),
         (("--trace", "no_such_run"), "no_such_run"),
         (("--law", "sign"), "--law needs --trace"),
+        (("--context", "2"), "--simulate does not know parallel.context (2)"),
+        (("--pp", "2", "--batch", "16", "--micro-batch", "1"), "--simulate does not know parallel.pipeline.size (2)"),
     ],
 )
 def test_a_simulation_of_what_cannot_be_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in refused(capsys, "small", "--world", "8", "--simulate", *arguments)
+
+
+def test_a_simulation_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_of(capsys, "small", "--world", "8", "--simulate", "--worlds", "8", "--shard", "full")
+    assert found["notes"] == []
+    settings = ("--shard", "full", "--offload", "states", "--optimizer", "adamw_bf16")
+    found = plan_of(capsys, "small", "--world", "8", "--simulate", "--worlds", "8", *settings)
+    assert [note.split(":")[0] for note in found["notes"]] == ["optim.offload", "optim.name adamw_bf16"]
