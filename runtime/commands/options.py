@@ -33,12 +33,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def file_to_write(text: str) -> Path:
-    """A file that can be written later, after what it is to hold was measured."""
+    """A file that can be written later, after what it is to hold was measured; its folder is made then."""
     path = Path(text).expanduser()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} must lie in a folder that exists; make {path.parent} first")
+    folder_to_write(str(path.parent))
     return path
 
 

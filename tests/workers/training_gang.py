@@ -85,8 +85,8 @@ def join_worker(spec, rank, world_size, name, *, float64=False, stop_after=None,
         spec = replace(spec, call_coordinator=CoordinatorPolicy().handle)
     worker = StoppingWorker(spec, stop_after)
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    # With the size, as a store whose processes were killed keeps the addresses of that gang.
-    store = dist.FileStore(str(spec.run_dir.parent / f"store-{name}-{world_size}"), world_size)
+    # With run and size, as a store whose processes were killed keeps the addresses of that gang.
+    store = dist.FileStore(str(spec.run_dir.parent / f"store-{spec.run_dir.name}-{name}-{world_size}"), world_size)
     worker.join(rank=rank, world_size=world_size, store=store, timeout_s=timeout_s, nodes=nodes)
     return worker
 

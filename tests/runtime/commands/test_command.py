@@ -105,9 +105,10 @@ def test_every_subcommand_of_trimtab_has_the_three_names_and_is_imported_without
 
 @pytest.mark.parametrize("command", ["doctor {run} --json", "cluster manifest slurm --nodes 2 --out"])
 @pytest.mark.parametrize(
-    ("file", "said"), [("no/x", "must lie in a folder that exists; make"), ("", "is a folder; name")]
+    ("file", "said"), [("file/x", "must be a folder, or a new name for one"), ("", "is a folder; name")]
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, file, said, tmp_path, capsys):
+    (tmp_path / "file").touch()
     words = command.format(run=tmp_path).split()
     assert cli.main([*words, str(tmp_path / file)]) == 2
     assert said in capsys.readouterr().err

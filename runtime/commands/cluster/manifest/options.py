@@ -52,6 +52,7 @@ def write(out: Path | None, text: str) -> int:
     if out is None:
         sys.stdout.write(text)
     else:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
         sys.stdout.write(f"{out}\n")
     return 0

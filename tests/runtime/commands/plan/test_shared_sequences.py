@@ -17,7 +17,6 @@ from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.gang.parallel import ParallelConfig
 from workers.model.attention import LatentConfig
-from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 # Index of the tensor or tensors that a rank holds of what it sends to each other rank.
@@ -45,11 +44,8 @@ def counted_bytes(rank: int, world_size: int, specs: list[WorkerSpec]) -> list[i
     found = []
     for index, spec in enumerate(specs):
         state = join_worker(spec, rank, world_size, f"{index}")._state
-        parts = {name: getattr(state, name) for name in ("model", "optimizer", "sampler", "groups", "meter")}
-        with state.open_control() as control:
-            trainer = Trainer(**parts, control=control, run=spec.run, optim=spec.optim, aux=spec.aux)
-            with KeyBytes() as counted:
-                trainer.step(1)
+        with state.open_control() as control, KeyBytes() as counted:
+            state.trainer(control).step(1)
         found.append(counted.total)
     return found
 
