@@ -84,7 +84,7 @@ def test_ray_up_starts_a_cluster_whose_run_outlives_a_node(place: Place) -> None
         try:
             wait_for(lambda: "2 nodes alive" in ssh.check(head, "trimtab", "cluster", "status"), every_s=2.0)
         finally:
-            print(ssh.check(head, "bash", "-c", "tail -n 60 /run/trimtab-0/*/r/session_latest/logs/monitor.*"))
+            print(ssh.check(head, "bash", "-c", "tail -n 60 /run/tt-0/*/r/session_latest/logs/monitor.*"))
         check_training(place, machines, ssh)
 
 
