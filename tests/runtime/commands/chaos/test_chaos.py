@@ -44,7 +44,7 @@ def test_a_run_comes_through_four_faults_as_if_nothing_had_been_and_nothing_is_l
     assert all(trial["verdict"] == "survived" for trial in trials.values())
     for name in ("kill driver", "kill node", "kill in dispatch"):
         assert 0 < trials[name]["detected_s"] < trials[name]["recovered_s"]
-        assert 0 < trials[name]["redone"] <= 12
+        assert 0 <= trials[name]["redone"] <= 12  # none, where it struck right after a checkpoint
     steps = [json.loads(line)["step"] for line in (out / "kept" / "chaos" / "metrics.jsonl").open()]
     compared = found["num_compared"]
     assert steps[-1] > 48 and compared["steps and evaluations"] > len(
