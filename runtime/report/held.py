@@ -22,6 +22,7 @@ MIN_COLUMNS = 16  # layers whose maps would have fewer are left out
 MAX_CELLS = 2**20  # of the heat maps of all layers: 7 MB, as a cell has a code, a load and a bias
 MAX_SOURCES = 4
 MAX_OWN_POINTS = 240  # of a chart that only the report has
+_OF_THE_RUN = ("step", "latest", "mean", "last_eval")
 COLOURS = ("blue", "orange", "green", "pink")
 
 
@@ -39,9 +40,6 @@ def held_json(record: RunRecord) -> str:
     }
     # No text of anybody's ends the element that holds it, or begins another.
     return json.dumps(held, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-_OF_THE_RUN = ("step", "latest", "mean", "last_eval")
 
 
 def _curves(run: WatchedRun) -> dict[str, Any]:

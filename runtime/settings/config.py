@@ -18,6 +18,7 @@ from runtime.settings.pipeline_rules import PipelineRules
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
+from workers.model.freezing import freezes_router
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig
@@ -112,7 +113,7 @@ class TrainConfig:
     @property
     def freezes_router(self) -> bool:
         """Whether routers, and so their biases, stay as they are."""
-        return "router" in self.optim.freeze or self.model.lora.rank > 0
+        return freezes_router(self.optim.freeze, self.model.lora.rank)
 
 
 def cross_check(config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from runtime.runs.event_text import STACKS, event_text
 from runtime.watch.curves import is_number
 from runtime.watch.plain import plain
-from runtime.watch.tail import Tail
+from runtime.watch.tail import LineFile
 from workers.record.record_lines import Line
 from workers.record.run_log import MAX_TIME
 
@@ -36,39 +36,26 @@ _WARNINGS = {
 }  # fmt: skip
 
 
-class EventLog:
-    """events.jsonl of one run. `poll` reads on; the rest may be asked on any thread."""
+class EventLog(LineFile):
+    """events.jsonl of one run."""
 
     def __init__(self, path: Path) -> None:
-        self._tail = Tail(path)
+        super().__init__(path)
         self._shown: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self.state = "not begun"
         self.num = self.num_recoveries = self.num_failures = 0
         self.last_time = 0.0
         self.start: Line = {}  # the last event that began or resumed training: its ranks, exchange and law
 
-    def poll(self) -> bool:
-        """Read on. Returns whether there was something new.
-
-        Raises:
-            Rewritten: the file is not the one that was read; a new object must read it.
-        """
-        lines = self._tail.read()
-        for _, text in lines:
-            if (event := _parsed(text)) is not None:
-                self._take(event)
-        return bool(lines)
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether the last reading found no whole chunk more."""
-        return self._tail.is_at_end
-
     def since(self, number: int) -> list[dict[str, Any]]:
         """The events from `number` on, as far as they are kept, each with its number, time, kind and text."""
         return [event for event in list(self._shown) if event["number"] >= number]
 
-    def _take(self, event: Line) -> None:
+    def _take(self, offset: int, text: bytes) -> None:
+        if (event := _parsed(text)) is not None:
+            self._add(event)
+
+    def _add(self, event: Line) -> None:
         name = event["event"]
         is_within = self.state == "recovering" and name in _WITHIN_A_RECOVERY
         self.state = self.state if is_within else _STATES.get(name, self.state)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.watch.regular_file import read_between
-from runtime.watch.tail import Tail
+from runtime.watch.tail import LineFile
 from workers.record.record_lines import Line
 from workers.record.sample_log import is_sample
 
@@ -18,30 +18,14 @@ MAX_CHARACTERS = 200  # of a token or a name
 MAX_EXPERTS = 64  # of a token
 
 
-class SampleFile:
-    """The samples of a run. `poll` reads on; the rest may be asked on any thread."""
+class SampleFile(LineFile):
+    """The samples of a run."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._tail = path, Tail(path)
+        super().__init__(path)
+        self._path = path
         self._places: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by step: where its lines start and stop
         self.num = 0
-
-    def poll(self) -> bool:
-        """Read on. Returns whether there was something new.
-
-        Raises:
-            Rewritten: the file is not the one that was read; a new object must read it.
-        """
-        lines = self._tail.read()
-        for offset, text in lines:
-            if (line := _parsed(text)) is not None:
-                self._take(line["step"], (offset, offset + len(text)))
-        return bool(lines)
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether the last reading found no whole chunk more."""
-        return self._tail.is_at_end
 
     def at(self, step: int | None, layer: int) -> dict[str, Any] | None:
         """The samples of a step, with the experts of one layer; those of the last step where this one has none.
@@ -59,7 +43,11 @@ class SampleFile:
         samples = [_sample(line, name) for line in found]
         return {"steps": sorted(places), "step": shown, "layers": [_cut(each) for each in names], "samples": samples}
 
-    def _take(self, step: int, place: tuple[int, int]) -> None:
+    def _take(self, offset: int, text: bytes) -> None:
+        if (line := _parsed(text)) is not None:
+            self._add(line["step"], (offset, offset + len(text)))
+
+    def _add(self, step: int, place: tuple[int, int]) -> None:
         self.num += 1
         if len(self._places[step]) < MAX_SAMPLES:
             self._places[step].append(place)

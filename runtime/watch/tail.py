@@ -1,6 +1,7 @@
 """Reads the lines of a file as they are appended, and notices when what was read is no longer what the file holds."""
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from runtime.watch.regular_file import opened
@@ -64,3 +65,30 @@ class Tail:
             self._last = raw[max(0, end - _REMEMBERED_BYTES) : end]
             self.offset += end
         return found
+
+
+class LineFile(ABC):
+    """A file whose lines are taken as they come. `poll` reads on; the rest may be asked on any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._tail = Tail(path)
+
+    def poll(self) -> bool:
+        """Read on. Returns whether there was something new.
+
+        Raises:
+            Rewritten: the file is not the one that was read; a new object must read it.
+        """
+        lines = self._tail.read()
+        for offset, text in lines:
+            self._take(offset, text)
+        return bool(lines)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the last reading found no whole chunk more."""
+        return self._tail.is_at_end
+
+    @abstractmethod
+    def _take(self, offset: int, text: bytes) -> None:
+        """Take a line, which may be anybody's, from its offset in the file on."""

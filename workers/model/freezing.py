@@ -33,6 +33,11 @@ def part_of(name: str) -> str:
     return next((PARTS[word] for word in name.split(".") if word in PARTS), name)
 
 
+def freezes_router(parts: Sequence[str], lora_rank: int) -> bool:
+    """Whether routers stay as they are: named among the parts that do not train, or under adapters."""
+    return "router" in parts or lora_rank > 0
+
+
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Exclude these parts from training: no gradient, no optimizer state. Call it before the optimizer is built.
 

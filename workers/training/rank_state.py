@@ -27,7 +27,7 @@ from workers.data.shards import Dataset
 from workers.gang.memory import held_bytes
 from workers.gang.parallel import RankGroups
 from workers.model.decoder import Decoder
-from workers.model.freezing import freeze
+from workers.model.freezing import freeze, freezes_router
 from workers.model.init import init_weights
 from workers.model.lora import without_adapters
 from workers.model.meta_device import meta_device
@@ -156,7 +156,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         # A second of imports that other runs need not wait for.
         from workers.training.pipeline import Pipeline, routers_of_all
 
-        frozen = "router" in spec.optim.freeze or spec.model.lora.rank > 0
+        frozen = freezes_router(spec.optim.freeze, spec.model.lora.rank)
         routers = routers_of_all(routers, spec.model, groups.device, frozen=frozen)
         autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
         pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once, spec.optim.mtp_weight)

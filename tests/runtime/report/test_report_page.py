@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from runtime.report.report import write_report
-from tests.runtime.watch.browser import NEEDS_CHROMIUM, browser, opened
+from tests.runtime.watch.browser import NEEDS_CHROMIUM, browser, drag_over_second_quarter, opened
 from tests.runtime.watch.test_browser import HOSTILE, label_of, serious_faults
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import append_event, read_load_history, read_metrics
@@ -97,12 +97,7 @@ def test_a_window_of_steps_is_that_of_all_charts(page: Page) -> None:
     ):
         assert "steps 101 to 200" in label_of(page, title), title
     assert "steps 101 to 200" in (page.get_attribute(f"{MAP} canvas", "aria-label") or "")
-    box = page.locator('figure[data-chart="Loss"] .u-over').bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=5)
-    page.mouse.up()
+    drag_over_second_quarter(page, "Loss")
     found = re.fullmatch(r"steps (\d+) to (\d+)", page.inner_text("#window .range"))
     assert found and [int(each) for each in found.groups()] == [pytest.approx(125, abs=4), pytest.approx(150, abs=4)]
 

@@ -90,3 +90,13 @@ def opened(
     page.evaluate(_NOTE_STATES)
     yield watched
     context.close()
+
+
+def drag_over_second_quarter(page: Page, title: str) -> None:
+    """Choose a window of steps with the pointer, on the chart of this title."""
+    box = page.locator(f'figure[data-chart="{title}"] .u-over').bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=5)
+    page.mouse.up()

@@ -16,7 +16,16 @@ from playwright.sync_api import Browser, Page
 
 from runtime.runs.event_text import event_text
 from tests.runtime.job.test_job import _arguments
-from tests.runtime.watch.browser import NEEDS_CHROMIUM, TRIMTAB, VIEWS, Watched, browser, opened, served
+from tests.runtime.watch.browser import (
+    NEEDS_CHROMIUM,
+    TRIMTAB,
+    VIEWS,
+    Watched,
+    browser,
+    drag_over_second_quarter,
+    opened,
+    served,
+)
 from tests.runtime.watch.text_run import LAYERS, add_text, make_text_run, sample
 from tests.synthetic_run import SyntheticRun, make_run
 from workers.record.run_log import append_event, read_events, read_metrics
@@ -142,12 +151,7 @@ def test_a_window_is_chosen_by_the_pointer_and_by_the_keyboard(chromium: Browser
     with served(folder, "one") as url, opened(chromium, url) as watched:
         page = watched.page
         page.wait_for_selector('figure[data-chart="Loss"] .u-over')
-        box = page.locator('figure[data-chart="Loss"] .u-over').bounding_box()
-        assert box is not None
-        page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=5)
-        page.mouse.up()
+        drag_over_second_quarter(page, "Loss")
         page.wait_for_function("!document.querySelector('#window .range').textContent.includes('0 to 200')")
         wait_for(page, lambda: steps_drawn(page) == (pytest.approx(50, abs=8), pytest.approx(100, abs=8)))
         page.focus("text=Last 100")
