@@ -20,7 +20,7 @@ from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
 # Of a round, and how many: an hour in which others use the machine changes what it can by more than a tenth.
-WARM_UP, STEPS, ROUNDS = 1, 3, 3
+WARM_UP, STEPS, ROUNDS = 1, 3, 9
 
 
 @dataclass(frozen=True)

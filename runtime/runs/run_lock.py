@@ -316,7 +316,9 @@ def _is_gone(path: Path) -> bool | None:
     except FileNotFoundError:
         return True
     owner = _read(path)
-    return None if owner is None else owner.is_gone(file)
+    if owner is None:
+        return None if path.exists() else True  # its successor removed it meanwhile
+    return owner.is_gone(file)
 
 
 def _is_flocked(path: Path) -> bool:

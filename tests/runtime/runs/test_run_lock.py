@@ -112,6 +112,19 @@ def test_another_host_that_renews_its_lease_keeps_its_run(tmp_path: Path) -> Non
         hold(tmp_path, renew).__enter__()
 
 
+def test_an_owner_whose_lock_is_removed_while_it_is_read_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = leave_lock(tmp_path, inode=1), run_lock._read
+    looks = iter([read, Path.unlink])  # the second comes when a successor has removed it
+
+    def look(lock: Path) -> Owner | None:
+        return next(looks)(lock)
+
+    monkeypatch.setattr(run_lock, "_read", look)
+    run_lock._wait_until_gone(tmp_path, path, silent)
+
+
 def test_one_of_many_who_take_over_wins(tmp_path: Path) -> None:
     leave_lock(tmp_path, inode=1)
     gate, won, lost = threading.Barrier(8), [], []
