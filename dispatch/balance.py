@@ -7,7 +7,7 @@ Shapes: N = sum of num_experts over the MoE layers of the model, in module order
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from dispatch.errors import InvalidValue
 from dispatch.laws import STATISTIC_SCALE, BalanceConfig, Law, LawState
 from dispatch.layout import LoadLayout
 from dispatch.routing.router import Router
+from dispatch.values import to_device
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
@@ -87,8 +88,7 @@ def write_state(routers: Mapping[str, Router], state: LawState) -> None:
     write_bias(routers, state.bias_N)
     scales = state.extras.get(STATISTIC_SCALE)
     if scales is not None:
-        for router, scale in zip(routers.values(), scales, strict=True):
-            router.statistic_scale.copy_(scale)
+        _set([router.statistic_scale for router in routers.values()], scales)
 
 
 def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:
@@ -101,8 +101,15 @@ def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:
     if bias_N.dtype != torch.float32 or bias_N.shape != (sum(sizes),):
         raise ValueError(f"bias must be float32 of shape ({sum(sizes)},), got {bias_N.dtype} {tuple(bias_N.shape)}")
     with torch.no_grad():
-        for router, bias_E in zip(routers.values(), bias_N.split(sizes), strict=True):
-            router.expert_bias_E.copy_(bias_E)
+        _set([router.expert_bias_E for router in routers.values()], bias_N)
+
+
+def _set(buffers: Sequence[Tensor], values: Tensor) -> None:
+    """Set buffers in place, one after the other. They get all values in one copy, so that the host waits for none."""
+    if buffers:
+        on_device = to_device(values, buffers[0].device).split([buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, on_device, strict=True):
+            buffer.copy_(part.view(buffer.shape))
 
 
 def bias_checksum(bias_N: Tensor) -> int:

@@ -105,6 +105,12 @@ def read_tensor(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
 
 
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. A plain copy to CUDA would wait for all that the device still has to do."""
+    goes_to_cuda = device.type == "cuda" and not host.is_cuda
+    return host.pin_memory().to(device, non_blocking=True) if goes_to_cuda else host.to(device)
+
+
 def host_lists(*tensors: Tensor) -> list[Any]:
     """The tensors as nested lists. Waits for the device, once for all of them."""
     host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dispatch.values import to_device
+
 # torch's grouped matmul has a kernel for these generations (Hopper, Blackwell) and bf16. Elsewhere on CUDA it reads the
 # ends back to the host and loops, as `Groups` can without waiting.
 GENERATIONS = (9, 10)
@@ -24,9 +26,8 @@ class Groups:
 
     @classmethod
     def of(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
-        """Without waiting for the device: the copy is from pinned memory."""
-        ends_L = torch.tensor([*itertools.accumulate(counts_L)], dtype=torch.int32, pin_memory=device.type == "cuda")
-        return cls(counts_L, ends_L.to(device, non_blocking=True))
+        """Without waiting for the device."""
+        return cls(counts_L, to_device(torch.tensor([*itertools.accumulate(counts_L)], dtype=torch.int32), device))
 
     @property
     def runs(self) -> list[tuple[int, slice]]:

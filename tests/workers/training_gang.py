@@ -103,7 +103,7 @@ def whole_state(worker) -> dict[str, torch.Tensor]:
     """Parameters, biases and moments of all ranks by canonical name, the same on every rank."""
     state = worker._state
     tensors = canonical_state(state.model, state.optimizer, state.spec.optim.entry.initial_state)
-    mine = {name: tensor.clone() for name, tensor in tensors.items()}
+    mine = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     parts = [None] * state.groups.world_size
     dist.all_gather_object(parts, mine, group=state.groups.control_group)
     held = {Slice.of_key(key): tensor for part in parts for key, tensor in part.items()}

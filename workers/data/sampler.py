@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dispatch.errors import InvalidValue
+from dispatch.values import to_device
 from workers.data.mix import IndexArray, MixCounts, MixSchedule
 from workers.data.shards import Dataset, FlagArray, TokenArray
 from workers.data.windows import DocumentWindows, TextWindows, Windows
@@ -30,9 +31,9 @@ class Batch(NamedTuple):
     document_starts: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device."""
-        starts = self.document_starts
-        return Batch(self.input_ids.to(device), self.targets.to(device), None if starts is None else starts.to(device))
+        """Copy the batch to a device, without waiting for it."""
+        starts = None if self.document_starts is None else to_device(self.document_starts, device)
+        return Batch(to_device(self.input_ids, device), to_device(self.targets, device), starts)
 
     @classmethod
     def of(cls, rows: Sequence[IndexArray], *, has_documents: bool) -> "Batch":

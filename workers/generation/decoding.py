@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dispatch.values import to_device
 from workers.model.attention import KeyValueCache
 
 # Called with the index of a sequence and a token that was added to it.
@@ -92,11 +93,11 @@ class DecodingBatch:
         for sequence, ids in zip(self.running, unread, strict=True):
             sequence.num_cached += len(ids)
         return {
-            "token_ids": token_ids.to(device),
-            "token_mask": token_mask.to(device),
-            "positions": None if is_first else positions.to(device),
+            "token_ids": to_device(token_ids, device),
+            "token_mask": to_device(token_mask, device),
+            "positions": None if is_first else to_device(positions, device),
             "cache": self._cache,
-            "logits_at": (lengths - 1).to(device),
+            "logits_at": to_device(lengths - 1, device),
         }
 
     def append(self, chosen: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dispatch.balance import routers_of
 from dispatch.routing.router import Router
 from dispatch.routing.selection import count_by_expert
+from dispatch.values import to_device
 from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
 from workers.data.windows import NO_TARGET
@@ -77,7 +78,9 @@ def evaluate(
     totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
     with _HeldOutLoad(routers_of(model) if routers is None else routers, num_sources) as load:
         for batch in sampler.val_batches(groups.share, groups.num_shares, batch_size, num_sequences):
-            load.source_B, load.is_real_B = batch.source_B.to(groups.device), batch.is_real_B.to(groups.device)
+            load.source_B, load.is_real_B = (
+                to_device(each, groups.device) for each in (batch.source_B, batch.is_real_B)
+            )
             shared = own_part(batch.sequences.to(groups.device), groups.context)
             loss = _loss(model, shared, groups.context, autocast, pipeline)
             if loss is None:  # it is known where the last layers are

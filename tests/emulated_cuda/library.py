@@ -1,0 +1,42 @@
+"""Builds `library.cpp`, and says where the emulated device runs: in a process that loads it before torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SOURCE = Path(__file__).with_name("library.cpp")
+ROOT = Path(__file__).parents[2]
+STARTED_BY = "TRIMTAB_EMULATED_CUDA"
+
+
+def run_on_emulated_cuda(file: Path, folder: Path) -> str:
+    """What pytest prints of a file of tests, in a process with the emulated device. `folder` gets the library."""
+    library = _build(folder)
+    variables = {"LD_PRELOAD": str(library), "TRITON_INTERPRET": "1", STARTED_BY: "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    ended = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def skip_elsewhere() -> None:
+    """Skip the module in a process without the emulated device."""
+    if STARTED_BY not in os.environ:
+        pytest.skip("run by tests/workers/test_emulated_cuda.py", allow_module_level=True)
+
+
+def _build(folder: Path) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler, g++")
+    torch_folder, library = Path(torch.__file__).parent, folder / "emulated_cuda.so"
+    includes, libraries = torch_folder / "include", torch_folder / "lib"
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", str(SOURCE), f"-I{includes}", f"-L{libraries}"]
+    command += [f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
