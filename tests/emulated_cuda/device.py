@@ -85,7 +85,7 @@ def emulated_cuda() -> Iterator[None]:
     def launch_on_host(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         return launch(kernel, *map(held_of, args), **{name: held_of(value) for name, value in kwargs.items()})
 
-    def join_by_gloo(_backend: str, *, device_id: Any, **kwargs: Any) -> None:
+    def join_by_gloo(_backend: str, *, device_id: Any = None, **kwargs: Any) -> None:
         join("gloo", **kwargs)
 
     with ExitStack() as stack:

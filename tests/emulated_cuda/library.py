@@ -14,11 +14,10 @@ ROOT = Path(__file__).parents[2]
 STARTED_BY = "TRIMTAB_EMULATED_CUDA"
 
 
-def run_on_emulated_cuda(file: Path, folder: Path) -> str:
-    """What pytest prints of a file of tests, in a process with the emulated device. `folder` gets the library."""
-    library = _build(folder)
-    variables = {"LD_PRELOAD": str(library), "TRITON_INTERPRET": "1", STARTED_BY: "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+def run_on_emulated_cuda(module: str, *args: str, library: Path, **variables: str) -> str:
+    """What `python -m module` prints, in a process that can have the emulated device."""
+    variables |= {"LD_PRELOAD": str(library), "TRITON_INTERPRET": "1", STARTED_BY: "1"}
+    command = [sys.executable, "-m", module, *args]
     ended = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -30,7 +29,8 @@ def skip_elsewhere() -> None:
         pytest.skip("run by tests/workers/test_emulated_cuda.py", allow_module_level=True)
 
 
-def _build(folder: Path) -> Path:
+def build_library(folder: Path) -> Path:
+    """Compile it into the folder. Skips the test where no compiler is."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, g++")
