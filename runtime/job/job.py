@@ -283,7 +283,7 @@ def _headline(config: TrainConfig, beginning: str, dataset: Dataset, size: Model
         f"{source.name} ({source.train.num_text_bytes / 1e6:.1f} MB)" for source in dataset.meta.sources
     )
     if num_copies := sum(source.num_copies for source in dataset.meta.sources):
-        sources += f"; copies: {num_copies} files, each trained on or held out like the file that it copies"
+        sources += f"; files that copy another: {num_copies}, each trained on or held out together with it"
     return (
         f"{beginning}\n"
         f"model  {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active per token; "

@@ -65,7 +65,7 @@ def _first(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
     values = {key: _shown(value) for key, value in flatten(defaults).items()}
     width = max(map(len, _FIRST)) + 2
     lines = [f"  {option:{width}}{_filled(words, values, presets)}" for option, words in _FIRST.items()]
-    more = f"all settings: trimtab train --help-all; those of a section: --help {' | '.join(sections)}"
+    more = f"all settings: --help-all; those of a section: --help {' | '.join(sections)}"
     return "\n".join([f"usage: {_USAGE}", "Train a model, or go on with a run.", "", *lines, "", _EXAMPLES, more, ""])
 
 

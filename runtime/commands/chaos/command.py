@@ -1,17 +1,23 @@
 """`trimtab chaos PRESET`."""
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
 from runtime.commands.options import folder_to_write, number, whole
+from runtime.terminal.quantities import counted
 
 if TYPE_CHECKING:
     from runtime.commands.chaos.plan import ChaosOptions
 
 HELP = "Strike a run with faults by a plan, and see whether it comes through."
+
+DESCRIPTION = """\
+Train on several simulated machines here: network namespaces of this host, which needs root. Strike the run by a
+seeded plan of faults, and compare it with an undisturbed run."""
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -21,14 +27,12 @@ def add_arguments(parser: CommandParser) -> None:
 
     sizes = "\n".join(
         f"  {name:6} {each.num_faults} faults of {len(each.kinds)} kinds, {each.num_machines} machines with "
-        f"{each.workers_per_machine} workers each, {each.minutes:g} min at most"
+        f"{counted(each.workers_per_machine, 'worker')} each, {each.minutes:g} min at most"
         for name, each in PRESETS.items()
     )
-    parser.description = (
-        "Train on several machines of network namespaces here (needs root), strike the run by a seeded "
-        "plan, and compare it with an undisturbed one."
-    )
-    parser.epilog = f"presets:\n{sizes}\n\nfaults: {', '.join(KINDS)}"
+    parser.description = DESCRIPTION
+    faults = textwrap.fill(", ".join(KINDS), 100, initial_indent="  ", subsequent_indent="  ")
+    parser.epilog = f"presets:\n{sizes}\n\nfaults:\n{faults}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("preset", metavar="PRESET", choices=PRESETS, help="see below")

@@ -85,7 +85,7 @@ def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any
 
 
 def _law_values(part: str) -> dict[str, Any]:
-    balance = parse_law(part)
+    balance = parse_law(part, "--laws")
     return {f"balance.{entry.name}": getattr(balance, entry.name) for entry in fields(balance)}
 
 

@@ -37,6 +37,7 @@ config.json or its directory"""
 def add_arguments(parser: CommandParser) -> None:
     """Declare the options; one that is not given is None."""
     parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # else it would break "all-to-all"
     add_consent(parser)
     add = parser.add_argument
     add("config", metavar="CONFIG", help=CONFIG_HELP)

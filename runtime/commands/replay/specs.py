@@ -9,11 +9,13 @@ from dispatch.laws import BalanceConfig
 SHORT_KEYS = {"u": "rate"}
 
 
-def parse_law(spec: str) -> BalanceConfig:
+def parse_law(spec: str, option: str = "--law") -> BalanceConfig:
     """A law with settings: NAME or NAME:KEY=VALUE,..., where a key is a setting of `balance` or an option of the law.
 
+    option: of the command line that has the spec, for the error.
+
     Raises:
-        ValueError: names the spec and what is wrong with it.
+        ValueError: names the option, the spec and what is wrong with it.
     """
     name, _, rest = spec.partition(":")
     settings: dict[str, object] = {}
@@ -22,22 +24,22 @@ def parse_law(spec: str) -> BalanceConfig:
     for part in rest.split(",") if rest else ():
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InvalidValue(f"--law {spec}: {part!r} must be KEY=VALUE, as in sign:u=0.003")
+            raise InvalidValue(f"{option} {spec}: {part!r} must be KEY=VALUE, as in sign:u=0.003")
         key = SHORT_KEYS.get(key, key)
         if key in ("schedule", "module"):
             settings[key] = value
         elif key in known:
-            settings[key] = _number(spec, key, value)
+            settings[key] = _number(f"{option} {spec}", key, value)
         else:
-            options[key] = float(_number(spec, key, value))
+            options[key] = float(_number(f"{option} {spec}", key, value))
     try:
         return BalanceConfig(law=name, options=options, **settings)  # type: ignore[arg-type] # it checks them itself
     except InvalidValue as error:
-        raise InvalidValue(f"--law {spec}: {error}") from error
+        raise InvalidValue(f"{option} {spec}: {error}") from error
 
 
-def _number(spec: str, key: str, value: str) -> float | int:
+def _number(where: str, key: str, value: str) -> float | int:
     try:
         return int(value) if key == "horizon" else float(value)
     except ValueError:
-        raise InvalidValue(f"--law {spec}: {key} is {value!r}; it must be a number") from None
+        raise InvalidValue(f"{where}: {key} is {value!r}; it must be a number") from None

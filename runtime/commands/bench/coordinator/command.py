@@ -6,7 +6,7 @@ from runtime.commands.bench.out import out_dir
 from runtime.commands.command import CommandParser
 from runtime.commands.options import whole
 
-HELP = "The control path: a round of real ranks and the real coordinator by phase, and a model of up to 2,048 ranks."
+HELP = "The control path: a round of real ranks and coordinator by phase, and a model of up to 2,048 ranks."
 
 OUT_DIR = "runs/bench-coordinator"
 

@@ -117,6 +117,7 @@ def test_settings_may_stand_anywhere_between_the_options(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         ([], "--laws is missing"),
+        (["--laws", "newtn"], "--laws newtn: balance.law is 'newtn'"),
         (["--resume", "--config", "tiny"], "--config cannot be given"),
         (["--resume"], "there is no comparison in"),
         ([*LAWS, "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden"),
