@@ -132,7 +132,7 @@ def config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainC
 
 def _place(config: TrainConfig) -> str:
     num_workers = config.cluster.num_workers
-    return f"{num_workers} workers" if num_workers > 1 else "1 worker (--workers N takes more)"
+    return f"{num_workers} workers" if num_workers > 1 else "1 worker; --workers N takes more"
 
 
 def _joined(prompts: Sequence[str], texts: dict[int, str]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.gang.placement import RankPlace, node_of_ranks
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.settings.config import TrainConfig
+from runtime.terminal.quantities import counted
 from workers.gang.exchange_choice import ExchangeChoice, choose_exchange
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def rank_table(ranks: Sequence[dict[str, Any]], exchange: ExchangeChoice) -> str
     """The rank map as lines of text, the variables of the transport once where all ranks have the same."""
     rows = [
         f"  rank {row['rank']}  {row['node']} {row['interface']}  pid {row['pid']}  {row['device']}, "
-        f"{row['threads']} threads  experts {row['experts'][0]} to {row['experts'][1]} "
+        f"{counted(row['threads'], 'thread')}  experts {row['experts'][0]} to {row['experts'][1]} "
         f"(ep {row['ep_rank']}, edp {row['edp_rank']})" + _stage_text(row)
         for row in ranks
     ]

@@ -17,7 +17,12 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
         "{balance}",
         "Ray was up after {ray_s}, the workers {gang_s} later",
     ),
-    "checkpoint": ("step {step}", "{bytes} written in {write_s}", "training stood still for {blocked_s}"),
+    "checkpoint": (
+        "step {step}",
+        "{from_memory}",
+        "{bytes} written in {write_s}",
+        "training stood still for {blocked_s}",
+    ),
     "checkpoint_failed": ("step {step}", "{reason}"),
     "checkpoint_waits": ("step {step}", "{reason}", "trying again for {for_s}"),
     "checkpoints_removed": ("steps {removed}, to make room for step {step}", "{missing_bytes} were missing"),
@@ -58,6 +63,8 @@ _UNSAID = {
     "failed": {"kind"},
     "coordinator_lost": {"cause"},
 }
+# What is said where it is true.
+_FLAGS = {"from_memory": "from the workers' memory"}
 # Of many lines: the report folds them. The terminal shows that of a bug; an error that ends a run is printed anyway.
 STACKS = ("diagnosis", "trace")
 _OF_ANY_LINE = {"time", "event", *STACKS}
@@ -82,6 +89,8 @@ def told_event(line: Mapping[str, Any]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
+    if value is True and name in _FLAGS:
+        return _FLAGS[name]
     if isinstance(value, Mapping):
         return _OF_SECTIONS[name](value) if name in _OF_SECTIONS else _pairs(value, of_seconds=name == "seconds")
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ from runtime.commands.plan.activations import total
 from runtime.commands.plan.fit import Fit
 from runtime.commands.plan.plan import Plan, ways_out
 from runtime.settings.states import PIECES
-from runtime.terminal.quantities import byte_size, short
+from runtime.terminal.quantities import byte_size, counted, short
 from runtime.terminal.tables import new_table
 
 RECOMPUTED = {
@@ -82,7 +82,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     sequences = config.sequences_per_rank // num_micro
     yield (
         f"{world_size} ranks, {subject.ranks_per_node} a node; {ep_size} share the experts, "
-        f"{plan.num_local_experts} of each layer on a rank; each expert is on {config.dp_size // ep_size}"
+        f"{plan.num_local_experts} of each layer on a rank; "
+        f"each expert is on {counted(config.dp_size // ep_size, 'rank')}"
     )
     yield (
         f"{config.run.global_batch_size} sequences of {config.model.max_seq_len} tokens a step, {num_micro} micro-batch"

@@ -45,8 +45,8 @@ STARTED = {
             {"event": "recovered", "step": 7, "total_s": 83.2, "seconds": {"back-off": 1.04, "first step": 2.5}},
             "recovered: step 7 after 1:23; back-off 1.04 s, first step 2.50 s",
         ),
+        ({"event": "checkpoint", "step": 4, "from_memory": True}, "checkpoint: step 4; from the workers' memory"),
         # What a clause does not know is told as it is: nothing is hidden.
-        ({"event": "checkpoint", "step": 4, "from_memory": True}, "checkpoint: step 4; from memory True"),
         ({"event": "new_kind", "sent_bytes": 2048, "wait_s": 0.01249}, "new kind: sent bytes 2.00 KiB; wait s 12.5 ms"),
     ],
 )  # fmt: skip

@@ -12,10 +12,11 @@ from runtime.terminal.tables import new_table
 
 WIDTH = 120
 NOTE = """\
-MaxVio: most tokens of an expert over the mean, less 1, of what an expert-parallel group computes at once, the same in
-each layer. Times: over the balanced step. Other experts as a log-normal distribution has them, in another order in each
-layer. Memory: at most, of the rank with most tokens. Computed from rates that were measured elsewhere; see the page
-on planning for how far it can be trusted."""
+MaxVio: most tokens of an expert over the mean, less 1, of what an expert-parallel group computes at once; the same in
+each layer. The loads of the other experts follow a log-normal distribution, in another order in each layer. Times: over
+the balanced step. Memory: at most, of the rank with most tokens. Last table: the step, and the times of a MaxVio, where
+that assumption is 0.8 or 1.2 of what it is. Computed from rates that were measured elsewhere; docs/plan.md says how far
+it can be trusted."""
 
 
 def print_report(report: Report) -> None:
