@@ -111,7 +111,7 @@ function glanceCards(run, other) {
     other && last.val_bits_per_byte !== undefined && `held out ${versus(other, "val_bits_per_byte", last.val_bits_per_byte, digits)}`),
     isBetter === null ? "" : isBetter ? "good" : "bad"),
     card("Imbalance (MaxVio)", digits(mean.max_vio_batch), joined(Number.isFinite(ratio) ?
-      `${digits(ratio)} × chance (${digits(mean.max_vio_floor)}); ${latest.dead_experts ?? 0} experts without a token` : "",
+      `${digits(ratio)} × chance (${digits(mean.max_vio_floor)}); ${counted(latest.dead_experts ?? 0, "expert")} without a token` : "",
     versus(other, "max_vio_batch", mean.max_vio_batch, digits))),
     card("Tokens per second", short(mean.tokens_per_s), joined(`${milliseconds(mean.step_s)} a step`,
       mean.mfu === undefined ? "" : `MFU ${percent(mean.mfu)}`, versus(other, "tokens_per_s", mean.tokens_per_s, short))),
