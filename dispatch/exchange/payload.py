@@ -32,19 +32,17 @@ def encode_fp8(rows_TH: Tensor) -> Tensor:
     scales = largest / largest.new_full((), _FP8_MAX)
     scales = torch.where(scales > 0, scales, 1.0)  # a tile of zeros, or one that underflows
     codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).flatten(1)[:, :hidden]
-    return torch.cat(
-        [codes.clone(memory_format=torch.contiguous_format).view(torch.uint8), scales.view(torch.uint8)], 1
-    )
+    return torch.cat([_viewed(codes, torch.uint8), _viewed(scales, torch.uint8)], 1)
 
 
 def decode_fp8(coded_TB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     """Rows in `dtype`, (T, H), from what `encode_fp8` made."""
-    # Clones, since contiguous() leaves the stride of a single row, which no other dtype can view.
-    codes = (
-        coded_TB[:, :hidden]
-        .clone(memory_format=torch.contiguous_format)
-        .view(_FP8)
-        .to(torch.promote_types(dtype, torch.float32))
-    )
-    scales = coded_TB[:, hidden:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    codes = _viewed(coded_TB[:, :hidden], _FP8).to(torch.promote_types(dtype, torch.float32))
+    scales = _viewed(coded_TB[:, hidden:], torch.float32)
     return (codes * scales.repeat_interleave(TILE, 1)[:, :hidden]).to(dtype)
+
+
+def _viewed(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes in another dtype, of a copy."""
+    # A clone, since contiguous() leaves the strides of one row or none, which no other dtype can view.
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -10,6 +10,7 @@ from cluster.config import ClusterConfig
 from cluster.ray.local_ray import OBJECT_STORE_BYTES
 from dispatch.balance import check_groups
 from dispatch.errors import InvalidValue
+from dispatch.exchange.local import LocalDispatcher
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import ExchangeShape
 from dispatch.laws import BalanceConfig
@@ -18,7 +19,9 @@ from runtime.settings.pipeline_rules import PipelineRules
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
 from workers.gang.parallel import ParallelConfig
-from workers.model.freezing import freezes_router
+from workers.model.decoder import Decoder
+from workers.model.freezing import freeze, freezes_router
+from workers.model.meta_device import meta_device
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig
@@ -139,6 +142,7 @@ def cross_check(config: TrainConfig) -> None:
         )
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     _check_adapters(config)
+    _check_trains(config)
     check_groups(config.balance, config.model.moe.num_groups, "the MoE layers")
     _check_vocabulary(config)
     if config.model.num_mtp_layers and config.data.has_documents:
@@ -302,6 +306,17 @@ def _check_adapters(config: TrainConfig) -> None:
             f"model.lora.targets and optim.freeze both name {', '.join(frozen)}: adapters of a part train it; leave it "
             "out of one of them (what has no adapter is frozen without being named)"
         )
+
+
+def _check_trains(config: TrainConfig) -> None:
+    """Something is left to train: looked for in one block of each kind."""
+    if not config.optim.freeze:
+        return
+    num_dense = min(config.model.num_dense_layers, 1)
+    blocks = replace(config.model, num_layers=num_dense + 1, num_dense_layers=num_dense)
+    with meta_device():
+        model = Decoder(blocks, lambda: LocalDispatcher(blocks.moe.num_experts))
+    freeze(model, config.optim.freeze)
 
 
 def _exchange_shape(config: TrainConfig, ep_size: int) -> ExchangeShape:

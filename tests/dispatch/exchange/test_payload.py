@@ -27,10 +27,11 @@ def test_an_element_is_off_by_at_most_the_documented_bound(hidden, dtype):
     assert not decoded[0].any()
 
 
-def test_no_rows_and_one_row_are_coded_too():
-    assert decode_fp8(encode_fp8(torch.empty(0, 256)), 256, torch.bfloat16).shape == (0, 256)
-    row = torch.full((1, 130), 448.0)
-    assert torch.equal(decode_fp8(encode_fp8(row), 130, torch.float32), row)
+@pytest.mark.parametrize("hidden", [2, TILE, 256])
+def test_no_rows_and_one_row_are_coded_too(hidden):
+    assert decode_fp8(encode_fp8(torch.empty(0, hidden)), hidden, torch.bfloat16).shape == (0, hidden)
+    row = torch.full((1, hidden), 448.0)
+    assert torch.equal(decode_fp8(encode_fp8(row), hidden, torch.float32), row)
 
 
 def _coded_on_ranks(rank, world_size):

@@ -28,6 +28,7 @@ from runtime.settings.config_file import (
 )
 from runtime.settings.size import recorded_scores_bytes
 from workers.gang.parallel import ParallelConfig
+from workers.model.freezing import NAMES
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")
 
@@ -267,6 +268,7 @@ def as_option(value: Any) -> str:
         ({"run__micro_batch_size": 3}, r"run.micro_batch_size \(3\) must divide .* \(8 = .*use one of \[1, 2, 4, 8\]"),
         ({"cluster__num_workers": 4, "parallel__ep_size": 3}, r"parallel.ep_size \(3\) must divide .* \(4\)"),
         ({"model__moe__num_experts": 1, "model__moe__top_k": 1}, r"ep_size \(2\) must be .* num_experts \(1\)"),
+        ({"optim__freeze": NAMES}, r"optim.freeze \(embedding, .*\) leaves nothing to train; name fewer parts"),
         ({"model__num_dense_layers": 4}, r"model.num_dense_layers \(4\) equals model.num_layers"),
         (
             {"model__attention": "latent", "model__clip_qkv": 2.0},
