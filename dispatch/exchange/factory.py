@@ -55,8 +55,6 @@ def make_dispatcher(
     """
     BACKENDS.check(exchange, None)
     backend = BACKENDS.get(exchange)
-    if backend is not None and backend.needs_nodes and nodes is None:
-        raise InvalidValue(f"exchange {exchange!r} needs the groups of its nodes; pass nodes=make_node_groups(...)")
     meter, buffer_pool, ep_size = meter or Meter(), buffer_pool or BufferPool(), dist.get_world_size(ep_group)
     dispatcher: Dispatcher
     if ep_size == 1:
@@ -67,6 +65,8 @@ def make_dispatcher(
             placement = ExpertPlacement(num_experts, ep_size)
             exchange = cheapest_exchange(placement, ranks_per_node, hidden=hidden, top_k=top_k)
             backend = BACKENDS[exchange]
+        if backend.needs_nodes and nodes is None:
+            raise InvalidValue(f"exchange {exchange!r} needs the groups of its nodes; pass nodes=make_node_groups(...)")
         shape = ExchangeShape(num_experts=num_experts, ep_size=ep_size, hidden=hidden, top_k=top_k, payload=payload)
         backend.check(shape)
         dispatcher = backend.build(

@@ -18,6 +18,7 @@ from dispatch.routing.statistics import make_statistic
 from runtime.settings.pipeline_rules import PipelineRules
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
+from workers.gang.exchange_choice import choose_exchange
 from workers.gang.parallel import ParallelConfig
 from workers.model.decoder import Decoder
 from workers.model.freezing import freeze, freezes_router
@@ -155,6 +156,7 @@ def cross_check(config: TrainConfig) -> None:
     _check_report(config)
     if config.parallel.backend is not None and ep_size > 1:
         config.parallel.backend.check(_exchange_shape(config, ep_size))
+    _check_nodes(config)
 
 
 def check_pipeline(config: TrainConfig) -> None:
@@ -330,6 +332,14 @@ def _exchange_shape(config: TrainConfig, ep_size: int) -> ExchangeShape:
         dtype=config.run.dtype,
         runs_here=config.cluster.address is None,  # else the workers' machines are others
     )
+
+
+def _check_nodes(config: TrainConfig) -> None:
+    """The exchange goes with ranks that all lie on this machine; where others lie is known once they are placed."""
+    if config.cluster.address is None:
+        moe, world_size = config.model.moe, config.cluster.num_workers
+        sizes = {"num_experts": moe.num_experts, "hidden": config.model.hidden, "top_k": moe.top_k}
+        choose_exchange(config.parallel, (0,) * world_size, world_size, **sizes)
 
 
 def _check_time_limits(cluster: ClusterConfig) -> None:

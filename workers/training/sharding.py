@@ -63,11 +63,24 @@ def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
     """Of dense parameters and of experts; None where nothing of these is to be shared out."""
     if (replicas := groups.replicas) is not None:
         is_shared = groups.edp_size > replicas.num
-        return replicas.dense, replicas.experts if is_shared else None
+        return _with_names(replicas.dense), _with_names(replicas.experts) if is_shared else None
     dense = DeviceMesh.from_group(groups.stage_group, groups.device.type, mesh_dim_names=("dense",))
     if groups.edp_size == 1:
-        return dense, None
-    return dense, DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
+        return _with_names(dense), None
+    experts = DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
+    return _with_names(dense), _with_names(experts)
+
+
+def _with_names(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh, with the names of its groups in those of its dimensions.
+
+    torch keeps what an operation on sharded tensors returns, their mesh too, for the next one on an equal mesh; and
+    meshes of the same ranks and names of dimensions are equal. Else a process that joins another gang could get a mesh
+    of the first one, whose groups are gone, or whose names other groups have now.
+    """
+    groups = mesh.get_all_groups()
+    names = tuple(f"{name} {group.group_name}" for name, group in zip(mesh.mesh_dim_names or (), groups, strict=True))
+    return DeviceMesh.from_group(groups, mesh.device_type, mesh.mesh.contiguous(), mesh_dim_names=names)
 
 
 def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:

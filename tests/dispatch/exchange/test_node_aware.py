@@ -161,6 +161,14 @@ def test_nodes_that_do_not_divide_the_group_are_refused():
     assert "exchange 'node' needs the groups of its nodes; pass nodes=make_node_groups(...)" in without
 
 
+def _alone(rank, world_size):
+    return type(make_dispatcher(8, dist.group.WORLD, hidden=8, top_k=2, exchange="node")).__name__
+
+
+def test_one_rank_needs_no_nodes():
+    assert run_ranks(1, _alone) == ["LocalDispatcher"]
+
+
 # Per token and in rows of equal width, a row that stays in its node costing 1 and one that leaves it 3.2:
 @pytest.mark.parametrize(
     ("ep_size", "ranks_per_node", "top_k", "chosen"),

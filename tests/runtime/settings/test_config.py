@@ -319,12 +319,23 @@ def as_option(value: Any) -> str:
             {"parallel__context": 2, "balance__record": 1, "model__max_seq_len": 45},
             r"balance.record needs .*max_seq_len \(45\) must be a multiple of parallel.context \(2\)",
         ),
+        (
+            {"parallel__exchange": "node", "cluster__num_workers": 4},
+            r"parallel.exchange node needs .* several nodes .*but here is 1 node; take .*exchange auto, .* or say",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
 def test_contradiction_between_sections_is_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cross_check(with_settings(**overrides))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cluster__address": "auto"}, {"parallel__ranks_per_node": 2}, {"parallel__ep_size": 1}]
+)
+def test_an_exchange_between_nodes_is_taken_where_there_may_be_some_or_nothing_travels(changes: dict[str, Any]) -> None:
+    cross_check(with_settings(parallel__exchange="node", cluster__num_workers=4, **changes))
 
 
 @pytest.mark.parametrize(("num_experts", "num_workers"), [(8, 3), (5, 5)])

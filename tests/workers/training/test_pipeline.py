@@ -43,6 +43,8 @@ LAYOUTS = {
         "pp4-ep2": {"size": 4, "ep_size": 2},
         "pp2-dp4-full": {"size": 2, "ep_size": 2, "shard": "full"},
         "pp2-replicas": {"size": 2, "ep_size": 1, "shard": "full", "replicate": 2, **INTERLEAVED},
+        # Its groups have other names than those of the same ranks before, in a process that had these.
+        "pp2-ep2-replicas": {"size": 2, "ep_size": 2, "shard": "full", "replicate": 2},
     },
 }
 
