@@ -336,6 +336,13 @@ def _exchange_shape(config: TrainConfig, ep_size: int) -> ExchangeShape:
 
 def _check_nodes(config: TrainConfig) -> None:
     """The exchange goes with ranks that all lie on this machine; where others lie is known once they are placed."""
+    backend, fewest = config.parallel.backend, config.cluster.min_workers
+    if backend is not None and backend.needs_nodes and not config.parallel.ranks_per_node and fewest:
+        raise InvalidValue(
+            f"parallel.exchange {config.parallel.exchange} needs ranks on several nodes, and a run that goes on with "
+            f"cluster.min_workers ({fewest}) may have all of them on one; take --parallel.exchange auto, which chooses "
+            "for each gang anew, or leave cluster.min_workers out"
+        )
     if config.cluster.address is None:
         moe, world_size = config.model.moe, config.cluster.num_workers
         sizes = {"num_experts": moe.num_experts, "hidden": config.model.hidden, "top_k": moe.top_k}

@@ -323,6 +323,15 @@ def as_option(value: Any) -> str:
             {"parallel__exchange": "node", "cluster__num_workers": 4},
             r"parallel.exchange node needs .* several nodes .*but here is 1 node; take .*exchange auto, .* or say",
         ),
+        (
+            {
+                "parallel__exchange": "node",
+                "cluster__num_workers": 4,
+                "cluster__min_workers": 2,
+                "cluster__address": "auto",
+            },
+            r"parallel.exchange node needs .* cluster.min_workers \(2\) may .*; take --parallel.exchange auto",
+        ),
         ({"data__tokenizer": "/no/such/file.json"}, r"data.tokenizer /no/such/file.json cannot be read"),
     ],
 )
