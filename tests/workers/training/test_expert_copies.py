@@ -15,7 +15,7 @@ from workers.gang.pipeline import PipelineConfig
 from workers.model.lora import LoraConfig
 from workers.record.run_log import read_events, read_load_history
 
-STEPS = 8
+STEPS = 6
 
 
 def _specs(spec):
