@@ -109,7 +109,7 @@ def test_a_rank_of_a_pipeline_holds_at_most_what_the_plan_says(tmp_path: Path) -
     spec = make_spec(tmp_path)
     moe = replace(spec.model.moe, ffn_hidden=64)
     model = replace(spec.model, hidden=64, vocab_size=600, num_layers=6, moe=moe)
-    run = replace(spec.run, global_batch_size=32, micro_batch_size=2)
+    run = replace(spec.run, global_batch_size=16, micro_batch_size=2)
     specs, configs = [], []
     for shard, schedule in product(get_args(Shard), get_args(PipelineSchedule)):
         parallel = ParallelConfig(shard=shard, ep_size=1, pipeline=PipelineConfig(size=2, schedule=schedule))
