@@ -3,7 +3,6 @@
 By CPU time, as `barrier_clock` measures steps: what else the machine does has no part in it.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from runtime.commands.bench.dispatch.limits import Shape, matmul_flops, matmul_l
 from runtime.commands.plan.activations import FP32
 from runtime.commands.plan.simulate.hardware import Hardware, Link
 from runtime.commands.plan.simulate.work import ATTENTION_BACKWARD, added, norm, swiglu
+from workers.actor import usable_cores
 from workers.model.model_config import ModelConfig
 
 SAMPLES = 3
@@ -49,13 +49,8 @@ def rates_of(model: ModelConfig, sequences: int, ep_size: int) -> Hardware:
         node=NO_LINK,
         network=NO_LINK,
         control=NO_LINK,
-        cores=num_cores(),
+        cores=usable_cores(),
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def dense_rate(model: ModelConfig, tokens: int) -> float:

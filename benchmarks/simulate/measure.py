@@ -11,9 +11,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from benchmarks.simulate.barrier_clock import critical_path, over_ranks, stretches
-from benchmarks.simulate.calibrate import NO_LINK, link_of, num_cores, rates_of
+from benchmarks.simulate.calibrate import NO_LINK, link_of, rates_of
 from benchmarks.simulate.cases import MODELS, Case, cases_of
 from runtime.commands.plan.simulate.hardware import Hardware, Link, assumptions
+from workers.actor import usable_cores
 from workers.gang.parallel import RankGroups, join_groups
 from workers.training.rank_state import build_rank
 from workers.training.step import Trainer
@@ -58,7 +59,7 @@ def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tup
 
 def _measured(case: Case, specs: Mapping[Case, WorkerSpec], groups: RankGroups) -> Measured | None:
     """Rates and steps in turn, round by round, so that what changes on the machine meanwhile changes both."""
-    crowding = max(1.0, groups.world_size / num_cores())
+    crowding = max(1.0, groups.world_size / usable_cores())
     twin, trainer = (_trainer(each, specs[each], groups) for each in (case.twin, case))
     rounds = [(_steps(twin, at, groups), _rates(case, groups), _steps(trainer, at, groups)) for at in range(ROUNDS)]
     for each in (twin, trainer):
@@ -95,7 +96,7 @@ def _steps(trainer: Trainer, at: int, groups: RankGroups) -> Run:
     for step in range(first + WARM_UP, first + WARM_UP + STEPS):
         with stretches(groups.tracker) as mine:
             results.append(trainer.step(step))
-        seconds.append(critical_path(over_ranks(mine, groups.world_group), num_cores()))
+        seconds.append(critical_path(over_ranks(mine, groups.world_group), usable_cores()))
     load_LE = results[-1].control.counts_M.numpy().reshape(len(trainer.routers), -1)
     wall_s = statistics.median(result.step_s for result in results)
     return Run(statistics.median(seconds), wall_s, load_LE.astype(np.float64))
@@ -111,7 +112,7 @@ def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
 
 def _rates(case: Case, groups: RankGroups) -> Hardware | None:
     """On as many ranks at once as there are cores, as in a step, while the others wait. Rank 0's. Collective."""
-    busy = groups.rank < num_cores()
+    busy = groups.rank < usable_cores()
     rates = rates_of(MODELS[case.model], case.sequences, case.ep_size) if busy else None
     dist.barrier(groups.world_group)
     return rates if groups.rank == 0 else None

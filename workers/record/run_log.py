@@ -318,17 +318,17 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
 
 
 def _as_line(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(values), allow_nan=False).encode() + b"\n"
+    return json.dumps(plain_values(values), allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Convert to values that JSON has: arrays and tensors to lists or numbers, numbers that are not finite to null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain_values(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain_values(each) for each in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain_values(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runtime.commands.chaos.plan import Preset
 from runtime.commands.chaos.trial import Trial
+from workers.record.run_log import plain_values
 
 SHOWN_ENDS = 130  # characters at each end of a long text
 # Of the event `recovered` by what they are in a recovery from a killed worker.
@@ -83,7 +83,7 @@ class Results:
         """Write `chaos.md` and `chaos.json` into a folder."""
         out.mkdir(parents=True, exist_ok=True)
         (out / "chaos.md").write_text(self.as_markdown())
-        (out / "chaos.json").write_text(json.dumps(_plain(asdict(self)), indent=1) + "\n")
+        (out / "chaos.json").write_text(json.dumps(plain_values(asdict(self)), indent=1) + "\n")
 
     def as_markdown(self) -> str:
         """Format the page of results."""
@@ -176,12 +176,3 @@ def _shortened(text: str) -> str:
 
 def _seconds(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.1f} s"
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN by None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -8,6 +8,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.command import CommandParser
 from runtime.commands.options import folder_to_write, number, whole
+from runtime.commands.out import out_dir
 from runtime.settings.consent import add_consent
 
 if TYPE_CHECKING:
@@ -149,6 +150,6 @@ def _simulate(subject: "Subject", options: argparse.Namespace) -> None:
     if options.out:
         from runtime.commands.plan.simulate.chart import write_chart
 
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "simulation.json").write_text(values)
-        write_chart(report, options.out / "simulation.png")
+        out = out_dir(options.out)
+        (out / "simulation.json").write_text(values)
+        write_chart(report, out / "simulation.png")

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from dispatch.errors import InvalidValue
 from dispatch.laws import BalanceConfig
+from runtime.commands.out import out_dir
 from runtime.commands.replay.chart import write_chart
 from runtime.commands.replay.comparison import Comparison, compare
 from runtime.commands.replay.history import Reproduction, reproduce_bias
@@ -57,7 +57,7 @@ def replay(
     with one_thread():
         comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
-    for path in _write(out or run, comparison, reproduction, trace):
+    for path in _write(out_dir(out or run), comparison, reproduction, trace):
         say(console, str(path))
     return _exit_code(reproduction)
 
@@ -104,10 +104,6 @@ def one_thread() -> Iterator[None]:
 
 
 def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> Iterator[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidValue(f"--out {folder} cannot be made: {error.strerror}; give a folder to write to") from error
     values = {"own_bias": asdict(reproduction), "training_steps": trace.training_steps, **comparison.to_json()}
     record = folder / f"{NAME}.json"
     record.write_text(json.dumps(values, allow_nan=False) + "\n")

@@ -2,9 +2,9 @@
 
 import argparse
 
-from runtime.commands.bench.out import out_dir
 from runtime.commands.command import CommandParser
 from runtime.commands.options import whole
+from runtime.commands.out import out_dir
 
 HELP = "The balancing laws on simulated routers and recorded runs, beside the published law, tuned."
 

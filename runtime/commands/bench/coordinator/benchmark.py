@@ -19,8 +19,8 @@ from runtime.commands.bench.coordinator.measurement import ACTOR, FUNCTION, Cont
 from runtime.commands.bench.coordinator.model import HopCost, Modelled, model
 from runtime.commands.bench.coordinator.ranks import LIMIT_S, BenchRank, RankFigures
 from runtime.commands.bench.coordinator.table import show
-from runtime.commands.bench.out import new_name
 from runtime.commands.bench.progress import BenchProgress
+from runtime.commands.out import new_name
 from runtime.job.coordinator import CoordinatorClient, CoordinatorPolicy, start_coordinator
 
 LOAD_LAWS = ("sign", "newton", "quantile")  # no statistic, one number an expert, a histogram an expert

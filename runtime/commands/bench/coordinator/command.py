@@ -2,9 +2,9 @@
 
 import argparse
 
-from runtime.commands.bench.out import out_dir
 from runtime.commands.command import CommandParser
 from runtime.commands.options import whole
+from runtime.commands.out import out_dir
 
 HELP = "The control path: a round of real ranks and coordinator by phase, and a model of up to 2,048 ranks."
 

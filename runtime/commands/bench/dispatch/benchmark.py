@@ -11,7 +11,7 @@ from runtime.commands.bench.dispatch.case import LayerCase
 from runtime.commands.bench.dispatch.figures import figures_of
 from runtime.commands.bench.dispatch.table import as_text, describe
 from runtime.commands.bench.dispatch.turns import LayerMeasurement, measure
-from runtime.commands.bench.out import new_name
+from runtime.commands.out import new_name
 
 COLLECTIVE_LIMIT = timedelta(minutes=10)  # a rank that waits longer for another has lost it
 

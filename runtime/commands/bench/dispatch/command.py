@@ -4,9 +4,9 @@ import argparse
 
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.bench.dispatch.choices import DTYPES, PAYLOADS
-from runtime.commands.bench.out import out_dir
 from runtime.commands.command import CommandParser
 from runtime.commands.options import number, whole
+from runtime.commands.out import out_dir
 
 HELP = "The MoE layer: phases, bytes, bandwidth and matmul rate, beside the limits of this machine."
 

@@ -1,4 +1,4 @@
-"""Where a benchmark writes: a folder that is there before anything is measured, and names that nothing has yet."""
+"""Where a command writes: a folder that is made if it is not there, and names that nothing has yet."""
 
 from datetime import datetime
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from dispatch.errors import InvalidValue
 
 
-def out_dir(name: str) -> Path:
+def out_dir(name: str | Path) -> Path:
     """The folder, made if it is not there."""
     path = Path(name).expanduser()
     try:
