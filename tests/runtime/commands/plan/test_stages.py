@@ -78,9 +78,9 @@ def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int
 def test_a_rank_holds_and_sends_what_the_plan_says(tmp_path: Path, name: str) -> None:
     (world_size, parallel), model = LAYOUTS[name], MODELS.get(name, MODEL)
     of_stage = world_size // parallel.pipeline.size
-    run = RunConfig(global_batch_size=12 * of_stage, micro_batch_size=1)
+    run = RunConfig(global_batch_size=8 * of_stage, micro_batch_size=1)
     spec = replace(make_spec(tmp_path), run_dir=tmp_path / name, model=model, parallel=parallel)
-    spec = replace(spec, run=replace(spec.run, global_batch_size=12 * of_stage, micro_batch_size=1))
+    spec = replace(spec, run=replace(spec.run, global_batch_size=8 * of_stage, micro_batch_size=1))
     config = TrainConfig(model=model, run=run, parallel=parallel, cluster=ClusterConfig(num_workers=world_size))
     # The first rank of each stage, which has most rows where they are shared out.
     found = run_ranks(world_size, measure, spec)[::of_stage]
