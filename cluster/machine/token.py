@@ -27,14 +27,16 @@ def ensure_token(path: Path) -> Path:
     """Make the token file, readable by its owner alone, unless there is a good one. Returns `path`.
 
     Raises:
-        ValueError: the file that is there cannot serve.
+        ValueError: the file that is there cannot serve, or none can be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         check_token(path)
         return path
+    except OSError as error:
+        raise InvalidValue(f"the token file {path} cannot be made ({error.strerror}); name another place") from error
     with os.fdopen(file, "w") as opened:
         opened.write(secrets.token_hex(32))
     return path

@@ -38,6 +38,11 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
             f"nothing balances the load of the experts (balance.law none, aux.loss none); to balance it, {again} with "
             f"--aux.loss global_batch, or with --balance.law adaptive{limit}"
         )
+    if config.parallel.expert_copies and config.parallel.resolve(config.cluster.num_workers) == 1:
+        said.append(
+            f"parallel.expert_copies ({config.parallel.expert_copies}) places no copies: each rank has all experts, as "
+            "parallel.ep_size is 1; share them with another --parallel.ep_size, or leave the copies out"
+        )
     return said
 
 

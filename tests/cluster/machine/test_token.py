@@ -1,8 +1,11 @@
 """The token file: made once, private, refused where it cannot be a secret."""
 
+from pathlib import Path
+
 import pytest
 
 from cluster.machine.token import check_token, default_token_file, ensure_token, token_environment
+from dispatch.errors import InvalidValue
 
 
 def test_a_new_token_is_private_and_stays_the_same(tmp_path):
@@ -30,6 +33,12 @@ def test_a_token_that_is_no_secret_is_refused(tmp_path, content, mode, message):
         path.chmod(mode)
     with pytest.raises(ValueError, match=message):
         check_token(path)
+
+
+@pytest.mark.parametrize("place", ["/proc/no-such-place", "/proc/no-such-place/token", "/dev/null/token"])
+def test_a_place_where_no_token_can_be_made_is_refused(place):
+    with pytest.raises(InvalidValue, match=f"the token file {place} cannot be "):
+        ensure_token(Path(place))
 
 
 def test_the_secret_itself_is_in_no_variable(tmp_path):

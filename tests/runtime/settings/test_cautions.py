@@ -26,6 +26,13 @@ def test_an_import_without_a_law_or_data_is_told_so_with_the_way_out() -> None:
     assert not cautions(dense, is_imported=False)
 
 
+def test_copies_of_experts_that_every_rank_has_are_told_to_be_none() -> None:
+    config = override(load_config("tiny"), ["--parallel.expert_copies", "2", "--workers", "2"])
+    assert not cautions(config, is_imported=False)
+    (said,) = cautions(override(config, ["--parallel.ep_size", "1"]), is_imported=False)
+    assert "parallel.expert_copies (2) places no copies: each rank has all experts" in said
+
+
 def told(law: str, *lines: dict[str, Any]) -> list[str]:
     watch = Watch(law)
     sound = {"loss": 2.0, "max_vio_batch": 0.2, "max_vio_floor": 0.1, "dead_experts": 0}

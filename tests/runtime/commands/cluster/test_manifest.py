@@ -156,6 +156,7 @@ def test_no_manifest_opens_the_dashboard_installs_at_start_or_holds_a_secret(arg
         ),
         ((*SLURM, "--time", "soon"), "HOURS:MINUTES:SECONDS"),
         ((*KUBERAY, "--name", "No_Name"), "small letters"),
+        ((*KUBERAY, "--claim", "My_Claim"), "'My_Claim' must be at most 253 small letters"),
         ((*RAY_UP, "--worker", "node7"), "'node7' must be an IPv4 address"),
         ((*RAY_UP, "--", *TRAIN), "trimtab submit"),
         (("helm",), "'helm' is no kind; choose from kuberay, slurm, ray-up"),

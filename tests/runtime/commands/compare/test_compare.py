@@ -118,6 +118,9 @@ def test_settings_may_stand_anywhere_between_the_options(tmp_path: Path) -> None
     [
         ([], "--laws is missing"),
         (["--laws", "newtn"], "--laws newtn: balance.law is 'newtn'"),
+        (["--laws", "sign:u=fast"], "--laws sign:u=fast: rate is 'fast'"),
+        (["--laws", "sign:u"], "--laws sign:u: 'u' must be KEY=VALUE"),
+        (["--laws", "sing"], "--laws sing: "),
         (["--resume", "--config", "tiny"], "--config cannot be given"),
         (["--resume"], "there is no comparison in"),
         ([*LAWS, "--model.hiden", "3"], "unknown option --model.hiden; did you mean --model.hidden"),
