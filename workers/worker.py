@@ -130,8 +130,8 @@ class Worker:
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
             has_records = (self._spec.run_dir / METRICS).exists()
-            is_resumed = resume_from is not None and (done > 0 or has_records)  # else it has the weights of another run
-            kept = done if is_resumed else -1 if again and has_records else None
+            # At step 0, also with the weights of another run, the first evaluation is made anew: nothing is kept.
+            kept = done or (-1 if has_records and (again or resume_from is not None) else None)
             with self._open_log(kept) as log, self._open_scores(done) as scores:
                 if log is not None:
                     # With the law as it is now: resuming may change its rate, and a replay needs to know.
@@ -245,7 +245,7 @@ class Worker:
         holes = []
         if resume_step is not None:
             holes = new_holes(self._spec.run_dir, find_holes(self._spec.run_dir, resume_step))
-            set_aside_later(self._spec.run_dir / CHECKPOINTS, resume_step)
+            set_aside_later(self._spec.run_dir / CHECKPOINTS, max(resume_step, 0))  # 0: what the run begins with
             set_aside_later_scores(self._spec.run_dir, resume_step)
         log = RunLog.create(
             self._spec.run_dir,

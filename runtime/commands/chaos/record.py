@@ -9,6 +9,7 @@ from typing import Any
 from dispatch.errors import InvalidValue
 from workers.record.record_file import list_records
 from workers.record.run_log import HISTORY, METRICS, read_load_history
+from workers.record.sample_log import SAMPLES
 from workers.record.statistic_log import STATISTICS
 
 Line = dict[str, Any]
@@ -21,6 +22,8 @@ class Record:
 
     lines: list[Line]
     lines_made_anew: list[Line]
+    samples: list[Line]
+    samples_made_anew: list[Line]
     loads: Stored
     loads_made_anew: Stored
     statistics: Stored
@@ -37,11 +40,13 @@ def read_record(run: Path) -> Record:
     """Read it, also while the run goes on: then lines may be a step older than loads, and loads than statistics."""
     damage: list[str] = []
     lines = _lines(run / METRICS, damage)
-    aside = _lines(run / "metrics.superseded.jsonl", [])  # a crash may have torn any of these
+    samples = _lines(run / SAMPLES, damage, "sample")
     size = _load_bytes(run)
     return Record(
         lines=lines,
-        lines_made_anew=aside,
+        lines_made_anew=_lines(run / "metrics.superseded.jsonl", []),  # a crash may have torn any of these
+        samples=samples,
+        samples_made_anew=_lines(run / "samples.superseded.jsonl", [], "sample"),
         loads=list(_loads(run / HISTORY, size)),
         loads_made_anew=list(_loads(run / "load" / "history.superseded.bin", size)),
         statistics=list(_statistics(run / STATISTICS)),
@@ -50,14 +55,14 @@ def read_record(run: Path) -> Record:
     )
 
 
-def _lines(path: Path, damage: list[str]) -> list[Line]:
-    """Of every complete line; the number of one that is none goes into `damage`."""
+def _lines(path: Path, damage: list[str], kind: str | None = None) -> list[Line]:
+    """Of every complete line, of this kind if they name none; the number of one that is none goes into `damage`."""
     texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            lines.append({"kind": line["kind"], "step": line["step"], **line})
+            lines.append({"kind": kind or line["kind"], "step": line["step"], **line})
         except (ValueError, KeyError, TypeError):
             damage.append(f"{path.name}, line {number} is damaged")
     return lines

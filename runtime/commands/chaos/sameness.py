@@ -1,4 +1,4 @@
-"""Compares the record of a run with that of an undisturbed one: steps, evaluations, loads and statistics."""
+"""Compares the record of a run with that of an undisturbed one: steps, evaluations, samples, loads and statistics."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,10 +21,11 @@ def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> 
         whole: the run is over, so that its record must end where the other one does.
     """
     problems = dict.fromkeys(found.damage, "it was whole when it was written")
-    for kind, name in (("train", "step"), ("eval", "evaluation after step")):
-        lines = [line for line in (*found.lines_made_anew, *found.lines) if line["kind"] == kind]
-        differing = differences(lines, [line for line in calm.lines if line["kind"] == kind])
-        problems |= {f"{name} {step}": text for step, text in differing.items()}
+    ours = (*found.lines_made_anew, *found.lines, *found.samples_made_anew, *found.samples)
+    theirs = (*calm.lines, *calm.samples)
+    for kind, name in (("train", "step"), ("eval", "evaluation after step"), ("sample", "samples after step")):
+        lines, expected = ([line for line in each if line["kind"] == kind] for each in (ours, theirs))
+        problems |= {f"{name} {step}": text for step, text in differences(lines, expected).items()}
     problems |= dict(_wrong_counts(found, num_assignments))
     for name, stored, made_anew, expected in (
         ("history.bin", found.loads, found.loads_made_anew, calm.loads),
@@ -39,15 +40,20 @@ def differences(lines: Iterable[Line], calm: Iterable[Line]) -> dict[int, str]:
 
     Fields of time are left out, all others are compared bit for bit: losses, norms, loads, bias, tokens.
     """
-    expected = {line["step"]: line for line in calm}
+    expected = {_place(line): line for line in calm}
     found = {}
     for line in lines:
-        step = line["step"]
-        if step not in expected:
+        step, other = line["step"], expected.get(_place(line))
+        if other is None:
             found[step] = "the calm run has no such step"
-        elif name := _first_difference(line, expected[step]):
-            found[step] = f"{name} is {line.get(name)}, in the calm run {expected[step].get(name)}"
+        elif name := _first_difference(line, other):
+            found[step] = f"{name} is {line.get(name)}, in the calm run {other.get(name)}"
     return found
+
+
+def _place(line: Line) -> tuple[int, int | None]:
+    """The step, and which of its samples it is."""
+    return line["step"], line.get("sample")
 
 
 def _first_difference(line: Line, calm: Line) -> str | None:
@@ -83,6 +89,12 @@ def _wrong_orders(found: Record, calm: Record, whole: bool) -> Iterator[tuple[st
     last_step = max((step for kind, step in lines if kind == "train"), default=0) - 1
     if text := _disorder(lines, [(line["kind"], line["step"]) for line in calm.lines], 0, whole):
         yield "order of metrics.jsonl", text
+    last_eval = max((step for kind, step in lines if kind == "eval"), default=0)
+    samples, owed = (
+        [(f"sample {line.get('sample')} of step", line["step"]) for line in each.samples] for each in (found, calm)
+    )
+    if text := _disorder(samples, owed, sum(step < last_eval for _, step in owed), whole):
+        yield "order of samples.jsonl", text
     for name, stored, expected in (
         ("history.bin", found.loads, calm.loads),
         ("statistics.bin", found.statistics, calm.statistics),

@@ -171,6 +171,8 @@ def _settings(testbed: Testbed, world_size: int) -> dict[str, Any]:
         "run.checkpoint_every": CHECKPOINT_EVERY,
         "run.eval_every": EVAL_EVERY,
         "run.eval_sequences": world_size,
+        "run.sample_prompts": '["To be", "The "]',
+        "run.sample_tokens": 4,
         "balance.law": "newton",  # which records statistics too
         "data.path": testbed.folder / "source",
         "data.cache_dir": testbed.folder / "text",

@@ -32,9 +32,9 @@ def folder(tmp_path_factory):
 
 
 def _run_config(folder, name, *more):
-    return _config(
-        folder, f"--name={name}", f"--steps={STEPS}", "--run.checkpoint_every=8", "--run.eval_every=16", *more
-    )
+    samples = ['--run.sample_prompts=["a"]', "--run.sample_tokens=2"]
+    rhythm = [f"--steps={STEPS}", "--run.checkpoint_every=8", "--run.eval_every=16"]
+    return _config(folder, f"--name={name}", *rhythm, *samples, *more)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,7 @@ def test_killed_and_hanging_workers_cost_neither_a_step_nor_a_bit(calm, folder, 
     faults = [
         {"rank": 1, "step": 3, "phase": "experts", "action": "kill"},  # before the first checkpoint
         {"rank": 1, "step": 13, "phase": "backward", "action": "kill"},
+        {"rank": 0, "step": 16, "phase": "samples", "action": "kill"},  # between an evaluation's line and its samples
         {"rank": 1, "step": 20, "phase": "dispatch", "action": "stop"},  # hangs until the bound of a collective
         {"rank": 0, "step": 29, "phase": "gradients", "action": "kill"},  # holds the store and the records
     ]
@@ -97,25 +98,32 @@ def test_killed_and_hanging_workers_cost_neither_a_step_nor_a_bit(calm, folder, 
     assert [line["loss"] for line in train] == [line["loss"] for line in calm_train]
     assert [line["val_loss"] for line in evals] == [line["val_loss"] for line in calm_evals]
     assert read_load_history(run_dir).bias.tobytes() == read_load_history(calm).bias.tobytes()
+    assert _samples(run_dir) == _samples(calm)
+    assert [line["step"] for line in _samples(calm)] == [0, 16, 32, 40]
     _check_events(run_dir)
 
 
+def _samples(run_dir: Path) -> list[dict]:
+    return [{**json.loads(line), "time": 0} for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+
+
 def _check_events(run_dir: Path) -> None:
-    assert [event["event"] for event in _events(run_dir, *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY * 4
+    assert [event["event"] for event in _events(run_dir, *EVENTS_OF_A_RECOVERY)] == EVENTS_OF_A_RECOVERY * 5
     failed = _events(run_dir, "failed")
     assert [(event["cause"], event["rank"], event["kind"]) for event in failed] == [
         ("lost", 1, "died"),
         ("lost", 1, "died"),
+        ("lost", 0, "died"),
         ("lost", 1, "silent"),
         ("lost", 0, "died"),
     ]
     # What was found out about a hang outlives the recovery.
     assert all(
-        words in failed[2]["diagnosis"] for words in ("missing: rank 1", "waits in it", "is stopped: by a signal")
+        words in failed[3]["diagnosis"] for words in ("missing: rank 1", "waits in it", "is stopped: by a signal")
     )
     assert html.escape("is stopped: by a signal") in (run_dir / "report.html").read_text()
     steps = [event["step"] for event in _events(run_dir, "resumed")]
-    assert steps[0] == 0 and 8 <= steps[1] < 13 and 10 <= steps[2] < 20 and 16 <= steps[3] < 29
+    assert steps[0] == 0 and 8 <= steps[1] < 13 and 8 <= steps[2] < 16 and 10 <= steps[3] < 20 and 16 <= steps[4] < 29
     # The others kept their process; only the one that failed has a new one.
     pids = [[row["pid"] for row in event["rank_map"]] for event in _events(run_dir, "started", "resumed")]
     for event, before, after in zip(failed, pids[:-1], pids[1:], strict=True):

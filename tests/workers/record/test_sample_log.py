@@ -1,9 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dispatch.layout import LoadLayout
+from tests.workers.record.test_run_log import disk_that_takes
 from workers.record.record_check import find_holes
 from workers.record.run_log import RunLog
 
@@ -53,3 +55,21 @@ def test_a_damaged_sample_before_the_step_is_a_hole(run: Path, bad: str) -> None
     assert find_holes(run, 4) == []  # behind it: it moves aside
     (run / "samples.jsonl").unlink()
     assert find_holes(run, 4) == []
+
+
+def test_a_full_disk_delays_samples_and_a_crash_meanwhile_leaves_no_torn_line(tmp_path: Path) -> None:
+    samples, heard = [{"sample": number, "tokens": ["long" * 9]} for number in range(2)], list[str]()
+    with RunLog.create(tmp_path / "run", LAYOUT, has_samples=True, on_warning=heard.append) as log:
+        with disk_that_takes(500):
+            for step in range(4):
+                log.samples(step, samples)
+            crashed = shutil.copytree(tmp_path / "run", tmp_path / "crashed")
+        log.event("checkpoint")
+    assert [json.loads(line)["step"] for line in lines(tmp_path / "run")] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(heard) == 2 and "samples.jsonl" in heard[0] and "complete" in heard[1]
+    torn = lines(crashed)
+    assert not torn[-1].endswith("\n")
+    with RunLog.create(crashed, LAYOUT, 9, has_samples=True) as log:
+        log.samples(9, samples)
+    assert lines(crashed)[:-2] == torn[:-1]
+    assert lines(crashed, "samples.superseded.jsonl") == [torn[-1] + "\n"]

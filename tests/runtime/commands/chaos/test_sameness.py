@@ -19,15 +19,21 @@ RECORD_BYTES = 8 + 12 * 4
 
 
 def write(path: Path, first: int = 1, last: int = STEPS, resume: int | None = None) -> Path:
-    with RunLog.create(path, LAYOUT, resume, has_statistic=True) as log:
+    with RunLog.create(path, LAYOUT, resume, has_statistic=True, has_samples=True) as log:
         if resume is None:
             log.eval({"step": 0, "val_loss": 6.0})
+            log.samples(0, samples(0))
         for step in range(first, last + 1):
             log.train({"step": step, "loss": 1 / step, "step_s": 0.1, **dict.fromkeys(ASSIGNMENT_FIELDS, ASSIGNMENTS)})
             log.load(step, [step, 3, 7 - step, 0], [0.5 / step, 0, 0, 0], [[step, 1]])
             if step % 2 == 0:
                 log.eval({"step": step, "val_loss": 5 / step})
+                log.samples(step, samples(step))
     return path
+
+
+def samples(step: int) -> list[dict[str, object]]:
+    return [{"sample": number, "tokens": ["a", f"{step}{number}"]} for number in range(2)]
 
 
 @pytest.fixture
@@ -89,6 +95,35 @@ def test_a_line_that_is_there_twice_or_missing_is_seen_at_any_time(struck, calm,
     assert found(struck, calm, whole=whole)["metrics.jsonl, line 5 is damaged"]
 
 
+def sample_lines(run: Path) -> list[bytes]:
+    return (run / "samples.jsonl").read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_sample_that_differs_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, whole):
+    path, lines = struck / "samples.jsonl", sample_lines(struck)  # two each of the steps 0, 2, 4 and 6
+    path.write_bytes(b"".join([*lines[:3], *lines[2:]]))
+    twice = "sample 0 of step 2 is at place 4, where sample 1 of step 2 belongs"
+    assert found(struck, calm, whole=whole) == {"order of samples.jsonl": twice}
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))
+    lost = "sample 0 of step 4 is at place 4, where sample 1 of step 2 belongs"
+    assert found(struck, calm, whole=whole) == {"order of samples.jsonl": lost}
+    path.write_bytes(b"".join(lines[:4]))
+    behind = {"order of samples.jsonl": "sample 0 of step 4 is missing, and what follows it"}
+    assert found(struck, calm, whole=whole) == behind
+    path.write_bytes(b"".join(lines).replace(b'"41"', b'"42"'))
+    assert found(struck, calm, whole=whole) == {
+        "samples after step 4": "tokens is ['a', '42'], in the calm run ['a', '41']"
+    }
+    path.write_bytes(b"".join([*lines[:2], b"{oops\n", *lines[2:]]))
+    assert found(struck, calm, whole=whole) == {"samples.jsonl, line 3 is damaged": "it was whole when it was written"}
+
+
+def test_a_sample_that_was_made_anew_and_differs_is_seen(struck, calm):
+    change(struck / "samples.superseded.jsonl", b'"40"', b'"50"')
+    assert found(struck, calm) == {"samples after step 4": "tokens is ['a', '50'], in the calm run ['a', '40']"}
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_evaluation_that_is_missing_is_seen_at_any_time(struck, calm, whole):
     change(struck / "metrics.jsonl", line(struck, "eval", 4), b"")
@@ -109,12 +144,14 @@ def test_a_record_of_a_load_that_is_missing_or_there_twice_is_seen_at_any_time(s
 
 def test_a_run_may_be_behind_by_what_it_is_writing_until_it_is_over(struck, calm):
     change(struck / "metrics.jsonl", line(struck, "eval", 6), b"")
+    (struck / "samples.jsonl").write_bytes(b"".join(sample_lines(struck)[:5]))  # the first of step 4
     for name in (HISTORY, STATISTICS):
         raw = (struck / name).read_bytes()
         (struck / name).write_bytes(raw[: raw.rindex(STEPS.to_bytes(8, "little"))])
     assert found(struck, calm, whole=False) == {}
     assert found(struck, calm) == {
         "order of metrics.jsonl": "eval 6 is missing, and what follows it",
+        "order of samples.jsonl": "sample 1 of step 4 is missing, and what follows it",
         "order of history.bin": "step 6 is missing, and what follows it",
         "order of statistics.bin": "step 6 is missing, and what follows it",
     }
