@@ -69,13 +69,23 @@ class PipelineConfig:
             )
         return world_size // self.size
 
-    def in_flight(self, pp_rank: int, num_micro: int) -> int:
-        """Most forwards of a stage that a rank has made and whose backward is still to come, over its stages."""
+    def in_flight(self, pp_rank: int, num_micro: int) -> set[tuple[int, ...]]:
+        """The forwards that a rank has made and whose backward is still to come, by stage of the rank.
+
+        As they are when it has just made another one: those of the first stage more and more in the place of others.
+        """
         if self.schedule == "1f1b":
-            return min(num_micro, self.size - pp_rank)
+            return {(min(num_micro, self.size - pp_rank),)}
         num_local, of_round = self.stages_per_rank, num_micro // max(1, num_micro // self.size)
-        warm_up = (num_local - 1) * of_round + 2 * (self.size - 1 - pp_rank)
-        return min(num_local * num_micro, warm_up + 1)
+        num_forwards = num_local * num_micro
+        warm_up = min(num_forwards, (num_local - 1) * of_round + 2 * (self.size - 1 - pp_rank))
+        held, found = [0] * num_local, set()
+        for forward in range(num_forwards):
+            held[forward // of_round % num_local] += 1
+            found.add(tuple(held))
+            if forward >= warm_up:
+                held[-1 - (forward - warm_up) // of_round % num_local] -= 1
+        return found
 
     def check_micro_batches(self, num_micro: int) -> None:
         """Raises InvalidValue where the schedule cannot run with so many micro-batches a step."""

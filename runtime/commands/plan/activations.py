@@ -187,7 +187,7 @@ def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
     """The largest that is held besides, at the loss or in the backward of one layer; not all of it at once."""
     has_moe = config.num_moe_layers > 0
     experts = _expert_scratch(config, batch) if has_moe else 0.0
-    layer = max(experts, _dense_scratch(config, batch), _shared_scratch(config, batch))
+    layer = max(experts, _dense_scratch(config, batch), _attention_scratch(config, batch))
     return {AT_LOSS: _loss_scratch(config, batch), IN_BACKWARD: _again(config, batch) + layer}
 
 
@@ -326,11 +326,19 @@ def _loss_scratch(config: ModelConfig, batch: MicroBatch) -> float:
     return chunk + batch.element_bytes * config.vocab_size * config.hidden * (2 if batch.casts else 1)
 
 
-def _shared_scratch(config: ModelConfig, batch: MicroBatch) -> float:
-    """Gradients of the keys and values of whole sequences, as they are made, in parts, and as they are sent."""
-    if batch.context == 1:
-        return 0.0
-    return 3 * batch.element_bytes * batch.tokens * batch.context * widths_of_keys(config)
+def _attention_scratch(config: ModelConfig, batch: MicroBatch) -> float:
+    """Gradients of queries, keys and values before and after they are rotated, which is done in fp32.
+
+    Where ranks share sequences also those of whole sequences: as they are made, in parts, as they are sent, and in the
+    one piece that the collective makes of them.
+    """
+    queries, values = config.num_heads * config.head_width, widths_of_keys(config)
+    if config.attention == "latent":
+        score_width = config.latent.nope_dim + config.latent.rope_dim
+        queries = config.num_heads * score_width
+        values = config.num_heads * (score_width + config.latent.value_dim) * batch.context
+    shared = 4 * batch.context * widths_of_keys(config) if batch.context > 1 else 0
+    return batch.tokens * (FP32 * (3 * queries + values) + batch.element_bytes * shared)
 
 
 def widths_of_keys(config: ModelConfig) -> int:

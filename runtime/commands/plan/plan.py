@@ -26,6 +26,7 @@ from runtime.settings.states import (
     gathered_expert_bytes,
     host_bytes,
     num_owners,
+    of_stage,
     own_elements,
     state_bytes,
     whole_elements,
@@ -105,12 +106,16 @@ def make_plan(subject: Subject) -> Plan:
 
 def plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
     """The same of the ranks with some of the layers."""
-    model, layers = subject.config.model, stage.layers
+    alone = _plan_of_layers(subject, stage.layers)
+    size = model_size(subject.config.model, subject.config.optim)
+    saved = stage.saved([_plan_of_layers(subject, (layers,)).saved for layers in stage.layers])
+    return replace(alone, subject=subject, size=size, stage=stage, saved=saved, scratch=stage.scratch(alone.scratch))
+
+
+def _plan_of_layers(subject: Subject, layers: tuple[range, ...]) -> Plan:
+    model = subject.config.model
     counts, trained = (count_parameters(model, trained_only=only, layers=layers) for only in (False, True))
-    alone = _plan(replace(subject, config=stage.alone), counts, trained, in_stages=True)
-    size = model_size(model, subject.config.optim)
-    saved, scratch = stage.saved(alone.saved), stage.scratch(alone.scratch)
-    return replace(alone, subject=subject, size=size, stage=stage, saved=saved, scratch=scratch)
+    return _plan(replace(subject, config=of_stage(subject.config, layers)), counts, trained, in_stages=True)
 
 
 def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool = False) -> Plan:

@@ -1,13 +1,14 @@
 """What the ranks of a pipeline need: those of a stage as a run of their own, with its layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts
+from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts, total
 from runtime.settings.config import TrainConfig
 from runtime.settings.states import of_stage, own_rows
 from workers.gang.pipeline import PipelineConfig
 
-MESSAGES = "messages of other stages"
+MESSAGES, OUTPUTS = "messages of other stages", "outputs of stages"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PlanStage:
     @property
     def in_flight(self) -> int:
         """Forwards of a stage whose backward is still to come, at most, over the stages of the rank."""
-        return self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)
+        return max(map(sum, self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)))
 
     @property
     def alone(self) -> TrainConfig:
@@ -37,13 +38,18 @@ class PlanStage:
         """Whether the last layer of the model is among them."""
         return self.layers[-1].stop == self.config.model.num_layers
 
-    def saved(self, of_micro_batch: Parts) -> Parts:
-        """What is kept for backward: of all micro-batches under way, and buffers for what other stages send."""
-        held = self.in_flight / len(self.layers)
-        kept = {name: held * size for name, size in of_micro_batch.items()}
-        kept[HEAD] = of_micro_batch[HEAD] if self.has_head else 0.0
+    def saved(self, by_stage: Sequence[Parts]) -> Parts:
+        """What is kept for backward: of all micro-batches under way, and buffers for what other stages send.
+
+        by_stage: of one micro-batch, for each stage of the rank. They may be of unequal size.
+        """
+        moments = self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)
+        kept = max((_times(num_forwards, by_stage) for num_forwards in moments), key=total)
+        kept[HEAD] = by_stage[-1][HEAD] if self.has_head else 0.0
         # torch has buffers for a whole step, and keeps them; and to its end the gradients of what was received.
-        return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes}
+        # And what a stage has handed on, until its gradient comes, though nothing else needs it.
+        outputs = self.in_flight * self._activation_bytes / self.config.num_micro_batches
+        return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes, OUTPUTS: outputs}
 
     def scratch(self, of_micro_batch: Parts) -> Parts:
         """What is held besides: without a head none at the loss."""
@@ -75,6 +81,14 @@ class PlanStage:
     @property
     def _pipeline(self) -> PipelineConfig:
         return self.config.parallel.pipeline
+
+
+def _times(num_forwards: Sequence[int], by_stage: Sequence[Parts]) -> Parts:
+    kept: Parts = {HEAD: 0.0}
+    for number, parts in zip(num_forwards, by_stage, strict=True):
+        for name, size in parts.items():
+            kept[name] = kept.get(name, 0.0) + number * size * (name != HEAD)
+    return kept
 
 
 def stages_of(config: TrainConfig) -> list[PlanStage]:

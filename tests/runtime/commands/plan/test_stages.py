@@ -51,16 +51,16 @@ MODELS = {"multi-token": replace(MODEL, num_mtp_layers=1)}  # the others are of 
 NORM_BYTES = 8 * 4  # of the gradient, in float64
 
 
-def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int], int, int]:
-    """Bytes of this rank after a step, the most forwards that waited for their backward, and bytes for gradients."""
+def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int], set[tuple[int, ...]], int]:
+    """Bytes of this rank after a step, the forwards by stage that waited for their backward, and gradients sent."""
     state = join_worker(spec, rank, world_size, spec.run_dir.name)._state
     assert state.pipeline is not None
-    most = [0]
+    waiting = set()
     for stage in state.pipeline._stages:
         backward = stage.backward_one_chunk
 
         def count(*args: Any, backward: Any = backward, **kwargs: Any) -> None:
-            most[0] = max(most[0], sum(len(each.fwd_cache) for each in state.pipeline._stages))  # type: ignore[union-attr]
+            waiting.add(tuple(len(each.fwd_cache) for each in state.pipeline._stages))  # type: ignore[union-attr]
             backward(*args, **kwargs)
 
         stage.backward_one_chunk = count  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ def measure(rank: int, world_size: int, spec: WorkerSpec) -> tuple[dict[str, int
         local_rows(moment)[0] for each in state.optimizer.state.values() for moment in each.values() if moment.ndim
     ]
     held = {"weights": sum(p.nbytes for p in weights), "AdamW moments": sum(m.nbytes for m in moments)}
-    return held, most[0], counted.by_group_size.total()
+    return held, waiting, counted.by_group_size.total()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -84,16 +84,21 @@ def test_a_rank_holds_and_sends_what_the_plan_says(tmp_path: Path, name: str) ->
     config = TrainConfig(model=model, run=run, parallel=parallel, cluster=ClusterConfig(num_workers=world_size))
     # The first rank of each stage, which has most rows where they are shared out.
     found = run_ranks(world_size, measure, spec)[::of_stage]
-    for (measured, most, sent), stage in zip(found, stages_of(config), strict=True):
+    for (measured, waiting, sent), stage in zip(found, stages_of(config), strict=True):
         counts = count_parameters(model, layers=stage.layers)
         planned = state_bytes(stage.alone, counts, counts)
         assert measured == {kind: sum(planned[kind]) for kind in measured}
-        assert most == stage.in_flight
+        assert max(map(sum, waiting)) == stage.in_flight
+        assert _most(waiting) == _most(parallel.pipeline.in_flight(stage.pp_rank, config.num_micro_batches))
         gradients = plan_of_stage(Subject(name, config, world_size, ()), stage).gradients
         assert sent == pytest.approx(sum(gradients.values()), abs=NORM_BYTES)
     if parallel.shard == "none":
         most_bytes = max(measured["weights"] + measured["AdamW moments"] for measured, *_ in found)
         assert training_bytes(config) == most_bytes * 4 / 3  # and gradients, as many bytes as the weights
+
+
+def _most(forwards: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    return {each for each in forwards if sum(each) == max(map(sum, forwards))}
 
 
 def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
