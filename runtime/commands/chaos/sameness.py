@@ -24,8 +24,8 @@ def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> 
     ours = (*found.lines_made_anew, *found.lines, *found.samples_made_anew, *found.samples)
     theirs = (*calm.lines, *calm.samples)
     for kind, name in (("train", "step"), ("eval", "evaluation after step"), ("sample", "samples after step")):
-        lines, expected = ([line for line in each if line["kind"] == kind] for each in (ours, theirs))
-        problems |= {f"{name} {step}": text for step, text in differences(lines, expected).items()}
+        differing = differences(*([line for line in each if line["kind"] == kind] for each in (ours, theirs)))
+        problems |= {f"{name} {step}": text for step, text in differing.items()}
     problems |= dict(_wrong_counts(found, num_assignments))
     for name, stored, made_anew, expected in (
         ("history.bin", found.loads, found.loads_made_anew, calm.loads),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -101,6 +102,21 @@ def test_a_run_that_resumes_from_an_earlier_step_has_a_new_epoch_and_no_old_step
     assert run.metrics.last_step == 40  # never without a past in between
     assert (run.epoch, run.metrics.last_step) == (1, 40)
     assert run.metrics.spans(["loss"], 0, 100, 100).last[-1] == 40
+
+
+def test_a_run_that_is_deleted_while_it_is_watched_may_come_again_as_another(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", SyntheticRun(steps=60))
+    run = polled(path)
+    assert run.load.last() is not None
+    shutil.rmtree(path)
+    run.poll()
+    assert (run.state(), run.summary()["step"], run.facts()["layers"], run.load.last()) == ("not begun", 0, [], None)
+    make_run(path, SyntheticRun(steps=5, num_layers=2))
+    run.poll()
+    assert (run.state(), run.summary()["step"], len(run.facts()["layers"])) == ("finished", 5, 2)
+    (path / "metrics.jsonl").write_bytes(b"")
+    run.poll()
+    assert (run.state(), run.summary()["step"], run.summary()["share_read"]) == ("finished", 0, 1.0)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "a: &x 1\nb: *x", "\x00", "x" * 100_000])
