@@ -23,7 +23,7 @@ from workers.training.worker_spec import WorkerSpec
 
 State = dict[str, torch.Tensor]
 PROMPTS = ("400 green", "")
-STEPS = 7
+STEPS = 5
 INTERLEAVED = PipelineConfig(size=2, schedule="interleaved_1f1b")
 EVERY = {"eval_every": 2, "checkpoint_every": 3, "sample_prompts": PROMPTS, "sample_tokens": 3}
 IN_STAGES = {"micro_batch_size": 2, "sample_prompts": ()}
@@ -33,15 +33,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], tuple[int, int, st
     "context": (2, {"context": 2, "ep_size": 1}, {}, (1, 4, "samples")),
     "muon": (2, {"ep_size": 2}, {"optim": {"name": "muon"}}, (0, 3, "checkpoint write")),
     "lora": (2, {}, {"model": {"lora": LoraConfig(rank=2)}}, (1, 4, "evaluation")),
-    "offload": (2, {"shard": "full"}, {"optim": {"offload": "states"}}, (0, 5, "optimizer")),
-    "pipeline": (2, {"pipeline": PipelineConfig(size=2)}, {"run": IN_STAGES}, (1, 5, "backward")),
+    "offload": (2, {"shard": "full"}, {"optim": {"offload": "states"}}, (0, 4, "optimizer")),
+    "pipeline": (2, {"pipeline": PipelineConfig(size=2)}, {"run": IN_STAGES}, (1, 4, "backward")),
     "interleaved": (
         2,
         {"pipeline": INTERLEAVED},
         {"run": IN_STAGES, "model": {"num_layers": 5}},
         (0, 1, "forward"),
     ),
-    "replicas": (4, {"shard": "full", "replicate": 2, "ep_size": 1}, {"optim": {"name": "muon"}}, (2, 6, "gradients")),
+    "replicas": (4, {"shard": "full", "replicate": 2, "ep_size": 1}, {"optim": {"name": "muon"}}, (2, 5, "gradients")),
 }
 
 
