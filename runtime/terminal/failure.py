@@ -11,7 +11,6 @@ import platform
 import shlex
 import traceback
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from dispatch.errors import UserError
 
@@ -49,16 +48,9 @@ def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
         return f"trimtab {arguments[0]}: error: {place}{reason}; {_SYSTEM_REFUSALS[error.errno]}\n", code
     if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
         way_out = "set HOME, or write the path in full (that of the prepared text is --data.cache_dir)"
-        return f"trimtab {arguments[0]}: error: no home folder is known for {_path_of(error)}; {way_out}\n", 2
+        return f"trimtab {arguments[0]}: error: no home folder is known for a path that begins with ~; {way_out}\n", 2
     trace = "".join(traceback.format_exception(error))
     return _bug_report(trace, type(error).__name__, arguments), BUG_CODE
-
-
-def _path_of(error: RuntimeError) -> str:
-    """The path that pathlib could not expand: its message does not name it, its frame does."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    path = frame.f_locals.get("self")
-    return str(path) if isinstance(path, PurePath) else "a path that begins with ~"
 
 
 def _bug_report(trace: str, kind: str, arguments: Sequence[str]) -> str:
