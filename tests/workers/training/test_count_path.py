@@ -25,6 +25,7 @@ BESIDE = {
     "dispatch/layout.py",  # where each layer lies in the vector
     "dispatch/diagnosis/activity_tracker.py",  # notes the phase and the collectives, for the report of a hang
     "dispatch/registry.py",  # which law a name stands for
+    "dispatch/values.py",  # copies the bias to the device
 }
 
 
