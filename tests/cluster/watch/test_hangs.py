@@ -112,7 +112,10 @@ def test_a_rank_that_does_not_come_is_named_with_step_phase_and_layer(tmp_path, 
     outcome = run_with(tmp_path, **fault)
     assert isinstance(outcome.error, CollectiveTimeout)
     assert outcome.error.missing_ranks == (VICTIM,) == (outcome.failed.first.rank,)
-    assert (outcome.error.step, outcome.error.phase, outcome.error.layer) == (3, *where)
+    # A stop may come before the thread beside backward has handed on the counts: then the others miss these first.
+    places = {where, ("bias update, reduce", "")} if fault["action"] == "stop" else {where}
+    assert outcome.error.step == 3
+    assert (outcome.error.phase, outcome.error.layer) in places
     assert doing in outcome.error.details
     assert outcome.delay_s < BOUND_S + LATE_S + BUSY_S
     # Its own stack, or why it has none: it is the one that matters.

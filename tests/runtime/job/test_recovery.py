@@ -211,6 +211,7 @@ def test_killed_and_hanging_stages_cost_neither_a_step_nor_a_bit(folder, ray_ses
     stages = (
         *("--steps=16", "--run.checkpoint_every=4", "--run.eval_every=8", "--cluster.collective_timeout_s=10"),
         *("--parallel.pipeline.size=2", "--run.global_batch_size=8", "--run.micro_batch_size=2"),
+        "--run.sample_prompts=[]",
     )
     assert job.train(_run_config(folder, "stages", *stages), resume=None, step=None) == 0
     # A hang first: rank 0 waits for a gradient that never comes.
