@@ -5,24 +5,23 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dispatch.config import ScheduleConfig
-from runtime.job.coordinator import CoordinatorPolicy
 from tests.emulated_cuda.library import skip_elsewhere
 from tests.emulated_cuda.tensor import WAITS
 from tests.ranks import run_ranks
-from tests.workers.training_gang import assert_same_state, make_spec, whole_state
+from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, checkpoint_path
 from workers.gang.pipeline import PipelineConfig
 from workers.generation.generate import SamplingConfig
 from workers.record.run_log import read_metrics
-from workers.worker import Worker
+from workers.training.worker_spec import WorkerSpec
 
 skip_elsewhere()
 
@@ -44,29 +43,13 @@ LAYOUTS: dict[str, Change] = {
 }
 
 
-class _Ranks:
-    """One rank's workers, one after the other, in gangs that are named."""
-
-    def __init__(self, rank: int, size: int, folder: Path, device: str, dtype: torch.dtype) -> None:
-        self._place, self._folder, self._device, self._dtype = (rank, size), folder, device, dtype
-
-    def join(self, name: str, change: Change) -> Worker:
-        rank, size = self._place
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        torch.set_default_dtype(self._dtype)
-        settings = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "checkpoint_every": SAVED_AT}
-        spec = make_spec(self._folder, eval_sequences=2, **settings | change.get("run", {}))
-        spec = replace(spec, model=replace(spec.model, max_seq_len=8))  # the interpreter takes a millisecond a row
-        for section in change.keys() - {"run"}:
-            spec = replace(spec, **{section: replace(getattr(spec, section), **change[section])})
-        spec = replace(spec, device=self._device, call_coordinator=None if rank else CoordinatorPolicy().handle)
-        spec.run_dir.mkdir(exist_ok=True)
-        worker = Worker(spec)
-        store = dist.FileStore(str(self._folder / f"store-{name}"), size)
-        worker.join(rank=rank, world_size=size, store=store, timeout_s=60.0)
-        return worker
+def _spec(folder: Path, device: str, change: Change) -> WorkerSpec:
+    settings = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "checkpoint_every": SAVED_AT}
+    spec = make_spec(folder, eval_sequences=2, **settings | change.get("run", {}))
+    spec = replace(spec, device=device, model=replace(spec.model, max_seq_len=8))  # interpreted: a millisecond a row
+    for section in change.keys() - {"run"}:
+        spec = replace(spec, **{section: replace(getattr(spec, section), **change[section])})
+    return spec
 
 
 # The state after a training, after one that was resumed, and what the model then writes.
@@ -79,17 +62,17 @@ def _device(name: str) -> AbstractContextManager[None]:
 
 def _trained(rank: int, size: int, folder: Path, device: str, change: Change, dtype: torch.dtype) -> Trained:
     """Train, resume from the checkpoint of a step before the last, and generate."""
-    ranks = _Ranks(rank, size, folder, device, dtype)
+    join = partial(join_worker, rank=rank, world_size=size, float64=dtype == torch.float64, timeout_s=60.0)
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "0"  # its own experts, not the kernels
     with _device(device):
-        worker = ranks.join("whole", change)
+        worker = join(_spec(folder, device, change), name="whole")
         worker.train()
         whole, saved = whole_state(worker), worker._spec.run_dir / CHECKPOINTS
-        worker = ranks.join("resumed", change)
+        worker = join(_spec(folder, device, change), name="resumed")
         worker.train(resume_from=checkpoint_path(saved, SAVED_AT))
         resumed = whole_state(worker)
-        worker = ranks.join("writing", {**change, "parallel": {}})
+        worker = join(_spec(folder, device, {**change, "parallel": {}}), name="writing")
         texts = worker.generate(checkpoint_path(saved, STEPS), ["9"], SamplingConfig(max_new_tokens=3)).texts
     return whole, resumed, texts
 
@@ -133,7 +116,7 @@ def _waits(rank: int, size: int, folder: Path) -> Counter[str]:
         change = {"run": {"steps": steps, "checkpoint_every": 0}}
         own = folder / str(steps)
         with emulated_cuda():
-            worker = _Ranks(rank, size, own, "cuda", torch.float32).join("waits", change)
+            worker = join_worker(_spec(own, "cuda", change), rank, size, "waits", timeout_s=60.0)
             WAITS.counts.clear()
             worker.train()
             found.append(Counter(WAITS.counts))
