@@ -30,7 +30,7 @@ from runtime.job.launch import make_spec
 from runtime.settings.config import TrainConfig
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
-from workers.gang.parallel import ParallelConfig, RankGroups, Shard, join_groups
+from workers.distributed.parallel import ParallelConfig, RankGroups, Shard, join_groups
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.rank_state import build_rank

@@ -2,7 +2,7 @@
 
 Needs torch only. What is listed here keeps its name and its meaning; the modules behind it may move. A forward goes
 through `routing` (which experts), `exchange` (rows to their ranks), `experts` (what they compute) and back; `layer`
-puts them together and `schedule` orders them. `laws` turn the load into the next bias, which `balance` writes.
+puts them together and `chunks` orders them. `laws` turn the load into the next bias, which `balance` writes.
 `copies` lets several ranks compute a hot expert. `diagnosis` explains hangs, `parity` compares a layer on ranks with
 one process.
 """

@@ -6,6 +6,7 @@ Shapes: T tokens on this rank (may be 0, may differ by rank), H hidden.
 import torch
 from torch import Tensor, nn
 
+from dispatch.chunks import run_experts
 from dispatch.config import MoEConfig, ScheduleConfig
 from dispatch.diagnosis.activity_tracker import ActivityTracker
 from dispatch.errors import InvalidValue
@@ -14,7 +15,6 @@ from dispatch.experts.dense import SwiGLU
 from dispatch.experts.variants import make_experts
 from dispatch.routing.replay import Routing, replay
 from dispatch.routing.router import Router
-from dispatch.schedule import run_experts
 
 
 class MoELayer(nn.Module):

@@ -17,7 +17,7 @@ from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import checkpoint
 from workers.checkpoints.checkpoint_files import latest
 from workers.checkpoints.state import canonical_state
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model import families
 from workers.model.families import Settings, family_of, mixtral
 from workers.training.optimizer import OPTIMIZERS, OptimConfig

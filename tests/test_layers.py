@@ -114,10 +114,8 @@ BELOW_ALL = {
 
 
 def drawn_arrows(text: str) -> set[tuple[str, str, str]]:
-    """The arrows of the picture: package, room, and the room that it imports from."""
+    """The arrows of the picture: package, folder, and the folder that it imports from."""
     arrows, package = set(), ""
-    # Rooms of two packages that have the same name are two boxes: one of them has a name of its own, as name[room].
-    names = dict(re.findall(r"(\w+)\[(\w+)\]", text))
     for line in text[text.index("```mermaid") :].splitlines():
         words = line.split()
         if words[:1] == ["subgraph"]:
@@ -125,12 +123,12 @@ def drawn_arrows(text: str) -> set[tuple[str, str, str]]:
         elif words[:1] == ["end"]:
             package = ""
         elif package and "-->" in words:
-            room, _, *others = (names.get(name := word.partition("[")[0], name) for word in words if word != "&")
-            arrows |= {(package, room, other) for other in others}
+            folder, _, *others = (word for word in words if word != "&")
+            arrows |= {(package, folder, other) for other in others}
     return arrows
 
 
-def test_the_picture_of_the_architecture_shows_every_import_between_rooms(graph: dict[str, list[str]]) -> None:
+def test_the_picture_of_the_architecture_shows_every_import_between_folders(graph: dict[str, list[str]]) -> None:
     arrows = set()
     for name, imported in graph.items():
         package, *inner = name.split(".")
@@ -141,17 +139,17 @@ def test_the_picture_of_the_architecture_shows_every_import_between_rooms(graph:
     assert drawn_arrows((ROOT / "docs" / "architecture.md").read_text()) == arrows
 
 
-def test_the_docstring_of_a_room_names_every_file_in_it() -> None:
-    rooms = [
+def test_the_docstring_of_a_folder_names_every_file_in_it() -> None:
+    folders = [
         each for package in LAYERS[:3] for each in (ROOT / package).rglob("__init__.py") if each.parent.parent != ROOT
     ]
-    assert len(rooms) > 15
+    assert len(folders) > 15
     unnamed = {}
-    for room in rooms:
-        told = re.findall(r"`([\w.]+)`", ast.get_docstring(ast.parse(room.read_text())) or "")
-        files = {file.stem for file in room.parent.glob("*.py")} - {"__init__", "__main__"}
+    for folder in folders:
+        told = re.findall(r"`([\w.]+)`", ast.get_docstring(ast.parse(folder.read_text())) or "")
+        files = {file.stem for file in folder.parent.glob("*.py")} - {"__init__", "__main__"}
         if lacking := files - {name.partition(".")[0] for name in told}:
-            unnamed[str(room.parent.relative_to(ROOT))] = sorted(lacking)
+            unnamed[str(folder.parent.relative_to(ROOT))] = sorted(lacking)
     assert unnamed == {}
 
 

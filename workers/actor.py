@@ -21,8 +21,8 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from workers.gang.collateral import is_collateral
-from workers.gang.mailbox import Mailbox
+from workers.distributed.collateral import is_collateral
+from workers.distributed.mailbox import Mailbox
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ class WorkerActor:
     ) -> object:
         import torch
 
-        from workers.gang.gang_store import GangStore
+        from workers.distributed.gang_store import GangStore
 
         torch.set_num_threads(num_threads)
         # A gang that is formed again must not read the keys of the one before.

@@ -17,9 +17,9 @@ from dispatch.diagnosis.activity import Activity
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointCorrupt, set_aside_later
 from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
 from workers.data.tokenizer import load_tokenizer
-from workers.gang.exchange_choice import choose_exchange
-from workers.gang.heap import give_back_large_blocks
-from workers.gang.parallel import join_groups, local_device
+from workers.distributed.exchange_choice import choose_exchange
+from workers.distributed.heap import give_back_large_blocks
+from workers.distributed.parallel import join_groups, local_device
 from workers.generation.decoding import OnToken
 from workers.generation.generate import SamplingConfig, Speed, encode_prompts, generate
 from workers.record.record_check import find_holes, new_holes
@@ -76,7 +76,7 @@ class Worker:
         self._lines.clear()
         self._num_taken = 0
         self._stop_requested.clear()
-        spec = replace(self._spec, parallel=self._spec.parallel.at(world_size))
+        spec = replace(self._spec, parallel=self._spec.parallel.resized_to(world_size))
         choice = choose_exchange(
             spec.parallel,
             nodes,

@@ -11,7 +11,7 @@ from dispatch.config import MoEConfig
 from runtime.commands.plan.subject import Subject
 from runtime.settings.config import RunBalanceConfig, TrainConfig
 from workers.data.text import DataConfig
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 

@@ -15,7 +15,7 @@ from benchmarks.simulate.calibrate import NO_LINK, link_of, rates_of
 from benchmarks.simulate.cases import MODELS, Case, cases_of
 from runtime.commands.plan.simulate.hardware import Hardware, Link, assumptions
 from workers.actor import usable_cores
-from workers.gang.parallel import RankGroups, join_groups
+from workers.distributed.parallel import RankGroups, join_groups
 from workers.training.rank_state import build_rank
 from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec

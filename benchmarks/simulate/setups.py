@@ -16,7 +16,7 @@ from runtime.commands.plan.simulate.simulation import Simulated, Simulation
 from runtime.commands.plan.simulate.work import attention_work, expert_work, router_work
 from runtime.commands.plan.subject import Subject
 from runtime.settings.config import TrainConfig
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.families import Settings, family_of
 from workers.model.families.source import read_json
 from workers.model.model_config import ModelConfig

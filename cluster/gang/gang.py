@@ -17,18 +17,18 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
+from cluster.failures.activity_watch import Answers, seen_in
+from cluster.failures.calls import call_all, control, left
+from cluster.failures.errors import GangFailed
+from cluster.failures.kill import kill_process
+from cluster.failures.member import Member
+from cluster.failures.stacks import wait_for_stacks
 from cluster.gang.placement import ClusterTooSmall, RankPlace, node_of_ranks, rank_places, reserve
 from cluster.ray.ray_watch import RayWatch
 from cluster.ray.session import forwarded_environment
-from cluster.watch.activity_watch import Answers, seen_in
-from cluster.watch.calls import call_all, control, left
-from cluster.watch.failures import GangFailed
-from cluster.watch.kill import kill_process
-from cluster.watch.member import Member
-from cluster.watch.stacks import wait_for_stacks
 from dispatch.diagnosis.activity import Activity
 from workers.actor import JoinsGang, WorkerActor, WorkerLocation
-from workers.gang.mailbox import CONTROL_GROUP
+from workers.distributed.mailbox import CONTROL_GROUP
 
 STOP_S = 5.0  # For killed processes to be gone.
 # For a kept process to end its call and leave its groups: some ten milliseconds, as its connections are broken.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.watch.failures import GangFailed
+from cluster.failures.errors import GangFailed
 
 Cause = Literal["own error", "lost", "preempted", "no room"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from cluster.config import ClusterConfig
+from cluster.failures.errors import MAX_DIAGNOSIS_CHARS, GangFailed
 from cluster.gang.capacity import CapacityRequest, draining_nodes, num_workers_that_fit, preempted_nodes
 from cluster.gang.gang import Gang
 from cluster.gang.placement import ClusterTooSmall
 from cluster.gang.policy import Decision, GiveUp, Resize, Restart, Retry, cause_of, decide
-from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from dispatch.errors import UserError
 
 POLL_S = 0.2

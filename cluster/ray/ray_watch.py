@@ -10,7 +10,7 @@ from cluster.ray.probe import ClusterUnreachable, check_answers
 from dispatch.errors import UserError
 
 # A head that restarts may take this long. Below the 60 s after which Ray's client aborts the driver, whatever is under
-# way: the ranks save (cluster.watch.calls.SAVED_BY_S) and the driver says why it ends before that.
+# way: the ranks save (cluster.failures.calls.SAVED_BY_S) and the driver says why it ends before that.
 HEAD_SILENT_S = 25.0
 PROBE_EVERY_S = 2.0
 PROBE_S = 1.0

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispatch.kernels.serving import triton_serves
+from dispatch.kernels.availability import use_triton
 
 RowFunction = Callable[[Tensor], Tensor]
 
@@ -47,7 +47,7 @@ class RowMap:
 
     def copy_of(self, rows_SH: Tensor) -> Tensor:
         """What `copy` computes; autograd does not see it."""
-        if triton_serves(rows_SH):
+        if use_triton(rows_SH):
             from dispatch.kernels.rows import copy_rows
 
             return copy_rows(rows_SH, self.copies_by_source_A, self.first_S)
@@ -55,7 +55,7 @@ class RowMap:
 
     def sum_of(self, copies_AH: Tensor) -> Tensor:
         """What `sum` computes; autograd does not see it."""
-        if triton_serves(copies_AH):
+        if use_triton(copies_AH):
             from dispatch.kernels.rows import sum_rows
 
             return sum_rows(copies_AH, self.copies_by_source_A, self.first_S)

@@ -19,7 +19,7 @@ from dispatch.experts.grouped import few_enough, grouped_swiglu
 from dispatch.experts.joined_rows import JoinedParameters
 from dispatch.experts.looped import LoopedSwiGLU
 from dispatch.experts.weight_grads import ExpertWeights, WeightGrads
-from dispatch.kernels.serving import triton_serves
+from dispatch.kernels.availability import use_triton
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
@@ -74,7 +74,7 @@ class Experts(JoinedParameters):
         gate_up_LGH, down_LHF, grads = weights.gate_up_LGH, weights.down_LHF, weights.grads
         counts_L = tuple(handle.tokens_per_local_expert_L)
         with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
-            if triton_serves(arrived_QH):
+            if use_triton(arrived_QH):
                 return fused_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, self.meter)
             if few_enough(arrived_QH, len(handle.sources_R), self.down_proj.shape[2]):
                 return grouped_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, buffer_pool=self.buffer_pool)

@@ -1,9 +1,8 @@
 """Triton kernels for CUDA, each a plain function on tensors.
 
-`serving` says where they run; `rows` copies and sums rows, `swiglu` is the activation, `few_rows` the matmul of a few.
-`launch` is what all of them need to start.
-Their modules import Triton, which comes with torch's CUDA builds and not with its CPU builds: import them only where
-`triton_serves` holds.
+`availability` says where they run; `rows` copies and sums rows, `swiglu` is the activation, `few_rows` the matmul of a
+few rows. `tiles` has the tile sizes that they share. All but `availability` import Triton, which comes with torch's
+CUDA builds and not with its CPU builds: import them only where `use_triton` holds.
 
 Rules that they share. Offsets of rows are int64: rows times width passes 2**31. Sizes that change with every batch are
 not specialized and nothing is tuned by them, or a step could compile. Widths are constants, so that the compiler knows

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.launch import current_device, wide_dtype
+from dispatch.kernels.tiles import current_device, wide_dtype
 
 COLUMNS = 128  # of K at once
 OUTPUTS = 16  # of N in one program: a tile of 16 bytes or more a thread, for bf16 as for fp64

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.launch import current_device, row_tile, wide_dtype
+from dispatch.kernels.tiles import current_device, row_tile, wide_dtype
 
 COPIES_AT_ONCE = 8  # of one source: as many independent loads a thread has under way
 

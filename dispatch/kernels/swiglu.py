@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.launch import current_device, wide_dtype
+from dispatch.kernels.tiles import current_device, wide_dtype
 
 NUM_WARPS = 4
 TILE = 1024  # elements: with 4 warps, 16 bytes of bf16 a thread; wider dtypes take two or four accesses

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from runtime.job.launch import make_spec, open_ranks, runs_in_process
-from runtime.report.run_inputs import find_checkpoint, open_data, still_there
+from runtime.runs.run_inputs import find_checkpoint, open_data, still_there
 from runtime.settings.config import TrainConfig, cross_check
 from runtime.settings.config_file import override, read_run_config
 from runtime.terminal.new_text import NewText
 from runtime.terminal.say import say
 from workers.data.chat import load_template
 from workers.data.tokenizer import Tokenizer, load_tokenizer
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.generation.generate import SamplingConfig, Speed
 from workers.training.evaluation import Evaluation
 from workers.worker import Continuations
@@ -125,7 +125,7 @@ def config_for(run_dir: Path, workers: int | None, device: str | None) -> TrainC
         config.parallel, ep_size=0, exchange="auto", ranks_per_node=0, expert_copies=0, pipeline=PipelineConfig()
     )
     balance = replace(config.balance, record=0)
-    config = replace(config, cluster=cluster, parallel=parallel.at(cluster.num_workers), balance=balance)
+    config = replace(config, cluster=cluster, parallel=parallel.resized_to(cluster.num_workers), balance=balance)
     cross_check(config)
     return config
 

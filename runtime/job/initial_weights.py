@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.report.hf_files import FOLDER
+from runtime.runs.hf_files import FOLDER
 from workers.checkpoints.checkpoint_files import (
     CHECKPOINTS,
     checkpoint_path,

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.failures.errors import MAX_DIAGNOSIS_CHARS, GangFailed
 from cluster.gang.placement import worker_resources
 from cluster.gang.preflight import check_resources
 from cluster.ray.access import check_access, find_access
-from cluster.watch.failures import MAX_DIAGNOSIS_CHARS, GangFailed
 from dispatch.errors import InvalidValue
 from runtime.job.companion import loggers_beside, page_beside
 from runtime.job.initial_weights import begin_with
@@ -22,10 +22,10 @@ from runtime.job.live import LiveView
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.job.training_job import TrainingJob
 from runtime.loggers.logger import check_installed
-from runtime.report.hf_files import FOLDER as IMPORTED
-from runtime.report.run_inputs import find_checkpoint, open_data
+from runtime.runs.hf_files import FOLDER as IMPORTED
 from runtime.runs.run_data import keep_data, knows_its_text
 from runtime.runs.run_dir import CONFIG_FILE, new_run_dir
+from runtime.runs.run_inputs import find_checkpoint, open_data
 from runtime.runs.run_lock import RunLock, hold, hold_new
 from runtime.settings.cautions import cautions
 from runtime.settings.config import TrainConfig, feasible_sizes

@@ -7,7 +7,7 @@ from cluster.gang.placement import RankPlace, node_of_ranks
 from dispatch.exchange.placement import ExpertPlacement
 from runtime.settings.config import TrainConfig
 from runtime.terminal.quantities import counted
-from workers.gang.exchange_choice import ExchangeChoice, choose_exchange
+from workers.distributed.exchange_choice import ExchangeChoice, choose_exchange
 
 if TYPE_CHECKING:
     from cluster.gang.gang import Gang
@@ -25,7 +25,7 @@ def rank_map(config: TrainConfig, gang: "Gang") -> list[dict[str, Any]]:
 def exchange_of(config: TrainConfig, gang: "Gang") -> ExchangeChoice:
     """The exchange that every rank of this gang has chosen, from the same facts by the same rule."""
     return choose_exchange(
-        config.parallel.at(gang.world_size),
+        config.parallel.resized_to(gang.world_size),
         node_of_ranks([place.ip for place in gang.rank_map]),
         gang.world_size,
         num_experts=config.model.moe.num_experts,

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.watch.failures import GangFailed
+from cluster.failures.errors import GangFailed
 from runtime.job.launch import LaunchedGang
 from runtime.job.live import LiveView
 from runtime.job.now_file import NowFile
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.runs.event_text import told_event
 from runtime.runs.run_lock import RunLock
-from runtime.settings.cautions import Watch
+from runtime.settings.cautions import TrainingWarnings
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import model_size
 from runtime.terminal.interrupt import StopSignal
@@ -48,7 +48,7 @@ class TrainingJob:
         self._now = NowFile(run_dir)
         self._resume_from = resume_from and resume_from.absolute()
         self._view, self._signal = view, signal
-        self._watch = Watch(config.balance.law if config.aux.loss == "none" else config.aux.loss)
+        self._warnings = TrainingWarnings(config.balance.law if config.aux.loss == "none" else config.aux.loss)
         self._is_recording = False  # whether rank 0 has ever told something: then the run's own checkpoints count
         self._recovery: Recovery | None = None
         self._called_s = self._load_s = 0.0
@@ -149,7 +149,7 @@ class TrainingJob:
             self._view.eval(line)
         else:
             self._view.update(line)
-            for text in self._watch.notice(line):
+            for text in self._warnings.notice(line):
                 self.tell("warning", text=text)
 
     def _save_progress(self, since: float, total_bytes: int) -> str:

@@ -16,7 +16,7 @@ from workers.data.tokenizer import END_FILES, SETTINGS_FILE
 from workers.record.atomic_file import write_atomically
 
 TOKENIZER_FOLDER = "tokenizer"
-IMPORTED_FOLDER = "hf"  # the run of an import has its tokenizer there (runtime/report/hf_files.py)
+IMPORTED_FOLDER = "hf"  # the run of an import has its tokenizer there (runtime/runs/hf_files.py)
 
 
 def at_home(data: DataConfig, run_dir: Path) -> DataConfig:

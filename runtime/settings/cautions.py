@@ -46,7 +46,7 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
     return said
 
 
-class Watch:
+class TrainingWarnings:
     """Looks at the training lines of a run and says once what has gone wrong in the last WINDOW of them."""
 
     def __init__(self, law: str) -> None:

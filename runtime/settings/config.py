@@ -18,8 +18,8 @@ from dispatch.routing.statistics import make_statistic
 from runtime.settings.pipeline_rules import PipelineRules
 from workers.data.text import DataConfig
 from workers.data.tokenizer import load_tokenizer
-from workers.gang.exchange_choice import choose_exchange
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.exchange_choice import choose_exchange
+from workers.distributed.parallel import ParallelConfig
 from workers.model.decoder import Decoder
 from workers.model.freezing import freeze, freezes_router
 from workers.model.meta_device import meta_device
@@ -203,7 +203,7 @@ def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool
     """adapts: whether `parallel` gives way to the number, as in a gang that lost ranks."""
     cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
     try:
-        parallel = config.parallel.at(num_workers) if adapts else config.parallel
+        parallel = config.parallel.resized_to(num_workers) if adapts else config.parallel
         cross_check(replace(config, cluster=cluster, parallel=parallel))
     except InvalidValue:
         return False

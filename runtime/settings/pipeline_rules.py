@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
 from dispatch.exchange.local import LocalDispatcher
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import divide_layers
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import divide_layers
 from workers.model.decoder import Decoder
 from workers.model.freezing import part_of
 from workers.model.meta_device import meta_device

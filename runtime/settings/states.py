@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import FP32, ParameterCounts, count_parameters
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.model.lora import gathers_experts_narrow
 from workers.model.model_config import ModelConfig
 from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE

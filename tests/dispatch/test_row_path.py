@@ -26,7 +26,7 @@ BESIDE = {
     "dispatch/exchange/dispatcher.py",  # whether the shapes fit together
     "dispatch/experts/grouped.py",  # whether the batch is small
     "dispatch/experts/grouped_matmul.py",  # whether torch has a kernel
-    "dispatch/kernels/serving.py",  # whether Triton has one
+    "dispatch/kernels/availability.py",  # whether Triton has one
 }
 
 

@@ -18,7 +18,7 @@ from tests.emulated_cuda.tensor import WAITS
 from tests.ranks import run_ranks
 from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, checkpoint_path
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.generation.generate import SamplingConfig
 from workers.record.run_log import read_metrics
 from workers.training.worker_spec import WorkerSpec

@@ -12,7 +12,7 @@ from runtime.job.coordinator import CoordinatorPolicy
 from tests.ranks import run_ranks
 from tests.workers.training_gang import InfiniteGradient, assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt, latest, read_manifest, write_manifest
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.generation.generate import SamplingConfig
 from workers.record.run_log import read_events, read_load_history, read_metrics
 from workers.training.evaluation import evaluate

@@ -13,7 +13,7 @@ from workers.checkpoints.slices import Slice
 from workers.checkpoints.state import canonical_state
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 from workers.training.optimizer import OptimConfig

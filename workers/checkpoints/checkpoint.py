@@ -40,7 +40,7 @@ from workers.checkpoints.index import read_index
 from workers.checkpoints.shares import TensorSpec, all_gather_specs, divide
 from workers.checkpoints.slices import whole_specs
 from workers.checkpoints.state import missing_experts
-from workers.gang import agreement
+from workers.distributed import agreement
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")

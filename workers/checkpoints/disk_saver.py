@@ -16,7 +16,7 @@ from workers.checkpoints.background import Background
 from workers.checkpoints.checkpoint_files import CheckpointError, DiskRefused, discard, enough_to_remove, step_of
 from workers.checkpoints.shares import TensorBlock
 from workers.checkpoints.staging import Snapshot, Staging
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 
 # Between two tries of the last checkpoint on a full disk.

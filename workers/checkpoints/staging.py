@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoints.shares import TensorBlock, TensorSpec, all_gather_specs, divide
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dispatch.experts.stacked import EXPERT_WEIGHTS, Experts
 from dispatch.laws import LawState
 from workers.checkpoints.slices import Slice
-from workers.gang.sharded import is_sharded, local_rows
+from workers.distributed.sharded import is_sharded, local_rows
 
 # What activation checkpointing, torch.compile and FSDP put into module names (torchtitan #3861).
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})

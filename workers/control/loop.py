@@ -35,7 +35,7 @@ from workers.control.wire import (
     tree_all_reduce,
     write_mail,
 )
-from workers.gang.collateral import is_collateral
+from workers.distributed.collateral import is_collateral
 
 _NUM_SLOTS = 4  # what each rank tells of itself: step, version, checksum of the law state, checksum of the live bias
 _GRACE_S = 1.0  # how much later than the control thread, which knows the cause, the training thread gives up

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dispatch.errors import InvalidValue
 from workers.data.tokenizer import Tokenizer
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 from workers.generation.decoding import DecodingBatch, DecodingSequence, OnRead, OnToken
 from workers.model.decoder import Decoder
 

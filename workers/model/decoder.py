@@ -14,7 +14,7 @@ from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
 from dispatch.routing.replay import Routing, by_block
-from workers.gang.context import Context
+from workers.distributed.context import Context
 from workers.model.attention import Documents, KeyValueCache, Seen, rotary_table, visible, within_window
 from workers.model.lora import add_adapters
 from workers.model.loss import TokenLoss, after_next, linear_cross_entropy

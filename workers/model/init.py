@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dispatch.balance import routers_of
 from dispatch.experts.stacked import Experts
-from workers.gang.sharded import local_rows
+from workers.distributed.sharded import local_rows
 from workers.model.decoder import Decoder
 
 # They write into the residual stream, twice a layer: scaled so that its size does not grow with depth (GPT-2, 2.3).

@@ -1,7 +1,7 @@
 """One optimizer step of a rank, and the loop around it.
 
 Begin with `step.Trainer.step`: forward and backward over the micro-batches, gradients (`gradients`), update
-(`optimizer`, with the learning rate; `adamw` is the default, `adamw_bf16` keeps less, `muon` makes updates
+(`optimizer`, at the rate of `lr_schedule`; `adamw` is the default, `adamw_bf16` keeps less, `muon` makes updates
 orthogonal) and the bias of the routers; `offload` keeps the optimizer's state on the host. `training_run` is the loop
 from the first step to the last, with evaluations (`evaluation`, and texts that they continue: `samples`) and
 checkpoints (`saver` says when); it ends in an `outcome`. `pipeline` runs micro-batches through the stages of several

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_update
 
-from workers.gang.sharded import local_rows
+from workers.distributed.sharded import local_rows
 from workers.training.optimizer import OptimConfig, decay_groups, register_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

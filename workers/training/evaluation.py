@@ -20,8 +20,8 @@ from dispatch.values import to_device
 from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
 from workers.data.windows import NO_TARGET
-from workers.gang.context import Context
-from workers.gang.parallel import RankGroups
+from workers.distributed.context import Context
+from workers.distributed.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
 from workers.training.own_part import OwnPart, own_part

@@ -14,7 +14,7 @@ from dispatch.copies import LayerCopies
 from dispatch.exchange.expert_copies import ExpertCopies, place_copies
 from dispatch.layer import MoELayer
 from dispatch.layout import LoadLayout
-from workers.gang.parallel import ParallelConfig, RankGroups
+from workers.distributed.parallel import ParallelConfig, RankGroups
 
 
 @dataclass(frozen=True)

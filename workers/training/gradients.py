@@ -1,8 +1,8 @@
 """Gradients of the global batch on every rank: summed, measured and clipped as one process would.
 
-Dense parameters are replicated over the world, with a pipeline over the ranks of their stage; the experts of a rank
-over `edp_group` only (`workers.gang.parallel`). Where these ranks shard them (`workers.training.sharding`), FSDP sums
-the gradients itself, in backward.
+Dense parameters are replicated over the world, with a pipeline over the ranks of their stage. The experts of a rank are
+replicated over `edp_group` only (`workers.distributed.parallel`). Where these ranks shard the parameters
+(`workers.training.sharding`), FSDP sums the gradients itself, in backward.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dispatch.diagnosis.activity_tracker import ActivityTracker
 from dispatch.experts.stacked import expert_parameters
-from workers.gang.parallel import RankGroups
-from workers.gang.sharded import is_sharded, local_rows
+from workers.distributed.parallel import RankGroups
+from workers.distributed.sharded import is_sharded, local_rows
 
 # Large enough for the bandwidth of a link, small beside a model: one bucket is what reducing adds to memory.
 BUCKET_BYTES = 64 * 2**20

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw as adamw_update
 
 from dispatch.errors import InvalidValue
 from dispatch.experts.stacked import Experts
-from workers.gang.sharded import all_rows, local_rows
+from workers.distributed.sharded import all_rows, local_rows
 from workers.model.attention import GroupedQueryAttention
 from workers.training.adamw import moments
 from workers.training.optimizer import OptimConfig, decay_groups, is_hidden_matrix, register_optimizer

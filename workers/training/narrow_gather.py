@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 # Private names, as FSDPModule.set_custom_all_gather takes this and torch.distributed.fsdp does not export it.
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from workers.gang.sharded import gather_into, is_sharded, local_rows
+from workers.distributed.sharded import gather_into, is_sharded, local_rows
 
 
 def gather_narrow(unit: FSDPModule, num_owners: int) -> None:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from workers.gang.sharded import local_rows
+from workers.distributed.sharded import local_rows
 
 State = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run: its settings, the learning rate, and how one is registered."""
+"""The optimizer of a run: its settings, and how one is registered. `lr_schedule` has the learning rate of a step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -175,19 +175,6 @@ class OptimConfig:
         from workers.training.offload import in_host_memory
 
         return in_host_memory(state)
-
-
-def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of one update. step counts the updates made before: 0 for the first, total_steps - 1 for the last.
-
-    Warm-up: lr * (step + 1) / warmup_steps. Then half a cosine from lr that ends at lr * min_lr_ratio.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    decay_steps = max(1, total_steps - 1 - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
-    floor = config.lr * config.min_lr_ratio
-    return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.data.sampler import Batch
-from workers.gang.context import Context
+from workers.distributed.context import Context
 from workers.model.loss import after_next
 
 

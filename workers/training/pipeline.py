@@ -14,9 +14,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from dispatch.diagnosis.activity_tracker import PendingCollective
 from dispatch.routing.router import Router
-from workers.gang.parallel import ParallelConfig, RankGroups
-from workers.gang.pipeline import PipelineConfig, PipelineGroups
-from workers.gang.sharded import local_rows
+from workers.distributed.parallel import ParallelConfig, RankGroups
+from workers.distributed.pipeline import PipelineConfig, PipelineGroups
+from workers.distributed.sharded import local_rows
 from workers.model.decoder import Decoder
 from workers.model.loss import TokenLoss
 from workers.model.model_config import ModelConfig

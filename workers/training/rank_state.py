@@ -24,8 +24,8 @@ from workers.checkpoints.state import canonical_state
 from workers.control.loop import ControlLoop
 from workers.data.sampler import Sampler
 from workers.data.shards import Dataset
-from workers.gang.memory import held_bytes
-from workers.gang.parallel import RankGroups
+from workers.distributed.memory import held_bytes
+from workers.distributed.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.freezing import freeze, freezes_router
 from workers.model.init import init_weights

@@ -12,7 +12,7 @@ from workers.checkpoints.checkpoint_files import CheckpointError
 from workers.checkpoints.disk_saver import DiskSaver
 from workers.checkpoints.memory_checkpoint import MemoryCheckpoints, partner_shift
 from workers.checkpoints.staging import Snapshot, Staging
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.training.step import TrainingDiverged
 

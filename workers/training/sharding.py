@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dispatch.experts.stacked import Experts, expert_parameters
-from workers.gang.parallel import RankGroups, Shard
+from workers.distributed.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.model.lora import gathers_experts_narrow
 from workers.training.narrow_gather import gather_narrow

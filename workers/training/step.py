@@ -16,14 +16,15 @@ from dispatch.errors import UserError
 from dispatch.routing.router import Router
 from workers.control.loop import ControlLoop, StepControl
 from workers.data.sampler import Sampler
-from workers.gang.parallel import RankGroups, Shard
+from workers.distributed.parallel import RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig, AuxLosses
 from workers.training.expert_copies import CopiesPlaced, ExpertCopying
 from workers.training.gradients import clip_gradients, global_grad_norm, reduce_gradients
+from workers.training.lr_schedule import learning_rate
 from workers.training.offload import HostStates
-from workers.training.optimizer import PIECE_BYTES, OptimConfig, learning_rate
+from workers.training.optimizer import PIECE_BYTES, OptimConfig
 from workers.training.own_part import OwnPart, own_part
 from workers.training.sharding import set_sync
 from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank

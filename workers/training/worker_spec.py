@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dispatch.laws import BalanceConfig
 from workers.data.mix import MixSchedule
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.model_config import ModelConfig
 from workers.record.run_fence import RunFence
 from workers.run_config import RunConfig

@@ -16,7 +16,7 @@ from runtime.commands.compare.tables import print_tables, write_results
 from runtime.commands.compare.view import CompareView
 from runtime.job import job
 from runtime.job.launch import runs_in_process
-from runtime.report.run_inputs import open_data
+from runtime.runs.run_inputs import open_data
 from runtime.settings.config_file import load_config, override
 from runtime.settings.size import model_size
 from runtime.settings.states import training_bytes

@@ -15,8 +15,8 @@ from pathlib import Path
 from runtime.commands.compare.plan import ComparePlan, RunKey
 from runtime.job import job
 from runtime.job.launch import make_spec, open_ranks
-from runtime.report.run_inputs import find_checkpoint
 from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.run_inputs import find_checkpoint
 from runtime.runs.run_lock import hold, hold_new, refuse_if_owned
 from runtime.settings.config import TrainConfig
 from runtime.settings.config_file import config_to_yaml

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
-from runtime.report.hf_files import FOLDER, copy_back, kept_file, read_dtypes
-from runtime.report.run_inputs import find_checkpoint
+from runtime.runs.hf_files import FOLDER, copy_back, kept_file, read_dtypes
 from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.run_inputs import find_checkpoint
 from runtime.settings.config import check_same_model
 from runtime.settings.config_file import config_from_yaml_file
 from workers.checkpoints.tensor_reader import TensorReader

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.job.job import as_recorded
-from runtime.report.hf_files import FOLDER, TOKENIZER, check_tokenizer, keep_files
+from runtime.runs.hf_files import FOLDER, TOKENIZER, check_tokenizer, keep_files
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.cautions import cautions
 from runtime.settings.config import FINE_TUNING_LR, TrainConfig, check_same_model, cross_check

@@ -8,7 +8,7 @@ from dispatch.errors import InvalidValue
 from runtime.commands.plan.plan import Plan, ep_sizes, make_plan
 from runtime.commands.plan.subject import RANKS_OF_A_NODE, Subject, read_subject
 from runtime.settings.config import TrainConfig
-from workers.gang.replicas import replica_counts
+from workers.distributed.replicas import replica_counts
 from workers.model.model_config import Recompute
 
 MAX_WORLD = 1024

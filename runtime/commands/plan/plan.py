@@ -31,8 +31,8 @@ from runtime.settings.states import (
     state_bytes,
     whole_elements,
 )
-from workers.gang.exchange_choice import choose_exchange
-from workers.gang.replicas import replica_counts
+from workers.distributed.exchange_choice import choose_exchange
+from workers.distributed.replicas import replica_counts
 from workers.training.gradients import BUCKET_BYTES
 
 

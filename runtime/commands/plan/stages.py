@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts, total
 from runtime.settings.config import TrainConfig
 from runtime.settings.states import of_stage, own_rows
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.pipeline import PipelineConfig
 
 MESSAGES, OUTPUTS = "messages of other stages", "outputs of stages"
 

@@ -10,11 +10,11 @@ import pytest
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.failures.errors import GangFailed, WorkerUnreachable
+from cluster.failures.kill import kill_process
 from cluster.gang.gang import Gang
 from cluster.gang.placement import ClusterTooSmall
 from cluster.ray.session import RaySession
-from cluster.watch.failures import GangFailed, WorkerUnreachable
-from cluster.watch.kill import kill_process
 from tests.cluster.dummy_worker import BrokenWorker, DummyWorker, StuckWorker
 from workers.actor import WorkerLocation
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from cluster.failures.errors import GangFailed, Kind, WorkerFailure
 from cluster.gang.policy import MAX_BACK_OFF_S, GiveUp, Resize, Restart, Retry, cause_of, decide
-from cluster.watch.failures import GangFailed, Kind, WorkerFailure
 
 
 def failed(

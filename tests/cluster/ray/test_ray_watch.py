@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from cluster.failures.calls import SAVED_BY_S, call_all
 from cluster.ray import ray_watch
 from cluster.ray.ray_watch import HEAD_SILENT_S, RayDied, RayWatch
-from cluster.watch.calls import SAVED_BY_S, call_all
 
 CLIENT_ABORTS_S = 60.0  # ray's gcs_rpc_server_reconnect_timeout_s
 

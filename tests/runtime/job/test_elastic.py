@@ -13,7 +13,7 @@ import pytest
 from runtime.settings.config import feasible_sizes
 from tests.runtime.job.test_job import ROOT, _arguments, _config
 from workers.checkpoints.checkpoint import list_checkpoints
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.record.run_log import read_events, read_metrics
 
 TRIMTAB = Path(sys.executable).with_name("trimtab")
@@ -99,8 +99,9 @@ def test_sizes_between_the_bounds_share_the_batch_equally_and_leave_no_rank_with
 
 def test_an_ep_size_that_no_longer_divides_the_ranks_is_chosen_anew():
     parallel = ParallelConfig(ep_size=4, ranks_per_node=2, exchange="node")
-    assert parallel.at(8) is parallel
-    assert parallel.at(6) == replace(parallel, ep_size=3, ranks_per_node=0, exchange="auto")
-    assert parallel.at(2) == replace(parallel, ep_size=2)
-    assert ParallelConfig().at(5) == ParallelConfig()
-    assert [ParallelConfig(ep_size=4).at(size).resolve(size) for size in (1, 2, 3, 4, 6, 12)] == [1, 2, 3, 4, 3, 4]
+    assert parallel.resized_to(8) is parallel
+    assert parallel.resized_to(6) == replace(parallel, ep_size=3, ranks_per_node=0, exchange="auto")
+    assert parallel.resized_to(2) == replace(parallel, ep_size=2)
+    assert ParallelConfig().resized_to(5) == ParallelConfig()
+    sizes = (1, 2, 3, 4, 6, 12)
+    assert [ParallelConfig(ep_size=4).resized_to(size).resolve(size) for size in sizes] == [1, 2, 3, 4, 3, 4]

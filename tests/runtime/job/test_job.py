@@ -24,7 +24,7 @@ from runtime.cli import main
 from runtime.commands import inference
 from runtime.job import job
 from runtime.job.launch import make_spec, open_gang
-from runtime.report.run_inputs import find_checkpoint
+from runtime.runs.run_inputs import find_checkpoint
 from runtime.settings.config import TrainConfig, flatten
 from runtime.settings.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.settings.size import records_bytes

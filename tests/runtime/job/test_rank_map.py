@@ -1,7 +1,7 @@
 """The rank map as people read it."""
 
 from runtime.job.rank_map import rank_table
-from workers.gang.exchange_choice import ExchangeChoice
+from workers.distributed.exchange_choice import ExchangeChoice
 
 
 def row(rank, node, **transport):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.failures.errors import GangFailed
 from cluster.gang.supervisor import GaveUp
-from cluster.watch.failures import GangFailed
 from runtime.job import job
 from tests.runtime.job.test_job import _arguments, _config, _trimtab, _wait_for_step
 from workers.checkpoints.checkpoint_files import checkpoint_path

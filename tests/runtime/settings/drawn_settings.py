@@ -12,7 +12,7 @@ from runtime.settings.cautions import cautions
 from runtime.settings.config import TrainConfig, cross_check, feasible_sizes
 from runtime.settings.size import model_size
 from runtime.settings.states import training_bytes
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 
 STEPS = 3
 PARTS = ("embedding", "attention", "dense_ffn", "router", "experts", "shared_experts", "norms")
@@ -130,7 +130,7 @@ def checked(values: Mapping[str, Any], base: TrainConfig) -> TrainConfig:
     config: TrainConfig = with_values(base, values)
     cross_check(config)
     for size in feasible_sizes(config):
-        config.parallel.at(size).resolve(size)
+        config.parallel.resized_to(size).resolve(size)
     model_size(config.model, config.optim)
     training_bytes(config)
     cautions(config, is_imported=False)

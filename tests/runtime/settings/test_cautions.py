@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from runtime.settings.cautions import WINDOW, Watch, cautions
+from runtime.settings.cautions import WINDOW, TrainingWarnings, cautions
 from runtime.settings.config_file import load_config, override
 
 
@@ -34,9 +34,9 @@ def test_copies_of_experts_that_every_rank_has_are_told_to_be_none() -> None:
 
 
 def told(law: str, *lines: dict[str, Any]) -> list[str]:
-    watch = Watch(law)
+    warnings = TrainingWarnings(law)
     sound = {"loss": 2.0, "max_vio_batch": 0.2, "max_vio_floor": 0.1, "dead_experts": 0}
-    return [text for line in lines for text in watch.notice(sound | line)]
+    return [text for line in lines for text in warnings.notice(sound | line)]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from runtime.settings.config_file import (
     parse_train,
 )
 from runtime.settings.size import recorded_scores_bytes
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.freezing import NAMES
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")

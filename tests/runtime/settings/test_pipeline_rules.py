@@ -8,8 +8,8 @@ import pytest
 from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
 from runtime.settings.config import RunConfig, TrainConfig, cross_check, feasible_sizes
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.model.freezing import NAMES
 from workers.model.lora import LoraConfig
 

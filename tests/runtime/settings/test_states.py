@@ -15,8 +15,8 @@ from runtime.settings.states import COPIES, GATHERED, PIECES, host_bytes, state_
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
-from workers.gang.parallel import ParallelConfig, RankGroups
-from workers.gang.sharded import local_rows
+from workers.distributed.parallel import ParallelConfig, RankGroups
+from workers.distributed.sharded import local_rows
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.lora import LoraConfig

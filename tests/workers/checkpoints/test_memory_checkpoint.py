@@ -13,7 +13,7 @@ from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import memory_checkpoint
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError
 from workers.checkpoints.memory_checkpoint import HeldShard, newest_recoverable, partner_shift
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.record.run_log import read_events
 
 # --- what can be recovered

@@ -15,7 +15,7 @@ from tests.workers.model.test_decoder import build, tokens
 from tests.workers.model.token_loss import token_nll_sum
 from tests.workers.training.test_gradients import form_groups
 from tests.workers.training.test_sharding import build as build_sharded
-from workers.gang.sharded import local_rows
+from workers.distributed.sharded import local_rows
 from workers.model.decoder import Decoder
 from workers.model.loss import after_next
 

@@ -10,8 +10,8 @@ from dispatch.exchange.registry import BACKENDS
 from tests.ranks import run_ranks
 from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import latest
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.model.lora import LoraConfig
 from workers.record.run_log import read_events, read_load_history
 

@@ -15,8 +15,8 @@ from dispatch.exchange.placement import ExpertPlacement
 from dispatch.experts.stacked import expert_parameters
 from tests.ranks import run_ranks
 from tests.workers.model.token_loss import token_nll_sum
-from workers.gang.parallel import RankGroups
-from workers.gang.replicas import make_replica_groups
+from workers.distributed.parallel import RankGroups
+from workers.distributed.replicas import make_replica_groups
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig

@@ -14,8 +14,8 @@ from dispatch.exchange.factory import make_dispatcher
 from dispatch.experts.stacked import Experts
 from tests.ranks import run_ranks
 from tests.workers.training.test_gradients import form_groups
-from workers.gang.parallel import RankGroups
-from workers.gang.sharded import local_rows
+from workers.distributed.parallel import RankGroups
+from workers.distributed.sharded import local_rows
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig

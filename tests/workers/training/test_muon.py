@@ -19,7 +19,7 @@ from tests.workers.training.test_optimizer import Stack, set_gradients
 from tests.workers.training.test_sharding import PLAIN, assert_equals_one_process, train_all
 from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
-from workers.gang.sharded import all_rows, local_rows
+from workers.distributed.sharded import all_rows, local_rows
 from workers.model.attention import LatentConfig
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights

@@ -18,7 +18,7 @@ from tests.workers.training.test_gradients import form_groups
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import checkpoint_path
 from workers.checkpoints.state import canonical_state
-from workers.gang.parallel import ParallelConfig, RankGroups, Shard
+from workers.distributed.parallel import ParallelConfig, RankGroups, Shard
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cluster.watch.stall import find_stall
+from cluster.failures.stall import find_stall
 from dispatch.errors import InvalidValue
 from dispatch.experts.stacked import Experts
 from tests.ranks import run_ranks
 from tests.workers.training_gang import LINES, join_worker, make_spec, whole_state
 from workers.data.prepare import prepare_dataset
 from workers.data.text import DataConfig
-from workers.gang.collateral import is_collateral
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
-from workers.gang.sharded import is_sharded
+from workers.distributed.collateral import is_collateral
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
+from workers.distributed.sharded import is_sharded
 from workers.model.lora import LoraConfig
 
 INTERLEAVED = {"schedule": "interleaved_1f1b"}

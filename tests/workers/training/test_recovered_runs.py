@@ -14,8 +14,8 @@ from runtime.job.initial_weights import begin_with
 from tests.ranks import run_ranks
 from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import latest
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.model.lora import LoraConfig
 from workers.record.run_log import read_load_history, read_metrics
 from workers.training.fault_plan import Fault

@@ -10,7 +10,7 @@ from dispatch.laws import BalanceConfig
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.data.tokenizer import ByteTokenizer
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.record.run_log import read_metrics
 from workers.training.samples import SampleTaker
 

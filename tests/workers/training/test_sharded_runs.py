@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import checkpoint_path
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.training.training_run import TrainingRun
 
 STEPS, CUT, KEPT = 4, 3, 2  # the last step in memory before the run is cut

@@ -12,7 +12,7 @@ from tests.workers.training.test_fine_tuning import chat_data
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import checkpoint_path
 from workers.data.prepare import prepare_dataset
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.training.evaluation import evaluate
 from workers.training.training_run import TrainingRun
 

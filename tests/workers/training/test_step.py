@@ -11,7 +11,7 @@ from dispatch.laws import LAWS, BalanceConfig
 from tests.ranks import run_ranks
 from tests.workers.training.slow_aux_losses import slow_balance_loss, slow_sequence_loss, slow_z_loss
 from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.training.aux_losses import AuxLossConfig
 
 TOKENS, SEQUENCES, TOP_K = 12 * 16, 12, 2

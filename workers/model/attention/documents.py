@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.gang.context import Context
+from workers.distributed.context import Context
 
 
 class Block(NamedTuple):

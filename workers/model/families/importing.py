@@ -17,7 +17,7 @@ from workers.checkpoints import checkpoint
 from workers.checkpoints.checkpoint_files import CHECKPOINTS
 from workers.checkpoints.shares import all_gather_specs, divide
 from workers.checkpoints.state import canonical_state
-from workers.gang.agreement import together
+from workers.distributed.agreement import together
 from workers.model.decoder import Decoder
 from workers.model.families.filling import fill
 from workers.model.families.source import ModelDirectory, SourceError, open_source

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
+from cluster.failures.errors import GangFailed
 from cluster.gang.placement import ClusterTooSmall
-from cluster.watch.failures import GangFailed
 from runtime.commands.doctor.cluster.links import measure_links
 from runtime.commands.doctor.cluster.probe import Probe
 from runtime.commands.doctor.cluster.probes import ProbedNode, answers_of, end_probes, start_probes

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from workers.gang.parallel import ParallelConfig, RankGroups, join_groups, local_device
+from workers.distributed.parallel import ParallelConfig, RankGroups, join_groups, local_device
 
 SMALL_BYTES = 64  # to each rank
 LARGEST_BYTES = 2**24

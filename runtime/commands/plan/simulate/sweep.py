@@ -76,7 +76,7 @@ def at_world(subject: Subject, world_size: int) -> Subject:
     most = world_size if ep_before == before else ep_before
     backend = config.parallel.backend
     exchange = "auto" if backend is not None and backend.needs_nodes else config.parallel.exchange
-    parallel = replace(config.parallel, ep_size=1, replicate=1, exchange=exchange).at(world_size)
+    parallel = replace(config.parallel, ep_size=1, replicate=1, exchange=exchange).resized_to(world_size)
     sequences = config.run.sequences_per_rank(before, config.parallel.context)
     grown = replace(
         config,

@@ -14,7 +14,7 @@ from dispatch.exchange.local import LocalDispatcher
 from runtime import stream_weights
 from runtime.cli import main
 from runtime.job.launch import make_spec
-from runtime.report.hf_files import read_dtypes
+from runtime.runs.hf_files import read_dtypes
 from runtime.settings.config_file import config_from_yaml_file
 from tests.ranks import run_ranks
 from tests.workers.model.families.directories import PREFIX, quantise, to_mxfp4, write_directory, write_with_mtp

@@ -9,14 +9,14 @@ import torch
 
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from dispatch.kernels.serving import triton_serves
+from dispatch.kernels.availability import use_triton
 from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_bytes, scratch_bytes, total
 from runtime.settings.size import count_parameters
 from tests.ranks import run_ranks
 from tests.workers.model.attention.slow_masks import starts_of
 from workers.data.sampler import Batch
-from workers.gang.context import Context
+from workers.distributed.context import Context
 from workers.model.attention import LatentConfig
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
@@ -76,7 +76,7 @@ def micro_batch(config: ModelConfig, dtype: str) -> MicroBatch:
         arrived_rows=tokens,
         ids_per_row=config.moe.top_k,
         element_bytes=2 if dtype == "bfloat16" else 4,
-        experts="fused" if triton_serves(torch.zeros(1)) else "looped" if config.moe.ffn_hidden % 8 else "grouped",
+        experts="fused" if use_triton(torch.zeros(1)) else "looped" if config.moe.ffn_hidden % 8 else "grouped",
         exchanges=False,
     )
 

@@ -11,7 +11,7 @@ from cluster.config import ClusterConfig
 from runtime.settings.config import TrainConfig
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.gang.parallel import ParallelConfig, Shard
+from workers.distributed.parallel import ParallelConfig, Shard
 from workers.training.worker_spec import WorkerSpec
 
 NORM_BYTES = 8 * 2  # of the gradient, in float64

@@ -15,7 +15,7 @@ from runtime.commands.plan.subject import Subject
 from runtime.settings.config import TrainConfig
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.attention import LatentConfig
 from workers.training.worker_spec import WorkerSpec
 

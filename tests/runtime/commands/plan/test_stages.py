@@ -19,9 +19,9 @@ from runtime.settings.size import count_parameters
 from runtime.settings.states import state_bytes, training_bytes
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
-from workers.gang.sharded import local_rows
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
+from workers.distributed.sharded import local_rows
 from workers.model.model_config import ModelConfig
 from workers.training.worker_spec import WorkerSpec
 

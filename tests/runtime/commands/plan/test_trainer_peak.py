@@ -16,8 +16,8 @@ from runtime.settings.size import count_parameters
 from runtime.settings.states import GATHERED, of_stage, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
-from workers.gang.parallel import ParallelConfig, Shard
-from workers.gang.pipeline import PipelineConfig, PipelineSchedule
+from workers.distributed.parallel import ParallelConfig, Shard
+from workers.distributed.pipeline import PipelineConfig, PipelineSchedule
 from workers.model.attention import LatentConfig
 from workers.model.model_config import ModelConfig
 from workers.training.worker_spec import WorkerSpec

@@ -19,7 +19,7 @@ from tests.workers.model.attention.slow_masks import (
     whole_masks,
 )
 from tests.workers.model.test_decoder import VARIANT, build, tokens
-from workers.gang.context import Context
+from workers.distributed.context import Context
 from workers.model.attention import Documents, LatentConfig
 from workers.model.attention.attend import attend, attend_by_varlen, varlen_kernel
 from workers.model.attention.documents import Block

@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 from tests.workers.model.attention.slow_masks import starts_of
 from tests.workers.model.attention.test_documents import KINDS, inputs, slow_varlen
 from tests.workers.model.test_decoder import VARIANT, build, tokens
-from workers.gang.context import Context
+from workers.distributed.context import Context
 from workers.model.attention import Documents, LatentConfig
 from workers.model.attention.attend import attend, attend_by_varlen
 from workers.model.decoder import Decoder

@@ -10,7 +10,7 @@ from dispatch.balance import read_bias, read_counts, routers_of
 from tests.ranks import run_ranks
 from tests.workers.model.families.hugging_face import EOD_ID, NEW_TOKENS, PROMPTS, Reference
 from tests.workers.model.families.test_parity import build, gangs
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 from workers.generation.generate import SamplingConfig, generate
 
 Sampled = dict[str, dict[int, list[int]]]  # new ids by model and prompt

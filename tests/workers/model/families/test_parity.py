@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.workers.model.families.hugging_face import CONFIGS, Batch, Reference, reference, text_settings
 from tests.workers.model.token_loss import token_nll_sum
 from workers.checkpoints.state import canonical_state
-from workers.gang.parallel import ParallelConfig, RankGroups, join_groups
+from workers.distributed.parallel import ParallelConfig, RankGroups, join_groups
 from workers.model.attention import positions_of
 from workers.model.decoder import Decoder
 from workers.model.families import Settings, family_of

@@ -28,7 +28,7 @@ from tests.workers.training.test_gradients import form_groups
 from workers.checkpoints import checkpoint
 from workers.checkpoints.state import canonical_state
 from workers.checkpoints.tensor_reader import TensorReader
-from workers.gang.parallel import RankGroups
+from workers.distributed.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.families import Settings, family_of
 from workers.model.families.writing import BIAS, write_weights

@@ -9,8 +9,8 @@ from dispatch.config import MoEConfig, ScheduleConfig
 from dispatch.errors import InvalidValue
 from runtime.commands.plan.simulate.scope import check_scope, left_out
 from runtime.settings.config import TrainConfig
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import PipelineConfig
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import PipelineConfig
 from workers.model.lora import LoraConfig
 from workers.model.model_config import ModelConfig
 

@@ -15,7 +15,7 @@ from runtime.commands.plan.simulate.sweep import at_world, by_max_vio, factors_o
 from runtime.commands.plan.simulate.work import attention_work, dense_work, expert_work, head_work, router_work
 from runtime.commands.plan.subject import Subject
 from runtime.settings.config import TrainConfig
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.model.attention import LatentConfig
 from workers.model.decoder import Decoder
 from workers.model.flops import train_flops_per_token

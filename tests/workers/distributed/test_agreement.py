@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt, CheckpointError, DiskRefused
-from workers.gang.agreement import PeerFailed, together
+from workers.distributed.agreement import PeerFailed, together
 
 KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskRefused, CheckpointCorrupt)}
 

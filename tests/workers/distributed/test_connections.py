@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from workers.checkpoints.background import Background
-from workers.gang.connections import Connections, listening
+from workers.distributed.connections import Connections, listening
 
 
 def _wait_for_each_other(rank: int, world_size: int) -> float:

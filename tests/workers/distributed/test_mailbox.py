@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from workers.gang.mailbox import Mailbox
+from workers.distributed.mailbox import Mailbox
 
 
 def test_what_comes_before_a_rank_joins_is_there_and_what_is_of_a_past_epoch_is_not() -> None:

@@ -7,17 +7,17 @@ import torch
 
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from dispatch.kernels import serving
-from dispatch.kernels.serving import triton_serves
+from dispatch.kernels import availability
+from dispatch.kernels.availability import use_triton
 from dispatch.layer import MoELayer
 
 
 @pytest.fixture
 def without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # to import it raises ImportError
-    serving._is_installed.cache_clear()
+    availability._is_installed.cache_clear()
     yield
-    serving._is_installed.cache_clear()
+    availability._is_installed.cache_clear()
 
 
 def _step(monkeypatch, wanted):
@@ -37,7 +37,7 @@ def test_without_triton_the_layer_takes_the_path_without_kernels(without_triton,
 def test_kernels_serve_floats_on_a_cpu_only_where_the_interpreter_is_asked_for(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_serves(torch.zeros(1, dtype=torch.bfloat16))
-    assert not triton_serves(torch.zeros(1, dtype=torch.uint8))
+    assert use_triton(torch.zeros(1, dtype=torch.bfloat16))
+    assert not use_triton(torch.zeros(1, dtype=torch.uint8))
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert not triton_serves(torch.zeros(1))
+    assert not use_triton(torch.zeros(1))

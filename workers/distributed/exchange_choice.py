@@ -8,7 +8,7 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.factory import WireCost, cheapest_exchange, wire_costs
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BACKENDS
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from torch import Tensor
 
 
-def triton_serves(tensor: Tensor) -> bool:
+def use_triton(tensor: Tensor) -> bool:
     """Whether the kernels take this tensor: of floats, on CUDA with Triton installed.
 
     TRITON_INTERPRET=1, a variable of Triton's, lets its interpreter serve CPU tensors too: slow, for tests.

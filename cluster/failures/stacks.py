@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.watch.kill import is_worker
-from workers.gang.mailbox import CONTROL_GROUP
+from cluster.failures.kill import is_worker
+from workers.distributed.mailbox import CONTROL_GROUP
 
 if TYPE_CHECKING:
-    from cluster.watch.member import Member
+    from cluster.failures.member import Member
 
 MAX_STACK_CHARS = 8000  # of one rank
 OUTSIDE_S = 4.0  # for a process on the rank's node to start and to look

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from workers.gang.context import Context
+from workers.distributed.context import Context
 
 
 def test_places_are_runs_of_one_length_but_the_last() -> None:

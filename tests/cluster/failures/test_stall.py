@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.watch.stall import find_stall
+from cluster.failures.stall import find_stall
 from dispatch.diagnosis.activity import Activity, Collective, Splits
 
 NAMES = {rank: f"rank {rank} (10.0.0.{rank}, pid {rank}, cpu)" for rank in range(4)}

@@ -12,14 +12,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from cluster.failures.activity_watch import ANSWER_S, ActivityWatch, Answers
+from cluster.failures.errors import GangFailed, WorkerFailure, WorkerUnreachable, cause_first
+from cluster.failures.member import Member
+from cluster.failures.stacks import stacks_of, wait_for_stacks
+from cluster.failures.stall import Stall
 from cluster.ray.ray_watch import RayDied
-from cluster.watch.activity_watch import ANSWER_S, ActivityWatch, Answers
-from cluster.watch.failures import GangFailed, WorkerFailure, WorkerUnreachable, cause_first
-from cluster.watch.member import Member
-from cluster.watch.stacks import stacks_of, wait_for_stacks
-from cluster.watch.stall import Stall
 from workers.actor import Failure
-from workers.gang.mailbox import CONTROL_GROUP
+from workers.distributed.mailbox import CONTROL_GROUP
 
 # After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
 GRACE_S = 1.0

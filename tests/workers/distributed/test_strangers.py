@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from workers.gang.connections import StrangerConnected, listening, refuse_strangers
+from workers.distributed.connections import StrangerConnected, listening, refuse_strangers
 
 # Gives a listener of gloo the first of its numbers, tells its own port, and stays until its input ends.
 STRANGER = """

@@ -16,10 +16,10 @@ from dispatch.errors import InvalidValue
 from dispatch.exchange.node_groups import NodeGroups, make_node_groups
 from dispatch.exchange.payload import Payload
 from dispatch.exchange.registry import BACKENDS, Backend
-from workers.gang.connections import Connections, listening, refuse_strangers
-from workers.gang.context import Context
-from workers.gang.pipeline import PipelineConfig, PipelineGroups
-from workers.gang.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
+from workers.distributed.connections import Connections, listening, refuse_strangers
+from workers.distributed.context import Context
+from workers.distributed.pipeline import PipelineConfig, PipelineGroups
+from workers.distributed.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
 
 # NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
 NCCL_MARGIN_S = 30.0
@@ -121,7 +121,7 @@ class ParallelConfig:
                 f"all rows of an expert to one rank; choose --parallel.exchange {able}, or --parallel.expert_copies 0"
             )
 
-    def at(self, world_size: int) -> Self:
+    def resized_to(self, world_size: int) -> Self:
         """These settings for a gang of another size than they were made for; unchanged where they fit.
 
         Else EP size, number of replicas and ranks that share a sequence are the largest up to those wanted that fit the
@@ -147,7 +147,7 @@ class ParallelConfig:
 
     def ep_size_of(self, world_size: int) -> int:
         """The EP size of a gang of this size, whatever size the settings were made for."""
-        return self.at(world_size).resolve(world_size)
+        return self.resized_to(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
         """The EP size for so many ranks. Raises InvalidValue where it or another of these settings does not fit."""

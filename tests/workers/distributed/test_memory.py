@@ -5,7 +5,7 @@ import psutil
 import pytest
 import torch
 
-from workers.gang.memory import held_bytes
+from workers.distributed.memory import held_bytes
 
 
 def test_what_a_cpu_rank_holds_is_what_the_system_says_and_grows_with_a_tensor() -> None:

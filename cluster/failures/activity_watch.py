@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.watch.stall import Answer, Stall, find_stall
+from cluster.failures.stall import Answer, Stall, find_stall
 from dispatch.diagnosis.activity import Activity
 from dispatch.diagnosis.collective_errors import ranks_text
 from workers.actor import Failure
-from workers.gang.mailbox import CONTROL_GROUP
+from workers.distributed.mailbox import CONTROL_GROUP
 
 if TYPE_CHECKING:
-    from cluster.watch.member import Member
+    from cluster.failures.member import Member
 
 Answers = dict[int, tuple[Answer, float]]  # by rank, with the time of each by the monotonic clock
 

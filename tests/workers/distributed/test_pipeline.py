@@ -3,8 +3,8 @@
 import pytest
 
 from dispatch.errors import InvalidValue
-from workers.gang.parallel import ParallelConfig
-from workers.gang.pipeline import SPLIT_BACKWARD, PipelineConfig, divide_layers
+from workers.distributed.parallel import ParallelConfig
+from workers.distributed.pipeline import SPLIT_BACKWARD, PipelineConfig, divide_layers
 
 
 def test_layers_are_divided_evenly_and_the_first_stages_take_what_is_left():

@@ -11,7 +11,7 @@ from typing import Any, Self
 import ray
 from torch._C._distributed_c10d import Store  # torch.distributed hides it from type checkers
 
-from workers.gang.mailbox import CONTROL_GROUP, Mailbox
+from workers.distributed.mailbox import CONTROL_GROUP, Mailbox
 
 
 class GangStore(Store):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_all_workers_are_one_expert_parallel_group_unless_told_otherwise():
 )
 def test_a_gang_of_another_size_has_as_many_replicas_as_fit(world_size, ep_size, replicas):
     # Of four replicas on eight ranks. EP 2 stays where it divides: of three ranks each has all experts.
-    moved = ParallelConfig(ep_size=ep_size, shard="full", replicate=4).at(world_size)
+    moved = ParallelConfig(ep_size=ep_size, shard="full", replicate=4).resized_to(world_size)
     assert moved.replicate == replicas
     assert moved.resolve(world_size) == (1 if world_size == 3 else ep_size)
 
 
 @pytest.mark.parametrize(("world_size", "context"), [(8, 4), (6, 3), (4, 4), (2, 2), (5, 1)])
 def test_a_gang_of_another_size_shares_sequences_among_as_many_as_fit(world_size, context):
-    moved = ParallelConfig(ep_size=1, context=4).at(world_size)
+    moved = ParallelConfig(ep_size=1, context=4).resized_to(world_size)
     assert moved.context == context
     assert moved.resolve(world_size) == 1

@@ -3,14 +3,14 @@
 import pickle
 from dataclasses import replace
 
+from cluster.failures.errors import GangFailed, WorkerFailure, cause_first
 from cluster.gang.placement import ClusterTooSmall
 from cluster.gang.supervisor import GaveUp, _details
-from cluster.watch.failures import GangFailed, WorkerFailure, cause_first
 from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 from dispatch.errors import InvalidValue, UserError
 from workers.checkpoints.checkpoint_files import DiskRefused
 from workers.control.errors import ControlTimeout
-from workers.gang.connections import StrangerConnected
+from workers.distributed.connections import StrangerConnected
 
 
 def failure(rank: int, kind: str, time_s: float, *, collateral: bool = False) -> WorkerFailure:
@@ -96,7 +96,7 @@ def test_errors_about_collectives_survive_pickling():
 
 
 def test_the_colours_of_rays_texts_do_not_reach_our_messages():
-    from cluster.watch.calls import Member
+    from cluster.failures.calls import Member
 
     message = "creation task, \x1b[36mray::WorkerActor.__init__()\x1b[39m failed"
     assert (

@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from cluster.config import ClusterConfig
+from cluster.failures.calls import call_all
+from cluster.failures.errors import GangFailed
+from cluster.failures.stacks import stacks_of
 from cluster.gang.gang import Gang
-from cluster.watch.calls import call_all
-from cluster.watch.failures import GangFailed
-from cluster.watch.stacks import stacks_of
 from dispatch.diagnosis.collective_errors import CollectiveTimeout, WrongSplits
 from runtime.job.launch import worker_maker
 from tests.cluster.dummy_worker import DummyWorker, WaitingWorker
 from tests.workers.training_gang import make_spec
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.parallel import ParallelConfig
 from workers.training.fault_plan import Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster.watch.failures import Kind, WorkerFailure
+from cluster.failures.errors import Kind, WorkerFailure
 from workers.actor import WorkerActor
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray puts them into the texts of its errors.

@@ -10,8 +10,8 @@ from dispatch.exchange.node_aware import NodeAwareDispatcher
 from dispatch.layer import MoELayer
 from tests.ranks import run_ranks
 from tests.workers.training_gang import make_spec
-from workers.gang.exchange_choice import choose_exchange, placed_ranks_per_node
-from workers.gang.parallel import ParallelConfig
+from workers.distributed.exchange_choice import choose_exchange, placed_ranks_per_node
+from workers.distributed.parallel import ParallelConfig
 from workers.worker import Worker
 
 WIDE = {"num_experts": 64, "hidden": 10**6, "top_k": 8}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from workers.gang.heap import give_back_large_blocks
+from workers.distributed.heap import give_back_large_blocks
 
 NUM_BLOCKS, BLOCK, SMALL = 16, 2 << 20, 20_000  # of 8 MiB, each followed by one of 80 KB that stays
 
@@ -35,4 +35,4 @@ def resident_bytes() -> int:
 def test_freed_blocks_go_back_to_the_system_between_small_ones_that_stay() -> None:
     kept, given_back = (run_ranks(1, kept_of_freed, each)[0] for each in (False, True))
     assert given_back < 16 << 20
-    assert kept > 4 * given_back, "glibc gives back by itself: workers.gang.heap has no use any more"
+    assert kept > 4 * given_back, "glibc gives back by itself: workers.distributed.heap has no use any more"
