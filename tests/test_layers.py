@@ -146,7 +146,11 @@ def test_the_docstring_of_a_folder_names_every_file_in_it() -> None:
     assert len(folders) > 15
     unnamed = {}
     for folder in folders:
-        told = re.findall(r"`([\w.]+)`", ast.get_docstring(ast.parse(folder.read_text())) or "")
+        module = ast.parse(folder.read_text())
+        told = re.findall(r"`([\w.]+)`", ast.get_docstring(module) or "")
+        told += [
+            node.value for node in ast.walk(module) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
         files = {file.stem for file in folder.parent.glob("*.py")} - {"__init__", "__main__"}
         if lacking := files - {name.partition(".")[0] for name in told}:
             unnamed[str(folder.parent.relative_to(ROOT))] = sorted(lacking)

@@ -33,10 +33,10 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def reduce_gradients(model: nn.Module, groups: RankGroups) -> None:
     """Sum every gradient over the ranks that hold the parameter, where FSDP has not done so.
 
-    A sum, never a mean: the loss is divided by the token count of the global batch already, so that the sum is the
-    gradient of one process on that batch. A missing gradient takes part as zeros and is a tensor afterwards: all ranks
-    then send the same buckets, and the optimizer treats a parameter alike on all of them. Gradients become views of
-    their bucket.
+    A sum, never a mean: `Trainer._accumulate` and `Pipeline` divide the loss by the targets of the global batch, so
+    that the sum is the gradient of one process on that batch. A missing gradient takes part as zeros and is a tensor
+    afterwards: all ranks then send the same buckets, and the optimizer treats a parameter alike on all of them.
+    Gradients become views of their bucket.
 
     Collective: every rank must call it once per step, after the last backward pass.
     """
