@@ -1,6 +1,6 @@
 """What `trimtab train` does: from checked settings to ranks at work, and to the end.
 
-Begin with `job.py`; `initial_weights.py` is `--init`, `launch.py` starts the ranks, `training_job.py` watches one
-training, `live.py` shows it, `now_file.py` writes what each rank is in, `companion.py` starts what reads the run
-directory beside it, and `coordinator.py` is the actor that computes the bias.
+Begin with `job`; `initial_weights` is `--init`, `launch` starts the ranks, `rank_map` says where they live, and
+`coordinator` is the actor that computes the bias. `training_job` watches one training, `live` shows it, `now_file`
+writes where each rank is, and `companion` starts what reads the run directory beside it.
 """

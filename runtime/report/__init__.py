@@ -1,6 +1,6 @@
 """A run that has been written, read again.
 
-`run_record.py` reads it, `report.py` prints and writes its report. `report_page.py` is the file's text; `held.py` the
-numbers in it, and `page_script.py` the live page's modules, which draw them: `static/` has what a report adds.
-`chart_style.py` is the common style of all pictures of Trimtab.
+`run_record` reads it, and `report` prints its summary and writes report.html. `report_page` is that file's text, `held`
+the numbers in it, and `page_script` the live page's modules, which draw them; `static/` has what a report adds.
+`chart_style` is the common style of all pictures of Trimtab.
 """

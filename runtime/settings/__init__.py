@@ -1,6 +1,8 @@
 """The settings of a run.
 
-`config.py` joins the dataclasses and checks the rules between them, `config_file.py` reads YAML files, presets and the
-options of `trimtab train`, `train_help.py` writes their help. `pipeline_rules.py` refuses what does not go with
-stages of layers. `size.py` counts the parameters of a model, `states.py` the bytes that a rank keeps.
+`config` joins the dataclasses and checks the rules between them; `pipeline_rules` refuses what does not go with stages
+of layers. `config_file` reads YAML files (by `yaml_text`, which trusts none), presets and the options of `trimtab
+train`, and `train_help` writes their help. `consent` refuses to import a module that only a run directory names, and
+`cautions` warns of what is allowed and rarely meant. `size` counts the parameters of a model, `states` the bytes that a
+rank keeps.
 """

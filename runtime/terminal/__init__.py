@@ -1,5 +1,6 @@
-"""The person at the terminal.
+"""The person at the terminal: what is said to them, and what their signals mean.
 
-Here are lines, numbers and tables as people read them, Ctrl-C and other signals (`interrupt.py`), and the words for an
-exception (`failure.py`).
+`say` prints a line as it is, `tables` and `quantities` word tables and numbers, and `new_text` shows text as it is
+generated. `failure` has the words for an exception, `interrupt` is Ctrl-C and other signals, and `lasting_output` is
+output that a command outlives.
 """

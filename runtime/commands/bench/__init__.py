@@ -1,4 +1,4 @@
 """`trimtab bench`: measurements on the machine at hand.
 
-A folder for each target; `out.py` and `progress.py` serve all of them.
+A folder for each target: `balance`, `coordinator`, `dispatch`; they share `progress`.
 """

@@ -1,5 +1,8 @@
 """`trimtab replay`: laws on recorded or simulated scores, without training.
 
-`play.py` plays them on a `trace.py`, `comparison.py` sums up, and `history.py` recomputes the bias that the run
-recorded.
+Begin with `replay`. `history` recomputes the bias that a run recorded, from its counts and the settings in force at
+each step (`starts`). `play` lets laws (`specs` reads their names) choose the experts of a `trace`: a `score_trace` that
+a run recorded, or a `simulation`. `figures` measures each law, `floors` has the least imbalance that any could reach,
+`copies` says what copies of hot experts would have saved. `comparison` sums up for `table` and `chart`. `command` is
+the command line.
 """

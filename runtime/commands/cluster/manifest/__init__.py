@@ -1,4 +1,4 @@
 """`trimtab cluster manifest`: files that start a cluster under Kubernetes, Slurm or `ray up`.
 
-`options.py` has what they share.
+A file for each: `kuberay`, `slurm`, `ray_up`; `options` has what they share.
 """

@@ -1,4 +1,5 @@
-"""`trimtab doctor PATH`.
+"""`trimtab doctor PATH`: is a checkpoint, of ours or of Hugging Face, whole and what it says?
 
-`examine.py` finds out what lies there, `ours.py` and `hub.py` examine it, `findings.py` holds what is wrong.
+`examine` finds out what lies there; `ours` and `hub` examine it; `findings` holds what is wrong. `command` is the
+command line.
 """
