@@ -22,44 +22,50 @@ def run_experts(
     dispatcher: Dispatcher,
     experts: Experts,
     schedule: ScheduleConfig,
-    meanwhile: Callable[[], Tensor | None],
+    shared_experts: Callable[[], Tensor | None],
 ) -> Tensor:
-    """The experts' weighted outputs for every token, plus what `meanwhile` computes: (T, H), in the dtype of x.
+    """The weighted outputs of the routed experts plus the outputs of the shared experts: (T, H), in the dtype of x.
+
+    shared_experts: computes the shared experts' outputs, (T, H); returns None in a layer without shared experts. It is
+    called while rows travel.
 
     Collective over the EP group, in backward too.
     """
     plans, in_rounds = _plan(topk_ids_TK, dispatcher, schedule)
-    sizes, counts = [len(plan.topk_ids_TK) for plan in plans], list[list[int]]()
+    sizes = [len(plan.topk_ids_TK) for plan in plans]
+    counts_CL: list[list[int]] = []  # rows of each local expert, by chunk; some exchanges learn them with the rows
 
     def layer_call(x_TH: Tensor, topk_weights_TK: Tensor, compute: Compute) -> Tensor:
         def counted(arrived_QH: Tensor, handle: DispatchHandle[Any]) -> Tensor:
-            counts.append(handle.tokens_per_local_expert_L)
+            counts_CL.append(handle.tokens_per_local_expert_L)
             return compute(arrived_QH, handle)
 
         chunks = list(zip(x_TH.split(sizes), topk_weights_TK.split(sizes), plans, strict=True))
         run = _in_rounds if in_rounds else _overlapped if schedule.overlap else _one_by_one
-        parts, other = run(chunks, dispatcher, counted, meanwhile)
+        parts, shared_TH = run(chunks, dispatcher, counted, shared_experts)
         y_TH = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return y_TH if other is None else y_TH + other
+        return y_TH if shared_TH is None else y_TH + shared_TH
 
+    # The experts call the exchange, and not the other way round: a hook on them, such as FSDP's, surrounds all chunks.
     y_TH: Tensor = experts(x_TH, topk_weights_TK, layer_call)
-    dispatcher.meter.note_rows(max(map(sum, zip(*counts, strict=True))))
+    dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))
     return y_TH
 
 
 _Chunk = tuple[Tensor, Tensor, ChunkPlan]
-_Meanwhile = Callable[[], Tensor | None]
-_Run = tuple[list[Tensor], Tensor | None]
+_Shared = Callable[[], Tensor | None]
+_Outputs = tuple[list[Tensor], Tensor | None]  # of the routed experts by chunk, and of the shared experts
 
 
 def _plan(topk_ids_TK: Tensor, dispatcher: Dispatcher, schedule: ScheduleConfig) -> tuple[list[ChunkPlan], bool]:
-    """The chunks, and whether they are rounds: as many as keep every rank within max_rows."""
+    """The chunks; True where they must be processed in rounds, for no rank to hold more than max_rows."""
     plans = dispatcher.plan(topk_ids_TK, schedule.num_chunks)
     if not schedule.max_rows:
         return plans, False
     rows, tokens = dispatcher.max_rows_and_tokens(plans)
     in_rounds = rows > schedule.max_rows
-    # Chunks are not equally heavy, so that the first guess may not do. A chunk of one token a rank is the end.
+    # Chunks have equally many tokens but not equally many rows on a rank, so the first number may be too low. A chunk
+    # of one token per rank cannot be cut further, even where it brings more than max_rows.
     while rows > schedule.max_rows and tokens > 1:
         enough = len(plans) * -(-rows // schedule.max_rows)
         plans = dispatcher.plan(topk_ids_TK, min(enough, len(plans) * tokens))
@@ -67,28 +73,30 @@ def _plan(topk_ids_TK: Tensor, dispatcher: Dispatcher, schedule: ScheduleConfig)
     return plans, in_rounds
 
 
-def _overlapped(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, meanwhile: _Meanwhile) -> _Run:
-    # What starts here early and is awaited late does so in backward too, where autograd walks this order back.
+def _overlapped(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, shared_experts: _Shared) -> _Outputs:
+    # Autograd runs the backward of these calls in the opposite order, so what is started early and awaited late here is
+    # so in backward too. The order must be the same on all ranks: torch matches the collectives of a group by order.
     dispatching = [dispatcher.start_dispatch(*chunk) for chunk in chunks]
-    other = meanwhile()
+    shared_TH = shared_experts()
     combining = []
     for pending in dispatching:
         arrived_QH, handle = dispatcher.finish_dispatch(pending)
         combining.append(dispatcher.start_combine(compute(arrived_QH, handle), handle))
-    return [dispatcher.finish_combine(pending) for pending in combining], other
+    return [dispatcher.finish_combine(pending) for pending in combining], shared_TH
 
 
-def _one_by_one(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, meanwhile: _Meanwhile) -> _Run:
-    return [_round(*chunk, dispatcher, compute) for chunk in chunks], meanwhile()
+def _one_by_one(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, shared_experts: _Shared) -> _Outputs:
+    return [_round(*chunk, dispatcher, compute) for chunk in chunks], shared_experts()
 
 
-def _in_rounds(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, meanwhile: _Meanwhile) -> _Run:
-    # Nothing of a round is kept but its tokens: its rows travel again in backward. No layer draws random numbers.
+def _in_rounds(chunks: list[_Chunk], dispatcher: Dispatcher, compute: Compute, shared_experts: _Shared) -> _Outputs:
+    # Recompute keeps only the tokens of a round; their rows travel again in backward. Nothing in a round draws random
+    # numbers, so there is no random state to preserve.
     parts = [
         checkpoint(_round, *chunk, dispatcher, compute, use_reentrant=False, preserve_rng_state=False)
         for chunk in chunks
     ]
-    return parts, meanwhile()
+    return parts, shared_experts()
 
 
 def _round(x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan, dispatcher: Dispatcher, compute: Compute) -> Tensor:

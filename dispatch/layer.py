@@ -87,6 +87,7 @@ class MoELayer(nn.Module):
         """
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
+        # Layers share a dispatcher, so each call says whose rows it exchanges: errors and hangs name that layer.
         self.dispatcher.meter.tracker.layer = self.name
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
@@ -98,23 +99,23 @@ class MoELayer(nn.Module):
         def shared() -> Tensor | None:
             return None if self.shared_experts is None else self.shared_experts(x_TH)
 
-        rows_TH = _to_compute_dtype(x_TH)
-        y_TH = run_experts(rows_TH, topk_ids_TK, topk_weights_TK, self.dispatcher, self.experts, self.schedule, shared)
+        # Cast here, before the rows travel: bf16 halves the bytes on the wire. The router takes x as it came, since its
+        # gate computes in fp32.
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        y_TH = run_experts(
+            x_TH.to(dtype), topk_ids_TK, topk_weights_TK, self.dispatcher, self.experts, self.schedule, shared
+        )
         return y_TH.reshape(x.shape)
 
 
 def name_layers(model: nn.Module, tracker: ActivityTracker) -> None:
-    """Let the MoE layers of a model know their names, and the tracker their order: errors then say which layer.
+    """Tell the MoE layers of a model their names, and the tracker their order, so that errors name the layer.
 
-    Without it errors leave the layer out, and a rank that skips one is not noticed at once.
+    Without these names an error does not say which layer it is of, and a rank that skips a layer is noticed only later,
+    where a collective hangs or fails.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     for name, layer in layers.items():
         layer.name = name
     tracker.layers = tuple(layers)
-
-
-def _to_compute_dtype(x: Tensor) -> Tensor:
-    # Before the rows travel: bf16 halves the bytes on the wire.
-    device_type = x.device.type
-    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x

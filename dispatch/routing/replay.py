@@ -20,12 +20,12 @@ class Routing:
     """The experts of each token in one MoE layer, for `MoELayer.forward` to route by instead of its router's choice.
 
     The router still weighs: the combine weights are those of its scores at these experts, so that the gate learns as
-    usual. Nothing is counted, so that no law, statistic or auxiliary loss hears of it, and the bias plays no part.
+    usual. Nothing is counted: the forward changes no bias, statistic or auxiliary loss, and the bias is not used.
 
     Args:
         topk_ids_TK: int64 (T, K), global expert ids, K different ones for each token, padding included. On any device.
         topk_weights_TK: floating point (T, K), combine weights to use in place of the router's; the gate then gets no
-            gradient, and these do if they ask for it.
+            gradient, and these get one if they require it.
 
     Examples:
         Under torchrun the dispatcher is `make_dispatcher`'s; each rank gives the experts of its own tokens.
@@ -46,7 +46,9 @@ class Routing:
     topk_weights_TK: Tensor | None = None
 
     def check(self, shape: tuple[int, int], num_experts: int, place: str) -> None:
-        """Refuse what a layer cannot route by. shape: (T, K) of the layer's input. Waits for the device once.
+        """Refuse ids or weights that a layer cannot route by. shape: (T, K) that the layer needs.
+
+        The host waits for the device once.
 
         Raises:
             InvalidValue: a wrong shape or dtype, an id out of range, or one expert twice for a token; names `place`.
@@ -86,9 +88,9 @@ def _check_ids(ids_TK: Tensor, num_experts: int, place: str) -> None:
 def replay(router: Router, x_TH: Tensor, routing: Routing, place: str) -> tuple[Tensor, Tensor]:
     """What `router` returns for these tokens, but by the experts of `routing`, and without counting anything.
 
-    place: of the router in the model, for errors. Raises InvalidValue, as `Routing.check`.
+    place: the name of the layer, for errors. Raises InvalidValue, as `Routing.check`.
     """
-    if not in_backward():  # a recompute was checked in its forward
+    if not in_backward():  # a recompute has the routing that its forward has checked
         routing.check((len(x_TH), router.config.top_k), router.num_experts, place)
     topk_ids_TK, given_TK = routing.topk_ids_TK.to(x_TH.device), routing.topk_weights_TK
     if given_TK is not None:
@@ -99,10 +101,10 @@ def replay(router: Router, x_TH: Tensor, routing: Routing, place: str) -> tuple[
 
 @contextmanager
 def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Record which experts the MoE layers of `model` choose, a `Routing` without weights for each call of a layer.
+    """Record which experts the MoE layers of `model` choose, as a `Routing` without weights for each call of a layer.
 
-    They come in the order of the calls, recomputes left out: after one forward of a model with its layers in a row, the
-    list has a `Routing` for each MoE layer in turn. A layer that replays chooses nothing and is not in it.
+    The list is in the order of the calls; recomputes are left out. After one forward of a model whose layers run one
+    after the other, it has a `Routing` for each MoE layer. A layer that replays chooses nothing and is not in it.
 
     Examples:
         >>> import torch
@@ -133,10 +135,10 @@ def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 
 def by_block(routings: Sequence[Routing | None] | None, num_dense: int, num_moe: int) -> list[Routing | None]:
-    """One for each block of a decoder: None for the dense ones, which come first, then those that are given, if any.
+    """A routing, or None, for each block of a decoder: None for the dense blocks, which come first.
 
     Raises:
-        InvalidValue: there are not as many as MoE layers.
+        InvalidValue: `routings` has not as many entries as there are MoE layers.
     """
     if routings is not None and len(routings) != num_moe:
         raise InvalidValue(

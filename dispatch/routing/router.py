@@ -15,7 +15,7 @@ from dispatch.routing.precision import KeepsWide
 from dispatch.routing.selection import CountInBackward, biased_scores, count_by_expert, ordered_topk
 from dispatch.routing.statistics import RouterChoice, Statistic
 
-# Given logits_TE, topk_ids_TK, token_mask_T and the number of sequences of each training forward with gradients.
+# Called in each training forward with gradients, with logits_TE, topk_ids_TK, token_mask_T and the number of sequences.
 Observer = Callable[[Tensor, Tensor, Tensor | None, int], None]
 
 
@@ -23,10 +23,10 @@ class Router(KeepsWide):
     """Scores every expert for every token, chooses top-k by score + bias and weighs by score alone.
 
     The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
-    bf16 flips choices. `expert_bias_E` is a persistent fp32 buffer that only `dispatch.balance.write_state` moves, once
-    per optimizer step; `tokens_per_expert_E` counts what training forwards chose since the last reset, and
-    `statistic_EW` what the law asked for besides (`dispatch.balance.attach_law`). `on_scores` is called with the fp32
-    scores (T, E) of every training forward, recomputes left out.
+    rounding to bf16 changes which experts are chosen. `expert_bias_E` is a persistent fp32 buffer that only
+    `dispatch.balance.write_state` changes, once per optimizer step. `tokens_per_expert_E` counts the choices of
+    training forwards since the last reset, `statistic_EW` what the law counts besides (`dispatch.balance.attach_law`).
+    `on_scores` is called with the fp32 scores (T, E) of every training forward, but not of recomputes.
     Source: arXiv 2412.19437, equations 12 to 16.
     """
 
@@ -44,19 +44,19 @@ class Router(KeepsWide):
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
         self.gate_bias = nn.Parameter(torch.empty(config.num_experts)) if config.gate_bias else None
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
-        # Not in checkpoints: it is zero between steps.
+        # Not persistent: checkpoints are saved between steps, when all counts are zero.
         self.register_buffer(
             "tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
         )
         self.register_buffer("statistic_EW", torch.zeros(config.num_experts, 0, dtype=torch.int64), persistent=False)
-        # A part of the law's state, which checkpoints hold.
+        # Not persistent: it is a copy out of the law's state, which checkpoints hold.
         self.register_buffer("statistic_scale", torch.zeros((), dtype=torch.float32), persistent=False)
         self.statistic: Statistic | None = None
-        self.observer: Observer | None = None  # of workers.training.aux_losses; off costs nothing
+        self.observer: Observer | None = None  # set by workers.training.aux_losses where an auxiliary loss is on
         self.multiplies_bias = False
         self.on_scores: Callable[[Tensor], None] | None = None
         self._bias_version_of_forward = -1
-        if not self.weight.is_meta:
+        if not self.weight.is_meta:  # a model built on the meta device draws its weights after `to_empty`
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,12 +67,12 @@ class Router(KeepsWide):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Zero bias, counts and the law's statistic; `to_empty` leaves any bytes there."""
+        """Zero bias, counts and the law's statistic; `to_empty` leaves them uninitialised."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def attach(self, statistic: Statistic | None, *, multiplies_bias: bool) -> None:
-        """Count `statistic` from now on, and let the bias enter the choice as the law means it."""
+        """Count `statistic` from now on. multiplies_bias: choose by score * (1 + bias) instead of score + bias."""
         self.statistic, self.multiplies_bias = statistic, multiplies_bias
         self.statistic_EW = self.tokens_per_expert_E.new_zeros(self.num_experts, statistic.width if statistic else 0)
 
@@ -82,7 +82,7 @@ class Router(KeepsWide):
         return self.weight.requires_grad
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """The gate's, (T, E), in its dtype."""
+        """The outputs of the gate, (T, E), in the gate's dtype."""
         return F.linear(x_TH.to(self.weight.dtype), self.weight, self.gate_bias)
 
     def forward(
@@ -93,13 +93,13 @@ class Router(KeepsWide):
         Args:
             x_TH: any float dtype.
             token_mask_T: bool, False for padding, which is routed but not counted.
-            num_sequences: equally long runs that the tokens are; only an auxiliary loss asks.
+            num_sequences: the tokens are this many sequences of equal length; only an auxiliary loss needs it.
         Returns:
             topk_ids_TK int64, best first, and topk_weights_TK in the gate's dtype: fp32, in a float64 model float64.
         """
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE = self.logits(x_TH)
-            with torch.no_grad():
+            with torch.no_grad():  # choosing has no gradient; the weights get theirs in `weigh`, from the logits
                 scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
             bias_E, multiplies = self.expert_bias_E, self.multiplies_bias
             biased_TE = biased_scores(scores_TE, bias_E, multiplies=multiplies, **self.config.groups)
@@ -118,7 +118,8 @@ class Router(KeepsWide):
         """The combine weights of chosen experts, which depend on the logits alone, never on the bias."""
         softmax = self.config.score == "softmax"
         if self.config.normalize_weights:
-            # s_i / sum(s) as a softmax of log s: no 0/0 and no shrunken sum when scores underflow (flashinfer #3803).
+            # s_i / sum(s), computed as a softmax of log s: where scores underflow, the quotient itself would be 0/0, or
+            # with an epsilon in the divisor the weights would sum to less than 1 (flashinfer #3803).
             logits_TK = logits_TE.gather(1, topk_ids_TK)
             weights_TK = (logits_TK if softmax else F.logsigmoid(logits_TK)).softmax(-1)
         else:
@@ -126,11 +127,15 @@ class Router(KeepsWide):
         return weights_TK * self.config.route_scale
 
     def _count(self, routing: RouterChoice, topk_weights_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
-        """Count each choice that trains exactly once, under either kind of activation recompute; return the weights.
+        """Count each choice of a training forward exactly once, under either kind of activation recompute.
 
-        A forward with gradients counts at once. Non-reentrant recompute repeats it inside backward, without running the
-        backward of what it recomputes: a count that is tied to that backward never fires. Reentrant recompute first
-        runs without gradients, which counts nothing, and then does run it: there the count fires, once.
+        Returns the combine weights, in a recompute with the count tied to their backward:
+
+        - Without recompute the forward has gradients, and counts at once.
+        - Non-reentrant recompute: the forward has gradients and counts. It is repeated inside backward only for its
+          saved tensors; the backward of the repetition never runs, so its count does not either.
+        - Reentrant recompute: the forward has no gradients and counts nothing. It is repeated inside backward, and the
+          backward of the repetition does run, so that it counts.
         """
         recompute, bias_version = in_backward(), self.expert_bias_E._version  # noqa: SLF001 - torch's own count of writes
         if not recompute:

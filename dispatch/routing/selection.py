@@ -20,7 +20,7 @@ def biased_scores(
     scores_per_group: int = 2,
     multiplies: bool = False,
 ) -> Tensor:
-    """What experts are chosen by, fp32 (T, E): score + bias, and -inf outside the groups that a token may choose from.
+    """The values that experts are chosen by, fp32 (T, E): score + bias, and -inf outside the groups a token may use.
 
     With num_groups > 1 the experts lie in equal contiguous groups; a group's score is the sum of its `scores_per_group`
     highest biased scores, and only experts of the `groups_kept` best groups can be chosen (arXiv 2412.19437, section
@@ -39,10 +39,12 @@ def biased_scores(
 def ordered_topk(values_TE: Tensor, k: int) -> Tensor:
     """Indices of the k largest fp32 values of each row, int64 (T, k), largest first, ties to the lowest index.
 
-    torch.topk leaves the order of equal values open, and it differs between devices. Here value and index are packed
-    into one int64 key without equal pairs, which costs less than a stable sort.
+    torch.topk leaves the order of equal values open, and it differs between devices. Here the value (high 32 bits) and
+    the index (low 32 bits) are packed into one int64 key, so that no two keys are equal; it costs less than a stable
+    sort.
     """
-    # Adding 0.0 turns -0.0 into 0.0; the xor makes the integer order of negative floats that of their values.
+    # Adding 0.0 turns -0.0 into 0.0. The bits of negative floats, as integers, sort in the wrong order; the xor of all
+    # but the sign bit turns it round.
     bits_TE = (values_TE.float() + 0.0).view(torch.int32)
     ordered_TE = (bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)).to(torch.int64)
     last = values_TE.shape[-1] - 1
@@ -54,7 +56,7 @@ def ordered_topk(values_TE: Tensor, k: int) -> Tensor:
 def count_by_expert(expert_ids: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
     """How often each expert occurs, int64 (E,). counted: bool of the same shape, False where an id does not count.
 
-    No host synchronisation, where torch.bincount has one on CUDA; an integer sum does not depend on its order.
+    torch.bincount would do, but on CUDA it makes the host wait for the device. Integers give the same sum in any order.
     """
     ones = torch.ones_like(expert_ids) if counted is None else counted.to(torch.int64)
     zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
@@ -62,11 +64,11 @@ def count_by_expert(expert_ids: Tensor, num_experts: int, counted: Tensor | None
 
 
 class CountInBackward(torch.autograd.Function):
-    """Identity that adds each count to its total when, and only when, its backward runs."""
+    """The identity; its backward, if it runs, adds each count to its total. counts: pairs of (total, count)."""
 
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, counts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        # A plain attribute: a saved tensor more than in the forward would make the recompute refuse itself.
+        # A plain attribute: torch.utils.checkpoint refuses a recompute that saves more tensors than its forward did.
         ctx.counts = counts
         return weights_TK.view_as(weights_TK)
 
@@ -79,7 +81,7 @@ class CountInBackward(torch.autograd.Function):
 
 def _mask_groups(biased_TE: Tensor, num_groups: int, groups_kept: int, scores_per_group: int) -> Tensor:
     grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
-    group_scores_TG = grouped_TGE.topk(scores_per_group, dim=-1).values.sum(-1)
+    group_scores_TG = grouped_TGE.topk(scores_per_group, dim=-1).values.sum(-1)  # values: ties do not matter here
     kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
     kept_TG.scatter_(1, ordered_topk(group_scores_TG, groups_kept), True)
     # -inf, not 0: with negative biased scores a zero would win (DeepSeek-V3 #741, vLLM #13474).

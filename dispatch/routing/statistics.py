@@ -1,4 +1,4 @@
-"""What a router may count beside the load, for laws that ask: a few integers an expert, summed like the load.
+"""What a router counts beside the load, where a law asks for it: integers for each expert, summed like the load.
 
 Shapes: T tokens (may be 0), E experts, K top-k, W integers an expert.
 """
@@ -19,8 +19,8 @@ HISTOGRAM_BINS = 1000  # as in Kimi K3: a bin is about 0.002 to 0.003 of a score
 class RouterChoice:
     """How one forward of a router chose.
 
-    scores_TE: fp32, in [0, 1]. biased_TE: fp32, what was compared; -inf outside the groups of a token. topk_ids_TK.
-    expert_bias_E: fp32. scale: fp32 (), the law's STATISTIC_SCALE for this layer.
+    scores_TE: fp32, in [0, 1]. biased_TE: fp32, the values that experts were chosen by; -inf outside the groups of a
+    token. topk_ids_TK: int64. expert_bias_E: fp32. scale: fp32 (), the law's STATISTIC_SCALE for this layer.
     """
 
     scores_TE: Tensor
@@ -31,7 +31,7 @@ class RouterChoice:
 
 
 class Statistic(Protocol):
-    """Counts something in every training forward. It must not wait for the device."""
+    """Counts something in every training forward. It must not make the host wait for the device."""
 
     @property
     def width(self) -> int:
@@ -44,10 +44,10 @@ class Statistic(Protocol):
 
 
 class NearCutoff:
-    """Tokens whose choice of an expert would change if its biased score moved by less than `scale`.
+    """For each expert, the tokens whose choice would change if its biased score moved by less than `scale`.
 
-    For a chosen expert the distance is that to the best expert left out, for one left out that to the worst chosen. The
-    sum over 2 * scale is the slope of the expert's load by its bias.
+    For a chosen expert the distance is that to the best expert left out; for an expert left out it is that to the worst
+    chosen one. The count divided by 2 * scale estimates how many tokens the expert gains for each unit of bias.
     """
 
     width = 1
@@ -55,7 +55,7 @@ class NearCutoff:
     def count(self, routing: RouterChoice, counted_T: Tensor | None) -> Tensor:
         chosen_TE = torch.zeros_like(routing.biased_TE, dtype=torch.bool).scatter_(1, routing.topk_ids_TK, True)
         worst_in_T1, best_out_T1 = _cutoffs(routing, chosen_TE)
-        # An expert outside the groups of a token is infinitely far away, and so is the best one left out if all are in.
+        # Infinite for an expert outside the groups of a token, and for all chosen experts where none is left out.
         distance_TE = torch.where(chosen_TE, routing.biased_TE - best_out_T1, worst_in_T1 - routing.biased_TE)
         near_TE = distance_TE < routing.scale
         if counted_T is not None:
@@ -64,10 +64,10 @@ class NearCutoff:
 
 
 class CutoffHistogram:
-    """By expert, a histogram of the bias that it would have needed to reach each token: cutoff - score.
+    """For each expert, a histogram over tokens of the bias with which it would just be chosen: cutoff - score.
 
-    The cutoff is the best biased score left out. The range follows the bias, so that nothing falls outside of it for
-    scores in [0, 1] (marin #7891): see `histogram_range`.
+    The cutoff is the best biased score left out. The range of the bins follows the bias, so that with scores in [0, 1]
+    nothing falls outside of it (marin #7891): see `histogram_range`.
     """
 
     width = HISTOGRAM_BINS
@@ -76,9 +76,10 @@ class CutoffHistogram:
         chosen_TE = torch.zeros_like(routing.biased_TE, dtype=torch.bool).scatter_(1, routing.topk_ids_TK, True)
         _, best_out_T1 = _cutoffs(routing, chosen_TE)
         low, high = histogram_range(routing.expert_bias_E)
-        place_TE = (best_out_T1 - routing.scores_TE - low) * (self.width / (high - low))
-        bins_TE = place_TE.clamp(0, self.width - 1).to(torch.int64)
+        position_TE = (best_out_T1 - routing.scores_TE - low) * (self.width / (high - low))
+        bins_TE = position_TE.clamp(0, self.width - 1).to(torch.int64)
         num_experts = routing.scores_TE.shape[1]
+        # Bin b of expert e counts as id e * width + b, so that one scatter makes the histograms of all experts.
         bins_TE += torch.arange(num_experts, device=bins_TE.device) * self.width
         counted_TE = None if counted_T is None else counted_T.unsqueeze(1).expand_as(bins_TE)
         return count_by_expert(bins_TE, num_experts * self.width, counted_TE).view(num_experts, self.width)
@@ -93,7 +94,7 @@ STATISTICS: Mapping[str, Callable[[], Statistic]] = {"near_cutoff": NearCutoff, 
 
 
 def make_statistic(name: str) -> Statistic:
-    """The statistic of this name, which begins with nothing counted."""
+    """The statistic of this name. Raises ValueError where there is none."""
     if name not in STATISTICS:
         raise ValueError(f"there is no statistic {name!r}; a law may ask for {', '.join(sorted(STATISTICS))}")
     return STATISTICS[name]()
