@@ -1,4 +1,4 @@
-"""Copies of a layer's hot experts at work: weights travel from the owners, gradients back to them."""
+"""Copies of a layer's hot experts in training: weights travel from the owners to the copies, gradients back."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,21 @@ from dispatch.layer import MoELayer
 
 
 class LayerCopies:
-    """The copies of one layer's experts. Every rank of the EP group makes one, and calls its methods together.
+    """The copies of one layer's experts. Every rank of the EP group makes one, and all call its methods together.
 
-    A training step is: forward and backward, `sum_gradients`, the sums over the replicas of an expert, the optimizer,
-    `place` where another placement is due, `send_weights`. The update is that without copies, but for the order in
-    which gradients are summed. Parameters, optimizer state and checkpoints have each expert once, with its owner.
+    A training step is, in this order: forward and backward; `sum_gradients`; the sum of an expert's gradient over its
+    replicas; the optimizer; `place`, where the placement changes; `send_weights`. The update is the same as without
+    copies, but for the order in which gradients are summed. Parameters, optimizer state and checkpoints have each
+    expert once, with its owner.
 
     Args:
-        layer: its dispatcher is one by torch's all-to-all; `place` replaces it.
+        layer: its dispatcher must be an `AllToAllDispatcher`; `place` replaces it.
     """
 
     def __init__(self, layer: MoELayer) -> None:
         if not isinstance(layer.dispatcher, AllToAllDispatcher):
             kind = type(layer.dispatcher).__name__
-            raise ValueError(f"{kind} knows no copies; use one of dispatch.exchange.all_to_all")
+            raise ValueError(f"{kind} cannot send rows to copies; use an AllToAllDispatcher, or one derived from it")
         self._layer, self._plain = layer, layer.dispatcher
         self.placed, self._are_new = ExpertCopies(self._plain.placement), False
         self._routes = self._routes_of(self.placed)
@@ -46,9 +47,9 @@ class LayerCopies:
         experts.joined = {name: JoinedRows(parameter, num_copies) for name, parameter in parameters}
 
     def send_weights(self) -> list[PendingCollective]:
-        """Start to send the owners' weights to the copies; await them before the next forward.
+        """Start to send the owners' weights to the copies; wait for the results before the next forward.
 
-        Frozen ones go once after `place`: in fine-tuning they would be nearly all of it.
+        Frozen weights travel only once after `place`: in fine-tuning they are nearly all weights.
         """
         pending = []
         for name, own in self._parameters():
@@ -62,7 +63,7 @@ class LayerCopies:
         return pending
 
     def sum_gradients(self) -> None:
-        """Add the gradients of the copies to those of the owners, in order of rank, and forget them."""
+        """Add the gradients of the copies to those of the owners, in order of rank, and clear them."""
         for name, own in self._parameters():
             if own.requires_grad:
                 self._sum(own, self._layer.experts.joined.get(name))
@@ -80,7 +81,8 @@ class LayerCopies:
         self._start(received, gradient, routes.sent_P, routes.received_P).wait()
         if own.grad is None:
             own.grad = torch.zeros_like(own)
-        # Rank by rank: rows of one call would be added in any order on CUDA, where several are of one expert.
+        # Rank by rank: several ranks may hold a copy of one expert, and on CUDA one call would add their rows in any
+        # order. A sum in a fixed order gives the same bits every time.
         for places, rows in zip(routes.sent.split(routes.sent_P), received.split(routes.sent_P), strict=True):
             own.grad.index_add_(0, places, rows)
 
@@ -96,11 +98,11 @@ class LayerCopies:
 
 @dataclass(frozen=True)
 class _Routes:
-    """Which rows of a rank's experts go where, and how many come.
+    """Which rows of a rank's stacked experts go to which ranks, and how many come from each.
 
-    sent: places among the own experts, int64, those of the copies of rank 0 first, by expert; on the device once for
-    all steps. sent_P, received_P: how many go to each rank, and come from it. What comes is in order of rank, and so of
-    expert, as the copies are.
+    sent: int64, the local ids of the experts to send, first those that rank 0 holds copies of, by expert, then those of
+    rank 1, and so on; on the device, once for all steps. sent_P, received_P: how many go to each rank, and come from
+    each. Rows arrive in order of rank, and so of expert, which is the order of the copies.
     """
 
     sent: Tensor

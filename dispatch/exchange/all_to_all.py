@@ -23,9 +23,8 @@ from dispatch.exchange.dispatcher import (
     PendingCombine,
     PendingDispatch,
     check_shapes,
-    chunks_of,
 )
-from dispatch.exchange.exchange_group import ExchangeGroup, fan_out
+from dispatch.exchange.exchange_group import ExchangeGroup, order_by_expert
 from dispatch.exchange.payload import Payload
 from dispatch.exchange.physical_experts import PhysicalExperts
 from dispatch.exchange.placement import ExpertPlacement
@@ -34,18 +33,18 @@ from dispatch.exchange.token_exchange import PendingRows, TokenExchange
 from dispatch.values import host_lists
 
 _Started = tuple[PendingRows, TokenExchange]
-_Exchanges = tuple[TokenExchange, ...]  # one for each group that a row passes
+_Exchanges = tuple[TokenExchange, ...]  # one for each group of ranks that a row passes, in order
 
 
 @dataclass
 class AllToAllDispatcher(PhysicalExperts, Dispatcher):
-    """One row for each (token, rank): copied to its experts where it arrives, and one partial sum comes back.
+    """Sends one row for each (token, rank). The receiver copies it to its experts and returns one partial sum.
 
-    At top-8 over 2 ranks that is a quarter of the rows of the usual exchange, in backward too. The idea is DeepEP's
-    (arXiv 2412.19437, section 3.2.2). In bf16 a partial sum is rounded once more before it comes back.
+    At top-8 over 2 ranks that is a quarter of the rows of an exchange by assignments, in backward too. The idea is
+    DeepEP's (arXiv 2412.19437, section 3.2.2). In bf16 a partial sum is rounded once more, before it travels back.
 
-    per_assignment: a row for each (token, expert) instead, see `AssignmentGroup`.
-    payload: how rows are coded on the way to the experts. What comes back, and gradients, are never coded.
+    per_assignment: send a row for each (token, expert) instead, see `AssignmentGroup`.
+    payload: how rows are coded on the way to the experts. Returned sums and gradients are never coded.
     """
 
     num_experts: int
@@ -65,25 +64,27 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
         return (kind(self.num_physical_P, self.ep_group, self.meter, self.buffer_pool),)
 
     def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
-        """See `Dispatcher.plan`. One message of a few integers for each group."""
-        chunks = chunks_of(self.physical_ids(topk_ids_TK), num_chunks)
+        """See `Dispatcher.plan`. Sends one message of a few integers to each rank of each group."""
+        chunks = self.physical_ids(topk_ids_TK).tensor_split(num_chunks)
         with self.meter.span("dispatch", topk_ids_TK.device):
-            *sizes, counts_CL, places = host_lists(*self._exchange_sizes(chunks))
+            *splits, counts_CL, places = host_lists(*self._exchange_sizes(chunks))
             self.meter.tracker.check_met(places, [group.process_group for group in self.groups])
-        # From tensors by group, there and back, to pairs by chunk and group.
-        by_group = [zip(there, back, strict=True) for there, back in zip(sizes[::2], sizes[1::2], strict=True)]
-        layer, splits = self.meter.tracker.layer, zip(*by_group, strict=True)
-        return [ChunkPlan(*each, layer) for each in zip(chunks, counts_CL, splits, strict=True)]
+        # `splits` has a table of input splits and one of output splits for each group, both with a line for each chunk.
+        # A plan has the two lines of its chunk as a pair, for each group.
+        by_group = [zip(sent, received, strict=True) for sent, received in zip(splits[::2], splits[1::2], strict=True)]
+        by_chunk = zip(chunks, counts_CL, zip(*by_group, strict=True), strict=True)
+        return [ChunkPlan(*each, self.meter.tracker.layer) for each in by_chunk]
 
     def _exchange_sizes(self, chunks: Sequence[Tensor]) -> list[Tensor]:
-        """Rows to and from each rank, both (C, P), and assignments of each local expert, (C, L), on the device.
+        """What `plan` needs on the host, still on the device, so that the host waits for it only once.
 
-        Last the places of the ranks of all groups, see `ExchangeGroup.swap_sizes`.
+        For each group the rows to each rank (C, P) and from each rank (C, P); then the assignments of each local expert
+        (C, L); last the places of the ranks of all groups, see `ExchangeGroup.exchange_sizes`.
         """
         (group,) = self.groups
         rows_CP, counts_CE = group.count(chunks)
-        came_PCX, places_P = group.swap_sizes(rows_CP.unsqueeze(2), counts_CE)
-        return [rows_CP, came_PCX[..., 0].t(), came_PCX[..., 1:].sum(0), places_P]
+        received_PCX, places_P = group.exchange_sizes(rows_CP.unsqueeze(2), counts_CE)
+        return [rows_CP, received_PCX[..., 0].t(), received_PCX[..., 1:].sum(0), places_P]
 
     def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
         """See `Dispatcher.max_rows_and_tokens`."""
@@ -93,7 +94,7 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
         return rows, tokens
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
-        """See `Dispatcher.start_dispatch`. On the wire: weights with ids, then rows."""
+        """See `Dispatcher.start_dispatch`. Sends the weights with their expert ids first, then the rows."""
         check_shapes(x_TH, plan.topk_ids_TK, topk_weights_TK)
         with self.meter.span("dispatch", x_TH.device):
             exchange = self.groups[0].exchange(plan.topk_ids_TK, *plan.splits[0], self.payload, plan.layer)
@@ -102,7 +103,7 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
         return PendingDispatch(plan, (exchange.start_dispatch(x_TH, weights), exchange))
 
     def finish_dispatch(self, pending: PendingDispatch[_Started]) -> tuple[Tensor, DispatchHandle[_Exchanges]]:
-        """See `Dispatcher.finish_dispatch`. Groups after the first are near, so their exchanges are awaited at once."""
+        """See `Dispatcher.finish_dispatch`. Each group after the first is inside a node: it is awaited at once."""
         plan, (rows, exchange) = pending.plan, pending.state
         rows_QH, weights_QW, ids_QW = rows.finish()
         exchanges = [exchange]
@@ -113,14 +114,14 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
             exchanges.append(exchange)
         counts_L = plan.tokens_per_local_expert_L
         with self.meter.span("dispatch", rows_QH.device):
-            sources_R, weights_R = fan_out(ids_QW, weights_QW, sum(counts_L))
+            sources_R, weights_R = order_by_expert(ids_QW, weights_QW, sum(counts_L))
         self.meter.count(received=len(sources_R))
         return rows_QH, DispatchHandle(counts_L, sources_R, weights_R, len(rows_QH), tuple(exchanges))
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[_Exchanges]) -> PendingCombine[PendingRows]:
         """See `Dispatcher.start_combine`. The exchanges are made in the opposite order."""
         if not isinstance(handle.combine_state, tuple):
-            raise ValueError("this handle is of another kind of dispatcher; combine with the one that dispatched")
+            raise ValueError("another kind of dispatcher made this handle; combine with the dispatcher that made it")
         self.meter.count(returned=len(handle.row_weights_R))
         first, *others = handle.combine_state
         for exchange in reversed(others):

@@ -1,4 +1,4 @@
-"""An exchange group that sends a row for each assignment, (token, expert): the usual exchange of other libraries.
+"""An exchange group that sends a row for each assignment, a (token, expert) pair, as Megatron's all-to-all does.
 
 Shapes: as in `dispatch.exchange.exchange_group`, with W = 1 and A = T K assignments.
 """
@@ -17,7 +17,11 @@ from dispatch.exchange.token_exchange import TokenExchange
 
 @dataclass(frozen=True)
 class AssignmentGroup(ExchangeGroup):
-    """Best where a token's experts are nearly all on different ranks: then its ids and weights travel only once."""
+    """Sends a row for each (token, expert), with one id and one weight.
+
+    It sends less than `ExchangeGroup` where nearly all experts of a token are on different ranks: the rows are then as
+    many, and a row of `ExchangeGroup` carries the ids and weights of all K experts.
+    """
 
     def count(self, chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """See `ExchangeGroup.count`."""
@@ -32,6 +36,7 @@ class AssignmentGroup(ExchangeGroup):
         top_k, num_experts = ids_TK.shape[1], sum(self.num_experts_P)
         start = sum(self.num_experts_P[: self.rank])
         is_own = (ids_TK >= start) & (ids_TK < start + self.num_experts_P[self.rank])
+        # By expert, and so by rank; the rows of this rank's own experts last, as `SplitSizes` wants it.
         order_A = (ids_TK + num_experts * is_own).flatten().to(torch.int32).argsort(stable=True)
         slots = RowMap(order_A, _inverse(order_A), torch.arange(len(order_A), device=ids_TK.device))
         first_T = torch.arange(len(ids_TK), device=ids_TK.device) * top_k

@@ -1,8 +1,8 @@
 """Memory of large CPU tensors, handed out again instead of back to the system.
 
-glibc gives blocks above 32 MiB, and the free end of its heap, back to the system; the next layer then pays for fresh
-zeroed pages, at 2 to 6 GiB/s on the machines measured, a tenth of a training step. CUDA tensors need none of this:
-torch has an allocator of its own there.
+glibc gives blocks above 32 MiB, and the free end of its heap, back to the system. The next layer then waits for fresh
+zeroed pages, at 2 to 6 GiB/s on the machines measured: a tenth of a training step. On CUDA torch's caching allocator
+does this already.
 """
 
 import math
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_LEAST_BYTES = 1 << 18  # below it glibc's own free lists serve
-_GRANULE = 1 << 16  # sizes are rounded up to it, larger ones to a sixteenth of their power of two
-_IDLE_TAKES = 512  # a block that no tensor fitted into for this many takes is given back to the system
+_LEAST_BYTES = 1 << 18  # smaller tensors come from glibc's free lists, which is as fast
+# Sizes are rounded up to a multiple of this, large ones to a sixteenth of their power of two, so that the next batch,
+# which has a few rows more or less, finds a block that fits.
+_GRANULE = 1 << 16
+_IDLE_TAKES = 512  # a block that has served none of this many requests is given back to the system
 
 
 @dataclass(eq=False)
@@ -25,10 +27,10 @@ class _Block:
 
 @dataclass
 class BufferPool:
-    """Hands out uninitialised tensors; a block is free again when nothing but this object refers to its storage.
+    """Hands out uninitialised tensors. A block is free again when only this pool refers to its storage.
 
-    No caller gives anything back: views, saved tensors and gradients all count as references, so that a tensor may live
-    as long as it likes. One a model, used by one thread at a time.
+    Nobody gives a tensor back: views, saved tensors and gradients count as references, and keep their block as long as
+    they live. Use one pool for a model, on one thread at a time.
     """
 
     _blocks: list[_Block] = field(default_factory=list)
@@ -56,7 +58,7 @@ class BufferPool:
         if fitting:
             block = min(fitting, key=lambda b: b.storage.nbytes())
         else:
-            # A ragged batch may bring a few rows more than the last: what is now too small gives way.
+            # A batch may bring a few rows more than the last one: its block replaces those that are now too small.
             self._blocks = [block for block in self._blocks if block not in near]
             step = max(_GRANULE, 1 << max(0, num_bytes.bit_length() - 5))
             block = _Block(torch.UntypedStorage(-(-num_bytes // step) * step), 0)
@@ -66,8 +68,9 @@ class BufferPool:
 
 
 def _free(block: _Block) -> bool:
-    # One reference from tensors and torch (its own count; no public name gives it) and one from Python objects, for all
-    # of whom a storage is one and the same object: both are the block's; 2, since the call itself counts as one.
+    # A storage has two counts of references. Python's: all Python references to a storage are to one object, and 2 of
+    # them are the block's and the argument of getrefcount.
     if sys.getrefcount(block.storage) > 2:
         return False
+    # torch's own, of tensors: 1 for the Python object. No public function returns it.
     return torch._C._storage_Use_Count(block.storage._cdata) == 1  # noqa: SLF001

@@ -27,26 +27,26 @@ from dispatch.exchange.dispatcher import (
     PendingCombine,
     PendingDispatch,
     check_shapes,
-    chunks_of,
 )
-from dispatch.exchange.exchange_group import fan_out
+from dispatch.exchange.exchange_group import order_by_expert
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BackendContext, ExchangeShape, one_row_a_rank, register_backend
 from dispatch.exchange.token_exchange import Arriving, LinkKind, PendingRows
 from dispatch.routing.selection import count_by_expert
 
-# Limits of the kernels of 2.1.0, where most are device assertions, which kill the process.
-EP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for these DeepEP has settings
-MAX_TOP_K = 32  # a warp copies the ids of a row, a lane each
-MAX_LOCAL_EXPERTS = 128  # a thread each
-NODE_RANKS = 8  # up to these, all ranks are taken to share a node
-# Bulk copies take half a row of 16-byte words inside a node, a whole one in 512 bytes between nodes, and at most what a
-# warp has of shared memory: (granule, largest) of a row's bf16 elements.
+# Limits of the kernels of 2.1.0. They are checked here, since in DeepEP most are device assertions, which kill the
+# process.
+EP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # DeepEP has settings for these numbers of ranks only
+MAX_TOP_K = 32  # the lanes of a warp copy the ids of a row, one id each
+MAX_LOCAL_EXPERTS = 128  # one thread each
+NODE_RANKS = 8  # with at most this many ranks, DeepEP takes all to share a node
+# (multiple of, at most) for the elements of a bf16 row. Inside a node a bulk copy takes half a row, in 16-byte words;
+# between nodes it takes a whole row, in units of 512 bytes. A row must fit into the shared memory of a warp.
 HIDDEN_IN_NODE, HIDDEN_BETWEEN_NODES = (16, 8176), (256, 7936)
 
 
 def check_available() -> None:
-    """Raise ValueError, naming what is missing, unless this machine has a CUDA device and `deep_ep`."""
+    """Raise InvalidValue, naming what is missing, unless this machine has a CUDA device and `deep_ep`."""
     missing = [] if torch.cuda.is_available() else ["a CUDA device that torch sees"]
     if importlib.util.find_spec("deep_ep") is None:
         missing.append("the package deep_ep (install it from github.com/deepseek-ai/DeepEP)")
@@ -55,8 +55,8 @@ def check_available() -> None:
 
 
 def check_sizes(num_experts: int, ep_size: int, *, hidden: int, top_k: int) -> None:
-    """Raise ValueError where DeepEP has no kernel for the layer."""
-    granule, largest = HIDDEN_IN_NODE if ep_size <= NODE_RANKS else HIDDEN_BETWEEN_NODES
+    """Raise InvalidValue where DeepEP has no kernel for the layer."""
+    multiple, largest = HIDDEN_IN_NODE if ep_size <= NODE_RANKS else HIDDEN_BETWEEN_NODES
     rules = {
         f"ep_size ({ep_size}) must be one of {', '.join(map(str, EP_SIZES))}": ep_size in EP_SIZES,
         f"num_experts ({num_experts}) must be a multiple of ep_size ({ep_size})": num_experts % ep_size == 0,
@@ -64,8 +64,8 @@ def check_sizes(num_experts: int, ep_size: int, *, hidden: int, top_k: int) -> N
             num_experts <= MAX_LOCAL_EXPERTS * ep_size
         ),
         f"top_k ({top_k}) must be at most {MAX_TOP_K}": top_k <= MAX_TOP_K,
-        f"hidden ({hidden}) must be a multiple of {granule} and at most {largest} with {ep_size} ranks": (
-            hidden % granule == 0 and hidden <= largest
+        f"hidden ({hidden}) must be a multiple of {multiple} and at most {largest} with {ep_size} ranks": (
+            hidden % multiple == 0 and hidden <= largest
         ),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
@@ -77,7 +77,7 @@ def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
     """The `deep_ep.Buffer` of this rank on the current CUDA device, for bf16 rows; one serves all layers of a model.
 
     Raises:
-        ValueError: CUDA or the package is missing, or torch's settings are not those that DeepEP works under.
+        InvalidValue: CUDA or the package is missing, or torch is set to fill uninitialised memory.
 
     Collective over `ep_group`, after the checks.
     """
@@ -98,10 +98,11 @@ def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
 
 @dataclass(frozen=True)
 class DeepEPExchange:
-    """Carries rows the way that one chunk's rows have gone, there and back.
+    """Sends rows the way that a chunk's first dispatch has gone, or back.
 
-    handle: DeepEP's. ids_QK: local ids, -1 where an assignment is another rank's; not to be read before the rows have
-    arrived. counts_L: rows of each local expert. sizes: rows for and from other ranks, int64 on the device.
+    handle: DeepEP's record of that way. ids_QK: local expert ids, -1 where another rank has the expert; not to be read
+    before the rows have arrived. counts_L: rows of each local expert. sizes: how many rows went to other ranks, and
+    came from them, int64 on the device.
     """
 
     buffer: Any
@@ -114,7 +115,7 @@ class DeepEPExchange:
 
     @torch.no_grad()
     def send(self, rows_TH: Tensor) -> list[Arriving]:
-        """Start to send rows where their tokens went: rows_QH. The sizes are known: the host does not wait."""
+        """Start to send rows to where their tokens went: rows_QH. The sizes are known, so the host does not wait."""
         rows_TH = rows_TH.contiguous()
         rows_QH, *_, event = self.buffer.dispatch(rows_TH, handle=self.handle, async_finish=True)
         self.count_bytes(self.sizes[0], rows_TH)
@@ -122,7 +123,7 @@ class DeepEPExchange:
 
     @torch.no_grad()
     def send_back(self, rows_QH: Tensor, weights_QK: Tensor | None = None) -> list[Arriving]:
-        """Start to return rows, to be added up by token: y_TH, and with weights their sums (T, K) likewise."""
+        """Start to return rows, which are summed by token: y_TH; with weights also their sums by token, (T, K)."""
         sent = tuple(tensor.contiguous() for tensor in (rows_QH, weights_QK) if tensor is not None)
         y_TH, sums_TK, event = self.buffer.combine(
             sent[0], self.handle, topk_weights=None if weights_QK is None else sent[1], async_finish=True
@@ -142,17 +143,16 @@ _Started = tuple[PendingRows, DeepEPExchange]
 
 @dataclass
 class DeepEPDispatcher(Dispatcher):
-    """One row for each (token, rank), carried and added up by DeepEP on a stream of its own.
+    """Sends one row for each (token, rank); DeepEP carries and sums the rows on a CUDA stream of its own.
 
-    Where the host waits: in `start_dispatch`, once a chunk, and nowhere else. DeepEP learns how many rows will arrive
-    only when they leave, so that `plan` cuts the batch and waits for nothing. With one chunk that is one host
-    synchronisation a layer; backward has none, since it goes ways that are known. bf16 rows and fp32 weights only.
+    The host waits for the device once for each chunk, in `start_dispatch`, and nowhere else: DeepEP learns how many
+    rows will arrive only when they leave, so that `plan` only cuts the batch. Backward does not wait, since its rows go
+    ways that are known. Rows must be bf16 and weights fp32.
 
-    buffer: a `deep_ep.Buffer`; opened if not given. Share the dispatcher among the layers of a model, and with it the
-    buffer.
+    buffer: a `deep_ep.Buffer`; opened if not given. All layers of a model share one dispatcher, and with it the buffer.
 
     Raises:
-        ValueError: DeepEP has no kernel for these sizes, or cannot work here; before any communication.
+        InvalidValue: DeepEP has no kernel for these sizes, or cannot work here; before any communication.
     """
 
     num_experts: int
@@ -172,14 +172,16 @@ class DeepEPDispatcher(Dispatcher):
         self.buffer = self.buffer or open_buffer(self.ep_group, self.hidden)
 
     def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
-        """See `Dispatcher.plan`; neither collective nor waiting, and without counts."""
+        """See `Dispatcher.plan`; it is not collective, waits for nothing and has no counts."""
         return [
             ChunkPlan(chunk_TK.contiguous(), [], layer=self.meter.tracker.layer)
-            for chunk_TK in chunks_of(topk_ids_TK, num_chunks)
+            for chunk_TK in topk_ids_TK.tensor_split(num_chunks)
         ]
 
     def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
         """See `Dispatcher.max_rows_and_tokens`. One reduction, of each chunk's rows by expert and tokens by rank."""
+        # The sum over ranks gives each expert's rows. For the tokens each rank fills a column of its own, so that the
+        # same sum gives the tokens of every rank, whose maximum is wanted.
         tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(self._ep_size)] for plan in plans]
         rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
         sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
@@ -212,7 +214,7 @@ class DeepEPDispatcher(Dispatcher):
             x_TH,
             topk_weights_TK,
             span=partial(self.meter.span, "dispatch", x_TH.device),
-            send=lambda *_: arriving,  # it has left, or the sizes would not be known
+            send=lambda *_: arriving,  # already sent by `_first_dispatch`, which alone learns the sizes
             receive=_unchanged,
             send_gradients=exchange.send_back,
             receive_gradients=_unchanged,
@@ -225,8 +227,8 @@ class DeepEPDispatcher(Dispatcher):
     ) -> tuple[DeepEPExchange, list[Arriving]]:
         sent = rows_TH, weights_TK, ids_TK = x_TH.contiguous(), topk_weights_TK.contiguous(), plan.topk_ids_TK
         per_rank_P, per_node, per_expert_E, is_in_rank_TP, _ = self.buffer.get_dispatch_layout(ids_TK, self.num_experts)
-        # THE host synchronisation: DeepEP spins until the counts of arriving rows, written by the device into host
-        # memory, are there; `counts_L` is made of them, and the tensors of received rows are allocated by them.
+        # The host waits here: DeepEP spins until the device has written the counts of arriving rows into host memory.
+        # `counts_L` and the sizes of the received tensors are made from them.
         rows_QH, ids_QK, weights_QK, counts_L, handle, event = self.buffer.dispatch(
             rows_TH,
             num_tokens_per_rank=per_rank_P,
@@ -249,9 +251,9 @@ class DeepEPDispatcher(Dispatcher):
         rows_QH, weights_QK = rows.finish()
         num_local = self.placement.num_local_experts[self.ep_rank]
         with self.meter.span("dispatch", rows_QH.device):
-            # DeepEP marks the assignments of other ranks by -1; `fan_out` wants blanks to be larger than all ids.
+            # DeepEP marks the assignments of other ranks by -1; `order_by_expert` wants a larger id than all others.
             ids_QK = exchange.ids_QK.masked_fill(exchange.ids_QK < 0, num_local).to(torch.uint8)
-            sources_R, weights_R = fan_out(ids_QK, weights_QK, sum(exchange.counts_L))
+            sources_R, weights_R = order_by_expert(ids_QK, weights_QK, sum(exchange.counts_L))
         self.meter.count(received=len(sources_R))
         return rows_QH, DispatchHandle(exchange.counts_L, sources_R, weights_R, len(rows_QH), exchange)
 
@@ -259,11 +261,11 @@ class DeepEPDispatcher(Dispatcher):
         """See `Dispatcher.start_combine`.
 
         Raises:
-            ValueError: the handle is of another kind of dispatcher.
+            ValueError: another kind of dispatcher made the handle.
         """
         exchange = handle.combine_state
         if not isinstance(exchange, DeepEPExchange):
-            raise ValueError("this handle is of another kind of dispatcher; combine with the one that dispatched")
+            raise ValueError("another kind of dispatcher made this handle; combine with the dispatcher that made it")
         self.meter.count(returned=len(handle.row_weights_R))
         return PendingCombine(
             PendingRows.start(
@@ -287,7 +289,7 @@ def _unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wait(event: Any, _sent: tuple[Tensor, ...]) -> None:
-    """Let the current stream wait. DeepEP reads what was sent until then, so that a pending wait keeps it alive."""
+    """Let the current stream wait for the event. The sent tensors are an argument only to live until then."""
     event.current_stream_wait()
 
 

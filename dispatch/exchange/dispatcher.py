@@ -1,4 +1,4 @@
-"""Dispatchers: how each token's row reaches its experts and how the results come back.
+"""The protocol of dispatchers: how each token's row reaches its experts and how the results come back.
 
 Shapes: T tokens of a chunk on this rank (may be 0, may differ by rank), K top-k, H hidden, E experts, L experts of this
 rank, P EP ranks, Q rows that arrive, R rows of the local experts (a copy each; both may be 0).
@@ -22,11 +22,11 @@ StateT = TypeVar("StateT")
 class DispatchHandle(Generic[StateT]):
     """All that the experts, `combine` and backward need of one dispatch.
 
-    tokens_per_local_expert_L: rows of each local expert; sums to R.
-    sources_R: the arrived row that each expert row is a copy of, int64, expert rows in order of local expert.
-    row_weights_R: the combine weight of each expert row, with its gradient; the experts apply it.
+    tokens_per_local_expert_L: the number of rows of each local expert; they sum to R.
+    sources_R: int64; the arrived row that each expert row is a copy of. Expert rows are in order of local expert.
+    row_weights_R: the combine weight of each expert row, part of the autograd graph; the experts apply it.
     num_arrived: Q.
-    combine_state: private to the dispatcher, whose `combine` needs it and refuses that of another kind.
+    combine_state: private to the dispatcher. Its `combine` needs it, and refuses the state of another kind.
     """
 
     tokens_per_local_expert_L: list[int]
@@ -37,17 +37,17 @@ class DispatchHandle(Generic[StateT]):
 
     @functools.cached_property
     def expert_rows(self) -> RowMap:
-        """The copies themselves, for experts that want a tensor of all rows."""
+        """Which arrived row each expert row is a copy of, for experts that want one tensor of all their rows."""
         return RowMap.of(self.sources_R, self.num_arrived)
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Where the tokens of one chunk go, sizes known on the host.
+    """Where the tokens of one chunk go, with the sizes known on the host.
 
-    splits: for each group, rows to and from each of its ranks. tokens_per_local_expert_L: rows that each local expert
-    will get from all ranks; empty where an exchange learns them only as rows leave, but the handle of a finished
-    dispatch always has them. layer: the MoE layer, to name it where a rank waits.
+    splits: for each group that the rows pass, the rows to and from each of its ranks. tokens_per_local_expert_L: rows
+    that each local expert will get from all ranks; empty where an exchange learns them only while rows leave, but the
+    handle of a finished dispatch always has them. layer: the name of the MoE layer, for errors and hangs.
     """
 
     topk_ids_TK: Tensor
@@ -96,7 +96,7 @@ class Dispatcher(Protocol):
             topk_ids_TK: int64 (T, K) in [0, num_experts), K different experts for each token.
             num_chunks: at least 1; with fewer tokens than chunks some are empty.
 
-        Waits for the device once, whatever the number of chunks: the backends take split sizes as host integers.
+        The host waits for the device once, whatever the number of chunks: backends take split sizes as host integers.
         """
         ...
 
@@ -104,7 +104,7 @@ class Dispatcher(Protocol):
         """Return the most expert rows and the most tokens that one of the chunks has on any rank.
 
         The same on all ranks. It costs a reduction and waits for the device; only `ScheduleConfig.max_rows` needs it.
-        What stands here is this rank's part, which implementations reduce.
+        This base method returns this rank's numbers, which dispatchers of several ranks reduce.
         """
         rows = max(sum(plan.tokens_per_local_expert_L) for plan in plans)
         return rows, max(len(plan.topk_ids_TK) for plan in plans)
@@ -122,7 +122,7 @@ class Dispatcher(Protocol):
         ...
 
     def finish_dispatch(self, pending: PendingDispatch[Any]) -> tuple[Tensor, DispatchHandle[Any]]:
-        """Wait for the rows: (Q, H), each as often as it was sent, and a handle that tells which expert needs which."""
+        """Wait for the rows: (Q, H), and a handle that says which local experts need which of them."""
         ...
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> PendingCombine[Any]:
@@ -144,11 +144,6 @@ class Dispatcher(Protocol):
     def combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> Tensor:
         """Send back and wait: (T, H)."""
         return self.finish_combine(self.start_combine(sums_QH, handle))
-
-
-def chunks_of(topk_ids_TK: Tensor, num_chunks: int) -> tuple[Tensor, ...]:
-    """`num_chunks` neighbouring runs of nearly equal length; some are empty where there are fewer tokens."""
-    return topk_ids_TK.tensor_split([len(topk_ids_TK) * chunk // num_chunks for chunk in range(1, num_chunks)])
 
 
 def check_shapes(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:

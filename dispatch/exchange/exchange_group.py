@@ -23,8 +23,8 @@ from dispatch.routing.selection import count_by_expert
 class _Tables:
     """The constants of a group, on one device. All int64.
 
-    order_P: the other ranks, then this one. first_P: the first expert id of each. owner_E: the rank of each id, and one
-    more for blanks, whose owner is P.
+    order_P: the other ranks, then this one. first_P: the first expert id of each rank. owner_E: the rank of each id,
+    with one entry more at the end, P, for blank ids.
     """
 
     order_P: Tensor
@@ -34,10 +34,10 @@ class _Tables:
 
 @dataclass(frozen=True)
 class ExchangeGroup:
-    """The ranks of a process group as places for experts: rank p has the next num_experts_P[p] of the ids 0 to E - 1.
+    """The ranks of a process group and their experts: rank p holds the next num_experts_P[p] of the ids 0 to E - 1.
 
-    An id of E or above is blank: an assignment of the token to an expert that no rank of this group has.
-    A token's row goes once to each rank that it needs; see `dispatch.exchange.assignment_group` for the other way.
+    An id of E or above is blank: the token has been assigned to an expert that no rank of this group holds. A token's
+    row goes once to each rank that holds one of its experts; `AssignmentGroup` sends a row for each expert instead.
     """
 
     num_experts_P: tuple[int, ...]
@@ -54,12 +54,13 @@ class ExchangeGroup:
 
     @property
     def blank(self) -> int:
-        """An id that is blank for whoever receives it, in the receiver's numbers."""
+        """An id that is blank for every receiver: no rank has so many experts."""
         return max(self.num_experts_P)
 
     def count(self, chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of every chunk: rows for each rank (C, P), assignments of each expert (C, E); int64, on the device."""
+        """For every chunk the rows to each rank (C, P) and the assignments of each expert (C, E); int64, on device."""
         num_experts = sum(self.num_experts_P)
+        # All blank ids count as one expert more, which is left out.
         counts_CE = torch.stack(
             [count_by_expert(ids_TK.clamp(max=num_experts), num_experts + 1)[:num_experts] for ids_TK in chunks]
         )
@@ -71,11 +72,17 @@ class ExchangeGroup:
         needs_TP = torch.zeros(len(ids_TK), num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
         return needs_TP.scatter_(1, self.owners(ids_TK), True)[:, :num_ranks]
 
-    def swap_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell each rank its sizes (C, X) and the counts of its experts (C, L), int64; what came, (P, C, X + L).
+    def exchange_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> tuple[Tensor, Tensor]:
+        """Send each rank X integers for each chunk and the counts of its experts, and receive this rank's.
 
-        And the places that the ranks are in (P,), each told by itself: a rank that left out a layer would read the
-        sizes of one layer as those of another.
+        Args:
+            sizes_CPX: int64, for each chunk and rank what this rank has to tell it.
+            counts_CE: int64, assignments of each expert, of which each rank gets those of its own experts.
+        Returns:
+            What every rank sent here, int64 (P, C, X + L), and the place (step and layer) that every rank is in, (P,).
+            Without the places a rank that left out a layer would read the sizes of one layer as those of another.
+
+        Collective.
         """
         parts = [
             torch.cat([sizes, counts], 1)
@@ -100,17 +107,21 @@ class ExchangeGroup:
         """The exchange of these tokens. Does not wait for the device: the sizes are known on the host."""
         sizes = self.split_sizes(input_splits, output_splits, layer)
         order_P = self._tables_on(ids_TK.device).order_P
-        needs_TP = self.needs(ids_TK)[:, order_P]  # own rows last, as `SplitSizes` has them
+        needs_TP = self.needs(ids_TK)[:, order_P]  # this rank last, as `SplitSizes` wants it
         num_tokens, num_ranks = needs_TP.shape
-        places_S = torch.nonzero_static(needs_TP.t().flatten(), size=sizes.num_sent).squeeze(1)
-        token_S = places_S % max(num_tokens, 1)
-        # The same rows once more, by token: where row (token, rank) lies, for those that there are.
+        divisor = max(num_tokens, 1)  # without tokens there is nothing to divide, but a divisor of 0 is an error
+        # Rows leave by rank, and for each rank by token: row s is entry (rank, token) of the flat (P, T) table.
+        # nonzero_static with the known number of rows: `nonzero` would make the host wait.
+        entry_S = torch.nonzero_static(needs_TP.t().flatten(), size=sizes.num_sent).squeeze(1)
+        token_S = entry_S % divisor
+        # The same rows by token, the order in which their results are summed: first their entries in the flat (T, P)
+        # table, then the numbers of the rows at the same entries of the (P, T) table.
         by_token_S = torch.nonzero_static(needs_TP.flatten(), size=sizes.num_sent).squeeze(1)
         row_of_PT = needs_TP.t().flatten().cumsum(0) - 1
         row_S = row_of_PT[by_token_S % num_ranks * num_tokens + by_token_S // num_ranks]
         copies_T = needs_TP.sum(1)
         rows = RowMap(token_S, row_S, copies_T.cumsum(0) - copies_T)
-        rank_S = order_P[places_S // max(num_tokens, 1)]
+        rank_S = order_P[entry_S // divisor]
         return TokenExchange(rows, rows, self.ids_for_receiver(ids_TK[token_S], rank_S), sizes, payload)
 
     def split_sizes(self, input_splits: list[int], output_splits: list[int], layer: str) -> SplitSizes:
@@ -120,17 +131,17 @@ class ExchangeGroup:
         )
 
     def ids_for_receiver(self, ids_SW: Tensor, rank_S: Tensor) -> Tensor:
-        """The ids of each leaving row as its receiver numbers them, blank where it lacks the expert."""
+        """The ids of each leaving row in its receiver's numbers, blank where another rank holds the expert."""
         local_SW = ids_SW - self._tables_on(ids_SW.device).first_P[rank_S].unsqueeze(1)
         is_receivers_SW = self.owners(ids_SW) == rank_S.unsqueeze(1)
-        return local_SW.masked_fill(~is_receivers_SW, self.blank).to(torch.uint8 if self.blank < 256 else torch.int32)
+        return local_SW.masked_fill(~is_receivers_SW, self.blank).to(id_dtype(self.blank))
 
     def owners(self, ids: Tensor) -> Tensor:
         """The rank that holds the expert of each id; P where the id is blank."""
         return self._tables_on(ids.device).owner_E[ids.clamp(max=sum(self.num_experts_P))]
 
     def _tables_on(self, device: torch.device) -> _Tables:
-        # Kept, since a copy from pageable memory can make the host wait for the device.
+        # Kept, since a copy from pageable host memory makes the host wait for the device.
         if device not in self._tables:
             num_ranks, sizes_P = len(self.num_experts_P), torch.tensor(self.num_experts_P)
             order_P = torch.tensor([p for p in range(num_ranks) if p != self.rank] + [self.rank])
@@ -140,8 +151,16 @@ class ExchangeGroup:
         return self._tables[device]
 
 
-def fan_out(ids_QW: Tensor, weights_QW: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Order by local expert, blanks left out: the arrived row of each expert row (R,) and its combine weight (R,)."""
-    # Blanks have the largest id, so they sort behind all rows that there are; uint8 sorts by radix on CPU.
+def id_dtype(largest: int) -> torch.dtype:
+    """The dtype in which ids up to `largest` travel and are sorted: uint8 is small, and sorted by radix on CPUs."""
+    return torch.uint8 if largest < 256 else torch.int32
+
+
+def order_by_expert(ids_QW: Tensor, weights_QW: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Sort the assignments of the arrived rows by local expert: the arrived row of each (R,) and its weight (R,).
+
+    ids_QW: blank ids are larger than all others, so that they sort behind them. num_rows: R, the number of ids that are
+    not blank, known on the host.
+    """
     order_R = ids_QW.flatten().argsort(stable=True)[:num_rows]
     return order_R // max(ids_QW.shape[1], 1), weights_QW.flatten().gather(0, order_R)

@@ -1,12 +1,12 @@
 """Which hot experts get copies on which ranks, decided from loads alone: the problem that EPLB solves for serving.
 
-An expert stays with its owner (`ExpertPlacement`), which keeps the optimizer's state; a copy takes tokens off the
-owner. EPLB (deepseek-ai/EPLB) is free to move every expert, and splits an expert's tokens evenly over its copies. Here
-the owners stay, and a copy takes as many shares of the tokens as its rank has room for.
+An expert stays with its owner (`ExpertPlacement`), which keeps the optimizer state; a copy computes a part of the
+expert's tokens in place of the owner. EPLB (deepseek-ai/EPLB) may move every expert, and splits the tokens of an expert
+evenly over its copies. Here the owners stay, and a copy takes as many shares of the tokens as its rank has room for.
 
-The tokens of all ranks are cut into S equal shares, G neighbouring ones for each rank: token t of a rank is in its
-share t % G. If every share chooses alike, a share of an expert's tokens is its load / S. So loads of ranks are counted
-in tokens times S: all numbers are integers, and every rank that has the loads decides alike.
+The tokens of all ranks are cut into S equal shares, G for each rank: token t of a rank is in share t % G of that rank.
+If the tokens of all shares choose alike, an expert gets load / S tokens from each share. Loads of ranks are counted in
+tokens times S, so that all numbers are integers and all ranks, which have the same loads, decide alike.
 """
 
 from bisect import bisect_left, insort
@@ -17,11 +17,12 @@ from itertools import accumulate, chain
 
 from dispatch.exchange.placement import ExpertPlacement
 
-# Few ranks cut their tokens: with a share for each of 2 ranks, half of a hot expert is all that could be moved.
+# Few ranks cut their tokens into several shares each: with one share for each of 2 ranks, only half of a hot expert's
+# tokens could be moved.
 _LEAST_SHARES = 16
-# A copy costs its weights and gradients on the wire in every step. Nothing is copied to gain less than a twentieth of
-# the mean, and the search for the best level ends within a 128th of it.
-_ENOUGH = 20
+# Both divide the mean load of a rank. Copies send weights and gradients in every step, so that none are made where the
+# busiest rank is within a twentieth of the mean. The search ends within a 128th of the best level.
+_CLOSE_ENOUGH = 20
 _PRECISION = 128
 
 
@@ -29,7 +30,8 @@ _PRECISION = 128
 class ExpertCopies:
     """Which rank computes each expert of a layer, for the tokens of each share.
 
-    holders: for an expert with copies, by share, the rank that computes it. Other experts are computed by their owners.
+    holders: for each expert with copies the rank that computes it, for each share (length S). All other experts are
+    computed by their owners.
     """
 
     placement: ExpertPlacement
@@ -42,7 +44,7 @@ class ExpertCopies:
 
     @property
     def num_shares(self) -> int:
-        """S, G for each rank."""
+        """S: the shares of all ranks."""
         return self.placement.ep_size * self.shares_per_rank
 
     def copies_on(self, ep_rank: int) -> list[int]:
@@ -66,7 +68,10 @@ class ExpertCopies:
 
     @property
     def num_physical(self) -> tuple[int, ...]:
-        """Physical experts of each rank: its own, in order, and behind them its copies. Their ids go rank by rank."""
+        """The number of physical experts of each rank: its own experts and its copies.
+
+        Their ids go rank by rank, and on each rank the own experts come first.
+        """
         own = self.placement.num_local_experts
         return tuple(num + len(copies) for num, copies in zip(own, self._copies_P, strict=True))
 
@@ -88,7 +93,7 @@ class ExpertCopies:
         return ids_GE
 
     def rank_loads(self, loads_E: Sequence[int]) -> list[int]:
-        """What each rank computes of the tokens of each expert, in tokens times S; the mean is sum(loads_E) times G."""
+        """The load of each rank under these copies, in tokens times S; the mean over ranks is sum(loads_E) times G."""
         owners = chain.from_iterable([rank] * num for rank, num in enumerate(self.placement.num_local_experts))
         loads_P = [0] * self.placement.ep_size
         for expert, (owner, load) in enumerate(zip(owners, loads_E, strict=True)):
@@ -99,17 +104,18 @@ class ExpertCopies:
         return loads_P
 
     def busiest(self, loads_E: Sequence[int]) -> float:
-        """Load of the busiest rank over the mean of all; 1 where there are no tokens."""
+        """Load of the busiest rank over the mean of all ranks; 1 where there are no tokens."""
         return max(self.rank_loads(loads_E)) / (total * self.shares_per_rank) if (total := sum(loads_E)) else 1.0
 
 
 def place_copies(
     loads_E: Sequence[int], ep_size: int, copies_per_rank: int, *, ranks_per_node: int = 1
 ) -> ExpertCopies:
-    """Give hot experts copies on ranks that have little to do, so that the busiest has as little as can be found.
+    """Give hot experts copies on ranks with little load, so that the load of the busiest rank becomes small.
 
-    A binary search for the least level that every rank can be brought to, each time by a greedy assignment: the rank
-    with most sheds first, in as few copies as it can. No rank gets a copy where the owners alone are even enough.
+    A binary search for the lowest load (level) that no rank need exceed. Each level is tried by a greedy assignment:
+    the busiest rank gives tokens away first, in as few copies as it can. There are no copies where the owners alone are
+    even enough.
 
     Args:
         loads_E: tokens of each expert over all ranks, non-negative integers.
@@ -117,39 +123,39 @@ def place_copies(
         ranks_per_node: neighbouring ranks that share a node. A copy takes the tokens of its own rank first, then those
             of its node.
     """
-    none = ExpertCopies(ExpertPlacement(len(loads_E), ep_size))
-    quotas = _Search(tuple(map(int, loads_E)), none, copies_per_rank).best()
-    nearest = {expert: _nearest(quotas[expert], none, ranks_per_node) for expert in sorted(quotas)}
-    return ExpertCopies(none.placement, nearest)
+    owners = ExpertCopies(ExpertPlacement(len(loads_E), ep_size))
+    quotas = _Search(tuple(map(int, loads_E)), owners, copies_per_rank).best()
+    nearest = {expert: _nearest(quotas[expert], owners, ranks_per_node) for expert in sorted(quotas)}
+    return ExpertCopies(owners.placement, nearest)
 
 
-_Quotas = dict[int, dict[int, int]]  # expert to rank to the number of shares that the rank computes; 0 for none
+_Quotas = dict[int, dict[int, int]]  # for each expert and rank: the number of shares that the rank computes, or 0
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The search in one layer. none: the owners alone."""
+    """The search in one layer. owners: the placement without copies."""
 
     loads_E: tuple[int, ...]
-    none: ExpertCopies
+    owners: ExpertCopies
     copies_per_rank: int
 
     def best(self) -> _Quotas:
         """For each expert with copies, how many shares each of its holders computes."""
-        mean = sum(self.loads_E) * self.none.shares_per_rank
-        low, high, best = mean + mean // _ENOUGH, max(self.none.rank_loads(self.loads_E)), _Quotas()
+        mean = sum(self.loads_E) * self.owners.shares_per_rank
+        low, high, best = mean + mean // _CLOSE_ENOUGH, max(self.owners.rank_loads(self.loads_E)), _Quotas()
         while high - low > mean // _PRECISION:
             level = (low + high) // 2
-            quotas = self._brought_to(level)
+            quotas = self._within(level)
             if quotas is None:
                 low = level + 1
             else:
                 high, best = level, quotas
         return best
 
-    def _brought_to(self, level: int) -> _Quotas | None:
-        """Copies by which no rank has more than `level`; None where the greedy assignment finds none."""
-        loads_P, quotas = self.none.rank_loads(self.loads_E), _Quotas()
+    def _within(self, level: int) -> _Quotas | None:
+        """Copies with which no rank has more load than `level`; None where the greedy assignment finds none."""
+        loads_P, quotas = self.owners.rank_loads(self.loads_E), _Quotas()
         rooms = _Rooms({rank: level - load for rank, load in enumerate(loads_P)}, self.copies_per_rank)
         for rank in sorted(range(len(loads_P)), key=lambda rank: (-loads_P[rank], rank)):
             if not self._shed(rank, loads_P[rank] - level, rooms, quotas):
@@ -157,19 +163,19 @@ class _Search:
         return quotas
 
     def _shed(self, rank: int, excess: int, rooms: "_Rooms", quotas: _Quotas) -> bool:
-        """Move at least `excess` of the rank's own experts to others; whether it could."""
-        left = dict.fromkeys(self.none.placement.owned_by(rank), self.none.num_shares)  # shares that stay
+        """Move at least `excess` of the load of the rank's own experts to other ranks. Returns whether it could."""
+        left = dict.fromkeys(self.owners.placement.owned_by(rank), self.owners.num_shares)  # shares that stay
         while excess > 0:
             moves = {
                 expert: min(-(-excess // load), rooms.largest // load, left[expert])
                 for expert in left
                 if (load := self.loads_E[expert]) > 0
             }
-            # The most for one copy, but no more than is to go; of equals the expert with the lower id.
+            # The expert of which one copy can take most, as far as it must be moved; of equals that with the lower id.
             expert = max(moves, key=lambda expert: (min(moves[expert] * self.loads_E[expert], excess), -expert))
             if not (num_moved := moves[expert]):
                 return False
-            # No rank takes an expert twice: the first time it took all that was to go, or all that it had room for.
+            # No rank takes an expert twice: the first time it took all that had to move, or all that it had room for.
             taker = rooms.take(num_moved * self.loads_E[expert])
             left[expert] -= num_moved
             excess -= num_moved * self.loads_E[expert]
@@ -178,7 +184,7 @@ class _Search:
 
 
 class _Rooms:
-    """How much load each rank can take, of those that can still hold a copy."""
+    """How much more load each rank can take: of the ranks that can still hold a copy, by increasing room."""
 
     def __init__(self, room_of_rank: Mapping[int, int], copies_per_rank: int) -> None:
         self._copies_left = dict.fromkeys(room_of_rank, copies_per_rank)
@@ -190,7 +196,10 @@ class _Rooms:
         return self._rooms[-1][0] if self._rooms else 0
 
     def take(self, load: int) -> int:
-        """The rank with the least room for it, which now has less; larger rooms are kept for larger loads."""
+        """Use room for this load on the rank with the least room that suffices, and return the rank.
+
+        Larger rooms are kept for larger loads.
+        """
         room, rank = self._rooms.pop(bisect_left(self._rooms, (load, -1)))
         self._copies_left[rank] -= 1
         if room > load and self._copies_left[rank]:
@@ -198,12 +207,15 @@ class _Rooms:
         return rank
 
 
-def _nearest(quota: Mapping[int, int], none: ExpertCopies, ranks_per_node: int) -> tuple[int, ...]:
-    """Who computes an expert for each share: its own rank if it can, else one of its node, else any with quota left."""
+def _nearest(quota: Mapping[int, int], owners: ExpertCopies, ranks_per_node: int) -> tuple[int, ...]:
+    """Which rank computes an expert for each share, with as many shares for each rank as its quota.
+
+    The rank that the tokens of the share are on, if its quota allows; else a rank of the same node; else any rank.
+    """
     left = {rank: quota[rank] for rank in sorted(quota)}
-    ranks = [share // none.shares_per_rank for share in range(none.num_shares)]
+    ranks = [share // owners.shares_per_rank for share in range(owners.num_shares)]
     holder = [-1] * len(ranks)
-    for size in (1, ranks_per_node, none.placement.ep_size):  # of neighbours that count as near
+    for size in (1, ranks_per_node, owners.placement.ep_size):  # ranks in one run of this many are near each other
         for share, rank in enumerate(ranks):
             near = [each for each, quota in left.items() if quota and each // size == rank // size]
             if holder[share] < 0 and near:

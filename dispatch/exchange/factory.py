@@ -1,4 +1,4 @@
-"""The dispatcher for an EP group, chosen by the bytes that each exchange would put on the wire."""
+"""Builds the dispatcher of an EP group; `auto` chooses the exchange that would send the fewest bytes."""
 
 import math
 from dataclasses import dataclass
@@ -79,28 +79,28 @@ def make_dispatcher(
 
 @dataclass(frozen=True)
 class WireCost:
-    """Words that a rank is expected to send for one of its tokens: over the network, and inside its node."""
+    """Numbers, of any width, that a rank is expected to send for one token: over the network, and inside its node."""
 
     network: float
     node: float
 
     @property
     def total(self) -> float:
-        """In words inside a node: one over the network takes as long as NODE_OVER_NETWORK of them."""
+        """As if all went inside the node: a number over the network takes as long as NODE_OVER_NETWORK of them."""
         return self.network * NODE_OVER_NETWORK + self.node
 
 
 def cheapest_exchange(placement: ExpertPlacement, ranks_per_node: int, *, hidden: int, top_k: int) -> str:
-    """The exchange that `auto` stands for: its rows cost the wire least, those inside a node being cheaper."""
+    """The exchange that `auto` stands for: the one with the least `WireCost.total`."""
     costs = wire_costs(placement, ranks_per_node, hidden=hidden, top_k=top_k)
     return min(costs, key=lambda name: costs[name].total)
 
 
 def wire_costs(placement: ExpertPlacement, ranks_per_node: int, *, hidden: int, top_k: int) -> dict[str, WireCost]:
-    """What each exchange that `auto` may choose costs the wire when a token's experts are a random choice.
+    """What each exchange that `auto` may choose would send if a token's experts were a random choice.
 
-    A row carries its hidden words, and for each of its assignments a combine weight, a gradient of it and an id. Ranks
-    of a node are neighbours; with one rank a node all rows cross the network.
+    A row carries `hidden` numbers there and back, and for each of its assignments a combine weight, its gradient and an
+    id. Ranks of a node are neighbours; with one rank a node all rows cross the network.
     """
     experts_P = placement.num_local_experts
     starts = range(0, len(experts_P), ranks_per_node)
@@ -118,14 +118,14 @@ def wire_costs(placement: ExpertPlacement, ranks_per_node: int, *, hidden: int, 
 
 
 def _cost(hops: list[Hop], hidden: int) -> WireCost:
-    words = [hop.rows * (2 * hidden + 3 * hop.ids_per_row) for hop in hops]
-    return WireCost(
-        sum(each * hop.network for each, hop in zip(words, hops, strict=True)),
-        sum(each * hop.node for each, hop in zip(words, hops, strict=True)),
-    )
+    sent = [(hop, hop.rows * (2 * hidden + 3 * hop.ids_per_row)) for hop in hops]
+    return WireCost(sum(hop.network * size for hop, size in sent), sum(hop.node * size for hop, size in sent))
 
 
 def places_needed(sizes: tuple[int, ...], top_k: int) -> float:
-    """How many of these groups of experts `top_k` random experts fall into, on average."""
+    """How many of these groups of experts `top_k` random experts fall into, on average.
+
+    A group of `size` experts is missed with probability C(total - size, top_k) / C(total, top_k).
+    """
     total = sum(sizes)
     return sum(1 - math.comb(total - size, top_k) / math.comb(total, top_k) for size in sizes)

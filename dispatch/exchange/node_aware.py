@@ -1,4 +1,4 @@
-"""The exchange that knows which ranks share a node: once over the network for each node, then on inside it.
+"""The exchange that knows which ranks share a node: a row crosses the network once for each node.
 
 Shapes: K top-k, C chunks, P EP ranks, N nodes, G ranks of a node, E experts, L local experts.
 """
@@ -19,9 +19,10 @@ from dispatch.exchange.registry import BackendContext, Hop, Spread, register_bac
 
 @dataclass(kw_only=True)
 class NodeAwareDispatcher(AllToAllDispatcher):
-    """One row for each (token, node) over the network, then one for each (token, rank) inside the node.
+    """Sends one row for each (token, node) over the network, then one for each (token, rank) inside the node.
 
-    It goes to the rank of that node at the sender's place, which passes it on and adds up what its neighbours return.
+    The rank of the other node with the sender's local rank receives it, passes it on and sums what the ranks of its
+    node return.
     With routing limited to M nodes (`RouterConfig.num_groups` the nodes, `groups_kept` M) a token crosses the network
     at most M times (arXiv 2412.19437, section 2.1.2). Any number of nodes and of ranks per node.
     """
@@ -47,24 +48,25 @@ class NodeAwareDispatcher(AllToAllDispatcher):
     def _exchange_sizes(self, chunks: Sequence[Tensor]) -> list[Tensor]:
         """As `AllToAllDispatcher._exchange_sizes`, for both groups.
 
-        A sender knows the rank that a token needs in the end, so its first message also says what the second exchange
-        will carry: the sizes of both are known before any row leaves, and on the host after one synchronisation.
+        A sender knows which ranks its tokens need in the end, so its message over the network also says what the
+        exchange inside the node will carry. So the sizes of both are known before any row leaves, and reach the host in
+        one copy.
         """
         network, local = self.groups
         rows_CP, counts_CE = self.ranks.count(chunks)
         rows_CN, _ = network.count(chunks)
         num_nodes, num_local = len(network.num_experts_P), len(local.num_experts_P)
-        came_NCX, places_N = network.swap_sizes(
+        received_NCX, places_N = network.exchange_sizes(
             torch.cat([rows_CN.unsqueeze(2), rows_CP.view(-1, num_nodes, num_local)], 2), counts_CE
         )
-        rows_CG, counts_CX = came_NCX[..., 1 : 1 + num_local].sum(0), came_NCX[..., 1 + num_local :].sum(0)
-        came_GCX, places_G = local.swap_sizes(rows_CG.unsqueeze(2), counts_CX)
+        rows_CG, counts_CX = received_NCX[..., 1 : 1 + num_local].sum(0), received_NCX[..., 1 + num_local :].sum(0)
+        received_GCX, places_G = local.exchange_sizes(rows_CG.unsqueeze(2), counts_CX)
         return [
             rows_CN,
-            came_NCX[..., 0].t(),
+            received_NCX[..., 0].t(),
             rows_CG,
-            came_GCX[..., 0].t(),
-            came_GCX[..., 1:].sum(0),
+            received_GCX[..., 0].t(),
+            received_GCX[..., 1:].sum(0),
             torch.cat([places_N, places_G]),
         ]
 

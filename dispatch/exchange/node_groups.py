@@ -1,4 +1,7 @@
-"""The process groups of ranks that share a node, and of those at one place in each node. G ranks of a node."""
+"""The process groups of the ranks inside a node, and of the ranks with one local rank in all nodes.
+
+Shapes: G ranks of a node.
+"""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,9 +14,10 @@ from dispatch.values import all_gather_values, list_of
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """The two groups of an EP rank: those of its node, and those at its place in the other nodes.
+    """The two groups of an EP rank.
 
-    EP ranks are numbered node by node: rank r is the (r % G)-th of node r // G.
+    local_group: the ranks of its node. network_group: the ranks with its local rank, one of each node. EP ranks are
+    numbered node by node: rank r has local rank r % G in node r // G.
     """
 
     network_group: dist.ProcessGroup
@@ -41,7 +45,8 @@ def make_node_groups(ep_group: dist.ProcessGroup, ranks_per_node: int, timeout: 
         )
     all_ranks = all_gather_values(ranks, dist.group.WORLD, list_of(int))
     found: dict[str, dist.ProcessGroup] = {}
-    # Every rank forms every group, in the same order: torch numbers groups by how many were formed before.
+    # Every rank forms every group, also those of others, in the same order: torch names a group by the number of groups
+    # formed before, and ranks find each other by that name.
     for members in sorted(set(map(tuple, all_ranks))):
         for start in range(0, len(members), ranks_per_node):
             _form("local", members[start : start + ranks_per_node], timeout, found)

@@ -26,23 +26,26 @@ def encode_fp8(rows_TH: Tensor) -> Tensor:
     num_rows, hidden = rows_TH.shape
     num_tiles = -(-hidden // TILE)
     tiles = F.pad(rows_TH.float(), (0, num_tiles * TILE - hidden)).view(num_rows, num_tiles, TILE)
-    # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which may be a bit off the
-    # quotient that a CPU computes, and codes would depend on the device.
+    # Divided by a tensor: CUDA replaces a division by a Python number with a product with its reciprocal, whose last
+    # bit may differ from the quotient of a CPU, and the codes would depend on the device.
     largest = tiles.abs().amax(2)
     scales = largest / largest.new_full((), _FP8_MAX)
-    scales = torch.where(scales > 0, scales, 1.0)  # a tile of zeros, or one that underflows
+    scales = torch.where(scales > 0, scales, 1.0)  # 0 for a tile of zeros, or of numbers so small that it underflows
+    # Clamped: a scale that is a subnormal number is rounded so coarsely that a quotient may exceed 448, and not every
+    # cast to e4m3 saturates: some give NaN.
     codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).flatten(1)[:, :hidden]
-    return torch.cat([_viewed(codes, torch.uint8), _viewed(scales, torch.uint8)], 1)
+    return torch.cat([viewed_as(codes, torch.uint8), viewed_as(scales, torch.uint8)], 1)
 
 
 def decode_fp8(coded_TB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     """Rows in `dtype`, (T, H), from what `encode_fp8` made."""
-    codes = _viewed(coded_TB[:, :hidden], _FP8).to(torch.promote_types(dtype, torch.float32))
-    scales = _viewed(coded_TB[:, hidden:], torch.float32)
+    codes = viewed_as(coded_TB[:, :hidden], _FP8).to(torch.promote_types(dtype, torch.float32))
+    scales = viewed_as(coded_TB[:, hidden:], torch.float32)
     return (codes * scales.repeat_interleave(TILE, 1)[:, :hidden]).to(dtype)
 
 
-def _viewed(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bytes in another dtype, of a copy."""
-    # A clone, since contiguous() leaves the strides of one row or none, which no other dtype can view.
+def viewed_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of 2-D `rows` whose bytes are read as another dtype."""
+    # A clone and not contiguous(), which leaves one row, or none, of a wider tensor as it is: with its strides `view`
+    # refuses another dtype.
     return rows.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -7,7 +7,7 @@ from dispatch.errors import InvalidValue
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Experts in contiguous runs over the ranks of an EP group; the first ranks hold one more where it does not divide.
+    """Contiguous runs of experts over the ranks of an EP group, those of the first ranks longer by one where needed.
 
     8 experts over 3 ranks:  rank 0: 0 1 2   rank 1: 3 4 5   rank 2: 6 7
     """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ExchangeShape:
     """What an exchange has to carry, known before a process starts; `ep_size` is at least 2.
 
-    device: "cpu", "cuda" or "auto", and dtype as run.dtype; None where they are not known yet. runs_here: whether this
-    machine is one of those that exchange.
+    device: "cpu", "cuda" or "auto". dtype: as in run.dtype. Both are None where they are not known yet. runs_here:
+    whether the ranks run on this machine, so that a check may look for devices and packages.
     """
 
     num_experts: int
@@ -36,7 +36,7 @@ class ExchangeShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendContext:
-    """What a dispatcher is built from. nodes: not None for a backend that needs nodes."""
+    """What a dispatcher is built from. nodes: not None for a backend registered with `needs_nodes`."""
 
     shape: ExchangeShape
     ep_group: "dist.ProcessGroup"
@@ -47,9 +47,9 @@ class BackendContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Over how many ranks and nodes the experts of a token lie, on average. Neighbouring ranks share a node.
+    """Over how many ranks and nodes the experts of a token are spread, on average. Neighbouring ranks share a node.
 
-    experts_P, experts_N: experts of each rank and of each node.
+    experts_P, experts_N: the number of experts of each rank and of each node.
     """
 
     experts_P: tuple[int, ...]
@@ -62,11 +62,11 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Hop:
-    """One exchange of rows, for one token of the sender.
+    """One all-to-all of an exchange, as it is on average for one token of the sender.
 
-    rows: those that stay on their rank among them. network, node: shares of the rows that leave the sender's node, and
-    that go to another rank of it. ids_per_row: expert ids, with their weights, that a row carries; num_ids: how many
-    different ones there are.
+    rows: its rows, also those that stay on their rank. network, node: the shares of these rows that leave the sender's
+    node, and that go to another rank of the node. ids_per_row: expert ids, each with its weight, that a row carries.
+    num_ids: the number of different ids, which decides their width.
     """
 
     rows: float
@@ -89,7 +89,7 @@ class Backend:
     takes_copies: bool
 
 
-# Each with the module that registers it.
+# Trimtab's own exchanges, each with the module that registers it.
 BACKENDS: Registry[Backend] = Registry(
     "parallel.exchange",
     {
@@ -118,16 +118,17 @@ def register_backend(
     replayable: bool = True,
     takes_copies: bool = False,
 ) -> Callable[[Build], Build]:
-    """Make a function that builds a `Dispatcher` an exchange that `parallel.exchange` can name.
+    """Register the decorated function, which builds a `Dispatcher`, as an exchange that `parallel.exchange` can name.
 
     Args:
-        hops: the exchanges that a row goes through, in order; none where there is nothing for it to do. `auto` and
-            `trimtab plan` count bytes by them.
-        check: raises InvalidValue, with a way out, for what the exchange cannot carry. It is called before a process
-            starts, and again when the dispatcher is built.
+        name: the value of `parallel.exchange`.
+        hops: the all-to-alls that a row goes through, in order; empty where the exchange makes no sense, as one by
+            nodes on one node. `auto` and `trimtab plan` compute bytes from them.
+        check: raises InvalidValue, with a way out, for a shape that the exchange cannot carry. It is called before a
+            process starts, and again when the dispatcher is built.
         automatic: whether `auto` may choose it.
         needs_nodes: whether it needs the groups of `make_node_groups`.
-        replayable: whether torch's all-to-all can repeat its messages bare, as `trimtab bench dispatch` does.
+        replayable: whether plain calls of torch's all-to-all can repeat its messages, as `trimtab bench dispatch` does.
         takes_copies: whether it builds an `AllToAllDispatcher`, which can send an expert's rows to copies of it.
     """
 
@@ -159,6 +160,10 @@ def one_row_an_assignment(spread: Spread) -> list[Hop]:
 
 def _between_ranks(spread: Spread, rows: float, ids_per_row: int) -> Hop:
     num_ranks = len(spread.experts_P)
-    # Of all ranks, these shares are off the sender's node, and on its node but not itself.
-    off, near = (num_ranks - spread.ranks_per_node) / num_ranks, (spread.ranks_per_node - 1) / num_ranks
-    return Hop(rows=rows, network=off, node=near, ids_per_row=ids_per_row, num_ids=max(spread.experts_P))
+    return Hop(
+        rows=rows,
+        network=(num_ranks - spread.ranks_per_node) / num_ranks,
+        node=(spread.ranks_per_node - 1) / num_ranks,
+        ids_per_row=ids_per_row,
+        num_ids=max(spread.experts_P),
+    )

@@ -1,4 +1,4 @@
-"""Copies of rows inside one rank, and their sums, each the exact backward of the other.
+"""Copies of rows inside one rank, and sums of such copies; each is the exact backward of the other.
 
 Shapes: S sources (tokens, or rows that arrived; may be 0), A copies (may be 0), H hidden.
 """
@@ -20,8 +20,9 @@ RowFunction = Callable[[Tensor], Tensor]
 class RowMap:
     """Which source each row is a copy of, and which rows are the copies of each source.
 
-    source_of_copy_A: copy a is a copy of this source. copies_by_source_A: all copies, those of source 0 first, then of
-    source 1, ... first_S: where the copies of each source begin in that list. All int64. A source may have no copy.
+    source_of_copy_A: the source of each copy. copies_by_source_A: all copies, those of source 0 first, then those of
+    source 1, and so on. first_S: where in copies_by_source_A the copies of each source begin. All int64. A source may
+    have no copy.
     """
 
     source_of_copy_A: Tensor
@@ -30,7 +31,7 @@ class RowMap:
 
     @classmethod
     def of(cls, source_of_copy_A: Tensor, num_sources: int) -> "RowMap":
-        """From the sources alone; the copies of a source are summed in the order in which they lie."""
+        """From source_of_copy_A alone; the copies of a source are summed in the order in which they lie."""
         counts_S = torch.zeros(num_sources, dtype=torch.int64, device=source_of_copy_A.device)
         counts_S.scatter_add_(0, source_of_copy_A, torch.ones_like(source_of_copy_A))
         return cls(source_of_copy_A, source_of_copy_A.argsort(stable=True), counts_S.cumsum(0) - counts_S)
@@ -46,7 +47,7 @@ class RowMap:
         return sums_SH
 
     def copy_of(self, rows_SH: Tensor) -> Tensor:
-        """What `copy` computes; autograd does not see it."""
+        """What `copy` computes, without a gradient: for use inside an autograd function."""
         if use_triton(rows_SH):
             from dispatch.kernels.rows import copy_rows
 
@@ -54,14 +55,14 @@ class RowMap:
         return rows_SH.index_select(0, self.source_of_copy_A)
 
     def sum_of(self, copies_AH: Tensor) -> Tensor:
-        """What `sum` computes; autograd does not see it."""
+        """What `sum` computes, without a gradient: for use inside an autograd function."""
         if use_triton(copies_AH):
             from dispatch.kernels.rows import sum_rows
 
             return sum_rows(copies_AH, self.copies_by_source_A, self.first_S)
         if not len(copies_AH):
             return copies_AH.new_zeros((len(self.first_S), copies_AH.shape[1]))
-        # One pass; 3 to 10 times faster on CPU than gather and sum or index_add. bf16 is accumulated in fp32.
+        # One pass: on CPU 3 to 10 times faster than gather and sum, or index_add; and bf16 is accumulated in fp32.
         return F.embedding_bag(self.copies_by_source_A, copies_AH, self.first_S, mode="sum")
 
 

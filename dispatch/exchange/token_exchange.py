@@ -1,10 +1,10 @@
-"""The all-to-all of one chunk's rows: to the experts and back, each started and awaited apart, with its gradients.
+"""The all-to-all of one chunk's rows to the experts, and the one back; each has a start and a wait, in backward too.
 
-Read `TokenExchange` first: what is sent and what is made of it. `PendingRows` ties the two halves of an exchange to
-autograd, `SplitSizes` hands rows to the backend.
+Read `TokenExchange` first: it says what is sent and how the receiver reads it. `PendingRows` makes the start and the
+wait two nodes of the autograd graph. `SplitSizes` hands rows to the backend.
 
 Shapes: T tokens on this rank (may be 0), S rows that leave (copies of tokens), Q rows that arrive (both may be 0, both
-count the rows that stay), H hidden, W expert ids a row, P ranks of the group.
+count the rows that stay), H hidden, W expert ids of a row, P ranks of the group.
 """
 
 import math
@@ -21,23 +21,23 @@ from torch import Tensor
 from dispatch.diagnosis.activity import Splits
 from dispatch.diagnosis.meter import Message, Meter
 from dispatch.exchange.buffer_pool import BufferPool
-from dispatch.exchange.payload import Payload, decode_fp8, encode_fp8
+from dispatch.exchange.payload import Payload, decode_fp8, encode_fp8, viewed_as
 from dispatch.exchange.row_map import RowMap
 
 LinkKind = Literal["node", "network"]
-Arriving = tuple[Tensor, Callable[[], object] | None]  # a tensor, and what waits until it may be read
-Span = Callable[[], AbstractContextManager[None]]  # measures what happens inside
+Arriving = tuple[Tensor, Callable[[], object] | None]  # a tensor, and the call that waits for it; None if it is here
+Span = Callable[[], AbstractContextManager[None]]  # measures the time inside
 Send = Callable[..., list[Arriving]]
 Receive = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many rows go to which rank of `group` over a kind of link, and come from it.
+    """How many rows go to which rank of `group`, and come from it, over a kind of link.
 
-    input_splits, output_splits: length P, as host integers. On both sides rows lie in order of rank, but those that
-    stay on this rank come last: they are copied, and never handed to the backend. layer: the MoE layer of the rows,
-    which backward could not know otherwise.
+    input_splits, output_splits: length P, as host integers, which the backends take. On both sides rows lie in order of
+    rank, but those that stay on this rank are last: they are copied once, straight to their place, where a backend
+    would copy them through its own buffers. layer: the MoE layer of the rows, for errors in backward.
     """
 
     input_splits: list[int]
@@ -49,7 +49,7 @@ class SplitSizes:
     layer: str = ""
 
     def reversed(self) -> "SplitSizes":
-        """The sizes of the opposite direction, in which results and gradients travel."""
+        """The sizes of the opposite direction, in which results, and the gradients of rows, travel."""
         return replace(self, input_splits=self.output_splits, output_splits=self.input_splits)
 
     @property
@@ -62,44 +62,46 @@ class SplitSizes:
         """Rows that this rank sends to itself: the last ones of both sides."""
         return self.input_splits[dist.get_rank(self.group)]
 
-    def swap(self, rows: Tensor) -> Arriving:
+    def all_to_all(self, rows: Tensor) -> Arriving:
         """Start to send `rows`, (S, ...), which lie in the order that the class describes. Collective."""
-        num_staying, total = self.num_staying, sum(self.output_splits)
-        received = self.buffer_pool.empty(total, *rows.shape[1:], like=rows)
-        received[total - num_staying :] = rows[len(rows) - num_staying :]
-        return self.start(rows[: len(rows) - num_staying], received)
+        num_leaving = self.num_sent - self.num_staying
+        received = self.buffer_pool.empty(sum(self.output_splits), *rows.shape[1:], like=rows)
+        received[len(received) - self.num_staying :] = rows[num_leaving:]
+        return self.all_to_all_into(received, rows[:num_leaving])
 
-    def start(self, rows: Tensor, received: Tensor) -> Arriving:
-        """Start to send `rows` into the head of `received`, whose tail holds the rows that stay. Collective.
+    def all_to_all_into(self, received: Tensor, rows: Tensor) -> Arriving:
+        """Start to send the rows that leave into the head of `received`, whose tail holds those that stay. Collective.
 
         Raises:
             WrongSplits: the backend would be given other numbers than were announced.
         """
-        me, tracker = dist.get_rank(self.group), self.meter.tracker
-        incoming, announced = ([*sizes[:me], 0, *sizes[me + 1 :]] for sizes in (self.output_splits, self.input_splits))
+        rank, tracker = dist.get_rank(self.group), self.meter.tracker
+        outgoing, incoming = (
+            [*splits[:rank], 0, *splits[rank + 1 :]] for splits in (self.input_splits, self.output_splits)
+        )
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
-        self.meter.note_message(Message(row_bytes, announced, incoming, self.group), self.link)
-        if len(incoming) == 1:
+        self.meter.note_message(Message(row_bytes, outgoing, incoming, self.group), self.link)
+        if len(incoming) == 1:  # a group of this rank alone: all rows stay
             return received, None
         tracker.layer = self.layer
-        splits = Splits(announced=announced, sent=announced, expected=incoming)
+        splits = Splits(announced=outgoing, sent=outgoing, expected=incoming)
         head = received[: sum(incoming)]
         pending = tracker.start(
-            dist.all_to_all_single, head, rows.contiguous(), incoming, announced, group=self.group, splits=splits
+            dist.all_to_all_single, head, rows.contiguous(), incoming, outgoing, group=self.group, splits=splits
         )
         return received, pending.wait
 
 
 @dataclass(frozen=True)
 class PendingRows:
-    """An exchange whose first half has started and whose second half waits.
+    """An exchange that has started and is not awaited yet. `start` and `finish` are two nodes of the autograd graph.
 
-    Each half is a node of autograd, and its backward is a half of the exchange of gradients: `finish` in backward
-    starts to send them, `start` waits for them. So what forward starts early and awaits late, backward does too, and
-    the gradients of one chunk travel while another chunk is computed.
+    Backward runs `finish` first, which starts to send the gradients of the results, and `start` later, which waits for
+    them. So an exchange that forward starts early and awaits late is early and late in backward too, and the gradients
+    of one chunk travel while another chunk is computed.
 
-    anchor: an empty tensor by which autograd knows that `finish` follows `start`; rows in flight are no tensors yet.
-    arriving: shared by both nodes. The node that waits empties it, in forward and again in backward.
+    anchor: an empty tensor from `start` to `finish`, by which autograd runs the one after the other; rows that are
+    still in flight are no results yet. arriving: shared by both nodes; whichever waits empties it.
     """
 
     anchor: Tensor
@@ -121,9 +123,11 @@ class PendingRows:
         """Start to send `tensors`.
 
         Args:
-            send, receive: start to send the tensors; turn what arrives into the results of `finish`.
-            send_gradients, receive_gradients: start to return the gradients of these results; turn what arrives then
-                into the gradients of the tensors.
+            span: measures each of the four calls.
+            send: starts to send the tensors.
+            receive: turns what has arrived into the results of `finish`.
+            send_gradients: starts to send back the gradients of these results.
+            receive_gradients: turns what has arrived then into the gradients of the tensors.
         """
         arriving: list[Arriving] = []
         anchor = _Start.apply(arriving, span, send, receive_gradients, *tensors)
@@ -131,13 +135,14 @@ class PendingRows:
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait, and return the results."""
-        halves = (self.receive, self.send_gradients)
-        results: tuple[Tensor, ...] = _Finish.apply(self.anchor, self.arriving, self.span, *halves)
+        results: tuple[Tensor, ...] = _Finish.apply(
+            self.anchor, self.arriving, self.span, self.receive, self.send_gradients
+        )
         return results
 
 
-# The nodes keep the list and not the PendingRows, whose anchor refers to its node: Python could not free that circle,
-# and what it holds of the process groups would outlive a gang that failed.
+# The nodes keep the list, and not the PendingRows: its anchor refers to its node, and Python cannot free a reference
+# cycle through C++. The cycle would keep the process groups of a gang that failed alive.
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -167,7 +172,7 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.span():
             ctx.arriving += ctx.send_gradients(*gradients)
-        return gradients[0].new_empty(0), None, None, None, None
+        return gradients[0].new_empty(0), None, None, None, None  # first the gradient of the anchor, as empty as it is
 
 
 def _wait(arriving: list[Arriving]) -> list[Tensor]:
@@ -175,7 +180,7 @@ def _wait(arriving: list[Arriving]) -> list[Tensor]:
         if wait is not None:
             wait()
     tensors = [tensor for tensor, _ in arriving]
-    arriving.clear()  # autograd keeps the list, and activation recompute wants the rows to be freed
+    arriving.clear()  # autograd keeps this list until backward, and with it would keep the rows
     return tensors
 
 
@@ -184,7 +189,7 @@ class TokenExchange:
     """Carries one chunk's tokens to the ranks of one group and the results back.
 
     rows: which token each leaving row is a copy of. slots: which row of combine weights goes with it. ids_SW: the
-    expert ids of these weights, as the receiver numbers them. sizes: how many rows go where.
+    expert ids of these weights in the receiver's numbers. sizes: how many rows go to and come from each rank.
     """
 
     rows: RowMap
@@ -194,7 +199,7 @@ class TokenExchange:
     payload: Payload = "compute"
 
     def start_dispatch(self, x_TH: Tensor, weights_TW: Tensor) -> PendingRows:
-        """Start to send each token's row and combine weights; it will be rows_QH, weights_QW and ids_QW.
+        """Start to send each token's row and combine weights; `finish` returns rows_QH, weights_QW and ids_QW.
 
         Collective, in backward too, as is `start_combine`.
         """
@@ -211,11 +216,11 @@ class TokenExchange:
         )
 
     def start_combine(self, sums_QH: Tensor) -> PendingRows:
-        """Start to return each arrived row's expert output to its sender; it will be summed by token: (y_TH,)."""
+        """Start to return each arrived row's expert output to its sender; `finish` sums them by token: (y_TH,)."""
         return PendingRows.start(
             sums_QH,
             span=self._span("combine"),
-            send=lambda sums_QH: [self.sizes.reversed().swap(sums_QH)],
+            send=lambda sums_QH: [self.sizes.reversed().all_to_all(sums_QH)],
             receive=lambda returned_SH: (self.rows.sum_of(returned_SH),),
             send_gradients=lambda grad_TH: [self._send_copies(grad_TH)],
             receive_gradients=lambda grad_QH: (grad_QH,),
@@ -225,34 +230,35 @@ class TokenExchange:
         return partial(self.sizes.meter.span, phase, self.ids_SW.device)
 
     def _send_dispatch(self, x_TH: Tensor, weights_TW: Tensor) -> list[Arriving]:
-        # Weights and ids first, as bytes of one message: with them the receiver orders the rows still in flight.
+        # Weights and ids as bytes of one message: two small messages would take their latency twice.
         weights_SW = weights_TW.index_select(0, self.slots.source_of_copy_A)
-        slots = self.sizes.swap(torch.cat([weights_SW.view(torch.uint8), self.ids_SW.view(torch.uint8)], 1))
+        slots = self.sizes.all_to_all(torch.cat([weights_SW.view(torch.uint8), self.ids_SW.view(torch.uint8)], 1))
         return [slots, self._send_copies(encode_fp8(x_TH) if self.payload == "fp8" else x_TH)]
 
     def _receive_dispatch(
         self, slots: Tensor, rows: Tensor, *, hidden: int, dtype: torch.dtype, weight_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = self.ids_SW.shape[1] * weight_dtype.itemsize
-        # A clone, since contiguous() leaves the stride of a single row, which no other dtype can view.
-        weights, ids = (part.clone(memory_format=torch.contiguous_format) for part in slots.tensor_split([width], 1))
+        weights, ids = slots.tensor_split([self.ids_SW.shape[1] * weight_dtype.itemsize], 1)
         rows_QH = decode_fp8(rows, hidden, dtype) if self.payload == "fp8" else rows
-        return rows_QH, weights.view(weight_dtype), ids.view(self.ids_SW.dtype)
+        return rows_QH, viewed_as(weights, weight_dtype), viewed_as(ids, self.ids_SW.dtype)
 
-    def _send_dispatch_gradients(self, grad_QH: Tensor, grad_weights_QW: Tensor, _: Tensor) -> list[Arriving]:
-        # What was coded travels back uncoded: the gradient of rounding is taken to be that of the identity.
+    def _send_dispatch_gradients(self, grad_QH: Tensor, grad_weights_QW: Tensor, _grad_ids: Tensor) -> list[Arriving]:
+        # fp8 rows get uncoded gradients: rounding is treated as the identity (straight-through).
         back = self.sizes.reversed()
-        return [back.swap(grad_weights_QW), back.swap(grad_QH)]
+        return [back.all_to_all(grad_weights_QW), back.all_to_all(grad_QH)]
 
     def _receive_dispatch_gradients(self, grad_weights_SW: Tensor, grad_rows_SH: Tensor) -> tuple[Tensor, Tensor]:
         return self.rows.sum_of(grad_rows_SH), self.slots.sum_of(grad_weights_SW)
 
     def _send_copies(self, rows_TX: Tensor) -> Arriving:
-        """Start to send each token's row to each rank of the map; a row that stays is copied straight to its place."""
+        """Start to send each token's row to each rank that needs it.
+
+        As `sizes.all_to_all(self.rows.copy_of(rows_TX))`, but a row that stays is copied once and not twice.
+        """
         sizes, source_S = self.sizes, self.rows.source_of_copy_A
         num_leaving = sizes.num_sent - sizes.num_staying
         leaving = sizes.buffer_pool.empty(num_leaving, rows_TX.shape[1], like=rows_TX)
         received = sizes.buffer_pool.empty(sum(sizes.output_splits), rows_TX.shape[1], like=rows_TX)
         torch.index_select(rows_TX, 0, source_S[num_leaving:], out=received[len(received) - sizes.num_staying :])
         torch.index_select(rows_TX, 0, source_S[:num_leaving], out=leaving)
-        return sizes.start(leaving, received)
+        return sizes.all_to_all_into(received, leaving)

@@ -153,5 +153,5 @@ def test_frozen_weights_are_sent_once_after_a_placement():
 
 def test_a_dispatcher_of_one_rank_knows_no_copies():
     layer = MoELayer(8, MoEConfig(num_experts=4, top_k=2, ffn_hidden=8), LocalDispatcher(4))
-    with pytest.raises(ValueError, match="LocalDispatcher knows no copies"):
+    with pytest.raises(ValueError, match="LocalDispatcher cannot send rows to copies"):
         LayerCopies(layer)
