@@ -134,7 +134,7 @@ def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int, *, choices:
         found["fresh memory"] = step(buffer_pool=FreshMemory())
         found["3 chunks"] = step(ScheduleConfig(num_chunks=3))
     if choices and dtype == torch.bfloat16:
-        found["rows not filled up"] = with_constant(step(), "BF16_ROWS", 1)
+        found["rows not padded"] = with_constant(step(), "BF16_ROWS", 1)
     if world_size > 1:
         found["row per expert"] = step(per_assignment=True)
     else:

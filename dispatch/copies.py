@@ -42,7 +42,7 @@ class LayerCopies:
         self._layer.dispatcher = self._plain.with_copies(copies) if copies.holders else self._plain
         experts, num_copies = self._layer.experts, sum(self._routes.received_P)
         for joined in experts.joined.values():
-            joined.part()
+            joined.separate()
         parameters = experts.named_parameters(recurse=False) if num_copies else ()
         experts.joined = {name: JoinedRows(parameter, num_copies) for name, parameter in parameters}
 

@@ -1,4 +1,4 @@
-"""What a rank is in, as it tells those who watch it: plain values, which neither torch nor Ray is needed to read."""
+"""What a rank is doing, as plain values for other processes: neither torch nor Ray is needed to read them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MOE_PHASES = ("dispatch", "experts", "combine")
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Rows of one exchange by rank of its group, 0 for this rank itself.
+    """Rows of one all-to-all for each rank of its group; 0 for this rank itself.
 
-    announced: what this rank told the others that it would send. sent: what it handed to the backend. expected: what
-    the others told it.
+    announced: how many this rank told the others that it would send. sent: how many it handed to the backend. expected:
+    how many the others told this rank.
     """
 
     announced: list[int]
@@ -24,10 +24,10 @@ class Splits:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective as a rank started it.
+    """One collective that a rank has started.
 
-    group: its name, the same on all members. index: the how-many-th of that group on this thread, from 1. members:
-    global ranks. waited_s: since it was started, by the rank's own clock.
+    group: the name of the process group, the same on all members. index: its number among the collectives of this group
+    on this thread, from 1. members: global ranks. waited_s: seconds since its start, by the rank's own clock.
     """
 
     op: str
@@ -46,11 +46,11 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """What one thread of a rank is in. Survives pickling.
+    """What one thread of a rank is doing. Survives pickling.
 
-    step, layer, phase: its place, and for how long. waits_in: the oldest collective that it started and that has not
-    ended. started: by group, how many collectives it has started. recent: the places of the last ones, by group and
-    index. memory_bytes: what its process holds; 0 where nobody asked.
+    step, layer, phase: where it is; phase_s: for how many seconds. waits_in: the oldest collective that it has started
+    and that has not ended. started: the number of collectives that it has started, by group. recent: where the last
+    ones were started, by group and index. memory_bytes: the memory of its process; 0 where it was not measured.
     """
 
     step: int

@@ -1,7 +1,8 @@
-"""Tracks what a rank is in: its phase and its collectives in flight, so that the driver can explain a hang.
+"""Tracks what a rank is doing: its phase and its collectives in flight, so that the driver can explain a hang.
 
-A rank that hangs cannot say where. Each thread that starts collectives therefore keeps an `ActivityTracker`, which only
-this thread writes, without a lock: a few attributes a phase. Other threads `read` it; the driver compares the ranks.
+A thread that hangs cannot say where. So each thread that starts collectives writes its place into an `ActivityTracker`,
+and other threads `read` it for the driver, which compares the ranks. There is no lock, which would cost time in every
+phase: only one thread writes, and it replaces values instead of changing them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverge
 
 _IN_BACKWARD = {phase: f"backward {phase}" for phase in MOE_PHASES}
 _WITH_LAYER = frozenset([*MOE_PHASES, *_IN_BACKWARD.values()])
-_LAYERS = 1 << 20  # more than any model has
-# What gloo and NCCL say. "Application timeout" is of an exchange whose pair of ranks ran out of time in another one.
+_LAYERS = 1 << 20  # a step's part of a place number; more than any model has layers
+# Texts of gloo and NCCL. gloo has a second one, "Application timeout", for a collective between two ranks of which
+# another collective has timed out before.
 _TIMED_OUT = ("timed out", "Timed out", "timeout")
-_HISTORY = 24  # collectives; a layer has about eight
+_HISTORY = 24  # collectives to remember: those of about three MoE layers
 
 
 def in_backward() -> bool:
@@ -36,7 +38,7 @@ def in_backward() -> bool:
 
 @dataclass(eq=False, slots=True)
 class PendingCollective:
-    """A collective under way on a tracker. what: where it was started, and by whom; its `waited_s` is set by `read`."""
+    """A collective that a tracker has started. what: its description, in which only `read` fills in `waited_s`."""
 
     tracker: ActivityTracker
     what: Collective
@@ -48,10 +50,10 @@ class PendingCollective:
     ended: bool = False
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Wait for the backend: on CUDA the current stream does, not the host.
+        """Wait for the collective. On CUDA the current stream waits, and not the host.
 
         Raises:
-            CollectiveTimeout: the backend gave up; this rank's view, which does not know who is missing.
+            CollectiveTimeout: the backend's time limit ended; one rank alone does not know which ranks are missing.
         """
         try:
             if timeout is None:
@@ -64,17 +66,17 @@ class PendingCollective:
         self.tracker.close_ended()
 
     def end(self) -> None:
-        """Say that a message noted by `note_message` is there."""
+        """Note that a message of `note_message` has arrived or been sent."""
         self.waited_for = self.ended = True
         self.tracker.close_ended()
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not ended, or ended in an error: then it stays, as this rank's last word."""
+        """Whether it has not ended, or ended in an error: then it stays open, to show where this rank failed."""
         return not self.ended and (self.work is None or bool(self.failed) or not self.work.is_completed())
 
     def read(self, now: float) -> Collective:
-        """A copy for another process."""
+        """A copy for another process, with the seconds that it has waited until `now` (of time.monotonic)."""
         return replace(self.what, waited_s=(self.failed or now) - self.began)
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
@@ -94,7 +96,7 @@ class PendingCollective:
 
 @dataclass(eq=False)
 class ActivityTracker:
-    """The place of one thread of a rank and its collectives under way; every collective of a step is started by it.
+    """Where one thread of a rank is, and its collectives in flight. Every collective of a step is started by it.
 
     layers: the names of the model's MoE layers, in order (`dispatch.layer.name_layers`).
     """
@@ -107,17 +109,17 @@ class ActivityTracker:
     _started: dict[str, int] = field(default_factory=dict)
     _open: list[PendingCollective] = field(default_factory=list)
     _recent: deque[Collective] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    # By name, since a tracker that held the groups would keep them, and their store, from ending with the gang.
+    # By name: references to the groups would keep them, and their TCPStore, alive after the end of the gang.
     _members: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def set_phase(self, phase: str) -> None:
-        """Say what this thread does from now on."""
+        """Note what this thread does from now on; a phase of an MoE layer is called backward inside backward."""
         self.phase = _IN_BACKWARD[phase] if phase in _IN_BACKWARD and in_backward() else phase
         self.since = time.monotonic()
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
-        """Enter a phase and go back to the one before. An exception leaves the tracker as it is: the last word."""
+        """Enter a phase and return to the one before. After an exception the phase stays, to show where it was."""
         before = self.phase
         self.set_phase(phase)
         yield
@@ -125,7 +127,7 @@ class ActivityTracker:
 
     @property
     def shown_layer(self) -> str:
-        """The layer, in the phases that belong to one."""
+        """The layer, or "" in a phase outside MoE layers."""
         return self.layer if self.phase in _WITH_LAYER else ""
 
     def start(
@@ -135,10 +137,10 @@ class ActivityTracker:
         group: dist.ProcessGroup,
         splits: Splits | None = None,
     ) -> PendingCollective:
-        """Start a collective of torch.distributed, which must be waited for.
+        """Start a collective of torch.distributed; the caller must wait for the result.
 
         Raises:
-            WrongSplits: they are not what this rank announced.
+            WrongSplits: the splits to send are not those that this rank announced.
         """
         self.close_ended()
         name = group.group_name
@@ -162,20 +164,23 @@ class ActivityTracker:
         self.start(op, *args, group=group).wait()
 
     def note_message(self, op: str, name: str, members: tuple[int, int]) -> PendingCollective:
-        """Note a message between two ranks that this tracker does not start itself; `end` it when it is there.
+        """Note a message between two ranks that the caller starts itself; call `end` on the result when it is done.
 
-        name: the same on both ranks, which note the messages of this name in the same order.
+        name: the same on both ranks, which must note the messages of this name in the same order.
         """
         self.close_ended()
         return self._note(op, name, members, None)
 
     @property
     def place_number(self) -> int:
-        """Step and MoE layer as one int64, the same on all ranks that are in the same place."""
+        """Step and MoE layer as one int64: equal on all ranks that are at the same step and layer."""
         return self.step * _LAYERS + (self.layers.index(self.layer) + 1 if self.layer in self.layers else 0)
 
     def check_met(self, places: list[int], groups: list[dist.ProcessGroup]) -> None:
-        """Raise RanksDiverged unless all ranks of the groups, whose places these are, are where this one is."""
+        """Raise RanksDiverged unless all ranks are at this rank's step and layer.
+
+        places: the place numbers of the members of `groups`, group by group.
+        """
         mine = self.place_number
         if all(place == mine for place in places):
             return
@@ -184,7 +189,7 @@ class ActivityTracker:
 
     def _diverged(self, place_of: dict[int, int]) -> RanksDiverged:
         counts = Counter(place_of.values()).most_common()
-        # Without a majority those behind are taken to be right: a rank that leaves something out is ahead.
+        # Without a majority the ranks that are behind are taken to be right: leaving out a layer brings a rank ahead.
         usual = min(place for place, count in counts if count == counts[0][1])
         text_of = {place: self._text_of(place) for place, _ in counts}
         where = "; ".join(
@@ -202,7 +207,7 @@ class ActivityTracker:
         return place_text(step, self.phase, self.layers[layer - 1] if layer else "")
 
     def close_ended(self) -> None:
-        """Let go of the collectives that were waited for and have ended: their work would keep their tensors alive."""
+        """Drop the collectives that were waited for and have ended: torch's work handles keep their tensors alive."""
         still_open = []
         for started in self._open:
             if started.waited_for and not started.is_open:

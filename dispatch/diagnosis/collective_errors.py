@@ -1,4 +1,4 @@
-"""What is raised when ranks do not meet in a collective: plain values that survive pickling."""
+"""The errors of ranks that do not meet in a collective. They hold plain values and survive pickling."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 
 def place_text(step: int, phase: str, layer: str) -> str:
-    """As in `step 120, dispatch of layers.7.moe`; step 0 is before the first or outside training."""
+    """Text such as `step 120, dispatch of layers.7.moe`; step 0 is before the first step or outside training."""
     where = f"{phase} of {layer}" if layer else phase
     return f"step {step}, {where}" if step else where
 
 
 class _OfKeywords(RuntimeError):
-    """An error that is built of keyword arguments and keeps each as an attribute: pickled as these."""
+    """An error that is built from keyword arguments and keeps each as an attribute; it is pickled as these.
+
+    By default pickle would call the class with `args`, positionally, which these classes do not take.
+    """
 
     def __reduce__(self) -> Any:
         return _build, (type(self), vars(self).copy())
@@ -22,9 +25,9 @@ class _OfKeywords(RuntimeError):
 class CollectiveTimeout(_OfKeywords):
     """A collective did not end within its bound.
 
-    step, layer, phase: where those who wait are; layer "" outside MoE layers. waited_s: so far. missing_ranks: global
-    ranks that did not come; None where only one rank's view is known. setting: what sets the bound. details: lines that
-    say where every rank is, and the count matrix of a dispatch.
+    step, layer, phase: where the waiting ranks are; layer is "" outside MoE layers. waited_s: seconds so far.
+    missing_ranks: global ranks that did not start it; None where only one rank's view is known. setting: the name of
+    the setting of the bound. details: lines that say where every rank is, and the count matrix of a dispatch.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class CollectiveTimeout(_OfKeywords):
 class WrongSplits(_OfKeywords):
     """A rank was about to send other numbers of rows than it had announced; nothing was sent.
 
-    announced, sent: rows for each rank of the group, 0 for itself.
+    announced, sent: the rows to each rank of the group, 0 to itself.
     """
 
     def __init__(
@@ -75,9 +78,9 @@ class WrongSplits(_OfKeywords):
 
 
 class RanksDiverged(_OfKeywords):
-    """Ranks met in one exchange but come from different places: one left out a layer or a step.
+    """Ranks met in one exchange at different steps or layers: one of them left out a layer or a step.
 
-    ranks: global, those that are elsewhere than most; where there is no majority, those that are ahead.
+    ranks: global ranks that are not where most are; where there is no majority, those that are ahead.
     """
 
     def __init__(self, *, step: int, layer: str, phase: str, ranks: Sequence[int], details: str) -> None:
@@ -92,7 +95,7 @@ class RanksDiverged(_OfKeywords):
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1, 3`; at most eight, then how many more."""
+    """`rank 3`, or `ranks 1, 3`; at most eight ranks, then the number of the others."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 

@@ -1,4 +1,4 @@
-"""What an MoE layer did: seconds by phase, assignments and bytes, collected over the micro-batches of a step."""
+"""What the MoE layers did in a step: seconds by phase, assignments and bytes, summed over its micro-batches."""
 
 import time
 from collections import defaultdict
@@ -16,7 +16,7 @@ from dispatch.diagnosis.activity_tracker import ActivityTracker, in_backward
 
 @dataclass(frozen=True)
 class Message:
-    """One all-to-all as it was handed to the backend: rows for and from each rank of the group, none for itself."""
+    """One all-to-all as it was handed to the backend: the rows to and from each rank of the group, 0 for itself."""
 
     row_bytes: int
     input_splits: list[int]
@@ -28,10 +28,10 @@ class Message:
 class Reading:
     """Totals of one rank since the last `Meter.take`.
 
-    seconds: by phase, forward, backward and recompute together. routed, sent, received, returned: (token, expert)
-    assignments, first forward only, so that they are equal when no token is lost. sent_bytes: handed to other ranks in
-    forward, backward and recompute; network_bytes: those that left the node, as far as the exchange knows nodes.
-    busiest_rows: for each layer call in order, rows of the busiest local expert.
+    seconds: by phase, in forward, backward and recompute. routed, sent, received, returned: (token, expert) assignments
+    without those of recomputes; summed over ranks all four are equal unless a token is lost. sent_bytes: bytes handed
+    to other ranks in forward, backward and recompute. network_bytes: those of them that left the node, or all of them
+    where the exchange knows no nodes. busiest_rows: the rows of the busiest local expert, for each layer call in order.
     """
 
     seconds: dict[str, float]
@@ -46,10 +46,10 @@ class Reading:
 
 @dataclass
 class Meter:
-    """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events and waits only in `take`.
+    """Collects a `Reading`. One per model; not thread-safe. On CUDA it uses events, and waits only in `take`.
 
-    messages: a list put here is given every message, for who wants to repeat them; it is never emptied. tracker: where
-    this thread says what it is in, and starts its collectives.
+    messages: a list that gets every message, for benchmarks that repeat them; None keeps none. tracker: notes the
+    phases of this thread and starts its collectives.
     """
 
     tracker: ActivityTracker = field(default_factory=ActivityTracker)
@@ -61,7 +61,7 @@ class Meter:
 
     @contextmanager
     def span(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Charge the time inside to `phase`, and say so on the tracker. An exception leaves the span uncharged."""
+        """Add the time inside to `phase`, and note the phase on the tracker. After an exception no time is added."""
         with self.tracker.in_phase(phase):
             if device.type == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -75,21 +75,21 @@ class Meter:
                 self._seconds[phase] += time.perf_counter() - began
 
     def count(self, **assignments: int) -> None:
-        """Add to routed, sent, received or returned. A recompute repeats assignments, so it is not counted."""
+        """Add to routed, sent, received or returned. A recompute repeats assignments, so that it counts nothing."""
         if not in_backward():
             for name, number in assignments.items():
                 self._counts[name] += number
 
     def note_message(self, message: Message, link: str) -> None:
-        """Count the bytes of a message, and keep it where `messages` are wanted."""
+        """Count the bytes of a message, and append it to `messages` if that is a list."""
         if self.messages is not None:
             self.messages.append(message)
         self.count_bytes(message.row_bytes * sum(message.input_splits), link)
 
     def count_bytes(self, sent_bytes: int | Tensor, link: str) -> None:
-        """Add bytes handed to other ranks over a kind of link, "node" or "network", whatever the pass.
+        """Add bytes handed to other ranks over a kind of link, "node" or "network", in any pass.
 
-        sent_bytes: an int64 scalar on the device where the host does not know them; only `take` reads it.
+        sent_bytes: an int64 scalar on the device where the host does not know the number; only `take` waits for it.
         """
         self._counts["sent_bytes"] += sent_bytes
         self._counts["network_bytes"] += sent_bytes if link == "network" else 0

@@ -1,4 +1,4 @@
-"""The experts of one rank as one node of autograd: grouped matmuls and few kernels around them. The path of CUDA.
+"""The experts of one rank on CUDA: grouped matmuls with few kernels around them, as one node of the autograd graph.
 
 Shapes: Q arrived rows (may be 0), R expert rows, a copy of an arrived row for each of its experts (may be 0), H hidden,
 F ffn_hidden, G = 2F, L local experts.
@@ -15,8 +15,8 @@ from dispatch.exchange.dispatcher import DispatchHandle
 from dispatch.exchange.row_map import RowMap
 from dispatch.experts.grouped_matmul import Groups, takes_grouped_mm
 
-# Up to this many rows one kernel reads a matrix for each of them, where torch has no grouped matmul: one prompt's
-# tokens. More of them share the reading, in a matmul for each expert.
+# Where torch has no grouped matmul, one kernel computes up to this many rows, those of one prompt's tokens; it reads a
+# matrix for each row. For more rows there is a matmul for each expert, which reads each matrix once.
 FEW_ROWS = 64
 
 
@@ -25,7 +25,7 @@ def fused_swiglu(
 ) -> Tensor:
     """down(silu(gate) * up * weight) of every expert on its rows, summed per arrived row: (Q, H).
 
-    In the dtype of the arrived rows, which is that of the weights. Where Triton serves; waits for nothing.
+    Rows and weights must have one dtype. It needs Triton (`triton_serves`), and the host does not wait for the device.
     """
     groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
     rows = handle.expert_rows
@@ -45,7 +45,7 @@ def fused_swiglu(
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """The node. Of what it computes it keeps gate and up before the activation; backward computes the rest again."""
+    """Keeps gate and up, as they are before the activation, for backward, which computes the rest again."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ class FusedSwiGLU(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of arrived rows, row weights, and the two stacks of expert weights, as far as they are wanted."""
+    """The gradients of arrived rows, row weights, and the two stacks of expert weights, where autograd needs them."""
     from dispatch.kernels.swiglu import weighted_swiglu_backward_
 
     arrived_QH, row_weights_R, gate_up_LGH, down_LHF, *maps, ends_L, gate_up_RG = ctx.saved_tensors
@@ -96,11 +96,11 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_RG = _gate_up(arrived_QH, gate_up_LGH, rows, groups)
     grad_out_RH = rows.copy_of(grad_sums_QH)
     inner_RF = groups.mm(grad_out_RH, down_LHF)
-    # In place, which spares 3F elements a row: the gradient of inner becomes inner; gate and up, their own gradient.
+    # In place, which saves 3F elements a row: the gradient of inner is overwritten with inner, gate and up with theirs.
     ctx.has_overwritten = True
     grad_row_weights_R = weighted_swiglu_backward_(gate_up_RG, row_weights_R, inner_RF)
     grad_down_LHF = groups.outer(grad_out_RH, inner_RF) if wanted[3] else None
-    del grad_out_RH, inner_RF
+    del grad_out_RH, inner_RF  # before rows of the same size are made below
     grad_gate_up_LGH = groups.outer(gate_up_RG, rows.copy_of(arrived_QH)) if wanted[2] else None
     grad_arrived_QH = rows.sum_of(groups.mm(gate_up_RG, gate_up_LGH)) if wanted[0] else None
     return grad_arrived_QH, grad_row_weights_R.to(row_weights_R.dtype), grad_gate_up_LGH, grad_down_LHF

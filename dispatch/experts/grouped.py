@@ -21,7 +21,7 @@ SMALL_BYTES = 2 * 2**20
 
 
 def few_enough(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
-    """Whether to compute all experts at once: on GPUs for few launches, on CPUs where copies of all rows are cheap."""
+    """Whether to compute all experts at once: on GPUs to launch few kernels, on CPUs where copies of rows are cheap."""
     row_bytes = arrived_QH.shape[1] * arrived_QH.element_size()
     return takes_grouped_mm(arrived_QH, ffn_hidden) and (arrived_QH.is_cuda or num_rows * row_bytes <= SMALL_BYTES)
 
@@ -29,7 +29,10 @@ def few_enough(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
 def grouped_swiglu(
     arrived_QH: Tensor, handle: DispatchHandle[Any], gate_up_LGH: Tensor, down_LHF: Tensor, *, buffer_pool: BufferPool
 ) -> Tensor:
-    """The experts by torch's grouped matmul: one call a projection for all. bf16 or, on CPUs, fp32; Q, R may be 0."""
+    """down(silu(gate) * up * weight) of every expert on its rows, summed per arrived row: (Q, H).
+
+    One grouped matmul for each projection computes all experts. bf16 or, on CPUs, fp32.
+    """
     groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
     rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_up_RG = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=groups.ends_L)
@@ -52,7 +55,7 @@ class WeightedSwiGLU(torch.autograd.Function):
         gate_up_RG, weights_R = ctx.saved_tensors
         grad_gate_up_RG = ctx.buffer_pool.empty(*gate_up_RG.shape, like=gate_up_RG)
         grad_weights_R = torch.empty_like(weights_R)
-        # A gradient is autograd's to keep, so that it is copied before it is overwritten.
+        # Copied before it is overwritten: autograd may use a gradient elsewhere too.
         scratch = ctx.buffer_pool.empty(4, *grad_inner_RF.shape, like=grad_inner_RF)
         weighted_swiglu_backward(
             gate_up_RG,

@@ -26,7 +26,7 @@ class Groups:
 
     @classmethod
     def of(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
-        """Without waiting for the device."""
+        """From counts on the host. Does not wait for the device."""
         return cls(counts_L, to_device(torch.tensor([*itertools.accumulate(counts_L)], dtype=torch.int32), device))
 
     @property
@@ -59,7 +59,7 @@ class Groups:
 
 
 def takes_grouped_mm(rows_RA: Tensor, other_width: int) -> bool:
-    """Whether torch computes all experts in one call: rows of whole 16 bytes, in a dtype that it has a kernel for."""
+    """Whether torch has a grouped matmul for these rows: widths in bytes are multiples of 16, and the dtype fits."""
     if any(width * rows_RA.element_size() % 16 for width in (rows_RA.shape[1], other_width)):
         return False
     if rows_RA.is_cuda:

@@ -1,4 +1,4 @@
-"""A stacked parameter of a rank's own experts and the copies behind it, in one block, so that kernels see one stack.
+"""A stacked parameter of a rank's own experts with copies of other experts behind it, as one stack for the kernels.
 
 Shapes: L own experts, C copies of other ranks' experts.
 """
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 class JoinedRows:
-    """One parameter, (L, ...), with room for the rows of C copies behind it.
+    """One parameter, (L, ...), and the rows of C copies behind it, in one block of memory.
 
-    copies: (C, ...), a leaf that is no parameter: neither the optimizer nor a checkpoint knows it. Its gradient adds up
-    in `copies.grad`, over micro-batches too, and the owners of the experts are to get it.
+    The parameter becomes a view of the block's first L rows. copies: (C, ...), a view of the others, a leaf that
+    requires a gradient but is no parameter, so that neither the optimizer nor a checkpoint sees it. Its gradient adds
+    up in `copies.grad`, over micro-batches too, until `take_gradient`.
     """
 
     def __init__(self, own: nn.Parameter, num_copies: int) -> None:
@@ -24,28 +25,24 @@ class JoinedRows:
         self.copies = self._rows[num_own:].detach().requires_grad_(own.requires_grad)
 
     def stack(self) -> Tensor:
-        """(L + C, ...), without copying; gradients go to the parameter and to `copies`."""
-        stack: Tensor = _Joined.apply(self._own, self.copies, self)
+        """All rows, (L + C, ...), not copied; their gradients go to the parameter and to `copies`."""
+        stack: Tensor = _Joined.apply(self._own, self.copies, self._rows)
         return stack
 
-    def whole(self) -> Tensor:
-        """What `stack` gives, detached."""
-        return self._rows.detach()
-
     def take_gradient(self) -> Tensor:
-        """The gradient of the copies, which then starts anew; zero where no backward brought any."""
+        """Return the gradient of the copies and clear it; zeros where no backward has made one."""
         grad, self.copies.grad = self.copies.grad, None
         return torch.zeros_like(self.copies) if grad is None else grad
 
-    def part(self) -> None:
-        """Give the parameter memory of its own again."""
+    def separate(self) -> None:
+        """Give the parameter memory of its own again, without the copies."""
         self._own.data = self._own.detach().clone()
 
 
 class JoinedParameters(nn.Module):
     """A module with stacked parameters that may have rows of copies behind them.
 
-    joined: those of a rank that holds copies, by the name of the parameter.
+    joined: by the name of the parameter; empty on a rank without copies.
     """
 
     def __init__(self) -> None:
@@ -53,16 +50,17 @@ class JoinedParameters(nn.Module):
         self.joined: dict[str, JoinedRows] = {}
 
     def rows(self, name: str) -> Tensor:
-        """A stacked parameter, and behind it the rows of the copies that this rank holds."""
+        """A stacked parameter with the rows of this rank's copies, if it has any, behind it."""
         own: Tensor = getattr(self, name)
         return self.joined[name].stack() if name in self.joined else own
 
 
 class _Joined(torch.autograd.Function):
+    # Both parts lie in `rows` already; as arguments they only get their gradients.
     @staticmethod
-    def forward(ctx: Any, own: Tensor, _copies: Tensor, joined: JoinedRows) -> Tensor:
+    def forward(ctx: Any, own: Tensor, _copies: Tensor, rows: Tensor) -> Tensor:
         ctx.num_own = len(own)
-        return joined.whole()
+        return rows.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

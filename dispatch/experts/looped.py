@@ -15,33 +15,34 @@ from dispatch.diagnosis.meter import Meter
 from dispatch.exchange.buffer_pool import BufferPool
 from dispatch.experts.weight_grads import WeightGrads
 
-# oneDNN builds a kernel for each new shape in bf16, and rows per expert change every step: they are filled up to a
-# multiple of this, or of more where there are many, so that there are few shapes. AMX tiles are 16 rows high. MKL
-# (fp32, fp64) has no such cost.
+# oneDNN (bf16) compiles a kernel for each new shape, and the rows of an expert change in every step. They are padded to
+# a multiple of this number, or of a larger one where there are many, so that few shapes occur. AMX tiles are 16 rows
+# high. MKL (fp32, fp64) compiles nothing, so that other dtypes need no padding.
 BF16_ROWS = 16
 
-# Rows of an expert that are computed at once: a hot expert takes no more scratch memory than this.
+# Most rows of an expert that are computed at once: it bounds the scratch memory that a hot expert takes.
 MAX_RUN = 2048
 
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Where the rows of each expert lie, the number of each filled up to one of few.
+    """The rows of all experts, in order of expert, those of each expert padded.
 
-    sources_R: the arrived row that each is a copy of. weights_R: its combine weight. What fills up is arrived row 0
-    with weight 0, so that it adds exactly nothing to outputs and gradients and needs no case of its own.
-    places: of the real rows, int64; None where nothing was filled up. runs: expert and slice, long ones cut.
+    sources_R: the arrived row that each row is a copy of. weights_R: its combine weight. A padding row is arrived row 0
+    with weight 0, which adds exactly 0 to outputs and gradients, so that no code has to tell it from the others.
+    real_rows: int64, the positions of the rows that are not padding; None without padding. runs: pairs of an expert and
+    the slice of its rows; more than MAX_RUN rows are cut into several runs.
     """
 
     sources_R: Tensor
     weights_R: Tensor
-    places: Tensor | None
+    real_rows: Tensor | None
     runs: list[tuple[int, slice]]
 
     @classmethod
-    def of(cls, sources_R: Tensor, weights_R: Tensor, counts_L: tuple[int, ...], granule: int) -> "ExpertRows":
-        """From the rows of all experts in order, `counts_L` of each. granule: 1 to fill up nothing."""
-        sizes = [_filled_up(count, granule) for count in counts_L]
+    def of(cls, sources_R: Tensor, weights_R: Tensor, counts_L: tuple[int, ...], multiple: int) -> "ExpertRows":
+        """From the rows of all experts in order, `counts_L` of each. multiple: pad to multiples of it; 1 for none."""
+        sizes = [_padded(count, multiple) for count in counts_L]
         starts = [0, *itertools.accumulate(sizes)]
         runs = [
             (expert, slice(first, min(first + MAX_RUN, start + size)))
@@ -50,33 +51,35 @@ class ExpertRows:
         ]
         if starts[-1] == len(sources_R):
             return cls(sources_R, weights_R, None, runs)
-        shift = torch.tensor(starts[:-1]) - torch.tensor([0, *itertools.accumulate(counts_L)][:-1])
-        shift_R = shift.repeat_interleave(torch.tensor(counts_L)).to(sources_R.device)
-        places = torch.arange(len(sources_R), device=sources_R.device) + shift_R
-        sources, weights = (part.new_zeros(starts[-1]).index_copy_(0, places, part) for part in (sources_R, weights_R))
-        return cls(sources, weights, places, runs)
+        # Each real row moves by the padding of the experts before its own.
+        shift_L = torch.tensor(starts[:-1]) - torch.tensor([0, *itertools.accumulate(counts_L)][:-1])
+        shift_R = shift_L.repeat_interleave(torch.tensor(counts_L)).to(sources_R.device)
+        real_rows = torch.arange(len(sources_R), device=sources_R.device) + shift_R
+        padded = (part.new_zeros(starts[-1]).index_copy_(0, real_rows, part) for part in (sources_R, weights_R))
+        return cls(*padded, real_rows, runs)
 
     @property
     def longest(self) -> int:
         """Rows of the longest run."""
         return max((run.stop - run.start for _, run in self.runs), default=0)
 
-    def unfill(self, values_R: Tensor) -> Tensor:
-        """The values of the real rows."""
-        return values_R if self.places is None else values_R.index_select(0, self.places)
+    def unpad(self, values_R: Tensor) -> Tensor:
+        """The values of the rows that are not padding."""
+        return values_R if self.real_rows is None else values_R.index_select(0, self.real_rows)
 
 
-def _filled_up(count: int, granule: int) -> int:
-    """The next multiple of the granule, or of a sixteenth of its power of two: at most 6 % more above 256 rows."""
-    step = granule if granule == 1 else max(granule, 1 << max(0, count.bit_length() - 5))
+def _padded(count: int, multiple: int) -> int:
+    """The next multiple, or the next sixteenth of the power of two below `count`: above 256 rows at most 6 % more."""
+    step = multiple if multiple == 1 else max(multiple, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums of expert rows by arrived row, added to as each expert is done: no tensor holds a row once per expert.
+    """Sums of expert rows by arrived row. Each expert adds its rows when it is done, so that they are never all kept.
 
-    sums_QH: fp32 for bf16 rows, of which eight roundings in a row would cost three bits. out_nH: rows of one expert.
+    sums_QH: fp32 where rows are bf16: at top-8, eight additions rounded to bf16 would cost three bits of the sum.
+    out_nH: scratch memory for the rows of one expert.
     """
 
     sums_QH: Tensor
@@ -93,9 +96,9 @@ class _Sums:
         )
 
     def add_product(self, run: slice, left: Tensor, right: Tensor) -> None:
-        """Add the rows left @ right of the expert that has this run."""
+        """Add left @ right, the rows of this run of an expert, to their sums."""
         out = torch.mm(left, right, out=self.out_nH[: run.stop - run.start])
-        # A token chooses an expert once, so no two rows of one call add to the same sum: the order is fixed.
+        # A token chooses an expert once, so no two rows of one call add to one sum: results do not depend on threads.
         self.sums_QH.index_add_(0, self.sources_R[run], out.to(self.sums_QH.dtype))
 
     def total(self) -> Tensor:
@@ -106,9 +109,9 @@ class _Sums:
 class LoopedSwiGLU(torch.autograd.Function):
     """down(silu(gate) * up * weight) of every expert on its rows, summed per arrived row: (Q, H).
 
-    An expert gathers its rows from those that arrived and adds its outputs to their sums, so that no tensor holds a row
-    once per expert; in backward the same. Its elementwise work follows its matmul while its rows are in cache. Of the
-    inner activations only gate and up are kept; the rest is recomputed.
+    Each expert gathers its rows from those that arrived and adds its outputs to their sums, in backward too: no tensor
+    has a copy of a row for each of its experts. Elementwise work follows the matmul at once, while its rows are in
+    cache. Only gate and up are kept for backward, which recomputes the rest of the inner activation.
     """
 
     @staticmethod
@@ -124,9 +127,9 @@ class LoopedSwiGLU(torch.autograd.Function):
         meter: Meter,
     ) -> Tensor:
         buffer_pool, (_, num_hidden, num_inner) = grads.buffer_pool, down_LHF.shape
-        granule = BF16_ROWS if arrived_QH.dtype == torch.bfloat16 and arrived_QH.device.type == "cpu" else 1
-        # In the dtype of the rows: elementwise work on mixed dtypes would copy each operand first.
-        rows = ExpertRows.of(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, granule)
+        multiple = BF16_ROWS if arrived_QH.dtype == torch.bfloat16 and arrived_QH.device.type == "cpu" else 1
+        # The weights in the dtype of the rows: elementwise work on mixed dtypes would copy each operand first.
+        rows = ExpertRows.of(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, multiple)
         gate_up_RG = buffer_pool.empty(len(rows.sources_R), 2 * num_inner, like=arrived_QH)
         x_nH, inner_nF = (buffer_pool.empty(rows.longest, size, like=arrived_QH) for size in (num_hidden, num_inner))
         sums = _Sums.zero(rows, arrived_QH, buffer_pool)
@@ -138,14 +141,14 @@ class LoopedSwiGLU(torch.autograd.Function):
             weighted_swiglu(gate_up_RG[run], rows.weights_R[run], out=inner)
             sums.add_product(run, inner, down_LHF[expert].t())
         ctx.save_for_backward(arrived_QH, rows.sources_R, rows.weights_R, gate_up_RG, gate_up_LGH, down_LHF)
-        ctx.rows, ctx.grads, ctx.meter = (rows.places, rows.runs), grads, meter
+        ctx.rows, ctx.grads, ctx.meter = (rows.real_rows, rows.runs), grads, meter
         ctx.weight_dtype = row_weights_R.dtype
         return sums.total()
 
     @staticmethod
     def backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.meter.span("experts", grad_sums_QH.device):
-            # None for the weights: their gradients are in ctx.grads, over all chunks of the layer.
+            # None for the expert weights: `WeightGrads` sums their gradients over all chunks and returns them once.
             return *_backward(ctx, grad_sums_QH), *[None] * 6
 
 
@@ -181,11 +184,11 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor, Tensor]:
             torch.index_select(arrived_QH, 0, sources, out=x)
             grads.add(0, expert, grad_gate_up.t(), x, (gate_up_LGH, down_LHF))
         sums.add_product(run, grad_gate_up, gate_up_LGH[expert])
-    return sums.total(), rows.unfill(grad_weights_R)
+    return sums.total(), rows.unpad(grad_weights_R)
 
 
 def weighted_swiglu(gate_up_nG: Tensor, weights_n: Tensor, *, out: Tensor) -> Tensor:
-    """Write silu(gate) * up * weight into `out` (n, F). weights_n: in the dtype of the rows, else those are copied."""
+    """Write silu(gate) * up * weight into `out` (n, F). weights_n: in the dtype of the rows, else torch copies them."""
     gate_nF, up_nF = gate_up_nG.chunk(2, dim=1)
     torch.ops.aten.silu.out(gate_nF, out=out)
     return out.mul_(up_nF).mul_(weights_n.unsqueeze(1))
@@ -200,10 +203,10 @@ def weighted_swiglu_backward(
     grad_weights_n: Tensor,
     scratch_2nF: Tensor,
 ) -> None:
-    """From the gradient P of inner, which it overwrites, those of gate and up and of the weights; and inner once more.
+    """The backward of `weighted_swiglu`: writes inner and both gradients into given tensors, overwrites grad_inner_nF.
 
-    With inner = silu(g) u w and s = sigmoid(g):  dL/dw = sum(P silu(g) u),  dL/du = P silu(g) w,
-    dL/dg = P u w silu'(g),  silu'(g) = s + silu(g) (1 - s).
+    With inner = silu(g) u w, its gradient P and s = sigmoid(g):  dL/dw = sum(P silu(g) u),  dL/du = P silu(g) w,
+    dL/dg = P u w silu'(g),  silu'(g) = s + silu(g) (1 - s). No other memory is taken, and each tensor is passed once.
     """
     (gate, up), (grad_gate, grad_up) = gate_up_nG.chunk(2, dim=1), grad_gate_up_nG.chunk(2, dim=1)
     (sigmoid, silu), weights_n1 = scratch_2nF, weights_n.unsqueeze(1)

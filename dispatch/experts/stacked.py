@@ -23,15 +23,15 @@ from dispatch.kernels.availability import use_triton
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
-Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # arrived rows and their handle to sums that go back, (Q, H)
-LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # the exchange around it: x_TH, topk_weights_TK to y_TH
+Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # of arrived rows and their handle: the sums to send back
+LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # the exchanges around it: y_TH of x_TH and topk_weights_TK
 
 
 class Experts(JoinedParameters):
-    """`expert_ids` of a layer: down(silu(gate(x)) * up(x) * row weight) on the rows of each expert.
+    """The experts `expert_ids` of a layer: down(silu(gate(x)) * up(x) * combine weight) on the rows of each.
 
-    gate_up_proj is (L, 2F, H), the gate first, down_proj is (L, H, F), row i belonging to expert_ids[i]. The combine
-    weight is applied on the inner activation, which is the same sum and spares keeping the outputs for backward.
+    gate_up_proj is (L, 2F, H), the gate first, down_proj is (L, H, F); entry i is of expert_ids[i]. The combine weight
+    multiplies the inner activation: down is linear, so the result is the same, and backward needs no expert outputs.
     """
 
     def __init__(self, hidden: int, ffn_hidden: int, expert_ids: range, meter: Meter, buffer_pool: BufferPool) -> None:
@@ -48,11 +48,11 @@ class Experts(JoinedParameters):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
     def forward(self, x_TH: Tensor, topk_weights_TK: Tensor, layer_call: LayerCall) -> Tensor:
-        """A layer call, exchanges included: FSDP gathers sharded weights once for all chunks, also in backward."""
+        """Call the layer, with its exchanges, inside this module: FSDP gathers weights once for all chunks of it."""
         return layer_call(x_TH, topk_weights_TK, partial(self.compute, weights=self.weights(x_TH.dtype)))
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """What the chunks of one layer call share: the weights in `dtype`, cast once."""
+        """The weights in `dtype`, cast once for all chunks of one layer call, which share them."""
         grads = WeightGrads(self.buffer_pool)
         return ExpertWeights(*grads.share(*self.stacks(dtype)), grads)
 
@@ -65,7 +65,7 @@ class Experts(JoinedParameters):
 
         Args:
             arrived_QH: what `dispatch` returned with the handle; its dtype is the compute dtype.
-            weights: of this call, where it has several chunks.
+            weights: those that all chunks of a layer call share; None makes them for this call.
         Returns:
             For each arrived row the sum of its experts' weighted outputs, (Q, H). An expert without rows gets zero
             gradients, not None.
@@ -73,6 +73,7 @@ class Experts(JoinedParameters):
         weights = weights or self.weights(arrived_QH.dtype)
         gate_up_LGH, down_LHF, grads = weights.gate_up_LGH, weights.down_LHF, weights.grads
         counts_L = tuple(handle.tokens_per_local_expert_L)
+        # Rows and weights have the compute dtype already.
         with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
             if use_triton(arrived_QH):
                 return fused_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, self.meter)
@@ -85,9 +86,9 @@ class Experts(JoinedParameters):
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the expert weights of `model` by parameter name, the only ones that differ between EP ranks.
+    """The expert weights of `model` by parameter name: the only parameters that differ between EP ranks.
 
-    Every other gradient must be summed over all ranks; an expert's only over the ranks that hold a replica of it.
+    The gradient of every other parameter must be summed over all ranks, that of an expert only over its replicas.
     """
     experts = [each for each in model.named_modules() if isinstance(each[1], Experts)]
     return {name: each for prefix, module in experts for name, each in module.named_parameters(prefix, recurse=False)}

@@ -1,7 +1,7 @@
 """Experts with biases or with the clamped SwiGLU of gpt-oss, on every device and in every dtype.
 
-The kernels of plain SwiGLU know neither: these experts take grouped matmuls, or a loop where torch has none, and the
-elementwise work of torch.
+The kernels of plain SwiGLU can do neither. These experts use grouped matmuls, or a loop where torch has none, and
+torch's elementwise operators.
 
 Shapes: Q arrived rows (may be 0), R expert rows, a copy of an arrived row for each of its experts (may be 0), H hidden,
 F ffn_hidden, G = 2F (the gate first), L local experts.
@@ -64,7 +64,7 @@ class VariantExperts(Experts):
                 nn.init.zeros_(parameter)
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """See `Experts.weights`; with the biases."""
+        """See `Experts.weights`; here with the biases."""
         plain, names = super().weights(dtype), ("gate_up_proj_bias", "down_proj_bias")
         cast = [None if getattr(self, name) is None else self.rows(name).to(dtype) for name in names]
         return _VariantWeights(plain.gate_up_LGH, plain.down_LHF, plain.grads, *cast)
@@ -93,7 +93,7 @@ class VariantExperts(Experts):
 
 @dataclass(frozen=True)
 class Activation:
-    """(up + offset) * gate * sigmoid(slope * gate), with gate at most `limit` and up within it on both sides.
+    """(up + offset) * gate * sigmoid(slope * gate), where gate is clamped to at most `limit` and up to +-`limit`.
 
     SwiGLU has no limit, slope 1 and offset 0; gpt-oss (arXiv 2508.10925, section 2.2) 7, 1.702 and 1.
     """
@@ -104,7 +104,7 @@ class Activation:
 
     @classmethod
     def of(cls, config: MoEConfig) -> "Activation":
-        """The one that the settings ask for."""
+        """The activation that the settings ask for."""
         if not config.swiglu_limit:
             return cls(math.inf, 1.0, 0.0)
         return cls(config.swiglu_limit, config.swiglu_alpha, 1.0)
@@ -131,7 +131,7 @@ class Activation:
 class _VariantSwiGLU(torch.autograd.Function):
     """The sum of each arrived row's weighted expert outputs, (Q, H).
 
-    Of what it computes it keeps gate and up before the activation; backward computes the rest again.
+    Keeps gate and up, as they are before the activation, for backward, which computes the rest again.
     """
 
     @staticmethod
@@ -170,7 +170,8 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
     rows, groups, wanted = ctx.rows, ctx.groups, ctx.needs_input_grad
     weights_R1 = row_weights_R.to(arrived_QH.dtype).unsqueeze(1)
     inner_RF, grad_out_RH = ctx.activation.forward(gate_up_RG), rows.copy_of(grad_sums_QH)
-    # Of an output before its row weight w: the gradient of w is that output times the one that came.
+    # The row weight multiplies an output, so its gradient is output . grad_out. As output = down(inner) + bias, that is
+    # inner . down^T(grad_out) + bias . grad_out, and no output has to be computed again.
     grad_inner_RF = groups.mm(grad_out_RH, down_LHF)
     grad_weights_R = (grad_inner_RF * inner_RF).sum(1, dtype=row_weights_R.dtype)
     if down_bias_LH is not None:

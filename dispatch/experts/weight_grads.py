@@ -15,9 +15,9 @@ from dispatch.exchange.buffer_pool import BufferPool
 
 @dataclass
 class WeightGrads:
-    """Where the chunks of one layer call leave their weight gradients.
+    """Adds up the weight gradients of the chunks of one layer call.
 
-    Left to autograd, every chunk would fill a stacked tensor of its own, to be added to the others afterwards.
+    Autograd would have every chunk fill a stacked tensor with the gradients of all experts, and sum these afterwards.
     """
 
     buffer_pool: BufferPool
@@ -25,12 +25,12 @@ class WeightGrads:
     _written: set[tuple[int, int]] = field(default_factory=set)
 
     def share(self, gate_up_LGH: Tensor, down_LHF: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights as the chunks take them; their backward, after that of all chunks, returns what was added."""
+        """The weights for the chunks to use. Their backward runs after that of all chunks and returns the sums."""
         shared: tuple[Tensor, Tensor] = _Share.apply(gate_up_LGH, down_LHF, self)
         return shared
 
     def add(self, which: int, expert: int, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> None:
-        """Add left @ right to the gradient of an expert's gate and up (which = 0) or down (1) of `weights`."""
+        """Add left @ right to the gradient of one expert in `weights[which]`: 0 is gate and up, 1 is down."""
         if not self._stacks:
             self._stacks = tuple(self.buffer_pool.empty(*stack.shape, like=stack) for stack in weights)
         target = self._stacks[which][expert]
@@ -41,7 +41,10 @@ class WeightGrads:
             self._written.add((which, expert))
 
     def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
-        """The sums, and what autograd brought itself; zero for an expert without rows. The next pass starts anew."""
+        """The sums, and what autograd brought itself (from the grouped path); zero for an expert without rows.
+
+        The next backward through the same graph starts anew.
+        """
         if not self._stacks:
             pairs = zip(weights, by_autograd, strict=True)
             return [torch.zeros_like(stack) if grad is None else grad for stack, grad in pairs]
@@ -58,7 +61,7 @@ class WeightGrads:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weights of one layer call in its compute dtype, shared by its chunks, and where their gradients gather."""
+    """The weights of one layer call in its compute dtype, shared by its chunks, and the sums of their gradients."""
 
     gate_up_LGH: Tensor
     down_LHF: Tensor
@@ -68,7 +71,7 @@ class ExpertWeights:
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_LGH: Tensor, down_LHF: Tensor, grads: WeightGrads) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # the looped experts return None: no stack of zeros for it
         ctx.grads = grads
         ctx.save_for_backward(gate_up_LGH, down_LHF)
         return gate_up_LGH.view_as(gate_up_LGH), down_LHF.view_as(down_LHF)

@@ -1,4 +1,4 @@
-"""A balancing law: which one a run uses, its work on all MoE layers of a model, and its state.
+"""The balancing law of a run: its settings, its state, and its application to all MoE layers of a model.
 
 Shapes: N experts of all MoE layers, E of one, W integers per expert of the law's statistic, M = N (1 + W) counts.
 """
@@ -85,7 +85,7 @@ class BalanceConfig:
         if not self.needs_horizon:
             return rate
         end = self.horizon * (1 - self.zero_last)
-        if step >= end and (self.zero_last or self.schedule != "constant"):
+        if step >= end:
             return 0.0
         left = 1 - step / end
         return {"constant": rate, "linear": rate * left, "cosine": rate * (1 - math.cos(math.pi * left)) / 2}[
@@ -97,8 +97,8 @@ class BalanceConfig:
 class LawState:
     """All that a law carries from step to step.
 
-    bias_N: fp32 (N,), the bias in force. extras: further state by name (momentum, averages), fp32 or int64: (N,) where
-    it is kept for each expert, one value a layer otherwise.
+    bias_N: fp32 (N,), the current bias. extras: further state by name (momentum, averages), fp32 or int64: (N,) if it
+    is kept for each expert, else one number for each layer.
     """
 
     bias_N: Tensor
@@ -109,7 +109,7 @@ class LawState:
         return LawState(self.bias_N.clone(), {name: value.clone() for name, value in self.extras.items()})
 
     def to_wire(self) -> dict[str, Any]:
-        """Plain str, bytes and lists, fit for msgpack or JSON-with-bytes; no pickle."""
+        """The state as plain str, bytes and lists, which msgpack can carry; no pickle."""
         return {"bias": _pack(self.bias_N), "extras": {name: _pack(value) for name, value in self.extras.items()}}
 
     @staticmethod
@@ -119,7 +119,7 @@ class LawState:
 
 
 class Law:
-    """A balancing rule for one layout; see `dispatch.laws.register_law` for rules of your own.
+    """A balancing rule applied to the layers of one layout; see `dispatch.laws.register_law` for rules of your own.
 
     Raises:
         ValueError: the config's rate depends on the length of the run, and its horizon is 0.
@@ -138,11 +138,11 @@ class Law:
 
     @property
     def num_counts(self) -> int:
-        """M: the load of all layers, then their statistic, layer by layer as (E, W)."""
+        """M: the length of the counts vector, which has the load of all layers, then each layer's (E, W) statistic."""
         return self.layout.total * (1 + self._width)
 
     def initial_state(self) -> LawState:
-        """The state that a run begins with: no bias, extras as the law says."""
+        """The state that a run begins with: bias 0, and the law's initial extras."""
         total, num_layers = self.layout.total, len(self.layout.names)
         sizes = [(total, self.entry.per_expert), (num_layers, self.entry.per_layer)]
         extras = {
@@ -153,9 +153,8 @@ class Law:
         return LawState(torch.zeros(total, dtype=torch.float32), extras)
 
     def fits(self, state: LawState) -> bool:
-        """Whether the state is one of this law on these layers: the same vectors by name, dtype and length."""
+        """Whether the state belongs to this law on these layers: the same vectors by name, dtype and length."""
 
-        # The bias apart from the extras, none of which may stand in for it, whatever its name.
         def form(of: LawState) -> tuple[Any, dict[str, Any]]:
             extras = {name: (value.dtype, value.shape) for name, value in of.extras.items()}
             return (of.bias_N.dtype, of.bias_N.shape), extras
@@ -163,10 +162,11 @@ class Law:
         return form(state) == form(self.initial_state())
 
     def check_state(self, state: LawState) -> None:
-        """Refuse a state that the law cannot go on from.
+        """Refuse a state that this law cannot continue.
 
         Raises:
-            InvalidValue: it belongs to another law or other layers. ValueError: its bias is not finite.
+            InvalidValue: the state belongs to another law or to other layers.
+            ValueError: its bias is not finite.
         """
         if not self.fits(state):
             own = self.initial_state()
@@ -179,13 +179,14 @@ class Law:
             raise ValueError("the bias is not finite; initialise or load the model before the control loop")
 
     def update(self, counts_M: Tensor, state: LawState, step: int) -> LawState:
-        """The state after a step, counted from 1. Does not modify its arguments.
+        """The state after a step. Does not modify its arguments.
 
         Args:
-            counts_M: int64 (M,), what `dispatch.balance.read_counts` gave, over all ranks. The first N are the load.
-            state: what routed the step.
+            counts_M: int64 (M,), the sum over all ranks of `dispatch.balance.read_counts`. The first N are the load.
+            state: the state whose bias routed the step.
+            step: counted from 1.
 
-        A layer that is not balanced or saw no token keeps its state.
+        A layer that is not balanced, or that no token went through, keeps its state.
         """
         self._check(counts_M, state)
         rate = self.config.rate_at(step)
@@ -195,6 +196,7 @@ class Law:
         bias_N, extras = state.bias_N.clone(), {name: value.clone() for name, value in state.extras.items()}
         for layer, where in self._active(load_N):
             load = LayerLoad(load_N[where], statistic_NW[where] if self._width else statistic_NW[:0])
+            # Rules compute in float64; the state is rounded to fp32 once, below.
             now = LayerState(
                 bias_N[where].double(), {name: extras[name][self._part(name, layer, where)].double() for name in extras}
             )
@@ -222,13 +224,15 @@ class Law:
 
 
 def _centred(bias_E: Tensor) -> Tensor:
-    # Centring changes no choice, since top-k ignores a constant, and keeps the bias from drifting by
-    # rate * (#under - #over) / E a step. fsum is exact, so the mean does not depend on the vector width of the machine.
+    # Centring changes no choice, since top-k ignores a constant. Without it the mean of the bias would drift, under
+    # `sign` by rate * (experts below - experts above the mean load) / E in a step. fsum is exact: torch's sum depends on
+    # the width of the machine's vector units.
     return (bias_E - math.fsum(bias_E.tolist()) / bias_E.numel()).float()
 
 
 def _rescaled(bias_E: Tensor) -> Tensor:
-    # What centring is for a sum, a common factor is for a product. Factors stay positive, or the order would turn.
+    # As `_centred`, for score * (1 + bias), where a common factor changes no choice. Factors must stay positive: a
+    # negative one would turn the order of the scores round.
     factor_E = (1 + bias_E).clamp_min(1e-3)
     return (factor_E / (math.fsum(factor_E.tolist()) / factor_E.numel()) - 1).float()
 

@@ -1,7 +1,8 @@
-"""What a rule of balancing is, how it is registered as a law, and the laws that come with Trimtab (docs/laws.md).
+"""Balancing rules: their form, their registration as laws, and the rules that come with Trimtab (docs/laws.md).
 
 Shapes: E experts of one layer, W integers per expert of the law's statistic (0 without one). In the comments of the
-rules c is the load of an expert, m the mean load of its layer, b its bias, v = (m - c) / m its relative lack of load.
+rules c is the load of an expert, m the mean load of its layer, b the expert's bias, v = (m - c) / m its relative lack
+of load: positive where it has too little.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from dispatch.registry import Registry, options_of
 from dispatch.routing.statistics import histogram_range
 
-# The per-layer extra of this name reaches the routers with the bias: a statistic may depend on it.
+# A per-layer extra with this name is written to the routers together with the bias, for the statistic to use.
 STATISTIC_SCALE = "statistic_scale"
 
 
@@ -49,11 +50,9 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 
 @dataclass(frozen=True, kw_only=True)
 class LawEntry:
-    """A law as registered, see `register_law`.
+    """A law as registered; `register_law` describes the fields.
 
-    rule: (load, state, rate, **options) -> LayerState. rate: default step. options: constants of the rule and their
-    defaults. per_expert, per_layer: initial values of its extras. statistic: name in dispatch.routing.statistics, or
-    None. multiplies: experts are chosen by score * (1 + bias) instead of score + bias. group_limited: fit for it.
+    rule: (load, state, rate, **options) -> LayerState. options: the rule's keyword-only arguments and their defaults.
     """
 
     name: str
@@ -173,7 +172,7 @@ def rms(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
 @register_law("smebu", rate=5e-4, per_expert={"momentum": 0.0})
 def smebu(load: LayerLoad, state: LayerState, rate: float, *, kappa: float = 2.0, beta: float = 0.5) -> LayerState:
     """Momentum of centred rate * tanh(kappa * v) (SMEBU of Trinity Large, arXiv 2602.17004)."""
-    # math.tanh, not torch's: that one has another last bit with another vector width.
+    # math.tanh, not torch's, whose last bit depends on the width of the machine's vector units.
     step_E = torch.tensor(
         [rate * math.tanh(kappa * lack) for lack in _relative_lack(load).tolist()], dtype=torch.float64
     )
@@ -192,8 +191,9 @@ def quantile(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
     return state.moved_by(rate * (_quantile_bias(load, state) - state.bias_E))
 
 
-# Not group limited: near_cutoff counts within the groups of a token, and a bias also moves its whole group in and out.
-# The load of 32 experts in 4 or 8 groups answers up to 6.5 times as much as counted; above 4, rate 0.5 swings for ever.
+# Not for group-limited routing: near_cutoff counts within the groups of a token, but a bias also moves whole groups in
+# and out. With 32 experts in 4 or 8 groups the load changed up to 6.5 times as much as the count predicts; from 4 times
+# on, steps at rate 0.5 overshoot by more than they correct, and the bias swings for ever.
 @register_law("newton", rate=0.5, statistic="near_cutoff", per_layer={STATISTIC_SCALE: 0.02}, group_limited=False)
 def newton(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
     """A part of the Newton step: the lack of load over the slope of the load by the bias (ours, docs/laws.md)."""
@@ -214,9 +214,10 @@ def adaptive(
 ) -> LayerState:
     """Newton steps of a length that follows how predictable the load is (ours, docs/laws.md).
 
-    What a step lacks is the error of the bias plus the chance of one batch: an innovation in the sense of Kalman. With
-    the best gain innovations are white (Mehra 1970), so the gain grows where two in a row point the same way and
-    shrinks where they do not. One far above the usual size is a shift, and starts anew with a whole step.
+    The lack of load in a step is the error of the bias plus the chance of one batch: an innovation in the sense of
+    Kalman. With the best gain innovations are white (Mehra 1970). So the gain grows where two innovations in a row
+    point the same way, and shrinks where they do not. An innovation far above the usual size means that the data have
+    shifted: the law starts anew, with a whole step.
     """
     gain, noise = float(state.extras["gain"]), float(state.extras["noise"])
     lack_E, before_E = _relative_lack(load), state.extras["lack"]
@@ -225,15 +226,15 @@ def adaptive(
     if starts:
         gain, noise = 1.0, size
     else:
-        noise += 0.2 * (size - noise)
+        noise += 0.2 * (size - noise)  # an average over about five steps, as that of the slope below
         known = math.sqrt(size * _mean_product(before_E, before_E))
         correlation = _mean_product(lack_E, before_E) / known if known else 0.0
-        # The divisor is that of averaging: with no correlation to see, gains fall as 1, 2/3, 1/2, 2/5, ...
+        # Without correlation gains fall as 1, 2/3, 1/2, 2/5, ..., as when one averages over more and more steps.
         gain = min(max(gain * (1 + correlation) / (1 + gain / 2), least_gain), 1.0)
     scale, next_scale = _scales(load, state)
     slope_E, known_E = _slope(load, scale), state.extras["slope"]
-    # One step's slope estimate is correlated with its load noise, since chance that loads an expert also brings tokens
-    # near its cutoff: so average it over steps.
+    # One step's estimate of the slope is correlated with the noise of its load, since chance that gives an expert more
+    # tokens also brings tokens near its cutoff. Therefore it is averaged over steps.
     slope_E = slope_E if starts else known_E + 0.2 * (slope_E - known_E)
     step_E = _trusted(rate * gain * lack_E / _usable(slope_E, scale), next_scale)
     scalars = {STATISTIC_SCALE: _scalar(next_scale), "gain": _scalar(gain), "noise": _scalar(noise)}
@@ -265,10 +266,14 @@ def warm(
 
 
 def _quantile_bias(load: LayerLoad, state: LayerState) -> Tensor:
-    """Float64 (E,), centred: only then is a part of the way to it no move in common."""
-    low, high = histogram_range(state.bias_E.float())
+    """The bias that would have given each expert the mean load, float64 (E,), centred.
+
+    The current bias is centred too, so that a part of the way between them has no part that all experts share.
+    """
+    low, high = histogram_range(state.bias_E.float())  # fp32, as the routers that filled the bins have the bias
     below_EW = load.statistic_EW.cumsum(1)
-    # Exact: the mean load of the layer is total / E, and the histogram of an expert holds every token once.
+    # The first bin at which the cumulative count reaches the mean load, total / E, compared in integers. The histogram
+    # of an expert has every token once, so the cumulative count is the load that a bias would give.
     num_experts, total = load.tokens_E.numel(), load.tokens_E.sum()
     bin_E1 = (below_EW * num_experts < total).sum(1, keepdim=True).clamp_max(below_EW.shape[1] - 1)
     inside_E1 = load.statistic_EW.gather(1, bin_E1)
@@ -279,25 +284,29 @@ def _quantile_bias(load: LayerLoad, state: LayerState) -> Tensor:
 
 
 def _scales(load: LayerLoad, state: LayerState) -> tuple[float, float]:
-    """Width of the statistic now, and the next one: so wide that 0.8 of a load is within it of the cutoff, about."""
+    """The `scale` of near_cutoff in this step, and the next one: about 0.8 of a load should be within it of the cutoff.
+
+    With few tokens so near the slope is noise; with a wide scale it is no slope at this bias any more. The next scale
+    is at most 4 times larger or smaller.
+    """
     scale = float(state.extras[STATISTIC_SCALE])
     wanted = math.sqrt(0.8 * float(load.tokens_E.sum()) / max(float(load.statistic_EW.sum()), 1.0))
     return scale, min(max(scale * min(max(wanted, 0.25), 4.0), 1e-6), 0.25)
 
 
 def _slope(load: LayerLoad, scale: float) -> Tensor:
-    """Relative load that a unit of bias brings to each expert, float64 (E,)."""
+    """How much each expert's load over the mean load grows for a unit of bias, float64 (E,)."""
     mean = float(load.tokens_E.sum()) / load.tokens_E.numel()
     return load.statistic_EW[:, 0].double() / (2 * scale * mean)
 
 
 def _usable(slope_E: Tensor, scale: float) -> Tensor:
-    """Clamp slopes away from zero: an expert with no token near its cutoff moves as if 1/50 of a mean load were."""
+    """Clamp slopes away from 0: an expert with no token near its cutoff moves as if 1/50 of the mean load were near."""
     return slope_E.clamp_min(0.02 / (2 * scale))
 
 
 def _trusted(step_E: Tensor, next_scale: float) -> Tensor:
-    """At most 2.5 widths of the statistic: farther away, the slope is not known."""
+    """Clamp steps to 2.5 times the scale: farther away the slope is not known."""
     return step_E.clamp(-2.5 * next_scale, 2.5 * next_scale)
 
 
@@ -310,11 +319,11 @@ def _scalar(value: float) -> Tensor:
 
 
 def _direction(load: LayerLoad) -> Tensor:
-    # In integers, as sign(total - E * c): a mean in floating point has flipped it (Megatron-LM #7081).
+    # In integers, as sign(total - E * c): a rounded mean can turn the sign round (Megatron-LM #7081).
     return torch.sign(load.tokens_E.sum() - load.tokens_E.numel() * load.tokens_E).double()
 
 
 def _relative_lack(load: LayerLoad) -> Tensor:
-    """v, float64 (E,). The difference is taken in integers."""
+    """v, float64 (E,). The difference is taken in integers, and so is exact."""
     total = load.tokens_E.sum()
     return (total - load.tokens_E.numel() * load.tokens_E).double() / total.double()

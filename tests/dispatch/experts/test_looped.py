@@ -1,4 +1,4 @@
-"""The looped experts against plain autograd, where runs are cut, filled up or empty; and the memory that they take."""
+"""The looped experts against plain autograd, where runs are cut, padded or empty; and the memory that they take."""
 
 import pytest
 import torch
@@ -15,17 +15,17 @@ from runtime.commands.bench.dispatch.memory import peak_allocated_bytes
 from tests.dispatch.experts.plain_experts import plain_experts
 
 
-def test_runs_are_filled_up_with_weightless_copies_of_row_0_and_cut_when_long(monkeypatch):
+def test_runs_are_padded_with_weightless_copies_of_row_0_and_cut_when_long(monkeypatch):
     monkeypatch.setattr(looped_experts, "MAX_RUN", 8)
     sources, weights = torch.arange(1, 15), torch.arange(14.0) + 0.5
-    rows = ExpertRows.of(sources, weights, (3, 0, 11), granule=4)
+    rows = ExpertRows.of(sources, weights, (3, 0, 11), multiple=4)
     assert rows.runs == [(0, slice(0, 4)), (2, slice(4, 12)), (2, slice(12, 16))]
     assert rows.sources_R.tolist() == [1, 2, 3, 0, *range(4, 15), 0]
     assert rows.weights_R.tolist() == [0.5, 1.5, 2.5, 0, *(i + 0.5 for i in range(3, 14)), 0]
-    assert torch.equal(rows.unfill(rows.sources_R), sources)
+    assert torch.equal(rows.unpad(rows.sources_R), sources)
     assert rows.longest == 8
-    whole = ExpertRows.of(sources, weights, (4, 10, 0), granule=1)
-    assert whole.places is None
+    whole = ExpertRows.of(sources, weights, (4, 10, 0), multiple=1)
+    assert whole.real_rows is None
     assert whole.runs == [(0, slice(0, 4)), (1, slice(4, 12)), (1, slice(12, 14))]
 
 
