@@ -36,10 +36,12 @@ def layout_of(routers: Mapping[str, Router]) -> LoadLayout:
 
 
 def attach_law(routers: Mapping[str, Router], law: Law) -> None:
-    """Make the routers count what the law asks for and apply its bias its way. Call it before the first forward.
+    """Make the routers count the law's statistic, and add or multiply the bias as the law wants it.
+
+    Call it before the first forward.
 
     Raises:
-        ValueError: a router is limited to groups, and the law is not fit for that.
+        InvalidValue: the routing is limited to groups of experts, which the law cannot balance.
     """
     for name, router in routers.items():
         check_groups(law.config, router.config.num_groups, name)
@@ -51,15 +53,15 @@ def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
     if num_groups > 1 and not config.entry.group_limited:
         raise InvalidValue(
             f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
-            f"{num_groups}): it does not see that a bias moves tokens between groups too; use balance.law adaptive, or "
-            "num_groups 1"
+            f"{num_groups}): it does not see that a bias also moves tokens between groups; use balance.law adaptive, "
+            "or num_groups 1"
         )
 
 
 def read_counts(routers: Mapping[str, Router]) -> Tensor:
-    """Copy what this rank counted since the last reset: int64 (M,) on the CPU. Waits for the device once.
+    """Copy what this rank has counted since the last reset: int64 (M,) on the CPU. Waits for the device once.
 
-    M: the load of all layers, N, then what the law attached, layer by layer as (E, W).
+    The vector has the load of all layers, N integers, then the (E, W) statistic of each layer, if the law has one.
     """
     loads = [router.tokens_per_expert_E for router in routers.values()]
     statistics = [router.statistic_EW.flatten() for router in routers.values()]
@@ -80,7 +82,7 @@ def read_bias(routers: Mapping[str, Router]) -> Tensor:
 
 
 def write_state(routers: Mapping[str, Router], state: LawState) -> None:
-    """Set what the routers need of a law state, in place: every bias, and the scale of the law's statistic.
+    """Set the routers' part of a law state, in place: every bias, and the scale of the law's statistic.
 
     Raises:
         ValueError: the bias is not fp32 of length N.
@@ -105,7 +107,7 @@ def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:
 
 
 def _set(buffers: Sequence[Tensor], values: Tensor) -> None:
-    """Set buffers in place, one after the other. They get all values in one copy, so that the host waits for none."""
+    """Set the buffers, in place, to consecutive parts of `values`, by one copy to the device without waiting for it."""
     if buffers:
         on_device = to_device(values, buffers[0].device).split([buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, on_device, strict=True):
@@ -113,7 +115,7 @@ def _set(buffers: Sequence[Tensor], values: Tensor) -> None:
 
 
 def bias_checksum(bias_N: Tensor) -> int:
-    """crc32 of the little-endian fp32 bytes: equal on two ranks exactly when the biases are equal bit for bit."""
+    """crc32 of the little-endian fp32 bytes, by which ranks compare their biases bit for bit."""
     return zlib.crc32(bias_N.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes())
 
 
@@ -170,6 +172,7 @@ class LossFreeBalancer:
         Returns:
             The global load: int64 (N,) on the CPU, N the number of experts of all MoE layers, in module order.
         """
+        # Summed on the device of the routers: NCCL takes no tensors of the CPU.
         device = next(iter(self.routers.values())).tokens_per_expert_E.device
         counts_M = read_counts(self.routers).to(device)
         if self.group is not None:

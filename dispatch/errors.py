@@ -17,7 +17,7 @@ class UserError(Exception):
 
     @property
     def is_bug(self) -> bool:
-        """Whether what it tells of is a bug after all, as where another process raised one."""
+        """Whether the cause is a bug after all, such as an error that another process raised."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""How the loads of all MoE layers lie in one vector."""
+"""The order of all MoE layers' loads in one vector."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -6,9 +6,9 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class LoadLayout:
-    """Names, sizes and balancing switches of the MoE layers, in the order of the load vector.
+    """Which MoE layers a load vector has, in its order.
 
-    names: one module name a layer. num_experts: its experts. balanced: False where the law must leave the bias alone.
+    names: module names. num_experts: the experts of each layer. balanced: False where the law must not move the bias.
     """
 
     names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The four packages of Trimtab have plain names: see to it that another module of such a name does not hide one."""
+"""Checks that no other module hides one of Trimtab's four packages, whose names are common words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def hiding_module(folder: Path) -> Path | None:
-    """What in `folder` would be imported instead of one of ours if Python looked there first."""
+    """The module in `folder`, if any, that Python would import instead of one of ours if it looked there first."""
     if folder.resolve() == ROOT:
         return None
     candidates = [folder / part for name in PACKAGES for part in (f"{name}.py", f"{name}/__init__.py")]
@@ -20,7 +20,7 @@ def hiding_module(folder: Path) -> Path | None:
 
 
 def check_not_hidden() -> None:
-    """Raise InvalidValue where Python finds another module under the name of one of ours. Imports none of them."""
+    """Raise InvalidValue if Python would import another module by the name of one of ours. Imports none of them."""
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None

@@ -1,4 +1,4 @@
-"""The public names of a package, each imported when it is asked for: most need torch, `--help` must not import it."""
+"""The public names of a package, each imported on first use: most need torch, which `--help` must not wait for."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazily(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` (PEP 562). places: each public name, and the module that has it."""
+    """A package's `__getattr__` (PEP 562). places: the module of each public name."""
 
     def find(name: str) -> Any:
         if name not in places:

@@ -12,13 +12,13 @@ EntryT = TypeVar("EntryT")
 
 
 class Registry(Mapping[str, EntryT]):
-    """What each name stands for.
+    """The entries that the values of a setting name.
 
     Args:
-        setting: whose values the names are, such as "balance.law". The setting `module` of the same section names a
-            Python module of the user's own that registers further ones.
-        ours: the module that registers each name that comes with Trimtab; imported when the entry is first needed.
-        besides: values of the setting that stand for no entry, such as "auto".
+        setting: the setting, such as "balance.law". The setting `module` of the same section names a Python module of
+            the user's own that registers further entries.
+        ours: for each name that comes with Trimtab the module that registers it; imported when first needed.
+        besides: values of the setting that name no entry, such as "auto".
     """
 
     def __init__(self, setting: str, ours: Mapping[str, str] | None = None, besides: tuple[str, ...] = ()) -> None:
@@ -33,7 +33,7 @@ class Registry(Mapping[str, EntryT]):
         return [*self.besides, *self]
 
     def register(self, name: str, entry: EntryT, made_by: Callable[..., Any]) -> None:
-        """Add an entry. made_by: what is registered; the same again, of a module imported anew, replaces the entry.
+        """Add an entry. made_by: the registered function or class; if its module is imported again, it replaces itself.
 
         Raises:
             InvalidValue: something else has this name.
@@ -45,11 +45,11 @@ class Registry(Mapping[str, EntryT]):
         self._entries[name] = entry
 
     def forget(self, name: str) -> None:
-        """Take a registered entry out."""
+        """Remove a registered entry."""
         del self._entries[name], self._makers[name]
 
     def check(self, value: str, module: str | None) -> None:
-        """Import the user's module, where the settings name one, and refuse a value that stands for nothing.
+        """Import the user's module, where the settings name one, and refuse a value that names nothing.
 
         Raises:
             InvalidValue: the module cannot be imported, or neither it nor Trimtab knows the value.
@@ -63,7 +63,7 @@ class Registry(Mapping[str, EntryT]):
             )
 
     def find(self, name: str, module: str | None) -> EntryT:
-        """The entry of a checked name. Imports the module where this process got the settings by pickle, unchecked."""
+        """The entry of a name that `check` has passed, maybe in another process: then it imports the user's module."""
         if name not in self and module:
             import_module(self.module_setting, module)
         return self[name]
@@ -79,12 +79,12 @@ class Registry(Mapping[str, EntryT]):
     def __len__(self) -> int:
         return len({**self.ours, **self._entries})
 
-    def __hash__(self) -> int:  # a type annotated with it must be hashable: Annotated[str, LAWS]
+    def __hash__(self) -> int:  # Mapping has none, but Annotated[str, LAWS] must be hashable
         return id(self)
 
 
 def import_module(setting: str, name: str) -> None:
-    """Import the Python module that a setting names. Raises InvalidValue, saying what is missing."""
+    """Import the Python module that a setting names. Raises InvalidValue with the reason if that fails."""
     try:
         importlib.import_module(name)
     except (ImportError, ValueError) as error:
@@ -102,12 +102,12 @@ def options_of(function: Callable[..., Any]) -> dict[str, float]:
 def checked_options(
     setting: str, owner: str, given: Mapping[str, float], known: Mapping[str, float]
 ) -> dict[str, float]:
-    """Options as floats, in the order of their names: equal settings then have equal bytes on the wire.
+    """Options as floats, sorted by name, so that equal settings are sent as equal bytes.
 
-    owner: whose options they are, as "law 'sign'". known: what it has, with the defaults.
+    owner: what has the options, such as "law 'sign'". known: its options, with their defaults.
 
     Raises:
-        InvalidValue: one is not known, or not a finite number.
+        InvalidValue: an option is not known, or not a finite number.
     """
     if not isinstance(given, Mapping):
         raise InvalidValue(f"{setting} is {given!r}; it must hold names and numbers, as {{beta: 0.9}}")
@@ -121,5 +121,5 @@ def checked_options(
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or a float, finite, and no bool."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type] # the first half says so
+    """Whether the value is a finite int or float, and no bool."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type] # narrowed by the first half

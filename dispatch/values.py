@@ -1,6 +1,7 @@
-"""Small plain values between ranks, JSON over tensors, bounded and never a pickle; and between device and host.
+"""Small plain values between ranks, as JSON of bounded size; and numbers between device and host.
 
-torch's `all_gather_object` unpickles what the other ranks send: who gets a word in there runs code on every rank.
+torch's `all_gather_object` is not used, since it unpickles what it receives: whoever can send to one rank could run
+code on it.
 """
 
 import base64
@@ -30,12 +31,12 @@ def all_gather_values(
     """The values of all ranks, by rank.
 
     Args:
-        value: of None, bool, int, float, str, list, tuple and dict with keys of str; tuples arrive as lists.
+        value: made of None, bool, int, float, str, list, tuple and dict with str keys; tuples arrive as lists.
         group: of any backend; None for a process on its own.
-        read: makes of a received value what is meant; raises where it cannot, one of _UNEXPECTED.
+        read: checks and converts a received value; raises one of _UNEXPECTED for a value that it does not expect.
 
     Raises:
-        BadValue: a value is larger than `max_bytes`, is no JSON, or `read` does not take it. On all ranks.
+        BadValue: a value is larger than `max_bytes`, is no JSON, or `read` refuses it. All ranks raise it.
 
     Collective.
     """
@@ -47,7 +48,7 @@ def _all_gather_bytes(raw: bytes, group: dist.ProcessGroup | None, max_bytes: in
     if group is None:
         return [raw]
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    # Lengths go first: a receiver makes room only for what it may be sent.
+    # Lengths go first: all_gather needs parts of equal size, and no rank shall make room for more than max_bytes.
     mine = torch.tensor([len(raw)], device=device)
     gathered = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
@@ -64,14 +65,12 @@ def _all_gather_bytes(raw: bytes, group: dist.ProcessGroup | None, max_bytes: in
 def _read(rank: int, raw: bytes, read: Callable[[Any], T]) -> T:
     try:
         return read(json.loads(raw))
-    except (*_UNEXPECTED, RecursionError) as error:  # the last from lists in lists without end
-        raise BadValue(
-            f"rank {rank} of the group sent what is not expected: {type(error).__name__}: {error}"
-        ) from error
+    except (*_UNEXPECTED, RecursionError) as error:  # the last from deeply nested lists
+        raise BadValue(f"rank {rank} of the group sent an unexpected value: {type(error).__name__}: {error}") from error
 
 
 def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
-    """Reads a list of values of one type; a bool is no int."""
+    """A `read` for a list of values of one type; a bool is no int."""
 
     def read(value: Any) -> list[T]:
         if type(value) is not list or any(type(item) is not kind for item in value):
@@ -82,7 +81,7 @@ def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
 
 
 def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
-    """A tensor as a value to send: for what a few tests and measurements exchange, not for training."""
+    """A tensor as a value to send, in base64: for tests and measurements, too slow for training."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return (
         str(tensor.dtype).removeprefix("torch."),
@@ -92,7 +91,7 @@ def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
 
 
 def read_tensor(value: Any) -> torch.Tensor:
-    """What `tensor_value` made a value of."""
+    """The tensor of a `tensor_value`. Raises TypeError or ValueError for any other value."""
     dtype_name, shape, text = value
     raw = base64.b64decode(text, validate=True)
     dtype = getattr(torch, dtype_name)
@@ -106,13 +105,16 @@ def read_tensor(value: Any) -> torch.Tensor:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. A plain copy to CUDA would wait for all that the device still has to do."""
+    """The tensor on `device`, without waiting for it.
+
+    A copy to CUDA from memory that is not pinned makes the host wait until the device has done all its work.
+    """
     goes_to_cuda = device.type == "cuda" and not host.is_cuda
     return host.pin_memory().to(device, non_blocking=True) if goes_to_cuda else host.to(device)
 
 
 def host_lists(*tensors: Tensor) -> list[Any]:
-    """The tensors as nested lists. Waits for the device, once for all of them."""
+    """The tensors, of one dtype and device, as nested lists. Waits for the device once, since they go as one copy."""
     host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     parts = host.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]

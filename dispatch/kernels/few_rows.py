@@ -1,4 +1,4 @@
-"""Each of a few rows times the matrix of its expert: one launch, where a loop over experts takes one for each.
+"""Multiplies a few rows with the matrices of their experts in one launch, not in one launch for each expert.
 
 Shapes: R rows, Q rows that they are copies of, L experts, N outputs, K inner width.
 """
@@ -17,8 +17,8 @@ NUM_WARPS = 4
 def few_rows_mm(rows_QK: Tensor, sources_R: Tensor | None, ends_L: Tensor, weights_LNK: Tensor) -> Tensor:
     """Row sources_R[r] of rows_QK times the transposed matrix of the expert of r, (R, N).
 
-    sources_R: None takes the rows as they are. ends_L: the rows r of expert e end before ends_L[e]. A matrix is read
-    once for each of its rows, often from the cache, which pays only while there are few.
+    sources_R: None if R = Q and row r is row r of rows_QK. ends_L: the rows r of expert e end before ends_L[e]. A
+    matrix is read once for each row of its expert, often from the cache, which is fast only for few rows.
     """
     num_rows = len(rows_QK) if sources_R is None else len(sources_R)
     num_experts, num_outputs, width = weights_LNK.shape
@@ -65,7 +65,7 @@ def _mm(
     source = tl.load(sources + row).to(tl.int64) if HAS_SOURCES else row
     expert_id = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert_id, mask=expert_id < NUM_EXPERTS, other=0)
-    # The experts before a row's are those whose rows end at or before it.
+    # The row's expert is the number of experts whose rows end at or before it.
     expert = tl.sum(((end <= row) & (expert_id < NUM_EXPERTS)).to(tl.int64), 0)
     matrix = weights + (expert * NUM_OUTPUTS + output)[:, None] * WIDTH
     total = tl.zeros([OUTPUTS, COLUMNS], WIDE)

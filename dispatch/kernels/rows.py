@@ -1,4 +1,4 @@
-"""Sums of the copies of each row, and the copies, source by source.
+"""Copies rows, and sums the copies of each row: the Triton form of `dispatch.exchange.row_map`.
 
 Shapes: S sources (may be 0), A copies (may be 0), H width. order_A lists the copies of source 0, then of source 1, ...;
 first_S says where in it those of each source begin. Both int32 or int64; a source may have no copy.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dispatch.kernels.tiles import current_device, row_tile, wide_dtype
 
-COPIES_AT_ONCE = 8  # of one source: as many independent loads a thread has under way
+COPIES_AT_ONCE = 8  # of one source, loaded together, so that a thread has several loads in flight
 
 
 def sum_rows(copies_AH: Tensor, order_A: Tensor, first_S: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _sum(
     start = tl.load(first + source)
     end = tl.load(first + source + 1, mask=source + 1 < num_sources, other=num_copies)
     total = tl.zeros([BLOCK], WIDE)
-    # Not a for loop: the interpreter takes no bounds that were loaded.
+    # Not a for loop: Triton's interpreter takes no loop bounds that were loaded from memory.
     while start < end:
         place = start + tl.arange(0, AT_ONCE)
         copy = tl.load(order + place, mask=place < end, other=0).to(tl.int64)

@@ -37,10 +37,10 @@ def weighted_swiglu(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_RF: Tensor) -> Tensor:
-    """Overwrite gate_up_RG by its gradient, grad_inner_RF by inner, as forward gave it; the gradient of the weights.
+    """Overwrite gate_up_RG with its gradient, and grad_inner_RF with inner, which forward has computed before.
 
     Returns:
-        grad_weights_R: in fp32 (fp64 for fp64), a row's sum in fixed order.
+        grad_weights_R: in fp32 (fp64 for fp64); a row is summed in a fixed order.
     """
     num_rows, num_inner, rows, columns = _sizes(gate_up_RG)
     grad_weights_R = weights_R.new_empty(num_rows, dtype=torch.promote_types(gate_up_RG.dtype, torch.float32))
@@ -62,10 +62,10 @@ def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_
 
 
 def _sizes(gate_up_RG: Tensor) -> tuple[int, int, int, int]:
-    """R and F, and rows and columns of a tile: columns that divide F where 64, 128 or 256 do."""
+    """R and F, and the rows and columns of a tile. The columns divide F if 64, 128 or 256 does: no column is masked."""
     num_rows, num_inner = len(gate_up_RG), gate_up_RG.shape[1] // 2
-    even = num_inner & -num_inner
-    columns = min(256, triton.next_power_of_2(num_inner), max(64, even))
+    power_of_two = num_inner & -num_inner  # the largest that divides F
+    columns = min(256, triton.next_power_of_2(num_inner), max(64, power_of_two))
     return num_rows, num_inner, TILE // columns, columns
 
 

@@ -1,4 +1,4 @@
-"""What every launch needs: tiles of 16 bytes a thread, the dtype of sums, the tensor's device as the current one."""
+"""What every kernel launch needs: tiles of 16 bytes for each thread, the dtype of sums, the current device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ def wide_dtype(tensor: Tensor) -> tl.dtype:
 
 
 def row_tile(width: int, element_bytes: int) -> tuple[int, int]:
-    """Columns of one row, a power of two, and warps: an access a thread, at most four warps.
+    """Columns of a row that one program computes, a power of two, and its warps, at most four: one access a thread.
 
-    A thread then holds the same columns of every row that it adds up, and no two threads have to add theirs.
+    A thread then has the same columns of every row that it adds up, and threads need not exchange partial sums.
     """
     columns_of_warp = WARP * ACCESS_BYTES // element_bytes
     num_warps = min(4, max(1, triton.next_power_of_2(width) // columns_of_warp))

@@ -225,8 +225,8 @@ class Law:
 
 def _centred(bias_E: Tensor) -> Tensor:
     # Centring changes no choice, since top-k ignores a constant. Without it the mean of the bias would drift, under
-    # `sign` by rate * (experts below - experts above the mean load) / E in a step. fsum is exact: torch's sum depends on
-    # the width of the machine's vector units.
+    # `sign` by rate * (experts below - experts above the mean load) / E in a step. fsum is exact, where torch's sum
+    # depends on the width of the machine's vector units.
     return (bias_E - math.fsum(bias_E.tolist()) / bias_E.numel()).float()
 
 

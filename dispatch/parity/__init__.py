@@ -1,16 +1,17 @@
-"""Is a layer that is spread over ranks the layer that it would be in one process? A check that others can run.
+"""A check that an MoE layer over several ranks computes what it would compute in one process. For any layer.
 
-    python -m dispatch.parity --ep 2                              ours, all dispatchers, starts its ranks itself
+    python -m dispatch.parity --ep 2                              our layer, all dispatchers; starts the ranks itself
     torchrun --nproc-per-node 2 -m dispatch.parity                the same under a launcher
     python -m dispatch.parity --ep 2 --layer my.adapter:build     your layer
 
-Every case is run on the EP ranks and, in float64 on the same global batch, by `dispatch.parity.reference` in one
-process, and compared: outputs, load counts, the gradient of the input and of every weight, the gradient norm, the
-weights after one step of SGD with lr=1 and after five of AdamW while the sign law moves the bias.
+Every case runs on the EP ranks and, with the same global batch in float64, in one process by
+`dispatch.parity.reference`. Compared are outputs, load counts, the gradient of the input and of every weight, the
+gradient norm, and the weights after one step of SGD with lr=1 and after five steps of AdamW, while the sign law moves
+the bias.
 
-Your layer comes in by one function, an `Adapter`. It gets the case, the initial weights of all experts under the names
-of `dispatch.parity.cases.shapes`, and the EP group; it returns the layer and how its tensors are read. With a layer
-whose experts are w1, w2 and w3 of shape (local experts, out, in):
+For a layer of your own write one function, an `Adapter`. It gets the case, the initial weights of all experts under the
+names of `dispatch.parity.cases.shapes`, and the EP group. It returns the layer and a function that reads its tensors.
+For a layer whose experts are w1, w2 and w3 of shape (local experts, out, in):
 
     from dispatch.parity.layers import LayerUnderTest
 
@@ -31,8 +32,8 @@ whose experts are w1, w2 and w3 of shape (local experts, out, in):
             tensor.copy_(weights[name][mine] if name.startswith("expert_") else weights[name])
         return LayerUnderTest(moe, read, [moe.w1, moe.w2, moe.w3], moe.expert_bias, moe.tokens_per_expert)
 
-Fused or transposed tensors are taken apart in `read` (`gate, up = pick(moe.w13).chunk(2, 1)`), one tensor an expert is
-stacked there (`torch.stack([pick(p) for p in ...])`). `--cases` picks those that your layer can do.
+`read` also takes apart fused or transposed tensors (`gate, up = pick(moe.w13).chunk(2, 1)`), and stacks tensors of
+single experts (`torch.stack([pick(p) for p in ...])`). `--cases` picks the cases that your layer can compute.
 
 The files: `command` and `launch` start the ranks, `cases` and `workloads` draw inputs and weights, `layers` builds the
 layer under test, `reference` is the slow layer of one process, `measure` runs either, and `check` compares the two.

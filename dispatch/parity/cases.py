@@ -1,4 +1,4 @@
-"""What is compared: cases with their initial weights and batches, all drawn from one seed.
+"""The cases that are compared, with their initial weights and batches, all drawn from one seed.
 
 Shapes: T tokens of this rank (may be 0), E experts, H hidden, F ffn_hidden, S width of the shared experts.
 """
@@ -18,11 +18,12 @@ NUM_EXPERTS = 8  # of every case: not divisible by 3, 5, 6 and 7 ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layer and how its tokens come about.
+    """One layer, and how its tokens are drawn.
 
-    moe: what differs from the default layer. bias: (expert, value), forces where tokens go. tokens: of four ranks, of
-    which fewer take the last, more take them again and a single one takes all. workload: replaces them, and choices are
-    forced, at `step`.
+    moe: settings that differ from the default layer. bias: pairs of an expert and its bias, which force where tokens
+    go. tokens: the numbers of tokens of four ranks. Fewer than four ranks have the last ones, more than four repeat
+    them, and a single rank has all. workload: one of `dispatch.parity.workloads`, at `step`, in place of `tokens`; its
+    tokens are drawn so that they choose as it says.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseInputs:
-    """Inputs of one rank and the gradient of its outputs, x_TH and cotangent_TH, both float64 on the CPU."""
+    """Inputs of one rank, x_TH, and the gradient of its outputs, cotangent_TH; both float64 on the CPU."""
 
     x_TH: Tensor
     cotangent_TH: Tensor
@@ -70,7 +71,7 @@ CASES: tuple[Case, ...] = (
     Case(name="expert-without-tokens", bias=((3, -50.0),)),
     Case(name="all-to-one-expert", moe={"top_k": 1}, bias=((5, 50.0),)),
     Case(name="all-to-first-rank", bias=((0, 50.0), (1, 50.0))),
-    # Whole multiples of 16 bytes in every dtype, as torch's grouped matmul asks for; all others are no multiples.
+    # Widths that are multiples of 16 bytes in every dtype, as torch's grouped matmul wants. No other case has such.
     Case(name="aligned-widths", hidden=16, moe={"top_k": 3, "ffn_hidden": 8}),
     *(_workload_case(name, step=7) for name in WORKLOADS),  # the step in which W7 bursts
 )

@@ -1,4 +1,4 @@
-"""The comparison: every case on the ranks beside the slow reference, and what differs by how much."""
+"""The comparison: runs every case on the ranks and by the slow reference, and says what differs by how much."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -19,11 +19,11 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class Precision:
-    """How exact a dtype has to be, and what can be asked of it.
+    """How exact the results of a dtype must be.
 
-    limit: largest relative error. An element counts as at least FLOOR, so that limit * FLOOR is the absolute error
-    allowed beside zero. scaled: an element counts as at least its tensor's largest, where rounding is of
-    that size anyway. optimizers: keys of OPTIMIZERS whose steps are compared.
+    limit: the largest relative error of an element; for elements below FLOOR, limit * FLOOR is the largest absolute
+    error. scaled: take errors relative to the largest element of the tensor, since the rounding of narrow dtypes has
+    its size. optimizers: keys of OPTIMIZERS whose steps are compared.
     """
 
     limit: float
@@ -34,7 +34,7 @@ class Precision:
 PRECISIONS = {
     "float64": Precision(1e-10, scaled=False),
     "float32": Precision(1e-4),
-    # AdamW divides small gradients by themselves: their rounding would move a weight by whole steps.
+    # No AdamW: it divides a gradient by its size, so that the rounding of small ones would move weights by whole steps.
     "bfloat16": Precision(5e-2, optimizers=("SGD",)),
 }
 
@@ -43,8 +43,8 @@ PRECISIONS = {
 class Deviation:
     """How far one tensor of one rank is from the reference.
 
-    error: largest relative error of an element, infinite where there is nothing to compare. magnitude: the reference's
-    largest element. note: what is wrong beside the numbers, empty where nothing is.
+    error: the largest relative error of an element; infinite where the tensor is missing or not a number. magnitude:
+    the largest element of the reference. note: what else is wrong; empty where nothing is.
     """
 
     column: str
@@ -57,7 +57,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Row:
-    """One case with one layer: the deviations of all tensors on all ranks."""
+    """The result of one case with one layer: the deviations of all tensors on all ranks."""
 
     case: str
     layer: str
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def failures(self) -> list[Deviation]:
-        """What is off, causes before effects: by column, the largest error first."""
+        """The deviations that are too large, causes before effects: by column, then the largest error first."""
         off = [d for d in self.deviations if d.note or not d.error <= self.precision.limit]
         return sorted(off, key=lambda d: (COLUMNS.index(d.column), -d.error))
 
@@ -130,13 +130,13 @@ def _deviation(column: str, name: str, rank: int, got: Tensor | None, want: Tens
     error = float(((got - want).abs() / size).max())
     if error != error:  # noqa: PLR0124 - NaN
         return Deviation(column, name, rank, infinite, magnitude, "not a number")
-    # A comparison of numbers below the floor would pass whatever they are.
+    # Numbers below the floor would pass whatever they are, so that a comparison of them proves nothing.
     note = "too small to compare" if 0 < magnitude <= FLOOR else ""
     return Deviation(column, name, rank, error, magnitude, note)
 
 
 def _references(cases: Sequence[Case], group: dist.ProcessGroup, dtype: str, seed: int) -> dict[str, Measured]:
-    """What the slow reference does with the global batch of each case; the ranks share the work."""
+    """The results of the slow reference for the global batch of each case. Each rank computes some of the cases."""
     rank, ep_size = dist.get_rank(group), dist.get_world_size(group)
     mine = {case.name: _reference(case, ep_size, dtype, seed) for case in cases[rank::ep_size]}
     shares = all_gather_values(_mapped(tensor_value, mine), group, lambda value: _mapped(read_tensor, value), 1 << 30)
@@ -165,7 +165,7 @@ def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Te
 
 
 def _part(whole: Measured, batches: Sequence[CaseInputs], rank: int, placement: ExpertPlacement) -> Measured:
-    """What of the reference this rank has to show: its tokens, its experts, everything else whole."""
+    """The part of the reference that this rank is compared with: its tokens, its experts, and all else whole."""
     first = sum(len(batch.x_TH) for batch in batches[:rank])
     tokens, ids = slice(first, first + len(batches[rank].x_TH)), placement.owned_by(rank)
 

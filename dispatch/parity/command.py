@@ -1,4 +1,4 @@
-"""The command: its options, checked before any process starts, and its report."""
+"""The command `python -m dispatch.parity`: its options, checked before a process starts, and its report."""
 
 import argparse
 import fnmatch
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_on_rank(group: dist.ProcessGroup, device: torch.device, options: Options) -> bool:
     """What each rank does: the check, and on rank 0 the report. Returns whether all is equal, the same on all ranks."""
     torch.set_num_threads(1)
-    # Uninitialised memory becomes NaN, so that an unwritten row shows. Only this fill is wanted: CUDA kernels without a
-    # deterministic form may still run.
+    # For its side effect: torch fills uninitialised memory with NaN, so that a row that nobody wrote shows. On CUDA
+    # warn_only, since kernels without a deterministic form may still run.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     cases = [case for case in CASES if case.name in options.cases]
     rows = check(cases, _adapters(options), group, dtype=options.dtype, device=device, seed=options.seed)
@@ -93,7 +93,7 @@ def report(rows: Sequence[Row], title: str) -> str:
         errors = "  ".join(f"{row.worst(column):9.1e}" for column in COLUMNS)
         verdict = "FAIL" if row.failures else "PASS"
         lines.append(f"{row.case:<{max(names)}}  {row.layer:<{max(layers)}}  {errors}  {verdict}")
-        lines += [f"    {_told(d, row)}" for d in row.failures[:MAX_SHOWN]]
+        lines += [f"    {_describe(d, row)}" for d in row.failures[:MAX_SHOWN]]
         if len(row.failures) > MAX_SHOWN:
             lines.append(f"    and {len(row.failures) - MAX_SHOWN} more")
     num_failed = sum(bool(row.failures) for row in rows)
@@ -101,7 +101,7 @@ def report(rows: Sequence[Row], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(deviation: Deviation, row: Row) -> str:
+def _describe(deviation: Deviation, row: Row) -> str:
     text = f"{deviation.column}: {deviation.tensor} on rank {deviation.rank}: relative error {deviation.error:.1e}"
     text += f" (limit {row.precision.limit:g}), largest element {deviation.magnitude:.1e}"
     return f"{text}, {deviation.note}" if deviation.note else text

@@ -1,4 +1,4 @@
-"""Ranks for a command: started here on loopback, or those of a launcher such as torchrun."""
+"""Runs a function on several ranks: processes that it starts on this machine, or those of a launcher like torchrun."""
 
 import os
 import pickle
@@ -19,11 +19,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 RankFunction = Callable[Concatenate[dist.ProcessGroup, torch.device, P], T]
 
-RESULT = "result"  # file by which a spawned rank 0 hands over what it returned
+RESULT = "result"  # file with the pickled result of a rank 0 that was started here
 
 
 class RankFailed(Exception):
-    """A rank that was started here ended without a result; the message has its number and its traceback."""
+    """A rank that was started here failed; the message has its number and its traceback."""
 
 
 def launched_world_size() -> int | None:
@@ -32,7 +32,7 @@ def launched_world_size() -> int | None:
 
 
 def launched_ranks_per_node() -> int | None:
-    """The ranks of this node under a launcher that tells, None otherwise."""
+    """The ranks of this node under a launcher that sets LOCAL_WORLD_SIZE, None otherwise."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
 
 
@@ -79,9 +79,10 @@ def _run_gang(world_size: int, *args: object) -> None:
 
 
 def _start_gang(world_size: int, *args: object) -> ProcessContext:
-    # Ranks inherit the block: a Ctrl-C in a terminal, which reaches them too, ends them only when they can end without
-    # a word, and us when all are known. As daemons they end even if it comes at the very moment after.
-    resource_tracker.ensure_running()  # its start would lift the block
+    # A Ctrl-C in a terminal is sent to the ranks too. They inherit this block until they have set their handlers, so
+    # that they end without a traceback. And this process is interrupted only when it knows all ranks and can end them.
+    # As daemons they are ended by multiprocessing even if the interrupt comes before `_run_gang` waits for them.
+    resource_tracker.ensure_running()  # multiprocessing would start it now, and lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return cast(
@@ -111,17 +112,17 @@ def _spawned_rank(
     result = fn(_world(), rank_device, *args, **kwargs)  # type: ignore[arg-type]
     dist.destroy_process_group()
     if rank == 0:
-        # Not by exit codes: the first rank that leaves with one has the others killed.
+        # By a file, not by an exit code: torch's spawn kills the other ranks when one ends with a code that is not 0.
         (folder / RESULT).write_bytes(pickle.dumps(result))
     _leave()
 
 
 def _leave() -> NoReturn:
-    """End this process without taking the interpreter down.
+    """End this process without finalizing the Python interpreter.
 
-    A thread of gloo that still frees the tensors of its last collective asks for the GIL. An interpreter that is being
-    taken down answers with pthread_exit; C++ meets that in a destructor and calls std::terminate: SIGABRT after all
-    work was done.
+    A thread of gloo may still be freeing the tensors of its last collective, for which it needs the GIL. An interpreter
+    that is finalizing answers such a thread with pthread_exit. In a C++ destructor that calls std::terminate, and the
+    process would end by SIGABRT after all work was done.
     """
     sys.stdout.flush()
     sys.stderr.flush()

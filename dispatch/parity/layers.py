@@ -1,4 +1,4 @@
-"""The layers that are compared: ours with every dispatcher, anyone's through an adapter, and the slow reference.
+"""The layers that are compared: ours with every dispatcher, others through an adapter, and the slow reference.
 
 Shapes: T tokens of this rank (may be 0), H hidden, E experts.
 """
@@ -30,15 +30,17 @@ Pick: TypeAlias = Callable[[nn.Parameter], Tensor]
 
 @dataclass(frozen=True)
 class LayerUnderTest:
-    """A layer on one rank and how the kit reads and steers it.
+    """A layer on one rank, and how the check reads and controls it.
 
-    module: y_TH = module(x_TH), collective over the EP group in forward and backward, T different by rank or 0. After
-    backward an expert's gradient is complete on its rank; all others are this rank's part, and the kit sums them.
-    read: tensors by the names of `cases.shapes`, made of what its argument gives for each parameter, which is the
-    parameter's value or its gradient; of the experts those of this rank, as `ExpertPlacement` gives them, in order.
-    expert_parameters: those that this rank alone holds.
-    expert_bias_E: the selection bias in force; the kit writes it in place.
-    tokens_per_expert_E: what this rank's tokens chose since the kit last zeroed it in place; any numeric dtype.
+    module: y_TH = module(x_TH), collective over the EP group in forward and backward; T may differ by rank and be 0.
+    After backward the gradient of an expert must be complete on its rank. All other gradients are this rank's part,
+    and the check sums them over the ranks.
+    read: returns tensors by the names of `cases.shapes`. Its argument gives, for each parameter, the parameter's value
+    or its gradient, of which these tensors are made. Of the experts it returns those of this rank, in the order of
+    `ExpertPlacement`.
+    expert_parameters: the parameters that only this rank holds.
+    expert_bias_E: the selection bias that the layer uses; the check writes it in place.
+    tokens_per_expert_E: the choices of this rank's tokens since the check last zeroed it in place; any numeric dtype.
     """
 
     module: nn.Module
@@ -48,13 +50,14 @@ class LayerUnderTest:
     tokens_per_expert_E: Tensor
 
 
-# What to build, the initial weights of all experts on the device and in the dtype to compute in, and the EP group.
+# Builds a layer from the case, the initial weights of all experts (on the device and in the dtype to compute in), and
+# the EP group.
 Adapter: TypeAlias = Callable[[Case, Mapping[str, Tensor], dist.ProcessGroup], LayerUnderTest]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way to spread and to order our layer; of ranks_per_node what divides the number of ranks is taken."""
+    """An exchange and a schedule for our layer; ranks_per_node is lowered to a divisor of the number of ranks."""
 
     exchange: str
     ranks_per_node: int = 0
@@ -85,7 +88,7 @@ def adapter_of(name: str) -> Adapter:
     """The adapter of one of our own layers, by its name in VARIANTS."""
     variant = VARIANTS[name]
 
-    @functools.cache  # groups are few and stay; a layer is built several times for each case
+    @functools.cache  # a layer is built several times for each case, but its process groups need to be formed only once
     def nodes_of(group: dist.ProcessGroup) -> NodeGroups:
         return make_node_groups(group, math.gcd(variant.ranks_per_node, dist.get_world_size(group)))
 
@@ -131,7 +134,7 @@ def _read(layer: MoELayer, pick: Pick) -> dict[str, Tensor]:
 
 
 def _read_experts(experts: Experts, pick: Pick) -> dict[str, Tensor]:
-    """The only place that knows how the experts' weights are stacked; views, so that it serves to write them too."""
+    """The weights of the experts. They are views, so that weights can also be written by them."""
     gate, up = pick(experts.gate_up_proj).chunk(2, dim=1)
     return {"expert_gate": gate, "expert_up": up, "expert_down": pick(experts.down_proj)}
 

@@ -1,4 +1,4 @@
-"""What a layer does with one batch: outputs, gradients, and weights after optimizer steps, as float64 on the CPU."""
+"""Runs a layer on one batch: outputs, gradients, and weights after optimizer steps, as float64 on the CPU."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -13,13 +13,13 @@ from dispatch.parity.cases import Case, CaseInputs
 from dispatch.parity.layers import LayerUnderTest
 
 COLUMNS = ("outputs", "dx", "gradients", "weights")
-Measured: TypeAlias = dict[str, dict[str, Tensor]]  # column, tensor name
+Measured: TypeAlias = dict[str, dict[str, Tensor]]  # tensors by column of the report and by name
 
 # Far above the published rate, so that the bias changes choices within a few steps.
 BALANCE = BalanceConfig(law="sign", rate=0.02)
 OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], int]] = {
     "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=1.0), 1),
-    # The default eps of 1e-8 would turn the rounding of a gradient that is zero into a step that shows.
+    # With the default eps of 1e-8 the rounding error of a gradient that should be zero would become a visible step.
     "AdamW": (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-5), 5),
 }
 
@@ -32,7 +32,7 @@ def measure(
     group: dist.ProcessGroup | None,
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
 ) -> Measured:
-    """Run a layer on this rank's batch. Collective over `group`; None: one process has all tokens."""
+    """Run a layer on this rank's batch. Collective over `group`, which is None for one process with all tokens."""
     layer = build()
     for expert, value in case.bias:
         layer.expert_bias_E[expert] = value
@@ -70,12 +70,13 @@ def _backward(
     of = layer.expert_parameters[0]
     x_TH = batch.x_TH.to(of.device, of.dtype, copy=True).requires_grad_()
     y_TH = layer.module(x_TH)
-    # The gradient is given, not the loss: in bf16 a sum over the outputs would be rounded.
+    # Backward starts from the gradient of the outputs, not from a loss: in bf16 the loss, a sum, would be rounded.
     y_TH.backward((batch.cotangent_TH / num_global_tokens).to(y_TH.device, y_TH.dtype))
     mine = {id(parameter) for parameter in layer.expert_parameters}
     for parameter in _trained(layer):
         if parameter.grad is None:
-            # An expert without rows needs a zero: None would miss weight decay, and a collective that others enter.
+            # NaN, so that the comparison fails. An expert without rows must have a gradient of zero: with None it would
+            # miss weight decay, and a collective that other ranks enter.
             parameter.grad = torch.full_like(parameter, torch.nan)
         if group is not None and id(parameter) not in mine:
             dist.all_reduce(parameter.grad, group=group)
@@ -91,7 +92,7 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def _gradient_norm(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor:
-    """Norm of all gradients of the model: experts of all ranks, everything else once."""
+    """Norm of all gradients of the model: those of the experts of all ranks, and all others once."""
     mine = {id(parameter) for parameter in layer.expert_parameters}
     squares = {parameter: _gradient(parameter).double().square().sum() for parameter in _trained(layer)}
     of_experts = torch.stack([square for parameter, square in squares.items() if id(parameter) in mine]).sum()
@@ -102,7 +103,7 @@ def _gradient_norm(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Te
 
 
 def _take_load(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor:
-    """What all ranks chose since the last call, int64 (E,) on the CPU."""
+    """The choices of all ranks since the last call, int64 (E,) on the CPU."""
     load_E = layer.tokens_per_expert_E.to(torch.int64, copy=True)
     layer.tokens_per_expert_E.zero_()
     if group is not None:
@@ -119,15 +120,15 @@ def _train(
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     num_steps: int,
 ) -> dict[str, Tensor]:
-    """Weights and bias after some steps on the same batch, the bias moving by the sign law from zero.
+    """Weights and bias after some steps on the same batch; the sign law moves the bias, from zero.
 
-    The gradients and `load_E` of the first step are there already.
+    The parameters already have the gradients of the first step, and load_E is its load.
     """
     optimizer = make_optimizer(_trained(layer))
     law = Law(BALANCE, LoadLayout(("layer",), (len(layer.expert_bias_E),), (True,)))
     state: LawState = law.initial_state()
-    for step in range(num_steps):
-        if step > 0:
+    for step in range(1, num_steps + 1):
+        if step > 1:
             optimizer.zero_grad()
             _backward(layer, batch, num_global_tokens, group)
             load_E = _take_load(layer, group)

@@ -1,6 +1,6 @@
-"""The MoE layer as slowly and plainly as it can be written: a loop over tokens, in one process.
+"""The MoE layer written as plainly as possible: a slow loop over tokens, in one process.
 
-The oracle of the tests and of parity checks. Shapes: T tokens, H hidden, E experts.
+Tests and parity checks compare all other implementations with it. Shapes: T tokens, H hidden, E experts.
 """
 
 import torch
@@ -11,8 +11,8 @@ from dispatch.config import RouterConfig
 
 
 def reference_choice(scores: list[float], bias: list[float], config: RouterConfig) -> list[int]:
-    """Expert ids one token chooses, best first; ties to the lowest id. Scores and bias as Python floats."""
-    # fp32, as the router compares.
+    """The expert ids that one token chooses, best first, of equal ones the lowest id first."""
+    # In fp32, in which the router compares: in float64 other scores would be equal.
     biased = (torch.tensor(scores, dtype=torch.float32) + torch.tensor(bias, dtype=torch.float32)).tolist()
     size = config.num_experts // config.num_groups
     allowed = list(range(config.num_experts))

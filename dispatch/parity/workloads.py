@@ -1,4 +1,4 @@
-"""Routing workloads W0 to W7: who chooses which expert, without a router. For tests, benchmarks and the parity kit.
+"""Routing workloads W0 to W7: which experts tokens choose, without a router. For tests, benchmarks and parity checks.
 
 | name | what it isolates | experts | tokens of the ranks |
 |---|---|---|---|
@@ -37,15 +37,18 @@ WORKLOADS = {
     "W7": "burst",
 }
 BURST_EVERY = 8  # steps, the burst last: steps 0 to 6 are calm, step 7 is not
-DEFAULT_SKEW = 4.0  # of W1, W3 and W6; at most half-way from 1 to what the number of experts and top_k allow
-_GRAIN = 1 << 16  # probabilities are integers, so that no rounding lets a token choose an expert twice
+DEFAULT_SKEW = (
+    4.0  # of W1, W3 and W6; or half-way from 1 to the largest that num_experts and top_k allow, if that is less
+)
+_GRAIN = 1 << 16  # probabilities are integers in units of 1 / (E * _GRAIN): no rounding lets a token choose one twice
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the tokens of one rank choose.
+    """The choices of one rank's tokens.
 
-    topk_ids_TK: int64, K different experts a token. topk_weights_TK: positive, largest first, sum 1 for each token.
+    topk_ids_TK: int64, K different experts for each token. topk_weights_TK: positive, largest first; for each token
+    they sum to 1.
     """
 
     topk_ids_TK: Tensor
@@ -61,9 +64,9 @@ class Routing:
 class Workload:
     """One of W0 to W7 for one size of layer; the same on every machine for the same arguments.
 
-    name: "W0" to "W7". num_tokens: mean tokens of a rank; all ranks together have ep_size * num_tokens. skew: load of a
-    hot expert over the mean load of all experts, for W1, W2, W3, W6 and the bursts of W7; None takes DEFAULT_SKEW, in
-    W2 all that the rank can take, in W7 19 of 20 tokens. The load of an expert is exact to one in E tokens.
+    name: "W0" to "W7". num_tokens: the mean over ranks; all ranks together have ep_size * num_tokens. skew: load of a
+    hot expert over the mean load of all experts, for W1, W2, W3, W6 and the bursts of W7. None is DEFAULT_SKEW; in W2
+    it is the largest skew there is, in W7 19 of 20 tokens. Loads are exact to one token in E.
     """
 
     name: str
@@ -90,7 +93,7 @@ class Workload:
             )
 
     def route(self, ep_rank: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Routing:
-        """The choices of the tokens of one rank in one step, on the CPU; weights in `dtype`. Milliseconds."""
+        """The choices of one rank's tokens in one step, on the CPU; weights in `dtype`. Takes milliseconds."""
         generator = _generator(self.name, self.seed, step, ep_rank)
         num_tokens = self.tokens_of_ranks()[ep_rank]
         ids_TK = self._draw(self._heat(step), num_tokens, generator)
@@ -132,7 +135,7 @@ class Workload:
         return min(self.num_experts / self.top_k, self.num_experts / len(hot))
 
     def _heat(self, step: int) -> list[int]:
-        """For each expert the probability that a token chooses it, in units of 1 / (E * _GRAIN)."""
+        """The probability that a token chooses each expert, in units of 1 / (E * _GRAIN)."""
         total, hot = self.top_k * self.num_experts * _GRAIN, self._hot_experts(step)
         heat = [0] * self.num_experts
         if self.name == "W3":
@@ -145,12 +148,12 @@ class Workload:
         return heat
 
     def _heat_rank_by_rank(self, heat: list[int], total: int, hot: Sequence[int]) -> None:
-        """Every rank gets the same share, whatever its experts: only so can each token use every rank."""
+        """The same share for every rank, however many experts it has: only then can each token use every rank."""
         full = self.num_experts * _GRAIN
         shares = _even(total, [full * size for size in self._placement.num_local_experts])
         for rank, share in enumerate(shares):
             ids = self._placement.owned_by(rank)
-            # The others of the rank have to take what its hot expert does not.
+            # An expert can take at most `full`, every token, so the hot one must take what the others cannot.
             least = share - full * (len(ids) - 1)
             self._add(heat, [hot[rank]], max(least, min(share, self._hot_share([hot[rank]], total))))
             self._add(heat, [e for e in ids if e != hot[rank]], share - heat[hot[rank]])
@@ -161,12 +164,12 @@ class Workload:
         limit = self._max_skew(hot)
         by_default = {"W2": limit, "W7": 0.95 * limit}.get(self.name, min(DEFAULT_SKEW, (1 + limit) / 2))
         skew = by_default if self.skew is None else self.skew
-        # Where top_k is large, the others cannot take all that the hot ones leave.
+        # With a large top_k the other experts cannot take all the rest, since each can take at most every token.
         least = total - self.num_experts * _GRAIN * (self.num_experts - len(hot))
         return max(least, min(total, round(skew * len(hot) * total / self.num_experts)))
 
     def _used_experts(self) -> list[int]:
-        """W5: every second expert of all ranks but the last; more only where top_k asks for them."""
+        """In W5: every second expert of all ranks but the last; more only where top_k needs them."""
         candidates = range(self._placement.owned_by(self.ep_size - 1).start) if self.ep_size > 1 else range(0)
         used = [*candidates[::2], *candidates[1::2], *range(len(candidates), self.num_experts)]
         return used[: max(self.top_k, len(candidates[::2]))]
@@ -206,8 +209,8 @@ class Workload:
 def tokens_that_choose(topk_ids_TK: Tensor, router_weight_EH: Tensor, seed: int = 0) -> Tensor:
     """Random x_TH in the router's dtype whose top-k under this router is `topk_ids_TK`, in order, best first.
 
-    For layers that route by themselves: logits are above 1 for chosen experts, one step of 1 / K apart, and below -1
-    for all others: a small bias changes their order at most. Group-limited routing may choose otherwise.
+    For layers that route by themselves. The logits of chosen experts are above 1 and 1 / K apart, those of all others
+    below -1, so that a small bias changes at most the order of the chosen. Group-limited routing may choose otherwise.
 
     Raises:
         ValueError: hidden is below num_experts, where no such tokens need exist.
@@ -236,5 +239,5 @@ def _even(total: int, caps: Sequence[int]) -> list[int]:
 
 
 def _generator(*of: object) -> torch.Generator:
-    # Not hash(): it differs from process to process.
+    # Not hash(), which differs from process to process.
     return torch.Generator().manual_seed(zlib.crc32(repr(of).encode()))
