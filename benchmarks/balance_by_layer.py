@@ -1,4 +1,4 @@
-"""Balance of each MoE layer in comparisons: MaxVio of the last tenth of the steps, by method and optimizer, over seeds.
+"""Prints the balance of each MoE layer in comparisons: MaxVio over the last tenth of the steps, for each method.
 
 trimtab compare --laws none adaptive --out runs/adamw
 trimtab compare --laws none adaptive --out runs/muon --optim.name muon --optim.lr 0.02
@@ -17,14 +17,14 @@ from workers.record.run_log import read_metrics
 
 
 def figures_of(run_dir: Path) -> list[float]:
-    """Mean MaxVio of a training batch over the last tenth of the steps, by layer; then the last held-out loss."""
+    """The mean MaxVio of a batch in the last tenth of the steps, for each layer; then the last held-out loss."""
     steps, evaluations = read_metrics(run_dir)
     last = [line["max_vio_batch_per_layer"] for line in steps[-max(1, len(steps) // 10) :]]
     return [*map(statistics.fmean, zip(*last, strict=True)), evaluations[-1]["val_loss"]]
 
 
 def rows_of(plan: ComparePlan) -> dict[str, list[str]]:
-    """Per method the cells of its line."""
+    """The cells of each method's line, by method."""
     runs: dict[str, list[list[float]]] = {}
     for key in plan.runs:
         runs.setdefault(key.method.spec, []).append(figures_of(plan.run_dir(key)))

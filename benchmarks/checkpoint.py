@@ -1,9 +1,9 @@
-"""A checkpoint of one process beside a plain write of as many bytes: save, load, and their limit, in turns.
+"""Compares saving and loading a checkpoint of one process with a plain write of as many bytes, in turns.
 
     python -m benchmarks.checkpoint [--gigabytes 4] [--tensors 64] [--pairs 3] [--folder DIR]
 
-`plain` writes the same bytes as one file in blocks of 16 MiB and forces them to the disk, as `dd conv=fsync` does.
-Told are medians, and the ratio of each pair. What is loaded comes from the system's cache of files.
+`plain` writes the same bytes as one file in blocks of 16 MiB and forces them to the disk, as `dd conv=fsync` does. It
+prints medians, and the ratio in each pair. The page cache still has what `load` reads, so its time is not the disk's.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Packed documents beside a mask of the whole row: attention alone and the step of a small model, in turns.
+"""Compares attention by packed documents with attention by a mask of the whole row: alone, and in a small model's step.
 
     python -m benchmarks.documents [--seq-len 2048] [--documents 16] [--window 0] [--sinks] [--pairs 5]
 
-One row, one thread, fp32. The model has 4 layers of 512 with 8 query and 2 key heads, and 8 experts. The documents'
-lengths are drawn by a seed. Told are medians, the ratio of pairs, and the bytes held at most above weights and inputs.
+One row, one thread, fp32. The model has 4 layers of width 512 with 8 query and 2 key heads, and 8 experts. The lengths
+of the documents are random. It prints medians, their ratio, and the most bytes held above weights and inputs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def _attention(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
-    """Forward and backward by the mask, and by documents."""
+    """Forward and backward of attention alone: by the mask, and by documents."""
     shapes = [(*starts.shape, heads, HIDDEN // HEADS) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     sinks = torch.zeros(HEADS, requires_grad=True) if has_sinks else None
@@ -85,7 +85,7 @@ def _model(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
 
 
 def _drawn_starts(seq_len: int, number: int) -> Tensor:
-    """int64 (1, S) of documents of any lengths."""
+    """For each place the first place of its document, int64 (1, S); the documents have random lengths."""
     firsts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(seq_len - 1)[: number - 1].sort().values + 1])
     ends = torch.cat([firsts[1:], torch.tensor([seq_len])])
     return firsts.repeat_interleave(ends - firsts).unsqueeze(0)

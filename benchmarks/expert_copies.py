@@ -3,49 +3,51 @@
     python -m benchmarks.expert_copies [--workload W1] [--workers 4] [--pairs 20]
     python -m benchmarks.expert_copies --simulate [--workload W1] [--workers 256]
 
-Each gloo rank holds the layer twice. Both take the same tokens, in the other order in each second pair: a whole step,
-with the optimizer of the experts, and with copies the gradients to the owners and the weights to the copies. Copies
-were placed by the loads of a step before. CPU seconds are those of the rank with most, with what it sends and receives.
+Each gloo rank holds the layer twice, without and with copies. Both make the same steps, and the one that goes first
+alternates: forward, backward and the optimizer of the experts, with copies also the gradients to the owners and the
+weights to the copies. Copies are placed by the loads of a step before. CPU seconds are those of the rank that takes
+most, its sending and receiving included.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.processes import run_processes
 from dispatch.config import MoEConfig
 from dispatch.copies import LayerCopies
 from dispatch.exchange.expert_copies import ExpertCopies, place_copies
 from dispatch.exchange.factory import make_dispatcher
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.layer import MoELayer
+from dispatch.parity.launch import launch
 from dispatch.parity.workloads import Workload, tokens_that_choose
 
 WARM_UP = 2
+TIMEOUT = timedelta(seconds=600)  # of one collective
 HIDDEN, FFN_HIDDEN, NUM_EXPERTS, TOP_K, NUM_TOKENS = 256, 256, 64, 8, 1024
-# Of the simulation, DeepSeek-V3's layer (arXiv 2412.19437): bf16 on the wire at 50 GB/s, 400 TFLOP/s for matmuls.
+# The simulation has the layer of DeepSeek-V3 (arXiv 2412.19437), bf16 on the wire at 50 GB/s, 400 TFLOP/s for matmuls.
 SIMULATED = {"hidden": 7168, "ffn_hidden": 2048, "num_experts": 256, "top_k": 8, "num_tokens": 4096}
 LINK_BYTES_PER_S, FLOPS_PER_S, BYTES = 50e9, 400e12, 2
 
 
 class _Side:
-    """One of the two layers, its optimizer and what it measured."""
+    """One of the two layers, its optimizer and its measured seconds."""
 
-    def __init__(self, workload: Workload, copies_per_rank: int) -> None:
+    def __init__(self, workload: Workload, copies_per_rank: int, group: dist.ProcessGroup) -> None:
         torch.manual_seed(dist.get_rank())
-        group = dist.group.WORLD
-        assert group is not None  # noqa: S101 - it was formed
         dispatcher = make_dispatcher(NUM_EXPERTS, group, hidden=HIDDEN, top_k=TOP_K, exchange="rank")
         self.layer = MoELayer(
             HIDDEN, MoEConfig(num_experts=NUM_EXPERTS, top_k=TOP_K, ffn_hidden=FFN_HIDDEN), dispatcher
         )
         dist.broadcast(self.layer.router.weight.data, 0)
         self.router_EH = self.layer.router.weight.detach().clone()
-        self.optimizer = torch.optim.AdamW(self.layer.experts.parameters(), lr=1e-4)  # the router stays: so do choices
+        # Of the experts alone: a router that does not change keeps making the choices of the workload.
+        self.optimizer = torch.optim.AdamW(self.layer.experts.parameters(), lr=1e-4)
         self.copies = LayerCopies(self.layer) if copies_per_rank else None
         if self.copies:
             self.copies.place(place_copies(_loads(workload, step=0), workload.ep_size, copies_per_rank))
@@ -75,29 +77,24 @@ class _Side:
 
 
 def measure(
-    workload: Workload, copies_per_rank: int, num_pairs: int, rank: int, world_size: int
+    group: dist.ProcessGroup, _device: torch.device, workload: Workload, copies_per_rank: int, num_pairs: int
 ) -> dict[str, list[float]]:
     """Wall and CPU seconds of the steps of both sides, of the slowest rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_PORT}", rank=rank, world_size=world_size)
-    sides = [_Side(workload, copies) for copies in (0, copies_per_rank)]
+    sides = [_Side(workload, copies, group) for copies in (0, copies_per_rank)]
     for pair in range(WARM_UP + num_pairs):
-        ids_TK = workload.route(rank, pair + 1).topk_ids_TK
-        x_TH = tokens_that_choose(ids_TK, sides[0].router_EH, seed=pair * world_size + rank)
+        ids_TK = workload.route(group.rank(), pair + 1).topk_ids_TK
+        x_TH = tokens_that_choose(ids_TK, sides[0].router_EH, seed=pair * group.size() + group.rank())
         grad_TH = torch.randn(x_TH.shape)
         for side in sides if pair % 2 else reversed(sides):
             side.step(x_TH, grad_TH)
     without, with_copies = sides
-    dist.destroy_process_group()
     return {
         "wall without": without.wall_s[WARM_UP:],
         "wall with": with_copies.wall_s[WARM_UP:],
         "cpu without": without.cpu_s[WARM_UP:],
         "cpu with": with_copies.cpu_s[WARM_UP:],
     }
-
-
-_PORT = 29_641
 
 
 def _loads(workload: Workload, step: int) -> list[int]:
@@ -121,7 +118,7 @@ def _print_pairs(seconds: dict[str, list[float]]) -> None:
 
 
 def _simulate(workload: Workload, copies_per_rank: int) -> None:
-    """The busiest rank's matmuls of a layer's step, and what the copies put on the busiest rank's wire."""
+    """Print the busiest rank's seconds of matmuls in a step of one layer, and of sending copies."""
     before, now = _loads(workload, step=0), _loads(workload, step=1)
     weights = 3 * SIMULATED["hidden"] * SIMULATED["ffn_hidden"]
     mean_s = sum(now) / workload.ep_size * 3 * 2 * weights / FLOPS_PER_S
@@ -136,7 +133,7 @@ def _simulate(workload: Workload, copies_per_rank: int) -> None:
 
 
 def _most_sent(placed: ExpertCopies) -> int:
-    """Copies that the busiest owner serves, or the busiest rank holds."""
+    """The most copies that one rank sends weights to, or receives weights for."""
     size = placed.placement.ep_size
     held = [placed.copies_on(rank) for rank in range(size)]
     served = [
@@ -167,7 +164,7 @@ def main() -> int:
     if options.simulate:
         _simulate(workload, options.copies)
     else:
-        _print_pairs(run_processes(options.workers, measure, workload, options.copies, options.pairs)[0])
+        _print_pairs(launch(options.workers, "cpu", TIMEOUT, measure, workload, options.copies, options.pairs))
     return 0
 
 

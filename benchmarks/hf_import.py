@@ -1,9 +1,10 @@
-"""Peak memory and time of `trimtab import` on a model of at least 1 GB, against its bound: shard + 1.2 largest tensors.
+"""Measures peak memory and time of `trimtab import`, whose bound is the rank's shard plus 1.2 times the largest tensor.
 
-    python benchmarks/hf_import.py [--workers 4] [--folder DIR]
+    python -m benchmarks.hf_import [--workers 4] [--folder DIR]
 
-Makes a random Mixtral of 1.3 GB in safetensors files, imports it by as many processes, and prints for each its shard,
-its peak beyond what it had before, and the bound. Exit code 1 where one is above it. Only Linux tells the peak.
+Makes a random Mixtral of 1.3 GB in safetensors files and imports it with one process for each worker. It prints each
+process's shard, the peak of its memory beyond what it had before, and the bound. Exit code 1 if a peak is above its
+bound. Linux only: elsewhere the peak is not known.
 """
 
 import argparse
@@ -43,7 +44,7 @@ BOUND = 1.2  # largest tensors beyond the shard
 
 
 def write_model(folder: Path) -> None:
-    """A file for each layer, and one for the rest."""
+    """Write a random model: a file for each layer, and one for the rest."""
     settings = Settings(CONFIG, "config")
     family = family_of(settings)
     files: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
@@ -60,7 +61,7 @@ def write_model(folder: Path) -> None:
 
 
 def measure(folder: Path, run_dir: Path, num_workers: int) -> list[ImportedShard]:
-    """What each of the processes took."""
+    """Import the model with `num_workers` processes; what each of them held."""
     config = replace(open_source(folder).config, max_seq_len=256)
     run_dir.mkdir()
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:

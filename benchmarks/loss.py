@@ -1,8 +1,8 @@
-"""The chunked cross entropy beside that of whole logits: forward and backward in turns, and the bytes held at most.
+"""Compares the chunked cross entropy with one of whole logits: time of forward and backward, and most bytes held.
 
     python -m benchmarks.loss [--tokens 4096] [--hidden 512] [--vocab 32768] [--pairs 7]
 
-One thread, fp32. Told are medians, and the median ratio inside a pair.
+One thread, fp32. It prints medians, and the median ratio inside a pair.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python -m benchmarks.optimizers [--specs adamw muon muon:0.004] [--seeds 3] [--steps 400] [--loss 1.9] [--out DIR]
 
-A spec is a name of optim.name, with a learning rate after a colon where it is not the preset's. Each run is one worker
-in a process of its own, one after the other; seeds go round, so that what else the machine does meets all specs. A run
-that --out has already is read and not trained again. Without --loss the target is the highest last loss of all runs,
-which all of them reach. Tokens at the target lie on a line between two evaluations.
+A spec is a value of optim.name, with a learning rate after a colon where it is not the preset's. Each run is one worker
+in a process of its own. Runs follow each other, all specs with the first seed, then all with the next, so that a time
+in which the machine is slow meets all specs. A run that --out has already is read and not trained again. Without --loss
+the target is the highest last loss of all runs, which all of them reach. The tokens at the target are interpolated
+between two evaluations.
 """
 
 import argparse
@@ -31,7 +32,7 @@ Curve = list[tuple[int, float]]  # tokens trained on, and the held-out loss then
 
 
 def config_of(spec: str, seed: int, options: argparse.Namespace) -> TrainConfig:
-    """The settings of a run: the preset's but for the optimizer, on one worker."""
+    """The settings of a run: those of the preset, with another optimizer and one worker."""
     name, _, lr = spec.partition(":")
     config = override(load_config("small"), [f"--optim.name={name}", *([f"--optim.lr={lr}"] if lr else [])])
     run = replace(
@@ -46,7 +47,7 @@ def config_of(spec: str, seed: int, options: argparse.Namespace) -> TrainConfig:
 
 
 def train(config: TrainConfig, run_dir: Path, num_threads: int, *_: int) -> None:
-    """One run, the only one of its process."""
+    """Train one run. A new process for each run: none finds memory or caches of another."""
     torch.set_num_threads(num_threads)
     run_dir.mkdir(parents=True)
     spec = make_spec(config, run_dir, prepare_dataset(config.data))
@@ -55,7 +56,7 @@ def train(config: TrainConfig, run_dir: Path, num_threads: int, *_: int) -> None
 
 
 def curve_of(run_dir: Path, config: TrainConfig) -> tuple[Curve, float]:
-    """The held-out loss by tokens, and the median of seconds of a step."""
+    """The held-out loss by tokens, and the median seconds of a step."""
     steps, evaluations = read_metrics(run_dir)
     step_tokens = config.run.global_batch_size * config.model.max_seq_len
     curve = [(line["step"] * step_tokens, line["val_loss"]) for line in evaluations]
@@ -63,13 +64,13 @@ def curve_of(run_dir: Path, config: TrainConfig) -> tuple[Curve, float]:
 
 
 def tokens_to(curve: Curve, loss: float) -> float | None:
-    """Where the curve first comes down to `loss`; None where it does not."""
+    """The tokens at which the curve first comes down to `loss`; None if it never does."""
     before: tuple[int, float] | None = None
     for tokens, value in curve:
         if value <= loss:
-            if before is None or before[1] == value:
+            if before is None:
                 return float(tokens)
-            share = (before[1] - loss) / (before[1] - value)
+            share = (before[1] - loss) / (before[1] - value)  # the loss before was above `loss`
             return before[0] + share * (tokens - before[0])
         before = tokens, value
     return None
@@ -87,10 +88,10 @@ def table(found: dict[str, list[tuple[Curve, float]]], loss: float) -> list[str]
         known = [each for each in reached if each is not None]
         mean = statistics.fmean(known) if len(known) == len(reached) else None
         first = mean if first is None else first
-        told = "not by all seeds" if mean is None else f"{mean_and_deviation([each / 1e6 for each in known], 3)} M"
+        tokens = "not by all seeds" if mean is None else f"{mean_and_deviation([each / 1e6 for each in known], 3)} M"
         ratio = "" if mean is None or not first else f"{mean / first:.2f}"
         last = mean_and_deviation([curve[-1][1] for curve, _ in runs], 4)
-        lines.append(f"| `{spec}` | {told} | {ratio} | {last} | {statistics.median(each for _, each in runs):.2f} |")
+        lines.append(f"| `{spec}` | {tokens} | {ratio} | {last} | {statistics.median(each for _, each in runs):.2f} |")
     return lines
 
 

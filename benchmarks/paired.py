@@ -1,4 +1,4 @@
-"""Steps timed in turns, so that what else the machine does meets all of them; and values over seeds as text."""
+"""Times steps in turns, so that a time in which the machine is slow meets all; and prints values over seeds."""
 
 import statistics
 import time
@@ -10,16 +10,16 @@ Step = Callable[[], object]
 
 
 def seconds_of(step: Step) -> float:
-    """By the clock."""
+    """Wall-clock seconds of one call."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
 
 
 def compare_steps(steps: Mapping[str, Step], num_pairs: int) -> None:
-    """Print of two steps the median milliseconds, the bytes held at most, and the median ratio inside a pair.
+    """Time two steps in turns and print, for each, its median milliseconds and the most bytes held; then their ratio.
 
-    They take turns, after a pair to warm up.
+    The first pair only warms up. The ratio is the median of the ratios inside a pair.
     """
     pairs = [[seconds_of(step) for step in steps.values()] for _ in range(num_pairs + 1)][1:]
     width = max(map(len, steps))

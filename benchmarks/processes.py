@@ -1,4 +1,4 @@
-"""Ranks of a benchmark as processes of this machine."""
+"""Runs the ranks of a benchmark as processes of this machine."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def run_processes(world_size: int, call: Callable[..., T], *args: object) -> list[T]:
-    """Results of `call(*args, rank, world_size)` by rank; each rank is a fresh Python."""
+    """The results of `call(*args, rank, world_size)` by rank; each rank is a fresh Python process."""
     with ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(call, *args, rank, world_size) for rank in range(world_size)]
         return [future.result() for future in futures]

@@ -37,9 +37,7 @@ WORKLOADS = {
     "W7": "burst",
 }
 BURST_EVERY = 8  # steps, the burst last: steps 0 to 6 are calm, step 7 is not
-DEFAULT_SKEW = (
-    4.0  # of W1, W3 and W6; or half-way from 1 to the largest that num_experts and top_k allow, if that is less
-)
+DEFAULT_SKEW = 4.0  # of W1, W3 and W6; less where it would be more than half-way from 1 to the largest possible skew
 _GRAIN = 1 << 16  # probabilities are integers in units of 1 / (E * _GRAIN): no rounding lets a token choose one twice
 
 

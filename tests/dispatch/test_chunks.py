@@ -64,8 +64,8 @@ def _order_on_ranks(rank, world_size, overlap):
         events.append(letter)
         return call(*args, **kwargs)
 
-    exchange.SplitSizes.start = functools.partialmethod(
-        lambda self, *a, c=exchange.SplitSizes.start: noted("s", c, self, *a)
+    exchange.SplitSizes.all_to_all_into = functools.partialmethod(
+        lambda self, *a, c=exchange.SplitSizes.all_to_all_into: noted("s", c, self, *a)
     )
     wait = PendingCollective.wait
     PendingCollective.wait = lambda self: noted("w", wait, self) if self.what.splits else wait(self)  # only of rows
