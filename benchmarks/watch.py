@@ -1,9 +1,10 @@
 """`python -m benchmarks.watch`: how quickly the live page opens and zooms on a run of 1,000,000 steps, and its memory.
 
 It makes a run directory and starts `trimtab watch` on it as a user does. A step of 61 layers × 256 experts has 2 KB in
-metrics.jsonl and 187 KB in load/history.bin, 187 GB in all, which few disks here have room for. So the history is a
-file with holes: every record has its step and the load of the first layer, the last ten are whole, and the rest reads
-as zeros. In metrics.jsonl every line has its own step, time, loss and gradient norm; the rest repeats every 1,000.
+metrics.jsonl and 187 KB in load/history.bin, 187 GB in all, more than most disks have room for. So the history is a
+sparse file: every record has its step and the load of the first layer, the last ten records are whole, and the rest
+reads as zeros. In metrics.jsonl every line has its own step, time, loss and gradient norm; the other values repeat
+every 1,000 lines.
 """
 
 import argparse
@@ -29,14 +30,13 @@ OPEN_S, ZOOM_S, MEMORY_BYTES = 1.0, 0.2, 300e6  # the bounds
 REPEATED = 1_000
 WHOLE_RECORDS = 10
 WIDTHS = (100, 1_000, 4_000, 10_000, 100_000, 1_000_000)
-OVERVIEW = (
-    "loss,val_loss,val_bits_per_byte,max_vio_batch,max_vio_floor,tokens_per_s,grad_norm,lr,step_s,mfu"  # of its charts
-)
+# The curves of the charts that the page shows first.
+OVERVIEW = "loss,val_loss,val_bits_per_byte,max_vio_batch,max_vio_floor,tokens_per_s,grad_norm,lr,step_s,mfu"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the run."""
+    """The size of the run."""
 
     steps: int
     layers: int
@@ -146,14 +146,14 @@ def served(run_dir: Path) -> Iterator[tuple[Server, float]]:
 
 
 def open_page(server: Server) -> float:
-    """Seconds until everything that the page asks for at first is there, one after the other."""
+    """Seconds until the page has got all that it requests when it opens, one request after the other."""
     paths = ["", "static/main.js", "static/uplot.min.js", "api/runs", "api/runs/0", "api/runs/0/events"]
     paths += [f"api/runs/0/curves?num=400&names={OVERVIEW}"]
     return sum(server.ask(path)[0] for path in paths)
 
 
 def zooms(server: Server, size: Size, rng: random.Random, rounds: int) -> dict[str, list[float]]:
-    """Seconds of zooms to windows at random places, by what is asked for and how wide they are."""
+    """Seconds of zooms to windows at random places, by what is requested and the width of the window."""
     found: dict[str, list[float]] = {}
     questions = {"curves": f"curves?num=400&names={OVERVIEW}", "heat map": "load?layer=0&num=256"}
     for width in [width for width in WIDTHS if width <= size.steps]:

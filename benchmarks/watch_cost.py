@@ -1,9 +1,9 @@
 """`python -m benchmarks.watch_cost`: whether a step takes longer while the run is watched, and while it is logged.
 
-Short runs on two workers take turns: alone, with a page that somebody has open (`--watch`), and with all loggers
-(`run.log_to`). Each round has one of each, in another order, and what is published is the ratio of their lower
-quartiles to that of the run alone in the same round: a step that other programs hold up tells nothing of ours. How much
-the machine changes by itself is told by the ratio of a second run alone to the first.
+Short runs on two workers take turns: alone, with an open page (`--watch`), and with all loggers (`run.log_to`). Each
+round has one run of each kind, in another order. It prints the ratio of the lower quartile of a run's steps to that of
+the run alone in the same round; a quartile, since a step that other programs delay says nothing about ours. A second
+run alone in each round shows how much the machine itself varies.
 """
 
 import argparse
@@ -27,11 +27,11 @@ ALONE, AGAIN, WATCHED, LOGGED = "alone", "alone again", "a page is open", "all l
 KINDS = (ALONE, WATCHED, LOGGED, AGAIN)
 WARM_STEPS = 50
 CURVES = "loss,val_loss,max_vio_batch,max_vio_floor,tokens_per_s,grad_norm,lr,step_s"
-LOOK_S = 1.0  # between two drawings of a page that is open
+LOOK_S = 1.0  # an open page asks again after this time
 
 
 class Viewer(io.StringIO):
-    """Takes what the run prints; once that has a URL, asks for what an open page draws, until it is closed."""
+    """Receives what the run prints. Once that has a URL, it requests what an open page draws, until `leave`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def step_s(folder: Path, name: str, kind: str, steps: int) -> float:
         job.train(request.config, resume=None, step=None, watch=request.watch)
     viewer.leave()
     if kind == WATCHED and not viewer.num_drawn:
-        raise RuntimeError("nobody looked at the page: give more --steps")
+        raise RuntimeError("the run ended before the page was requested; give more --steps")
     return statistics.quantiles([line["step_s"] for line in read_metrics(folder / name)[0][WARM_STEPS:]])[0]
 
 
@@ -91,7 +91,7 @@ def rounds(folder: Path, num: int, steps: int) -> Iterator[dict[str, float]]:
 
 
 def table(found: list[dict[str, float]]) -> str:
-    """Medians over the rounds, and the ratios of each kind to the run alone of its round."""
+    """Medians over the rounds, and the ratios of each kind to the run alone in the same round."""
     lines = [f"{'':16}{'ms a step':>10}  ratio to alone: median (least to greatest) of {len(found)} rounds"]
     for kind in KINDS:
         ratios = [each[kind] / each[ALONE] for each in found]

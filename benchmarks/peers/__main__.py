@@ -1,8 +1,9 @@
 """Race our MoE layer against those of other projects on CPU, forward and backward.
 
-Each race runs in fresh processes, one a rank on this machine over gloo. Every layer gets the same weights and tokens
-and is first checked against a plain fp32 loop; who is not installed or is wrong is named with the reason and does not
-race. Progress goes to standard error, tables to standard output, everything to OUT.jsonl and OUT.md.
+Each race runs in fresh processes of this machine, one for each rank, over gloo. Every layer gets the same weights and
+tokens and is first checked against a plain fp32 loop. A layer that is not installed, or whose results are wrong, does
+not race; the report says why. Progress goes to standard error, tables to standard output, everything to OUT.jsonl and
+OUT.md.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from benchmarks.peers.registry import ENTRANTS
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go, race by race: an interrupted run keeps what it has."""
+    """The files of results, written after each race, so that an interrupted run keeps what it has."""
 
     prefix: Path
 

@@ -1,4 +1,4 @@
-"""What one race is of, and the weights and tokens that all of its layers get.
+"""The case of one race, and the weights and tokens that all of its layers get.
 
 Shapes: T tokens of this rank, E experts, H hidden, F ffn_hidden, K top-k.
 """
@@ -22,7 +22,7 @@ CHECK_MARGIN = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One race: everything that changes its figures."""
+    """One race: all settings that change its results."""
 
     shape_name: str
     shape: Shape
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of a layer, or their gradients, in the one layout that all layers are compared in."""
+    """The weights of a layer, or their gradients, in one layout, in which all layers are compared."""
 
     router_EH: Tensor
     gate_EFH: Tensor
@@ -64,7 +64,7 @@ class LayerWeights:
 
     @classmethod
     def draw(cls, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Self:
-        """Normal weights of variance 1 / fan-in: fp32 tensors with values that `dtype` holds exactly."""
+        """Normal weights of variance 1 / fan-in: fp32 tensors with values that `dtype` can represent exactly."""
         experts, hidden, ffn_hidden = shape.num_experts, shape.hidden, shape.ffn_hidden
         sizes = (
             (experts, hidden),
@@ -96,7 +96,7 @@ def experts_of_rank(shape: Shape, ep_size: int, ep_rank: int) -> range:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Fresh tokens for one rank: noise and a component that all tokens share, which makes some experts popular."""
+    """Draws tokens for one rank: noise plus a component that all tokens share, which makes some experts popular."""
 
     router_EH: Tensor
     top_k: int
@@ -105,15 +105,15 @@ class TokenSource:
     generator: torch.Generator
 
     def draw(self, num_tokens: int) -> Tensor:
-        """(num_tokens, H), a leaf that wants a gradient."""
+        """(num_tokens, H), a leaf that requires a gradient."""
         return self._plain(num_tokens).requires_grad_()
 
     def draw_clear(self, num_tokens: int) -> Tensor:
-        """`draw`, of tokens alone whose choice of experts is clear.
+        """As `draw`, but only tokens whose choice of experts does not depend on rounding.
 
-        Where two experts are all but equal, rounding decides, and a layer that chose the other one is not wrong. A gate
-        in bf16 rounds a logit by up to 1/256 of its size: with this margin it chooses as fp32 does, and every layer can
-        be held to the same small error.
+        Where two experts have nearly equal scores, rounding decides, and a layer that chose the other one is not wrong.
+        A gate in bf16 rounds a logit by up to 1/256 of its size. With CHECK_MARGIN it chooses as a gate in fp32 does,
+        so that one small limit of error fits every layer.
         """
         kept: list[Tensor] = []
         while sum(map(len, kept)) < num_tokens:

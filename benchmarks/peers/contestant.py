@@ -1,4 +1,4 @@
-"""What a layer must be to take part: built from given weights, stepped, asked for its gradients."""
+"""What a layer must offer to take part: it is built from given weights, makes a step, and returns its gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from runtime.commands.bench.dispatch.limits import Shape
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a layer is built: its sizes, its dtype and the ranks that share its experts."""
+    """What a layer is built for: its sizes, its dtype and the ranks that share its experts."""
 
     shape: Shape
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Contestant:
     """(T, H) to (T, H)."""
     parameters: Sequence[nn.Parameter]
     read_grads: Callable[[], LayerWeights]
-    """Gradients after a step: the router's for the tokens of this rank, those of this rank's experts for all tokens."""
+    """Gradients after a step: the router's from this rank's tokens, those of this rank's experts from all tokens."""
 
     def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor:
         """Forward and backward; returns the output."""
@@ -58,16 +58,16 @@ class Contestant:
 
 
 Builder = Callable[[Setting, LayerWeights], Contestant]
-"""Builds a layer from fp32 weights of all experts, of which it takes its share. Called on all ranks together."""
+"""Builds a layer from the fp32 weights of all experts, of which it takes this rank's. All ranks call it together."""
 
 
 def parameter(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """An own copy of `value` to train."""
+    """A parameter with a copy of `value`."""
     return nn.Parameter(value.to(dtype, copy=True))
 
 
 def gradient(weight: Tensor) -> Tensor:
-    """Its gradient, zero where none came: an expert without tokens is in no graph."""
+    """The gradient of a weight; zeros where it has none, since an expert without tokens is in no autograd graph."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
@@ -77,6 +77,6 @@ def stacked_gradient(weights: Sequence[Tensor]) -> Tensor:
 
 
 def from_gate_up(router_EH: Tensor, gate_up_LFH: Tensor, down_LHF: Tensor) -> LayerWeights:
-    """The one layout from gate and up in one tensor (L, 2F, H), gate rows first."""
+    """`LayerWeights` from one tensor of gate and up, (L, 2F, H), the gate first."""
     gate_LFH, up_LFH = gate_up_LFH.chunk(2, dim=1)
     return LayerWeights(router_EH, gate_LFH, up_LFH, down_LHF)

@@ -1,7 +1,7 @@
-"""DeepSpeed: `MoE(drop_tokens=False)`, which pads every expert to the busiest one.
+"""DeepSpeed: `MoE(drop_tokens=False)`, which pads every expert's tokens to the number of the busiest expert.
 
-DeepSpeed leaves the expert to its user; this one keeps gate and up in one weight, the fastest of the usual ways. The
-auxiliary loss is computed whether wanted or not, and is not added to anything.
+Users of DeepSpeed write the expert themselves; the one here has gate and up in one weight, the fastest usual form.
+DeepSpeed always computes the auxiliary loss; it is not added to anything here.
 """
 
 import os

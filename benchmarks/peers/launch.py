@@ -1,4 +1,4 @@
-"""Start the ranks of a race as fresh processes: glibc reads its settings, and oneDNN its own, at a process's start."""
+"""Starts the ranks of a race as fresh processes, since glibc and oneDNN read their settings when a process starts."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ LOG_LINES = 12
 
 
 class RaceFailed(Exception):
-    """A rank died; the message has the end of every rank's output."""
+    """A rank died; the message has the last lines of every rank's output."""
 
 
 def race(case: Case, names: list[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def race(case: Case, names: list[str], say: Callable[[str], None]) -> dict[str, 
                 process.kill()
                 process.wait()
         if result is None:
-            raise RaceFailed(_last_words(codes, Path(folder)))
+            raise RaceFailed(_failure_text(codes, Path(folder)))
     return result
 
 
@@ -53,7 +53,7 @@ def _start(case: Case, names: list[str], rank: int, folder: Path) -> subprocess.
 
 
 def _listen(first_rank: subprocess.Popen[str], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Pass on what rank 0 says until it closes its output; the result, if there was one."""
+    """Pass on the messages of rank 0 until it closes its output; returns the result, if there was one."""
     result = None
     for line in first_rank.stdout or ():
         message = json.loads(line)
@@ -67,7 +67,7 @@ def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
 
 
-def _last_words(codes: list[int], folder: Path) -> str:
+def _failure_text(codes: list[int], folder: Path) -> str:
     parts = []
     for rank, code in enumerate(codes):
         tail = _log(folder, rank).read_text(errors="replace").splitlines()[-LOG_LINES:]

@@ -1,4 +1,4 @@
-"""What the figures were measured on, as far as it changes them."""
+"""Describes the machine and the settings that results depend on."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ TUNED_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""glibc keeps what is freed: without it every tensor of 32 MiB and more is mapped and faulted in anew, each time."""
+"""Lets glibc keep freed memory. By default each tensor of 32 MiB or more gets new pages from the kernel."""
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED_MALLOC}
 
 
@@ -20,7 +20,7 @@ def environment_of_ranks(allocator: str, threads: int) -> dict[str, str]:
     """This process's environment with the allocator and the threads of the race; all else passes through."""
     inherited = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
     ours = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    # Some peers warn at every step that they would rather have a GPU.
+    # Some peers warn in every step that there is no GPU.
     return inherited | ours | {"PYTHONWARNINGS": "ignore"} | ALLOCATORS[allocator]
 
 

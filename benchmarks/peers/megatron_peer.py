@@ -17,7 +17,7 @@ from benchmarks.peers.contestant import Contestant, Setting, from_gate_up, gradi
 
 
 def build(setting: Setting, weights: LayerWeights) -> Contestant:
-    """The layer that its own specification for builds without Transformer Engine describes."""
+    """The layer of Megatron's own specification for builds without Transformer Engine."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -35,7 +35,7 @@ def build(setting: Setting, weights: LayerWeights) -> Contestant:
 
 
 class _CpuContestant(Contestant):
-    """A contestant whose steps see the CPU where Megatron asks for CUDA; the others must not."""
+    """A contestant whose steps run with torch.cuda patched; the steps of other contestants must not."""
 
     def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor:
         with _cpu_for_cuda():
@@ -44,7 +44,10 @@ class _CpuContestant(Contestant):
 
 @contextlib.contextmanager
 def _cpu_for_cuda() -> Iterator[None]:
-    """What Megatron calls of torch.cuda without asking whether there is any, and a name it uses without its import."""
+    """Replace what Megatron calls of torch.cuda without asking for a GPU first, and a name that it never imports.
+
+    Its split sizes become host integers when they are copied from a GPU; `_with_host_splits` does so here.
+    """
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -59,7 +62,7 @@ def _cpu_for_cuda() -> Iterator[None]:
 
 
 def _with_host_splits(all_to_all):
-    # Split sizes become host integers when they are copied from a GPU; on CPU they stay tensors, which gloo refuses.
+    # On CPU split sizes stay tensors, which gloo refuses.
     def call(
         group: dist.ProcessGroup, rows: Tensor, output_splits: Tensor | None, input_splits: Tensor | None
     ) -> Tensor:

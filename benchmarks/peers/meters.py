@@ -1,4 +1,4 @@
-"""The bytes that a step puts on the wire, measured on steps that are not timed."""
+"""Counts the bytes that a step sends to other ranks, in steps that are not timed."""
 
 import math
 from typing import Any
@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class WireMeter(TorchDispatchMode):
-    """Counts the bytes that this rank's collectives hand to other ranks, backward included, while it is entered.
+    """Counts the bytes that this rank's collectives hand to other ranks, in backward too, while it is entered.
 
-    It sees what torch.distributed and its functional collectives call below, whoever calls them: an exchange that a
-    peer makes in C++ is counted as ours is. What a backend adds (headers, a ring's way) is not in it.
+    It sees the operators that torch.distributed and its functional collectives call, so that a peer's exchange is
+    counted as ours is. What a backend adds, such as headers, is not counted.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ def _bytes_to_others(collective: str, args: tuple[Any, ...]) -> int:
             return _bytes(args[1][0]) * (dist.ProcessGroup.unbox(args[2]).size() - 1)
         case "_allgather_base_":  # output, input, group
             return _bytes(args[1]) * (dist.ProcessGroup.unbox(args[2]).size() - 1)
-        case "allreduce_":  # tensors, group; as a ring sends it, the least there is
+        case "allreduce_":  # tensors, group; the bytes of a ring, the least that an all-reduce can send
             size = dist.ProcessGroup.unbox(args[1]).size()
             return math.ceil(2 * (size - 1) / size * sum(map(_bytes, args[0])))
         case "barrier" | "wait_tensor" | "_wrap_tensor_autograd":
@@ -50,7 +50,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _split_bytes(rows: Tensor, splits: list[int], group: dist.ProcessGroup) -> int:
-    """Of an all-to-all: all rows but those that stay. No splits: equal ones."""
+    """The bytes of an all-to-all without the rows that stay on this rank. Empty splits mean equal ones."""
     total = len(rows)
     stays = splits[group.rank()] if splits else total // group.size()
     return _bytes(rows) // max(total, 1) * (total - stays)

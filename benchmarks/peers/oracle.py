@@ -1,7 +1,7 @@
-"""The layer as a plain loop over experts in fp32, and how far a contestant is from it.
+"""The layer as a plain loop over experts in fp32, and the errors of a contestant against it.
 
-One routing for all: softmax over all experts, top-k, weights divided by their sum. Every peer can be set to it, and no
-auxiliary loss reaches a gradient.
+All contestants route alike: softmax over all experts, top-k, weights divided by their sum. Every peer can be configured
+so. No auxiliary loss reaches a gradient.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from benchmarks.peers.case import LayerWeights
 from benchmarks.peers.contestant import Contestant, Setting, gradient
 
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest relative error (in the 2-norm, each tensor by itself) of a layer that may race."""
+"""The largest relative error (in the 2-norm, for each tensor) with which a layer may race."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a step must give on this rank; the router's gradient is for the tokens of all ranks."""
+    """The right results of a step on this rank; the router's gradient is that of the tokens of all ranks."""
 
     y_TH: Tensor
     dx_TH: Tensor
@@ -37,7 +37,7 @@ class Problem:
 
 
 def pose(setting: Setting, weights: LayerWeights, x_TH: Tensor, cotangent_TH: Tensor) -> Problem:
-    """Solve the tokens of all ranks here and keep this rank's part. Collective."""
+    """Compute the answer for the tokens of all ranks, and keep this rank's part. Collective."""
     num_tokens, rank = len(x_TH), setting.ep_rank
     mine = slice(rank * num_tokens, (rank + 1) * num_tokens)
     whole = solve(weights, _all_ranks(x_TH.detach(), setting), _all_ranks(cotangent_TH, setting), setting.shape.top_k)
@@ -95,9 +95,8 @@ def _forward(weights: LayerWeights, x_TH: Tensor, top_k: int) -> Tensor:
 
 def _all_ranks(rows_TH: Tensor, setting: Setting) -> Tensor:
     if setting.ep_size == 1:
-        # Not even a collective of one rank: once gloo's thread has a team of OpenMP threads of its own, there are more
-        # of them than cores, and libgomp puts idle ones to sleep at once: a step with two threads then takes 480 ms
-        # instead of 300.
+        # Not even a collective of one rank. Gloo's thread would get a team of OpenMP threads of its own; with more such
+        # threads than cores libgomp puts idle ones to sleep at once, and a step with two threads takes 480 ms, not 300.
         return rows_TH
     parts = [torch.empty_like(rows_TH) for _ in range(setting.ep_size)]
     dist.all_gather(parts, rows_TH, group=setting.ep_group)

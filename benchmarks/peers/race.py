@@ -1,7 +1,7 @@
-"""The race: build all layers from the same weights, let the oracle pass them, then time them in turns.
+"""The race: builds all layers from the same weights, checks them against the oracle, then times them in turns.
 
-The layers live in one process a rank and take turns, A B C and then C B A. Every sample has fresh tokens, the same for
-all layers of a round, and ratios are taken inside a round: the machine's noise hits all alike.
+All layers are in the same processes, one for each rank, and take turns, A B C and then C B A. Each round has fresh
+tokens, the same for all layers, and ratios are taken inside a round, so that the machine's noise hits all layers alike.
 """
 
 import math
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 class Runner(Protocol):
-    """What takes turns: a layer, or the limit."""
+    """A participant that takes turns: a layer, or the limit."""
 
     def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor: ...
 
@@ -44,7 +44,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class MatmulLimit:
-    """The pure matmul time of the same work, as a runner."""
+    """The bare matmuls of the same work, as a runner."""
 
     matmuls: Callable[[Tensor], None]
 
@@ -59,7 +59,7 @@ class MatmulLimit:
 
 @dataclass
 class Entry:
-    """What is known of one runner: figures, or the reason why there are none."""
+    """The results of one runner, or the reason why there are none."""
 
     reason: str | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass
 class Outcome:
-    """Of one race: the load that the tokens made, and an entry for each name."""
+    """The outcome of one race: the load of the busiest expert over the mean, and an entry for each name."""
 
     hottest_over_mean: float
     entries: dict[str, Entry]
@@ -148,7 +148,7 @@ def _build_and_check(build: Builder, weights: LayerWeights, problem: oracle.Prob
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return action(), None
-    # Another project's code, which may fail in any way; BaseException would swallow an interrupt.
+    # The code of another project may fail in any way. Not BaseException, which would also catch an interrupt.
     except Exception as error:  # noqa: BLE001
         first_line = str(error).strip().split("\n")[0]
         return None, f"{type(error).__name__}: {first_line}"
@@ -165,7 +165,7 @@ def _gather(mine: T, setting: Setting) -> list[T]:
 
 
 def _first_reason(reason: str | None, setting: Setting) -> str | None:
-    """A reason of any rank: nobody may step a layer that another rank does not have."""
+    """A reason of any rank: no rank may step a layer that another rank lacks, or it would wait for that rank."""
     return next((each for each in _gather(reason, setting) if each), None)
 
 
@@ -176,10 +176,11 @@ def _cotangent(source: TokenSource, num_tokens: int) -> Tensor:
 def _measure_memory_and_wire(
     entry: Entry, build: Callable[[], Runner], source: TokenSource, setting: Setting
 ) -> Runner:
-    """Fill in what does not need repeating; returns the runner built last.
+    """Measure memory and bytes sent, which need no repetition; returns the runner that was built last.
 
-    Each memory is that of the first two steps of a new runner: what a layer keeps from one step for the next is its
-    memory too, and would be there already before a later step. Kernels and libraries are warm from the check.
+    Both kinds of memory are measured over the first two steps of a new runner, so that what a layer keeps from one step
+    for the next is counted: before a later step it would be there already. Kernels and libraries are warm from the
+    check.
     """
     num_tokens = setting.shape.tokens
     inputs = [(source.draw(num_tokens), _cotangent(source, num_tokens)) for _ in range(2)]
@@ -213,7 +214,7 @@ def _take_turns(
 
 
 def _timed_step(runner: Runner, x_TH: Tensor, cotangent_TH: Tensor, setting: Setting) -> tuple[float, float]:
-    """Seconds of the wall clock, and of the CPU in all threads of this process, gloo's included."""
+    """Wall-clock seconds, and CPU seconds of all threads of this process, those of gloo included."""
     if setting.ep_size > 1:
         dist.barrier(setting.ep_group)
     began_wall, began_cpu = time.perf_counter(), time.process_time()
@@ -225,7 +226,7 @@ def _timed_step(runner: Runner, x_TH: Tensor, cotangent_TH: Tensor, setting: Set
 
 
 def _clear(runner: Runner, x_TH: Tensor) -> None:
-    """Leave no gradient of this runner behind, which would be the next one's memory."""
+    """Drop the gradients of this runner, which would count as memory of the next one."""
     runner.reset()
     x_TH.grad = None
 

@@ -1,4 +1,4 @@
-"""Who takes part, and how each is found: a peer is imported only when it is asked for."""
+"""The layers that can take part. A peer is imported only when it is built."""
 
 import importlib
 import importlib.metadata
@@ -13,20 +13,20 @@ class Entrant:
     """One name in the race."""
 
     module: str
-    """Where its `build` is."""
+    """The module with its `build`."""
     distribution: str
-    """What pip calls it."""
+    """Its name for pip."""
 
     @property
     def version(self) -> str:
-        """Of the installed distribution; empty without one."""
+        """The version of the installed distribution; empty if it is not installed."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return ""
 
     def __call__(self, setting: Setting, weights: LayerWeights) -> Contestant:
-        """Build the layer; any error that this raises keeps it out of the race, with the reason reported."""
+        """Build the layer. If this raises an error, the layer does not race, and the report says why."""
         contestant: Contestant = importlib.import_module(self.module).build(setting, weights)
         return contestant
 

@@ -1,8 +1,8 @@
 """torchtitan: its MoE with its all-to-all token dispatcher, on the `partial_dtensor` backend.
 
-Two changes, without which it would compute something else on CPU than on its GPUs or than the others here:
-its experts cast everything to bf16, also in an fp32 race, where they are given the parameters' dtype; and its gate is
-meant to be fp32, by an autocast that CPU refuses with a warning, so the gate casts by itself.
+Two changes are made, without which it would compute something else on CPU than on GPUs, or than the others here. Its
+experts cast everything to bf16: in an fp32 race they compute in the dtype of their parameters instead. Its gate is
+meant to be fp32, by an autocast that CPUs refuse with a warning: here the gate casts by itself.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Float32Gate(nn.Module):
 
 
 def build(setting: Setting, weights: LayerWeights) -> Contestant:
-    """The layer that its configuration builds, with this rank's experts in it."""
+    """The layer that torchtitan's configuration builds, with this rank's experts in it."""
     from torchtitan.distributed.utils import set_spmd_backend
 
     set_spmd_backend("partial_dtensor")  # `spmd_types`, the default, needs a mesh of a whole trainer
@@ -73,7 +73,7 @@ def _connect(dispatcher, setting: Setting) -> None:
 
 
 def _compute_in_parameter_dtype(experts: nn.Module) -> None:
-    """Its forward of the experts less the casts to bf16: the same grouped matmuls."""
+    """Replace the experts' forward by one with the same grouped matmuls, but without the casts to bf16."""
 
     def forward(x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         offsets_E = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)

@@ -10,7 +10,7 @@ from benchmarks.peers.contestant import Contestant, Setting, from_gate_up, gradi
 
 
 def build(setting: Setting, weights: LayerWeights) -> Contestant:
-    """The block as a model with this configuration would hold it."""
+    """The block as it is in a model with this configuration."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     block = Qwen3MoeSparseMoeBlock(_config(setting)).to(setting.dtype)

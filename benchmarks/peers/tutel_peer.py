@@ -1,7 +1,7 @@
-"""Tutel: its layer with the built-in gated expert, padded to the busiest expert of all ranks.
+"""Tutel: its layer with the built-in gated expert; every expert's tokens are padded to those of the busiest expert.
 
-No package index has it: it races where somebody has installed it from its sources into .venv-peers. On CPU its dispatch
-kernels are fp32 only, so in a bf16 race rows are cast around them, as the layer does by itself with an fp32 gate.
+No package index has Tutel: it races only if it was installed from its sources into .venv-peers. On CPU its dispatch
+kernels take fp32 only. In a bf16 race rows are cast around these kernels; with an fp32 gate the layer does so itself.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""Predicted beside measured step times on this machine, and beside figures that others publish.
+"""Compares predicted step times with those measured on this machine, and with figures that others publish.
 
-    python -m benchmarks.simulate [--out rates.json]     measures: ranks over gloo, a core each while there are cores
+    python -m benchmarks.simulate [--out rates.json]     measures ranks over gloo, each on a core if there are enough
     python -m benchmarks.simulate --public               computes only
 
-Nothing is fitted to the measured steps. Rates are measured in the same run, on one core and with small programs of
-their own beside the steps of each case; the link of gloo between two ranks serves four as well, which share
-the cores: their work is divided by the cores there are.
+Nothing is fitted to the measured steps. The machine's rates are measured in the same run by small programs on one core,
+in turns with the steps of each case. The link between two gloo ranks is also used for four ranks. These share the
+cores, so that their work is divided by the number of cores.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from runtime.commands.plan.simulate.simulation import Simulation
 from runtime.job.launch import make_spec
 from workers.data.prepare import prepare_dataset
 
-EP_SIZES = (2, 1, 4)  # the link of two comes first
+EP_SIZES = (2, 1, 4)
 
 
 def predicted(measured: Measured, hardware: Hardware, text: Path) -> tuple[float, float]:
-    """Seconds of the step under the routing that it had, and under an even one."""
+    """Predicted seconds of the step, with the routing of the measured step and with even routing."""
     simulation = Simulation(measured.case.subject(text), hardware, experts="looped")
     factors = factors_of_load(measured.load_LE, simulation.experts_of_ranks)
     return simulation.step(factors).step_s, simulation.step().step_s
 
 
 def measure_all(folder: Path, ep_sizes: Sequence[int]) -> tuple[list[Measured], Link, float]:
-    """Every case, each world size in processes of its own; and the link between two ranks."""
+    """The measurements of every case, and the link between two ranks. Each world size has new processes."""
     text = folder / "text.txt"
     text.write_text("".join(f"{n} green bottles hanging on the wall;\n" for n in range(40_000)))
     found: list[Measured] = []
@@ -65,7 +65,7 @@ def row_of(each: Measured, hardware: Hardware, text: Path) -> str:
 
 
 def print_measured(found: Sequence[Measured], link: Link, factor: float, folder: Path) -> Hardware:
-    """The table, and the rates of the last case with its links."""
+    """Print the table; returns the rates of the last case, with its links."""
     print(f"gloo, 2 ranks: {link.bytes_per_s / 1e9:.2f} GB/s; a sum over ranks takes {factor:.1f} times as long\n")
     heads = (
         "EP",

@@ -1,8 +1,8 @@
-"""How long ranks take that have their cores to themselves, on a machine that others use too.
+"""Measures how long a step would take on an idle machine, on a machine that other programs use too.
 
-Each rank's own CPU time runs only while it works, not while others have its core. Ranks wait for each other where they
-wait for a collective. So the time of a stretch between two waits is that of its slowest rank, or of all its work on all
-cores where that is longer, and the time of a step is the sum of its stretches.
+A process's CPU time runs only while it works, and not while others use its core. Ranks wait for each other only in
+collectives. So the time between two waits is the CPU time of the slowest rank, or the work of all ranks divided by the
+cores if that is longer; and the time of a step is the sum of these stretches.
 """
 
 import time
@@ -18,7 +18,7 @@ from dispatch.diagnosis.activity_tracker import ActivityTracker, PendingCollecti
 
 @contextmanager
 def stretches(tracker: ActivityTracker) -> Iterator[list[float]]:
-    """CPU seconds of this process, all threads, from each wait of `tracker` to the next, and to the end."""
+    """CPU seconds of all threads of this process, from each wait of `tracker` to the next, the last up to the end."""
     marks = [time.process_time()]
     found: list[float] = []
 

@@ -1,6 +1,6 @@
-"""Rates of this machine, one core at a time: matmuls at the shapes of a model, passes over memory, gloo.
+"""Measures the rates of one core of this machine: matmuls at the shapes of a model, passes over memory, gloo.
 
-By CPU time, as `barrier_clock` measures steps: what else the machine does has no part in it.
+It measures CPU time, as `barrier_clock` does for steps, so that other programs do not change the result.
 """
 
 import statistics
@@ -20,13 +20,13 @@ from workers.actor import usable_cores
 from workers.model.model_config import ModelConfig
 
 SAMPLES = 3
-NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # of a rank alone
-COLD_SETS = 12
+NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # for one rank, which sends nothing
+COLD_SETS = 12  # sets of tensors used in turn, so that none is in the cache
 LARGE_BYTES = 16 * 2**20
 
 
 def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
-    """CPU seconds of one call, after one to warm up."""
+    """The median CPU seconds of a call, after one call to warm up."""
     call()
     found = []
     for _ in range(samples):
@@ -37,7 +37,7 @@ def seconds_of(call: Callable[[], object], samples: int = SAMPLES) -> float:
 
 
 def rates_of(model: ModelConfig, sequences: int, ep_size: int) -> Hardware:
-    """For this model and so many sequences on a rank, without the links and `host_s`; measured on one core."""
+    """The rates for this model with `sequences` sequences on a rank, measured on one core; without links and host_s."""
     tokens = sequences * model.max_seq_len
     return Hardware(
         name="this machine",
@@ -76,7 +76,7 @@ def grouped_rate(model: ModelConfig, tokens: int, ep_size: int) -> float:
 
 
 def attention_rate(model: ModelConfig, sequences: int) -> float:
-    """FLOP/s of causal attention, counted as the simulation counts them."""
+    """FLOP/s of causal attention; operations are counted as the simulation counts them."""
     sizes = (sequences, model.num_heads, model.max_seq_len, model.head_width)
     queries, keys, values = (torch.randn(sizes, requires_grad=True) for _ in range(3))
     grad = torch.randn(sizes)
@@ -86,9 +86,9 @@ def attention_rate(model: ModelConfig, sequences: int) -> float:
 
 
 def memory_rate(model: ModelConfig, tokens: int) -> float:
-    """Bytes/s of a norm, a SwiGLU and a residual sum, forward and backward, counted as the simulation counts them.
+    """Bytes/s of a norm, a SwiGLU and a residual sum, forward and backward; bytes are counted as in the simulation.
 
-    Of one set of tensors after the other, as a step goes from layer to layer: none is still in the cache.
+    It uses one set of tensors after the other, as a step goes from layer to layer, so that none is in the cache.
     """
     hidden, inner = model.hidden, model.dense_ffn_hidden
     normed, widths = nn.RMSNorm(hidden), (hidden, hidden, inner, inner)
@@ -107,9 +107,9 @@ def memory_rate(model: ModelConfig, tokens: int) -> float:
 
 
 def update_seconds(model: ModelConfig, ep_size: int) -> float:
-    """Seconds for an element of the norm of the gradients, clipping and AdamW, and of memory for a new gradient.
+    """Seconds for each parameter element: the norm of the gradients, clipping, AdamW, and memory for a new gradient.
 
-    A step drops its gradients, so that the next one writes them to memory that the system hands out anew.
+    A step drops its gradients, so that the next step writes its gradients to new pages of memory.
     """
     local, hidden, inner = model.moe.num_experts // ep_size, model.hidden, model.moe.ffn_hidden
     shapes = [(local, 2 * inner, hidden), (local, hidden, inner)] * model.num_moe_layers
@@ -126,15 +126,15 @@ def update_seconds(model: ModelConfig, ep_size: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    # Writing itself is a part of the matmuls that make gradients.
+    # Less the writing itself, which the time of the matmuls that make gradients includes.
     seconds = seconds_of(update) - seconds_of(lambda: [each.fill_(1e-3) for each in written])
     return seconds / sum(parameter.numel() for parameter in parameters)
 
 
 def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
-    """Gloo between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective.
+    """The gloo link between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective.
 
-    What a message costs whatever its size is a part of `host_s`, which is measured with messages.
+    The constant cost of a message is left out: `host_s`, measured in steps with messages, includes it.
     """
     size = dist.get_world_size(group)
     sent, received = (torch.zeros(LARGE_BYTES, dtype=torch.uint8) for _ in range(2))

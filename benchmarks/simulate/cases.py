@@ -1,4 +1,4 @@
-"""What is measured: models, tokens, and ranks that share the experts, with balanced routing and with skewed one."""
+"""The cases that are measured: models, numbers of tokens and ranks, with balanced and with skewed routing."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,13 +40,13 @@ MODELS |= {
     )
     for name, model in MODELS.items()
 }  # fmt: skip
-# Added to the scores of the experts of the first ranks, which then take most tokens.
+# The bias of the first rank's experts in a skewed case, which then get most tokens.
 HOT_BIAS = 0.5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: every rank holds its share of the experts, and this many sequences."""
+    """One configuration. sequences: of each rank."""
 
     model: str
     ep_size: int
@@ -55,11 +55,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """The name in the table."""
         return f"{self.model}, {self.sequences * MODELS[self.model].max_seq_len} tokens{', skewed' * self.skewed}"
 
     def config(self, text: Path) -> TrainConfig:
-        """Settings of a run. The law moves no bias, so that routing is what the fresh router and the bias make it."""
+        """Settings of a run. The law moves no bias, so that routing depends on the new router and `hot_bias` alone."""
         return TrainConfig(
             run=RunConfig(global_batch_size=self.sequences * self.ep_size, steps=1000, eval_every=0),
             model=MODELS[self.model],
@@ -71,15 +71,15 @@ class Case:
 
     @property
     def twin(self) -> "Case":
-        """As many layers, experts and ranks, next to no work: what is left is what sizes do not change."""
+        """The same layers, experts and ranks with tiny sizes: its step takes the time that does not depend on sizes."""
         return replace(self, model=f"tiny {self.model}", sequences=1, skewed=False)
 
     def subject(self, text: Path) -> Subject:
-        """For the simulation: all ranks on one machine."""
+        """The subject of the simulation: this case with all ranks on one machine."""
         return Subject(self.name, self.config(text), self.ep_size, ())
 
     def hot_bias(self, num_experts: int) -> Tensor:
-        """fp32 (E,): draws tokens to the experts of the first rank, where the case is skewed."""
+        """The selection bias, fp32 (E,); in a skewed case it draws tokens to the experts of the first rank."""
         bias = torch.zeros(num_experts)
         bias[: num_experts // self.ep_size] = HOT_BIAS * self.skewed
         return bias

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's pre-training, by its published schedule, and the profile of its training that DeepSeek published.
+"""Simulates DeepSeek-V3's pre-training with its published schedule, and the profile that DeepSeek published.
 
 Settings: arXiv 2412.19437 (sections 3.2, 3.3, 4.2). Profile: github.com/deepseek-ai/profile-data, train.json at
 4496024: one H800 of 64, a forward and a backward chunk of 4 MoE layers side by side, an even load, 112 multiprocessors
@@ -34,7 +34,7 @@ STAGES, SEQUENCES, PROFILED_LAYERS = 16, 15360, 4
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one micro-batch: computing in each direction, exchanges in each, and gradients of weights in `backward`."""
+    """Seconds of one micro-batch. weights: the part of `backward` in which the gradients of weights are computed."""
 
     forward: float
     backward: float
@@ -43,7 +43,7 @@ class Seconds:
     weights: float
 
     def times(self, share: float) -> "Seconds":
-        """Of so many times the layers."""
+        """The seconds of `share` times the layers."""
         return Seconds(*(share * each for each in vars(self).values()))
 
     def __add__(self, other: "Seconds") -> "Seconds":
@@ -51,7 +51,7 @@ class Seconds:
 
     @property
     def chunk(self) -> Chunk:
-        """Exchanges hide behind the computation of the other direction's chunk, and behind nothing without one."""
+        """Exchanges are hidden behind the computation of a chunk of the other direction, if there is one."""
         both = max(self.forward + self.backward, self.forward_exchange + self.backward_exchange)
         forward, backward = self.forward + self.forward_exchange, self.backward + self.backward_exchange
         return Chunk(forward=forward, backward=backward, weights=self.weights, both=both)
@@ -61,18 +61,18 @@ H800 = in_fp8(PRESETS["h800"], LEFT_TO_COMPUTE)
 
 
 def simulation_of(hardware: Hardware = H800, sequences: int = SEQUENCES) -> Simulation:
-    """2048 H800: PP 16, EP 64 over 8 nodes, ZeRO-1, fp8; the 128 ranks of a stage."""
+    """The 128 ranks of one stage of 2048 H800: PP 16, EP 64 over 8 nodes, ZeRO-1, fp8."""
     of_stage = subject(deepseek_v3(mtp=1), 128, 64, sequences, 1, shard="optimizer", exchange="node", payload="fp8")
     return Simulation(of_stage, hardware)
 
 
 def simulate_pretraining(max_vio: float = 0.0, hardware: Hardware = H800, sequences: int = SEQUENCES) -> Simulated:
-    """One step of all 16 stages, which are taken to have the same share of all layers and of the head."""
+    """One step of all 16 stages; each is assumed to have 1/16 of all layers and of the head."""
     simulation = simulation_of(hardware, sequences)
     of_stage = whole_model(simulation, max_vio).times(1 / STAGES)
     pipeline = makespan(of_stage.chunk, STAGES, simulation.num_micro)
     full = simulation.num_micro * (of_stage.forward + of_stage.backward)
-    # Fills and drains: exchanges that nothing hides, and waiting.
+    # While the pipeline fills and drains, ranks wait, and nothing hides their exchanges.
     parts = {"computation": full, "exchanges and bubble": pipeline - full}
     step = simulation.step()
     parts |= {name: step.parts[name] / STAGES for name in ("optimizer", GRADIENTS)}
@@ -80,7 +80,7 @@ def simulate_pretraining(max_vio: float = 0.0, hardware: Hardware = H800, sequen
 
 
 def simulate_profile() -> Simulated:
-    """What the profile shows: a forward and a backward chunk of 4 MoE layers, whose exchanges hide."""
+    """The profiled part of training: a forward and a backward chunk of 4 MoE layers, whose exchanges are hidden."""
     simulation, seconds = simulation_of(), of_profile()
     model, batch = simulation.config.model, simulation.batch
     work = attention_work(model, batch) + router_work(model, batch) + expert_work(model, batch)
@@ -94,7 +94,7 @@ def simulate_profile() -> Simulated:
 
 
 def of_profile() -> Seconds:
-    """The layers of the profile, with their exchanges."""
+    """The seconds of the layers of the profile."""
     simulation = simulation_of()
     return moe_layers(simulation).times(PROFILED_LAYERS / simulation.config.model.num_moe_layers)
 
@@ -106,7 +106,7 @@ def moved(max_vio: float = 0.0) -> Iterator[tuple[str, list[Simulated]]]:
 
 
 def whole_model(simulation: Simulation, max_vio: float) -> Seconds:
-    """All layers, that of multi-token prediction too, embedding and head."""
+    """The seconds of all layers, that of multi-token prediction included, of embedding and head."""
     model, batch = simulation.config.model, simulation.batch
     dense_layer = attention_work(model, batch) + dense_work(model, batch)
     dense = computed(simulation, dense_layer).times(model.num_dense_layers)
@@ -115,7 +115,7 @@ def whole_model(simulation: Simulation, max_vio: float) -> Seconds:
 
 
 def moe_layers(simulation: Simulation, max_vio: float = 0.0) -> Seconds:
-    """All MoE layers."""
+    """The seconds of all MoE layers."""
     model, batch = simulation.config.model, simulation.batch
     alike = computed(simulation, attention_work(model, batch) + router_work(model, batch))
     experts = computed(simulation, expert_work(model, batch), fp8=False).weights
@@ -129,7 +129,7 @@ def moe_layers(simulation: Simulation, max_vio: float = 0.0) -> Seconds:
 
 
 def computed(simulation: Simulation, passes: Passes, fp8: bool = True) -> Seconds:
-    """Without exchanges. fp8: a whole layer, with its casts and what section 3.2.3 computes again."""
+    """The seconds of these passes, without exchanges. fp8: they are a whole layer, with casts and recomputation."""
     hardware = simulation.hardware
     # The gradient of a weight takes as many operations as its product.
     weights = sum(each.seconds(hardware) for each in passes.forward.matmuls if each.kind != "attention")
@@ -140,7 +140,7 @@ def computed(simulation: Simulation, passes: Passes, fp8: bool = True) -> Second
 
 
 def recomputed(simulation: Simulation) -> Work:
-    """Section 3.2.3: norms and the projections up from latents are computed again in backward of a layer."""
+    """The work that the backward of a layer computes again: norms and the up-projections of latents (section 3.2.3)."""
     model, tokens = simulation.config.model, simulation.batch.tokens
     sizes, heads = model.latent, model.num_heads
     queries = linear(tokens, sizes.query_rank, heads * (sizes.nope_dim + sizes.rope_dim), 2)

@@ -1,8 +1,8 @@
-"""How long DualPipe takes: every rank's chunks in order, each as early as what it waits for allows.
+"""Computes how long DualPipe takes: each rank starts its chunks in order, as soon as their inputs are there.
 
 Source: arXiv 2412.19437, figure 5, and the order of chunks in github.com/deepseek-ai/DualPipe (README and the eight
-steps of dualpipe.py). Micro-batches enter at both ends. A forward beside a backward of the other direction is one
-chunk whose exchanges hide; while the pipeline fills and drains a rank has nothing to hide them behind.
+steps of dualpipe.py). Micro-batches enter at both ends. A forward and a backward of the other direction are computed
+as one chunk, which hides its exchanges. While the pipeline fills and drains, nothing hides them.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Seconds of the layers of one stage. both: of a forward beside a backward. weights: share of `backward`."""
+    """Seconds of the layers of one stage. both: a forward and a backward together. weights: a part of `backward`."""
 
     forward: float
     backward: float
@@ -24,7 +24,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Part:
-    """One pass over a stage's layers. way: 0 enters at the first rank. late: its weight gradients come later."""
+    """One pass over a stage's layers. way: 0 if its micro-batch enters at the first rank, 1 at the last.
+
+    late: a backward that leaves the gradients of weights to a later part of kind "weights".
+    """
 
     kind: Literal["forward", "backward", "weights"]
     way: int = 0
@@ -32,7 +35,7 @@ class Part:
 
 
 def makespan(chunk: Chunk, num_ranks: int, num_micro: int) -> float:
-    """Seconds from the first forward to the last gradient, without what ranks send each other.
+    """Seconds from the first forward to the last gradient, without the messages between stages.
 
     num_ranks must be even, num_micro even and at least twice as large.
 
@@ -56,10 +59,10 @@ def makespan(chunk: Chunk, num_ranks: int, num_micro: int) -> float:
 
 
 def order(rank: int, num_ranks: int, num_micro: int) -> Iterator[tuple[Part, ...]]:
-    """What a rank computes, first to last; two parts in one tuple hide each other's exchanges."""
+    """The parts that a rank computes, in order; two parts in one tuple hide each other's exchanges."""
     inner = min(rank, num_ranks - 1 - rank)  # 0 at both ends
     outward, near = num_ranks // 2 - inner - 1, int(rank >= num_ranks // 2)
-    first, second = near, 1 - near  # of ways: that of the nearer end comes first
+    first, second = near, 1 - near  # ways; a micro-batch from the nearer end arrives first
     forwards = [Part("forward", way) for way in (first, second)]
     backwards, later = ([Part("backward", way, late) for way in (first, second)] for late in (False, True))
     weights = (Part("weights"),)
@@ -72,7 +75,7 @@ def order(rank: int, num_ranks: int, num_micro: int) -> Iterator[tuple[Part, ...
         yield from [(part,) for part in pair] if turn == 0 and outward == 0 else [pair]
         yield forwards[1], backwards[0]
     yield from [(backwards[1],), (forwards[1], backwards[0])] * outward
-    # Weight gradients of the second half of the last backwards wait until nothing else is to be done.
+    # The second half of the last backwards leaves its weight gradients until the rank has nothing else to do.
     last = [backwards[1], backwards[0]] * (inner + 1)
     yield from [(part,) if turn <= inner else (Part(part.kind, part.way, late=True),) for turn, part in enumerate(last)]
     yield from [weights, (later[0],)] * outward
@@ -86,7 +89,7 @@ def _start(
     counts: dict[tuple[str, int], int],
     done: dict[tuple[str, int, int, int], float],
 ) -> float | None:
-    """When all has come that these need; None while it has not."""
+    """The time at which all inputs of these parts are there; None while one has not been computed."""
     needed = [
         key
         for part in parts
@@ -97,7 +100,7 @@ def _start(
 
 
 def _before(part: Part, index: int, rank: int, num_ranks: int) -> tuple[str, int, int, int] | None:
-    """The pass whose result it takes; None where the micro-batch enters."""
+    """The pass whose result this part takes; None where the micro-batch enters the pipeline."""
     onward = 1 if part.way == 0 else -1
     source = rank - onward if part.kind == FORWARD else rank + onward
     if 0 <= source < num_ranks:

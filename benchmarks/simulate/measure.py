@@ -1,4 +1,4 @@
-"""Steps of the real trainer with the routing that they had, and the rates of the machine beside them."""
+"""Measures steps of the real trainer, their routing, and in turns with them the rates of the machine."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,16 @@ from workers.training.rank_state import build_rank
 from workers.training.step import Trainer
 from workers.training.worker_spec import WorkerSpec
 
-# Of a round, and how many: an hour in which others use the machine changes what it can by more than a tenth.
+# The steps of a round, and the rounds. Many short rounds: over an hour other programs change the machine's rates by
+# more than a tenth.
 WARM_UP, STEPS, ROUNDS = 1, 3, 9
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One case. step_s: as of ranks that nothing disturbs. wall_s: by the clock. rates: without the links.
+    """One case. step_s: seconds of a step by `barrier_clock`. wall_s: by the wall clock. rates: without the links.
 
-    load_LE: tokens of each expert in each layer, of one step.
+    load_LE: tokens of each expert in each layer in one step.
     """
 
     case: Case
@@ -39,7 +40,7 @@ class Measured:
 
 
 def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tuple[list[Measured], Link, float]:
-    """All cases of one world size, its link, and how much longer a sum takes. Collective; of other ranks no cases."""
+    """All cases of one world size, its link, and how much longer a sum takes. Collective; only rank 0 returns cases."""
     torch.set_num_threads(1)
     first = next(iter(specs.values()))
     store = dist.FileStore(str(Path(first.run_dir) / f"store-{world_size}"), world_size)
@@ -58,7 +59,7 @@ def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tup
 
 
 def _measured(case: Case, specs: Mapping[Case, WorkerSpec], groups: RankGroups) -> Measured | None:
-    """Rates and steps in turn, round by round, so that what changes on the machine meanwhile changes both."""
+    """Measure rates and steps in turn, round by round, so that a change of the machine's speed changes both."""
     crowding = max(1.0, groups.world_size / usable_cores())
     twin, trainer = (_trainer(each, specs[each], groups) for each in (case.twin, case))
     rounds = [(_steps(twin, at, groups), _rates(case, groups), _steps(trainer, at, groups)) for at in range(ROUNDS)]
@@ -88,7 +89,7 @@ class Run:
 
 
 def _steps(trainer: Trainer, at: int, groups: RankGroups) -> Run:
-    """Those of round `at`, after one to warm up. Collective."""
+    """Make the steps of round `at`, after those to warm up. Collective."""
     results, seconds = [], []
     first = 1 + at * (WARM_UP + STEPS)
     for step in range(first, first + WARM_UP):
@@ -111,7 +112,7 @@ def _trainer(case: Case, spec: WorkerSpec, groups: RankGroups) -> Trainer:
 
 
 def _rates(case: Case, groups: RankGroups) -> Hardware | None:
-    """On as many ranks at once as there are cores, as in a step, while the others wait. Rank 0's. Collective."""
+    """The rates, on rank 0; measured on as many ranks at once as there are cores, as in a step. Collective."""
     busy = groups.rank < usable_cores()
     rates = rates_of(MODELS[case.model], case.sequences, case.ep_size) if busy else None
     dist.barrier(groups.world_group)

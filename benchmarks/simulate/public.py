@@ -1,7 +1,7 @@
-"""Figures that others publish beside what the simulation says of the same setup. Nothing is fitted to any of them.
+"""Compares figures that others publish with the simulation of the same setup. Nothing is fitted to any of them.
 
-What the setups do and the simulation knows nothing of: kernels that are not fused, waits of the host, losses of power
-and clock, and the sends between pipeline stages.
+The simulation does not know kernels that are not fused, waits of the host, limits of power and clock rate, and messages
+between pipeline stages.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from runtime.commands.plan.simulate.simulation import Schedule, Simulated, Simul
 
 @dataclass(frozen=True)
 class Figure:
-    """One published figure. of_step: what the simulated step says in its unit. taken: what was assumed besides."""
+    """One published figure. of_step: its value in the simulated step, in `unit`. taken: what else was assumed."""
 
     name: str
     source: str
@@ -63,12 +63,12 @@ def hours(step: Simulated) -> float:
 
 
 def seconds(step: Simulated) -> float:
-    """Of a step."""
+    """Seconds of a step."""
     return step.step_s
 
 
 def milliseconds(step: Simulated) -> float:
-    """Of a step."""
+    """Milliseconds of a step."""
     return 1e3 * step.step_s
 
 
@@ -83,7 +83,7 @@ V3 = ("arXiv 2412.19437, table 1", 2.664, "M H800 hours")
 RECIPE = "recompute, as in examples/benchmark/configs of its repository; load forced to be even"
 FORCED = "no recompute; load forced to be even"
 EXPOSED = f"no exchange hidden, though the recipe hides them; {FORCED}"
-# `sign` at its end in the run of docs/replay.md: of a small model, but measured.
+# The MaxVio under `sign` at the end of the run of docs/replay.md: of a small model, but measured.
 SOME_VIO = 0.31
 PROFILE = ("github.com/deepseek-ai/profile-data 4496024, train.json", 129.0, "ms")
 OWN_VIO = f"a MaxVio of {SOME_VIO} (docs/replay.md)"
@@ -118,7 +118,7 @@ FIGURES = (
 
 
 def print_public() -> None:
-    """A table, the parts of each step, and what each assumption does to DeepSeek-V3's hours."""
+    """Print a table, the parts of each step, and how each assumption changes the hours of DeepSeek-V3."""
     print("| what | published | simulated | error | source | assumed |\n|---|---|---|---|---|---|")
     steps = [(figure, figure.simulate()) for figure in FIGURES]
     for figure, step in steps:

@@ -1,9 +1,9 @@
 """Models, rates and ranks of setups that others publish.
 
-Rates are those of the presets (`runtime.commands.plan.simulate.hardware`): one H100 that this project measured in bf16.
-Those of fp8 are of another source, since we measured none: DeepGEMM's README of its first commit (a6d97a1), H800,
-matrices of DeepSeek-V3 with 4096 rows, weighed by their share of a layer's operations; and not of DeepGEMM, which came
-after the training, but of the CUTLASS kernels before it, by the speed-up that is given.
+Rates are those of the presets (`runtime.commands.plan.simulate.hardware`), from an H100 that this project measured in
+bf16. It measured no fp8. Rates of fp8 are from the README of DeepGEMM's first commit (a6d97a1): H800, matrices of
+DeepSeek-V3 with 4096 rows, weighed by their share of a layer's operations. DeepGEMM came after the training, so they
+are divided by the README's speed-ups, which gives the rates of the CUTLASS kernels before it.
 """
 
 from dataclasses import replace
@@ -47,9 +47,9 @@ def before_deep_gemm(shapes: tuple[tuple[float, float, float], ...]) -> float:
 
 
 def in_fp8(hardware: Hardware, share: float = 1.0) -> Hardware:
-    """With matmuls in fp8, and a share of the device for computing; attention stays in bf16.
+    """The hardware with matmuls in fp8 and attention in bf16. share: the part of the device that computes.
 
-    Of a device that is faster than an H800 in bf16, as many times faster.
+    A device that is faster than an H800 in bf16 is taken to be as many times faster in fp8.
     """
     times = share * hardware.dense_flops_per_s / PRESETS["h800"].dense_flops_per_s
     return replace(
@@ -61,10 +61,10 @@ def in_fp8(hardware: Hardware, share: float = 1.0) -> Hardware:
 
 
 def fp8_layer(simulation: Simulation) -> tuple[float, float]:
-    """Seconds, forward and backward, of what fp8 moves over memory besides in one layer of one micro-batch.
+    """Seconds, forward and backward, of the memory traffic that fp8 adds to one layer of one micro-batch.
 
-    For each input of a matmul 3 bytes forward (bf16 read, fp8 written) and 2 backward (transposed), for each gradient
-    of an output 4 (read, written twice): arXiv 2412.19437, sections 3.3 and 3.5.2.
+    For each element of a matmul's input it is 3 bytes forward (bf16 read, fp8 written) and 2 backward (transposed), for
+    each element of an output's gradient 4 (read, written twice): arXiv 2412.19437, sections 3.3 and 3.5.2.
     """
     model, batch = simulation.config.model, simulation.batch
     layer = attention_work(model, batch) + router_work(model, batch) + expert_work(model, batch)
@@ -77,20 +77,20 @@ def fp8_layer(simulation: Simulation) -> tuple[float, float]:
 
 
 def with_quantising(simulation: Simulation, step: Simulated) -> Simulated:
-    """The step with what fp8 moves over memory besides."""
+    """The step with the memory traffic that fp8 adds."""
     model, schedule = simulation.config.model, simulation.schedule
     seconds = sum(fp8_layer(simulation)) * (model.num_layers + model.num_mtp_layers) * simulation.num_micro
     return replace(step, parts=dict(step.parts) | {"fp8": seconds / schedule.stages / (1 - schedule.bubble)})
 
 
 def deepseek_v3(*, mtp: int) -> ModelConfig:
-    """Its model, with sequences of 4096 tokens."""
+    """The model of DeepSeek-V3, with sequences of 4096 tokens. mtp: layers of multi-token prediction."""
     settings = Settings(read_json(DEEPSEEK_V3), str(DEEPSEEK_V3))
     return replace(family_of(settings).read_config(settings), max_seq_len=4096, num_mtp_layers=mtp)
 
 
 def subject(model: ModelConfig, ranks: int, ep_size: int, batch: int, micro: int, **parallel: str) -> Subject:
-    """Ranks of one pipeline stage, 8 a node."""
+    """The subject of a simulation: the ranks of one pipeline stage, 8 on each node."""
     config = TrainConfig(
         run=RunConfig(global_batch_size=batch, micro_batch_size=micro, dtype="bfloat16"),
         model=model,

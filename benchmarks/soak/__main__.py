@@ -1,10 +1,11 @@
-"""Train for many steps under random ragged loads and random evaluations; say what grew and what was left behind.
+"""Train for many steps under random ragged loads and random evaluations; find what grew and what was left behind.
 
     python -m benchmarks.soak                      10,000 steps of the tiny preset on two workers
     python -m benchmarks.soak --steps 400 --segments 2
 
-Each segment goes on with the run under other rhythms of evaluations and checkpoints, with new workers and a new
-coordinator, in one driver and one Ray. Exit code 1: a process grew, a token was lost, or something was left behind.
+Each segment resumes the run with other intervals of evaluations and checkpoints, with new workers and a new
+coordinator, in the same driver and the same Ray. Exit code 1: the memory of a process grew, a token was lost, or
+something was left behind.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _soak(run_dir: Path, given: argparse.Namespace) -> Tracks:
     tracks = Tracks(lambda: last_step(run_dir / METRICS))
-    requests = list(_segments(run_dir, given))  # parsed one by one: a run must exist to be resumed
+    requests = _segments(run_dir, given)  # parsed one by one below: a run must exist to be resumed
     first = parse_train(requests[0]).config
     with RaySession.open(first.cluster), tracks.watching():
         for tracks.segment, arguments in enumerate(requests):
@@ -66,31 +67,29 @@ def _soak(run_dir: Path, given: argparse.Namespace) -> Tracks:
     return tracks
 
 
-def _segments(run_dir: Path, given: argparse.Namespace) -> Iterator[list[str]]:
-    """The command lines, one after the other; lazily read ones would not find the run before it exists."""
-    draw = random.Random(given.seed)
+def _segments(run_dir: Path, given: argparse.Namespace) -> list[list[str]]:
+    """The command line of each segment."""
+    draw, found = random.Random(given.seed), []
     for segment in range(given.segments):
         last = given.steps * (segment + 1) // given.segments
         rhythm = [f"--run.eval_every={draw.randint(20, 200)}", f"--run.checkpoint_every={draw.randint(50, 500)}"]
         rhythm += [f"--run.eval_sequences={draw.randint(2, 16)}", f"--steps={last}"]
-        if segment == 0:
-            yield [
-                "--config=tiny",
-                f"--run.dir={run_dir.parent}",
-                f"--name={run_dir.name}",
-                f"--workers={given.workers}",
-                f"--run.seed={given.seed}",
-                "--device=cpu",
-                "--balance.module=benchmarks.soak.ragged_law",
-                "--balance.law=ragged",
-                *rhythm,
-            ]
-        else:
-            yield [f"--resume={run_dir}", *rhythm]
+        start = [
+            "--config=tiny",
+            f"--run.dir={run_dir.parent}",
+            f"--name={run_dir.name}",
+            f"--workers={given.workers}",
+            f"--run.seed={given.seed}",
+            "--device=cpu",
+            "--balance.module=benchmarks.soak.ragged_law",
+            "--balance.law=ragged",
+        ]
+        found.append([*(start if segment == 0 else [f"--resume={run_dir}"]), *rhythm])
+    return found
 
 
 def _show_memory(tracks: Tracks) -> list[str]:
-    """Print a line a process; those that grew."""
+    """Print a line for each process; returns the roles of those that grew."""
     grew = []
     for role, of_role in sorted(tracks.by_role().items()):
         for track in of_role:
@@ -105,7 +104,7 @@ def _show_memory(tracks: Tracks) -> list[str]:
 
 
 def _quarters(track: Track) -> str:
-    """Memory at the ends of the quarters of its life."""
+    """The memory of a process at the end of each quarter of its life."""
     ends = [len(track.mib) * quarter // 4 for quarter in (1, 2, 3, 4)]
     return " ".join(f"{track.mib[max(0, end - 1)]:5.0f}" for end in ends)
 
@@ -115,7 +114,7 @@ def _signed(value: float) -> str:
 
 
 def _show_run(run_dir: Path) -> bool:
-    """Print what the run says of itself; whether a token or a step was lost."""
+    """Print the run's own headlines; returns whether a token or a step was lost."""
     record = RunRecord.read(run_dir)
     shown = [each for each in headlines(record) if each.label in ("Tokens lost", "Bias checksums equal")]
     for each in shown:

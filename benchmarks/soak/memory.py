@@ -14,14 +14,15 @@ import numpy as np
 import psutil
 
 ROLES = {"WorkerActor": "worker", "CoordinatorActor": "coordinator"}
-# Of a process's life, what a slope leaves out: ragged loads set new records for the sizes of buffers, ever more rarely.
+# The part of a process's life that its slope leaves out: with ragged loads the largest batch so far grows for a long
+# time, ever more rarely, and buffers with it.
 WARM_UP = 0.75
-MIN_STEPS = 500  # after it; less says nothing
+MIN_STEPS = 500  # after the warm-up; over fewer steps noise is larger than the slope
 
 
 @dataclass
 class Track:
-    """One process. steps, mib, files: (S,) the run's last step, unique memory, open file descriptors."""
+    """Samples of one process. steps, mib, files: (S,) the run's last step, memory of this process alone, open files."""
 
     role: str
     steps: list[int] = field(default_factory=list)
@@ -41,7 +42,8 @@ class Track:
 class Tracks:
     """Samples by segment and pid, taken every `every_s` on a thread of its own while `watching`.
 
-    The driver has a track for each segment: between two it writes a report of all steps, and its peak is not growth.
+    The driver has a track for each segment: between two segments it writes a report of all steps, and the memory that
+    this takes is no leak.
     """
 
     step: Callable[[], int]

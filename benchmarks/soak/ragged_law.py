@@ -1,4 +1,4 @@
-"""A law that balances nothing: every step it throws the bias anew, so that loads are ragged, and some experts get none.
+"""A law that balances nothing: it draws a random bias in every step, so that loads are ragged and some experts idle.
 
 Shapes: E experts of one layer.
 """

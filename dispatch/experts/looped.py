@@ -55,8 +55,10 @@ class ExpertRows:
         shift_L = torch.tensor(starts[:-1]) - torch.tensor([0, *itertools.accumulate(counts_L)][:-1])
         shift_R = shift_L.repeat_interleave(torch.tensor(counts_L)).to(sources_R.device)
         real_rows = torch.arange(len(sources_R), device=sources_R.device) + shift_R
-        padded = (part.new_zeros(starts[-1]).index_copy_(0, real_rows, part) for part in (sources_R, weights_R))
-        return cls(*padded, real_rows, runs)
+        sources, weights = (
+            part.new_zeros(starts[-1]).index_copy_(0, real_rows, part) for part in (sources_R, weights_R)
+        )
+        return cls(sources, weights, real_rows, runs)
 
     @property
     def longest(self) -> int:
