@@ -78,6 +78,7 @@ def _model(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
         model(ids, document_starts=starts, targets=targets).total.backward()
 
     def by_mask() -> None:
+        # The decoder makes `Documents` for its attention itself; here it gets a mask of the whole row in their place.
         with patch.object(Documents, "of", lambda starts, _context: _mask(starts, 0)):
             by_documents()
 

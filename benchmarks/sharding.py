@@ -84,6 +84,7 @@ def config_of(shard: Shard, world_size: int, num_micro: int, dtype: DType, text:
     """Settings of a run in which half of the ranks share the experts of a layer."""
     batch = 2 * world_size * num_micro
     return TrainConfig(
+        # Far more steps than are made: the learning rate's schedule hardly moves.
         run=RunConfig(global_batch_size=batch, micro_batch_size=2, steps=10_000, eval_every=0, dtype=dtype),
         model=MODEL,
         data=DataConfig(path=str(text), cache_dir=str(text.parent / "cache")),

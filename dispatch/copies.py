@@ -79,7 +79,7 @@ class LayerCopies:
         received = own.new_empty(sum(routes.sent_P), *own.shape[1:])
         gradient = _no_rows(own) if mine is None else mine.take_gradient()
         self._start(received, gradient, routes.sent_P, routes.received_P).wait()
-        if own.grad is None:
+        if own.grad is None:  # no backward ran here, but copies of this rank's experts may have gradients
             own.grad = torch.zeros_like(own)
         # Rank by rank: several ranks may hold a copy of one expert, and on CUDA one call would add their rows in any
         # order. A sum in a fixed order gives the same bits every time.

@@ -15,7 +15,7 @@ from runtime.commands.bench.dispatch.limits import Shape
 
 HOTTEST_OVER_MEAN = 3.7
 """Load of the busiest expert over the mean load in a skewed race."""
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 8192  # enough for the load of the busiest expert to be known to a few percent
 CHECK_MARGIN = 0.05
 """Least distance of the k-th from the next router logit in the tokens of the check; see `TokenSource.draw_clear`."""
 
@@ -132,7 +132,7 @@ def common_component(weights: LayerWeights, top_k: int, generator: torch.Generat
     direction_H = torch.randn(weights.router_EH.shape[1], generator=generator)
     noise_TH = torch.randn(CALIBRATION_TOKENS, len(direction_H), generator=generator)
     logits_TE, common_E = noise_TH @ weights.router_EH.t(), weights.router_EH @ direction_H
-    low, high = 0.0, 16.0
+    low, high = 0.0, 16.0  # at 16 nearly all tokens choose alike: the wanted load is in between, found by bisection
     for _ in range(20):
         strength = (low + high) / 2
         too_even = hottest_over_mean(logits_TE + strength * common_E, top_k) < HOTTEST_OVER_MEAN

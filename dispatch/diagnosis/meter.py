@@ -95,7 +95,7 @@ class Meter:
         self._counts["network_bytes"] += sent_bytes if link == "network" else 0
 
     def note_rows(self, busiest_rows: int) -> None:
-        """Record the rows of the busiest local expert of one layer call."""
+        """Record the rows of the busiest local expert of one layer call; a recompute records nothing."""
         if not in_backward():
             self._busiest_rows.append(busiest_rows)
 

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
-    """Dense feed-forward down(silu(gate(x)) * up(x)), for dense layers and shared experts; keeps the shape of x.
+    """Dense feed-forward down(silu(gate(x)) * up(x)), for dense layers and shared experts; returns the shape of x.
 
-    token_gate: multiply the output by sigmoid(g · x), with a learned vector g.
+    token_gate: multiply each token's output by sigmoid(g · x), with a learned vector g (Qwen2-MoE).
     """
 
     def __init__(self, hidden: int, ffn_hidden: int, token_gate: bool = False) -> None:

@@ -44,6 +44,10 @@ def fused_swiglu(
     return sums_QH
 
 
+# The tensors of RowMap and Groups are arguments of their own, to be saved with `save_for_backward`: activation
+# recompute drops saved tensors, but would keep attributes of ctx.
+
+
 class FusedSwiGLU(torch.autograd.Function):
     """Keeps gate and up, as they are before the activation, for backward, which computes the rest again."""
 
@@ -90,6 +94,7 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of arrived rows, row weights, and the two stacks of expert weights, where autograd needs them."""
     from dispatch.kernels.swiglu import weighted_swiglu_backward_
 
+    # `wanted` has an entry for each argument of forward: 0 arrived rows, 2 gate and up, 3 down.
     arrived_QH, row_weights_R, gate_up_LGH, down_LHF, *maps, ends_L, gate_up_RG = ctx.saved_tensors
     rows, groups, wanted = RowMap(*maps), Groups(ctx.counts_L, ends_L), ctx.needs_input_grad
     if ctx.has_overwritten:  # a second backward through a graph that was retained

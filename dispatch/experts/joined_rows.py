@@ -21,7 +21,7 @@ class JoinedRows:
         num_own = len(own)
         self._own = own
         self._rows = torch.cat([own.detach(), own.new_empty(num_copies, *own.shape[1:])])
-        own.data = self._rows[:num_own]
+        own.data = self._rows[:num_own]  # the same Parameter, so that the optimizer's state stays with it
         self.copies = self._rows[num_own:].detach().requires_grad_(own.requires_grad)
 
     def stack(self) -> Tensor:

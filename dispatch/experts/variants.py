@@ -116,6 +116,7 @@ class Activation:
 
     def backward(self, gate_up_RG: Tensor, grad_inner_RF: Tensor) -> Tensor:
         """The gradient of gate and up, (R, G); zero beyond the limit."""
+        # torch's derivatives of sigmoid and clamp, written out: autograd would keep every intermediate tensor.
         gate_RF, up_RF = self._clamped(gate_up_RG)
         sigmoid_RF = torch.sigmoid(gate_RF * self.slope)
         glu_RF = gate_RF * sigmoid_RF
@@ -167,6 +168,7 @@ class _VariantSwiGLU(torch.autograd.Function):
 def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of arrived rows, row weights, the two stacks of expert weights and their biases."""
     arrived_QH, row_weights_R, gate_up_LGH, down_LHF, down_bias_LH, gate_up_RG = ctx.saved_tensors
+    # `wanted` has an entry for each argument of forward: 0 arrived rows, 2 gate and up, 3 down, 4 and 5 their biases.
     rows, groups, wanted = ctx.rows, ctx.groups, ctx.needs_input_grad
     weights_R1 = row_weights_R.to(arrived_QH.dtype).unsqueeze(1)
     inner_RF, grad_out_RH = ctx.activation.forward(gate_up_RG), rows.copy_of(grad_sums_QH)

@@ -79,7 +79,7 @@ def _sum(
     inside = column < WIDTH
     start = tl.load(first + source)
     end = tl.load(first + source + 1, mask=source + 1 < num_sources, other=num_copies)
-    total = tl.zeros([BLOCK], WIDE)
+    total = tl.zeros([BLOCK], WIDE)  # sums in fp32, whatever the dtype of the rows, and rounds once at the end
     # Not a for loop: Triton's interpreter takes no loop bounds that were loaded from memory.
     while start < end:
         place = start + tl.arange(0, AT_ONCE)

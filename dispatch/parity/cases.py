@@ -68,6 +68,7 @@ CASES: tuple[Case, ...] = (
     Case(name="groups", moe={"num_groups": 4, "groups_kept": 2, "top_k": 3}),
     Case(name="rank-without-tokens", tokens=(5, 0, 4, 0)),
     Case(name="one-rank-has-all-tokens", tokens=(0, 0, 0, 6)),
+    # Scores lie in [0, 1]: a bias of 50 decides every choice.
     Case(name="expert-without-tokens", bias=((3, -50.0),)),
     Case(name="all-to-one-expert", moe={"top_k": 1}, bias=((5, 50.0),)),
     Case(name="all-to-first-rank", bias=((0, 50.0), (1, 50.0))),
