@@ -25,7 +25,7 @@ def fused_swiglu(
 ) -> Tensor:
     """down(silu(gate) * up * weight) of every expert on its rows, summed per arrived row: (Q, H).
 
-    Rows and weights must have one dtype. It needs Triton (`triton_serves`), and the host does not wait for the device.
+    Rows and weights must have one dtype. It needs Triton (`use_triton`), and the host does not wait for the device.
     """
     groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
     rows = handle.expert_rows

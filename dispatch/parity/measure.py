@@ -46,8 +46,8 @@ def measure(
         "weights": {},
     }
     measured = {column: _exact(tensors) for column, tensors in measured.items()}
-    # Every optimizer starts from the same weights, gradients and bias. Gradients need not be copied: the next step drops
-    # them and makes new ones.
+    # All optimizers start from the same weights, gradients and bias. Gradients need not be copied, since the next step
+    # makes new ones.
     start = [(parameter.detach().clone(), parameter.grad) for parameter in _trained(layer)]
     bias_E = layer.expert_bias_E.clone()
     for name in optimizers:
