@@ -61,7 +61,7 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
                 stream.write(data[start : start + _BLOCK_BYTES])
         stream.flush()
         os.fsync(stream.fileno())
-    file.unlink()  # or the next write would have to truncate it, and the disk would have to hold it twice
+    file.unlink()  # the disk need not hold it beside the checkpoint
 
 
 if __name__ == "__main__":

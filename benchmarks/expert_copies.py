@@ -83,7 +83,7 @@ def measure(
     torch.set_num_threads(1)
     sides = [_Side(workload, copies, group) for copies in (0, copies_per_rank)]
     for pair in range(WARM_UP + num_pairs):
-        ids_TK = workload.route(group.rank(), pair + 1).topk_ids_TK
+        ids_TK = workload.route(group.rank(), pair + 1)
         x_TH = tokens_that_choose(ids_TK, sides[0].router_EH, seed=pair * group.size() + group.rank())
         grad_TH = torch.randn(x_TH.shape)
         for side in sides if pair % 2 else reversed(sides):
@@ -100,7 +100,7 @@ def measure(
 def _loads(workload: Workload, step: int) -> list[int]:
     loads_E = torch.zeros(workload.num_experts, dtype=torch.int64)
     for rank in range(workload.ep_size):
-        ids = workload.route(rank, step).topk_ids_TK.flatten()
+        ids = workload.route(rank, step).flatten()
         loads_E += torch.bincount(ids, minlength=workload.num_experts)
     return [int(load) for load in loads_E]
 

@@ -118,7 +118,7 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + rank)
         x_TH, cotangent_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)
         if workload:
-            ids_TK = workload.route(rank, case.step).topk_ids_TK
+            ids_TK = workload.route(rank, case.step)
             x_TH = tokens_that_choose(ids_TK, weights["router"].double(), seed=1000 * seed + rank)
         batches.append(CaseInputs(x_TH.to(dtype).double(), cotangent_TH.to(dtype).double()))
     return batches

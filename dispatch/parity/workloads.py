@@ -41,23 +41,6 @@ DEFAULT_SKEW = 4.0  # of W1, W3 and W6; less where it would be more than half-wa
 _GRAIN = 1 << 16  # probabilities are integers in units of 1 / (E * _GRAIN): no rounding lets a token choose one twice
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The choices of one rank's tokens.
-
-    topk_ids_TK: int64, K different experts for each token. topk_weights_TK: positive, largest first; for each token
-    they sum to 1.
-    """
-
-    topk_ids_TK: Tensor
-    topk_weights_TK: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """T, which may be 0 and differs between ranks in W4 and W5."""
-        return len(self.topk_ids_TK)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One of W0 to W7 for one size of layer; the same on every machine for the same arguments.
@@ -90,14 +73,10 @@ class Workload:
                 "experts cannot take more than all that is chosen, nor one of them more than every token; lower skew"
             )
 
-    def route(self, ep_rank: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Routing:
-        """The choices of one rank's tokens in one step, on the CPU; weights in `dtype`. Takes milliseconds."""
+    def route(self, ep_rank: int, step: int = 0) -> Tensor:
+        """The experts that one rank's tokens choose in one step: int64 (T, K) on the CPU, K different ones for each."""
         generator = _generator(self.name, self.seed, step, ep_rank)
-        num_tokens = self.tokens_of_ranks()[ep_rank]
-        ids_TK = self._draw(self._heat(step), num_tokens, generator)
-        weights_TK = torch.rand(ids_TK.shape, generator=generator, dtype=dtype) + 0.1
-        weights_TK = weights_TK.sort(dim=1, descending=True).values
-        return Routing(ids_TK, weights_TK / weights_TK.sum(1, keepdim=True))
+        return self._draw(self._heat(step), self.tokens_of_ranks()[ep_rank], generator)
 
     def tokens_of_ranks(self) -> list[int]:
         """Tokens of each EP rank."""

@@ -85,7 +85,7 @@ class LayerRun:
         seed = step * case.workers + rank
         generator = torch.Generator().manual_seed(seed)
         if workload := case.make_workload():
-            ids_TK = workload.route(rank, step).topk_ids_TK
+            ids_TK = workload.route(rank, step)
             x_TH = tokens_that_choose(ids_TK, self.layer.router.weight, seed)
         else:
             x_TH = torch.randn(case.tokens, case.hidden, generator=generator)
