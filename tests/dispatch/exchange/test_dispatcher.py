@@ -139,3 +139,10 @@ def test_identity_experts_with_equal_weights_restore_the_input():  # P3
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\(5, 4\).*\(6, 2\)"):
         LocalDispatcher(8).dispatch(torch.randn(5, 4), torch.zeros(6, 2, dtype=torch.int64), torch.zeros(6, 2))
+
+
+@pytest.mark.parametrize(("num_experts", "weights"), [(256, [1.0, 4.0, 2.0, 3.0]), (257, [1.0, 4.0, 3.0, 2.0])])
+def test_one_rank_orders_rows_by_expert_also_where_a_byte_holds_no_more_ids(num_experts, weights):
+    ids = torch.tensor([[0, num_experts - 1], [255, 1]])
+    _, handle = LocalDispatcher(num_experts).dispatch(torch.ones(2, 4), ids, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert handle.row_weights_R.tolist() == weights
