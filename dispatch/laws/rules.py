@@ -192,8 +192,8 @@ def quantile(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
 
 
 # Not for group-limited routing: near_cutoff counts within the groups of a token, but a bias also moves whole groups in
-# and out. With 32 experts in 4 or 8 groups the load changed up to 6.5 times as much as the count predicts; from 4 times
-# on, steps at rate 0.5 overshoot by more than they correct, and the bias swings for ever.
+# and out. With 32 experts in 4 or 8 groups the load changed up to 6.5 times as much as the count predicts. Where it is
+# more than 4 times, a step at rate 0.5 overshoots by more than it corrects, and the bias swings for ever.
 @register_law("newton", rate=0.5, statistic="near_cutoff", per_layer={STATISTIC_SCALE: 0.02}, group_limited=False)
 def newton(load: LayerLoad, state: LayerState, rate: float) -> LayerState:
     """A part of the Newton step: the lack of load over the slope of the load by the bias (ours, docs/laws.md)."""
