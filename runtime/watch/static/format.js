@@ -54,4 +54,4 @@ export const counted = (number, one, many = `${one}s`) => `${count(number)} ${nu
 export const count = (value) => (isNumber(value) ? value.toLocaleString("en") : "n/a");
 export const when = (seconds) => new Date(seconds * 1e3).toLocaleString("sv").slice(0, 19);
 /** A setting as config.yaml has it. */
-export const setting = (value) => (value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value));
+export const setting = (value) => (value === undefined ? "" : value === null ? "not set" : typeof value === "string" ? value : JSON.stringify(value));
