@@ -6,9 +6,9 @@ P_ui = mean_t s_ti / sum_j s_tj, where s is the router's score. The loss of a la
 
     sum_u n_u / n  sum_i f_ui P_ui,
 
-1 where experts are chosen evenly. No gradient passes through f, so that n_u P_ui, a sum over tokens, is all that a
-forward has to keep. Frequencies are divided by the very counts that they are made of, never by the tokens of another
-micro-batch (Megatron-LM #7197). Padding takes no part in anything.
+1 where experts are chosen evenly. No gradient passes through f, so that n_u P_ui, a sum over tokens, is the only part
+whose graph must be kept from the forward. Frequencies are divided by the sum of the same counts, never by the tokens of
+another micro-batch (Megatron-LM #7197). Padding is left out of counts, probabilities and z-loss.
 
 Shapes: T tokens of this rank (may be 0), E experts, K top-k, U units (may be 0), N experts of all layers.
 """
@@ -129,7 +129,8 @@ class RouterObserver:
     def __call__(self, logits_TE: Tensor, topk_ids_TK: Tensor, token_mask_T: Tensor | None, num_sequences: int) -> None:
         """Collect the terms of one forward with gradients."""
         terms = self._terms(logits_TE, topk_ids_TK, token_mask_T, num_sequences)
-        # A recompute makes the same tensors, as it must save what its forward saved, but the loss is of the forward.
+        # Recompute must make the same tensors, as torch compares what it saves with what the forward saved; but the
+        # loss is made of those of the forward.
         if not in_backward():
             self.taken.append(terms)
 
@@ -143,7 +144,7 @@ class RouterObserver:
             num_units = num_sequences if per_sequence else 1
             probs_TE = probabilities(logits_TE, routing.score)
             if per_sequence:
-                # Equation 18: the choice by score alone, over all experts; not the one that bias and groups made.
+                # Equation 18 counts the choice by score alone, over all experts, not the one by bias and groups.
                 with torch.no_grad():
                     topk_ids_TK = ordered_topk(logits_TE.detach(), routing.top_k)
             sums_UE = sums_by_unit(probs_TE, token_mask_T, num_units)
@@ -154,7 +155,7 @@ class RouterObserver:
 
 
 class AuxLosses:
-    """The auxiliary losses of all routers of a model that can learn; a frozen router is left alone.
+    """The auxiliary losses of all routers of a model that train; frozen routers have none.
 
     Call `begin_step` before the first forward of an optimizer step and `take` after each forward that trains, on every
     rank of `group` together. `group=None` means this process alone. Works under non-reentrant activation recompute.
@@ -167,7 +168,8 @@ class AuxLosses:
       itself included. With one micro-batch a rank that is the whole batch, in any layout of ranks; with several, the
       last one sees the whole batch, and the order of the earlier ones matters.
 
-    An expert counts as chosen where it was, by score + bias; sequence alone asks what score alone would choose.
+    An expert's count is of the tokens that were routed to it, by score + bias; only `sequence` counts what score alone
+    would choose.
     """
 
     def __init__(self, model: nn.Module, config: AuxLossConfig, group: dist.ProcessGroup | None = None) -> None:
@@ -181,7 +183,7 @@ class AuxLosses:
 
     def begin_step(self) -> None:
         """Clear what was collected."""
-        self._counts_N: Tensor | None = None
+        self._counts_N: Tensor | None = None  # of the step so far, over all ranks; for global_batch
         self._sums = torch.zeros(2, dtype=torch.float64)
         for observer in self._observers.values():
             observer.taken.clear()

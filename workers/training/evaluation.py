@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Evaluation:
     """Held-out loss in nats per token and in bits per byte of text, overall and by source; equal on all ranks.
 
-    load_SN: int64 on the CPU, held-out tokens by source and by the expert that the bias of now chose for them.
+    load_SN: int64 on the CPU, tokens of each source that each expert got, chosen by the current bias.
     """
 
     val_loss: float
@@ -64,18 +64,23 @@ def evaluate(
     routers: Mapping[str, Router] | None = None,
     pipeline: "Pipeline | None" = None,
 ) -> Evaluation:
-    """Measure the model on the same sequences at any world size.
+    """Measure the model on held-out sequences, the same ones at any world size.
 
-    routers: whose load is wanted, where they are not those of `model`. pipeline: which this rank's `model` is part of.
+    Args:
+        batch_size: sequences of a forward.
+        num_sequences: how many are read, over all ranks; None for all.
+        routers: with a pipeline, those of all stages, whose load is wanted; by default those of `model`.
+        pipeline: where `model` is this rank's part of one.
 
-    Collective: every rank makes the same number of forwards, padded where its share is shorter, and one reduction.
-    Leaves the model in training mode; evaluation never counts as training load, whatever it counts for itself.
+    Collective: every rank makes the same number of forwards, of padding where its share is shorter, and two
+    reductions. Leaves the model in training mode, and the routers' own counters as they were.
     """
     began = time.perf_counter()
     groups.tracker.set_phase("evaluation")
     model.eval()
     num_sources = len(dataset.source_names)
-    totals = torch.zeros(2, num_sources, dtype=torch.float64)  # nats and tokens, by source
+    # Nats and tokens by source. float64, so that the order of the sum, which ranks change, hardly matters.
+    totals = torch.zeros(2, num_sources, dtype=torch.float64)
     with _HeldOutLoad(routers_of(model) if routers is None else routers, num_sources) as load:
         for batch in sampler.val_batches(groups.share, groups.num_shares, batch_size, num_sequences):
             load.source_B, load.is_real_B = (
@@ -83,7 +88,7 @@ def evaluate(
             )
             shared = own_part(batch.sequences.to(groups.device), groups.context)
             loss = _loss(model, shared, groups.context, autocast, pipeline)
-            if loss is None:  # it is known where the last layers are
+            if loss is None:  # of a pipeline, only the rank with the last stage has the loss
                 continue
             nats_B = loss.of_token.sum(1, dtype=torch.float64).cpu()
             tokens_B = batch.is_real_B * (shared.targets.cpu() != NO_TARGET).sum(1)
@@ -114,7 +119,10 @@ def _loss(
 
 
 class _HeldOutLoad:
-    """Context that sums what the routers choose. Their own counters, which training reads, stay unchanged."""
+    """A context in which the choices of the routers are counted by source, by hooks.
+
+    The routers' own counters hold the training load, and do not count in forwards without gradients.
+    """
 
     def __init__(self, routers: Mapping[str, Router], num_sources: int) -> None:
         self._routers, self._num_sources = routers, num_sources
@@ -123,7 +131,7 @@ class _HeldOutLoad:
             for name, router in routers.items()
         }
         self._stack = ExitStack()
-        # Of the batch under way. Padding is not counted.
+        # Of the current batch, set before each forward; rows that are not real are padding and are not counted.
         self.source_B = torch.zeros(0, dtype=torch.int64)
         self.is_real_B = torch.zeros(0, dtype=torch.bool)
 
@@ -144,8 +152,9 @@ class _HeldOutLoad:
     def _counter(self, name: str) -> Any:
         def count(router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
             topk_ids_TK, load_SE = choice[0], self._loads_SE[name]
-            num_tokens = topk_ids_TK.shape[0] // max(1, len(self.is_real_B))  # of a sequence: T is B times that
+            num_tokens = topk_ids_TK.shape[0] // max(1, len(self.is_real_B))  # of each sequence
             mask_TK = self.is_real_B.repeat_interleave(num_tokens).unsqueeze(1).expand_as(topk_ids_TK)
+            # One histogram for all sources: a cell is a pair of source and expert.
             cells_TK = topk_ids_TK + router.num_experts * self.source_B.repeat_interleave(num_tokens).unsqueeze(1)
             load_SE += count_by_expert(cells_TK, load_SE.numel(), mask_TK).view_as(load_SE)
 

@@ -1,7 +1,7 @@
-"""Copies of hot experts during training: placed anew every so many steps, by the loads of the steps before.
+"""Copies of hot experts during training: placed anew every `parallel.copies_every` steps, by the loads of these steps.
 
-Every rank places them by itself. It has the summed loads of all ranks from the control path, as integers, and
-`place_copies` is a function of these alone: so all ranks place the same copies, at the same step, and send no message.
+The ranks send no message to agree on a placement. Each has the loads of all ranks, summed as integers on the control
+path, and `place_copies` is a function of these alone: so all ranks place the same copies at the same step.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from workers.distributed.parallel import ParallelConfig, RankGroups
 
 @dataclass(frozen=True)
 class CopiesPlaced:
-    """A new placement.
+    """A new placement of copies.
 
-    num_copies: of all layers and ranks. before, after: the busiest rank's load over the mean, mean over layers, in the
-    steps that placed them: with the copies of before, and with these.
+    num_copies: in all layers and on all ranks. before, after: the busiest rank's load over the mean load, averaged over
+    layers, for the loads that decided: with the placement before, and with this one.
     """
 
     num_copies: int
@@ -31,7 +31,7 @@ class CopiesPlaced:
 
 
 class ExpertCopying:
-    """The copies of all layers of a model. Every rank calls it together, in a step's order.
+    """The copies of all layers of a model. Every rank calls each method at the same place of a step.
 
     ranks_per_node: neighbouring ranks of an EP group on one node; a copy takes the tokens of its node first.
     """
@@ -43,27 +43,33 @@ class ExpertCopying:
         self._load_N = torch.zeros(layout.total, dtype=torch.int64)
 
     def sum_gradients(self) -> None:
-        """After the last backward, before gradients are reduced: those of the copies go to the owners."""
+        """Add the gradients of copies to those of their owners. After the last backward; collective."""
         for layer in self._layers:
             layer.sum_gradients()
 
     def end_step(self, step: int, load_N: Tensor) -> CopiesPlaced | None:
-        """After the optimizer: place anew where it is due, and give all copies their weights. None for no change.
+        """Place copies anew where that is due, and send all copies their owners' weights. After the optimizer.
 
-        load_N: of the step over all ranks, the same on each.
+        load_N: of the step, summed over all ranks. Returns the new placement, None where it did not change. Collective.
         """
         self._load_N += load_N
         placed = None
         if step % self._config.copies_every == 0:
             placed = self._place([self._load_N[where].tolist() for where in self._layout.slices])
             self._load_N.zero_()
+        # All layers start sending before any is waited for.
         for pending in [each for layer in self._layers for each in layer.send_weights()]:
             pending.wait()
         return placed
 
     def _place(self, loads_LE: Sequence[Sequence[int]]) -> CopiesPlaced | None:
         before = [layer.placed for layer in self._layers]
-        after = [self._placement(loads_E, layer.placed) for loads_E, layer in zip(loads_LE, self._layers, strict=True)]
+        after = [
+            place_copies(
+                loads_E, now.placement.ep_size, self._config.expert_copies, ranks_per_node=self._ranks_per_node
+            )
+            for loads_E, now in zip(loads_LE, before, strict=True)
+        ]
         if after == before:
             return None
         for layer, copies in zip(self._layers, after, strict=True):
@@ -72,15 +78,11 @@ class ExpertCopying:
             sum(each.num_copies for each in after), _busiest(before, loads_LE), _busiest(after, loads_LE)
         )
 
-    def _placement(self, loads_E: Sequence[int], now: ExpertCopies) -> ExpertCopies:
-        size, copies = now.placement.ep_size, self._config.expert_copies
-        return place_copies(loads_E, size, copies, ranks_per_node=self._ranks_per_node)
-
 
 def expert_copying(
     model: nn.Module, layout: LoadLayout, config: ParallelConfig, groups: RankGroups
 ) -> ExpertCopying | None:
-    """For a run that wants copies; None for others, and where each rank has all experts."""
+    """The copies of a run; None where the settings want none, or where each rank has all experts."""
     if not config.expert_copies or groups.ep_size == 1:
         return None
     ranks_per_node = torch.distributed.get_world_size(groups.nodes.local_group) if groups.nodes else 1
@@ -88,4 +90,5 @@ def expert_copying(
 
 
 def _busiest(copies: Sequence[ExpertCopies], loads_LE: Sequence[Sequence[int]]) -> float:
+    """The busiest rank's load over the mean load, averaged over layers."""
     return sum(each.busiest(loads_E) for each, loads_E in zip(copies, loads_LE, strict=True)) / len(copies)

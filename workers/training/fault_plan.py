@@ -1,4 +1,4 @@
-"""The plan of a job that is to fail, for tests of failure: which rank fails how, at which step and in which phase.
+"""The plan by which a job fails in tests of failure: which rank fails how, at which step and in which phase.
 
 A job takes it from the JSON file that the environment variable TRIMTAB_FAULTS names, a list of objects with the fields
 of `Fault`:

@@ -1,6 +1,6 @@
-"""Lets the faults of a plan happen (`fault_plan`). For tests of failure, and for nothing else.
+"""Makes the faults of a plan (`fault_plan`) happen. For tests of failure, and for nothing else.
 
-Nothing in training asks for faults. Where a job has a plan, `install` wraps the functions that it interferes with: the
+Training itself asks for no faults. Where a job has a plan, `install` wraps the functions in which faults happen: the
 phases and collectives of the activity trackers (dispatch.diagnosis), the layers, the steps and their control.
 """
 
@@ -43,7 +43,7 @@ class FaultPlan:
         self._waiting = {number: fault for number, fault in mine.items() if not self._mark(number).exists()}
 
     def act(self, tracker: ActivityTracker) -> None:
-        """Kill, stop, sleep, hold or raise if the plan says so for where the tracker is."""
+        """Kill, stop, sleep, hold or raise if the plan says so for the tracker's step, phase and layer."""
         number, fault = self._fire(("kill", "stop", "sleep", "hold", "raise"), tracker.phase, tracker)
         if fault is None:
             return
@@ -59,7 +59,7 @@ class FaultPlan:
             raise PlannedFault(f"rank {fault.rank} was to fail in step {fault.step}, {fault.phase}")
 
     def fires(self, action: Literal["skip", "lie"], phase: str, tracker: ActivityTracker) -> int:
-        """Whether this rank leaves out the phase, or lies in it, where the tracker is: 0 for no, else the amount."""
+        """Whether this rank is to skip a phase or lie in it, at the tracker's step and layer: 0, or the amount."""
         _, fault = self._fire((action,), phase, tracker)
         return 0 if fault is None else int(fault.amount) or 1
 
@@ -72,7 +72,8 @@ class FaultPlan:
         for number, fault in tuple(self._waiting.items()):  # the threads of a rank share the plan
             if (
                 fault.action in actions
-                and (fault.step, fault.phase) == (tracker.step, phase.partition(", stage")[0])  # of a pipeline, any
+                # A fault in a phase of a pipeline happens in whichever stage enters it first.
+                and (fault.step, fault.phase) == (tracker.step, phase.partition(", stage")[0])
                 and fault.layer in (None, tracker.layer)
             ):
                 del self._waiting[number]
@@ -93,7 +94,7 @@ class FaultPlan:
 
 
 def install(plan: FaultPlan, trainer: Trainer, control_tracker: ActivityTracker) -> None:
-    """Let the plan's faults happen while `trainer` trains. control_tracker: that of its control loop."""
+    """Make the plan's faults happen while `trainer` trains. control_tracker: the tracker of its control loop."""
     tracker = trainer.groups.tracker
     for each in (tracker, control_tracker):
         act_at_phases(plan, each)
@@ -120,7 +121,7 @@ def act_at_phases(plan: FaultPlan, tracker: ActivityTracker) -> None:
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a wrapper in the place of a method, of this one object."""
+    """Wrap a method of this one object."""
     setattr(owner, name, wrap(getattr(owner, name)))
 
 
@@ -137,7 +138,8 @@ def _lie(plan: FaultPlan, tracker: ActivityTracker, start: Callable[..., Any]) -
 
 
 def _leave_out_gradients(plan: FaultPlan, tracker: ActivityTracker, run: Callable[..., None]) -> Callable[..., None]:
-    left_out: set[int] = set()  # steps: a reduction has several collectives, and a fault fires once
+    # Steps to leave out: `fires` is true once, and reducing the gradients of a step makes several collectives.
+    left_out: set[int] = set()
 
     def run_or_not(*args: Any, **kwargs: Any) -> None:
         if tracker.phase == "gradients" and plan.fires("skip", "gradients", tracker):

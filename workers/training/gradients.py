@@ -17,10 +17,11 @@ from dispatch.experts.stacked import expert_parameters
 from workers.distributed.parallel import RankGroups
 from workers.distributed.sharded import is_sharded, local_rows
 
-# Large enough for the bandwidth of a link, small beside a model: one bucket is what reducing adds to memory.
+# Large enough to use the bandwidth of a link, and small beside a model: reducing takes the memory of one bucket more.
 BUCKET_BYTES = 64 * 2**20
 
-SHARED = "token_embedding.weight"  # which the last stage of a pipeline may have as well as the first one
+# The last stage of a pipeline may hold this parameter as well as the first one.
+SHARED_EMBEDDING = "token_embedding.weight"
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -34,9 +35,9 @@ def reduce_gradients(model: nn.Module, groups: RankGroups) -> None:
     """Sum every gradient over the ranks that hold the parameter, where FSDP has not done so.
 
     A sum, never a mean: `Trainer._accumulate` and `Pipeline` divide the loss by the targets of the global batch, so
-    that the sum is the gradient of one process on that batch. A missing gradient takes part as zeros and is a tensor
-    afterwards: all ranks then send the same buckets, and the optimizer treats a parameter alike on all of them.
-    Gradients become views of their bucket.
+    that the sum is the gradient of one process on that batch. A missing gradient becomes a tensor of zeros: all ranks
+    then send the same buckets, and the optimizer treats a parameter alike on all of them. Gradients become views of
+    their bucket.
 
     Collective: every rank must call it once per step, after the last backward pass.
     """
@@ -56,21 +57,22 @@ def reduce_gradients(model: nn.Module, groups: RankGroups) -> None:
 def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     """The 2-norm of the gradient of the whole model, as one process would see it, computed in float64.
 
-    Replicated parameters count once, shards are added over the ranks that have others: sharded ones over all ranks,
-    experts else over the EP group, the layers of a stage over the pipeline. The same on all ranks; inf or NaN as soon
-    as any gradient of any rank is not finite.
-    Needs `reduce_gradients` before it.
+    Each element of the model counts once, however many ranks hold it. All ranks get the same bits; inf or NaN as soon
+    as any gradient of any rank is not finite. Call it after `reduce_gradients`.
 
-    Collective over the EP group and the pipeline, or all ranks. Waits for the device once.
+    Collective over all ranks where parameters are sharded, else over the EP group and the pipeline. Waits for the
+    device once.
     """
     dense, experts = split_parameters(model)
-    if groups.pipeline is not None and groups.pipeline.rank > 0:  # the first stage has counted what others share
-        shared = [id(parameter) for name, parameter in model.named_parameters() if name == SHARED]
-        dense = [parameter for parameter in dense if id(parameter) not in shared]
+    if groups.pipeline is not None and groups.pipeline.rank > 0:  # the first stage counts the shared embedding
+        shared = dict(model.named_parameters()).get(SHARED_EMBEDDING)
+        dense = [parameter for parameter in dense if parameter is not shared]
     of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
-    if any(map(is_sharded, model.parameters())):  # not those that train alone: another stage may train others
-        # Each rank has rows of its own, of the dense parameters as of the experts; or they are in each replica. Over
-        # the world, not over a replica: all ranks must have the same bits, and two sums may be taken in another order.
+    # Asked of frozen parameters too: all ranks must take the same branch, and other stages may freeze other parts.
+    if any(map(is_sharded, model.parameters())):
+        # Each replica holds all rows once, so the sum over all ranks counts a row once for each replica; an expert with
+        # one holder counts once. Summed over the world and not over one replica: all ranks must get the same bits, and
+        # two replicas may add in different orders.
         num_replicas = groups.replicas.num if groups.replicas else 1
         total = of_dense / num_replicas + of_experts / min(num_replicas, groups.edp_size)
         groups.tracker.run(dist.all_reduce, total, group=groups.world_group)
@@ -86,14 +88,14 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
 def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:
     """Scale all gradients by max_norm / norm where norm exceeds max_norm. max_norm 0 turns it off.
 
-    norm comes from `global_grad_norm`. If it is not finite nothing is changed: the caller skips the step.
+    norm: from `global_grad_norm`. If it is not finite, nothing is changed: the caller skips the step.
     """
     if 0 < max_norm < norm < math.inf:
         torch._foreach_mul_(_gradients(model.parameters()), max_norm / norm)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters with gradients of one dtype and up to BUCKET_BYTES; a larger one is alone in its bucket."""
+    """Consecutive parameters of one dtype, of up to BUCKET_BYTES; a larger parameter is alone in its bucket."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -124,5 +126,5 @@ def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) ->
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Of this rank's rows."""
+    """The gradients that there are, each as this rank's rows."""
     return [local_rows(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]

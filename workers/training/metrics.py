@@ -1,4 +1,4 @@
-"""From what a step or an evaluation did to one line of metrics.jsonl (docs/run-directory.md)."""
+"""Makes the lines of metrics.jsonl from the results of steps and evaluations (docs/run-directory.md)."""
 
 import time
 from statistics import fmean
@@ -49,9 +49,9 @@ def train_line(result: StepResult, layout: LoadLayout, top_k: int, flops: ModelF
 def eval_line(
     step: int, evaluation: Evaluation, load_since_eval_N: Tensor, layout: LoadLayout, mix: tuple[float, ...]
 ) -> dict[str, Any]:
-    """The line of an evaluation after `step`. MaxVio_global is that of all training tokens since the last one.
+    """The line of an evaluation after `step`. `max_vio_global` is over all training tokens since the evaluation before.
 
-    mix: weights of the sources in the batch of that step; empty without.
+    mix: weights of the sources in the batch of that step; empty where the text has no sources.
     """
     per_layer = max_vio_per_layer(load_since_eval_N, layout)
     load_N = evaluation.total_load
@@ -63,7 +63,7 @@ def eval_line(
         "val_loss": evaluation.val_loss,
         "val_bits_per_byte": evaluation.val_bits_per_byte,
         "val_bits_per_byte_per_source": evaluation.val_bits_per_byte_per_source,
-        # Nothing was trained before the first one, so there is no load to judge.
+        # None at the first evaluation: no training has loaded an expert yet.
         "max_vio_global": _mean(per_layer) if load_since_eval_N.any() else None,
         "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
         # A layer that only training runs (multi-token prediction) has no held-out load.
@@ -77,7 +77,10 @@ def eval_line(
 
 
 def _max_vio_in_mix(load_SN: Tensor, mix: tuple[float, ...], layout: LoadLayout) -> list[float]:
-    """MaxVio of each layer, had the sources (S) had these shares of the tokens. A source that was not read has none."""
+    """MaxVio of each layer as it would be if the sources (S) had these shares of the held-out tokens.
+
+    A source without held-out tokens counts as empty.
+    """
     shares_SN = load_SN.double() / load_SN.sum(1, keepdim=True).clamp_min(1)
     load_N = (torch.tensor(mix, dtype=torch.float64).unsqueeze(1) * shares_SN).sum(0)
     return [float(load_N[where].max() / load_N[where].mean()) - 1 for where in layout.slices if load_N[where].any()]

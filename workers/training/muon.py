@@ -10,22 +10,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw as adamw_update
 
 from dispatch.errors import InvalidValue
 from dispatch.experts.stacked import Experts
 from workers.distributed.sharded import all_rows, local_rows
 from workers.model.attention import GroupedQueryAttention
-from workers.training.adamw import moments
+from workers.training.adamw import fused_adamw, moments
 from workers.training.optimizer import OptimConfig, decay_groups, is_hidden_matrix, register_optimizer
 
-# Of Jordan's quintic: steep at 0, so that small singular values grow fast. They end near 1 and do not converge to it.
+# Coefficients of Jordan's quintic: steep at 0, so that small singular values grow fast. They end near 1 and do not
+# converge to it.
 A, B, C = 3.4445, -4.7750, 2.0315
-SMALLEST_NORM = 1e-7
-# Moonlight, section 2.2: the root mean square of a full-rank update is then 0.2, about that of AdamW's.
+SMALLEST_NORM = 1e-7  # against 0/0 for a matrix of zeros
+# Moonlight, section 2.2: the root mean square of a full-rank update is then 0.2, about that of AdamW's update.
 UPDATE_RMS = 0.2
-# Elements of a stack of experts that are updated together, or one expert: what a step holds besides is bounded then.
-AT_ONCE = 2**25
+# Elements of a stack of experts that are updated together (at least one expert). It bounds the temporary memory of a
+# step, about 20 bytes an element.
+MAX_ELEMENTS_AT_ONCE = 2**25
 
 
 def momentum_buffer(parameter: Tensor) -> dict[str, Tensor]:
@@ -62,9 +63,9 @@ def muon(
         nesterov: 1 looks ahead by one gradient, 0 does not.
     """
     matrices = [each for name, each in model.named_parameters() if each.requires_grad and is_hidden_matrix(name, each)]
-    held = set(matrices)
+    is_matrix = set(matrices)
     others = [
-        {**group, "params": [each for each in group["params"] if each not in held]}
+        {**group, "params": [each for each in group["params"] if each not in is_matrix]}
         for group in decay_groups(model, config)
     ]
     of_matrices = {
@@ -79,7 +80,7 @@ def muon(
 
 
 def packed_rows(model: nn.Module) -> dict[Tensor, list[int]]:
-    """Rows of the matrices that one parameter packs: queries, keys and values; gate and up of experts.
+    """For each parameter that packs several matrices, the rows of each: queries, keys and values; gate and up.
 
     The projections of latent attention count as one matrix each, as their authors train and publish them.
     """
@@ -96,13 +97,14 @@ def packed_rows(model: nn.Module) -> dict[Tensor, list[int]]:
 class Muon(torch.optim.Optimizer):
     """Muon for the parameters of one group, AdamW for those of the others.
 
-    A stack of experts is a batch of matrices, all of this rank. Where a rank keeps only some rows of a dense matrix it
-    gathers the whole direction and takes its rows of the update, whose bits are then the same on all ranks.
+    A stack of experts is a batch of matrices, each of which this rank holds whole. Of a sharded dense matrix a rank
+    holds some rows: it gathers the whole direction, computes the whole update, and takes its rows of that. So the
+    update has the same bits on all ranks.
 
     Args:
         matrices: the group of the hidden matrices, with weight_decay, momentum, ns_steps and nesterov.
         others: groups with weight_decay.
-        packed: by parameter the rows of each matrix in it, where there are several.
+        packed: as of `packed_rows`.
         defaults: lr, beta1, beta2 and eps.
     """
 
@@ -133,7 +135,10 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state.update(momentum_buffer(parameter))
         tensors = [_local(each) for each in (parameter, parameter.grad, state["momentum_buffer"])]
-        at_once = max(1, AT_ONCE // math.prod(parameter.shape[1:])) if parameter.ndim > 2 else len(parameter)
+        is_stack = parameter.ndim > 2
+        at_once = max(1, MAX_ELEMENTS_AT_ONCE // math.prod(parameter.shape[1:])) if is_stack else len(parameter)
+        # A rank without rows still goes through the loop once, as `split` returns one empty part: the gather of the
+        # direction is collective.
         for rows, gradient, mean in zip(*(each.split(at_once) for each in tensors), strict=True):
             mean.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
@@ -141,8 +146,8 @@ class Muon(torch.optim.Optimizer):
             rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
     def _orthogonal(self, direction: Tensor, parameter: Tensor, num_steps: int) -> Tensor:
-        """The update, before the learning rate, of those rows or experts that the direction is of."""
-        is_stack = parameter.ndim > 2  # of experts, of which a rank has whole ones
+        """The update, before the learning rate, of the rows or experts in `direction`."""
+        is_stack = parameter.ndim > 2
         narrow = direction.to(_iteration_dtype(direction))
         whole = narrow if is_stack else all_rows(narrow, parameter)
         parts = whole.split(self.packed.get(parameter, whole.shape[-2]), dim=-2)
@@ -155,17 +160,13 @@ class Muon(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter].update(moments(parameter))
         states = [self.state[parameter] for parameter in parameters]
-        adamw_update(
+        fused_adamw(
             [_local(parameter) for parameter in parameters],
             [_local(parameter.grad) for parameter in parameters],
             [_local(state["exp_avg"]) for state in states],
             [_local(state["exp_avg_sq"]) for state in states],
-            [],
             [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            **{name: group[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")},
+            group,
         )
 
 
@@ -175,7 +176,7 @@ def newton_schulz(matrices: Tensor, num_steps: int) -> Tensor:
     """Bring the singular values of each matrix near 1 and keep its singular vectors.
 
     Args:
-        matrices: (..., rows, columns), floating point, in whose dtype it is computed. One of zeros stays so.
+        matrices: (..., rows, columns), floating point, in whose dtype it is computed. A matrix of zeros stays zero.
         num_steps: iterations; 5 bring singular values of at least 0.002 of the norm to between 0.68 and 1.21.
     """
     rows, columns = matrices.shape[-2:]
@@ -193,7 +194,7 @@ def _scaled(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _iteration_dtype(direction: Tensor) -> torch.dtype:
-    """bf16 on CUDA, as the iteration needs no more; a CPU gains nothing by it, and float64 is there to compare with."""
+    """bf16 on CUDA, where the iteration needs no more precision; a CPU is no faster in it, and tests use float64."""
     return torch.bfloat16 if direction.is_cuda and direction.dtype == torch.float32 else direction.dtype
 
 

@@ -1,8 +1,8 @@
-"""Gathers what matmuls take in bfloat16 and all else in fp32, in one collective of a unit of fully_shard.
+"""Gathers the weights of matmuls in bfloat16 and all others in fp32, in one collective for each unit of fully_shard.
 
 FSDP's MixedPrecisionPolicy knows one dtype for a unit, but a block also has norms and a router, which compute in fp32.
-The gathered weights are fp32 tensors again, those of matmuls with values of bfloat16: autocast casts them as before, to
-the bits that it would give the masters, and gradients are accumulated and reduced in fp32.
+The gathered weights are fp32 tensors again; those of matmuls have values of bfloat16, so that the cast of autocast
+gives the bits that it would give the fp32 masters. Gradients are accumulated and reduced in fp32.
 """
 
 import math
@@ -21,12 +21,13 @@ from workers.distributed.sharded import gather_into, is_sharded, local_rows
 
 
 def gather_narrow(unit: FSDPModule, num_owners: int) -> None:
-    """Let a unit gather in bfloat16 what it can, of parameters sharded over so many ranks."""
-    unit.set_custom_all_gather(NarrowGather([_Part(*place, num_owners) for place in _places(unit)]))  # type: ignore[arg-type]
+    """Let a unit of fully_shard gather its matmul weights in bfloat16. num_owners: ranks that share its parameters."""
+    parameters = [_UnitParameter(*place, num_owners) for place in _places(unit)]  # type: ignore[arg-type]
+    unit.set_custom_all_gather(NarrowGather(parameters))
 
 
-class _Part:
-    """A parameter of a unit: size is that of its rows on the first rank, as on all others, which FSDP fills up."""
+class _UnitParameter:
+    """A sharded parameter of a unit. size: elements of the rows on the first rank, to which FSDP pads all others."""
 
     def __init__(self, module: nn.Module, name: str, num_owners: int) -> None:
         parameter = getattr(module, name)
@@ -35,7 +36,7 @@ class _Part:
         self.size = -(-parameter.shape[0] // num_owners) * math.prod(parameter.shape[1:])
 
     def is_in(self, place: Tensor) -> bool:
-        """Whether these are its own rows."""
+        """Whether these elements are this rank's rows of the parameter."""
         rows = local_rows(getattr(self._module, self._name))[0]
         return torch.equal(place[: rows.numel()], rows.flatten())
 
@@ -44,24 +45,25 @@ class NarrowGather(AllGather):
     """The all-gather of one unit.
 
     Args:
-        parts: its parameters in the order in which FSDP lays them out. Which order that is it does not promise: checked
-            at the first call.
+        parameters: those of the unit in the order in which FSDP lays them out. FSDP does not promise an order: it is
+            checked at the first call.
     """
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self._unchecked: Sequence[_Part] = parts
-        self._sizes = [part.size for part in parts]
-        # Neighbours of one kind are copied together.
-        runs = [(narrow, sum(part.size for part in run)) for narrow, run in groupby(parts, lambda part: part.is_narrow)]
-        self._kinds, self._runs = [narrow for narrow, _ in runs], [size for _, size in runs]
-        in_bf16 = [size if narrow else 2 * size for narrow, size in runs]
-        # fp32 first, and an even number in all: then fp32 begins at a multiple of 4 bytes in the part of each rank.
-        self._order = sorted(range(len(runs)), key=lambda index: self._kinds[index])
+    def __init__(self, parameters: Sequence[_UnitParameter]) -> None:
+        self._unchecked: Sequence[_UnitParameter] = parameters
+        self._sizes = [each.size for each in parameters]
+        # Neighbours of one dtype on the wire are copied together.
+        runs = [(narrow, sum(each.size for each in run)) for narrow, run in groupby(parameters, lambda p: p.is_narrow)]
+        self._is_narrow, self._runs = [narrow for narrow, _ in runs], [size for _, size in runs]
+        in_bf16 = [size if narrow else 2 * size for narrow, size in runs]  # elements of bf16 that a run takes
+        # fp32 lies first, and the total is even: so fp32 begins at a multiple of 4 bytes in the part of each rank, as
+        # its view requires.
+        self._order = sorted(range(len(runs)), key=lambda index: self._is_narrow[index])
         self._widths = [in_bf16[index] for index in self._order]
         self._widths.append(sum(in_bf16) % 2)
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of what FSDP takes the whole weights from."""
+        """Allocate the buffer that FSDP takes the gathered weights from."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -69,7 +71,8 @@ class NarrowGather(AllGather):
     ) -> None:
         """Fill `output_tensor` from the `input_tensor` of all ranks: fp32, flat; the input is a part of the output.
 
-        Has ended in the order of the stream when it returns, also with async_op.
+        The gather is not asynchronous, also with async_op: kernels started afterwards on this stream see its result,
+        and so no work handle is returned.
         """
         self._check(input_tensor)
         own = input_tensor.new_zeros(sum(self._widths), dtype=torch.bfloat16)
@@ -81,17 +84,19 @@ class NarrowGather(AllGather):
             flat.copy_(packed)
 
     def _pairs(self, packed_PN: Tensor, flat_PN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the same runs in what travels, bf16 or fp32, and in what FSDP sees, fp32. P: ranks."""
+        """Pairs of views of one run: in the buffer that travels, bf16 or fp32, and in that of FSDP, fp32. P: ranks."""
         flat = flat_PN.split(self._runs, dim=1)
-        for index, packed in zip(self._order, packed_PN.split(self._widths, dim=1), strict=False):
-            yield packed if self._kinds[index] else packed.view(torch.float32), flat[index]
+        for index, packed in zip(
+            self._order, packed_PN.split(self._widths, dim=1), strict=False
+        ):  # the last is padding
+            yield packed if self._is_narrow[index] else packed.view(torch.float32), flat[index]
 
     def _check(self, input_tensor: Tensor) -> None:
-        parts = self._unchecked
-        if not parts:
+        parameters = self._unchecked
+        if not parameters:
             return
         if len(input_tensor) != sum(self._sizes) or not all(
-            part.is_in(place) for part, place in zip(parts, input_tensor.split(self._sizes), strict=True)
+            each.is_in(place) for each, place in zip(parameters, input_tensor.split(self._sizes), strict=True)
         ):
             raise RuntimeError("FSDP of this torch lays out parameters otherwise than workers.training.narrow_gather")
         self._unchecked = ()

@@ -1,8 +1,8 @@
 """Optimizer state in host memory (`optim.offload states`): pieces of it come to the device, are updated and go back.
 
-The update is made where it would be made without, by the optimizer's own code: any registered one serves, and every bit
-stays. On CUDA the state lies in pinned memory; the next piece arrives while one is updated and leaves, on streams of
-their own. With `cpu` as the device the same code copies from the host to the host.
+The optimizer itself makes the update, on the device of the parameters: any registered optimizer serves, and results
+are those without offload, bit for bit. On CUDA the state lies in pinned memory; one piece arrives while the one before
+is updated and goes back, on two streams beside that of the update. On a CPU the same code copies within host memory.
 """
 
 import weakref
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 def in_host_memory(state: State) -> State:
     """The same state with this rank's rows of each tensor on the host, pinned where they come from CUDA.
 
-    Numbers stay on the device: what they would free is nothing, and a fused update wants AdamW's `step` there.
+    Tensors without dimensions stay on the device: they take no memory, and torch's fused AdamW wants `step` there.
     """
     return {key: _copy_on_host(value) if _moves(value) else value for key, value in state.items()}
 
@@ -29,8 +29,8 @@ class HostStates:
     """Steps an optimizer whose state lies in host memory between steps.
 
     Args:
-        initial_state: of a parameter and its name, on the host already (`OptimConfig.initial_state`).
-        piece_bytes: state that comes to the device at once; a parameter with more is a piece by itself.
+        initial_state: makes the state of a parameter of this name, on the host already (`OptimConfig.initial_state`).
+        piece_bytes: most state that comes to the device at once; a parameter with more is a piece by itself.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class HostStates:
 
     @torch.no_grad()
     def step(self) -> None:
-        """As the optimizer's, whose `step` is called once for each piece: gradients of all others are hidden then.
+        """Make one optimizer step, by calling the optimizer once for each piece while all other gradients are hidden.
 
-        Waits for the device: the state is whole on the host afterwards, for whoever saves it.
+        Waits for the device: afterwards all state is on the host, where a checkpoint reads it.
         """
         parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
         gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
@@ -66,6 +66,7 @@ class HostStates:
     def _update(self, pieces: "list[_Piece]", gradients: dict[Tensor, Tensor]) -> None:
         before: _Piece | None = None
         for piece, following in zip_longest([None, *pieces], pieces):
+            # The piece before leaves before another one arrives: at most PIECES_AT_ONCE are on the device.
             if before is not None:
                 before.leave()
             if following is not None:
@@ -84,7 +85,7 @@ class HostStates:
             parameter.grad = None
 
     def _pieces(self, parameters: Iterable[Tensor]) -> "Iterator[_Piece]":
-        """Runs of parameters, in the optimizer's order: ranks that gather a matrix together do so in the same order."""
+        """Consecutive parameters in the optimizer's order: an optimizer may gather, in the same order on all ranks."""
         states: dict[Tensor, State] = {}
         size = 0
         for parameter in parameters:
@@ -115,7 +116,7 @@ class _Piece:
         self._arrived = copies.start(self._copy_in)
 
     def wait(self, copies: "_Copies") -> None:
-        """Let what is computed from now on see the state."""
+        """Let kernels that are started from now on see the state."""
         copies.hold_device(self._arrived)
 
     def send_back(self, copies: "_Copies") -> None:
@@ -123,7 +124,10 @@ class _Piece:
         self._sent = copies.start(self._copy_out)
 
     def leave(self) -> None:
-        """Free the device when all copies have ended. Blocks the host: else it would run ahead and bring all pieces."""
+        """Free the state on the device once the copies have ended.
+
+        Blocks the host, which would otherwise run ahead of the device and allocate all pieces at once.
+        """
         if self._sent is not None:
             self._sent.synchronize()
         for state, on_host in zip(self.states.values(), self._on_host, strict=True):
@@ -143,14 +147,14 @@ class _Piece:
 
 
 class _Copies:
-    """Copies between host and device: on CUDA on a stream of their own, after all that was started before."""
+    """Copies between host and device, in one direction: on CUDA on their own stream, after kernels started before."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, copy: Callable[[], None]) -> torch.cuda.Event | None:
-        """Run it, and return the event of its end, None where it has ended already."""
+        """Start the copies, and return an event that marks their end; None where they have ended already."""
         if self._stream is None:
             copy()
             return None
@@ -162,15 +166,16 @@ class _Copies:
         return ended
 
     def hold_device(self, event: torch.cuda.Event | None) -> None:
-        """Let the device wait for an event before what is started from now on."""
+        """Let kernels that are started from now on wait for an event."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
 def on_device(on_host: Tensor, parameter: Tensor) -> Tensor:
-    """A copy where the parameter is, sharded as it is if these are as many rows as this rank has of it.
+    """A copy on the parameter's device, sharded like the parameter if it has as many rows as this rank has of that.
 
-    Its memory is freed after `_Piece.leave` has waited for the last copy, so that no stream can still use it.
+    It is allocated on one stream and used on others. That needs no `record_stream`: `_Piece.leave` waits for the last
+    use before it frees the copy.
     """
     rows = local_rows(parameter)[0]
     like = parameter if rows.shape == on_host.shape else torch.empty_like(on_host, device=rows.device)
@@ -188,10 +193,11 @@ def _copy_on_host(value: Tensor) -> Tensor:
 
 
 def _pin(on_host: Tensor) -> None:
-    """Page-lock it as it is: `pin_memory` rounds each block up to a power of two (pytorch #150517)."""
+    """Page-lock a tensor in place: `pin_memory` rounds each block up to a power of two (pytorch #150517)."""
     runtime, place = torch.cuda.cudart(), on_host.data_ptr()
     torch.cuda.check_error(int(runtime.cudaHostRegister(place, on_host.nbytes, 0)))
-    # With the storage, of which the parts in a checkpoint are views; not at exit, when CUDA may be gone before.
+    # When the storage is freed and not the tensor: parts of a checkpoint are views of the storage. Not at exit, as CUDA
+    # may be shut down before.
     weakref.finalize(on_host.untyped_storage(), runtime.cudaHostUnregister, place).atexit = False
 
 

@@ -13,17 +13,17 @@ from dispatch.registry import Registry, checked_options, options_of
 from workers.model.freezing import check_parts, part_of
 
 Build = TypeVar("Build", bound=Callable[..., torch.optim.Optimizer])
-State = Callable[[Tensor], dict[str, Tensor]]  # of a parameter, by the optimizer's own keys
+State = Callable[[Tensor], dict[str, Tensor]]  # makes the state of a parameter, by the optimizer's own keys
 Offload = Literal["none", "states"]
-# Of state in host memory, what comes to the device at once. A copy of 256 MiB takes about 5 ms over PCIe 5, beside
-# which starting it is nothing.
+# Bytes of offloaded state that come to the device at once. A copy of 256 MiB takes about 5 ms over PCIe 5, so that the
+# time to start it does not count.
 PIECE_BYTES = 256 * 2**20
-PIECES_AT_ONCE = 2  # the one that is updated, and its neighbour that arrives or leaves
+PIECES_AT_ONCE = 2  # on the device: the one that is updated, and its neighbour that arrives or leaves
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerEntry:
-    """An optimizer as registered, see `register_optimizer`; options: its constants and their defaults."""
+    """An optimizer as registered, see `register_optimizer`. options: its constants by name, with their defaults."""
 
     build: Callable[..., torch.optim.Optimizer]
     of_matrix: State
@@ -34,16 +34,16 @@ class OptimizerEntry:
     options: Mapping[str, float]
 
     def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        """What it holds of the parameter of this name before its first step."""
+        """What the optimizer holds of the parameter of this name before its first step."""
         return self.of_matrix(parameter) if is_hidden_matrix(name, parameter) else self.of_other(parameter)
 
     def state_bytes(self, num_in_matrices: int, num_other: int) -> int:
-        """Bytes of state for so many fp32 elements of hidden matrices, and of all else."""
+        """Bytes of state for so many fp32 elements of hidden matrices, and of all other parameters."""
         return num_in_matrices * _bytes_an_element(self.of_matrix) + num_other * _bytes_an_element(self.of_other)
 
 
 def _bytes_an_element(state: State) -> int:
-    """Of a large fp32 matrix."""
+    """Bytes of state for each element of an fp32 matrix, so large that scalars such as `step` round to nothing."""
     matrix = torch.empty(1024, 1024, dtype=torch.float32, device="meta")
     return sum(each.nbytes for each in state(matrix).values()) // matrix.numel()
 
@@ -75,16 +75,16 @@ def register_optimizer(
         build(model: nn.Module, config: OptimConfig, *, option: float = 1.0) -> torch.optim.Optimizer
 
     Before each step the learning rate of the schedule is set in every parameter group, times the group's "lr_scale"
-    where it has one. Ranks that hold the same parameter must update it alike. With `optim.offload` a step is several
-    calls of `step`, each with the gradients of other parameters: those without are to be left alone.
+    where it has one. Ranks that hold the same parameter must update it alike. With `optim.offload` a training step is
+    several calls of `step`, each with gradients of some parameters only: parameters without a gradient must stay.
 
     Args:
         initial_state: what the optimizer holds of a parameter before its first step, by its own keys. Checkpoints are
             loaded into it. A tensor of the parameter's shape is saved expert by expert, and any number of ranks can
             read it again; one without dimensions is saved once for a stack of experts. Its size is what `trimtab plan`
             reckons with.
-        matrix_state: the same of hidden matrices (`is_hidden_matrix`), where it differs.
-        state_label: what `trimtab plan` calls it.
+        matrix_state: as initial_state, for hidden matrices (`is_hidden_matrix`); by default they have the same.
+        state_label: what `trimtab plan` calls the state.
         gathers_matrices: whether a step gathers each dense hidden matrix that is sharded, in bf16 on CUDA.
         check: called with all options by name before anything starts; raises InvalidValue where one is out of range.
     """
@@ -171,23 +171,23 @@ class OptimConfig:
         state = self.entry.initial_state(name, parameter)
         if self.offload == "none":
             return state
-        # Half a second of imports that the driver, which reads options, can do without.
+        # Imported here, as it takes half a second (DTensor), which the driver, who only reads settings, can do without.
         from workers.training.offload import in_host_memory
 
         return in_host_memory(state)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether it maps hidden vectors to hidden vectors, one matrix or a stack of them: not embedding, head or router.
+    """Whether a parameter is a matrix between hidden layers, or a stack of them: not embedding, head or router.
 
-    A matrix of one row or column, such as the gate of shared experts, is a vector.
+    A matrix of one row or column, such as the gate of shared experts, counts as a vector.
     """
     is_matrix = _decays(name, parameter) and min(parameter.shape[-2:]) > 1
     return is_matrix and part_of(name) not in ("embedding", "router")
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
-    """Whether it is a matrix or a stack of them; the stacked biases of experts are vectors."""
+    """Whether a parameter is a matrix or a stack of them; the stacked biases of experts are vectors."""
     return parameter.ndim > 1 and not name.endswith("bias")
 
 

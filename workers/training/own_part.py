@@ -1,4 +1,4 @@
-"""What a rank has of a batch, which other ranks may share."""
+"""The part of a batch that a rank computes, where other ranks share its sequences (context parallelism)."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from workers.model.loss import after_next
 
 
 class OwnPart(NamedTuple):
-    """This rank's places of each row of a batch: all of them, where no rank shares it.
+    """This rank's tokens of each row of a batch: a run of C of its S tokens, or all of them where no rank shares it.
 
     Attributes:
-        input_ids, targets: int64 (B, places), as of the batch.
-        document_starts: int64 (B, S) of whole rows; None only where they have no documents and no rank shares them.
-        further_targets: int64 (B, places) of multi-token prediction; None: those that follow `targets`.
+        input_ids, targets: int64 (B, C).
+        document_starts: int64 (B, S), of whole rows; None where rows have no documents and no rank shares them.
+        further_targets: int64 (B, C), targets of multi-token prediction; None where they follow from `targets`.
     """
 
     input_ids: Tensor
@@ -26,11 +26,11 @@ class OwnPart(NamedTuple):
 
 
 def own_part(batch: Batch, context: Context | None) -> OwnPart:
-    """Cut a batch; on the device where it is."""
+    """Cut this rank's part out of a batch, on the device where the batch is."""
     if context is None:
         return OwnPart(*batch)
     starts = torch.zeros_like(batch.input_ids) if batch.document_starts is None else batch.document_starts
-    # Shifted before the cut: what follows the last token of a part is the first of the next.
+    # Shifted before the cut: the token after the last one of this part is the first one of another rank's part.
     of_tokens = (batch.input_ids, batch.targets, after_next(batch.targets))
     ids, targets, further = (context.part(each).contiguous() for each in of_tokens)
     return OwnPart(ids, targets, starts, further)

@@ -46,44 +46,48 @@ class Pipeline:
         self._model, self._groups, self._autocast, self._place = model, groups, autocast, place
         self._shard, self._mtp_weight, self._num_stages = parallel.shard, mtp_weight, config.num_stages
         self._num_micro = run.num_micro_batches(groups.dp_size)
-        example = _example(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
+        example = _example_activation(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
         indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
         self._stages = [
-            TrackedStage(self._part(layers), index, config.num_stages, example, groups, place)
+            TrackedStage(self._stage_module(layers), index, config.num_stages, example, groups, place)
             for index, layers in zip(indices, parts, strict=True)
         ]
         self._schedule = _schedule(config, self._stages, self._num_micro, self._loss)
         self._begin(1, lambda _: None)
 
-    def _part(self, layers: range) -> "_Part":
-        return _Part(self._model, layers, self._autocast, self._routed, self._before_backward)
+    def _stage_module(self, layers: range) -> "_StageModule":
+        return _StageModule(self._model, layers, self._autocast, self._after_forward, self._before_backward)
 
-    def _begin(self, num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
-        self._num_targets, self._on_routed = num_targets, on_routed
+    def _begin(self, num_targets: int, on_last_forward: Callable[[Tensor], None]) -> None:
+        self._num_targets, self._on_last_forward = num_targets, on_last_forward
         self._nll_sum = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         self._forwards: list[range] = []  # layers of the forwards so far, in their order
         self._backwards: list[range] = []  # the same of the backwards
 
-    def step(self, batches: Sequence[OwnPart], num_targets: int, on_routed: Callable[[Tensor], None]) -> None:
+    def step(self, batches: Sequence[OwnPart], num_targets: int, on_last_forward: Callable[[Tensor], None]) -> None:
         """Forward and backward of all micro-batches; gradients are added up.
 
         Args:
-            batches: the micro-batches, of this rank's place in its stage, on its device.
+            batches: this rank's micro-batches, on its device. Ranks that pass activations on to each other have the
+                same ones.
             num_targets: of the global batch, which the loss is divided by.
-            on_routed: called once, when this rank has made its last forward, with the summed loss of its sequences:
-                float64, 0 on ranks without the last stage.
+            on_last_forward: called once, when this rank has made its last forward, with the summed loss of its
+                sequences: float64, 0 on ranks without the last stage.
+
+        Collective over the pipeline.
         """
-        self._begin(num_targets, on_routed)
+        self._begin(num_targets, on_last_forward)
         inputs = (torch.cat([batch.input_ids for batch in batches]),) if self._stages[0].is_first else ()
         targets = torch.cat([batch.targets for batch in batches]) if self._stages[-1].is_last else None
         starts = [batch.document_starts for batch in batches if batch.document_starts is not None]
-        further: dict[str, Any] = {"document_starts": torch.cat(starts)} if starts else {}
-        self._schedule.step(*inputs, target=targets, return_outputs=False, **further)
+        # torch cuts inputs, targets and keyword arguments into micro-batches again.
+        kwargs: dict[str, Any] = {"document_starts": torch.cat(starts)} if starts else {}
+        self._schedule.step(*inputs, target=targets, return_outputs=False, **kwargs)
 
     def sum_shared_gradients(self) -> None:
-        """Add up the gradients of the embedding, where the last stage has it too: both then make the same update.
+        """Add up the gradients of the embedding where the last stage holds it too, so that both make the same update.
 
-        After `reduce_gradients`, on all ranks.
+        Call it after `reduce_gradients`. Collective: the ranks with the first and the last stage exchange messages.
         """
         first, last = self._stages[0].is_first, self._stages[-1].is_last
         if not (first or last) or not self._model.config.shares_embedding:
@@ -106,30 +110,35 @@ class Pipeline:
         own += arriving
 
     def sum_over_stages(self, value: int) -> int:
-        """Add up what each rank of this pipeline has."""
+        """The sum of a value over the ranks of this pipeline. Collective over them."""
         total = torch.tensor(value, dtype=torch.int64, device=self._groups.device)
         self._groups.tracker.run(dist.all_reduce, total, group=self._place.group)
         return int(total)
 
     def busiest_rows(self, rows: Sequence[int]) -> Tensor:
-        """`Reading.busiest_rows` of a step in its place among those of all stages, which other ranks leave 0.
+        """This rank's `Reading.busiest_rows` of a step, placed among those of all stages; the others' places are 0.
 
-        int64 (num_micro_batches x number of MoE layers).
+        int64 (number of micro-batches x number of MoE layers,). The order in which this rank made its forwards says
+        which micro-batch and which layer each number is of.
         """
         config, left = self._model.config, iter(rows)
         placed = torch.zeros(self._num_micro, config.num_moe_layers, dtype=torch.int64)
         num_passes = dict.fromkeys(self._forwards, 0)
         for layers in self._forwards:
+            micro = num_passes[layers]  # each stage makes its forwards in the order of the micro-batches
             for layer in layers:
                 if layer >= config.num_dense_layers:
-                    placed[num_passes[layers], layer - config.num_dense_layers] = next(left)
+                    placed[micro, layer - config.num_dense_layers] = next(left)
             if config.num_mtp_layers and layers.stop == config.num_layers:
-                placed[num_passes[layers], -1] = next(left)
+                placed[micro, -1] = next(left)
             num_passes[layers] += 1
         return placed.flatten()
 
     def evaluate(self, batch: OwnPart) -> TokenLoss | None:
-        """The loss of a batch without gradients, on ranks with the last stage; None on the others."""
+        """The loss of a batch without gradients, on ranks with the last stage; None on the others.
+
+        Collective over the pipeline.
+        """
         sent = []
         for stage in self._stages:
             x = batch.input_ids if stage.is_first else self._receive(stage, batch.input_ids)
@@ -138,6 +147,7 @@ class Pipeline:
                 if stage.is_last:
                     return self._model.loss(x, batch.targets)
             stage.note_sent("activations", stage.stage_index + 1)
+            # `x` is kept with its work handle: its memory must not be reused before it has left.
             sent.append((dist.isend(x, stage.rank_of(stage.stage_index + 1), group=self._place.group), x))
         for work, _ in sent:
             if work is not None:
@@ -145,7 +155,7 @@ class Pipeline:
         return None
 
     def _receive(self, stage: "TrackedStage", input_ids: Tensor) -> Tensor:
-        x = _example(self._model, len(input_ids), input_ids.device)
+        x = _example_activation(self._model, len(input_ids), input_ids.device)
         message = stage.expect("activations", stage.stage_index - 1)
         dist.recv(x, stage.rank_of(stage.stage_index - 1), group=self._place.group)
         message.end()
@@ -158,14 +168,14 @@ class Pipeline:
             if self._model.config.num_mtp_layers:
                 total = total + self._mtp_weight * self._model.loss_after_next(normed, targets).total
         self._nll_sum += loss.total.detach()
-        self._routed(self._stages[-1].layers)
-        # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
+        self._after_forward(self._stages[-1].layers)
+        # As in Trainer: gradients are sums of losses divided by the targets of the global batch.
         return total / self._num_targets
 
-    def _routed(self, layers: range) -> None:
+    def _after_forward(self, layers: range) -> None:
         self._forwards.append(layers)
         if len(self._forwards) == self._num_micro * len(self._stages):
-            self._on_routed(self._nll_sum)
+            self._on_last_forward(self._nll_sum)
 
     def _before_backward(self, layers: range) -> None:
         done = self._backwards
@@ -174,49 +184,56 @@ class Pipeline:
         set_sync_of_stage(self._model, layers, self._shard, is_last=last, is_last_of_rank=last_of_rank)
 
 
-class _Part(nn.Module):
-    """Layers of a model as a module of their own, which torch's stage calls with one micro-batch."""
+class _StageModule(nn.Module):
+    """The module of a stage: some layers of the model, called by torch's stage with one micro-batch."""
 
     def __init__(
         self,
         model: Decoder,
         layers: range,
         autocast: Callable[[], AbstractContextManager[None]],
-        on_forward: Callable[[range], None],
+        after_forward: Callable[[range], None],
         before_backward: Callable[[range], None],
     ) -> None:
         super().__init__()
         self.model, self.layers = model, layers
-        self._autocast, self._on_forward, self._before_backward = autocast, on_forward, before_backward
+        self._autocast, self._after_forward, self._before_backward = autocast, after_forward, before_backward
 
     def forward(self, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
         with self._autocast():
             y = self.model.run_layers(self.layers, x, document_starts=document_starts)
-        if self.layers.stop < self.model.config.num_layers:  # else its loss follows
-            self._on_forward(self.layers)
+        if self.layers.stop < self.model.config.num_layers:  # the last stage has ended its forward after the loss
+            self._after_forward(self.layers)
         return y
 
     def before_backward(self) -> None:
-        """A backward of a micro-batch follows."""
+        """Called before the backward of a micro-batch."""
         self._before_backward(self.layers)
 
 
 class TrackedStage(PipelineStage):
-    """A stage that says on the rank's tracker what it does, and which messages it waits for.
+    """A stage that notes on the rank's activity tracker what it does, and which messages it waits for.
 
-    A message is noted by sender and receiver under one name, so that who compares the ranks sees which one is missing.
+    Sender and receiver note a message under the same name. The driver compares the ranks after a hang, and so sees
+    which message is missing.
     """
 
     def __init__(
-        self, part: _Part, index: int, num_stages: int, example: Tensor, groups: RankGroups, place: PipelineGroups
+        self,
+        module: _StageModule,
+        index: int,
+        num_stages: int,
+        example: Tensor,
+        groups: RankGroups,
+        place: PipelineGroups,
     ) -> None:
         ids = torch.empty(example.shape[:2], dtype=torch.int64, device="meta")
-        # With examples torch need not run the model once to learn the shapes.
+        # Given example inputs and outputs, torch need not run the model once to learn their shapes.
         inputs = ids if index == 0 else example
         super().__init__(
-            part, index, num_stages, groups.device, input_args=(inputs,), output_args=(example,), group=place.group
+            module, index, num_stages, groups.device, input_args=(inputs,), output_args=(example,), group=place.group
         )
-        self.layers, self._before_backward = part.layers, part.before_backward
+        self.layers, self._before_backward = module.layers, module.before_backward
         self._tracker, self._place = groups.tracker, place
         self._expected: dict[tuple[str, int], PendingCollective] = {}
 
@@ -264,14 +281,14 @@ class TrackedStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of a micro-batch."""
         self._arrived("forward", fwd_chunk_id)
-        with _as_it_was():
+        with _original_error():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Backward of a micro-batch."""
         self._arrived("backward", bwd_chunk_id)
         self._before_backward()
-        with _as_it_was():
+        with _original_error():
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def _arrived(self, what: str, chunk: int) -> None:
@@ -285,11 +302,12 @@ class TrackedStage(PipelineStage):
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """An error inside as it was raised: torch puts one of its own, a RuntimeError, in its place."""
+def _original_error() -> Iterator[None]:
+    """Raise the error of a stage's module as it was: torch wraps it in a RuntimeError, which hides its type."""
     try:
         yield
     except RuntimeError as error:
+        # "failed to run" or "Failed to run", by the version of torch.
         if type(error) is RuntimeError and error.__cause__ is not None and "ailed to run" in str(error):
             raise error.__cause__ from None
         raise
@@ -298,26 +316,31 @@ def _as_it_was() -> Iterator[None]:
 def routers_of_all(
     routers: Mapping[str, Router], config: ModelConfig, device: torch.device, *, frozen: bool
 ) -> dict[str, Router]:
-    """The routers of all stages in the order of the layers; in place of those of others, ones that never see a token.
+    """The routers of all stages in the order of the layers, with stand-ins for those of other ranks.
 
-    These hold the bias of their layer, as all ranks do, and count nothing, so that a sum over all ranks of what all
-    routers counted has each layer once. routers: this rank's. frozen: they do not train, and their bias stays.
+    All ranks then have the same vectors of load and bias. A stand-in holds the bias of its layer and counts nothing, so
+    that the sum of the counts over all ranks has each layer once.
+
+    routers: this rank's, by name. frozen: routers do not train, and their bias does not move.
     """
     names = [f"layers.{index}.moe.router" for index in range(config.num_dense_layers, config.num_layers)]
     names += ["mtp.block.moe.router"] * config.num_mtp_layers
-    return {name: routers.get(name) or _absent_router(config, device, frozen) for name in names}
+    return {name: routers.get(name) or _stand_in(config, device, frozen) for name in names}
 
 
-def _absent_router(config: ModelConfig, device: torch.device, frozen: bool) -> Router:
-    with torch.device("meta"):  # else its gate, of which nothing is needed, would draw from the random generator
+def _stand_in(config: ModelConfig, device: torch.device, frozen: bool) -> Router:
+    with torch.device("meta"):  # its weight is not used, and must not draw from the random generator of the model
         router = Router(1, config.moe)
     router.to_empty(device=device).reset_buffers()
     router.requires_grad_(not frozen)
     return router
 
 
-def _example(model: Decoder, batch_size: int, device: torch.device | str = "meta") -> Tensor:
-    """What a stage hands to the next one: (B, S, hidden), in the dtype of the parameters also under autocast."""
+def _example_activation(model: Decoder, batch_size: int, device: torch.device | str = "meta") -> Tensor:
+    """What a stage hands to the next one: (B, S, hidden), in the dtype of the parameters also under autocast.
+
+    On the meta device it tells torch the shape, and by requires_grad that a gradient comes back for it.
+    """
     dtype, config = next(model.parameters()).dtype, model.config
     return torch.empty(
         batch_size, config.max_seq_len, config.hidden, dtype=dtype, device=device, requires_grad=device == "meta"
@@ -327,6 +350,7 @@ def _example(model: Decoder, batch_size: int, device: torch.device | str = "meta
 def _schedule(
     config: PipelineConfig, stages: list[TrackedStage], num_micro: int, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    # scale_grads would divide gradients by the number of micro-batches: the loss is divided by the batch's targets.
     if config.schedule == "1f1b":
         return Schedule1F1B(stages[0], num_micro, loss_fn=loss, scale_grads=False)
     return ScheduleInterleaved1F1B([*stages], num_micro, loss_fn=loss, scale_grads=False)

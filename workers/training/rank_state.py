@@ -1,4 +1,4 @@
-"""What one rank builds once it knows its place: data, model, optimizer."""
+"""Builds data, model and optimizer of a rank, once the rank knows its process groups."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 class RankState:
     """The live objects of one rank.
 
-    model: with a pipeline the layers of this rank's stages. routers: of all stages, see `routers_of_all`.
+    text: None for ranks that can only generate. model: with a pipeline, the layers of this rank's stages. routers: by
+    name; with a pipeline of all stages, see `routers_of_all`.
     """
 
     spec: WorkerSpec
@@ -60,17 +61,17 @@ class RankState:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """That of the model; ranks that can only generate do without, and start sooner."""
+        """The optimizer, built at its first use: ranks that only evaluate or generate start sooner without."""
         return build_optimizer(self.model, self.spec.optim)
 
     @property
     def dataset(self) -> Dataset:
-        """The text, of ranks that were given any."""
+        """The text. Raises RuntimeError on ranks that can only generate."""
         return self._text[0]
 
     @property
     def sampler(self) -> Sampler:
-        """What each rank reads of the text at each step."""
+        """Decides what each rank reads of the text at each step. Raises as `dataset`."""
         return self._text[1]
 
     @property
@@ -87,12 +88,13 @@ class RankState:
     def autocast(self) -> AbstractContextManager[None]:
         """A new context that computes in the run's dtype, for forwards without gradients.
 
-        It keeps bf16 copies of dense weights to its end, but not where blocks are gathered one by one: all would stay.
+        Generation makes many forwards in it, for which it keeps bf16 copies of dense weights. Not with shard `full`,
+        where copies of all blocks would stay that are otherwise gathered and freed one by one.
         """
         return autocast(self.spec.run.dtype, self.groups.device, cache_enabled=self.spec.parallel.shard != "full")
 
     def open_control(self) -> ControlLoop:
-        """The control path of this rank; all ranks open it together, close it when training ends."""
+        """The control path of this rank. All ranks open it together, and close it when training ends."""
         return ControlLoop(
             group=self.groups.control_group,
             law=self.law,
@@ -106,7 +108,7 @@ class RankState:
         )
 
     def trainer(self, control: ControlLoop) -> Trainer:
-        """What steps the model of this rank, with a control path from `open_control`."""
+        """The trainer of this rank. control: from `open_control`."""
         spec = self.spec
         return Trainer(
             model=self.model,
@@ -126,19 +128,20 @@ class RankState:
 
     def tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
         """What this rank holds of the model, and of its optimizer where one is given, by canonical name."""
+        # A stage saves the biases of all layers, which each rank has: a checkpoint without a pipeline has them too.
         biases = {f"model.{name}.expert_bias_E": router.expert_bias_E for name, router in self.routers.items()}
         of_stages = biases if self.pipeline is not None else {}
         return of_stages | canonical_state(self.model, optimizer, self.spec.optim.initial_state)
 
     def load_weights(self, path: Path) -> None:
-        """Read the model of a checkpoint; adapters stay as drawn where it was imported and has none. Collective."""
+        """Read the model of a checkpoint. An imported one has no adapters: these stay as drawn. Collective."""
         weights = self.tensors()
         if read_manifest(path).extra.get("imported"):
             weights = without_adapters(weights)
         checkpoint.load(path, weights, self.groups.control_group, sections=("model",))
 
     def activity(self) -> dict[str, Activity]:
-        """What the threads of this rank are in, for who watches it; from any thread."""
+        """What the threads of this rank are doing, for the driver that watches it. From any thread."""
         training = replace(self.groups.tracker.read(), memory_bytes=held_bytes(self.groups.device))
         return {"training": training, "control": self.control_tracker.read()}
 
@@ -153,7 +156,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
     name_layers(model, groups.tracker)
     routers, pipeline = routers_of(model), None
     if groups.pipeline is not None:
-        # A second of imports that other runs need not wait for.
+        # Imported here, as it takes a second, for which runs without a pipeline need not wait.
         from workers.training.pipeline import Pipeline, routers_of_all
 
         frozen = freezes_router(spec.optim.freeze, spec.model.lora.rank)
@@ -161,7 +164,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
         pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once, spec.optim.mtp_weight)
     law = Law(spec.balance, layout_of(routers))
-    attach_law(routers, law)  # for evaluation and generation too: the law says how the bias enters the choice
+    attach_law(routers, law)  # evaluation and generation need it too: the law says how the bias enters the choice
     state = RankState(
         spec=spec,
         groups=groups,
@@ -174,7 +177,7 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
         pipeline=pipeline,
     )
     if text is not None:
-        _ = state.optimizer  # what is wrong with it is told before training begins
+        _ = state.optimizer  # built now, so that a wrong setting is told before training begins
     return state
 
 
@@ -185,7 +188,7 @@ def _open_text(spec: WorkerSpec, data_dir: Path) -> tuple[Dataset, Sampler]:
 
 def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
     moe = spec.model.moe
-    # One for all layers: it holds nothing of a step, and what it keeps, such as DeepEP's buffer, is there once.
+    # One dispatcher for all layers: it keeps no state of a step, and its buffers (DeepEP's) are allocated once.
     dispatcher = make_dispatcher(
         moe.num_experts,
         groups.ep_group,
@@ -199,7 +202,7 @@ def _build_model(spec: WorkerSpec, groups: RankGroups, meter: Meter) -> Decoder:
     )
     place = groups.pipeline
     layers = spec.parallel.pipeline.layers_of(place.rank, spec.model.num_layers) if place else None
-    # On meta first: weights are drawn once, on the device where they stay.
+    # Built and sharded on the meta device: no rank ever allocates more than its own rows, and weights are drawn once.
     with meta_device():
         model = Decoder(spec.model, lambda: dispatcher, spec.parallel.schedule, layers)
     shard_states(model, groups, spec.parallel.shard, spec.run.dtype)

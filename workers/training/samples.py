@@ -1,4 +1,4 @@
-"""Continuations of `run.sample_prompts` by the weights of now, with the experts that took each token."""
+"""Continues `run.sample_prompts` by the current weights, and notes which experts took each token."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ Sample = dict[str, Any]
 
 
 class SampleTaker:
-    """Takes the samples of a run. All ranks make it, with `run.sample_prompts` that are not empty."""
+    """Makes the samples of a run. Every rank has one, where `run.sample_prompts` is not empty."""
 
     def __init__(self, state: RankState) -> None:
         self._state, self._run = state, state.spec.run
         self._tokenizer = load_tokenizer(state.spec.tokenizer)
         self._prompt_ids = encode_prompts(self._tokenizer, self._run.sample_prompts)
-        # Drawn by generators of their own, the same at each evaluation: training's random state stays as it is, and
-        # texts of two steps differ by their weights alone.
+        # Generation draws from generators seeded anew at each evaluation, not from torch's default one: training's
+        # random state stays as it is, and texts of two steps differ by the weights alone.
         self._sampling = SamplingConfig(
             max_new_tokens=self._run.sample_tokens, temperature=self._run.sample_temperature, seed=self._run.seed
         )

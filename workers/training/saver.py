@@ -16,7 +16,8 @@ from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.training.step import TrainingDiverged
 
-# For a write that is under way when the model diverges, which it does on all ranks at the same step.
+# A model diverges on all ranks at the same step, so that a checkpoint that is being written can still be completed. It
+# gets so long.
 LAST_WRITE_S = 30.0
 
 
@@ -53,20 +54,21 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # With a rank gone nothing that is under way can end well, and the others learn of it when this one leaves.
+        # After any other error a rank is gone, and no collective of a write can succeed. Waiting would also delay the
+        # other ranks, which learn of the failure when this rank leaves its groups.
         self._disk.abandon(LAST_WRITE_S if kind is TrainingDiverged else 0.0)
         self._memory.abandon()
 
     def after_step(self, step: int, snapshot: Callable[[int], Snapshot]) -> None:
-        """Start the saves that are due after this step, and take the outcome of earlier ones.
+        """Start the saves that are due after this step, and record how earlier ones ended.
 
-        Stops for the copy alone, and for a save of the same kind that is still under way.
+        Blocks only for the copy of the tensors, and until an earlier save of the same kind has ended.
 
         Raises:
             RuntimeError: a rank is gone.
         """
         self._disk.poll()
-        self._hear_memory()
+        self._poll_memory()
         every = self._run.memory_checkpoint_every if self._groups.world_size > 1 else 0
         if every and step % every == 0:
             self._keep(snapshot(step))
@@ -74,7 +76,7 @@ class CheckpointSaver:
             self._disk.save(snapshot(step))
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
-        """As DiskSaver.save_last, after everything that is under way."""
+        """As DiskSaver.save_last, once the saves that still run have ended."""
         self._finish_memory()
         self._disk.save_last(live, give_up)
 
@@ -95,8 +97,9 @@ class CheckpointSaver:
         self._memory_blocked_s += time.monotonic() - begun
 
     def _open_memory(self, live: Snapshot) -> None:
-        self._disk.finish()  # its group serves for agreeing on the shares
+        self._disk.finish()  # the shares are agreed on in checkpoint_group, which a running write would use too
         self._staging.divide(live.tensors)
+        # Ranks so far apart hold the same tensors: the ranks of two replicas, or of two EP groups.
         replicas = self._groups.replicas
         period = replicas.dense.size(1) if replicas is not None else self._groups.ep_size
         shift = partner_shift(self._nodes, period)
@@ -107,9 +110,9 @@ class CheckpointSaver:
 
     def _finish_memory(self) -> None:
         self._memory.finish(self._groups.control_group)
-        self._hear_memory()
+        self._poll_memory()
 
-    def _hear_memory(self) -> None:
+    def _poll_memory(self) -> None:
         try:
             self._memory.take()
         except CheckpointError as error:

@@ -24,7 +24,7 @@ from workers.training.narrow_gather import gather_narrow
 def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = "float32") -> None:
     """Replace the parameters of `model` by DTensors of this rank's rows. On the meta device, nothing is allocated.
 
-    dtype: `run.dtype`. Where a group has one rank nothing is to be shared out: its parameters stay as they are.
+    dtype: `run.dtype`. Parameters that one rank alone holds stay as they are.
 
     Collective over the world: all ranks must call it.
     """
@@ -34,33 +34,37 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
     options: dict[str, Any] = {
         "mesh": dense,
         "reshard_after_forward": shard == "full",
-        # Experts with one holder in each replica: FSDP would copy them at every use.
+        # Experts with one holder in each replica cannot be divided. In an FSDP unit they would be copied at every use.
         "ignored_params": set(expert_parameters(model).values()) if of_experts is None else None,
     }
     if of_experts is not None:
         narrow = torch.bfloat16 if gathers_experts_narrow(dtype, model.config.lora) else None
-        # Reduced in fp32: a sum over ranks in bfloat16 would lose what few ranks bring.
+        # Reduced in fp32: in bfloat16 a sum over ranks would round away small contributions.
         policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
+        # Before the blocks: fully_shard leaves parameters of nested units to these.
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full", mp_policy=policy)
     units = [*model.layers, *_mtp(model)]
     for unit in units:
         fully_shard(unit, **options)
-    # The root is needed as soon as backward begins: to give it back after forward would only gather it twice.
+    # Backward begins with the root's parameters (head, last norm): resharded after forward, they would be gathered
+    # again at once.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Sums and not means, as in `reduce_gradients`. Without the second call torch would reduce by PREMUL_SUM,
+            # also for a factor of 1, which only NCCL has.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # a factor is NCCL's alone, also that of 1
+            module.set_force_sum_reduction_for_comms(True)
     if dtype == "bfloat16":
         for unit in (*units, model):
             gather_narrow(unit, dense.size(dense.ndim - 1))
     _prefetch(model)
-    register_fsdp_forward_method(model, "run_layers")  # as stages of a pipeline call it
+    register_fsdp_forward_method(model, "run_layers")  # stages of a pipeline call it in place of `forward`
 
 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """Of dense parameters and of experts; None where nothing of these is to be shared out."""
+    """The meshes of dense parameters and of experts; None for experts that have one holder in each replica."""
     if (replicas := groups.replicas) is not None:
         is_shared = groups.edp_size > replicas.num
         return _with_names(replicas.dense), _with_names(replicas.experts) if is_shared else None
@@ -72,11 +76,11 @@ def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
 
 
 def _with_names(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh, with the names of its groups in those of its dimensions.
+    """The same mesh with the names of its process groups in the names of its dimensions.
 
-    torch keeps what an operation on sharded tensors returns, their mesh too, for the next one on an equal mesh; and
-    meshes of the same ranks and names of dimensions are equal. Else a process that joins another gang could get a mesh
-    of the first one, whose groups are gone, or whose names other groups have now.
+    torch caches the result of an operation on DTensors, and with it their mesh, for the next operation on an equal
+    mesh. Meshes are equal if their ranks and the names of their dimensions are. Without other names a process that
+    joins a second gang could get a mesh of the first one, whose groups no longer exist.
     """
     groups = mesh.get_all_groups()
     names = tuple(f"{name} {group.group_name}" for name, group in zip(mesh.mesh_dim_names or (), groups, strict=True))
@@ -84,9 +88,10 @@ def _with_names(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
-    """Before the backward pass of a micro-batch: `optimizer` gathers and reduces once a step, in the last one.
+    """Say before a backward pass what FSDP does in it. is_last: it is that of the step's last micro-batch.
 
-    With either, replicas add their sums in the last one.
+    With shard `optimizer` weights are gathered and gradients reduced once a step, in the last backward pass; with
+    `full` in each. In both, replicas add their sums in the last one.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -98,10 +103,11 @@ def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
 
 
 def set_sync_of_stage(model: Decoder, layers: range, shard: Shard, *, is_last: bool, is_last_of_rank: bool) -> None:
-    """The same in a pipeline, before a backward pass through these layers.
+    """As `set_sync`, before a backward pass through some layers of a pipeline.
 
-    What the root holds is kept until the rank's last backward, and reduced in it: forwards of other micro-batches, that
-    wait for their backward, need it still.
+    is_last: for these layers; is_last_of_rank: for all layers of this rank. The root's parameters (embedding, last
+    norm, head) stay gathered until the rank's last backward pass, and are reduced in it: other micro-batches are
+    between their forward and their backward, and still need them.
     """
     units = [model.layers.get_submodule(str(index)) for index in layers]
     for unit in [*units, *(_mtp(model) if layers.stop == model.config.num_layers else [])]:
@@ -112,7 +118,7 @@ def set_sync_of_stage(model: Decoder, layers: range, shard: Shard, *, is_last: b
 
 
 def _runs(model: Decoder) -> Iterator[list[nn.Module]]:
-    """The blocks that compute one after the other: all of them, or those of each stage that this rank holds."""
+    """The consecutive blocks of each stage that this rank holds; without a pipeline one run of all blocks."""
     run: list[nn.Module] = []
     last = -1
     for name, block in model.layers.named_children():
@@ -130,9 +136,10 @@ def _mtp(model: Decoder) -> list[nn.Module]:
 
 
 def _prefetch(model: Decoder) -> None:
-    """What each unit gathers while it computes: said here, since the default follows what forward called last.
+    """Tell each unit which other units to gather while it computes.
 
-    In a pipeline that was another micro-batch. A unit that names itself gathers no other.
+    By default FSDP prefetches in backward by the order of the last forward, which in a pipeline was that of another
+    micro-batch. A unit whose prefetch list names only itself prefetches nothing.
     """
     runs, root = list(_runs(model)), next(each for each in model.modules() if isinstance(each, FSDPModule))
     for units in runs:
@@ -142,7 +149,8 @@ def _prefetch(model: Decoder) -> None:
 
 
 def _prefetch_in(units: list[nn.Module]) -> None:
-    order = [[each for each in unit.modules() if isinstance(each, FSDPModule)] for unit in units]  # itself, its experts
+    # For each block: itself, and its experts where these are a unit of their own.
+    order = [[each for each in unit.modules() if isinstance(each, FSDPModule)] for unit in units]
     for index, (unit, *experts) in enumerate(order):
         unit.set_modules_to_forward_prefetch([*experts, *(order[index + 1][:1] if index + 1 < len(order) else [])])
         unit.set_modules_to_backward_prefetch([*experts, *(order[index - 1][:1] if index else [])] or [unit])

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,10 +43,15 @@ class TrainingDiverged(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. Sums and control are of all ranks, seconds and bytes of this one."""
+    """What one step did. `summed` and `control` are over all ranks; seconds and bytes are this rank's.
+
+    summed: by name in metrics.jsonl, see workers.training.summed_metrics. skipped: the gradient was not finite, and
+    neither weights nor bias changed. num_tokens: of the global batch. seconds: by phase of the exchange, forward and
+    backward together. placed: the new placement of copies of hot experts, used from the next step on; None: no change.
+    """
 
     step: int
-    summed: dict[str, float | None]  # by name in metrics.jsonl, see workers.training.summed_metrics
+    summed: dict[str, float | None]
     lr: float
     grad_norm: float
     skipped: bool
@@ -56,14 +61,14 @@ class StepResult:
     sent_bytes: int
     max_vio_computation_batch: float
     control: StepControl
-    placed: CopiesPlaced | None  # another placement of hot experts' copies, from the next step on
+    placed: CopiesPlaced | None
 
 
 @dataclass
 class Trainer:
     """Steps a model on this rank; every rank of the gang calls `step` together.
 
-    routers: those of `model`, with a pipeline those of all its stages.
+    routers: those of `model`; with a pipeline, of all stages (`workers.training.pipeline.routers_of_all`).
     """
 
     model: Decoder
@@ -84,12 +89,10 @@ class Trainer:
         self.num_micro = self.run.num_micro_batches(self.groups.num_shares)
         self.num_step_tokens = self.run.global_batch_size * self.model.config.max_seq_len
         self.num_skipped_in_a_row = 0
-        offloads = self.optim.offload == "states"
-        self.updates = (
-            HostStates(self.model, self.optimizer, self.optim.initial_state, PIECE_BYTES)
-            if offloads
-            else self.optimizer
-        )
+        self.update_weights: Callable[[], object] = self.optimizer.step
+        if self.optim.offload == "states":
+            host_states = HostStates(self.model, self.optimizer, self.optim.initial_state, PIECE_BYTES)
+            self.update_weights = host_states.step
         self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
 
     def step(self, step: int, *, stop_requested: bool = False) -> StepResult:
@@ -107,14 +110,16 @@ class Trainer:
         tracker.set_phase("forward")
         lr = learning_rate(step - 1, self.run.steps, self.optim)
         run_step = self._accumulate if self.pipeline is None else self._run_pipeline
+        # At least 1: in fine-tuning a batch may have no token to learn, and the loss is divided by this.
         measured = run_step(step, max(1, self.sampler.num_targets(step - 1)), stop_requested)
         grad_norm, finite = self._update(lr)
         reset_counts(self.routers)
         tracker.set_phase("bias update")
-        # On a skipped step the bias stays too, or it would move without the weights that caused the load.
+        # A skipped step leaves the bias as it is too: it must not move when the weights that caused the load do not.
         control = self.control.finish_step(apply=finite)
         self._watch_divergence(step, finite, grad_norm)
-        placed = self._renew_copies(step, control.load_N) if finite else None  # else no weight has changed
+        # After a skipped step the copies still have the weights of their owners.
+        placed = self._renew_copies(step, control.load_N) if finite else None
         forward, backward = measured.moved, self.meter.take()
         return StepResult(
             step=step,
@@ -132,7 +137,11 @@ class Trainer:
         )
 
     def _accumulate(self, step: int, num_targets: int, stop_requested: bool) -> RankStep:
-        """Forward and backward of one micro-batch after the other. num_targets: of all ranks and micro-batches."""
+        """Forward and backward of one micro-batch after the other.
+
+        num_targets: of the global batch, which the loss is divided by. Gradients are then sums over micro-batches and
+        ranks, and never rescaled: they are those of one process, however the batch is divided.
+        """
         tracker = self.groups.tracker
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if self.aux_losses is not None:
@@ -141,9 +150,8 @@ class Trainer:
             nll_sum, total = self._forward(batch, num_targets)
             loss_sum += nll_sum
             if micro == self.num_micro - 1:
-                # All tokens of the step are routed: the load travels while backward runs.
+                # Before the last backward: all tokens of the step are routed, and the load can travel beside it.
                 measured = self._report(step, loss_sum, num_targets, stop_requested)
-            # Divided by the targets of all ranks and micro-batches: gradients are then summed and never rescaled.
             tracker.set_phase("backward")
             set_sync(self.model, self.shard, is_last=micro == self.num_micro - 1)
             (total / num_targets).backward()
@@ -151,10 +159,10 @@ class Trainer:
         return measured
 
     def _run_pipeline(self, step: int, num_targets: int, stop_requested: bool) -> RankStep:
-        """The same through the stages of all ranks."""
+        """As `_accumulate`, through the pipeline stages of all ranks."""
         if self.pipeline is None:
             raise RuntimeError("this rank is in no pipeline")
-        measured: list[RankStep] = []
+        measured: list[RankStep] = []  # filled by `report`, after this rank's last forward
 
         def report(nll_sum: Tensor) -> None:
             measured.append(self._report(step, nll_sum, num_targets, stop_requested))
@@ -163,11 +171,12 @@ class Trainer:
         return measured[0]
 
     def _forward(self, batch: OwnPart, num_targets: int) -> tuple[Tensor, Tensor]:
-        """Return the language model's summed loss, detached, and the loss to train on."""
+        """Return the language model's summed loss, detached, and the summed loss to train on."""
         has_mtp = self.model.config.num_mtp_layers > 0
-        # One forward: with recompute no copy of a weight need stay to its end.
+        # No cache: a forward casts each weight once. A cache would only keep the bf16 copies of all blocks until its
+        # end, which recompute frees block by block.
         with autocast(self.run.dtype, self.groups.device, cache_enabled=False):
-            # Called as a module, so that hooks on it run.
+            # Called as a module and not by `forward`: FSDP gathers the weights in hooks.
             predicted = self.model(
                 batch.input_ids,
                 document_starts=batch.document_starts,
@@ -178,10 +187,9 @@ class Trainer:
             )
         loss, further = predicted if has_mtp else (predicted, None)
         nll_sum = loss.total
-        # Without auxiliary losses the graph is that of the language model, with nothing added. They are sums over all
-        # tokens, not over those that are learned.
         total = nll_sum
         if self.aux_losses is not None:
+            # Auxiliary losses are sums over all tokens; the caller divides by the tokens that are learned (targets).
             total = nll_sum + self.aux_losses.take() * (num_targets / self.num_step_tokens)
         if further is not None:
             total = total + self.optim.mtp_weight * further.total
@@ -194,6 +202,7 @@ class Trainer:
             yield own_part(batch.to(groups.device), groups.context)
 
     def _report(self, step: int, nll_sum: Tensor, num_targets: int, stop_requested: bool) -> RankStep:
+        """Hand what this rank measured in its forwards to the control path, which sums it over all ranks."""
         balance_sum, z_sum = self.aux_losses.sums if self.aux_losses is not None else (None, None)
         measured = RankStep(
             moved=self.meter.take(),
@@ -217,22 +226,23 @@ class Trainer:
         return measured
 
     def _update(self, lr: float) -> tuple[float, bool]:
+        """Reduce and clip the gradients and update the weights. Returns the gradient norm, and whether it is finite."""
         tracker = self.groups.tracker
         tracker.set_phase("gradients")
         if self.copying is not None:
-            self.copying.sum_gradients()
+            self.copying.sum_gradients()  # first: owners then reduce what their copies have added
         reduce_gradients(self.model, self.groups)
         if self.pipeline is not None:
             self.pipeline.sum_shared_gradients()
         tracker.set_phase("gradient norm")
         grad_norm = global_grad_norm(self.model, self.groups)
         tracker.set_phase("optimizer")
-        finite = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm)  # the norm has the same bits on all ranks, so all of them skip or none does
         if finite:
             clip_gradients(self.model, grad_norm, self.optim.grad_clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            self.updates.step()
+            self.update_weights()
         self.optimizer.zero_grad()
         return grad_norm, finite
 
@@ -251,7 +261,10 @@ class Trainer:
             )
 
     def _computation_vio(self, busiest_rows: Tensor) -> float:
-        """MaxVio of what one EP group computes at once, the worst EP group, averaged over layers and micro-batches."""
+        """MaxVio of the tokens that one EP group computes at once, averaged over layers and micro-batches.
+
+        busiest_rows: int64, for each layer of each micro-batch the rows of the busiest expert on any rank.
+        """
         if not busiest_rows.numel():
             return 0.0
         moe = self.model.config.moe
@@ -260,9 +273,9 @@ class Trainer:
 
 
 def autocast(dtype: str, device: torch.device, *, cache_enabled: bool = True) -> AbstractContextManager[None]:
-    """A context that computes in `dtype`: autocast for bfloat16, nothing for float32. Parameters and gate stay fp32.
+    """A context that computes in `dtype`: autocast for bfloat16, nothing for float32. Parameters and router stay fp32.
 
-    cache_enabled: keep the bf16 copies of dense weights to the end of the context, for further forwards in it.
+    cache_enabled: keep the bf16 copies of dense weights until the context ends, for further forwards in it.
     """
     if dtype != "bfloat16":
         return nullcontext()

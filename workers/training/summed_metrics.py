@@ -15,11 +15,11 @@ from dispatch.diagnosis.meter import Reading
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RankStep:
-    """What one rank knows of a step after its last forward.
+    """What one rank measured in the forwards of a step.
 
-    moved: what its exchanges counted in forward. nll_sum: the language model's loss, nats summed over this rank's
-    targets, float64. balance_sum, z_sum: auxiliary losses, unweighted, summed over its tokens, mean over layers,
-    float64; None where a loss is off. num_targets, num_tokens: of the global batch.
+    moved: the counts and times of its exchanges. nll_sum: the language model's loss in nats, summed over this rank's
+    targets, float64 (). balance_sum, z_sum: auxiliary losses without their factors, summed over this rank's tokens,
+    mean over layers, float64 (); None where a loss is off. num_targets, num_tokens: of the global batch.
     """
 
     moved: Reading
@@ -32,10 +32,10 @@ class RankStep:
 
 @dataclass(frozen=True)
 class SummedMetric:
-    """A value that every rank has, shown as its sum over all ranks.
+    """A value of every rank, written to metrics.jsonl as its sum over all ranks.
 
-    of_rank: a whole number, or a float64 scalar tensor; None where there is nothing to show, on all ranks alike.
-    per: what the sum is divided by; None leaves it as it is.
+    of_rank: a rank's value, a whole number or a float64 scalar tensor; None where there is nothing to show, which must
+    then be so on all ranks. per: what the sum is divided by; None leaves the sum as it is.
     """
 
     name: str
@@ -56,7 +56,10 @@ SUMMED_METRICS = [
 
 
 def sums_of_rank(rank: RankStep) -> tuple[Tensor, Tensor]:
-    """This rank's whole numbers, int64, and its other values, float64, both on the CPU. Waits for the device once."""
+    """This rank's whole numbers, int64, and its other values, float64, both on the CPU. Waits for the device once.
+
+    Two vectors, since float64 holds whole numbers up to 2^53 only.
+    """
     whole, others = _by_kind(rank)
     floats = torch.stack([value.to(rank.nll_sum.device) for value in others.values()]).cpu()
     return torch.tensor(list(whole.values()), dtype=torch.int64), floats
@@ -71,7 +74,7 @@ def over_ranks(rank: RankStep, whole: Tensor, others: Tensor) -> dict[str, float
 
 
 def _by_kind(rank: RankStep) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The whole numbers of this rank and its other values, by name; without those that have nothing to show."""
+    """The whole numbers of this rank and its other values, by name, without metrics that have nothing to show."""
     values = {each.name: each.of_rank(rank) for each in SUMMED_METRICS}
     whole = {name: value for name, value in values.items() if isinstance(value, int)}
     return whole, {name: value for name, value in values.items() if isinstance(value, Tensor)}

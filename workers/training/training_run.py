@@ -34,9 +34,10 @@ class TrainingRun:
     Args:
         state: what `build_rank` built.
         control: from `state.open_control()`.
-        publish: called with each line and event, and before the last checkpoint; the driver shows those of rank 0.
+        publish: called with each metrics line and event, and when the last checkpoint begins; the driver shows what
+            rank 0 publishes.
         stop_requested: set by this process when it wishes to end.
-        memory: memory checkpoints of this process, which outlive the gang; None if they will not be read.
+        memory: memory checkpoints of this process, which outlive the gang; None if nobody will read them.
         nodes: the node of each rank; empty where it is not known.
     """
 
@@ -83,7 +84,7 @@ class TrainingRun:
         return int(extra["step"])
 
     def _check_extra(self, path: Path, extra: dict[str, Any]) -> None:
-        """Refuse values that no run saves; the same on all ranks."""
+        """Raise CheckpointCorrupt for extra values that no run saves. All ranks read the same values."""
         kinds = {"step": int, "bias_version": int, "data_digest": str, "load_since_eval": list}
         wrong = [name for name, kind in kinds.items() if type(extra.get(name)) is not kind]
         if not wrong:
@@ -158,7 +159,7 @@ class TrainingRun:
             pipeline=state.pipeline,
         )
         samples = [] if self._samples is None else self._samples.take()
-        state.meter.take()  # what evaluation moved is not the next step's
+        state.meter.take()  # discarded: what evaluation sent must not count for the next step
         if self._log is not None:
             line = eval_line(step, evaluation, self._load_since_eval_N, state.layout, state.spec.mix.weights_at(step))
             self._log.eval(line)
@@ -176,7 +177,7 @@ class TrainingRun:
             self._memory,
             nodes=self._nodes,
             tell=self.tell,
-            sync_records=self._log.sync if self._log is not None else _no_records,
+            sync_records=self._log.sync if self._log is not None else lambda: None,  # rank 0 alone keeps records
         )
 
     def _snapshot(self, step: int) -> Snapshot:
@@ -203,11 +204,7 @@ class TrainingRun:
         }
 
     def tell(self, event: str, **details: Any) -> None:
-        """Record and publish an event; does nothing where there is no record to keep."""
+        """Record and publish an event on rank 0; do nothing on the other ranks."""
         if self._log is not None:
             self._log.event(event, **details)
             self._publish({"event": event, **details})
-
-
-def _no_records() -> None:
-    """Sync nothing: only rank 0 keeps a record of the run."""

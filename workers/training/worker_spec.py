@@ -1,4 +1,4 @@
-"""What every rank of a job is told, by the driver."""
+"""What the driver tells every rank of a job."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from workers.training.optimizer import OptimConfig
 class WorkerSpec:
     """All that a rank is told before it starts; the same on every rank.
 
-    data_dir: prepared tokens (workers.data.prepare), None for ranks that only generate. tokenizer: the file that made
-    them, None for bytes. mix: weights of the sources in a batch. control_timeout_s: bounds the control of one step.
-    record_scores_every: steps from one record of the router scores to the next, 0 for none. call_coordinator: takes a
-    wire message to the coordinator and returns its answer, within a bound; only rank 0 calls it. None lets rank 0 apply
-    the law. fence: shows whether run_dir is still this run's, where it has an owner. faults: what is to go wrong, for
-    tests.
+    data_dir: prepared tokens (workers.data.prepare), None for ranks that only generate. tokenizer: the file of the
+    tokenizer that made them, None for bytes. mix: weights of the sources in a batch. control_timeout_s: bounds the
+    control of one step. record_scores_every: steps from one record of the router scores to the next, 0 for none.
+    call_coordinator: takes a wire message to the coordinator and returns its answer, or raises within a bounded time;
+    only rank 0 calls it; None lets rank 0 apply the law. fence: tells whether run_dir still belongs to this run.
+    faults: what is to go wrong, for tests.
     """
 
     run_dir: Path

@@ -134,12 +134,12 @@ def test_an_update_has_the_root_mean_square_of_adamw() -> None:
         assert update.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.2)
 
 
-@pytest.mark.parametrize("at_once", [muon.AT_ONCE, 3 * 32 * 16 + 1, 1])
+@pytest.mark.parametrize("at_once", [muon.MAX_ELEMENTS_AT_ONCE, 3 * 32 * 16 + 1, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_stack_of_experts_and_its_parts_are_updated_bit_for_bit_alike(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(muon, "AT_ONCE", at_once)  # experts: all, 3, 1
+    monkeypatch.setattr(muon, "MAX_ELEMENTS_AT_ONCE", at_once)  # experts: all, 3, 1
     start = torch.randn(10, 32, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
     stack, *parts = (Stack(weight) for weight in (start, *start.split([7, 1, 2])))
     optimizers = [build_optimizer(model, CONFIG) for model in (stack, *parts)]
