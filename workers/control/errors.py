@@ -1,8 +1,8 @@
-"""How the control path of a step fails: on every rank with an error that names the step and the phase."""
+"""The errors of the control path: raised on every rank, with the step and the phase that failed."""
 
 
 class ControlError(RuntimeError):
-    """The control path failed: its loop is unusable afterwards and the gang must form again. Survives pickling."""
+    """The control path failed: its loop cannot be used again, and the gang must form anew. Survives pickling."""
 
     def __init__(self, step: int, phase: str, detail: str) -> None:
         super().__init__(step, phase, detail)
@@ -21,7 +21,7 @@ class BiasDiverged(ControlError):
 
     def __init__(self, step: int, phase: str, detail: str, ranks: tuple[int, ...]) -> None:
         super().__init__(step, phase, detail)
-        self.args = (step, phase, detail, ranks)
+        self.args = (step, phase, detail, ranks)  # what pickle calls __init__ with
         self.ranks = ranks
 
 

@@ -1,7 +1,7 @@
 """Rank 0's part of the control path: gets the next bias from the coordinator or, while that is away, computes it here.
 
 Both ways give the same bits, because a law is a pure function and each report names the state it starts from. So no
-step is lost and the trajectory does not change when the coordinator dies, restarts, answers late or repeats itself.
+update is lost, and no bias differs, when the coordinator dies, restarts, answers late or repeats itself.
 """
 
 import traceback
@@ -27,10 +27,11 @@ from workers.control.wire import (
     max_message_bytes,
 )
 
-# Each call of a lost coordinator may cost its whole time-out, so retries thin out to one in so many steps.
+# A call to a lost coordinator may take its whole time-out (2 s), in which all ranks wait. So retries become rarer, down
+# to one in this many steps.
 MAX_STEPS_BETWEEN_RETRIES = 32
 
-# Of a traceback in an event.
+# The last characters of a traceback that go into an event, which is one line of events.jsonl.
 MAX_TRACE_CHARS = 8000
 
 Event = dict[str, Any]
@@ -47,8 +48,9 @@ class BadAnswer(WireError):
 class Leader:
     """Makes one BiasUpdate per step. Plain Python: no process group, no thread, no clock.
 
-    coordinator: bytes → bytes, bounded in time by itself. An OSError from it, such as CoordinatorUnreachable, says that
-    it is away; anything else that it raises is a bug. Either way the law runs here. None: it always does.
+    coordinator: sends a message and returns the answer; it must end within a bounded time. An OSError from it, such as
+    CoordinatorUnreachable, says that the coordinator is away; any other error is a bug. In both cases this rank applies
+    the law. None: this rank always does.
     """
 
     def __init__(self, *, run_id: str, law: Law, coordinator: Callable[[bytes], bytes] | None) -> None:
@@ -56,9 +58,10 @@ class Leader:
         self._law_checksum = law_checksum(law.config, law.layout)
         self._max_bytes = max_message_bytes(law)
         self._coordinator = coordinator
-        self._send_seed = True  # a coordinator starts empty; the first report also spares it the question
-        self._lost_since: int | None = None
-        self._told_of_bug = False  # since it was lost
+        # A coordinator starts without a state: a seed in the first report spares it to ask for one (NeedState).
+        self._send_seed = True
+        self._lost_since: int | None = None  # step
+        self._told_of_bug = False  # whether a bug was reported since the coordinator was lost
         self._pause = 0  # steps between the last failure and the next try
         self._steps_until_retry = 0
 
@@ -115,6 +118,7 @@ class Leader:
         self._pause = min(max(1, 2 * self._pause), MAX_STEPS_BETWEEN_RETRIES)
         self._steps_until_retry = self._pause
         is_bug = not isinstance(error, OSError | BadAnswer)
+        # One event for each loss, not one for each retry; a bug is told even where the loss was told before.
         if self._lost_since is not None and (self._told_of_bug or not is_bug):
             return []
         self._lost_since = step if self._lost_since is None else self._lost_since

@@ -37,21 +37,21 @@ from workers.control.wire import (
 )
 from workers.distributed.collateral import is_collateral
 
-_NUM_SLOTS = 4  # what each rank tells of itself: step, version, checksum of the law state, checksum of the live bias
-_GRACE_S = 1.0  # how much later than the control thread, which knows the cause, the training thread gives up
+_NUM_SLOTS = 4  # numbers that ranks compare: step, version, checksum of the law state, checksum of the live bias
+_GRACE_S = 1.0  # so much later than the control thread, whose error names the cause, the training thread gives up
 
 OnBiasMismatch = Literal["stop", "repair"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepControl:
-    """What the control of a step brought: equal on all ranks but for the seconds and the events.
+    """The result of a step's control path: equal on all ranks but for the seconds and the events.
 
     counts_M, sums, floats, maxima: over all ranks. stop: some rank asked to stop. bias_N, bias_version, bias_checksum:
-    what routed this step. odd_ranks: routed it by another bias, and were repaired. wait_s: how long finish_step waited.
-    bias_update_s: the training thread prepared the round and wrote the bias. round_s: what the control thread did, by
-    phase; "coordinator" on rank 0 only, for which the others wait in "broadcast". events: about the coordinator and
-    repairs, on rank 0 only.
+    the bias that routed this step. odd_ranks: ranks that routed it by another bias, and were repaired. wait_s: how long
+    finish_step waited. bias_update_s: seconds of the training thread, to prepare the round and to write the bias.
+    round_s: seconds of the control thread, by phase; "coordinator" is on rank 0 only, while the others wait in
+    "broadcast". events: about the coordinator and repairs, on rank 0 only.
     """
 
     step: int
@@ -82,7 +82,7 @@ class StepControl:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoundInput:
-    """One rank's share of a round. The round reduces its tensors in place: afterwards they hold those of all ranks.
+    """One rank's input to a round, which reduces its tensors in place: afterwards they are sums over all ranks.
 
     base: the law state that routed the step. live_checksum: of the bias in the model. deadline: time.monotonic().
     """
@@ -110,8 +110,8 @@ class ControlLoop:
         write_state: sets what the routers need of a law state, in place.
         coordinator: for rank 0, see Leader; None applies the law there. Other ranks do not use it.
         timeout_s: for the round of one step, from begin_step on; more than twice the coordinator's own time-out.
-        on_bias_mismatch: where a rank's live bias is not that of the law state it routed a step: "stop" raises on all
-            ranks; "repair" sets it again. Ranks whose law states differ stop in either case.
+        on_bias_mismatch: what happens where the bias in a rank's model is not that of its law state: "stop" raises on
+            all ranks; "repair" writes it again. Ranks whose law states differ stop in either case.
         tracker: where the control thread notes its phase and its collectives; a new one if not given.
 
     The first law state is the initial one, with the bias that the model has now: zero in a fresh model.
@@ -181,8 +181,8 @@ class ControlLoop:
         """Wait for the control of the step; after the optimizer step, before the next forward.
 
         apply: set the new bias. False where the optimizer skipped the step: a bias must not move without the weights
-            that caused the load. Nor does the load of a step move it that a rank routed by another bias: then the bias
-            of the step before is set again.
+            that caused the load. Nor is it set where a rank routed the step by another bias, since the load is then of
+            two biases: all ranks write the bias of the step again.
 
         Raises:
             ControlTimeout, BiasDiverged, ControlError: on every rank that still takes part, within `timeout_s` of
@@ -269,12 +269,11 @@ def _copy(name: str, value: Tensor, dtype: torch.dtype, length: int | None = Non
 
 
 class ControlRound:
-    """This rank's part of one step's control collectives: the same on every rank, in the same order, whatever it finds.
+    """This rank's part of one step's control collectives: the same on every rank, in the same order, whatever fails.
 
-    One small reduction along a tree, on rank 0 one question to the leader, one broadcast of fixed size. What
-    goes wrong on rank 0 in between travels in the broadcast, so that all ranks end with the same error instead of
-    waiting. `phase` is what it is doing now, for the error of a thread that waits for it. See ControlLoop for the
-    arguments.
+    One small reduction along a tree, on rank 0 one question to the leader, one broadcast of fixed size. An error on
+    rank 0 in between travels in the broadcast, so that all ranks end with the same error instead of waiting. `phase`
+    is what the round is doing now, for the error of a thread that waits for it. See ControlLoop for the arguments.
     """
 
     def __init__(
@@ -329,7 +328,7 @@ class ControlRound:
         return torch.cat(parts), [len(part) for part in parts]
 
     def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> tuple[int, ...]:
-        """Return the ranks whose live bias must be repaired; raise where that is not wanted or not possible."""
+        """Return the ranks whose live bias must be repaired; raise where repairing is not wanted or possible."""
         # Every rank sees the same rows, so all raise or none does, and all name the same ranks.
         if odd := tuple(rank for rank, row in enumerate(rows) if row[:3] != rows[0][:3]):
             shown = [f"rank {r} step {rows[r][0]} version {rows[r][1]} state {rows[r][2]:08x}" for r in (0, *odd[:8])]
@@ -345,7 +344,7 @@ class ControlRound:
     def _lead(
         self, given: RoundInput, counts_M: Tensor, odd_ranks: tuple[int, ...]
     ) -> tuple[list[Event], Exception | None]:
-        """Put the update, or the reason why there is none, into the mail."""
+        """On rank 0: put the update, or the reason why there is none, into the buffer that is broadcast next."""
         events: list[Event] = []
         cause: Exception | None = None
         with self._in_phase(given, "coordinator"):

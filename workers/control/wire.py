@@ -3,8 +3,8 @@
 Messages are msgpack with a strict schema, raw little-endian tensors and size limits, without pickle.
 
 all ranks → all ranks: `tree_all_reduce`, in ceil(log2 W) hops up a binomial tree of W ranks and as many down, where a
-ring makes 2 (W - 1). Rank r hands the sums of its subtree to the rank that lacks r's lowest set bit, and hears the
-totals from there. A hop carries all tensors in one message, so that a step pays each hop's latency once.
+ring makes 2 (W - 1). The parent of rank r is r without its lowest set bit: there r sends the sums of its subtree, and
+from there it receives the totals. A hop carries all tensors in one message, so that a step pays each latency once.
 
 rank 0 → coordinator: LoadReport. Back: BiasUpdate, NeedState or Refusal. rank 0 → all ranks: BiasUpdate or Refusal.
 A crc32 of all that follows comes first, so that a damaged message is refused as a whole and changes nothing.
@@ -33,13 +33,14 @@ from dispatch.layout import LoadLayout
 PROTOCOL_VERSION = 3
 # 16 times the routed experts of the largest published model.
 MAX_EXPERTS_TOTAL = 1 << 20
-# Only this bounds what a stranger can make us hold: the histograms of a model of 61 x 256 experts take 119 MiB.
+# Bounds the memory that a message of unknown origin can make a process take. The largest honest messages, with the
+# histograms of a model of 61 x 256 experts, have 119 MiB.
 MAX_MESSAGE_BYTES = 1 << 28
 _MAX_REASON_CHARS = 600
 _SEAL_BYTES = 4
 _LENGTH_BYTES = 8
 _MAX_INT = (1 << 63) - 1
-_TREE_TAG = 7  # no other messages between two ranks travel in this group
+_TREE_TAG = 7  # any number serves: no other point-to-point messages travel in this group
 
 
 class WireError(ValueError):
@@ -65,7 +66,7 @@ class VersionedState:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seed:
-    """All that a coordinator with no memory needs: the law, its layers and the state that the report builds on."""
+    """All that a coordinator that has just started needs: the law, its layers and the state of the report's base."""
 
     config: BalanceConfig
     layout: LoadLayout
@@ -74,9 +75,9 @@ class Seed:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadReport:
-    """The global counts of one step, and the state that its update must start from.
+    """The global counts of one step, and the law state (the base) that its update must start from.
 
-    base_version, base_checksum, law_checksum name that state and the law without sending them; `seed` sends them.
+    base_version, base_checksum and law_checksum identify base and law without sending them; `seed` sends them.
     """
 
     run_id: str
@@ -90,7 +91,7 @@ class LoadReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BiasUpdate:
-    """The whole law state after the load of `step`; its base is version - 1."""
+    """The whole law state after the load of `step`. It was made from the state of version - 1."""
 
     step: int
     version: int
@@ -115,7 +116,7 @@ Message = LoadReport | BiasUpdate | NeedState | Refusal
 
 
 def law_checksum(config: BalanceConfig, layout: LoadLayout) -> int:
-    """Checksum of a law and its layers: equal if two processes would compute the same updates."""
+    """Checksum of a law's settings and layers: two processes with the same one compute the same updates."""
     return zlib.crc32(msgpack.packb([asdict(config), asdict(layout)]))
 
 
@@ -171,7 +172,10 @@ def mail_bytes(law: Law) -> int:
 
 
 def write_mail(mail: Tensor, message: BiasUpdate | Refusal) -> None:
-    """Put a message into the uint8 tensor that rank 0 broadcasts: its length, then its bytes."""
+    """Put a message into the uint8 tensor that rank 0 broadcasts: its length, then its bytes.
+
+    What follows from an earlier, longer message is not read.
+    """
     raw = encode(message)
     framed = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
     mail[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
@@ -213,7 +217,7 @@ def _read_seed(fields: dict[str, Any] | None) -> Seed | None:
     _check(fields, config=dict, layout=dict, state=dict)
     module = fields["config"].get("module")
     if module is not None and module not in sys.modules:
-        # Whoever started this process names the modules that it imports, not a message.
+        # A message must not make a process import code: the modules are named where the process is started.
         raise WireError(f"the law's module {module!r} is not loaded here")
     return Seed(
         config=BalanceConfig(**fields["config"]),
@@ -286,9 +290,9 @@ def tree_all_reduce(sums: Sequence[Tensor], maxima: Tensor, *, group: dist.Proce
     Args:
         sums, maxima: contiguous, on the CPU, int64 or float64, of shapes and dtypes that are the same on all ranks. A
             sum of floats is made in an order that depends on the world size alone.
-        async_op: whether to leave it to the caller to `wait`; the messages travel only while it does.
+        async_op: return before anything was sent: the messages travel while the caller is in `wait`.
 
-    Collective.
+    Collective. The signature is that of torch's collectives, as `ActivityTracker.start` calls it.
     """
     reduction = Reduction(sums, maxima, group)
     if not async_op:
@@ -297,10 +301,9 @@ def tree_all_reduce(sums: Sequence[Tensor], maxima: Tensor, *, group: dist.Proce
 
 
 class Reduction:
-    """One reduction, made by `wait`. num_messages, num_bytes: what this rank sent."""
+    """One reduction, made by `wait`; stands in for the work handle of a torch collective."""
 
     def __init__(self, sums: Sequence[Tensor], maxima: Tensor, group: dist.ProcessGroup) -> None:
-        self.num_messages = self.num_bytes = 0
         self._group, self._rank, self._world_size = group, dist.get_rank(group), dist.get_world_size(group)
         self._tensors, self._num_sums = [*sums, maxima], len(sums)
         self._sizes = [tensor.nbytes for tensor in self._tensors]
@@ -321,7 +324,8 @@ class Reduction:
         if parent is not None:
             self._finish([self._send(whole, parent)])
             self._receive(whole, parent)
-        self._finish([self._send(whole, child) for child in reversed(children)])  # the largest subtree first
+        # The child with the largest subtree first, as it has the most hops still to make.
+        self._finish([self._send(whole, child) for child in reversed(children)])
         for tensor, part in zip(self._tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
         self._is_done = True
@@ -334,8 +338,6 @@ class Reduction:
         return [part.view(tensor.dtype) for part, tensor in zip(whole.split(self._sizes), self._tensors, strict=True)]
 
     def _send(self, whole: Tensor, rank: int) -> Any:
-        self.num_messages += 1
-        self.num_bytes += whole.nbytes
         return dist.isend(whole, group=self._group, group_dst=rank, tag=_TREE_TAG)
 
     def _receive(self, whole: Tensor, rank: int) -> None:
@@ -350,7 +352,7 @@ class Reduction:
 
 
 def _relatives(rank: int, world_size: int) -> tuple[list[int], int | None]:
-    """The children of a rank, that of the smallest subtree first, and its parent."""
+    """The children of a rank, the one with the smallest subtree first, and its parent; None for rank 0."""
     children, bit = [], 1
     while bit < world_size and not rank & bit:
         if rank + bit < world_size:

@@ -9,12 +9,12 @@ from dispatch.errors import UserError
 from dispatch.values import all_gather_values
 
 T = TypeVar("T")
-# What a rank tells of its failure: the name of its kind, "" for a bug, and the arguments that make it anew.
+# What a rank tells the others of its error: the name of the error's kind, "" for a bug, and the arguments to make it.
 _Told = tuple[str, list[str | None]]
 
 
 class PeerFailed(RuntimeError):
-    """Another rank hit a bug in work that all ranks do together. `ranks`: which one; its error has the traceback."""
+    """Another rank hit a bug in work that all ranks do together. `ranks`: which one, whose error has the traceback."""
 
     def __init__(self, doing: str, rank: int, text: str) -> None:
         super().__init__(doing, rank, text)
@@ -32,15 +32,17 @@ def together(
     kinds: Mapping[str, type[UserError]],
     explain: Callable[[Exception], UserError | None],
 ) -> T:
-    """Run local `work` and return what it does.
+    """Run local `work` and return its result; if it fails on any rank, raise on all ranks.
 
     Args:
-        kinds: those that may travel, by name. Each is made anew from its `args`: texts, paths and None.
-        explain: makes of what `work` raised one of `kinds` for the user; None where it is a bug.
+        doing: what the work is, for the error.
+        kinds: the errors that are sent to other ranks, by name. There each is made anew from its `args`, which must be
+            texts, paths or None.
+        explain: turns what `work` raised into an error of one of `kinds`, for the user; None where it is a bug.
 
     Raises:
-        UserError: of one of `kinds`, the same on all ranks. On the rank where it came from it has its cause.
-        Exception: on the rank that met a bug, as it was raised; PeerFailed on the others.
+        UserError: of one of `kinds`, the same on all ranks. On the rank where it arose it has its cause.
+        Exception: on a rank that hit a bug, the error as it was raised; PeerFailed on the others.
 
     Collective over `group`; `work` must not be.
     """
@@ -54,7 +56,7 @@ def together(
     failed = [(kind, args, rank) for rank, each in enumerate(heard) if each is not None for kind, args in [each]]
     if not failed:
         return result
-    # A bug first: it would come again, when what the user can mend is mended.
+    # Bugs come first: they would still be there after the user has mended the other errors.
     kind, args, rank = min(failed, key=lambda entry: (entry[0] in kinds, entry[2]))
     if failure is not None and rank == (0 if group is None else dist.get_rank(group)):
         raise failure

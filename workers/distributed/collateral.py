@@ -1,6 +1,6 @@
 """Recognises errors that only say that another rank has gone."""
 
-# Of gloo, the store and NCCL.
+# Parts of messages of gloo, torch's stores and NCCL. They raise plain RuntimeErrors: only the text tells them apart.
 _MARKS = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -1,11 +1,11 @@
 """The TCP connections of gloo's groups: refuses those of strangers, and breaks all of them at once.
 
-gloo lets any process that connects take the place of a rank: it asks for a small number only. So the ranks compare
-which connections each of them holds.
+gloo lets any process that connects take the place of a rank: all that it asks for is a small number. So the ranks
+compare the connections that each of them holds.
 
-gloo closes a group only when no operation of it is in flight. After a death that may take long: the survivors wait for
-each other, each in another group, until their time-outs. Shutting a connection down ends the waits at both of its ends,
-in milliseconds. (torch's ProcessGroup.abort does nothing on gloo, as of 2.13.)
+gloo closes a group only when none of its operations is in flight. After the death of a rank that may take long: the
+survivors wait for each other, each in another group, until their time-outs. Shutting a connection down ends the waits
+at both of its ends, in milliseconds. (torch's ProcessGroup.abort does nothing on gloo, as of 2.13.)
 """
 
 import contextlib
@@ -35,26 +35,27 @@ class StrangerConnected(UserError, RuntimeError):
 class Connections:
     """The connections of some gloo groups. listeners: addresses at which the ranks of the groups accept them.
 
-    On CUDA, what NCCL opens meanwhile may be among them: no process of a gang that failed there is kept.
+    On CUDA, NCCL's may be among them. Aborting these does no harm: no process of a gang that failed on CUDA is kept.
     """
 
     listeners: frozenset[Address] = frozenset()
 
     @classmethod
     def since(cls, before: frozenset[Address], group: dist.ProcessGroup) -> Self:
-        """Connections of gloo groups made since `before` was `listening()`. Collective over `group`, gloo.
+        """The connections of the gloo groups that were formed after the call of `listening()` that returned `before`.
 
-        Nobody else in this process may have begun to listen meanwhile.
+        Nothing else in this process may have begun to listen meanwhile. Collective over `group`, gloo.
         """
         mine = sorted(listening() - before)
         return cls(frozenset(chain.from_iterable(all_gather_values(mine, group, _read_addresses))))
 
     def abort(self) -> None:
-        """Shut down this rank's ends; from any thread. What waits for them here and elsewhere raises RuntimeError."""
+        """Shut down this rank's ends; from any thread. What waits for them, on any rank, raises RuntimeError."""
         for each in psutil.Process().net_connections("tcp"):
-            # One end of a connection is where its group listens, the other has a port of its own.
+            # A connection has the address of a listener at the end that accepted it, here or on the other rank.
             if each.status == psutil.CONN_ESTABLISHED and not self.listeners.isdisjoint({each.laddr, each.raddr}):
-                # Not there any more, or closed by the other end.
+                # OSError: closed meanwhile, here or by the other end. A duplicate of the descriptor, since closing
+                # gloo's own would free its number for another file while gloo still uses it.
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
@@ -69,19 +70,22 @@ class Connections:
 
 
 def refuse_strangers(before: frozenset[Address], store: Store, rank: int, world_size: int) -> None:
-    """See that every connection to a gloo group made since `before` was `listening()` comes from a rank of the gang.
+    """Check that every connection to the gloo groups comes from a rank of the gang.
 
-    The ranks tell each other through `store`, since a stranger could lie in a group that it is in. Nobody may have used
-    the groups yet: what a stranger sends there would fail the use, or keep it waiting, before it is known why.
+    The ranks compare their connections through `store`, since a stranger could lie in a group that it has joined. Call
+    it before any use of the groups: a stranger could make the first use fail or hang, and nobody would know why.
+
+    Args:
+        before: what `listening()` returned before the groups were formed.
 
     Raises:
         StrangerConnected: on all ranks.
 
-    Collective. It cannot tell a connection that took a rank's place from one that merely stands open.
+    Collective. It cannot tell a connection that took a rank's place from one that is merely open.
     """
     listeners = listening() - before
     held = psutil.Process().net_connections("tcp")
-    # In any other state: a stranger that has closed its end may have been heard.
+    # Also connections that are no longer established: a stranger that has closed its end may have sent before.
     ends = [(each.laddr, each.raddr) for each in held if each.status != psutil.CONN_LISTEN]
     accepted = [end for end in ends if end[0] in listeners]
     made = [local for local, _ in ends if local not in listeners]

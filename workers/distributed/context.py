@@ -11,31 +11,33 @@ from dispatch.diagnosis.activity_tracker import ActivityTracker
 
 
 class Context:
-    """One rank's place among those that share its sequences; each has a run of places, the last ones may have fewer."""
+    """One rank's place among the ranks that share its sequences: each has a run of tokens, the last may have fewer."""
 
-    # No dataclass: FSDP would look through it, tracker and all, for tensors among the inputs of a block.
+    # Not a dataclass: FSDP searches the fields of dataclasses among the inputs of a block for tensors, and would go
+    # through the tracker too.
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup, tracker: ActivityTracker | None = None) -> None:
         self.rank, self.size, self.group = rank, size, group
         self.tracker = tracker or ActivityTracker()
 
     def longest(self, seq_len: int) -> int:
-        """Places of a rank, those of the last ranks left out."""
+        """Tokens of each rank but the last ones, which may have fewer."""
         return -(-seq_len // self.size)
 
     def chunk(self, seq_len: int) -> range:
-        """This rank's places of a sequence; none where those before it have all."""
+        """The indices of this rank's tokens in a sequence; empty where the ranks before it have all."""
         longest = self.longest(seq_len)
         return range(min(self.rank * longest, seq_len), min((self.rank + 1) * longest, seq_len))
 
     def part(self, x: Tensor) -> Tensor:
-        """This rank's places of (B, S, ...)."""
+        """This rank's tokens of (B, S, ...), a view."""
         chunk = self.chunk(x.shape[1])
         return x[:, chunk.start : chunk.stop]
 
     def whole(self, x: Tensor, seq_len: int) -> Tensor:
-        """The places of all ranks, (B, seq_len, ...), from those of each; gradients of it are summed over the ranks.
+        """Gather the tokens of all ranks: (B, seq_len, ...), from each rank's (B, its tokens, ...).
 
-        Collective over the group, in backward too.
+        In backward the gradients of the ranks are summed, and each gets those of its tokens. Collective over the group,
+        in backward too.
         """
         gathered: Tensor = _Gather.apply(x, seq_len, self)
         return gathered
@@ -62,5 +64,5 @@ class _Gather(torch.autograd.Function):
 
 
 def _filled(x: Tensor, num_places: int) -> Tensor:
-    """With zeros after the places of x (B, S, ...), so that all ranks send equally much."""
+    """Pad x (B, S, ...) by zeros to (B, num_places, ...), so that all ranks send equally much."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, num_places - x.shape[1]))

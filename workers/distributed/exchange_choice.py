@@ -1,4 +1,4 @@
-"""Which exchange the tokens take, from where the ranks lie: decided once, by the launcher and by every rank alike."""
+"""Chooses the exchange of the tokens by which ranks share a node. The driver and every rank come to the same choice."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from workers.distributed.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class ExchangeChoice:
-    """`exchange` as `parallel.exchange` names it, `ranks_per_node` of its node groups (0: none), and why."""
+    """The exchange, named as in `parallel.exchange`; the ranks per node of its node groups (0: none); and why."""
 
     exchange: str
     ranks_per_node: int
@@ -28,9 +28,9 @@ def choose_exchange(
     Args:
         nodes: the index of each rank's machine, by rank; empty where it is not known.
     Raises:
-        ValueError: `node` is wanted, but the ranks lie so that it cannot work.
+        ValueError: the setting asks for an exchange by nodes, but the ranks are placed so that it cannot work.
     """
-    BACKENDS.check(config.exchange, config.module)  # in a worker, which got the settings by pickle
+    BACKENDS.check(config.exchange, config.module)  # imports the module in a worker, which got the settings by pickle
     ep_size = config.resolve(world_size)
     if ep_size == 1:
         return ExchangeChoice(config.exchange, 0, "nothing travels: every rank holds all experts")
@@ -56,7 +56,10 @@ def choose_exchange(
 
 
 def _expectation(costs: Mapping[str, WireCost]) -> str:
-    """Node beside the better of the others; nothing where no bytes cross the network."""
+    """The expected bytes and time of `node`, compared with the better of `rank` and `assignment`.
+
+    Empty where no bytes cross the network.
+    """
     other = "rank" if costs["rank"].total <= costs["assignment"].total else "assignment"
     if "node" not in costs or not costs[other].network:
         return ""
@@ -66,9 +69,9 @@ def _expectation(costs: Mapping[str, WireCost]) -> str:
 
 
 def placed_ranks_per_node(nodes: Sequence[int], ep_size: int) -> int:
-    """Neighbouring ranks on a node where that is the same number, above one, all over; else 0.
+    """How many neighbouring ranks share a node, where that is the same number above one on all nodes; else 0.
 
-    0 too where the expert-parallel groups do not cross nodes, and for an empty `nodes`.
+    Also 0 where no expert-parallel group crosses nodes, and for an empty `nodes`.
     """
     lengths = {length for group in _runs(nodes, ep_size) for length in group}
     if len(lengths) != 1 or lengths in ({1}, {ep_size}):
@@ -77,7 +80,7 @@ def placed_ranks_per_node(nodes: Sequence[int], ep_size: int) -> int:
 
 
 def _runs(nodes: Sequence[int], ep_size: int) -> list[tuple[int, ...]]:
-    """For each expert-parallel group, how many neighbours lie on one node after the other."""
+    """For each expert-parallel group, the number of neighbouring ranks on each node in turn."""
     groups = (nodes[start : start + ep_size] for start in range(0, len(nodes), ep_size))
     return [tuple(len(list(run)) for _, run in groupby(group)) for group in groups]
 

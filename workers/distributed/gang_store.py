@@ -1,7 +1,7 @@
 """A torch Store for a gang of Ray actors: each rank keeps all values in its mailbox; Ray calls deliver them.
 
-Other than a TCPStore it listens nowhere: who cannot call the actors, which takes the cluster's token, cannot write to
-it. A value goes to every rank at once, so that no rank has to wait inside another one's process.
+Unlike a TCPStore it listens at no port: only who can call the actors, which takes the cluster's token, can write to it.
+A value goes to every rank at once, so that no rank has to wait inside another one's process.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class GangStore(Store):
 
     A message that gets lost leaves a rank waiting until its time-out, as with any store.
 
-    torch calls it from its own code, also after `init_process_group`: keep it as long as the process groups.
+    Keep it as long as the process groups: torch's C++ code calls it after `init_process_group` too.
     """
 
     def __init__(self, mailbox: Mailbox, epoch: int, rank: int, actors: Sequence[Any]) -> None:
@@ -56,5 +56,5 @@ class GangStore(Store):
         return timeout.total_seconds()
 
     def clone(self) -> Self:
-        """Return this store, which several threads may use."""
+        """Return this store itself: torch asks for a clone to use a store from another thread, and any may use this."""
         return self

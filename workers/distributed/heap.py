@@ -1,4 +1,4 @@
-"""What the C library keeps of memory that was freed, on CPU ranks."""
+"""Makes the C library give freed memory back to the system, on CPU ranks."""
 
 import ctypes
 
@@ -8,13 +8,13 @@ LARGE_BYTES = 1 << 20
 
 
 def give_back_large_blocks() -> bool:
-    """Let blocks of a mebibyte and more go back to the system when they are freed, from now on in this process.
+    """From now on in this process, blocks of a mebibyte and more go back to the system when they are freed.
 
-    glibc gives back at once what is larger than the largest block freed so far, up to 32 MiB; what is smaller lies in
-    its heap, where a small block that stays keeps the free ones below it. Sharded states gather and free weights and
-    gradients of all sizes, block by block: the heap then keeps up to half as much again as is in use.
+    glibc by itself raises this bound to the size of the largest block freed so far, up to 32 MiB. Smaller blocks come
+    from its heap, and stay with the process while a block above them is in use. Sharded states gather and free weights
+    and gradients of all sizes: the heap then keeps up to half as much again as is in use (docs/sharding.md).
 
-    Returns whether the C library took it: others than glibc, which have no such heap, need not.
+    Returns whether the C library knows this setting. Others than glibc do not have it, nor such a heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES))

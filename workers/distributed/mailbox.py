@@ -1,20 +1,20 @@
 """Holds, on each rank, the values that the ranks exchange when they join, such as socket addresses.
 
 Ray's calls between actors carry them, which demand the cluster's token: there is no port that another user of the
-machine, or of the network, could write to. Nothing here imports torch or Ray.
+machine, or of the network, could write to. Nothing here imports torch or Ray: the actor sets up its process first.
 """
 
 import threading
 from collections.abc import Sequence
 
-# Of an actor: calls in this concurrency group, those to its mailbox among them, are answered while a long call runs.
+# Concurrency group of a Ray actor: calls in it, such as those to its mailbox, are answered while a long call runs.
 CONTROL_GROUP = "ctl"
 
 
 class Mailbox:
     """One rank's copy of the values of all ranks, by epoch of the gang and by key. May be used from any thread.
 
-    Others may write before this rank begins to join, so it takes what comes for any epoch not yet past.
+    Other ranks may write before this one begins to join, so values of later epochs are kept too.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Mailbox:
                 self._changed.notify_all()
 
     def add(self, epoch: int, key: str, amount: int) -> int:
-        """Add to a number, 0 at first, and return the sum. All ranks must use the mailbox of the same one."""
+        """Add to a number, 0 at first, and return the sum. All ranks must use the mailbox of one rank for it."""
         with self._changed:
             total = int(self._values.get((epoch, key), b"0")) + amount
             self.put(epoch, key, str(total).encode())

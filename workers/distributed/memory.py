@@ -1,4 +1,4 @@
-"""What a process holds, for those who watch it."""
+"""How much memory a process holds, for the reports that its driver shows."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes of the device that torch has taken for this process, or on a CPU those that the process has resident.
+    """Bytes that torch has reserved on a CUDA device, or on a CPU the resident memory of this process.
 
     0 where the system does not tell. Quick, from any thread, and without waiting for the device.
     """

@@ -1,4 +1,4 @@
-"""The ranks of a gang and the groups they talk in."""
+"""The layout of the ranks of a gang, and the process groups that they form."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,8 @@ from workers.distributed.context import Context
 from workers.distributed.pipeline import PipelineConfig, PipelineGroups
 from workers.distributed.replicas import ReplicaGroups, check_replicas, make_replica_groups, replica_counts
 
-# NCCL's watchdog ends the process at its time-out: whoever watches the gang comes first, and names who is missing.
+# NCCL's watchdog ends the process at the time-out of a group. It gets so much more time than collective_timeout_s, so
+# that the driver first sees the hang and names the missing rank.
 NCCL_MARGIN_S = 30.0
 
 Shard = Literal["none", "optimizer", "full"]
@@ -113,7 +114,7 @@ class ParallelConfig:
             self.check_takes_copies(self.exchange)
 
     def check_takes_copies(self, exchange: str) -> None:
-        """Raise InvalidValue where this exchange sends an expert's rows to one rank only, and copies are wanted."""
+        """Raise InvalidValue where copies are wanted, but this exchange sends all rows of an expert to one rank."""
         if self.expert_copies and not BACKENDS[exchange].takes_copies:
             able = ", ".join(name for name, backend in BACKENDS.items() if backend.takes_copies)
             raise InvalidValue(
@@ -124,8 +125,8 @@ class ParallelConfig:
     def resized_to(self, world_size: int) -> Self:
         """These settings for a gang of another size than they were made for; unchanged where they fit.
 
-        Else EP size, number of replicas and ranks that share a sequence are the largest up to those wanted that fit the
-        ranks, and what was said of nodes is dropped where it no longer fits.
+        Otherwise EP size, number of replicas and context-parallel size become the largest numbers that fit and are not
+        above those of the settings; ranks_per_node and an exchange by nodes are dropped where they no longer fit.
         """
         num_ranks = self.pipeline.ranks_per_stage(world_size)
         wanted = min(self.ep_size or num_ranks, num_ranks)
@@ -179,12 +180,12 @@ class RankGroups:
 
     world_group and ep_group carry tokens and gradients on the device's backend. edp_group holds the ranks with the same
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
-    never queue behind token traffic. checkpoint_group and memory_group are like it, for the threads that write
-    checkpoints and keep them in memory. nodes: the groups of the exchange 'node', where nodes are known. replicas: the
-    meshes of sharded states, where they are replicated. pipeline: the place in one, where there is one: the EP and EDP
-    groups are then those of a stage. context: this rank's place among those that share its sequences, where they do.
-    connections: of all those that are gloo. tracker: where the training thread says what it is in; it starts its
-    collectives there.
+    never queue behind token traffic. checkpoint_group and memory_group are like it, one for each thread that makes
+    collectives beside the training, since collectives of one group must have the same order on all ranks. nodes: the
+    groups of an exchange by nodes, if the run has one. replicas: the meshes of sharded states, where these are
+    replicated. pipeline: this rank's place in a pipeline, if there is one; the EP and EDP groups are then inside a
+    stage. context: this rank's place among the ranks that share its sequences, if any do. connections: those of the
+    gloo groups. tracker: where the training thread notes what it is doing, and starts its collectives.
     """
 
     rank: int
@@ -214,17 +215,17 @@ class RankGroups:
 
     @property
     def dp_size(self) -> int:
-        """How many they are."""
+        """The number of ranks in `stage_group`."""
         return self.world_size if self.pipeline is None else self.world_size // self.pipeline.size
 
     @property
     def num_shares(self) -> int:
-        """Shares of a batch: each has one of them, or those that share its sequences."""
+        """Into how many shares a batch is divided: one for each rank of a stage, or for each context-parallel group."""
         return self.dp_size // (self.context.size if self.context else 1)
 
     @property
     def share(self) -> int:
-        """That of this rank."""
+        """Which share of a batch this rank computes, from 0."""
         return self.rank % self.dp_size // (self.context.size if self.context else 1)
 
 
@@ -238,14 +239,18 @@ def join_groups(
     timeout_s: float,
     ranks_per_node: int = 0,
 ) -> RankGroups:
-    """Form the default group over `store`, the (pp, edp, ep) mesh and the control group, and exercise each once.
+    """Form all process groups of a rank, and use each once.
 
-    ranks_per_node: of the node groups, that the exchange 'node' needs; 0 forms none.
+    EP is the inner dimension of the mesh (pp, edp, ep), so that neighbouring ranks, which share a node where they fit,
+    exchange tokens. The stages of a pipeline, which send least, are the outer one.
 
-    EP is the inner dimension, so that neighbouring ranks, which share a node where they fit, exchange tokens; stages of
-    a pipeline, which send least, are the outer one.
+    Args:
+        ranks_per_node: for the node groups of an exchange by nodes; 0 forms none.
 
-    Collective: all ranks must call it. A rank that does not come fails it within `timeout_s`. Raises StrangerConnected.
+    Raises:
+        StrangerConnected: on all ranks, where a process that is no rank is connected to a group.
+
+    Collective: all ranks must call it, and it fails within `timeout_s` if one does not.
     """
     on_cuda = device.type == "cuda"
     timeout = timedelta(seconds=timeout_s + NCCL_MARGIN_S * on_cuda)
@@ -261,7 +266,7 @@ def join_groups(
     tracker = ActivityTracker()
     context = _join_context(config.context, world_size, device, timeout, tracker) if config.context > 1 else None
     nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
-    # NCCL opens connections as it likes, and not by gloo's rules: on CUDA only the groups below are looked at.
+    # NCCL's connections do not follow gloo's rules, so on CUDA only the gloo groups formed below are checked.
     before_gloo = listening() if on_cuda else before
     groups = RankGroups(
         rank=rank,
@@ -283,7 +288,7 @@ def join_groups(
         checkpoint_group=dist.new_group(backend="gloo", timeout=control_timeout),
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
-    refuse_strangers(before_gloo, store, rank, world_size)
+    refuse_strangers(before_gloo, store, rank, world_size)  # before any group is used
     _exercise(groups)
     return replace(groups, connections=Connections.since(before, groups.control_group))
 
@@ -343,7 +348,7 @@ def local_device(choice: str) -> torch.device:
 
 
 def _exercise(groups: RankGroups) -> None:
-    # Communicators are made lazily: made here, a wrong network fails at start and not in the middle of a step.
+    # torch makes communicators at their first use: here, so that a wrong network fails at the start and not in a step.
     of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
     of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
     of_tokens += groups.replicas.groups if groups.replicas else []

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from dispatch.errors import InvalidValue
 
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b"]
-# Those of torch that compute the gradients of inputs and of weights apart.
+# Schedules of torch that compute the gradients of inputs and of weights apart.
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dual_pipe_v")
 
 
@@ -52,7 +52,7 @@ class PipelineConfig:
         return self.size * (self.stages_per_rank if self.schedule == "interleaved_1f1b" else 1)
 
     def stages_of(self, pp_rank: int) -> range:
-        """The stages of a rank: each pipeline group in turn takes one."""
+        """The stages of a rank: stages go round-robin over the pipeline ranks."""
         return range(pp_rank, self.num_stages, self.size)
 
     def layers_of(self, pp_rank: int, num_layers: int) -> list[range]:
@@ -70,12 +70,14 @@ class PipelineConfig:
         return world_size // self.size
 
     def in_flight(self, pp_rank: int, num_micro: int) -> set[tuple[int, ...]]:
-        """The forwards that a rank has made and whose backward is still to come, by stage of the rank.
+        """How many micro-batches wait for their backward in each stage of a rank, at every moment after a forward.
 
-        As they are when it has just made another one: those of the first stage more and more in the place of others.
+        A set, since the numbers repeat. `trimtab plan` takes the combination that needs most memory.
         """
         if self.schedule == "1f1b":
             return {(min(num_micro, self.size - pp_rank),)}
+        # As torch's ScheduleInterleaved1F1B: a stage takes the micro-batches of a round before the next stage does, and
+        # so many forwards come before the first backward.
         num_local, of_round = self.stages_per_rank, num_micro // max(1, num_micro // self.size)
         num_forwards = num_local * num_micro
         warm_up = min(num_forwards, (num_local - 1) * of_round + 2 * (self.size - 1 - pp_rank))
@@ -105,9 +107,9 @@ class PipelineConfig:
 
 
 def divide_layers(num_layers: int, num_stages: int) -> list[range]:
-    """The layers of each stage in order, as even as can be; the first stages have one more where it does not come out.
+    """The layers of each stage in order, divided as evenly as can be; the first stages take the layers left over.
 
-    The last stage also computes the logits.
+    Not the last ones: the last stage also computes the logits.
     """
     if num_layers < num_stages:
         raise InvalidValue(
@@ -128,8 +130,8 @@ class PipelineGroups:
         pipeline rank 0: ranks 0 1 2 3, with experts  A B A B  of the first layers
         pipeline rank 1: ranks 4 5 6 7, with experts  A B A B  of the last layers
 
-    size: pipeline ranks, of which this one is `rank`. group: the ranks at the same place in each of them, which hand on
-    the same sequences: here 0 and 4. stage_group: the ranks with the same layers.
+    rank: the pipeline rank of this rank, from 0 to `size` - 1. group: the ranks at the same place in each row above,
+    which pass the same sequences on: 0 and 4, 1 and 5, ... stage_group: the ranks with the same layers, a row above.
     """
 
     rank: int

@@ -13,13 +13,15 @@ class ReplicaGroups:
     """One rank's groups where states are replicated `num` times.
 
     Neighbouring ranks, which share a node where they fit, form a group that holds everything once. World 8, EP 2, two
-    replicas; the ranks of a column of experts hold the same ones, shared out over those of a group:
+    replicas, expert shards A and B:
 
         group 0: ranks 0 1 2 3, with experts  A B A B
         group 1: ranks 4 5 6 7, with experts  A B A B
 
+    Dense parameters are sharded over the four ranks of a group, A over ranks 0 and 2 and again over 4 and 6.
+
     dense: the mesh (replicate, shard) over all ranks, with a pipeline over those of this rank's stage. experts: the
-    same over the holders of this rank's experts.
+    mesh (replicate, shard) over the ranks with the same experts as this one.
     """
 
     num: int
@@ -35,18 +37,20 @@ class ReplicaGroups:
 def make_replica_groups(
     num: int, world_size: int, ep_size: int, device_type: str, num_stages: int = 1
 ) -> ReplicaGroups | None:
-    """Form the groups; None where there is one replica. `check_replicas` holds. Collective over the default group.
+    """Form the groups; None where there is one replica. The sizes must have passed `check_replicas`.
 
-    num_stages: equal runs of neighbouring ranks, each with replicas of its own.
+    num_stages: stages of a pipeline, equal runs of neighbouring ranks that each have `num` replicas.
+
+    Collective over the default group.
     """
     if num == 1:
         return None
     stages = {"stage": num_stages} if num_stages > 1 else {}
-    of_group = world_size // num_stages // num
-    dense = _mesh(device_type, stages | {"replicate": num, "shard": of_group})["replicate", "shard"]
-    if of_group % ep_size:  # experts with one holder
+    group_size = world_size // num_stages // num
+    dense = _mesh(device_type, stages | {"replicate": num, "shard": group_size})["replicate", "shard"]
+    if group_size % ep_size:  # each expert has one holder in all replicas: `experts` is not used
         return ReplicaGroups(num, dense, dense)
-    sizes = {"expert_replicate": num, "expert_shard": of_group // ep_size, "expert_ep": ep_size}
+    sizes = {"expert_replicate": num, "expert_shard": group_size // ep_size, "expert_ep": ep_size}
     return ReplicaGroups(num, dense, _mesh(device_type, stages | sizes)["expert_replicate", "expert_shard"])
 
 
@@ -55,9 +59,9 @@ def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
 
 
 def replica_counts(world_size: int, ep_size: int) -> list[int]:
-    """How often states can be replicated: in groups of equally many ranks, at least two, that hold all experts alike.
+    """The possible numbers of replicas: of equally many ranks, at least two, with equally many holders of each expert.
 
-    Where an expert has one holder (ep_size is world_size) only the groups of ranks count.
+    Where an expert has one holder (ep_size is world_size), only the number of ranks counts.
     """
     of_experts = world_size // ep_size
     return [

@@ -13,7 +13,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of this rank, a view, and the index of the first; of a tensor that is not sharded all rows, and 0.
+    """This rank's rows, as a view without gradient, and the index of the first; all rows and 0 if it is not sharded.
 
     FSDP shards dimension 0 as torch.chunk does: the last ranks may have fewer rows, or none.
     """
@@ -26,28 +26,28 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def all_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """The rows of all ranks, of a tensor sharded as `like` is; `rows` itself where `like` is not sharded.
+    """The whole tensor from each rank's `rows` of it, sharded as `like` is; `rows` itself where `like` is not sharded.
 
-    Collective over the ranks that share it out.
+    Collective over the ranks that `like` is sharded over.
     """
     if not isinstance(like, DTensor):
         return rows
     num_rows, group = like.shape[0], _shard_group(like)
     rows_of_rank = -(-num_rows // group.size())
-    own = rows.new_zeros(rows_of_rank, *rows.shape[1:])
+    own = rows.new_zeros(rows_of_rank, *rows.shape[1:])  # padded: an all-gather takes equally much of each rank
     own[: len(rows)] = rows
     whole = rows.new_empty(group.size() * rows_of_rank, *rows.shape[1:])
     gather_into(whole, own, group)
-    return whole[:num_rows]  # what the last ranks lack is at the end
+    return whole[:num_rows]  # only the last ranks lack rows, so all padding is at the end
 
 
 def gather_into(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
     """Fill `whole` with `own` of each rank, one after the other. Collective."""
-    # Called all_gather_single since torch 2.13, which warns of the name before.
+    # torch 2.13 calls it all_gather_single, and warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(whole, own, group=group)
 
 
 def _shard_group(tensor: DTensor) -> dist.ProcessGroup:
-    """The ranks among which its rows are shared out: the last dimension of its mesh, after that of the replicas."""
+    """The ranks that a tensor's rows are divided over: the last dimension of its mesh, after that of the replicas."""
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
