@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# Between two looks of all ranks at what they wait for together.
+# Seconds between two rounds in which all ranks compare whether their jobs have ended.
 POLL_S = 0.02
 
 
 class Background(Generic[T]):
-    """Runs one job at a time. A job that is collective must be started and taken by all ranks at the same steps.
+    """Runs one job at a time on a thread. All ranks must start and take a collective job at the same steps.
 
-    Its threads are daemons: they never keep a process alive.
+    The threads are daemons: a job that is stuck in a collective does not keep the process alive.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,10 +38,10 @@ class Background(Generic[T]):
         return job.result()
 
     def wait_on_all(self, group: dist.ProcessGroup) -> None:
-        """Wait until the jobs of all ranks have ended; `take` still returns each result. Collective over `group`, gloo.
+        """Wait until the jobs of all ranks have ended; `take` still returns the result. Collective over `group`, gloo.
 
-        Raises RuntimeError at once where a rank leaves. The job itself may not learn of it before its time-out: those
-        that wait for each other in a group of threads keep its connections open.
+        Raises RuntimeError at once where a rank leaves `group`. That is why it does not simply wait for the job: jobs
+        that wait for each other in their own group keep its connections open, and may notice only by their time-out.
         """
         while True:
             all_done = torch.tensor([int(self._job is None or self._job.done())])

@@ -1,7 +1,8 @@
 """Save and load the state of a gang as one checkpoint that any number of ranks can read.
 
-Tensors go through torch.distributed.checkpoint (DCP): a tensor that several ranks hold is written once, by the one with
-least to write so far. A checkpoint is complete or it is not there: written aside, verified, renamed.
+Tensors are stored in the format of torch.distributed.checkpoint (DCP): a tensor that several ranks hold is written
+once, by the rank with least to write so far. A checkpoint is complete or it is not there: it is written under another
+name, verified, and then renamed.
 """
 
 import errno
@@ -48,8 +49,8 @@ T = TypeVar("T")
 # torch.save's frame around one tensor (1.6 KB) and its entry in the index.
 _OVERHEAD_BYTES = 4096
 
-# What a disk answers that may take the same later: when somebody has made room, or has mended it.
-_WORTH_WAITING = frozenset(
+# Errors after which the same write may succeed later: when somebody has made room, or has mended the disk.
+_MAY_PASS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EFBIG}
 )
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskRefused, CheckpointCorrupt)}
@@ -70,14 +71,14 @@ def save(
     Args:
         root: the checkpoints folder of the run, the same for all ranks and seen by all their machines. It is made here,
             its parent is not.
-        tensors: what this rank holds, by canonical name (see workers.checkpoints.state). A name that several ranks have
-            is taken to be the same tensor.
-        extra: JSON values that are the same on all ranks; rank 0's are kept.
+        tensors: what this rank holds, by canonical name (see workers.checkpoints.state). Tensors of the same name on
+            several ranks must be equal: one of them is written.
+        extra: JSON values, the same on all ranks; those of rank 0 are written.
         group: gloo group of all ranks; None for a process on its own.
         keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
-        world_size: of the run that had this state, where it is not that of `group`: as many ranks will read their
-            random generator states.
-        make_room: called on rank 0 before anything is written, with the bytes that the disk lacks.
+        world_size: of the run that had this state, where it differs from that of `group`. Random generator states are
+            read again only by as many ranks.
+        make_room: called on rank 0 with the bytes that the disk lacks, before anything is written.
 
     Raises:
         DiskRefused: on all ranks, where the disk is full or fails.
@@ -89,7 +90,7 @@ def save(
         raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
     final = checkpoint_path(root, step)
     rank, num_ranks = _place(group)
-    # A name of its own: a save of a gang that failed may wake up late and remove what it left.
+    # The name is random: a save of an earlier gang that failed may still run somewhere and remove its own leftovers.
     partial = final.with_name(f".{final.name}.{_name_of_rank_0(group)}.partial")
     held = all_gather_specs(tensors, group)
     specs = _merge(held)
@@ -123,19 +124,20 @@ def load(
 ) -> dict[str, Any]:
     """Read a checkpoint into `tensors` in place and return its extra values.
 
-    Nothing is written into `tensors` before every file, name, shape and dtype was checked. The tensors may be cut over
-    the ranks in another way than when they were saved. Random generator states are read only by as many ranks as saved
-    them; else those in `tensors` stay as they are.
+    Nothing is written into `tensors` before every file, name, shape and dtype was checked. Experts and rows may be
+    divided over the ranks in another way than when they were saved. Random generator states are read only where there
+    are as many ranks as saved them; otherwise those in `tensors` stay as they are.
 
     Args:
         path: a folder of `list_checkpoints`.
         tensors: what this rank needs, by canonical name.
         group: gloo group of all ranks; None for a process on its own.
-        sections: parts of the checkpoint that must be asked for whole; ("model",) reads a model without its optimizer.
+        sections: sections (see workers.checkpoints.state) of which no saved tensor may be missing in `tensors`. With
+            ("model",) a model is read without its optimizer.
 
     Raises:
-        CheckpointCorrupt: it is damaged; `previous` and the message offer the newest intact one before it.
-        CheckpointError: it has other tensors than are asked for.
+        CheckpointCorrupt: the checkpoint is damaged; `previous` and the message name the newest intact one before it.
+        CheckpointError: it has other tensors than `tensors` asks for.
 
     Collective; errors are the same on all ranks.
     """
@@ -161,7 +163,7 @@ def _open_or_offer_previous(path: Path, group: Group) -> tuple[Manifest, Metadat
 
 
 def _open(path: Path, group: Group) -> tuple[Manifest, Metadata]:
-    """Check all that can be checked without reading tensors. Each rank checks some of the files."""
+    """Check all that can be checked without loading tensors. The ranks divide the hashing of the files among them."""
     rank, world_size = _place(group)
 
     def check_share() -> Manifest:
@@ -194,7 +196,7 @@ def _previous_intact(path: Path, group: Group) -> Path | None:
 def _prepare(
     root: Path, partial: Path, specs: Mapping[str, TensorSpec], make_room: Callable[[int], None] | None
 ) -> None:
-    root.mkdir(exist_ok=True)  # not the run directory: one that was moved away must not come back empty
+    root.mkdir(exist_ok=True)  # without parents: a run directory that was moved away must not come back empty
     for leftover in root.glob(".step_*"):  # of a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     needed = sum(spec.num_bytes + _OVERHEAD_BYTES for spec in specs.values())
@@ -213,7 +215,7 @@ def _prepare(
 def _finish(
     partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec], pieces: Sequence[Piece]
 ) -> None:
-    """Write index and manifest, check the whole against what the ranks wrote, and give the folder its final name."""
+    """Write index and manifest, check all against what the ranks wrote, give the folder its final name. On rank 0."""
     unseen = [name for name, (size, _) in manifest.files.items() if _size(partial / name) != size]
     if unseen:
         raise CheckpointError(
@@ -238,7 +240,8 @@ def _size(file: Path) -> int:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    # Only up to this step: after a resume from an earlier one, the steps behind it are not newer, and this one stays.
+    # Only checkpoints up to this step: after a resume from an earlier step, later ones belong to the history that the
+    # run left, and must not count as the newest.
     for path in [path for path in list_checkpoints(root) if step_of(path) <= step][:-keep]:
         try:
             discard(path)
@@ -266,15 +269,15 @@ def _check_fit(
 
 
 def _specs_of_index(index: Metadata) -> dict[str, TensorSpec]:
-    # read_index made sure that every entry is a tensor's.
+    # read_index has refused entries that are not tensors.
     entries: Mapping[str, Any] = index.state_dict_metadata
     return {name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}
 
 
 def _merge(specs_by_rank: list[dict[str, TensorSpec]]) -> dict[str, TensorSpec]:
-    """The whole tensors that all ranks hold together.
+    """The shapes of whole tensors, from what each rank holds. Raises CheckpointError where the ranks do not agree.
 
-    DCP would keep one of two tensors that share a name, whatever they are.
+    DCP does not check: it would keep one of two tensors of the same name, whatever they are.
     """
     merged: dict[str, TensorSpec] = {}
     for rank, specs in enumerate(specs_by_rank):
@@ -317,9 +320,9 @@ def _read_written(value: Any) -> WrittenShare:
 
 
 def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
-    """Run local `work`. If it fails on any rank, raise one and the same CheckpointError on all. Collective.
+    """Run local `work`. If it fails on any rank, raise the same CheckpointError on all. Collective.
 
-    A bug is raised as it is on the rank that met it, and as PeerFailed on the others.
+    A bug is raised as it is on the rank that hit it, and as PeerFailed on the others.
     """
     rank = _place(group)[0]
 
@@ -328,7 +331,7 @@ def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
             return error
         if not isinstance(error, OSError):
             return None
-        kind = DiskRefused if error.errno in _WORTH_WAITING else CheckpointError
+        kind = DiskRefused if error.errno in _MAY_PASS else CheckpointError
         return kind(f"{doing} failed on rank {rank}: {type(error).__name__}: {error}")
 
     return agreement.together(group, doing, work, kinds=_KINDS, explain=explain)

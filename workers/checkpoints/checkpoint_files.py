@@ -90,7 +90,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints, ascending. Damaged ones are among them: passing over them would hide the damage."""
+    """The checkpoints that were completed, ascending, damaged ones among them: to skip these would hide the damage."""
     return sorted((path for path in root.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
@@ -102,7 +102,7 @@ def latest(root: Path) -> Path | None:
 def set_aside_later(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, for a run that resumes from it, and return their new paths.
 
-    Else a crash before the next save would resume from steps of the abandoned history.
+    Otherwise a run that crashes before its next save would resume from steps of the history that it had left.
     """
     moved = []
     for path in (path for path in list_checkpoints(root) if step_of(path) > step):
@@ -121,7 +121,7 @@ def discard(path: Path) -> None:
 
 
 def enough_to_remove(root: Path, missing_bytes: int) -> list[Path]:
-    """Choose the oldest complete checkpoints that free so many bytes; none if all but the newest would not suffice."""
+    """The oldest checkpoints that together free so many bytes; empty if all but the newest are not enough."""
     paths: list[Path] = []
     for path in list_checkpoints(root)[:-1]:
         paths.append(path)
@@ -134,7 +134,8 @@ def enough_to_remove(root: Path, missing_bytes: int) -> list[Path]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest under a checksum of its own and force the folder to disk."""
     try:
-        body = json.loads(json.dumps(asdict(manifest), allow_nan=False))  # as a reader will see it: keys are strings
+        # Through JSON and back, as a reader will see it: all keys are strings then, and the checksums agree.
+        body = json.loads(json.dumps(asdict(manifest), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the extra values of {path} are not JSON: {error}") from error
     with (path / MANIFEST).open("w", encoding="utf-8") as file:
@@ -162,7 +163,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return _manifest_of(body)
     except (TypeError, ValueError, KeyError) as error:
-        # A checksum is no protection from malice: it is written together with the file.
+        # The checksum does not protect from malice, as whoever changes the file can change it too.
         raise CheckpointCorrupt(path, MANIFEST, f"is not a manifest: {error}") from error
 
 
@@ -178,7 +179,7 @@ def _manifest_of(body: Any) -> Manifest:
 
 
 def _file_entry(name: str, entry: Any) -> tuple[int, str]:
-    # A name leads out of the folder only with a slash, but for these two.
+    # Only a slash, "." or ".." can lead out of the folder.
     if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
         raise ValueError(f"{name[:100]!r} is no name of a file in it")
     if type(entry) is not list or list(map(type, entry)) != [int, str] or entry[0] < 0:
@@ -205,7 +206,7 @@ def digest(file: Path) -> tuple[int, str]:
 
 
 def sync_folder(path: Path) -> None:
-    """Force the names in a folder to disk, without which a rename may not survive a power cut."""
+    """Force the entries of a folder to the disk: without it a rename may not survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

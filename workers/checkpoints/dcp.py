@@ -1,8 +1,9 @@
-"""Tensors to and from files in the format of torch.distributed.checkpoint (DCP), read by its planner and reader.
+"""Writes and reads files in the format of torch.distributed.checkpoint (DCP), by its planner, reader and index writer.
 
-Its `save` and `load` are not called: they agree by collectives of pickled objects, and tell every error as a
-CheckpointException without its cause. Which rank writes what is known here without asking, see
-`workers.checkpoints.shares.divide`.
+DCP's own `save` and `load` are not used: they agree by collectives of pickled objects, and raise every error as a
+CheckpointException without its cause. Here the ranks need not agree on who writes what, as
+`workers.checkpoints.shares.divide` is a pure function. DCP's writer of tensors is not used either: it keeps copies of
+all of them until its end.
 """
 
 import errno
@@ -37,9 +38,10 @@ from workers.checkpoints.checkpoint_files import CheckpointCorrupt
 from workers.checkpoints.shares import TensorSpec
 from workers.checkpoints.slices import Slice
 
-# What is left on a disk on which even the smallest tensor failed: torch's writer may hide what the system said.
+# torch's writer may raise a RuntimeError that hides the error of the system. If it failed with less than this free, the
+# disk was full.
 _FULL_BYTES = 1 << 20
-_WRITER_MARKS = ("PytorchStreamWriter", "inline_container")
+_WRITER_MARKS = ("PytorchStreamWriter", "inline_container")  # in texts of errors of that writer
 
 # One thread hashes and writes about 1 GB/s, one NVMe disk takes several. Small shares stay in one file.
 _FILE_BYTES = 256 << 20
@@ -57,16 +59,16 @@ class WrittenShare(NamedTuple):
 
 
 def write_share(folder: Path, share: Mapping[str, Tensor], rank: int) -> WrittenShare:
-    """Write the tensors of one rank into files of its own, a large share into some at once. Not collective.
+    """Write the tensors of one rank into its own files, a large share into several at the same time. Not collective.
 
-    Each file is hashed on its way out, and holds one copy of a tensor in memory at a time.
+    Each file is hashed while it is written. It takes the memory of one tensor at a time.
 
     Raises:
         OSError: the disk is full or fails.
     """
     parts = _divide_into_files(share)
     outcomes = [
-        # As DCP's writer names them.
+        # The names that DCP's writer gives.
         run_beside("checkpoint file", partial(_write_file, folder / f"__{rank}_{number}.distcp", part))
         for number, part in enumerate(parts)
     ]
@@ -106,12 +108,12 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> WrittenShare:
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory: of a view torch would save the whole storage. DCP's writer keeps all copies to its end."""
+    """A copy in host memory, since of a view torch would save the whole storage."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 class _HashingStream:
-    """Hands bytes on to a file and hashes them: reading them back from the disk would take as long again."""
+    """Hands bytes on to a file and hashes them: to read them back from the disk would take as long as to write them."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -126,11 +128,11 @@ class _HashingStream:
         return size
 
     def flush(self) -> None:
-        """torch.save asks for it behind every tensor; the file is forced to the disk once, at its end."""
+        """Do nothing: torch.save calls it after every tensor, and the file is forced to the disk once, at its end."""
 
 
 def write_index(folder: Path, specs: Mapping[str, TensorSpec], pieces: Sequence[Piece]) -> None:
-    """Write DCP's index of all tensors, whoever wrote them and their slices."""
+    """Write DCP's index of all tensors. pieces: those of all ranks; a slice becomes a chunk of its tensor."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in specs}
     results = []
     for key, file, offset, length in sorted(pieces):
@@ -145,11 +147,11 @@ def write_index(folder: Path, specs: Mapping[str, TensorSpec], pieces: Sequence[
 def read_tensors(folder: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors and slices, by key, from files whose index was read and checked before. Not collective.
 
-    A slice may be cut in another way than when it was saved.
+    A slice may have other rows than the slices that were saved.
 
     Raises:
         OSError: the disk fails.
-        CheckpointCorrupt: what lies at the place of a tensor is none.
+        CheckpointCorrupt: the bytes where the index places a tensor are not a tensor.
     """
     planner = _SlicePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = FileSystemReader(folder)
@@ -162,7 +164,7 @@ def read_tensors(folder: Path, index: Metadata, tensors: Mapping[str, Tensor]) -
 
 
 def _system_error(error: RuntimeError, folder: Path) -> Exception:
-    """What the system answered where torch's writer failed; `error` itself where the disk is not the cause."""
+    """The error of the system behind an error of torch's writer; `error` itself where the disk is not the cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -175,7 +177,7 @@ def _system_error(error: RuntimeError, folder: Path) -> Exception:
 
 
 class _SlicePlanner(DefaultLoadPlanner):
-    """Reads of every stored chunk what lies in the rows that a key names."""
+    """Plans to read, for each key, the parts of stored chunks that lie in its rows."""
 
     def create_local_plan(self) -> LoadPlan:
         index, items = cast(Metadata, self.metadata), list[ReadItem]()
@@ -184,7 +186,7 @@ class _SlicePlanner(DefaultLoadPlanner):
             wanted = ChunkStorageMetadata(offsets=_offsets(part, tensor.dim()), sizes=tensor.size())
             entry = cast(TensorStorageMetadata, index.state_dict_metadata[part.name])
             found = create_read_items_for_chunk_list(part.name, entry, [wanted])
-            # By its key, as there may be several slices of one tensor.
+            # The destination is named by the key, as there may be several slices of one tensor.
             items += [replace(item, dest_index=MetadataIndex(key)) for item in found]
         return LoadPlan(items)
 

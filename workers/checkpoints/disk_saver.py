@@ -19,7 +19,7 @@ from workers.checkpoints.staging import Snapshot, Staging
 from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 
-# Between two tries of the last checkpoint on a full disk.
+# Seconds between two attempts to write the last checkpoint on a full disk.
 RETRY_S = 5.0
 
 
@@ -33,14 +33,14 @@ class _Written:
 class DiskSaver:
     """One rank's part of saving to the disk; every rank calls every method at the same step.
 
-    One checkpoint at a time is being written. When the next is due before it is complete, the training waits for it:
-    which checkpoints exist never depends on how fast a disk is, and the memory taken is that of one share.
+    One checkpoint is written at a time. If the next one is due before it is complete, the training waits: so which
+    checkpoints there are does not depend on the speed of the disk, and the copies take the memory of one share.
 
     Args:
         root: the checkpoints folder of the run.
-        tell: records an event; does something on rank 0 alone.
-        sync_records: forces the records of the run to the disk. Called from the thread that writes; must not refer to
-            process groups.
+        tell: records an event; does nothing on other ranks than 0.
+        sync_records: forces the records of the run to the disk. The thread that writes calls it. It must not refer to
+            process groups, which the thread would keep open.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DiskSaver:
         self._tell, self._sync_records = tell, sync_records
         self._writer: Background[_Written] = Background("checkpoint writer")
         self._block: TensorBlock | None = None
-        self._step, self._blocked_s = 0, 0.0  # of the checkpoint under way
+        self._step, self._blocked_s = 0, 0.0  # of the checkpoint that is being written
         self.saved_step: int | None = None
         self.total_blocked_s = 0.0
 
@@ -78,13 +78,14 @@ class DiskSaver:
         self.total_blocked_s += self._blocked_s
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way on all ranks, together."""
+        """Wait until the current write has ended on all ranks, and record its outcome. Collective."""
         self._writer.wait_on_all(self._groups.control_group)
         self.poll()
 
     def poll(self) -> None:
-        """Take the outcome of the checkpoint under way, if it has ended. Raises RuntimeError where a rank is gone."""
-        # `checkpoint.save` ends alike on all ranks, so that all hear the same, if not at the same time.
+        """Record the outcome of the current write, if it has ended. Raises RuntimeError where a rank is gone."""
+        # `checkpoint.save` has the same outcome on all ranks, but they may learn of it at different steps: so nothing
+        # collective may follow here.
         try:
             if (written := self._writer.take()) is not None:
                 self._tell_written(written)
@@ -92,16 +93,16 @@ class DiskSaver:
             self._tell("checkpoint_failed", step=self._step, reason=str(error))
 
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
-        """Save and wait for the end. If the disk is full, remove older checkpoints to make space.
+        """Save and wait for the end. If the disk is full, remove older checkpoints, and try again until there is room.
 
-        On a full disk until there is room, until `give_up` is set anew, or the time is over.
+        It gives up when `give_up` is set once more on any rank, or after run.full_disk_wait_s.
 
         Raises:
             CheckpointError: on all ranks.
         """
         begun = time.monotonic()
         self.finish()
-        give_up.clear()  # a stop was the reason for this save; another one ends the wait
+        give_up.clear()  # the first stop request led to this save; a second one ends the waiting
         self._step, told = live.step, False
         while True:
             try:
@@ -121,7 +122,7 @@ class DiskSaver:
         self._tell_written(written)
 
     def abandon(self, wait_s: float) -> None:
-        """Stop waiting for a write under way, after some time: the training has failed."""
+        """Wait at most `wait_s` for the current write, then drop it: the training has failed."""
         self._writer.abandon(wait_s)
 
     def _copy(self, live: Snapshot) -> Snapshot:
@@ -132,8 +133,8 @@ class DiskSaver:
         return replace(live, tensors=self._block.tensors)
 
     def _job(self, snapshot: Snapshot, make_room: Callable[[int], None] | None = None) -> Callable[[], _Written]:
-        # It knows one group only: a thread that waits for a rank that is gone must not keep the other groups open, by
-        # which the others learn of it.
+        # The job refers to one group only. Its thread may wait for a rank that is gone; if it referred to the other
+        # groups, it would keep them open, and other ranks learn of a failure when groups close.
         return partial(
             _write,
             snapshot,
@@ -146,7 +147,7 @@ class DiskSaver:
         )
 
     def _remove_oldest(self, missing_bytes: int) -> None:
-        """Make room for the last checkpoint, where that can be done and one of the older ones stays. On rank 0."""
+        """On rank 0: make room for the last checkpoint, if that is possible while one of the older ones stays."""
         if paths := enough_to_remove(self._root, missing_bytes):
             steps = [step_of(path) for path in paths]
             self._tell("checkpoints_removed", step=self._step, removed=steps, missing_bytes=missing_bytes)
@@ -159,7 +160,7 @@ class DiskSaver:
         self._tell("checkpoint", step=self._step, path=str(written.path), **details)
 
     def _all_wait(self, patience_s: float, give_up: threading.Event) -> bool:
-        """Whether no rank gives up. Collective over control_group."""
+        """Whether all ranks are willing to wait on. Collective over control_group."""
         gives_up = torch.tensor([int(patience_s <= 0 or give_up.is_set())])
         dist.all_reduce(gives_up, dist.ReduceOp.MAX, group=self._groups.control_group)
         return not gives_up.item()
@@ -175,11 +176,11 @@ def _write(
     sync_records: Callable[[], None],
     make_room: Callable[[int], None] | None,
 ) -> _Written:
-    """Collective over `group`."""
+    """Write a checkpoint, and say how long it took. Collective over `group`."""
     begun = time.monotonic()
     if block is not None:
         block.wait()
-    sync_records()  # a checkpoint is never ahead of its records
+    sync_records()  # first: a run resumed from this checkpoint must find the records up to its step
     path = checkpoint.save(root, snapshot.step, snapshot.tensors, snapshot.extra, group, keep, make_room=make_room)
     num_bytes = 0 if dist.get_rank(group) else sum(file.stat().st_size for file in path.iterdir())
     return _Written(path, num_bytes, time.monotonic() - begun)

@@ -1,4 +1,4 @@
-"""Reads DCP's index of a checkpoint: a pickle, which may come from anybody, without running any code of it."""
+"""Reads DCP's index of a checkpoint without running code from it: it is a pickle, and may come from anybody."""
 
 import io
 import pickle
@@ -30,6 +30,7 @@ _INDEX_TYPES = frozenset(
 )
 
 
+# What an unpickler and our checks raise for a file that is not an index.
 _NO_INDEX = (
     pickle.UnpicklingError,
     EOFError,
@@ -44,9 +45,10 @@ _NO_INDEX = (
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds DCP's index and nothing else: a checksum in the same folder is no protection from a malicious file.
+    """Builds the classes of DCP's index and nothing else, since a malicious file could name any function to call.
 
-    BytesStorageMetadata is left out: DCP unpickles such entries of a checkpoint without restrictions.
+    The checksum in the manifest does not help: it lies in the same folder. BytesStorageMetadata is left out, as DCP
+    unpickles such entries without restrictions.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -57,9 +59,9 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(path: Path, files: dict[str, tuple[int, str]], *, own: bool = False) -> Metadata:
-    """DCP's index of a checkpoint, if it holds tensors only and points into `files` only. Raises CheckpointCorrupt.
+    """DCP's index of a checkpoint. Raises CheckpointCorrupt unless it has only tensors that lie in `files`.
 
-    own: this process has just written it.
+    own: this process has just written the index, and need not check it for malice.
     """
     try:
         raw = (path / INDEX).read_bytes()
@@ -79,9 +81,10 @@ def read_index(path: Path, files: dict[str, tuple[int, str]], *, own: bool = Fal
 
 
 def _check_claims(raw: bytes) -> None:
-    """Refuse what makes the unpickler allocate more than there is to read: it takes lengths and numbers as they come.
+    """Refuse a pickle that would make the unpickler allocate more memory than the file has bytes.
 
-    As long again as reading it, which for an index of the largest models is a few seconds.
+    The unpickler believes the lengths and numbers in the file. The check takes as long as the reading itself, a few
+    seconds for the index of the largest models.
     """
     for opcode, _, _ in pickletools.genops(raw):  # raises ValueError where a length goes beyond the end
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):  # places in a table that grows to any number in the file
@@ -92,17 +95,17 @@ def _refused_entries(index: Metadata, files: dict[str, tuple[int, str]]) -> list
     stored = {place: info.length for place, info in index.storage_data.items() if _lies_in(info, files)}
     refused = [name for name, entry in index.state_dict_metadata.items() if not _is_whole(name, entry, stored)]
     refused += [place.fqn for place in index.storage_data.keys() - stored.keys()]
-    # What is no text may be built so that its text has no end.
+    # A name that is not a string is not printed: its repr may be endless.
     return [name[:200] if type(name) is str else f"a {type(name).__name__}" for name in refused]
 
 
 def _is_whole(name: str, entry: Any, stored: dict[MetadataIndex, int]) -> bool:
-    """Whether a tensor is there in full. DCP reads the parts that an index lists and misses none."""
+    """Whether the chunks of a tensor are all there. DCP itself reads the chunks that are listed, and misses none."""
     if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
         return False
     num_bytes = [chunk.sizes.numel() * entry.properties.dtype.itemsize for chunk in entry.chunks]
     lengths = [stored.get(MetadataIndex(name, chunk.offsets), -1) for chunk in entry.chunks]
-    # DCP compresses nothing: a part that claims more bytes than its place has would only make a reader take memory.
+    # DCP does not compress: a chunk that claims more bytes than are stored would only make a reader allocate them.
     fits = all(0 <= claimed <= length for claimed, length in zip(num_bytes, lengths, strict=True))
     return fits and sum(num_bytes) == entry.size.numel() * entry.properties.dtype.itemsize
 

@@ -1,9 +1,9 @@
 """Checkpoints in the memory of the ranks: the loss of a node costs a few steps, not those since the last one on disk.
 
-Every rank keeps two shares of a step (see workers.checkpoints.shares): its own, and that of a rank on another node
-whose partner it is. What of that it holds itself, all dense parameters, it copies from its own live tensors; what only
-the other rank has, experts and random state, travels. Of the last two steps one is always whole while the other is
-being taken.
+Every rank keeps two shares of a step (see workers.checkpoints.shares): its own, and that of a rank on another node,
+whose partner it is. The part of the partner's share that it holds itself, such as dense parameters, it copies from its
+own live tensors; only what it lacks, such as experts and random state, is sent. There are buffers for two steps, so
+that one step is always complete while the next is being taken.
 """
 
 import zlib
@@ -26,7 +26,7 @@ from workers.checkpoints.staging import Snapshot, Staging
 
 
 class HeldShard(NamedTuple):
-    """One rank's share of a step that a process has in memory: `owner` is the rank, of `world_size` then."""
+    """A share that a process has in memory: of the rank `owner` in a gang of `world_size` ranks, at `step`."""
 
     step: int
     owner: int
@@ -34,7 +34,7 @@ class HeldShard(NamedTuple):
 
 
 def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShard]]) -> int | None:
-    """The newest step of which these processes together hold the share of every rank; None without any. Pure."""
+    """The newest step of which these processes together hold the shares of all ranks; None without any. Pure."""
     owners: dict[tuple[int, int], set[int]] = {}
     for shard in chain.from_iterable(holdings_by_worker):
         owners.setdefault((shard.step, shard.world_size), set()).add(shard.owner)
@@ -43,14 +43,15 @@ def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShard]]) -> int
 
 
 def partner_shift(nodes: Sequence[int], period: int) -> int:
-    """How far away every rank's partner is: rank r's share is kept by rank (r + shift) mod world_size too. Pure.
+    """The distance from each rank to its partner: rank (r + shift) mod world_size keeps the share of rank r too. Pure.
 
-    As many ranks as possible get one on another node; where ranks hold the same experts in several places, such a one,
-    since then next to nothing has to travel.
+    As many ranks as possible get a partner on another node. Among such shifts one is preferred whose partners hold the
+    same experts, since then hardly anything has to be sent.
 
     Args:
-        nodes: the node of each rank; with one node alone, or empty, every rank counts as one: a process may still die.
-        period: ranks this far apart hold the same, where any do: the EP size, or the ranks of a replica.
+        nodes: the node of each rank. If all are on one node, or `nodes` is empty, every rank counts as a node of its
+            own: a single process may still die.
+        period: ranks this far apart hold the same tensors, if any do: the EP size, or the size of a replica.
     """
     if len(set(nodes)) < 2:
         nodes = range(len(nodes))
@@ -63,7 +64,7 @@ def partner_shift(nodes: Sequence[int], period: int) -> int:
 
 @dataclass
 class _Kept:
-    """Two shares of one step. `sums`: crc32 of the blocks once they are whole, by owner; empty until then."""
+    """Two shares of one step. `sums`: crc32 of each block by owner, set when both are complete; empty until then."""
 
     own: TensorBlock
     partners: TensorBlock
@@ -80,13 +81,13 @@ class MemoryCheckpoints:
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
-        self._newest: _Kept | None = None  # whole on all ranks, and so never the one to write into
+        self._newest: _Kept | None = None  # complete on all ranks: `keep` writes into the other one
         self._background: Background[_Kept] = Background("memory checkpoint")
-        self._idle = True  # no thread of a gang that failed may still use the blocks
+        self._idle = True  # False while a thread of a gang that failed may still use the blocks
         self._layout: tuple[Any, ...] = ()
         self._rank = self._world_size = 0
         self._shift = 1
-        self._travels: tuple[int, int] = (0, 0)
+        self._travels: tuple[int, int] = (0, 0)  # bytes sent to the partner, and received
 
     def open(self, rank: int, staging: Staging, shift: int) -> None:
         """Allocate buffers for a new gang and drop the checkpoints of the one before. Not collective.
@@ -101,7 +102,8 @@ class MemoryCheckpoints:
         partners, num_received = _travelling_first(shares[source], holds[rank])
         self._travels = (num_sent, num_received)
         layout = (tuple(own.items()), tuple(partners.items()), device)
-        # The thread of a gang that failed may still wait in its last exchange: it keeps its blocks.
+        # A thread of a gang that failed may still wait in its last exchange: it keeps the old blocks, and we make new
+        # ones.
         if layout != self._layout or not self._idle:
             self._kept = [_Kept(TensorBlock(own, device), TensorBlock(partners, device)) for _ in range(2)]
             self._layout, self._idle = layout, True
@@ -145,8 +147,8 @@ class MemoryCheckpoints:
             CheckpointError: something else arrived than was sent; the step before is still held. On all ranks.
             RuntimeError: a rank is gone.
         """
-        # Only now may the other step be overwritten: a rank that is lost from here on has its share with its partner.
-        # Here and not in the thread: one of a gang that failed may end late, and has no say any more.
+        # Only now may the other step be overwritten: whichever rank is lost from here on, its partner has its share.
+        # Set here and not by the thread, since the thread of a gang that failed may end late and must change nothing.
         if (kept := self._background.take()) is not None:
             self._newest = kept
 
@@ -183,13 +185,13 @@ class MemoryCheckpoints:
         return {self._rank: kept.own, self._neighbours[1]: kept.partners}
 
     def _exchange(self, kept: _Kept, group: dist.ProcessGroup) -> _Kept:
-        """On the thread: send, receive, check, agree."""
+        """On the thread: exchange with the partners, check what arrived, and agree on whether all ranks succeeded."""
         for block in self._blocks(kept).values():
             block.wait()
         to, source = self._neighbours
         num_sent, num_received = self._travels
         outgoing, incoming = kept.own.bytes[:num_sent], kept.partners.bytes[:num_received]
-        # A header of its own size first: a partner that means another step must not be taken for this one.
+        # A header goes first, with step, size and checksum: data of another step must not be taken for this one's.
         sent = _crc32(outgoing)
         header = torch.tensor([kept.step, num_sent, sent])
         theirs = torch.zeros_like(header)
@@ -209,10 +211,10 @@ class MemoryCheckpoints:
 
 
 def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.ProcessGroup, *, keep: int) -> Path:
-    """Write the checkpoint of `step` into `root` out of what the processes of `group`, gloo, hold of it.
+    """Write the checkpoint of `step` into `root` from the shares that the processes of `group`, gloo, hold in memory.
 
     Raises:
-        CheckpointError: on all ranks: some share is in no process or was changed, or as `checkpoint.save`.
+        CheckpointError: on all ranks: a share is in no process or has changed, or `checkpoint.save` failed.
 
     Collective. The group may have another size than the gang that had this state.
     """
@@ -238,7 +240,10 @@ def _read_held(value: Any) -> tuple[list[HeldShard], dict[str, Any]]:
 def _travelling_first(
     share: Mapping[str, TensorSpec], partner_holds: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, TensorSpec], int]:
-    """The share in the order of its block, and the bytes of what the partner lacks, at the front: sent in one piece."""
+    """The share in the order of its block, and how many bytes of it are sent.
+
+    What the partner lacks comes first in the block, so that it can be sent in one piece.
+    """
     travels = {name: share[name] for name in sorted(share.keys() - partner_holds.keys())}
     stays = {name: share[name] for name in sorted(share.keys() & partner_holds.keys())}
     return {**travels, **stays}, block_bytes(travels)
@@ -253,5 +258,5 @@ def _swap(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.
 
 
 def _crc32(block: Tensor, before: int = 0) -> int:
-    """crc32 of uint8 bytes, going on from that of the bytes before them."""
+    """crc32 of uint8 bytes that follow bytes whose crc32 is `before`."""
     return zlib.crc32(block.numpy().data, before)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dispatch.values import all_gather_values
 
-# Of every tensor in a block: any dtype can be read there, and copies do not share a cache line.
+# Alignment of each tensor in a block: a view of any dtype is allowed there, and no two share a cache line.
 _ALIGN_BYTES = 64
 
 
@@ -57,7 +57,7 @@ def _read_spec(shape: Any, dtype_name: Any) -> TensorSpec:
 def divide(held_by_rank: Sequence[Mapping[str, TensorSpec]]) -> list[dict[str, TensorSpec]]:
     """Assign every name to one rank that holds it, with about equal bytes per rank where there is a choice.
 
-    Pure: all ranks come to the same shares.
+    A pure function: all ranks compute the same shares.
     """
     holders: dict[str, list[int]] = {}
     for rank, held in enumerate(held_by_rank):
@@ -65,7 +65,7 @@ def divide(held_by_rank: Sequence[Mapping[str, TensorSpec]]) -> list[dict[str, T
             holders.setdefault(name, []).append(rank)
     shares: list[dict[str, TensorSpec]] = [{} for _ in held_by_rank]
     num_bytes = [0] * len(held_by_rank)
-    # Those without a choice first, then the large ones: what is left evens out.
+    # First the names with few holders, then large tensors: the small ones, which any rank can take, even out the rest.
     specs = {name: held_by_rank[ranks[0]][name] for name, ranks in holders.items()}
     for name in sorted(holders, key=lambda n: (len(holders[n]), -specs[n].num_bytes, n)):
         owner = min(holders[name], key=lambda rank: (num_bytes[rank], rank))
@@ -75,7 +75,7 @@ def divide(held_by_rank: Sequence[Mapping[str, TensorSpec]]) -> list[dict[str, T
 
 
 def block_bytes(specs: Mapping[str, TensorSpec]) -> int:
-    """The size of a block of these tensors, or of its part that begins with them."""
+    """Bytes that these tensors take in a block, with their alignment."""
     return sum(map(_aligned, specs.values()))
 
 
@@ -84,16 +84,16 @@ def _aligned(spec: TensorSpec) -> int:
 
 
 class TensorBlock:
-    """One host buffer for some tensors: filled again and again, sent or written as a whole.
+    """One host buffer for some tensors: filled again and again, and sent or written as a whole.
 
     Attributes:
         tensors: by name, views of the block; they change with the next `fill`.
-        bytes: the whole block, uint8 (num_bytes,), names in the order they were given in.
+        bytes: the whole block, uint8 (num_bytes,), with the tensors in the order of `specs`.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], device: torch.device) -> None:
         """device: where the tensors come from; for a GPU the block is pinned."""
-        # Zeros: the gaps between the tensors are sent and summed too.
+        # Zeros and not `empty`: the gaps between the tensors are sent too, and are part of the checksum.
         self.bytes = torch.zeros(block_bytes(specs), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.tensors: dict[str, Tensor] = {}
         start = 0
@@ -104,10 +104,10 @@ class TensorBlock:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, live: Mapping[str, Tensor], stream: torch.cuda.Stream | None = None) -> torch.cuda.Event | None:
-        """Copy the current values of those of its tensors that are in `live`.
+        """Copy the current values of those tensors of the block that are in `live`.
 
-        On a GPU the copies only start, on `stream`, after all that was started before; the event is done with them.
-        A stream that changes the tensors afterwards must wait for it; before the block is read, call `wait`.
+        On a GPU this only starts the copies, on `stream`, after all kernels started before, and returns the event of
+        their end. A stream that changes the live tensors must wait for it; call `wait` before the block is read.
         """
         names = self.tensors.keys() & live.keys()
         if stream is None or self._copied is None:

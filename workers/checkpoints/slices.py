@@ -1,9 +1,9 @@
-"""Keys of what a rank holds: the name of a tensor, and which of its rows, where ranks share it out.
+"""Keys of what a rank holds: the name of a tensor and, where the tensor is sharded, the rows of this rank.
 
     model.layers.0.attention.out_proj.weight         the whole tensor
     model.layers.0.attention.out_proj.weight[8:16]   its rows 8 to 15
 
-Files know names only: there the slices are DCP's chunks of one tensor, and any other division can read them.
+Only names are in a checkpoint's index: slices become DCP's chunks of one tensor, which any other division can read.
 """
 
 import re
@@ -35,7 +35,7 @@ class Slice(NamedTuple):
 
 
 def whole_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """What the tensors are of which these keys, of all ranks, are the parts.
+    """Shape and dtype of the whole tensors, from those of the slices that all ranks hold, by key.
 
     Raises:
         ValueError: slices of a tensor overlap, differ in shape or dtype, or leave rows out.

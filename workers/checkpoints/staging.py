@@ -1,4 +1,4 @@
-"""Copies of what a rank saves, taken between two steps so that the training can go on."""
+"""Copies what a rank saves, between two steps, so that the training can go on while the copies are written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from workers.distributed.parallel import RankGroups
 class Snapshot:
     """Tensors and extra values of the checkpoint of `step`.
 
-    tensors: all that this rank holds, by canonical name (workers.checkpoints.state): the live ones, or copies of its
-    share. extra: JSON values, the same on all ranks.
+    tensors: by canonical name (workers.checkpoints.state), the live tensors of this rank, or copies of its share.
+    extra: JSON values, the same on all ranks.
     """
 
     step: int
@@ -28,7 +28,7 @@ class Staging:
     """Knows the share of each rank, and copies without making the training wait for the device.
 
     On a GPU the copies run on a stream of their own, beside the next forward and backward; the optimizer's next step
-    waits for them on the device. What no optimizer changes, bias and law state, is set after it.
+    waits for them on the device. Bias and law state need no further wait: they are written after the optimizer step.
     """
 
     def __init__(self, groups: RankGroups, optimizer: torch.optim.Optimizer) -> None:

@@ -8,7 +8,7 @@
     law.bias, law.extras.<name>             the balancing law
     random.rank_<r>.<device type>           random generator of a rank
 
-The first word of a name is its section. Every tensor is a view of the live one: writing into it sets the live state.
+The first word of a name is its section. Every tensor is a view of the live one: loading writes into the live state.
 """
 
 import re
@@ -38,8 +38,8 @@ def canonical_state(
 ) -> dict[str, Tensor]:
     """What this rank holds of the model and its optimizer, as views by canonical name.
 
-    initial_state: the state that the optimizer makes for a parameter in its first step. One that has not stepped yet
-    gets it here, so that there is something to load into; not needed for one that has.
+    initial_state: makes the state that the optimizer would make for a parameter in its first step. An optimizer without
+    steps gets it here, so that there is something to load into; an optimizer that has stepped does not need it.
 
     Raises:
         ValueError: the optimizer updates a parameter that is not the model's, or the model has state that is no tensor.
@@ -68,16 +68,16 @@ def canonical_name(name: str) -> str:
 def _parts(
     name: str, value: Tensor, expert_ids: Mapping[str, range], like: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What this rank holds of a tensor: single experts, a slice or all of it.
+    """What this rank holds of a tensor, by name: single experts, a slice or all of it.
 
-    like: the parameter whose state it is. One in host memory (workers.training.offload) does not know which rows of it
-    these are.
+    like: for optimizer state, its parameter. State in host memory (workers.training.offload) is a plain tensor of this
+    rank's rows: only the parameter knows which rows these are.
     """
     owner, _, weight = name.rpartition(".")
     rows, first = local_rows(value)
     if like is not None and local_rows(like)[0].shape == rows.shape:
         first, value = local_rows(like)[1], like
-    if owner in expert_ids and value.ndim:  # 0: one for the stack, the same on every rank
+    if owner in expert_ids and value.ndim:  # a scalar such as `step` is one for the whole stack, equal on all ranks
         held = expert_ids[owner][first : first + len(rows)]
         for expert_id, part in zip(held, rows.unbind(0), strict=True):
             yield f"{owner}.{expert_id}.{weight}", part
@@ -90,7 +90,7 @@ def _parts(
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], initial_state: InitialState | None
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """The name of each trainable parameter, itself and its state, made here where it is missing. names: by id."""
+    """Name, parameter and state of each trainable parameter; missing state is made. names: by id of the parameter."""
     for group in optimizer.param_groups:
         for parameter in (p for p in group["params"] if p.requires_grad):
             if id(parameter) not in names:
@@ -105,10 +105,10 @@ def _optimizer_state(
 
 
 def missing_experts(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Experts without a tensor in a whole checkpoint, one line a weight; empty when every expert is there once.
+    """Describe weights of a whole checkpoint that lack experts, one line each; empty when every expert is there.
 
-    How many there must be is read from the length of the router's bias, which every rank holds whole. This finds ranks
-    that name their experts by local id and so overwrite each other's (KempnerForge #202).
+    How many experts there must be is known from the length of the router's bias, which every rank holds whole. This
+    finds ranks that name their experts by local id and so overwrite each other's (KempnerForge #202).
     """
     found: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for match in filter(None, map(_EXPERT.fullmatch, shapes)):

@@ -14,15 +14,15 @@ from workers.checkpoints.index import read_index
 
 
 class TensorReader:
-    """Reads single tensors of a checkpoint, whose files are all verified at construction.
+    """Reads single tensors of a checkpoint. Its files are verified when the reader is made.
 
-    shapes, dtypes: by canonical name. places: file and offset of each, to read them in the order of the disk.
+    shapes, dtypes: by canonical name. places: file and offset of each tensor, for readers that keep the disk's order.
 
     Args:
-        path: its folder.
-        manifest: of a checkpoint whose files the caller has verified already.
+        path: the folder of the checkpoint.
+        manifest: given where the caller has verified all files already: they are then not verified again.
     Raises:
-        CheckpointCorrupt: when it is made, as of `workers.checkpoints.checkpoint.verify`.
+        CheckpointCorrupt: a file is damaged, as `workers.checkpoints.checkpoint.verify` finds it.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
@@ -36,7 +36,7 @@ class TensorReader:
         self.places = {place.fqn: (str(info.relative_path), int(info.offset)) for place, info in stored.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, by canonical name, on the CPU. Raises KeyError for one that is not in it."""
+        """Tensors by canonical name, on the CPU. Raises KeyError for a name that the checkpoint does not have."""
         tensors = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
         read_tensors(self._path, self._index, tensors)
         return tensors
