@@ -1,4 +1,4 @@
-"""The sequences that one rank continues together, and the model's inputs in each forward."""
+"""The sequences that one rank continues at the same time, and the model's inputs for each forward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,22 +14,26 @@ OnToken = Callable[[int, int], None]
 
 
 class TokenSpan(NamedTuple):
-    """Tokens that one forward reads of the sequence of this index: `num` from place `first` of its ids on."""
+    """Tokens that one forward reads of a sequence: `num_tokens` of its ids, from index `first` on.
+
+    sequence: the index of the sequence.
+    """
 
     sequence: int
     first: int
-    num: int
+    num_tokens: int
 
 
-# Called before each forward with what it reads, in the order of its rows, which may be none.
+# Called before each forward with the spans that it reads, one for each of its rows; there may be none.
 OnRead = Callable[[Sequence[TokenSpan]], None]
 
 
 @dataclass
 class DecodingSequence:
-    """A prompt and what follows it.
+    """A prompt and the tokens that were generated for it.
 
-    first: index in ids of the token at position 0. num_cached: tokens from there on that the cache holds.
+    ids: of both. new_ids: of the generated tokens. first: index in ids of the token at position 0 of the model's input;
+    above 0 once the text is longer than the model reads. num_cached: tokens from `first` on that the cache holds.
     """
 
     index: int
@@ -41,7 +45,7 @@ class DecodingSequence:
 
     @property
     def unread(self) -> list[int]:
-        """Number of tokens that the model has not read yet."""
+        """Ids of the tokens that the model has not read yet."""
         return self.ids[self.first + self.num_cached :]
 
 
@@ -49,10 +53,11 @@ class DecodingBatch:
     """Unfinished sequences of one rank, in the order of the rows of their cache; there may be none.
 
     Args:
-        sequences: of one token or more.
-        max_new_tokens: after these a sequence ends, or at eod_id before, which is not added.
-        max_seq_len: longest sequence that the model reads. One that outgrows it goes on from the last half of that.
-        on_token: is told of each token that is added. on_read: of the tokens that each forward reads.
+        sequences: each of one token or more.
+        max_new_tokens: after so many tokens a sequence ends. It ends earlier at eod_id, which is not added to it.
+        max_seq_len: longest sequence that the model reads. A longer one goes on from its last max_seq_len / 2 tokens.
+        on_token: called with each token that is added.
+        on_read: called with the tokens that each forward reads.
     """
 
     def __init__(
@@ -115,7 +120,10 @@ class DecodingBatch:
             self._cache.keep(rows)
 
     def _start_over(self) -> None:
-        """Cut the sequences that have outgrown the model, and read all of them again, as those of a batch must."""
+        """Cut the sequences that are too long for the model, and empty the cache, so that all are read again.
+
+        All of them: either every row of a batch reads its whole sequence, or every row reads one new token.
+        """
         for sequence in self.running:
             if len(sequence.ids) - sequence.first > self._max_seq_len:
                 sequence.first = len(sequence.ids) - max(1, self._max_seq_len // 2)

@@ -1,6 +1,7 @@
 """Which experts took each token that generation has read.
 
-Shapes: B sequences of a forward, S tokens of the longest, K top-k; a router's rows are B * S, padding last in each B.
+Shapes: B sequences of a forward, S tokens of the longest one, K top-k. A router sees B * S rows, with padding at the
+end of each sequence.
 """
 
 from collections import defaultdict
@@ -13,14 +14,14 @@ from torch import Tensor
 from dispatch.routing.router import Router
 from workers.generation.decoding import TokenSpan
 
-# By place of the token in the ids of its sequence: the experts, best first.
+# By index of the token in its sequence: the ids of its experts, best first.
 ExpertsOfTokens = dict[int, list[int]]
 
 
 class ExpertTrace:
-    """Context that notes what the routers choose; their own counters, which training reads, stay unchanged.
+    """A context that notes the choices of the routers, by hooks. Give its `on_read` to `generate`.
 
-    Give its `on_read` to `generate`. A text that outgrows the model is read again in part: its first reading counts.
+    A text that becomes too long for the model is partly read again: the choices of the first reading are kept.
     """
 
     def __init__(self, routers: Mapping[str, Router]) -> None:
@@ -46,13 +47,13 @@ class ExpertTrace:
         found: dict[int, dict[str, ExpertsOfTokens]] = defaultdict(lambda: defaultdict(dict))
         for name, spans, ids_BSK in self._chosen:
             for span, ids_SK in zip(spans, ids_BSK.tolist(), strict=True):
-                for place, ids in enumerate(ids_SK[: span.num], span.first):
+                for place, ids in enumerate(ids_SK[: span.num_tokens], span.first):
                     found[span.sequence][name].setdefault(place, ids)
         return found
 
     def _noter(self, name: str) -> Any:
         def note(_router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
-            if self._spans:  # else this rank serves the others alone
+            if self._spans:  # none where this rank only computes experts for tokens of other ranks
                 self._chosen.append((name, self._spans, choice[0].unflatten(0, (len(self._spans), -1))))
 
         return note

@@ -43,9 +43,9 @@ class SamplingConfig:
 
 @dataclass
 class Speed:
-    """Tokens that this rank read and generated, and the seconds for it, which include waiting for other ranks.
+    """Tokens that this rank read and generated, and the seconds that it took, with waiting for other ranks.
 
-    prompt_tokens: read in the first forward of each batch, which also chooses a token; new_tokens: chosen after it.
+    prompt_tokens: read in the first forward of each batch. new_tokens: chosen in the forwards after it.
     """
 
     prompt_tokens: int = 0
@@ -77,7 +77,7 @@ class Generated:
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt. An empty one starts a document: it follows the end of the one before."""
+    """Ids of each prompt. An empty prompt becomes the end-of-document token, after which a new document begins."""
     return [tokenizer.encode(prompt).tolist() or [tokenizer.eod_id] for prompt in prompts]
 
 
@@ -95,15 +95,14 @@ def generate(
 ) -> Generated:
     """Continue this rank's share of the prompts, every world_size-th. A prompt has one token or more.
 
-    A text that outgrows max_seq_len goes on from the last half of that. on_token: is told of each new token; on_read:
-    of the tokens that each forward of this rank reads.
+    on_token, on_read: as of DecodingBatch. Leaves the model in training mode.
 
     Collective: all ranks make the same number of forwards. A rank whose prompts are finished, or that has none, takes
     part with an empty batch, so that its experts serve the others.
     """
     model.eval()
     mine = [
-        DecodingSequence(index, list(prompts[index]), torch.Generator().manual_seed(sampling.seed * 1_000_003 + index))
+        DecodingSequence(index, list(prompts[index]), _generator(sampling.seed, index))
         for index in range(groups.rank, len(prompts), groups.world_size)
     ]
     speed = Speed()
@@ -116,7 +115,7 @@ def generate(
             on_token=on_token,
             on_read=on_read,
         )
-        with autocast:  # around all steps: it keeps its casts of the weights until it is left
+        with autocast:  # around all forwards of a batch: bf16 copies of the weights are kept until it is left
             _continue(model, batch, sampling, groups, speed)
     model.train()
     return Generated({sequence.index: sequence.new_ids for sequence in mine}, speed)
@@ -129,7 +128,7 @@ def _continue(
     groups: RankGroups,
     speed: Speed,
 ) -> None:
-    """Add tokens until every sequence of every rank has ended, and to `speed` what that took."""
+    """Add tokens until every sequence of every rank has ended; add tokens and seconds to `speed`."""
     began = time.perf_counter()
     speed.prompt_tokens += batch.num_prompt_tokens
     prefilled = False
@@ -143,18 +142,25 @@ def _continue(
     speed.decode_s += time.perf_counter() - began
 
 
+def _generator(seed: int, index: int) -> torch.Generator:
+    """A generator for each prompt, so that its text does not depend on how prompts are divided over ranks."""
+    # A factor above any number of prompts: else prompt 1 under seed 0 would draw as prompt 0 does under seed 1. Taken
+    # modulo 2^64, as torch refuses larger seeds.
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**64)
+
+
 def _choose_all(logits: Tensor, sequences: Sequence[DecodingSequence], sampling: SamplingConfig) -> list[int]:
     """The next token of each sequence from its logits (B, vocab_size). Waits for the device once."""
     if sampling.temperature == 0:
         ids: list[int] = logits.argmax(-1).tolist()
         return ids
-    rows = zip(logits.cpu(), sequences, strict=True)  # on the CPU, where a seed gives the same samples on any machine
+    rows = zip(logits.cpu(), sequences, strict=True)  # on the CPU a seed gives the same samples on every machine
     return [_sample(row, sampling, sequence.generator) for row, sequence in rows]
 
 
 def _sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
     probabilities, order = (logits.double() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
-    # Keep a token while the ones before it hold less than top_p: the likeliest always stays.
+    # Keep a token while the likelier ones before it hold less than top_p together: the likeliest one always stays.
     probabilities[probabilities.cumsum(0) - probabilities >= sampling.top_p] = 0.0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 

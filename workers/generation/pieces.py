@@ -1,21 +1,23 @@
-"""What each token of a text stands for."""
+"""The piece of text that each token stands for."""
 
 from collections.abc import Sequence
 
 from workers.data.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
-_BYTES_OF_A_CHARACTER = 4  # of UTF-8: whoever waits for more tokens than that waits for none
+_BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8: more tokens than that never become one character
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; a character of several tokens comes with the last of them."""
-    pieces, known, shown = [""] * len(ids), 0, 0  # tokens before `shown` are told; from `known` on they decode together
+    # The pieces of tokens before `shown` are known. Tokens are decoded together from `known` on, since the text of a
+    # token may depend on the one before (a space, for example).
+    pieces, known, shown = [""] * len(ids), 0, 0
     for end in range(1, len(ids) + 1):
         before, text = tokenizer.decode(ids[known:shown]), tokenizer.decode(ids[known:end])
         is_whole = len(text) > len(before) and not text.endswith(UNFINISHED)
         if is_whole or end == len(ids) or end - shown >= _BYTES_OF_A_CHARACTER:
             pieces[end - 1] = text[len(before) :]
-            # What is no text at all is told as it is, and what follows begins anew.
+            # Bytes that are no text become U+FFFD, and the tokens that follow are decoded without them.
             known, shown = (shown if is_whole else end), end
     return pieces

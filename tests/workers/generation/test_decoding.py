@@ -1,12 +1,17 @@
 """What a batch of sequences reads in each step, against reading every sequence again whole."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.ranks import run_ranks
 from tests.workers.model.attention.test_cache import KINDS
 from tests.workers.model.test_decoder import build
+from tests.workers.training.test_gradients import form_groups
 from workers.generation.decoding import DecodingBatch, DecodingSequence
+from workers.generation.generate import SamplingConfig, generate
 from workers.model.decoder import Decoder
 
 CPU, EOD = torch.device("cpu"), 10
@@ -85,3 +90,15 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_at_its_last_token() -> None
     batch.append([EOD, 7])
     assert batch.running == []
     assert [sequence.new_ids for sequence in (first, second, third)] == [[5], [], [6, 7]]
+
+
+def _sampled(rank: int, world_size: int, seed: int) -> list[int]:
+    sampling = SamplingConfig(max_new_tokens=4, temperature=1.0, seed=seed)
+    groups = form_groups(rank, world_size, 1)
+    return generate(build(), PROMPTS[:1], sampling, groups, eod_id=EOD, autocast=nullcontext()).new_ids[0]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62, 2**63 - 1])
+def test_every_seed_that_a_run_may_have_samples(seed: int) -> None:
+    (new_ids,) = run_ranks(1, _sampled, seed)
+    assert new_ids
