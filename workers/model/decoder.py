@@ -1,4 +1,7 @@
-"""The language model: a decoder in the shape of DeepSeek-V3 (arXiv 2412.19437), first dense, then MoE layers."""
+"""The language model: a decoder in the shape of DeepSeek-V3 (arXiv 2412.19437), first dense, then MoE layers.
+
+Shapes: B sequences, S tokens of a sequence.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -49,7 +52,7 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Map x (B, S, hidden) to the same shape. seen: what attention reaches, None for causal order alone."""
+        """Map x (B, S, hidden) to the same shape. Arguments as of `GroupedQueryAttention` and `MoELayer.forward`."""
         attend = _recomputed(self._attend) if self.recompute == "attention" else self._attend
         x = x + attend(x, rotary, seen, cache)
         feed = _recomputed(self._feed) if self.recompute == "experts" and self.has_moe else self._feed
@@ -66,9 +69,9 @@ class Block(nn.Module):
 
 
 def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, of whose work only the inputs are kept for backward."""
-    # A call, not a wrapper module: parameter names must not change (torchtitan #3861). No layer draws random numbers,
-    # so their state need not be kept.
+    """The same function under activation recompute: only its inputs are kept for backward."""
+    # A function and not a wrapper module, which would change parameter names (torchtitan #3861). No layer draws random
+    # numbers, so the state of the generator need not be kept.
     return partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -114,9 +117,9 @@ class Decoder(nn.Module):
         Args:
             make_dispatcher: called once for each MoE layer.
             schedule: the order of work in a layer.
-            layers: the layers to build, by index, which is also in their names; the embedding comes with the first one
-                of the model, last norm, head and MTP layer with its last, and the embedding once more where these need
-                it. For `run_layers`, `loss` and `loss_after_next` alone. None builds all there is.
+            layers: the layers to build, by index in the whole model, which their names have too. The first layer of
+                the model brings the embedding; the last one brings last norm, head and MTP layer, and the embedding if
+                these need it. Such a model has only `run_layers`, `loss` and `loss_after_next`. None builds all layers.
         """
         super().__init__()
         self.config = config
@@ -157,29 +160,30 @@ class Decoder(nn.Module):
     ) -> Predicted | tuple[Predicted, Predicted]:
         """Logits (B, S, vocab_size), or (B, vocab_size) with logits_at, at least fp32, also under autocast.
 
-        With targets the loss instead, for which the logits never exist all at once. With next_ids a pair: what is said
-        above, and the same of the token after the next, by the MTP layer.
+        With targets it returns the loss instead, for which the logits never exist all at once. With next_ids it returns
+        a pair: logits or loss of the next token, and those of the token after it, by the MTP layer.
 
         Args:
             token_ids: int64 (B, S), S <= max_seq_len. B may be 0 and may differ between ranks.
             token_mask: bool (B, S), False for padding, which is not counted as load. Padding must come last in its
                 sequence, where causal attention hides it from every real token, unless positions are given.
             positions: int64 (B, S), of each token in its sequence, as by `workers.model.attention.positions_of`. With
-                them padding may stand anywhere: a token sees the real tokens at or before its own position. Without
-                them they count from 0.
-            cache: keeps these tokens, and shows them those that it holds. Without positions they are the first ones;
-                with positions, their places in the cache, padding comes last in its sequence.
-            logits_at: int64 (B,), the only place in each row whose logits are wanted.
-            document_starts: int64 (B, S), where in its row the document of each token begins: attention does not reach
-                beyond it. Without padding, positions and cache. None: a row is one document.
-            context: the ranks that share these rows: the other arguments have this rank's places, but document_starts,
-                which is then needed, has those of whole rows.
-            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer, with `targets` and
-                `routings` alone.
-            targets: int64 (B, S), the token that each one is to predict, -100 for none.
-            further_targets: the same of the MTP layer; by default `after_next` of targets, then of whole rows.
-            routings: of the MoE layers in their order, with next_ids that of the MTP layer too: experts to take, of all
-                B * S tokens; None for a layer that chooses itself. Recomputes take the same.
+                positions, padding may be anywhere: a token sees the real tokens at or before its own position. None:
+                positions count from 0.
+            cache: keeps the keys and values of these tokens, and shows these tokens all that it holds. Without
+                positions they are the first tokens of their sequences; with positions, which are then places in the
+                cache, padding comes last in its sequence.
+            logits_at: int64 (B,), the only index in each row whose logits are wanted.
+            document_starts: int64 (B, S), the index in its row at which the document of each token begins: attention
+                does not reach beyond it. Not with padding, positions or cache. None: a row is one document.
+            context: the ranks that share these rows. The other arguments are then of this rank's tokens, except for
+                document_starts, which must be given and is of whole rows.
+            next_ids: int64 (B, S), the token that follows each of token_ids, for a MTP layer; only with `targets` and
+                `routings`.
+            targets: int64 (B, S), the token that each token is to predict, -100 for none.
+            further_targets: the targets of the MTP layer. By default `after_next(targets)`, if rows are whole.
+            routings: one for each MoE layer in order, with next_ids for the MTP layer too: the experts that all B * S
+                tokens take; None for a layer that chooses by its router. Recomputes take the same experts.
 
         Collective: every rank of the dispatcher's group must call it, in backward and recompute too.
         """
@@ -193,7 +197,9 @@ class Decoder(nn.Module):
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
         if next_ids is None:
             return predicted
-        shared = seen if context is not None else None  # documents are not kept apart here: the settings refuse them
+        # The MTP layer sees whole rows, as the settings refuse it together with packed documents. With `context`,
+        # `seen` is what gathers these rows from all ranks.
+        shared = seen if context is not None else None
         further = self._whole(self.mtp)(normed, self.token_embedding(next_ids), rotary, shared, given[-1])
         if targets is not None and further_targets is None:
             further_targets = after_next(targets)
@@ -221,7 +227,7 @@ class Decoder(nn.Module):
         return linear_cross_entropy(normed, head.weight, targets)
 
     def loss_after_next(self, normed: Tensor, next_ids: Tensor) -> TokenLoss:
-        """That of the MTP layer, as of `forward` with next_ids (B, S) and without documents.
+        """The loss of the MTP layer, as of `forward` with next_ids (B, S) and without documents.
 
         Collective, as `forward`.
         """
@@ -267,7 +273,7 @@ class Decoder(nn.Module):
         if context is not None and document_starts is None:
             raise ValueError("ranks that share rows need document_starts, of whole rows")
         if document_starts is not None:
-            # Rotary scores depend on distances alone: positions need not begin again with each document.
+            # Attention scores depend on distances of rotary positions alone: these need not restart in each document.
             seq_len = document_starts.shape[1]
             first = 0 if context is None else context.chunk(seq_len).start
             return self._rotary(x, seq_len)[first : first + x.shape[1]], Documents.of(document_starts, context)
@@ -275,7 +281,7 @@ class Decoder(nn.Module):
         if cache is not None:
             places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if positions is None else positions
             seen = cache.begin(places)
-            # Causal order alone has the faster kernels, where no window needs to know which keys there are.
+            # None, which means causal order, has faster kernels than a mask. A window needs the mask.
             return rotary, None if positions is None and not self.config.sliding_window else seen
         if positions is None:
             return rotary, None

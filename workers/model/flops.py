@@ -7,8 +7,8 @@ from torch import nn
 
 from workers.model.decoder import Decoder
 
-# FLOP/s of dense bf16 matmuls on tensor cores, from NVIDIA's data sheets, without sparsity. The first name that is a
-# part of the device's counts.
+# FLOP/s of dense bf16 matmuls on tensor cores, from NVIDIA's data sheets, without sparsity. The first key that occurs
+# in the device's name counts: longer names come before shorter ones that they contain (H200, H20).
 BF16_PEAKS = {
     "B300": 2.25e15,
     "B200": 2.25e15,
@@ -37,20 +37,21 @@ def peak_by_name(name: str) -> float | None:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Weights of the linear maps, of which each token is multiplied with all."""
+    """The number of weights in the linear layers, with all of which each token is multiplied."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def train_flops_per_token(model: Decoder, num_linear: int | None = None) -> int:
     """FLOPs of forward and backward that one token costs, as PaLM counts them (arXiv 2204.02311, appendix B).
 
-    Six for each weight that the token is multiplied with, of the routed experts those it chooses; and the scores of
-    attention over `max_seq_len` tokens, the masked ones too. What is recomputed in backward is not counted again.
+    Six for each weight that the token is multiplied with (of routed experts, those of its top-k), and the scores of
+    attention over `max_seq_len` tokens, masked ones too. Recomputed activations are not counted again.
+
     num_linear: `linear_weights` of the whole model, where `model` is a stage of a pipeline.
     """
     config = model.config
     weights = linear_weights(model) if num_linear is None else num_linear
-    # A tied head is no Linear; that of the decoder serves multi-token prediction once more.
+    # A tied head is no nn.Linear, and is added here; multi-token prediction uses the decoder's head a second time.
     weights += (config.tie_embeddings + config.num_mtp_layers) * config.vocab_size * config.hidden
     moe = config.moe
     weights += config.num_moe_layers * config.hidden * (3 * moe.top_k * moe.ffn_hidden + moe.num_experts)
@@ -63,9 +64,9 @@ def train_flops_per_token(model: Decoder, num_linear: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What the speed of a run in tokens means in FLOP/s.
+    """Converts the speed of a run from tokens/s to FLOP/s.
 
-    per_token: FLOPs of a token. peak_per_s: of a rank's device, None where it is not known.
+    per_token: FLOPs of a token. peak_per_s: FLOP/s of a rank's device at most, None where it is not known.
     """
 
     per_token: int
@@ -74,7 +75,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Decoder, device: torch.device, num_ranks: int, num_linear: int | None = None) -> "ModelFlops":
-        """Those of training `model` on `num_ranks` devices like this one. num_linear: see `train_flops_per_token`."""
+        """The FLOPs of training `model` on `num_ranks` such devices. num_linear: see `train_flops_per_token`."""
         return cls(train_flops_per_token(model, num_linear), bf16_peak(device), num_ranks)
 
     def fields(self, tokens_per_s: float) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from dispatch.errors import InvalidValue
 
-# The part of a parameter: the first word of its name that is here.
+# A parameter belongs to the part of the first word in its name that is a key here.
 PARTS = {
     "token_embedding": "embedding",
     "lm_head": "embedding",
@@ -27,14 +27,14 @@ def check_parts(parts: Iterable[str]) -> None:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to; its own name for one that belongs to none, which always trains."""
+    """The part that a parameter of this name belongs to; the name itself if it belongs to none, and always trains."""
     if name.rpartition(".")[0].endswith("norm"):
         return "norms"
     return next((PARTS[word] for word in name.split(".") if word in PARTS), name)
 
 
 def freezes_router(parts: Sequence[str], lora_rank: int) -> bool:
-    """Whether routers stay as they are: named among the parts that do not train, or under adapters."""
+    """Whether routers do not train: they are among the frozen parts, or the model has adapters."""
     return "router" in parts or lora_rank > 0
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a frozen model trains by products of narrow matrices beside its weights.
 
-A matrix W becomes W + scale * B A, with A (rank, in), B (out, rank) and scale = alpha / rank. A matrix of ours that
-packs several, such as queries, keys and values, or gate and up, has one A for them.
+A matrix W becomes W + scale * B A, with A (rank, in), B (out, rank) and scale = alpha / rank. A parameter that packs
+several matrices, such as queries, keys and values, or gate and up, has one A for all of them.
 
 Shapes: L local experts, R rank, H hidden, F ffn_hidden, G = 2F.
 """
@@ -87,13 +87,14 @@ class LoraExperts(Experts):
     lora_scale: float
 
     def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The weights with what the adapters add.
+        """The weights with the adapters added, so that every kernel for plain experts serves.
 
-        All kernels then serve as they are. It costs R / (rows of an expert) more operations than the experts have; for
-        backward each layer keeps these sums, 3 L H F elements in the compute dtype, unless model.recompute is on; and
-        backward of a layer holds their gradient for a moment. Gradients and moments of the base are never there.
+        It costs R / (rows of an expert) more operations than the experts have. Each layer keeps the sums for backward,
+        3 L H F elements in the compute dtype, unless model.recompute is on, and its backward holds their gradient for a
+        moment. The frozen base weights never have gradients or moments.
         """
-        with torch.autocast(self.gate_up_proj.device.type, enabled=False):  # bf16 would lose what is added
+        # In fp32: in bf16 the small product of the adapters would be rounded away beside the weight.
+        with torch.autocast(self.gate_up_proj.device.type, enabled=False):
             gate_up, down = map(self._merged, ("gate_up_proj", "down_proj"))
             return gate_up.to(dtype), down.to(dtype)
 
@@ -103,14 +104,14 @@ class LoraExperts(Experts):
 
 
 def effective_weight(linear: nn.Linear) -> Tensor:
-    """The weight (out, in) that a linear layer multiplies by, for whoever does not call it."""
+    """The weight (out, in) that a linear layer multiplies by, adapter included, for code that does not call it."""
     if isinstance(linear, LoraLinear):
         return torch.addmm(linear.weight, linear.lora_B, linear.lora_A, alpha=linear.lora_scale)
     return linear.weight
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze a model and give the matrices of its blocks (`layers`) adapters that add nothing yet, as B is zero."""
+    """Freeze a model and give the matrices of its blocks adapters, which add nothing until B is no longer zero."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, module in model.named_modules():
@@ -124,7 +125,10 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _adapt(module: nn.Module, config: LoraConfig) -> None:
-    """Change its class in place, as FSDP does: its name, its weights and whoever refers to it stay as they are."""
+    """Add an adapter to a module by changing its class, as FSDP does.
+
+    Names of parameters and references to the module then stay as they are.
+    """
     if isinstance(module, Experts):
         for name in ("gate_up_proj", "down_proj"):
             _register(module, f"{name}_", getattr(module, name), config.rank)
@@ -149,7 +153,7 @@ def is_adapter(name: str) -> bool:
 
 
 def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an imported model has of a state by canonical name: adapters begin as they were drawn."""
+    """A state by canonical name without its adapters: what an imported checkpoint has."""
     return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
 

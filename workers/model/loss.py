@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the logits that exist at once: 512 MiB in fp32. Smaller chunks would add up the gradient of a large head
-# more often, larger ones make no matmul faster.
+# Elements of the logits that exist at once: 512 MiB in fp32. With smaller chunks the gradient of a large head would be
+# added to more often; larger chunks make no matmul faster.
 MAX_LOGITS = 1 << 27
 
 
 class TokenLoss(NamedTuple):
-    """Losses in nats, at least fp32: the sum to train on, a scalar, and those of the tokens, which have no gradient."""
+    """Losses in nats, at least fp32. total: the sum, a scalar with gradient. of_token: of each token, without."""
 
     total: Tensor
     of_token: Tensor
@@ -24,9 +24,9 @@ class TokenLoss(NamedTuple):
 def linear_cross_entropy(x: Tensor, weight_VH: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> TokenLoss:
     """Cross entropy of the logits `x @ weight_VH.T`, of which at most `max_logits` elements exist at once.
 
-    The gradients are computed beside the loss, while the logits of a chunk are at hand, so that no matmul is done
-    twice. Computes in the dtype of autocast as F.linear does; the softmax and the sum over chunks are at least fp32.
-    torch 2.13 has a function of this name, 2.11 has not, and its sums over chunks are in the dtype of the logits.
+    The gradients are computed in forward, while the logits of a chunk exist, so that no matmul is done twice. Computes
+    in the dtype of autocast as F.linear does; the softmax and the sum over chunks are at least fp32. (torch has a
+    function of this name since 2.13, not in 2.11; it sums over chunks in the dtype of the logits.)
 
     Args:
         x: float (..., H), after the last norm.
@@ -36,7 +36,7 @@ def linear_cross_entropy(x: Tensor, weight_VH: Tensor, targets: Tensor, max_logi
     Returns losses shaped like targets, 0 where a target is -100, and their sum. Divide the sum by the number of targets
     of the global batch before backward: gradients are then summed over micro-batches and ranks without further scaling.
     """
-    # Asked here: in the forward of a torch.autograd.Function gradients are always off.
+    # Asked before `apply`: inside the forward of a torch.autograd.Function gradients are always off.
     with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight_VH.requires_grad)
     chunk = _chunk(len(weight_VH), max_logits)
     total, of_token_T = _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VH, targets.flatten(), chunk, with_gradients)
@@ -49,7 +49,7 @@ def logits_at_once(num_tokens: int, vocab_size: int) -> int:
 
 
 def after_next(targets: Tensor) -> Tensor:
-    """Targets of the MTP layer from those of the decoder, (B, S): one token further, -100 where that is not known."""
+    """Targets of the MTP layer from those of the decoder, (B, S): one token further; -100 for the last, not known."""
     return F.pad(targets[:, 1:], (0, 1), value=-100)
 
 
@@ -84,7 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since the head's gradient is one of the largest tensors: torch refuses a second backward by itself.
+        # In place, since the head's gradient is one of the largest tensors. It cannot be scaled twice: torch refuses a
+        # second backward once saved tensors are freed.
         grad_TH, grad_VH = (None if each is None else each.mul_(grad) for each in ctx.saved_tensors)
         return grad_TH, grad_VH, None, None, None
 

@@ -1,4 +1,4 @@
-"""Builds modules of which only names, shapes and dtypes are needed yet."""
+"""Builds modules on the meta device, where only names, shapes and dtypes exist."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Let modules be built on the meta device, with no draw of weights.
+    """A context in which modules are built on the meta device, without drawing weights.
 
-    torch draws on that device too: nothing, but for its first draw it imports `torch._dynamo`, a second of start-up.
+    torch would call its random functions on the meta device too. They do nothing there, but the first call imports
+    `torch._dynamo`, which takes a second.
     """
     with torch.device("meta"), _NoInit():
         yield

@@ -155,7 +155,7 @@ class ModelConfig:
 
     @property
     def shares_embedding(self) -> bool:
-        """Whether what follows the last layer needs the embedding: as its head, or for multi-token prediction."""
+        """Whether the last stage of a pipeline needs the embedding too: as the head, or for multi-token prediction."""
         return self.tie_embeddings or self.num_mtp_layers > 0
 
     @property

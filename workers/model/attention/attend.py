@@ -1,4 +1,4 @@
-"""The scores of attention and what they weigh, for every kind: begin with `attend`, which chooses the kernel."""
+"""Scaled dot-product attention for every kind of attention layer: begin with `attend`, which chooses the kernel."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -14,7 +14,7 @@ from workers.model.attention.sinks import attend_with_sinks
 
 Seen = Tensor | Documents | None
 Varlen = Callable[..., Tensor]
-# Of flash attention, which is what torch's varlen attention calls.
+# Limits of flash attention, which torch's varlen attention calls: the widest head, and what its width is a multiple of.
 MAX_FLASH_WIDTH, FLASH_WIDTH_STEP = 256, 8
 
 
@@ -32,13 +32,14 @@ def attend(
     Args:
         queries: (B, S, heads, width).
         keys, values: (B, K, kv_heads, width); values may have a width of their own.
-        seen: a mask as of `visible`; documents that fill the rows, where K is their length and S this rank's part of
-            it; None: each token sees itself and all before it.
+        seen: a mask as of `visible`; or the documents that fill the rows: K is then the length of a row, and S the
+            number of this rank's tokens of it; None: each token sees itself and all before it.
         scale: factor on the scores, 1 / sqrt(width) by default.
         sinks: (heads,), as of `attend_with_sinks`.
 
-    Documents are one kernel where there is one, and else take turns, those of one length together. Memory then grows
-    with the square of a document at most, under a window with tokens times window, and never with that of a row.
+    Documents are computed by one varlen kernel where torch has one for these tensors. Otherwise blocks of equal size
+    are computed together, one size after the other: memory grows with the square of the longest document at most,
+    under a window with tokens times window, and never with the square of a row.
     """
     if not isinstance(seen, Documents):
         return _attend_at_once(queries, keys, values, seen, scale, sinks)
@@ -51,13 +52,14 @@ def attend(
 
 
 def of_whole_rows(seen: Seen, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """What attention sees of a token, (B, S, ..., width) each, from all ranks that share its row, in one exchange.
+    """Keys and values, (B, S, ..., width) each, of whole rows, gathered in one collective from ranks that share rows.
 
-    As they are where none do. Collective over these ranks, in backward too.
+    Where no ranks share rows it returns them as they are. Collective over the ranks that do, in backward too.
     """
     if not isinstance(seen, Documents) or seen.context is None or not seen.lengths:
         return first, second
-    together = torch.cat([first, second], dim=-1).to(_compute_dtype(first))  # attention would cast them too
+    # Cast before they travel, which halves the bytes under autocast: attention would cast them anyway.
+    together = torch.cat([first, second], dim=-1).to(_compute_dtype(first))
     whole = seen.context.whole(together, seen.seq_len)
     return whole[..., : first.shape[-1]], whole[..., first.shape[-1] :]
 
@@ -69,7 +71,7 @@ def varlen_kernel(queries: Tensor, values: Tensor) -> Varlen | None:
         return None
     if torch.version.hip is None and torch.cuda.get_device_capability(queries.device) < (8, 0):
         return None
-    # Here, since only some devices need it.
+    # Imported here, since only some devices need it.
     from torch.nn.attention import varlen
 
     takes = signature(varlen.varlen_attn).parameters  # without windows in torch 2.10
@@ -79,11 +81,12 @@ def varlen_kernel(queries: Tensor, values: Tensor) -> Varlen | None:
 def attend_by_varlen(
     queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, scale: float | None, varlen: Varlen
 ) -> Tensor:
-    """As `attend` of whole keys and values, by one call of what has the arguments of torch's `varlen_attn`."""
+    """As `attend` with documents, by one call of `varlen`, which has the signature of torch's `varlen_attn`."""
     width = max(queries.shape[-1], values.shape[-1])
     width += -width % FLASH_WIDTH_STEP
     near_keys, near_values, *places = _packed(keys, values, documents)
-    # Its window counts the tokens before a query alone; (-1, 0) is causal order. The last query sees the last key.
+    # The kernel's window counts the tokens before a query, without itself; (-1, 0) is causal order. Queries are aligned
+    # with the last keys, so that keys of other ranks come before them.
     window = (documents.window - 1 if documents.window else -1, 0)
     attended = varlen(
         *(
@@ -99,7 +102,7 @@ def attend_by_varlen(
 
 
 def _packed(keys: Tensor, values: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-    """The keys and values that are seen, (T, kv_heads, width), the offsets of queries and keys, and their longest."""
+    """Keys and values that this rank's queries see, (T, kv_heads, width); offsets and longest of queries and keys."""
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if documents.context is None:
         longest = max(documents.lengths)
@@ -113,7 +116,7 @@ def _packed(keys: Tensor, values: Tensor, documents: Documents) -> tuple[Tensor,
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of x, which does not know varlen attention."""
+    """The dtype that autocast would cast x to. varlen attention is not among the functions that autocast knows."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -142,7 +145,7 @@ def _attend_by_block(
 
 def _stacked(parts: list[Tensor], number: int) -> Tensor:
     """(number, ...) from its parts, in order."""
-    # A copy of a single part too: as a view it would keep the whole tensor that it is cut of until backward.
+    # A copy even of a single part: a view, saved for backward, would keep the whole tensor that it was cut from.
     return torch.cat(parts).view(number, -1, *parts[0].shape[1:])
 
 

@@ -1,25 +1,25 @@
-"""Keys and values of the tokens read so far, so that a new token costs one position and not a whole sequence."""
+"""Keeps the keys and values of the tokens read so far, so that a new token costs one position, not a whole sequence."""
 
 import torch
 from torch import Tensor, nn
 
 from workers.model.attention.mask import visible
 
-# cuDNN, which torch prefers for bf16 on Hopper, builds a plan for every new number of keys: a plan should serve more
-# than one token. A CPU has no such plans, and would compute the hidden places for nothing.
+# cuDNN, which torch prefers for bf16 on Hopper, builds a plan for every new number of keys: rounded up, one plan serves
+# 64 tokens. A CPU has no such plans, and would only compute the hidden places for nothing.
 CUDA_WIDTH_STEP = 64
 
 
 class KeyValueCache:
-    """What every attention layer of a model keeps of B sequences, whatever its kind: one place for each position.
+    """What the attention layers of a model, of any kind, keep of B sequences: one place for each position.
 
     A layer keeps tensors (B, capacity, ...): rotated keys and values, or the latent and the shared key of latent
     attention. They are made at the first token, in its dtype and on its device. A sequence fills its places from 0 on
     and in order, so that all places at or before a position hold real tokens. Padding stands after the tokens of its
     sequence, in places that later tokens overwrite. Only without gradients: places are written in place.
 
-    width_step: a forward sees a multiple of so many places, as far as there are; those after a token are hidden from
-    it. By default 64 on CUDA and 1 elsewhere.
+    width_step: a forward attends to a multiple of so many places, if the capacity allows; a mask hides those after a
+    token. By default 64 on CUDA and 1 elsewhere.
     """
 
     def __init__(self, capacity: int, width_step: int | None = None) -> None:
@@ -29,9 +29,10 @@ class KeyValueCache:
         self._width = 0
 
     def begin(self, positions: Tensor) -> Tensor:
-        """Say where the tokens of the next forward stand, int64 (B, S); returns what they see, as by `visible`.
+        """Announce the tokens of the next forward. Returns their attention mask, as `visible` does.
 
-        Waits for the device once. Raises ValueError for a position that the cache has no place for.
+        positions: int64 (B, S), of each token in its sequence. Waits for the device once. Raises ValueError for a
+        position beyond the capacity.
         """
         width = int(positions.max()) + 1 if positions.numel() else 1
         if width > self.capacity:
@@ -44,10 +45,7 @@ class KeyValueCache:
         return visible(positions, key_positions, torch.ones_like(key_positions, dtype=torch.bool))
 
     def put(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
-        """Keep tensors (B, S, ...) of the tokens of this forward; returns those of all tokens so far (B, places, ...).
-
-        What it returns are views.
-        """
+        """Keep tensors (B, S, ...) of this forward's tokens, and return views of all tokens' so far, (B, K, ...)."""
         if layer not in self._kept:
             self._kept[layer] = tuple(each.new_zeros(len(each), self.capacity, *each.shape[2:]) for each in new)
         for kept, each in zip(self._kept[layer], new, strict=True):
@@ -55,7 +53,7 @@ class KeyValueCache:
         return tuple(kept[:, : self._width] for kept in self._kept[layer])
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other sequences."""
+        """Keep the sequences in these rows, in this order, and drop all others."""
         self._kept = {layer: tuple(kept[rows] for kept in tensors) for layer, tensors in self._kept.items()}
 
     @property

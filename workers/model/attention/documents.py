@@ -1,4 +1,4 @@
-"""Which tokens see which in rows of packed documents, and under a sliding window, without a matrix of a whole row."""
+"""Which tokens see which in rows of packed documents and under a sliding window, without a mask of a whole row."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,19 +14,20 @@ from workers.distributed.context import Context
 
 
 class Block(NamedTuple):
-    """Tokens that follow each other in a document, and how many keys before theirs they may see."""
+    """Consecutive queries of a document, and how many keys before their own they may see."""
 
     num_tokens: int
     num_before: int
 
 
 class Cut(NamedTuple):
-    """Rows of documents, cut into parts that follow each other.
+    """All rows one after the other, cut into consecutive parts.
 
     Attributes:
-        parts: tokens of each part, in all rows one after the other.
-        blocks: those of the parts that are this rank's queries, in order.
-        seen: of each block the parts whose keys it sees: its own, and before it those of `num_before` tokens.
+        parts: the number of tokens of each part.
+        blocks: the parts that are this rank's queries, in order.
+        seen: for each block, the range of parts whose keys it sees: its own, and the part of `num_before` tokens
+            before it.
     """
 
     parts: list[int]
@@ -35,7 +36,7 @@ class Cut(NamedTuple):
 
     @property
     def alike(self) -> dict[Block, list[int]]:
-        """The places in `blocks` of each kind of block: those of a kind are computed together."""
+        """For each size of block, its indices in `blocks`: blocks of one size are computed together."""
         found = defaultdict(list)
         for place, block in enumerate(self.blocks):
             found[block].append(place)
@@ -44,14 +45,14 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents that follow each other in rows and fill them: a token sees its own document up to itself.
+    """Consecutive documents that fill rows: a token sees the tokens of its own document up to itself.
 
     Attributes:
-        offsets: int32 (N + 1,), where each of N documents begins in all rows one after the other, and their end.
-        lengths: tokens of each document, at least 1.
-        seq_len: tokens of a row.
-        window: a token sees so many of them at most, itself among them; 0 for all.
-        context: the ranks that share the rows; None: this one has all of them.
+        offsets: int32 (N + 1,), where each of N documents begins if all rows are laid one after the other, and the end.
+        lengths: the number of tokens of each document, at least 1.
+        seq_len: the number of tokens of a row.
+        window: how many tokens a token sees at most, itself among them; 0 for all.
+        context: the ranks that share the rows; None: this rank has whole rows.
     """
 
     offsets: Tensor
@@ -62,7 +63,7 @@ class Documents:
 
     @classmethod
     def of(cls, document_starts: Tensor, context: Context | None = None) -> "Documents":
-        """From int64 (B, S), where in its row the document of each token begins. Waits for the device."""
+        """From int64 (B, S), the index in its row at which the document of each token begins. Waits for the device."""
         seq_len = document_starts.shape[1]
         places = torch.arange(seq_len, device=document_starts.device)
         firsts = (document_starts == places).flatten().nonzero().flatten()
@@ -71,7 +72,7 @@ class Documents:
 
     @classmethod
     def whole_rows(cls, num_rows: int, seq_len: int, device: torch.device) -> "Documents":
-        """A document in each row."""
+        """One document in each row."""
         offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * seq_len
         return cls(offsets, (seq_len,) * num_rows, seq_len)
 
@@ -92,7 +93,7 @@ class Documents:
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, int, int]:
         """Offsets of the queries of `by_document` and of the keys that they see, and the most of each in a block."""
-        # Here, as all layers share it: a copy from pageable memory can make the host wait for the device.
+        # Computed once for all layers: a copy from pageable memory can make the host wait for the device.
         blocks = self.by_document.blocks
         counts = [block.num_tokens for block in blocks], [sum(block) for block in blocks]
         of_queries, of_keys = (
@@ -126,12 +127,12 @@ class Documents:
             first = (first + length) % self.seq_len
 
     def _own(self, place: int) -> int:
-        """The nearest place that is this rank's, or the end of them."""
+        """An index in a row, moved to the nearest one in this rank's tokens, or to their end."""
         chunk = self.context.chunk(self.seq_len) if self.context else range(self.seq_len)
         return min(max(place, chunk.start), chunk.stop)
 
     def mask_of(self, block: Block) -> Tensor | None:
-        """Bool (tokens, before + tokens): what they see of the keys before theirs and of their own; None: causal."""
+        """The mask of a block, bool (queries, keys before + own keys); None for causal order alone."""
         tokens, before = block
         if not before and tokens <= (self.window or tokens):
             return None

@@ -11,7 +11,7 @@ from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.rotary import rotate
 from workers.model.lora import effective_weight
 
-# DeepSeek-V3 normalises the latents with this, whatever the model's own norm_eps is.
+# DeepSeek-V3's code has this epsilon in the norms of the latents, whatever the model's norm_eps is.
 LATENT_NORM_EPS = 1e-6
 
 
@@ -71,14 +71,15 @@ class LatentAttention(nn.Module):
         rotated_key = rotate(shared_key.unsqueeze(2), rotary).squeeze(2)
         latent, queries = self.kv_norm(latent), self._queries(x, rotary)
         if cache is None:
-            # Latents are a fraction of the keys and values of all heads, which each rank then expands for itself.
+            # The latents travel between ranks, as they are a fraction of the keys and values of all heads. Each rank
+            # then expands them.
             latent, rotated_key = of_whole_rows(seen, latent, rotated_key)
             attended = self._attend(queries, latent, rotated_key, seen)
         else:
             (kept,) = cache.put(self, torch.cat([latent, rotated_key], dim=-1))
             if x.shape[1] == 1:
                 attended = self._attend_to_latents(queries, kept, seen)
-            else:  # expanding the latents computes less where they serve many queries
+            else:  # for many queries it is less work to expand the latents once
                 latent, rotated_key = torch.split(kept, [self.config.kv_rank, self.config.rope_dim], dim=-1)
                 attended = self._attend(queries, latent, rotated_key, seen)
         y: Tensor = self.out_proj(attended.flatten(2))

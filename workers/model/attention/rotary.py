@@ -50,9 +50,9 @@ def rotary_table(
 ) -> Tensor:
     """Unit complex numbers exp(i * position * theta^(-2j / head_dim)), in the shape of the positions and head_dim / 2.
 
-    complex128 for float64, otherwise complex64. It is made in every forward, since a buffer would be lost by `to_empty`
-    and cast with the model; the angles are float64, since fp32 is off by 0.004 rad at position 100,000.
-    Source: arXiv 2104.09864.
+    complex128 for float64, otherwise complex64. The table is made in every forward, since `to_empty` would erase a
+    buffer, and a cast of the model would cast it. The angles are float64, since fp32 is off by 0.004 rad at position
+    100,000. Source: arXiv 2104.09864.
 
     Args:
         positions: int64 (B, S), or the number of positions S, which then count from 0: the table is (S, head_dim / 2).
@@ -73,9 +73,9 @@ def rotary_table(
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn each pair (x[2j], x[2j + 1]) of every head by its position; x (B, S, heads, head_dim), result in x's dtype.
 
-    Dimensions of a head beyond those that the table has angles for stay as they are.
-    Neighbours form a pair, as in DeepSeek-V3. Complex multiplication is one pass: 0.4 ms forward and backward where the
-    usual halves with cos and sin take 2.1 ms (8 x 256 x 8 heads x 32, one CPU thread).
+    Dimensions of a head beyond those that the table has angles for stay as they are. Neighbours form a pair, as in
+    DeepSeek-V3. Complex multiplication is one pass: 0.4 ms forward and backward, where two halves with cos and sin, as
+    in Llama, take 2.1 ms (8 x 256 x 8 heads x 32, one CPU thread).
     """
     num_rotated = 2 * table.shape[-1]
     if num_rotated < x.shape[-1]:
@@ -96,6 +96,6 @@ def _slowed(frequencies: Tensor, head_dim: int, theta: float, yarn: YarnConfig) 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = torch.arange(head_dim // 2, device=frequencies.device, dtype=torch.float64)
-    # 0.001: the paper's code does so where both bounds meet, and a trained model expects the same.
+    # 0.001 against 0/0 where both bounds meet, as in the paper's code: a trained model expects the same.
     slow_share = ((ramp - low) / ((high - low) or 0.001)).clamp(0, 1)
     return frequencies * (1 - slow_share) + frequencies / yarn.factor * slow_share

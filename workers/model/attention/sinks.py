@@ -6,7 +6,7 @@ from torch import Tensor
 
 from workers.model.attention.mask import scores_mask
 
-# One dimension is needed; fused kernels want heads of whole 16 bytes.
+# One more dimension would do, but fused kernels want heads of a multiple of 16 bytes.
 SINK_DIMS = 8
 
 
@@ -15,8 +15,9 @@ def attend_with_sinks(
 ) -> Tensor:
     """Attention whose softmax has one more score in each row, that of the head's sink, with a value of zero.
 
-    The sink is a key in front of the others: it has one dimension more than they do, in which a query holds the sink's
-    score. So fused kernels serve, and no matrix of scores is made (gpt-oss, arXiv 2508.10925, section 2.3).
+    The sink is one more key, before the others. Queries and keys get a further dimension: there the sink's key is 1,
+    all other keys are 0, and a query holds the sink's score. So fused kernels can be used, and no matrix of scores is
+    made (gpt-oss, arXiv 2508.10925, section 2.3).
 
     Args:
         queries: (B, heads, S, head_dim).
@@ -33,7 +34,7 @@ def attend_with_sinks(
     keys, values = (F.pad(each, (0, SINK_DIMS, 1, 0)) for each in (keys, values))
     keys[:, :, 0, head_dim] = 1
     if mask is None:
-        # A row of queries in front, so that causal order still sees the sink and all keys up to its own.
+        # One more query in front as well, so that in causal order each query still sees the sink and its own key.
         queries = F.pad(queries, (0, 0, 1, 0))
     else:
         mask = F.pad(mask, (1, 0), value=True)

@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class MergedReader(TensorReader):
-    """Reads a checkpoint as if its model had no adapters: each matrix with what its adapter adds, in fp32.
+    """Reads a checkpoint as if its model had no adapters: the product of each adapter is added to its matrix, in fp32.
 
     Args:
         path: folder of the checkpoint.
@@ -45,8 +45,8 @@ class MergedReader(TensorReader):
 def write_adapter(folder: Path, family: Family, config: ModelConfig, reader: TensorReader) -> None:
     """Write adapters into `folder` as PEFT reads them for the family's model in transformers 5, in fp32.
 
-    The experts of a layer are there two parameters, gate_up_proj and down_proj, of which PEFT takes all experts in one
-    tensor.
+    In transformers the experts of a layer are two parameters, gate_up_proj and down_proj, which hold all experts. PEFT
+    has one adapter for each.
     """
     from safetensors.torch import save_file
 
@@ -103,7 +103,7 @@ def _targets(linear: Iterable[Part], of_experts: Iterable[Part]) -> tuple[list[s
 
 
 def _linear(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """A and B of each matrix of theirs; those that are one matrix of ours have the same A."""
+    """A and B of each of their matrices; matrices that we pack in one parameter have the same A."""
     for part in parts:
         lora_a, lora_b = reader.read(adapter_names(f"model.{part.target}")).values()
         name = f"base_model.model.{part.name.removesuffix('.weight')}"
@@ -112,9 +112,9 @@ def _linear(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, 
 
 
 def _experts(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """A of all experts of a layer (experts x rank, in), and B (out, rank x experts), the experts inside.
+    """For all experts of a layer, A (experts x rank, in) and B (out, rank x experts), where the expert varies fastest.
 
-    PEFT wraps the two parameters of a module one in the other, gate_up_proj innermost.
+    PEFT wraps the two parameters of the module one after the other, gate_up_proj first: hence `.base_layer`.
     """
     stacks: dict[str, dict[str, None]] = {}  # our names in the order of the experts, once each
     for part in parts:

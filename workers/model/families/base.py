@@ -1,6 +1,7 @@
-"""What a model family is: how its config.json becomes a ModelConfig, and where each of its tensors lies in our state.
+"""What a model family declares: how its config.json becomes a ModelConfig, and where its tensors are in our state.
 
-Names of our side are canonical ones (`workers.checkpoints.state`) without their section.
+"Ours" are Trimtab's tensors, by canonical name (`workers.checkpoints.state`) without the section; "theirs" are those of
+Hugging Face.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +20,17 @@ from workers.model.model_config import ModelConfig
 class Part:
     """One tensor of a Hugging Face checkpoint: the rows `first_row` and following of one of our tensors, bit for bit.
 
-    Hugging Face turns the two halves of a head against each other, we turn neighbours
-    (`workers.model.attention.rotate`). The scores are the same if the rows of queries and keys are in the other order,
-    which is what `head_dim` is for.
+    Rotary positions rotate pairs of dimensions. Hugging Face pairs dimension i of a head with i + head_dim / 2, we pair
+    neighbours (`workers.model.attention.rotate`). The scores are the same if the rows of queries and keys are reordered
+    accordingly, for which `head_dim` is given.
 
     head_dim: rows of a head, whose first rotary_dim are stored as two halves; 0 where rows keep their order.
-    rotary_dim: 0 for all rows of a head.
-    is_copy: of what another part is; it may be missing, and where it is there it must be equal.
-    num_items: of the tensor of the files, where that is a stack and this part an item of it (`stacks`), else 0.
+    rotary_dim: rows of a head that are rotated; 0 for all.
+    is_copy: the tensor repeats that of another part. It may be missing; if it is there, it must be equal.
+    num_items: where this part is an item of a stack (`stacks`), the items of that stack; else 0.
     is_transposed: theirs is (in, out) and ours (out, in).
-    is_interleaved: the two halves of our rows alternate in theirs, as gate and up of gpt-oss do.
+    is_interleaved: theirs alternates between rows of the first and of the second half of ours, as gpt-oss does with
+        gate and up.
     """
 
     name: str
@@ -44,33 +46,33 @@ class Part:
 
     @property
     def file_name(self) -> str:
-        """The tensor of the files, which holds this part alone or as an item."""
+        """Name of the tensor in the files: this part itself, or the stack that it is an item of."""
         return stack_of(self.name)
 
     @property
     def item(self) -> int:
-        """Which item of a stack this is."""
+        """Index of this part in its stack."""
         return index_of(self.name)
 
     @property
     def our_shape(self) -> tuple[int, ...]:
-        """With rows in our direction."""
+        """The shape of this part in our tensor."""
         return self.shape[::-1] if self.is_transposed else self.shape
 
     def rows_of(self, target: Tensor) -> Tensor:
         """The rows of our tensor that this part fills, as a view."""
-        # A row more where theirs has an axis of one more, as the bias of ERNIE.
+        # Theirs may have one more axis, of size 1, as the selection bias of ERNIE.
         target = target if target.ndim == len(self.shape) else target.unsqueeze(0)
         return target.narrow(0, self.first_row, self.our_shape[0])
 
     def to_ours(self, rows: Tensor) -> Tensor:
-        """From Hugging Face's order to ours: rows of whole heads, or a whole item of a stack."""
+        """Reorder from theirs to ours. rows: of whole heads, or a whole item of a stack."""
         rows = rows.t() if self.is_transposed else rows
         rows = torch.cat([rows[0::2], rows[1::2]]) if self.is_interleaved else rows
         return self._reorder(rows, lambda rotated: rotated.unflatten(1, (2, -1)))
 
     def to_theirs(self, rows: Tensor) -> Tensor:
-        """From our order to Hugging Face's."""
+        """Reorder from ours to theirs."""
         rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1) if self.is_interleaved else rows
         rows = rows.t() if self.is_transposed else rows
         return self._reorder(rows, lambda rotated: rotated.unflatten(1, (-1, 2)))
@@ -88,9 +90,9 @@ PartsOf = Callable[[ModelConfig, str, str], Iterator[Part]]
 
 
 def grouped_query_parts(config: ModelConfig, theirs: str, ours: str, *, halves: bool = True) -> Iterator[Part]:
-    """Queries, keys and values, which are rows of one matrix of ours, their biases and norms, and the output.
+    """The parts of attention. Queries, keys and values are rows of one matrix of ours.
 
-    halves: whether theirs turns the halves of a head against each other, and not neighbours as we do.
+    halves: whether theirs pairs the halves of a head in rotary positions; False if it pairs neighbours, as we do.
     """
     head_dim = config.head_width
     turning: dict[str, Any] = {"head_dim": head_dim, "rotary_dim": config.rotary_dim} if halves else {}
@@ -128,10 +130,11 @@ def feed_forward_parts(config: ModelConfig, theirs: str, ours: str, ffn_hidden: 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEParts:
-    """The tensors of a MoE layer: its gate, its selection bias, its shared and its routed experts, by their names.
+    """The tensors of a MoE layer, by the names that the family has in its files.
 
-    bias: of the selection, with bias_axes axes; empty where the family has none. projections: of a routed expert.
-    has_stacks: whether the tensors under `experts` hold all of a layer.
+    block: of the layer. gate: of the router. bias: of the selection bias, which has bias_axes axes; empty where the
+    family has none. shared: of the shared experts. projections: of a routed expert's gate, up and down.
+    has_stacks: whether one tensor holds all experts of a layer.
     """
 
     block: str = "mlp"
@@ -143,7 +146,7 @@ class MoEParts:
     has_stacks: ClassVar[bool] = False
 
     def __call__(self, config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
-        """All of one layer, given the prefix of its names and of ours."""
+        """The parts of one layer. theirs, ours: prefixes of their names and of ours."""
         moe, theirs = config.moe, f"{theirs}.{self.block}"
         if self.bias:
             shape = (1,) * (self.bias_axes - 1) + (moe.num_experts,)
@@ -178,14 +181,15 @@ NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_n
 class Family:
     """A kind of model of Hugging Face, chosen by `model_type` and `architectures` of its config.json.
 
-    read_config: our settings from theirs; max_seq_len is all that the model knows.
-    moe_parts, attention_parts: of one layer, given the prefix of its names and of ours.
-    mtp_parts: what a multi-token-prediction layer has besides a layer, given both prefixes; None where there is none.
-    norms: of a layer, by their names, and ours.
-    other_architectures: under which the same model goes elsewhere.
-    prefix: of all names, where the model is a part of another one, whose other tensors are kept as they are.
-    left_out: how names of tensors begin that import leaves out, as transformers does; {num_layers} is filled in.
-    modules: what transformers 5 calls a module, by its name in the files, where that is another.
+    read_config: makes our settings from theirs; max_seq_len is then the longest that the model supports.
+    moe_parts, attention_parts: make the parts of one layer, given the prefixes of their names and of ours.
+    mtp_parts: makes the parts of a multi-token-prediction layer that a plain layer does not have; None for no such
+        layer.
+    norms: our names of the norms of a layer, by theirs.
+    other_architectures: further names of the architecture for the same model.
+    prefix: of all names, where the model is a part of a larger one, whose other tensors are kept as they are.
+    left_out: prefix of tensors that import ignores, as transformers does; {num_layers} is filled in.
+    modules: names of modules in transformers 5, by their names in the files, where they differ.
     """
 
     model_type: str
@@ -223,7 +227,7 @@ class Family:
         if not config.tie_embeddings:
             yield Part("lm_head.weight", "lm_head.weight", vocabulary)
         if config.num_mtp_layers and self.mtp_parts is not None:
-            # It follows the layers in the names of the hub.
+            # In the files it has the index after the last layer.
             yield from self.mtp_parts(config, f"model.layers.{config.num_layers}", "mtp")
             yield from self._layer(config, config.num_layers, "mtp.block")
 

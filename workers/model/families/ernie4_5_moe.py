@@ -1,4 +1,4 @@
-"""ERNIE 4.5: softmax router with a selection bias, shared experts, neighbours of a head rotated as we do."""
+"""ERNIE 4.5: softmax router with a selection bias, shared experts; rotary positions pair neighbours, as ours do."""
 
 from functools import partial
 

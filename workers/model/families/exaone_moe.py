@@ -30,7 +30,10 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 def _every(settings: Settings) -> int:
-    """Of sliding_window_pattern, a number or letters as LLLG, which stand for windows and for full attention."""
+    """Every how many layers one has full attention, by sliding_window_pattern: a number, or letters such as LLLG.
+
+    L stands for a layer with a window, G for one with full attention.
+    """
     pattern = settings.values.get("sliding_window_pattern", 4)
     if isinstance(pattern, str) and pattern == "L" * (len(pattern) - 1) + "G":
         return len(pattern)

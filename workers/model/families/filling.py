@@ -1,4 +1,4 @@
-"""Copies a model's files into the shard of a rank, block by block: no tensor is held twice."""
+"""Copies a model's files into the shard of a rank, block by block, so that no tensor is in memory twice."""
 
 import hashlib
 import math
@@ -26,7 +26,7 @@ def fill(state: Mapping[str, Tensor], source: ModelDirectory) -> None:
         source: its files are read in rows of at most BLOCK_BYTES.
 
     Raises:
-        SourceError: names the file and the tensor that holds a NaN or an infinity, or is not what its digest says.
+        SourceError: a tensor holds a NaN or an infinity, or its bytes do not match its digest; names file and tensor.
     """
     for part in source.parts():
         target = state.get(f"model.{part.target}")
@@ -39,7 +39,7 @@ def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
     stored = source.tensors[part.name]
     scale = source.tensors.get(part.name + SCALE_SUFFIX)
     scales = None if scale is None else _whole(scale)
-    # Whole heads, whose rows change places, and whole blocks of fp8.
+    # Blocks of rows must hold whole heads, whose rows are reordered, and whole blocks of fp8, which share a scale.
     step = math.lcm(part.head_dim or 1, source.block[0] if source.block and scales is not None else 1)
     for first, rows in _blocks(stored, step):
         wide = rows.float() if scales is None else _dequantised(rows, scales, first, source.block or (1, 1))
@@ -52,12 +52,12 @@ def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
 
 
 def _fill_item(target: Tensor, part: Part, source: ModelDirectory) -> None:
-    """An item of a stack, at once: its rows may be our columns."""
+    """Fill an item of a stack, as a whole: its rows may be our columns."""
     stored = source.tensors[part.name]
     rows = _whole(stored)
     if stored.dtype == torch.uint8:
         wide = dequantise(rows, _whole(source.tensors[with_suffix(part.name, SCALES_SUFFIX)]))
-        part = replace(part, is_transposed=False)  # in blocks a row is one of outputs
+        part = replace(part, is_transposed=False)  # in MXFP4 the matrix is stored as (out, in), as ours
     else:
         wide = rows.float()
     if not bool(wide.isfinite().all()):

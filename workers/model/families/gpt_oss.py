@@ -19,7 +19,7 @@ from workers.model.model_config import ModelConfig
 def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a GptOssConfig."""
     if not (settings.values.get("rope_parameters") or settings.values.get("rope_scaling")):
-        # transformers then takes YaRN with numbers of its own, and no published model relies on it.
+        # transformers then has defaults for YaRN, which no published model relies on.
         raise InvalidValue(f"{settings.where}: rope_parameters is missing")
     has_biases = settings.flag("attention_bias", default=True)
     return ModelConfig(
@@ -35,7 +35,9 @@ def read_config(settings: Settings) -> ModelConfig:
             top_k=settings.whole("num_experts_per_tok", "experts_per_token"),
             ffn_hidden=settings.whole("intermediate_size"),
             num_shared_experts=0,
-            score="softmax",  # of the chosen logits: that over all experts chooses the same and is normalised to it
+            # gpt-oss takes the softmax of the chosen logits. Softmax over all experts, normalised over the chosen ones,
+            # chooses the same experts with the same weights.
+            score="softmax",
             gate_bias=True,
             expert_biases=True,
             swiglu_limit=settings.number("swiglu_limit", default=7.0),
@@ -46,7 +48,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StackedParts(MoEParts):
-    """The tensors of a layer whose experts lie in stacks, (in, out) with gate and up in turns."""
+    """The tensors of a layer whose experts are in stacks: matrices are (in, out), and gate and up alternate."""
 
     has_stacks: ClassVar[bool] = True
 

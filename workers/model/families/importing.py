@@ -25,14 +25,14 @@ from workers.model.lora import LoraConfig
 from workers.model.meta_device import meta_device
 from workers.model.model_config import ModelConfig
 
-# A rank that dies ends the import at once; this bounds a wait for one whose disk does not answer.
+# A rank that dies ends the import at once, as its connections close. This bounds the wait for a rank whose disk hangs.
 TIMEOUT_S = 6 * 3600.0
 RENDEZVOUS = ".import"
 
 
 @dataclass(frozen=True)
 class ImportedShard:
-    """What a rank imported. peak_bytes: the most memory that it took beyond that before it built its shard."""
+    """What a rank imported. peak_bytes: its peak memory, less the memory in use before it built its shard."""
 
     layout: LoadLayout
     shard_bytes: int
@@ -42,7 +42,7 @@ class ImportedShard:
 def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, world_size: int) -> ImportedShard:
     """Read this rank's experts and its share of the dense tensors, and save them as step 0 of `run_dir`, as fp32.
 
-    config: of the directory, but for the longest sequence and recompute, which are the run's own.
+    config: that of the directory, with the run's own max_seq_len and recompute.
 
     Raises:
         SourceError, OSError: on every rank alike, for what one of them found.
@@ -84,10 +84,10 @@ def _explain(error: Exception) -> SourceError | None:
 
 
 def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[str, Tensor], LoadLayout]:
-    """Empty tensors that this rank fills and saves, by canonical name. The files fill all but the biases.
+    """The tensors that this rank fills and saves, by canonical name: empty, but selection biases are zero.
 
-    Every tensor is in one rank's share: no rank needs the dense ones whole. Experts are tensors of their own and not
-    parts of a stack.
+    Each tensor is in the share of one rank, so that no rank holds all dense tensors. Experts are single tensors here,
+    and not parts of a stack.
     """
     moe = config.moe
     dispatcher = make_dispatcher(moe.num_experts, group, hidden=config.hidden, top_k=moe.top_k)
@@ -101,7 +101,7 @@ def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[st
 
 
 def _extra(config: ModelConfig, layout: LoadLayout) -> dict[str, Any]:
-    """Extra values of the checkpoint. `imported`: it has no optimizer state and no position in the data yet."""
+    """Extra values of the checkpoint. `imported` says that it has no optimizer state and no position in the data."""
     return {"step": 0, "imported": True, "load_since_eval": [0] * layout.total, "model": asdict(config)}
 
 

@@ -1,4 +1,4 @@
-"""Kimi K2.5: Kimi K2 as the language model of a model that sees. Its vision tower is kept as it is."""
+"""Kimi K2.5: Kimi K2 as the language model of a vision-language model, whose vision tower is kept as it is."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from workers.model.model_config import ModelConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    """Our settings from those of a Kimi_K25Config, which says of the language model in text_config."""
+    """Our settings from those of a Kimi_K25Config, which has those of the language model in text_config."""
     text = settings.inner("text_config")
     text.expect("model_type", "deepseek_v3", "kimi_k2")
-    # Of the whole model, and not of its parts, transformers asks this.
+    # transformers reads this one from the whole model's settings.
     tied = settings.flag("tie_word_embeddings", default=True)
     return deepseek_v3.read_config(Settings({**text.values, "tie_word_embeddings": tied}, text.where))
 

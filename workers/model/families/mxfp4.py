@@ -12,7 +12,7 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The numbers, fp32 (..., 32 G), all of which bf16 holds too; NaN under the scale NAN.
+    """Decode to fp32 (..., 32 G). bf16 can represent all of these values. NaN where the scale is NAN.
 
     Args:
         blocks: uint8 (..., G, 16), two numbers a byte, the first in its lower half.

@@ -1,4 +1,4 @@
-"""Of a model that is not supported: the family that comes nearest, and what that one does not know of it."""
+"""For a model that is not supported: finds the nearest family, and which settings that family does not know."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from dispatch.errors import InvalidValue
 from workers.model.families.base import Family
 from workers.model.families.settings import Settings
 
-# What a config.json says of its files, its training or its use, and not of the model.
+# Settings in config.json about files, training or use, which do not change the model.
 _OF_NO_WEIGHT = {
     *("architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "initializer_range"),
     *("model_type", "output_router_logits", "pretraining_tp", "router_aux_loss_coef", "seq_aux", "torch_dtype"),
@@ -28,7 +28,10 @@ class _Noting(dict[str, Any]):
 
 
 def describe_nearest(settings: Settings, families: Iterable[Family]) -> str:
-    """Describe the family that reads this config.json and leaves the fewest of its names unread, or refuses it last."""
+    """Describe the family that reads this config.json with the fewest names left unread.
+
+    If all families refuse it, it is the one that read most names before.
+    """
     *_, text = min(_reading(settings.values, family) for family in families)
     return f"the nearest is {text}"
 

@@ -1,4 +1,4 @@
-"""A config.json of Hugging Face, read strictly: what is missing, of another type or not supported is named."""
+"""Reads a config.json of Hugging Face strictly: errors name a setting that is missing, wrong or not supported."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from dispatch.errors import InvalidValue
 from workers.model.attention import YarnConfig
 
-# More than any model has, and so little that a product of three sizes, in bytes, is a number of 64 bits.
+# Larger than any size of a model, and so small that a product of three sizes, in bytes, fits in 64 bits.
 MOST = 10**6
 MOST_POSITIONS = 10**9
 MOST_LAYERS = 1000
@@ -19,9 +19,9 @@ MOST_NUMBER = 1e30
 class Settings:
     """The values of one config.json; `where` names it in errors.
 
-    Settings that have two names, as of the hub and as transformers writes them, are asked for by both: the first that
-    is there and not null counts. `default`, where none is there, must be that of transformers; `null`, where one is
-    there and null, what transformers makes of that: None is refused.
+    A setting with two names, one on the hub and one that transformers writes, is asked for by both: the first one that
+    is there and not null counts. `default` is the value where no name is there, and must be that of transformers.
+    `null` is the value where a name is there with null, and must be what transformers makes of that. None refuses.
     """
 
     values: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Settings:
         return value
 
     def expect(self, name: str, *allowed: object) -> None:
-        """Refuse a setting whose other values would need code that is not there; missing is fine."""
+        """Refuse values of a setting that are not supported. A missing setting counts as the first allowed value."""
         value = self.values.get(name, allowed[0])
         if value not in allowed:
             supported = " or ".join(map(repr, allowed))
@@ -106,7 +106,7 @@ class Settings:
         )
 
     def _rope(self) -> Mapping[str, Any]:
-        """Under one of two names: rope_parameters as transformers 5 writes it, rope_scaling in older checkpoints."""
+        """The settings of rotary positions: rope_parameters as transformers 5 writes it, or the older rope_scaling."""
         rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
             raise InvalidValue(f"{self.where}: rope scaling is {rope!r}; it must hold names and values")
@@ -124,7 +124,7 @@ class Settings:
 
 
 def _magnitude(rope: Settings, factor: float, over_all: float) -> float:
-    # The rule of transformers: as given, else a quotient of two mscales, else the paper's 0.1 ln(factor) + 1.
+    # As in transformers: attention_factor, else a quotient of two mscales, else 0.1 ln(factor) + 1 as in the paper.
     mscale = rope.number("mscale", default=0.0, null=0.0, least=0.0)
     derived = _mscale(factor, mscale) / _mscale(factor, over_all) if mscale and over_all else _mscale(factor, 1.0)
     return rope.number("attention_factor", default=derived, null=derived)

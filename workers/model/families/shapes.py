@@ -1,4 +1,4 @@
-"""What the config.json of most families says under the same names, as arguments of ModelConfig and MoEConfig."""
+"""Reads the settings that most families name alike in config.json, as arguments of ModelConfig and MoEConfig."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def decoder_shape(settings: Settings, *, rope_theta: float, norm_eps: float, tie
 
 
 def grouped_query_shape(settings: Settings, *, narrow: bool = True) -> dict[str, Any]:
-    """Key heads and their width. narrow: a head is hidden / heads wide where nothing is said; else it must be said."""
+    """Key heads and their width. narrow: the width is hidden / heads by default; otherwise it must be given."""
     num_heads = settings.whole("num_attention_heads", least=1)
     width = settings.whole("hidden_size") // num_heads
     return {
@@ -34,7 +34,7 @@ def grouped_query_shape(settings: Settings, *, narrow: bool = True) -> dict[str,
 
 
 def first_dense(settings: Settings, dense: object, name: str) -> int:
-    """The number of dense layers, of a list of their indices. Raises ValueError where others than the first are."""
+    """The number of dense layers, from a list of their indices. Raises ValueError unless these are the first layers."""
     if not isinstance(dense, list) or set(map(str, dense)) != set(map(str, range(len(dense)))):
         raise InvalidValue(f"{settings.where}: {name} is {dense!r:.60}, and only the first layers can be dense")
     return len(dense)
@@ -56,7 +56,7 @@ def dense_by_type(settings: Settings, *, default: int) -> int:
 def check_full_attention(settings: Settings) -> None:
     """Refuse layers whose attention has a window, by name."""
     num_layers = settings.whole("num_hidden_layers", most=MOST_LAYERS)
-    # What transformers makes of it where the kinds are not said.
+    # As transformers does where layer_types is missing: layers from max_window_layers on have a window.
     first = settings.whole("max_window_layers", default=num_layers, null=num_layers)
     if not settings.values.get("layer_types") and settings.values.get("sliding_window") is None:
         first = num_layers
@@ -69,7 +69,7 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 def _layer_types(settings: Settings) -> list[str]:
-    """The kind of attention of each layer; empty where that is not said."""
+    """The kind of attention of each layer; empty where config.json does not have it."""
     kinds = settings.values.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind not in _KINDS for kind in kinds):
         rule = f"it must have {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
@@ -78,7 +78,7 @@ def _layer_types(settings: Settings) -> list[str]:
 
 
 def window_shape(settings: Settings, *, default: int, every: int) -> dict[str, Any]:
-    """The window, and how many layers follow each other until one is without it; both default as in transformers."""
+    """The window, and every how many layers one has no window; both default as in transformers."""
     window = settings.whole("sliding_window", default=default, null=0, most=MOST_POSITIONS)
     kinds = _layer_types(settings)
     if kinds:
@@ -111,7 +111,7 @@ def v3_router(
         score="sigmoid",
         num_groups=settings.whole("n_group", default=num_groups, least=1),
         groups_kept=settings.whole("topk_group", default=groups_kept),
-        scores_per_group=2,  # of DeepSeek's own code; the paper's top_k / groups_kept is 2 as well at full size
+        scores_per_group=2,  # as in DeepSeek's code; the paper's top_k / groups_kept is 2 too for DeepSeek-V3
         normalize_weights=settings.flag("norm_topk_prob", default=normalize),
         route_scale=settings.number("routed_scaling_factor", "router_scaling_factor", default=route_scale),
     )

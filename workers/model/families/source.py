@@ -1,4 +1,4 @@
-"""A directory of Hugging Face, opened and checked before a byte of a weight is read. Needs the package safetensors."""
+"""Opens a model directory of Hugging Face, and checks it before any weight is read. Needs the package safetensors."""
 
 import json
 import math
@@ -20,9 +20,9 @@ from workers.model.model_config import ModelConfig
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Key in the metadata of a file: what export writes there, and import compares.
+# Key in the metadata of a file under which export writes the sha256 of each tensor, and import compares them.
 DIGESTS = "sha256"
-SCALE_SUFFIX = "_scale_inv"  # of the scales of a tensor in blocks of fp8
+SCALE_SUFFIX = "_scale_inv"  # of the tensor with the scales of one in blocks of fp8
 MXFP4: Final = "mxfp4"
 
 _DTYPES = {
@@ -33,7 +33,7 @@ _DTYPES = {
     "U8": torch.uint8,  # of MXFP4
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# A buffer of old checkpoints, which follows from the configuration.
+# A buffer in old checkpoints. It can be computed from config.json.
 _IGNORED = ".rotary_emb.inv_freq"
 
 
@@ -43,7 +43,7 @@ class SourceError(InvalidValue):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the bytes of a tensor lie: `start` counts from the beginning of the file. digests: of its file, by name."""
+    """Where the bytes of a tensor are: `start` is the offset in the file. digests: of the file's tensors, by name."""
 
     name: str
     file: Path
@@ -54,16 +54,16 @@ class StoredTensor:
 
     @property
     def sha256(self) -> str | None:
-        """Of its bytes; None where its file has none."""
+        """The digest of its bytes; None where the file has none."""
         return self.digests.get(self.name)
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """The size of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """All of it, as it is stored."""
+        """The whole tensor, in the dtype in which it is stored."""
         data = torch.empty(self.num_bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.start)
@@ -71,7 +71,7 @@ class StoredTensor:
         return data.view(self.dtype).view(self.shape)
 
     def items(self, stack: str) -> dict[str, "StoredTensor"]:
-        """What it holds of each expert, by the name of the item; `stack` is that of its own tensor in the family."""
+        """The items of this stack, one for each expert, by name. stack: the name that the family has for the stack."""
         shape, names = self.shape[1:], [item_name(stack, index) for index in range(self.shape[0])]
         num_bytes = math.prod(shape) * self.dtype.itemsize
         return {
@@ -82,11 +82,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """An intact directory of a supported family. block: rows and columns that share a scale, of tensors in fp8.
+    """A checked directory of a supported family.
 
-    tensors: by name, stacks of experts by their items.
-    num_left_out: tensors of the files that `tensors` does not have, since the family leaves them out.
-    kept: those of another part of the model, such as a vision tower, which an export has again as they are.
+    tensors: by name; instead of a stack of experts it has the items of the stack.
+    block: of tensors in fp8, the rows and columns that share a scale; None where there are none.
+    num_left_out: how many tensors of the files are not in `tensors`, since the family ignores them.
+    kept: tensors of another part of the model, such as a vision tower, which an export copies as they are.
     """
 
     folder: Path
@@ -100,11 +101,11 @@ class ModelDirectory:
 
     @property
     def num_tensors(self) -> int:
-        """Of its files, but for those that are left out."""
+        """How many tensors the files have, without those that are left out."""
         return len(set(map(stack_of, self.tensors)))
 
     def parts(self) -> list[Part]:
-        """All of its tensors, scales of fp8 left out."""
+        """The parts of all tensors but the scales of fp8."""
         return list(self.family.parts(self.config))
 
 
@@ -112,8 +113,8 @@ def open_source(folder: Path) -> ModelDirectory:
     """Open a directory with config.json and safetensors files, one or several with an index.
 
     Raises:
-        SourceError: names the file, and the tensor, that is missing, damaged, unexpected, or of a wrong shape or dtype.
-        ValueError: a model that is not supported, or the package safetensors is missing.
+        SourceError: a file or a tensor is missing, damaged or unexpected, or has a wrong shape or dtype; names both.
+        ValueError: the model is not supported, or the package safetensors is missing.
     """
     settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(settings)
@@ -135,7 +136,7 @@ def open_source(folder: Path) -> ModelDirectory:
 
 
 def _check_counts(config: ModelConfig, num_tensors: int, folder: Path) -> None:
-    """Refuse more layers or experts than the files have tensors: to list their names could take for ever."""
+    """Refuse more layers or experts than the files have tensors: to list the names of all parts could take forever."""
     num_moe_layers = max(1, config.num_layers - config.num_dense_layers)
     num_needed = config.num_layers + num_moe_layers * config.moe.num_experts
     if num_needed > num_tensors:
@@ -182,7 +183,7 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one file, which is as long as its header says. Raises SourceError."""
+    """The tensors of one file, after a check that the file is as long as its header says. Raises SourceError."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError:
@@ -216,7 +217,10 @@ def _stored(
 
 
 def _with_items(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4: bool) -> dict[str, StoredTensor]:
-    """With each stack of experts replaced by its items; in MXFP4, blocks have the name of the tensor they stand for."""
+    """The tensors by name, each stack of experts replaced by its items.
+
+    In MXFP4 a tensor of blocks gets the name of the weight that it encodes.
+    """
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         stack = name.removesuffix(BLOCKS_SUFFIX) if is_mxfp4 else name
@@ -227,8 +231,9 @@ def _with_items(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4
 
 
 def _quantisation(settings: Settings, family: Family) -> tuple[int, int] | Literal["mxfp4"] | None:
-    """Rows and columns that share a scale, where config.json says that weights are fp8; or that they are MXFP4."""
-    if family.prefix and settings.values.get("quantization_config") is None:  # it may be said of the language model
+    """How weights are stored by config.json: fp8 (the rows and columns that share a scale), MXFP4, or neither."""
+    # Where the language model is a part of the model, the setting may be among those of that part.
+    if family.prefix and settings.values.get("quantization_config") is None:
         settings = settings.inner("text_config")
     if settings.values.get("quantization_config") is None:
         return None
@@ -289,9 +294,9 @@ def _check_mxfp4(source: ModelDirectory, tensor: StoredTensor, part: Part) -> No
 
 
 def _allowed_dtypes(source: ModelDirectory) -> Iterable[torch.dtype]:
-    """That of config.json, and fp32, which some tensors are kept in.
+    """The dtype in config.json, and fp32, in which files may keep some tensors.
 
-    Any where config.json says fp32, which holds every value of the others, or nothing.
+    Any dtype where config.json says fp32, which represents the values of all others, or says nothing.
     """
     name = source.settings.values.get("dtype") or source.settings.values.get("torch_dtype")
     wanted = getattr(torch, str(name), None)

@@ -1,22 +1,22 @@
-"""Tensors of Hugging Face that hold all experts of a layer, as those of gpt-oss: each expert is an item, STACK[3]."""
+"""Names of experts in tensors that hold all experts of a layer, as those of gpt-oss: expert 3 is the item STACK[3]."""
 
 
 def item_name(stack: str, index: int) -> str:
-    """Of one item of a tensor of the files."""
+    """The name of one item of a stack."""
     return f"{stack}[{index}]"
 
 
 def stack_of(name: str) -> str:
-    """The tensor of the files that holds an item; other tensors have a name of their own."""
+    """The name of the stack that an item is in; the name itself for a tensor that is no item."""
     return name.partition("[")[0]
 
 
 def index_of(name: str) -> int:
-    """Which item of its stack."""
+    """The index of an item in its stack."""
     return int(name.partition("[")[2].removesuffix("]"))
 
 
 def with_suffix(name: str, suffix: str) -> str:
-    """The name of what stands beside a tensor, such as its scales, item by item."""
+    """The name with a suffix that goes before the index: STACK[3] becomes STACK_scales[3]."""
     stack, bracket, index = name.partition("[")
     return f"{stack}{suffix}{bracket}{index}"

@@ -1,4 +1,4 @@
-"""Streams the weights of a live model under the names of Hugging Face, one tensor at a time, from all ranks to all.
+"""Streams the weights of a live model to all ranks under the names of Hugging Face, one tensor at a time.
 
 For whoever needs the weights while training goes on, such as the inference engine of a RL trainer: no file is written,
 and no rank ever holds the whole model.
@@ -104,7 +104,8 @@ class _Source:
 
     def stream(self, parts: list[Part], dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
         for name, group in itertools.groupby(parts, lambda part: part.file_name):
-            yield name, self._whole(list(group), dtypes[name])  # in no variable: it would live on beside the next
+            # Not through a variable, which would keep this tensor alive while the next one is made.
+            yield name, self._whole(list(group), dtypes[name])
 
     def _whole(self, parts: list[Part], dtype: torch.dtype) -> Tensor:
         """A tensor of the files: one part, or a stack of them."""
@@ -117,18 +118,19 @@ class _Source:
 
     def _gather(self, part: Part, dtype: torch.dtype) -> Tensor:
         name = f"model.{part.target}"
-        # A bias travels as it is: whether it fits a narrow dtype is seen by its values.
+        # A bias travels in fp32: only its values tell whether a narrower dtype holds it.
         travels_as = torch.float32 if name.endswith(BIAS) else dtype
         tensor = torch.empty(part.our_shape, dtype=travels_as, device=self.device)
-        rows = tensor.view(-1, *self.wholes[name].shape[1:])  # theirs may have an axis more
+        rows = tensor.view(-1, *self.wholes[name].shape[1:])  # theirs may have one more axis, of size 1
         for piece in self.pieces[name]:
             self._send(piece, rows, part.first_row)
-        for head in tensor.split(part.head_dim) if part.head_dim else ():  # not at once, which would need as much again
+        # Head by head: reordering the whole tensor at once would take as much memory again.
+        for head in tensor.split(part.head_dim) if part.head_dim else ():
             head.copy_(part.to_theirs(head))
         return stored_as(part.to_theirs(tensor) if part.num_items else tensor, dtype, name)
 
     def _send(self, piece: _Piece, rows: Tensor, first_row: int) -> None:
-        """Fill those of `rows`, which begin at first_row of the whole tensor, that are in this piece."""
+        """Fill the part of `rows` that this piece holds. first_row: where `rows` begin in the whole tensor."""
         first = max(piece.first, first_row)
         stop = min(piece.first + piece.num_rows, first_row + len(rows))
         if first >= stop:

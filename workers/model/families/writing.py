@@ -29,10 +29,10 @@ def write_weights(
 
     Args:
         folder: exists and is empty.
-        dtypes: by the name of its tensor in the files, what a part is stored as.
-        reader: holds the tensors of the parts.
-        max_file_bytes: of the tensors of a file; one that is larger has a file of its own.
-        kept: one more file, which is copied as it is.
+        dtypes: what each tensor is stored as, by its name in the files.
+        reader: reads our tensors.
+        max_file_bytes: of the tensors of a file; a larger tensor has a file of its own.
+        kept: a further file of weights, which is copied as it is.
     """
     files = _plan(parts, dtypes, max_file_bytes)
     num_files = len(files) + (kept is not None)
@@ -57,7 +57,7 @@ def _file_name(number: int, num_files: int) -> str:
 
 
 def moved_biases(reader: TensorReader) -> list[str]:
-    """Routers whose selection bias is not zero."""
+    """Names of the selection biases that are not zero."""
     names = [name for name in reader.shapes if name.startswith("model.") and name.endswith(BIAS)]
     return [name for name in names if bool(reader.read([name])[name].any())]
 
@@ -91,9 +91,9 @@ def _tensors(
 
 
 def stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
-    """In `dtype`; a selection bias, by `target`, our name, only if that does not round it."""
+    """Cast to `dtype`; but a selection bias, known by `target`, our name, only if the cast does not round it."""
     narrow = rows.to(dtype)
-    # A bias that moved by 0.001 would fall back in bf16 (Megatron-LM #1482): then it is stored as what it is.
+    # In bf16 a bias would lose steps of 0.001, by which it moves (Megatron-LM #1482).
     return rows if target.endswith(BIAS) and not torch.equal(narrow.to(rows.dtype), rows) else narrow
 
 
