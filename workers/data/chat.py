@@ -1,7 +1,7 @@
 """Conversations as training text: read from JSON lines, rendered by a chat template, with the learned parts marked.
 
-A line is one of {"messages": [{"role": ..., "content": ...}, ...]}, of which the assistant's turns are learned,
-{"prompt": ..., "completion": ...}, of which the completion is, and {"text": ...}, of which all is.
+A line is one of three kinds. Of {"messages": [{"role": ..., "content": ...}, ...]} the assistant's turns are learned,
+of {"prompt": ..., "completion": ...} the completion, and of {"text": ...} all.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Far above what a conversation takes, of milliseconds and a few times its own size.
+# Limits for one conversation, which takes milliseconds and a few times its own size.
 MAX_CPU_S = 5.0
 MAX_BYTES = 2**30
 RENDERING = (
@@ -44,10 +44,10 @@ class Piece:
 
 
 class ChatTemplate:
-    """Writes messages out as the model knows them, with a template of Jinja as Hugging Face's tokenizers have it.
+    """Renders messages by a chat template, written in Jinja as for Hugging Face's tokenizers.
 
-    A template comes with a model, from wherever that is: it runs in Jinja's sandbox, in a process of its own, whose
-    memory is bounded, and its time of the processor for each conversation.
+    A template comes with a model and is not trusted. It runs in Jinja's sandbox, in its own process, whose memory and
+    whose processor time for each conversation are bounded.
 
     Raises:
         ValueError: the template is not valid.
@@ -66,7 +66,7 @@ class ChatTemplate:
         self.name = hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest()[:16]
         self._max_cpu_s = max_cpu_s
         self._process = subprocess.Popen(  # noqa: S603 - our own module
-            # It finds its modules where this process does, whatever brought them there.
+            # With the import path of this process, however it came about, so that the same modules are found.
             [sys.executable, "-P", "-c", RENDERING, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -79,14 +79,14 @@ class ChatTemplate:
             raise InvalidValue(f"{problem}; give another by --data.chat_template FILE")
 
     def pieces(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-        """The text of a conversation, cut where what is learned begins and ends.
+        """The text of a conversation, cut where the learned parts begin and end.
 
-        What the assistant writes is what a turn of it adds to the text that asks for it (add_generation_prompt): with
-        the token that ends the turn, without its header.
+        A learned part is what an assistant's turn adds to the text up to its request (add_generation_prompt): it has
+        the token that ends the turn, but not the header.
 
         Raises:
-            ValueError: the template refuses the messages, takes too much time or memory, or writes earlier turns
-                otherwise once later ones follow.
+            ValueError: the template refuses the messages, takes too much time or memory, or changes the text of earlier
+                turns when later ones follow.
         """
         answer = self._ask(messages)
         if problem := answer.get("error"):
@@ -109,7 +109,7 @@ class ChatTemplate:
             self._questions.write(json.dumps(question).encode() + b"\n")
             self._questions.flush()
         except BrokenPipeError:
-            pass  # it has ended, and the end says why
+            pass  # the process has ended; `_why_it_ended` says why
         answer = self._answers.readline()
         return json.loads(answer) if answer else {"error": self._why_it_ended()}
 
@@ -128,7 +128,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
-    """The template of data.chat_template; else the one beside the tokenizer's file; else a plain one.
+    """The template of data.chat_template, or the one beside the tokenizer's file, or PLAIN_TEMPLATE.
 
     Raises:
         ValueError: a file cannot be read, or its template is not valid.
@@ -151,10 +151,10 @@ def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
 
 
 def read_conversations(document: Document, template: ChatTemplate) -> Iterator[list[Piece]]:
-    """The conversations of a file, or of a part of it, line by line; empty lines are passed over.
+    """The conversations of a file, or of a part of it, line by line; empty lines are skipped.
 
     Raises:
-        ValueError: a line is none of the three kinds; names the file and the line.
+        ValueError: a line is none of the three kinds; the message names file and line.
     """
     for index, line in enumerate(_lines(document)):
         if line.strip():

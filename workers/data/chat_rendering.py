@@ -1,7 +1,7 @@
 """The process in which a chat template runs. A template is untrusted code: its time and memory are bounded.
 
-`workers.data.chat.ChatTemplate` starts it, and writes and reads lines of JSON. It imports no torch, to start fast and
-small.
+`workers.data.chat.ChatTemplate` starts the process, and exchanges lines of JSON with it. This module imports no torch,
+so that the process starts fast and small.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ MAX_ERROR_LETTERS = 1000
 
 
 def serve() -> None:
-    """Compile the template that the first line of stdin brings, and answer each further line, which is a conversation.
+    """Compile the template in the first line of stdin, and answer each further line.
 
-    An answer is {"pieces": [[text, is_learned], ...]}, to {"asks": conversation} it is {"text": ...}, or {"error": why
-    not}; the first one is {} or {"error": ...}.
-    The kernel ends the process by SIGPROF where one line takes too much time of the processor, also inside C code.
+    The answer to the first line is {}; to a conversation it is {"pieces": [[text, is_learned], ...]}, and to
+    {"asks": conversation} it is {"text": ...}. Instead of any of them there may be {"error": reason}. The kernel ends
+    the process by SIGPROF when one line takes too much processor time, also inside C code.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent ends this one
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     first = json.loads(sys.stdin.readline())
     max_bytes, max_cpu_s = first["max_bytes"], first["max_cpu_s"]
-    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
+    with contextlib.suppress(ValueError, OSError):  # macOS does not have this limit
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     environment = _environment()
     compiled: list[jinja2.Template] = []
@@ -97,7 +97,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """Lets templates mark what the assistant writes, as those of Hugging Face may; it is found without that here."""
+    """Accepts and ignores Hugging Face's tag {% generation %}, by which templates mark what the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 

@@ -15,8 +15,8 @@ from workers.data.tokenizer import IdArray, Tokenizer
 class Encoded:
     """A part of a stream of tokens.
 
-    flags: of each token, TARGET and FIRST. num_text_bytes: UTF-8 bytes of the text that they stand for. num_read:
-    bytes of the file that were read for it.
+    flags: TARGET and FIRST of each token (workers.data.shards). num_text_bytes: UTF-8 bytes of the tokens' text.
+    num_read: bytes of the file that were read for them.
     """
 
     ids: IdArray
@@ -27,7 +27,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Encodes files: as a document of text each, or with a template as conversations, each a document."""
+    """Encodes files. Without a template a file is one document; with one, each conversation in it is a document."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
@@ -57,13 +57,14 @@ class DocumentEncoder:
         yield Encoded(np.array([self.tokenizer.eod_id], np.uint32), _flags(1, first), 0, 0)
 
     def _encode_conversation(self, pieces: Sequence[Piece]) -> Encoded:
-        """Encoded as one text, as the model reads it later: a token is learned where its first character is."""
+        """Encode a conversation as one text, as the model reads it. A token is learned if its first character is."""
         text = "".join(piece.text for piece in pieces)
         ids, places = self.tokenizer.encode_with_places(text)
         ends = np.cumsum([len(piece.text) for piece in pieces])
         is_learned = np.array([piece.is_learned for piece in pieces])[np.searchsorted(ends, places, side="right")]
         if self.tokenizer.eod_id not in ids[is_learned]:
-            # An answer must end with what generation stops at. Most templates end a turn with it; here it is added.
+            # The model must learn the token that ends generation. Most templates write it after each answer; where no
+            # answer has it, it is added at the end.
             ids, is_learned = np.append(ids, self.tokenizer.eod_id), np.append(is_learned, True)
         flags = is_learned.astype(np.uint8) * np.uint8(TARGET)
         flags[0] |= FIRST

@@ -1,6 +1,6 @@
-"""How many sequences of each source a batch holds: shares that are exact, as a function of the step alone.
+"""How many sequences of each source a batch holds, as a function of the step alone, with exact shares over a run.
 
-Everything is in whole thousandths, so that no rounding can differ between machines or drift over a long run.
+All shares are whole thousandths, so that no rounding can differ between machines or add up over a long run.
 """
 
 import math
@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from dispatch.errors import InvalidValue
 
-# PARTS is also the period after which the counts of the steps repeat. The offset of a step is a multiple of STRIDE
-# modulo PARTS, each once a period as the two have no common factor. Of all strides 633 keeps sums closest to the exact
-# shares on the way: off by 2 sequences at most for one share of 0.01 to 0.99 (619, near the golden section, by 12).
+# PARTS is also the period after which the counts of the steps repeat. The offset of step s is s * STRIDE modulo PARTS:
+# it takes each value once in a period, as the two numbers have no common factor. Of all strides 633 keeps the sums
+# within a period closest to the exact shares: off by 2 sequences at most for one share of 0.01 to 0.99 (619, near the
+# golden section, is off by 12).
 PARTS = 1000
 STRIDE = 633
 
@@ -23,9 +24,10 @@ IndexArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MixSchedule:
-    """Weights of the sources over a run; no weights at all: the windows of all sources in one order.
+    """Weights of the sources over a run. Without weights, batches draw from the windows of all sources together.
 
-    before, after: one weight a source, in any unit. shift_at: first step, from 1, that is drawn by `after`; 0 never.
+    before, after: one weight for each source, in any unit. shift_at: the first step, counted from 1, that is drawn by
+    `after`; 0 for never.
     """
 
     before: tuple[float, ...] = ()
@@ -73,29 +75,37 @@ class MixCounts:
         self._shift = schedule.shift_at - 1 if schedule.shift_at else None
 
     def of_step(self, step: int) -> IndexArray:
-        """How many the step holds: (num_sources,), in all the batch size. Exact where the shares are whole numbers."""
+        """Sequences of each source in a step: (num_sources,), whose sum is the batch size.
+
+        In each step exactly the shares where these are whole numbers of sequences.
+        """
         is_before = self._shift is None or step < self._shift
         return self._before.of_step(step) if is_before else self._after.of_step(step)
 
     def until(self, step: int) -> IndexArray:
-        """How many all steps before `step` held: (num_sources,)."""
+        """Sequences of each source in all steps before `step`: (num_sources,)."""
         if self._shift is None or step <= self._shift:
             return self._before.until(step)
         return self._before.until(self._shift) + self._after.until(step) - self._after.until(self._shift)
 
 
 class _Shares:
-    """Systematic sampling: point j of a batch of B lies at (j + offset) / B, in the share of its source."""
+    """Systematic sampling: of the interval [0, 1), divided by the shares, sequence j of B takes the source at a point.
+
+    The point is (j + offset / PARTS) / B, with an offset that differs from step to step.
+    """
 
     def __init__(self, weights: tuple[float, ...], global_batch_size: int) -> None:
-        # (num_sources + 1,) where each source begins, in PARTS x B: a point lies at PARTS * j + offset.
+        # (num_sources + 1,): where each source's interval begins, in units of 1 / (PARTS * B), in which the points are
+        # the whole numbers PARTS * j + offset.
         self._edges = np.concatenate([[0], np.cumsum(_in_parts(weights))]) * global_batch_size
 
     def of_step(self, step: int) -> IndexArray:
         return self._count([step])
 
     def until(self, step: int) -> IndexArray:
-        # Over a whole period the offsets are 0 to PARTS - 1, and the sum of ceil((x - offset) / PARTS) over them is x.
+        # Over a whole period the offsets are 0 to PARTS - 1. The sum of ceil((x - offset) / PARTS), the points below an
+        # edge x, over these offsets is x itself.
         num_periods, rest = divmod(step, PARTS)
         counts: IndexArray = num_periods * np.diff(self._edges)
         return counts + self._count(range(rest))

@@ -33,7 +33,7 @@ from workers.data.shards import (
 from workers.data.text import DataConfig, Document, TextMissing, TextSource, find_sources, split_documents
 from workers.data.tokenizer import Tokenizer, load_tokenizer
 
-SPARE_BYTES = 1 << 20  # for meta.json, and so as not to fill the last block
+SPARE_BYTES = 1 << 20  # free space beside the tokens, for meta.json among others
 
 # Called with the bytes read so far and the bytes to read.
 Progress = Callable[[int, int], None]
@@ -46,14 +46,14 @@ class DataChanged(InvalidValue):
 def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dataset:
     """Open the tokens of the configured text; make them first where they are not there yet.
 
-    What is held out does not depend on the run's seed, so that runs can be compared. A second process that wants the
-    same tokens waits for the first and opens what it made.
+    The held-out documents do not depend on the run's seed, so that runs can be compared. A second process that wants
+    the same tokens waits for the first one, and opens what that has made.
 
     Args:
-        progress: told of long work, at least once per file.
+        progress: called during long work, at least once for each file.
     Raises:
-        DataChanged: a file was added, removed or changed since.
-        DataDamaged: what is there is not what was written.
+        DataChanged: a file was added, removed or changed since the tokens were made.
+        DataDamaged: the prepared files are not those that were written.
         ValueError: text or tokenizer are missing or unusable, or the disk is full or not writable.
     """
     cache_dir = Path(config.cache_dir).expanduser().resolve()
@@ -76,9 +76,9 @@ def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dat
 
 
 def reopen_dataset(config: DataConfig, digest: str, progress: Progress | None = None) -> Dataset:
-    """Open the tokens that a run has read before, known by their digest: its text may lie elsewhere now, or be gone.
+    """Open the tokens that a run has read before, known by their digest. Its text may have moved since, or be gone.
 
-    Prepared tokens of that digest are enough where the text is gone, or is the same at another place.
+    Prepared tokens of that digest are enough, unless the configured text exists and gives other tokens.
 
     Raises:
         DataChanged: the text gives other tokens.
@@ -108,12 +108,12 @@ def reopen_dataset(config: DataConfig, digest: str, progress: Progress | None = 
 
 
 def _find_prepared(cache_dir: Path, digest: str) -> Dataset | None:
-    """The intact tokens in `cache_dir` that have a digest, whatever text they were made from."""
+    """Intact prepared tokens in `cache_dir` with this digest, from whatever text; None if there are none."""
     for path in sorted(cache_dir.glob(f"data-*/{META_FILE}")):
         try:
             if DatasetMeta.read(path.parent).digest == digest:
                 return Dataset.open(path.parent)
-        except (DataDamaged, OSError):  # this one is not wanted, or is made again from the text
+        except (DataDamaged, OSError):  # `prepare_dataset` tells of it, if the run's text leads to this folder
             continue
     return None
 
@@ -139,7 +139,8 @@ def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:
 def _cache_key(
     config: DataConfig, sources: tuple[TextSource, ...], tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> str:
-    # Not the files: text that changed under the same path must be noticed, not silently prepared anew.
+    # The files' contents are no part of the key: text that changed under the same path must be reported, and not
+    # silently be prepared anew.
     roots = [(source.name, str(source.root), source.version) for source in sources]
     parts: list[Any] = [FORMAT, tokenizer.name, config.val_fraction, config.suffixes, roots]
     if template is not None:
@@ -179,7 +180,7 @@ def _build(
 ) -> None:
     num_bytes = sum(file.num_bytes for source in sources for file in source.files)
     num_files = sum(len(source.files) for source in sources)
-    # A token stands for a byte at least; a source's only file becomes two documents.
+    # At most a token for each byte, and one to end each document; a source's only file becomes two documents.
     most_tokens = num_bytes + num_files + len(sources)
     token_bytes = token_dtype(encoder.tokenizer.vocab_size).itemsize + config.has_documents
     needed_bytes = most_tokens * token_bytes + SPARE_BYTES
@@ -192,7 +193,7 @@ def _build(
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-    except BaseException:  # Ctrl-C as well: half-made files would only take up space
+    except BaseException:  # also Ctrl-C: unfinished files would only take up space
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -217,7 +218,7 @@ def _write(
 
 
 class _Writer:
-    """Appends documents to the streams of their splits, by file name; flags where there is a stream for them."""
+    """Appends documents to the streams of their splits. streams: by file name; flags are written if they have one."""
 
     def __init__(
         self, streams: Mapping[str, BinaryIO], encoder: DocumentEncoder, report: Callable[[int], None]

@@ -14,7 +14,7 @@ from workers.data.mix import IndexArray, MixCounts, MixSchedule
 from workers.data.shards import Dataset, FlagArray, TokenArray
 from workers.data.windows import DocumentWindows, TextWindows, Windows
 
-_ALL_SOURCES = -1  # in the place of a source: the windows of the whole training stream
+_ALL_SOURCES = -1  # in place of the index of a source: the whole training stream
 
 
 class Batch(NamedTuple):
@@ -52,11 +52,11 @@ class ValBatch:
 
 
 class Sampler:
-    """Draws batches as a function of the seed and the step: it has no state, so a resumed run needs none.
+    """Draws batches as a function of the seed and the step. It has no state that a resumed run would have to restore.
 
-    The training stream is cut into windows (`workers.data.windows`), by whole documents where it says where they begin.
+    The training stream is cut into windows (`workers.data.windows`), by whole documents if the stream has their flags.
     An epoch visits every window once, in an order that depends on the seed and the epoch alone. With a mix every source
-    has windows and epochs of its own, and each sequence comes from one source: a step holds as many of each as
+    has its own windows and epochs, and each sequence comes from one source: a step holds as many of each source as
     `workers.data.mix` says, in an order that depends on the seed and the step.
     """
 
@@ -108,7 +108,7 @@ class Sampler:
         return Batch.of([windows.read(window) for windows, window in drawn], has_documents=self._has_documents)
 
     def num_targets(self, step: int) -> int:
-        """Targets that count in the global batch of a step: every rank knows them without asking another."""
+        """How many targets the global batch of a step has. Every rank computes the number without a collective."""
         if not self._has_documents:
             return self._global_batch_size * self._seq_len
         drawn = self._draw(step, range(self._global_batch_size))
@@ -123,7 +123,7 @@ class Sampler:
         each with one sequence at least.
 
         Args:
-            max_sequences: read about so many over all ranks, evenly spaced; none: all there are.
+            max_sequences: about how many are read over all ranks, evenly spaced; None for all.
         """
         chosen = self._choose_val(max_sequences)
         share = -(-len(chosen) // world_size)
@@ -138,7 +138,7 @@ class Sampler:
             yield ValBatch(sequences, torch.tensor([source for source, _ in part]), is_real_B)
 
     def _open_mix(self, dataset: Dataset, mix: MixSchedule) -> tuple[MixCounts | None, list[Windows]]:
-        """What decides how many sequences of each source a batch holds, and each source's part of the training text."""
+        """The counts of a mix, and the training windows of each source; None and nothing without a mix."""
         mix.check_sources(dataset.source_names)
         if not mix.before:
             return None, []
@@ -150,7 +150,7 @@ class Sampler:
         return MixCounts(mix, self._global_batch_size), by_source
 
     def _draw(self, step: int, places: range) -> list[tuple[Windows, int]]:
-        """Draw the windows at these places of the step's global batch, each with its stream."""
+        """The windows at these indices of the step's global batch: each as its stream and its number there."""
         if self._mix is not None:
             return self._draw_mixed(self._mix, step, places)
         numbers = [step * self._global_batch_size + place for place in places]
@@ -158,9 +158,10 @@ class Sampler:
 
     def _draw_mixed(self, mix: MixCounts, step: int, places: range) -> list[tuple[Windows, int]]:
         counts, before = mix.of_step(step), mix.until(step)
-        sources = np.repeat(np.arange(len(counts)), counts)  # (B,), then which of its source's sequences each one is
+        # (B,) each: the source of a sequence, and its number among all sequences that the run draws of this source.
+        sources = np.repeat(np.arange(len(counts)), counts)
         numbers = np.concatenate([start + np.arange(count) for start, count in zip(before, counts, strict=True)])
-        # Shuffled, or a rank and a micro-batch would hold one source alone.
+        # Shuffled, since otherwise a rank or a micro-batch would hold one source only.
         order = _permutation(self._global_batch_size, self._seed, step, stream=1)
         drawn = []
         for place in order[places.start : places.stop]:
@@ -174,7 +175,7 @@ class Sampler:
         epoch, position = divmod(number, num_windows)
         drawn_epoch, order = self._orders.get(source, (None, np.empty(0, dtype=np.int64)))
         if drawn_epoch != epoch:
-            # Stream 0 orders the whole text and stream 1 the batches; a source's own begin at 2.
+            # Random stream 0 orders the whole text, 1 the sequences of mixed batches, and 2 + source each source.
             order = _permutation(num_windows, self._seed, epoch, stream=0 if source == _ALL_SOURCES else 2 + source)
             self._orders[source] = (epoch, order)
         return int(order[position])
@@ -193,9 +194,9 @@ class Sampler:
 
 
 def _permutation(size: int, seed: int, epoch: int, *, stream: int) -> IndexArray:
-    """An order of `size` things; `stream` keeps apart what would otherwise have the same seed and epoch."""
-    # By sorting raw Philox numbers, a stream that numpy promises to keep: what Generator.permutation gives may change
-    # with numpy's version, and with it the data of a resumed run.
+    """A random order of `size` things. stream: keeps orders apart that have the same seed and epoch."""
+    # Raw Philox numbers are sorted, since numpy promises to keep their stream. Generator.permutation may change with
+    # numpy's version, and would change the data of a resumed run.
     key = np.array([seed, epoch + (stream << 48)], dtype=np.uint64)
     keys = np.random.Philox(key=key).random_raw(size)
     return np.argsort(keys, kind="stable")

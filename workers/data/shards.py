@@ -1,4 +1,4 @@
-"""Prepared text as a rank reads it: memory-mapped token streams, and the description that says what they hold."""
+"""Prepared text as a rank reads it: memory-mapped token streams, and meta.json, which describes them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dispatch.errors import InvalidValue
 from workers.data.text import Split
 
-FORMAT = 2  # to be raised when the same text would give other files
+FORMAT = 2  # raise it when the code makes other files of the same text
 META_FILE = "meta.json"
 SPLITS: tuple[Split, ...] = ("train", "val")
 REBUILD = "prepare the text again with --data.rebuild true"
@@ -49,14 +49,14 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class SourceMeta:
-    """What was prepared from one source."""
+    """What was prepared from one source. num_copies: files with the text of an earlier file, whose split they share."""
 
     name: str
     root: str
     train: SplitSize
     val: SplitSize
     files: tuple[FileStamp, ...]
-    num_copies: int = 0  # files whose text an earlier one has: they are in the same split as that one
+    num_copies: int = 0
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
@@ -78,7 +78,7 @@ class DatasetMeta:
 
     @property
     def digest(self) -> str:
-        """Equal for equal token streams, wherever their text lay."""
+        """Equal for equal token streams, from whatever folder their text came."""
         content = [self.vocab_size, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -88,7 +88,7 @@ class DatasetMeta:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read and check meta.json; raises `DataDamaged`, also where nothing is."""
+        """Read and check meta.json. Raises `DataDamaged`, also where there is none."""
         path = folder / META_FILE
         try:
             fields = json.loads(path.read_text())
@@ -120,7 +120,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open what `prepare_dataset` made, without a look at the text it came from: for workers.
+        """Open what `prepare_dataset` made, without looking at the text that it came from: for workers.
 
         Raises:
             DataDamaged: nothing is there, or a file is not what was written.
@@ -172,9 +172,9 @@ class Dataset:
     def bits_per_byte(
         self, nats_per_source: Sequence[float], tokens_per_source: Sequence[int]
     ) -> tuple[float, dict[str, float]]:
-        """Turn summed losses on held-out tokens into bits per byte of text, which no tokenizer can flatter.
+        """Turn summed losses on held-out tokens into bits per byte of text, which models of any tokenizer share.
 
-        The bytes of a source are its predicted tokens over its `tokens_per_byte`: exact when all was predicted.
+        The bytes of a source are its predicted tokens over its `tokens_per_byte`: exact if all tokens were predicted.
 
         Args:
             nats_per_source: summed loss, by source, in the order of `source_names`.
@@ -219,7 +219,7 @@ def stamp_file(path: Path) -> FileStamp:
 
 
 def is_unchanged(path: Path, stamp: FileStamp) -> bool:
-    """Whether a file is the one that was stamped. Reads it only if its time is another one: a copy, a touch."""
+    """Whether a file is the one that was stamped. It is read only if its time has changed, as by a copy or a touch."""
     status = path.stat()
     if status.st_size != stamp.num_bytes:
         return False

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from dispatch.errors import InvalidValue
 from workers.data.mix import MixSchedule
 
-# Beside tests and installed packages: two folders of generated tables, which are not text that anyone wrote.
+# Tests, installed packages, and folders of generated tables, which are not text that anyone wrote.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "site-packages", "idlelib", "encodings", "pydoc_data"})
 PIECE_BYTES = 1 << 24  # a file of any size is read with this much memory
 LINE_SEARCH_BYTES = 1 << 16  # how far from its target a cut may move to fall on the end of a line
@@ -85,7 +85,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source as a look at the folder shows it, without opening it."""
+    """One file of a source, as the folder lists it: the file is not opened."""
 
     path: Path
     name: str  # relative to the source's root, with "/"
@@ -138,15 +138,15 @@ def find_sources(config: DataConfig) -> tuple[TextSource, ...]:
 def split_documents(sources: Sequence[TextSource], val_fraction: float) -> list[list[Document]]:
     """Divide the documents of each source into training and validation, in the order of its files.
 
-    Files are offered to validation in the order of a hash of their names, and taken while they fit in `val_fraction`
-    of the bytes: the same on every machine and for every seed, and close to the wanted share although documents differ
-    in size. A text that several files hold, copies or links, is one offer, and where it goes all of them go, in later
-    sources too: nothing is held out that is also trained on. Only files of equal size are read for that. A source of
-    one file is cut at the end of a line. Each split gets at least one document.
+    Files are taken for validation in the order of a hash of their names, each if it still fits in `val_fraction` of the
+    bytes: the same files on every machine and for every seed, and close to the wanted share although documents differ
+    in size. Files with the same text, copies or links, go to the same split together, also those of later sources:
+    nothing is held out that is also trained on. Only files of equal size are read to find them. A source of one file is
+    cut at the end of a line. Each split gets at least one document.
 
     Raises:
-        ValueError: the only file of a source is too short to be cut or its text is also among the files of another one,
-            or the files of a source are too much alike to be divided.
+        ValueError: the only file of a source is too short to be cut, or another source has the same text; or the files
+            of a source are copies of each other or of those of other sources, so that a split would be empty.
     """
     twins = _find_twins(sources)
     splits: dict[str | Path, Split | None] = {}
@@ -168,7 +168,7 @@ def read_pieces(document: Document, piece_bytes: int = PIECE_BYTES) -> Iterator[
                 raise InvalidValue(f"{path} became shorter while it was read; start again when nothing writes to it")
             position += len(block)
             piece = rest + block
-            # The last byte is only looked at: whether it begins a character tells where the one before it ends.
+            # The last byte of a block is kept for the next piece: it tells whether a character ends before it.
             size = len(piece) if position == document.stop else _end_of_text(piece, len(piece) - 1)
             _check_text(path, piece[:size], position - len(piece))
             yield piece[:size]
@@ -197,7 +197,7 @@ def _make_source(
         raise TextMissing(f"{root} does not exist; give a text file or a folder of text files with --data.path")
     paths = _walk(root, suffixes, left_out) if root.is_dir() else [root]
     files = [_look_at(path, root) for path in paths]
-    # Empty files carry nothing: package markers and the like. A source must have text, though.
+    # Empty files are left out, such as markers of packages; but a source must have text.
     files = sorted((file for file in files if file.num_bytes), key=lambda file: file.name)
     if not files:
         wanted = f" in files that end in {' or '.join(suffixes)}" if suffixes and root.is_dir() else ""
@@ -215,7 +215,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> It
 
 
 def _raise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it cannot read
+    raise error  # os.walk by itself skips a folder that it cannot read
 
 
 def _look_at(path: Path, root: Path) -> SourceFile:
@@ -225,7 +225,7 @@ def _look_at(path: Path, root: Path) -> SourceFile:
 
 
 def _refuse_shared_files(sources: list[TextSource]) -> None:
-    """A file in two sources could be trained on in one and validated on in the other."""
+    """Refuse a file in two sources: it could be trained on in one and held out in the other."""
     owners: dict[Path, str] = {}
     for source in sources:
         for file in source.files:
@@ -236,7 +236,7 @@ def _refuse_shared_files(sources: list[TextSource]) -> None:
 
 
 def _find_twins(sources: Sequence[TextSource]) -> dict[Path, str]:
-    """Find files whose text another file has too: their digests by path."""
+    """The files whose text another file has too: sha256 by path."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     for file in itertools.chain.from_iterable(source.files for source in sources):
         by_size[file.num_bytes].append(file.path)
@@ -253,8 +253,8 @@ def _split_source(
 ) -> list[Document]:
     """Divide the documents of one source.
 
-    splits: where each text went, by its digest if it has twins, else by its path; None: it was cut. Grows by those of
-    this source.
+    splits: the split of each text, by its digest if several files have it, else by its path; None: the text was cut.
+    The texts of this source are added to it.
     """
     known = set(splits)
     if len(source.files) == 1:
@@ -286,9 +286,12 @@ def _split_source(
 def _choose_held_out(
     texts: Mapping[SourceFile, str | Path], val_fraction: float, splits: dict[str | Path, Split | None]
 ) -> None:
-    """Add the texts of one source that `splits` does not know yet; some are held out even where none fits."""
+    """Choose the split of the texts of one source that `splits` does not have yet, and add them to it.
+
+    The smallest text is held out where none fits in the wanted share.
+    """
     sizes: Counter[str | Path] = Counter()
-    # In the order in which they are offered: that of the first of their names.
+    # In the order of the hashes of their names; a text with several names comes at its first one.
     for file in sorted(texts, key=lambda file: _name_hash(file.name)):
         sizes[texts[file]] += file.num_bytes
     room = val_fraction * sizes.total() - sum(size for text, size in sizes.items() if splits.get(text) == "val")
@@ -313,7 +316,8 @@ def _cut_and_whole(path: Path) -> InvalidValue:
 
 def _find_cut(file: SourceFile, val_fraction: float) -> int:
     target = round(file.num_bytes * (1 - val_fraction))
-    # Not farther back than that the held-out part grows by half, were the last line to be a very long one.
+    # The cut may move back to the end of a line, but not so far that the held-out part grows by more than half: the
+    # last line may be a very long one.
     start = max(0, target - min(LINE_SEARCH_BYTES, (file.num_bytes - target) // 2))
     with file.path.open("rb") as stream:
         stream.seek(start)
@@ -331,7 +335,7 @@ def _end_of_text(piece: bytes, limit: int) -> int:
     line_end = piece.rfind(b"\n", 0, limit) + 1
     if line_end:
         return line_end
-    # A byte 10xxxxxx continues a character, which takes four bytes at most: more of them are not text.
+    # In UTF-8 a byte 10xxxxxx continues a character, of four bytes at most: more such bytes are not text.
     least = max(0, limit - 3)
     while least < limit < len(piece) and piece[limit] & 0xC0 == 0x80:
         limit -= 1

@@ -21,11 +21,11 @@ IdArray = npt.NDArray[np.integer[Any]]
 
 
 class Tokenizer(Protocol):
-    """What data preparation and generation need. The token `eod_id` ends a document and stands for no text."""
+    """What data preparation and generation need of a tokenizer. The token `eod_id` ends a document and has no text."""
 
     @property
     def name(self) -> str:
-        """Says which tokenizer it is: two of the same name give the same ids."""
+        """Identifies the tokenizer: two tokenizers of the same name give the same ids."""
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         """Ids of `text` (bytes are UTF-8), without an end-of-document token."""
 
     def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
-        """The same ids, and for each the character of `text` at which it begins."""
+        """The ids as of `encode`, and for each the index in `text` of the character at which it begins."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end-of-document tokens are left out, incomplete characters become U+FFFD."""
@@ -65,13 +65,13 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers` file. eod_id: its token for the end of a document; None adds one more id at the end."""
+    """A file of Hugging Face's `tokenizers`. eod_id: its token for the end of a document; None adds an id for it."""
 
     eod_is_added: bool
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str, eod_id: int | None = None) -> None:
         self.name = name
-        # Ids may have gaps, so that the number of entries would not be an unused id.
+        # The largest id and not the number of entries, since ids may have gaps.
         unused = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod_is_added = eod_id is None
         self.eod_id = unused if eod_id is None else eod_id
@@ -95,8 +95,8 @@ class HuggingFaceTokenizer:
 def load_tokenizer(path: str | None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
-    Where a tokenizer_config.json of Hugging Face lies beside the file, its eos_token ends a document, else the
-    eos_token_id of the model's configuration: a trained model knows that one, and no id above it.
+    The end of a document is the eos_token of a tokenizer_config.json beside the file, or else the eos_token_id of the
+    model's configuration there. A model that was trained already knows this token, and has no embedding for a new id.
 
     Raises:
         ValueError: the file is missing or is no tokenizer file, or the package `tokenizers` is not installed.
@@ -109,7 +109,7 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     except OSError as error:
         raise InvalidValue(f"data.tokenizer {file} cannot be read ({error.strerror}); {GIVE_A_FILE}") from error
     try:
-        import tokenizers  # here, since byte-level runs do without it
+        import tokenizers  # imported here, since byte-level runs do not need the package
     except ModuleNotFoundError:
         raise InvalidValue("data.tokenizer needs a package: pip install 'trimtab[tokenizers]'") from None
     try:

@@ -1,6 +1,6 @@
-"""How a token stream is cut into training sequences: every seq_len tokens, or by whole documents.
+"""Cuts a stream of tokens into training sequences: every seq_len tokens, or by whole documents.
 
-A window is one sequence of S tokens and its S targets, of which -100 is none.
+A window is one sequence of S tokens and its S targets, where -100 stands for a token without target.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from workers.data.mix import IndexArray
 from workers.data.shards import FIRST, TARGET, FlagArray, TokenArray
 
-NO_TARGET = -100  # what torch's cross entropy passes over
+NO_TARGET = -100  # the default ignore_index of torch's cross entropy
 
 
 class Windows(Protocol):
@@ -22,7 +22,7 @@ class Windows(Protocol):
         """Number of windows."""
 
     def read(self, window: int) -> IndexArray:
-        """(3, S): input ids, targets, and for each input where in the window its document begins."""
+        """int64 (3, S): input ids, targets, and for each input the index in the window at which its document begins."""
 
     def num_targets(self, window: int) -> int:
         """Number of targets of a window that are learned."""
@@ -30,9 +30,9 @@ class Windows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TextWindows:
-    """Windows whose targets do not overlap: each window's last target is the first input of the next.
+    """Windows of seq_len tokens, each of which counts as one document: every target is learned.
 
-    They do not look at documents: a window is one, and every target counts.
+    Targets do not overlap: the last target of a window is the first input of the next one.
     """
 
     tokens: TokenArray
@@ -51,11 +51,11 @@ class TextWindows:
 
 
 class DocumentWindows:
-    """Windows of whole documents, as many as follow each other in the stream and fit.
+    """Windows of whole documents: of as many consecutive ones as fit.
 
-    A document is never split, unless it is longer than a window: then it is cut into pieces of seq_len tokens. What
-    remains of a window is filled with the tokens that follow, without their targets, which count in the next window:
-    every sequence is full, and no padding is routed. The first token of a document is never a target.
+    A document is never split, unless it is longer than a window: then it is cut into pieces of seq_len tokens. The rest
+    of a window is filled with the tokens that follow in the stream, without targets, as these are learned in the next
+    window: so every sequence is full, and no padding is routed. The first token of a document is never a target.
     """
 
     def __init__(self, tokens: TokenArray, flags: FlagArray, seq_len: int) -> None:
@@ -67,7 +67,7 @@ class DocumentWindows:
 
     def read(self, window: int) -> IndexArray:
         places = self._bounds[window] + np.arange(self._seq_len + 1)
-        tokens = self._tokens.take(places, mode="wrap").astype(np.int64)  # the last window goes on at the beginning
+        tokens = self._tokens.take(places, mode="wrap").astype(np.int64)  # after the end the stream begins again
         is_first = self._flags.take(places[:-1], mode="wrap") & FIRST > 0
         starts = np.maximum.accumulate(np.where(is_first, np.arange(self._seq_len), 0))
         return np.stack([tokens[:-1], np.where(self._counts(window), tokens[1:], NO_TARGET), starts])
@@ -79,8 +79,8 @@ class DocumentWindows:
         """Which of the S targets are learned."""
         start, stop = self._bounds[window], self._bounds[window + 1]
         flags = self._flags.take(np.arange(start + 1, start + self._seq_len + 1), mode="wrap")
-        # The last target of a piece is the first token of the next piece. After a whole document, and after the end of
-        # the stream, it is the first of another document.
+        # The target of a window's last token is the first token after the window. Inside a long document that token is
+        # learned; after a whole document, or at the end of the stream, it is the first of another document.
         own = np.arange(self._seq_len) < stop - start
         counts: npt.NDArray[np.bool_] = own & (flags & TARGET > 0) & (flags & FIRST == 0)
         return counts
