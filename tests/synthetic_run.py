@@ -45,7 +45,7 @@ def make_run(path: Path, made: SyntheticRun = SyntheticRun()) -> Path:
     bias = np.zeros((made.num_layers, made.num_experts), np.float32)
     seen = np.zeros((made.num_layers, made.num_experts), np.int64)
     clock, version = 1.7e9, 0
-    with RunLog.create(path, made.layout) as log:
+    with RunLog(path, made.layout) as log:
         log.event("started", time=clock, workers=2, ep_size=2)
         log.event(
             "rank_map", time=clock + 2, ranks=["rank 0: 127.0.0.1 cpu experts 0-3", "rank 1: 127.0.0.1 cpu experts 4-7"]

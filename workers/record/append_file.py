@@ -1,4 +1,4 @@
-"""Appending to a file that must not stop a training run, and cutting it back when the run resumes."""
+"""Appends to files without ever stopping a training run, and cuts them back when the run resumes."""
 
 import os
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from workers.record.atomic_file import write_atomically
 
 
 class AppendFile:
-    """A file that is only appended to. What the disk does not take now is kept in memory and written later.
+    """A file that is only appended to. Bytes that the disk does not take are kept in memory and written later.
 
-    Unbuffered: a reader sees every write at once, and a killed process loses nothing that the disk took. Has the
-    `write`, `flush` and `close` of a binary file.
+    Unbuffered: a reader sees every write at once, and when the process is killed no written byte is lost. It has the
+    methods `write`, `flush` and `close` of a binary file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.trouble: OSError | None = None  # why the last write is not on the disk
+        self.trouble: OSError | None = None  # why the last write failed; None if it did not
         self._backlog = bytearray()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -33,7 +33,7 @@ class AppendFile:
             return False
 
     def write(self, data: bytes) -> int:
-        """Append `data` after everything that still waits. Never raises OSError; see `trouble`."""
+        """Append `data` after all bytes that still wait in memory. Never raises OSError; see `trouble`."""
         if self._fd < 0:
             raise ValueError(f"{self.path} is closed")
         self._backlog += data
@@ -41,10 +41,10 @@ class AppendFile:
         return len(data)
 
     def flush(self) -> None:
-        """Try again to write what waits."""
+        """Try again to write the bytes that wait in memory."""
         try:
             while self._backlog:
-                # A nearly full disk takes a part: what it took must not be written twice.
+                # A nearly full disk may take a part of the bytes, which must not be written twice.
                 del self._backlog[: os.write(self._fd, self._backlog)]
         except OSError as error:
             self.trouble = error
@@ -52,14 +52,14 @@ class AppendFile:
             self.trouble = None
 
     def sync(self) -> None:
-        """Wait until the disk itself has all that was written."""
+        """Force all that was written to the disk (fsync)."""
         try:
             os.fsync(self._fd)
         except OSError as error:
             self.trouble = error
 
     def close(self) -> None:
-        """Try once more to write what waits, then give up on it. Repeating it is harmless."""
+        """Try once more to write the bytes that wait in memory, then drop them. Repeating it is harmless."""
         if self._fd >= 0:
             self.flush()
             os.close(self._fd)
@@ -67,9 +67,9 @@ class AppendFile:
 
 
 def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) -> None:
-    """Move the bytes of `path` from `offset` on to the end of `aside`, but for the last `num_lost_bytes`.
+    """Move the bytes of `path` from `offset` on to the end of `aside`; the last `num_lost_bytes` are dropped.
 
-    `path` is cut only after `aside` is on the disk: a crash between the two leaves bytes twice, never nowhere.
+    `path` is cut only after `aside` is on the disk: a crash in between leaves the bytes in both files.
     """
     size = path.stat().st_size
     with path.open("rb") as source:
@@ -85,7 +85,10 @@ def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) 
 
 
 def keep_lines(path: Path, raw: bytes, kept: Sequence[tuple[int, int]]) -> None:
-    """Leave the lines `kept` of `path`, whose bytes are `raw`, and move all others to the *.superseded.jsonl beside."""
+    """Keep some lines of `path`, and move all others to the end of the *.superseded.jsonl beside it.
+
+    raw: the bytes of `path`. kept: start and stop of each line to keep.
+    """
     aside = path.with_name(f"{path.stem}.superseded.jsonl")
     keep_parts(path, aside, kept)
     if raw and not raw.endswith(b"\n"):
@@ -94,9 +97,9 @@ def keep_lines(path: Path, raw: bytes, kept: Sequence[tuple[int, int]]) -> None:
 
 
 def keep_parts(path: Path, aside: Path, kept: Sequence[tuple[int, int]], *, num_lost_bytes: int = 0) -> None:
-    """Leave the parts `kept` of `path`, from their first byte to before their last, and move the rest to `aside`.
+    """Keep some parts of `path`, and move the rest to the end of `aside`; the last `num_lost_bytes` are dropped.
 
-    The last `num_lost_bytes` are moved nowhere. A crash leaves bytes twice at worst.
+    kept: start and stop of each part, in order. A crash at worst leaves bytes in both files.
     """
     size, end = path.stat().st_size - num_lost_bytes, 0
     gaps = []

@@ -1,4 +1,4 @@
-"""Whether the records of a run hold every step up to the one it goes on from. Needs no torch."""
+"""Checks that the records of a run have every step up to the one that it resumes from. Needs no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ class Hole:
 
 
 def find_holes(run: Path, step: int) -> list[Hole]:
-    """Find what the records of `run` lack of the steps 1 to `step`, which each of them should hold.
+    """Find which of the steps 1 to `step` are missing or damaged in the records of `run`.
 
-    What lies behind `step`, such as a line that a crash tore, is not looked at: resuming moves it aside.
+    Lines and records after `step`, such as a line torn by a crash, are not checked: resuming moves them aside.
     """
     lines = sort_lines((run / METRICS).read_bytes(), step)
     metrics = Hole(METRICS, tuple(lines.bad), _missing(lines.steps, 1, step))
     history = Hole(HISTORY, (), _missing(read_load_history(run).steps.tolist(), 1, step))
-    samples = Hole(SAMPLES, damaged_samples(run, step), ())  # none need be there: they can be asked for later
+    samples = Hole(SAMPLES, damaged_samples(run, step), ())  # no step must have any: run.sample_prompts may change
     holes = [metrics, history, _hole_in_statistics(run / STATISTICS, step), samples]
     return [hole for hole in holes if hole.lines or hole.steps]
 
@@ -70,7 +70,10 @@ def _missing(steps: Iterable[int], first: int, last: int) -> tuple[int, ...]:
 
 
 def _hole_in_statistics(path: Path, step: int) -> Hole:
-    """A law that counts no more than the load writes none; a run may have changed its law where it resumed."""
+    """The steps that lack a statistic, between the first and the last step that has one.
+
+    Before and after there may have been a law without statistic: a run that resumes may change its law.
+    """
     places = list_records(path)[0] if path.exists() else []
     steps = [place.step for place in places if place.step <= step]
     return Hole(STATISTICS, (), _missing(steps, min(steps), max(steps)) if steps else ())

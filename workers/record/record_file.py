@@ -1,6 +1,6 @@
-"""Files of records that say how long they are, so that one torn by a crash is seen. Format: docs/run-directory.md.
+"""Files of binary records with length and checksum, so that a record torn by a crash is noticed.
 
-Needs no torch.
+Format: docs/run-directory.md. Needs no torch.
 """
 
 import struct
@@ -14,7 +14,7 @@ HEADER = struct.Struct("<qIII")  # step, tag, bytes that follow, crc32 of them
 
 
 class RecordPlace(NamedTuple):
-    """Where a record lies in its file. offset: of what follows the header. tag: what the file means by it."""
+    """Where a record is in its file. offset: of the content, after the header. tag: its meaning differs by file."""
 
     step: int
     tag: int
@@ -34,7 +34,7 @@ def pack_record(step: int, tag: int, content: bytes) -> bytes:
 
 
 def list_records(path: Path) -> tuple[list[RecordPlace], int]:
-    """The complete records in their order, and the offset where the last one ends. Reads the headers alone."""
+    """The complete records in their order, and the offset at which the last one ends. Only headers are read."""
     places: list[RecordPlace] = []
     size, end = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -50,7 +50,7 @@ def list_records(path: Path) -> tuple[list[RecordPlace], int]:
 
 
 def read_record(path: Path, place: RecordPlace) -> bytes:
-    """What follows the header. Raises ValueError where it is not what was written."""
+    """The content of a record. Raises InvalidValue (a ValueError) if its checksum is wrong."""
     with path.open("rb") as file:
         file.seek(place.offset)
         content = file.read(place.num_bytes)

@@ -12,8 +12,8 @@ MAX_STEP = 2**53  # no run makes more, and readers of JSON in other languages ha
 class SortedLines(NamedTuple):
     """Lines of metrics.jsonl up to a step.
 
-    kept: where they start and stop, in bytes. bad: numbers of those that are damaged or out of order, while steps lack
-    or kept lines follow. steps: of training.
+    kept: start and stop of each line to keep, in bytes. bad: numbers of the lines that are damaged or out of order and
+    that matter: kept lines follow, or steps are missing. steps: the training steps among the kept lines.
     """
 
     kept: list[tuple[int, int]]
@@ -22,7 +22,7 @@ class SortedLines(NamedTuple):
 
 
 def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
-    """Offset and content of each line that ends in a newline, as a torn last one does not. None: no JSON object."""
+    """Offset and content of each line that ends in a newline, which a torn last line does not; None for no object."""
     offset = 0
     for text in raw.split(b"\n")[:-1]:
         try:
@@ -34,7 +34,7 @@ def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
 
 
 def is_sound(line: Line) -> bool:
-    """Whether a line of metrics.jsonl says what it is of."""
+    """Whether a line of metrics.jsonl has a known kind and a step."""
     step = line.get("step")
     return line.get("kind") in ("train", "eval") and type(step) is int and 0 <= step <= MAX_STEP
 
@@ -43,7 +43,7 @@ def sort_lines(raw: bytes, step: int) -> SortedLines:
     """Which lines of metrics.jsonl belong to the steps up to `step`."""
     kept: list[tuple[int, int]] = []
     bad: list[int] = []
-    late: list[int] = []  # of later steps: they are bad if lines that are kept follow
+    late: list[int] = []  # lines of steps after `step`; a kept line after them shows that they are out of order
     steps: set[int] = set()
     newest, last_kept = 0, 0
     for number, (offset, line) in enumerate(complete_lines(raw), 1):

@@ -22,7 +22,10 @@ class RunFence:
     token: str
 
     def check(self) -> None:
-        """Raise RunDirectoryLost where the lock file is gone or another's. Opened anew each time, for NFS's sake."""
+        """Raise RunDirectoryLost where the lock file is gone or belongs to another run.
+
+        The file is opened anew each time: NFS checks at an open whether the file has changed on the server.
+        """
         run_dir = self.lock_file.parent
         try:
             token = json.loads(self.lock_file.read_bytes())["token"]
@@ -30,7 +33,7 @@ class RunFence:
             what = "its lock file was removed" if run_dir.is_dir() else "it was removed or renamed"
             raise lost(run_dir, f"{what}, or another process took the run over") from None
         except (ValueError, OSError):
-            return  # read while it is renewed, or a file system in trouble: neither says that it is another's
+            return  # read while it was being renewed, or the file system fails: no sign that it is another run's
         if token != self.token:
             raise lost(run_dir, "it is another run's")
 

@@ -48,41 +48,13 @@ class LoadHistory(NamedTuple):
 class RunLog:
     """Writes metrics, events and load history of one run. One writer per run directory.
 
-    Other processes can read what a call wrote when it returns. A full disk never stops the run: `on_warning` hears of
-    it once, and what is missing is kept in memory and written when there is space.
+    Other processes can read what a call wrote when it returns. A full disk never stops the run: `on_warning` is called
+    once, and the records are kept in memory and written when there is space.
     """
 
     def __init__(
         self,
         path: Path,
-        layout: LoadLayout,
-        *,
-        on_warning: Callable[[str], None],
-        has_statistic: bool,
-        has_samples: bool,
-        fence: RunFence | None,
-    ) -> None:
-        """Open the files for appending; use `create`."""
-        self._path, self._fence = path, fence
-        self._record = _record_dtype(layout)
-        self._on_warning = on_warning
-        self._warned = False
-        self._metrics, self._events = AppendFile(path / METRICS), AppendFile(path / EVENTS)
-        self._history = AppendFile(path / HISTORY)
-        self._files = [self._metrics, self._events, self._history]
-        self._statistics: AppendFile | None = None
-        if has_statistic:
-            self._statistics = AppendFile(path / STATISTICS)
-            self._files.append(self._statistics)
-        self._samples: AppendFile | None = None
-        if has_samples:
-            self._samples = AppendFile(path / SAMPLES)
-            self._files.append(self._samples)
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
         layout: LoadLayout,
         resume_step: int | None = None,
         *,
@@ -90,18 +62,17 @@ class RunLog:
         has_statistic: bool = False,
         has_samples: bool = False,
         fence: RunFence | None = None,
-    ) -> Self:
+    ) -> None:
         """Start the records of a run, or go on with them after `resume_step` optimizer steps.
 
-        has_statistic: the law counts more than the load, and `load` will be given that too. has_samples: `samples` will
-        be called. fence: shows whether the directory is still this run's, where it has an owner.
+        has_statistic: the law counts more than the load, and `load` is called with that too. has_samples: `samples`
+        will be called. fence: tells whether the directory still belongs to this run; None where it has no lock.
 
-        Resuming moves every later line and record to *.superseded files, so that steps stay unique.
+        Resuming moves all lines and records after `resume_step` to *.superseded files, so that no step occurs twice.
 
         Raises:
             ValueError: the directory already holds a run (without resume_step), or one of another model (with it).
         """
-        path = Path(path)
         if resume_step is None:
             if (path / METRICS).exists():
                 raise InvalidValue(f"{path} already holds a run; choose another --name, or go on with --resume {path}")
@@ -109,9 +80,16 @@ class RunLog:
             (path / LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
         else:
             _cut_back(path, layout, resume_step)
-        return cls(
-            path, layout, on_warning=on_warning, has_statistic=has_statistic, has_samples=has_samples, fence=fence
-        )
+        self._path, self._fence = path, fence
+        self._record = _record_dtype(layout)
+        self._on_warning = on_warning
+        self._warned = False
+        self._metrics, self._events = AppendFile(path / METRICS), AppendFile(path / EVENTS)
+        self._history = AppendFile(path / HISTORY)
+        self._statistics = AppendFile(path / STATISTICS) if has_statistic else None
+        self._samples = AppendFile(path / SAMPLES) if has_samples else None
+        files = (self._metrics, self._events, self._history, self._statistics, self._samples)
+        self._files = [file for file in files if file is not None]
 
     def train(self, line: Mapping[str, Any]) -> None:
         """Record a training step. `step` counts optimizer steps, 1 for the first; the caller keeps it increasing.
@@ -145,7 +123,7 @@ class RunLog:
             self._write(self._samples, b"".join(_as_line({**now, **line}) for line in lines))
 
     def sync(self) -> None:
-        """Wait until the disk has everything. Before a checkpoint, so that it never is ahead of its records.
+        """Force all records to the disk. Called before a checkpoint is written, which must not be ahead of its records.
 
         Raises RunDirectoryLost as `train` does.
         """
@@ -155,14 +133,14 @@ class RunLog:
         self._tell_trouble()
 
     def check(self) -> None:
-        """Raise RunDirectoryLost where the files that are open are no longer those of the directory, or not ours."""
+        """Raise RunDirectoryLost if the directory belongs to another run, or no longer has the files that are open."""
         if self._fence is not None:
             self._fence.check()
         if not self._metrics.is_in_place():
             raise lost(self._path, f"{METRICS} was removed or replaced")
 
     def close(self) -> None:
-        """Close the files. What a full disk still did not take is lost, with a warning. Repeating it is harmless."""
+        """Close the files. Records that a full disk still does not take are lost, with a warning. May be repeated."""
         for file in self._files:
             file.close()
             if file.num_missing_bytes:
@@ -180,7 +158,7 @@ class RunLog:
 
     def _write(self, file: AppendFile, data: bytes) -> None:
         file.write(data)
-        # All files, not the one just written: a rare event must not wait in memory until the next one.
+        # All files and not only this one: an event that is waiting in memory must not wait for the next event.
         for each in self._files:
             each.flush()
         self._tell_trouble()
@@ -295,7 +273,7 @@ def _read_lines(path: Path, is_sound: Callable[[Line], bool]) -> list[Line]:
 
 
 def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
-    """Leave the lines and records up to `step`, and move the rest aside."""
+    """Keep the lines and records up to `step`, and move the others aside."""
     if (stored := _read_layout(path)) != layout:
         raise InvalidValue(
             f"{path} recorded {stored.num_experts} experts in {stored.names}, and the model has {layout.num_experts} "
@@ -309,7 +287,7 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
     dtype = _record_dtype(layout)
     steps = read_load_history(path).steps
     kept = [number * dtype.itemsize for number in np.flatnonzero(steps <= step).tolist()]
-    # An incomplete record is useless, and would shift the records that follow it.
+    # The incomplete record that a crash may leave at the end is dropped: it would shift all records that follow it.
     lost = (path / HISTORY).stat().st_size % dtype.itemsize
     aside = path / "load" / "history.superseded.bin"
     keep_parts(path / HISTORY, aside, [(start, start + dtype.itemsize) for start in kept], num_lost_bytes=lost)

@@ -15,13 +15,13 @@ def is_sample(line: Line) -> bool:
 
 
 def damaged_samples(run: Path, step: int) -> tuple[int, ...]:
-    """Numbers of the damaged lines before the last one that is kept when the run goes on from `step`."""
+    """Numbers of the damaged lines before the last line that a run which resumes from `step` keeps."""
     path = run / SAMPLES
     return tuple(_sort_lines(path.read_bytes(), step)[1]) if path.exists() else ()
 
 
 def cut_back_samples(run: Path, step: int) -> None:
-    """Leave the lines up to `step` and move all others aside; nothing where the run has none."""
+    """Keep the lines up to `step` and move all others aside; does nothing if the run has none."""
     path = run / SAMPLES
     if path.exists():
         raw = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The router scores of recorded steps, each rank its own tokens': scores/. Format: docs/run-directory.md.
+"""The router scores of recorded steps, in scores/: each rank writes those of its tokens. Format: docs/run-directory.md.
 
 Shapes: T tokens of this rank and micro-batch, E experts.
 """
@@ -18,15 +18,15 @@ from workers.record.record_file import pack_record
 
 SCORES = "scores"
 SHAPE = "shape.json"
-SCALE = 65535  # a score in [0, 1] as uint16
+SCALE = 65535  # a score in [0, 1] is stored as a uint16: times this, rounded
 SCORE_BYTES = 2
 
 
 @dataclass(frozen=True)
 class ScoreShape:
-    """How the scores of one step lie in the files of all ranks.
+    """What a reader must know of the files of all ranks.
 
-    names, num_experts: of the MoE layers. num_micro_batches: of each rank.
+    names, num_experts: of the MoE layers. num_micro_batches: of each rank in a step.
     """
 
     names: tuple[str, ...]
@@ -36,10 +36,10 @@ class ScoreShape:
 
 
 class ScoreLog:
-    """Writes what the routers of this rank score, in every `every`-th step, as the forward goes.
+    """Writes the scores of this rank's routers during the forward, in every `every`-th step.
 
-    While the disk is full the scores of whole steps are left out, and `on_warning` hears of it; a folder that cannot be
-    made ends the recording. At most the scores of one layer and micro-batch are in memory.
+    While the disk is full, the scores of whole steps are left out, and `on_warning` is called. If the folder cannot be
+    made, nothing is recorded. At most the scores of one layer and micro-batch are in memory.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ScoreLog:
         self._num_seen = [0] * self._num_layers
         if self._step is None or self._file is None or self._trouble is None:
             return
-        self._file.flush()  # the rest of the record that was cut short, before any other
+        self._file.flush()  # first the rest of the record that the full disk has cut short
         if self._file.trouble:
             self._step = None
         else:
@@ -107,12 +107,12 @@ class ScoreLog:
             return
         micro = self._num_seen[layer]
         self._num_seen[layer] += 1
-        # Not compressed: scores are noise in all but their highest bits. zlib saves 0 % of sigmoid scores, 14 to 24 %
-        # of softmax.
+        # Not compressed: all but the highest bits of scores are noise. zlib saves 0 % of sigmoid scores, and 14 to 24 %
+        # of softmax scores.
         content = pack_scores(scores_TE)
         self._file.write(pack_record(self._step, micro * self._num_layers + layer, content))
         if self._file.trouble:
-            # Kept in memory they would be the size of the disk that is full.
+            # Unlike metrics they are not kept in memory until there is room: they would soon fill it.
             self._step, self._trouble = None, self._file.trouble
             self._on_warning(
                 f"rank {self._rank} cannot write {self._folder} ({self._trouble}): the run goes on and leaves out "
@@ -122,13 +122,13 @@ class ScoreLog:
 
 def pack_scores(scores_TE: Tensor) -> bytes:
     """Scores in [0, 1] as little-endian uint16, row by row: a step of 1.5e-5."""
-    # int32 on the way, as torch has little for uint16.
+    # int32 first, as torch supports few operations on uint16.
     steps_TE = (scores_TE.detach().float().clamp(0, 1) * SCALE).round().to(torch.int32).cpu()
     return steps_TE.numpy().astype("<u2").tobytes()
 
 
 def set_aside_later_scores(run_dir: Path, step: int) -> None:
-    """Rename the folders of starts after `step`, whose steps a resumption trains anew. Nothing is deleted."""
+    """Rename the folders of starts after `step`, since a resumed run trains their steps again. Nothing is deleted."""
     for folder in sorted((run_dir / SCORES).glob("from_" + "[0-9]" * 8)):
         if int(folder.name.removeprefix("from_")) > step:
             number = 1

@@ -23,12 +23,12 @@ def pack_statistic(step: int, counts: ArrayLike) -> bytes:
     values = np.asarray(counts, np.int64)
     largest = int(values.max(initial=0))
     width = next(width for width, dtype in _DTYPES.items() if largest <= np.iinfo(dtype).max)
-    # Level 1: the highest saves 6 to 8 % more and takes 10 to 30 times as long, in the training thread.
+    # Level 1: the highest level saves 6 to 8 % more, and takes 10 to 30 times as long in the training thread.
     return pack_record(step, width, zlib.compress(values.astype(_DTYPES[width]).tobytes(), 1))
 
 
 class StatisticHistory(Mapping[int, NDArray[np.int64]]):
-    """The statistic of every recorded step, int64, read when it is asked for. Empty where the run has none."""
+    """The statistic of every recorded step, int64, read from the file at each access. Empty if the run has none."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / STATISTICS
@@ -48,11 +48,11 @@ class StatisticHistory(Mapping[int, NDArray[np.int64]]):
 
 
 def cut_back_statistics(run: Path, step: int) -> None:
-    """Leave the records up to `step` and move the later ones aside; nothing where the run has none."""
+    """Keep the records up to `step` and move the later ones aside; does nothing if the run has none."""
     path = run / STATISTICS
     if not path.exists():
         return
     places, end = list_records(path)
-    # Steps increase, so that what follows the first later record is later too.
+    # Steps increase: all records after the first later one are later too.
     start = next((place.start for place in places if place.step > step), end)
     move_tail(path, run / _SUPERSEDED, start, num_lost_bytes=path.stat().st_size - end)

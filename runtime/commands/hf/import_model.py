@@ -155,5 +155,5 @@ def _describe(source: ModelDirectory, run_dir: Path, config: TrainConfig, shards
     layout = shards[0].layout
     if config.freezes_router:  # a frozen router is not balanced
         layout = replace(layout, balanced=(False,) * len(layout.names))
-    with RunLog.create(run_dir, layout) as log:
+    with RunLog(run_dir, layout) as log:
         log.event("imported", source=str(source.folder), architecture=source.family.architecture)

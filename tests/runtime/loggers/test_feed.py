@@ -47,7 +47,7 @@ def read_all(feed: Feed) -> None:
 
 
 def trained(path: Path, first: int, last: int, resume: int | None = None, loss: float = 1.0) -> None:
-    with RunLog.create(path, LAYOUT, resume) as log:
+    with RunLog(path, LAYOUT, resume) as log:
         for step in range(first, last + 1):
             log.train({"step": step, "loss": loss})
 
@@ -57,7 +57,7 @@ def test_a_logger_gets_every_line_once_in_order_with_its_numbers_by_name(tmp_pat
     trained(tmp_path, 1, 2)
     feed = feed_of(tmp_path, logger)
     read_all(feed)
-    with RunLog.create(tmp_path, LAYOUT, 2) as log:
+    with RunLog(tmp_path, LAYOUT, 2) as log:
         log.eval(
             {"step": 2, "val_bits_per_byte_per_source": {"plays": 2.0}, "max_vio_global_per_layer": [0.5, 1.0, 2.0]}
         )
@@ -73,7 +73,7 @@ def test_a_logger_gets_every_line_once_in_order_with_its_numbers_by_name(tmp_pat
 
 def test_texts_and_nulls_are_left_out_and_truth_is_a_number(tmp_path: Path) -> None:
     logger = Kept()
-    with RunLog.create(tmp_path, LAYOUT) as log:
+    with RunLog(tmp_path, LAYOUT) as log:
         log.train({"step": 1, "grad_norm": float("nan"), "bias_checksum": "00ff00ff", "skipped": True, "loss": 2})
     read_all(feed_of(tmp_path, logger))
     assert logger.values == {"train/skipped": 1.0, "train/loss": 2.0}
@@ -96,7 +96,7 @@ def test_steps_that_a_recovery_makes_anew_are_sent_again(tmp_path: Path, read_be
     trained(tmp_path, 1, 4)
     feed = feed_of(tmp_path, logger)
     read_all(feed)
-    with RunLog.create(tmp_path, LAYOUT, 2) as log:  # its file is as long as before
+    with RunLog(tmp_path, LAYOUT, 2) as log:  # its file is as long as before
         for step in (3, 4, 5):
             log.train({"step": step, "loss": 1.0})
             if read_between:

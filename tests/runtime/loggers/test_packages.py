@@ -45,7 +45,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(name, value)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert log_all(path) == []
-        with RunLog.create(path, MADE.layout, 4) as log:
+        with RunLog(path, MADE.layout, 4) as log:
             for step in range(5, 10):
                 log.train({"step": step, "loss": 0.125 * step, "max_vio_batch_per_layer": [0.1, 0.2, float(step)]})
             log.eval({"step": 9, "val_loss": 1.5, "val_bits_per_byte_per_source": {"../plays (1)": 2.5}})

@@ -31,7 +31,7 @@ def test_a_run_that_is_not_there_yet_is_not_begun_then_starting_then_running(tmp
     (path / "run.lock.00000001").write_text("{}")
     run.poll()
     assert run.state() == "starting"
-    with RunLog.create(path, LAYOUT) as log:
+    with RunLog(path, LAYOUT) as log:
         log.event("started", rank_map=[])
         log.train({"step": 1, "loss": 2.0})
         log.load(1, [1] * LAYOUT.total, [0.0] * LAYOUT.total)
@@ -96,7 +96,7 @@ def test_the_time_left_is_estimated_while_the_run_is_under_way(tmp_path: Path) -
 def test_a_run_that_resumes_from_an_earlier_step_has_a_new_epoch_and_no_old_steps(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", SyntheticRun(steps=60))
     run = polled(path)
-    with RunLog.create(path, LAYOUT, 40) as log:
+    with RunLog(path, LAYOUT, 40) as log:
         log.event("resumed", step=40)
     run.poll()
     assert run.metrics.last_step == 40  # never without a past in between

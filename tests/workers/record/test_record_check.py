@@ -15,7 +15,7 @@ LAYOUT = LoadLayout(("layers.1.moe",), (2,), (True,))
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Steps 1 to 8, evaluated at 0 and 4; the run would go on from 6."""
-    with RunLog.create(tmp_path, LAYOUT, has_statistic=True) as log:
+    with RunLog(tmp_path, LAYOUT, has_statistic=True) as log:
         log.eval({"step": 0})
         for step in range(1, 9):
             log.load(step, [step, step], [0, 0], np.array([step]))
@@ -73,7 +73,7 @@ def test_resuming_over_a_hole_keeps_every_good_line_and_is_told_once(run: Path) 
     (run / "load/history.bin").write_bytes(history[:record] + history[2 * record :])
     holes = find_holes(run, 6)
     assert new_holes(run, holes) == holes
-    with RunLog.create(run, LAYOUT, 6, has_statistic=True) as log:
+    with RunLog(run, LAYOUT, 6, has_statistic=True) as log:
         for hole in holes:
             log.event("record_hole", **hole.event())
     assert [line["step"] for line in read_metrics(run)[0]] == [1, 2, 4, 5, 6]

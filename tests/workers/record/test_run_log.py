@@ -20,7 +20,7 @@ LAYOUT = LoadLayout(("layers.1.moe", "layers.2.moe"), (2, 3), (True, False))  # 
 
 
 def new_log(path: Path, **options) -> RunLog:
-    return RunLog.create(path, options.pop("layout", LAYOUT), **options)
+    return RunLog(path, options.pop("layout", LAYOUT), **options)
 
 
 def write_steps(log: RunLog, *steps: int) -> None:

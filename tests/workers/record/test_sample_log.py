@@ -15,7 +15,7 @@ LAYOUT = LoadLayout(("layers.1.moe",), (2,), (True,))
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Steps 1 to 4, with two samples after each second one."""
-    with RunLog.create(tmp_path, LAYOUT, has_samples=True) as log:
+    with RunLog(tmp_path, LAYOUT, has_samples=True) as log:
         for step in range(1, 5):
             log.load(step, [step, step], [0, 0])
             log.train({"step": step})
@@ -33,14 +33,14 @@ def test_resuming_moves_later_samples_and_what_is_damaged_aside(run: Path) -> No
     text = "".join([*before[:1], "{oops\n", *before[1:], '{"step": 4, "sam'])
     for _ in range(2):
         (run / "samples.jsonl").write_text(text)
-        with RunLog.create(run, LAYOUT, 3, has_samples=True):
+        with RunLog(run, LAYOUT, 3, has_samples=True):
             assert lines(run) == before[:2]
     once = ["{oops\n", *before[2:], '{"step": 4, "sam\n']
     assert lines(run, "samples.superseded.jsonl") == once * 2
 
 
 def test_a_run_that_samples_no_longer_keeps_what_it_has(run: Path) -> None:
-    with RunLog.create(run, LAYOUT, 2) as log:
+    with RunLog(run, LAYOUT, 2) as log:
         log.samples(2, [])
     assert [json.loads(line)["step"] for line in lines(run)] == [2, 2]
 
@@ -59,7 +59,7 @@ def test_a_damaged_sample_before_the_step_is_a_hole(run: Path, bad: str) -> None
 
 def test_a_full_disk_delays_samples_and_a_crash_meanwhile_leaves_no_torn_line(tmp_path: Path) -> None:
     samples, heard = [{"sample": number, "tokens": ["long" * 9]} for number in range(2)], list[str]()
-    with RunLog.create(tmp_path / "run", LAYOUT, has_samples=True, on_warning=heard.append) as log:
+    with RunLog(tmp_path / "run", LAYOUT, has_samples=True, on_warning=heard.append) as log:
         with disk_that_takes(500):
             for step in range(4):
                 log.samples(step, samples)
@@ -69,7 +69,7 @@ def test_a_full_disk_delays_samples_and_a_crash_meanwhile_leaves_no_torn_line(tm
     assert len(heard) == 2 and "samples.jsonl" in heard[0] and "complete" in heard[1]
     torn = lines(crashed)
     assert not torn[-1].endswith("\n")
-    with RunLog.create(crashed, LAYOUT, 9, has_samples=True) as log:
+    with RunLog(crashed, LAYOUT, 9, has_samples=True) as log:
         log.samples(9, samples)
     assert lines(crashed)[:-2] == torn[:-1]
     assert lines(crashed, "samples.superseded.jsonl") == [torn[-1] + "\n"]

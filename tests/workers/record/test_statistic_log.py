@@ -14,7 +14,7 @@ COUNTS = {1: [0, 7], 2: [0, 70_000], 3: [2**40, 0], 4: [0, 0]}  # of all three w
 
 
 def new_log(path: Path, **options) -> RunLog:
-    return RunLog.create(path, LAYOUT, has_statistic=True, **options)
+    return RunLog(path, LAYOUT, has_statistic=True, **options)
 
 
 def write_steps(log: RunLog, *steps: int) -> None:
@@ -34,7 +34,7 @@ def test_every_count_comes_back_whatever_its_size(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_statistic_has_no_such_file(tmp_path: Path) -> None:
-    with RunLog.create(tmp_path, LAYOUT) as log:
+    with RunLog(tmp_path, LAYOUT) as log:
         log.load(1, [1, 2], [0.0, 0.0])
     assert not (tmp_path / STATISTICS).exists()
     assert read_all(tmp_path) == {}

@@ -19,7 +19,7 @@ RECORD_BYTES = 8 + 12 * 4
 
 
 def write(path: Path, first: int = 1, last: int = STEPS, resume: int | None = None) -> Path:
-    with RunLog.create(path, LAYOUT, resume, has_statistic=True, has_samples=True) as log:
+    with RunLog(path, LAYOUT, resume, has_statistic=True, has_samples=True) as log:
         if resume is None:
             log.eval({"step": 0, "val_loss": 6.0})
             log.samples(0, samples(0))
