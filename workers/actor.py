@@ -1,16 +1,17 @@
 """The Ray actor of one rank: a thin shell around a plain worker object.
 
-Nothing here imports Ray or torch at import time. The actor's process sets its environment first, then unpickles what
-makes the worker, and only that imports torch: thread counts and transport settings are read when torch is imported.
+This module imports neither Ray nor torch when it is imported: torch reads thread counts and transport settings from the
+environment at its import. The actor's process sets its environment first, then unpickles the function that makes the
+worker, and only that imports torch.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,18 +20,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+import psutil
 
 from workers.distributed.collateral import is_collateral
 from workers.distributed.mailbox import Mailbox
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
-# What steers the transport of a rank: forwarded from the driver, and recorded as it is in effect.
+# Environment variables that set up a rank's transport: forwarded from the driver, and recorded as they are in effect.
 TRANSPORT_PREFIXES = ("NCCL_", "TORCH_", "GLOO_")
 
 
@@ -44,12 +48,12 @@ class JoinsGang(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLocation:
-    """Where an actor landed.
+    """Where Ray has placed an actor.
 
-    `gpu_ids` are those that Ray assigned to it, `num_cores` what its machine lets it use, `interface` the network
-    interface that its collectives listen on, `transport` the variables of NCCL, gloo and torch in effect there,
-    `import_s` how long it took to import torch and to build the worker, `stack_file` the number of the file, open in
-    the process, to which it writes its stacks on SIGUSR1.
+    gpu_ids: those that Ray assigned to it. num_cores: as of `usable_cores`. interface: the network interface that its
+    collectives listen on. transport: the environment variables of NCCL, gloo and torch in effect there. import_s:
+    seconds to import torch and to build the worker. stack_file: descriptor, in that process, of the file to which it
+    writes its stacks on SIGUSR1; -1 where there is none.
     """
 
     node_id: str
@@ -65,7 +69,10 @@ class WorkerLocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An exception on its way to the driver: as text always, as `error` only if it survives pickling."""
+    """An exception on its way to the driver: as text, and as `error` if it survives pickling.
+
+    collateral: whether it only says that another rank is gone.
+    """
 
     message: str
     trace: str
@@ -85,8 +92,21 @@ class Failure:
         )
 
 
+def _guarded(method: Callable[P, T]) -> Callable[P, T | Failure]:
+    """Return an exception of the method as a Failure: not every exception survives Ray's pickling."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | Failure:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 The process boundary.
+            return Failure.of(error)
+
+    return call
+
+
 class WorkerActor:
-    """One rank's process. Methods return a Failure instead of raising: not every exception survives Ray's pickling."""
+    """One rank's process."""
 
     def __init__(self, env: dict[str, str], pickled_make_worker: bytes) -> None:
         os.environ.update(env)
@@ -96,50 +116,16 @@ class WorkerActor:
         self._mailbox = Mailbox()
         self._thread_id = 0
 
-    def start(self) -> WorkerLocation | Failure:
+    @_guarded
+    def start(self) -> WorkerLocation:
         """Import torch, build the worker, and return where it runs."""
-        return _guarded(self._start)
-
-    def join(
-        self,
-        rank: int,
-        nodes: tuple[int, ...],
-        actors: Sequence[Any],
-        epoch: int,
-        timeout_s: float,
-        num_threads: int,
-    ) -> Any:
-        """Give the worker its rank and the store of this epoch. All ranks must call it together.
-
-        nodes, actors: the index of each rank's machine, and its actor, by rank: as many as there are ranks.
-        """
-        return _guarded(self._join, rank, nodes, actors, epoch, timeout_s, num_threads)
-
-    def mailbox(self, method: str, *args: Any) -> Any:
-        """Call a method of this rank's mailbox, for another rank that joins, or to end a join that cannot succeed."""
-        return methodcaller(method, *args)(self._mailbox)
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of the worker. The calls of a rank run one after the other, on one thread."""
-        return _guarded(methodcaller(method, *args), self._worker)
-
-    def control(self, method: str, *args: Any) -> Any:
-        """Call a quick method of the worker while another runs, to ask for progress or for a stop."""
-        return _guarded(methodcaller(method, *args), self._worker)
-
-    def stack(self) -> str:
-        """Return the stack of the running call, for a report on a gang that hangs."""
-        frame = sys._current_frames().get(self._thread_id)  # noqa: SLF001
-        return "".join(traceback.format_stack(frame)) if frame is not None else ""
-
-    def _start(self) -> WorkerLocation:
         import ray
 
         context = ray.get_runtime_context()
         ip = ray.util.get_node_ip_address()
         gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
-        # Ray leaves it unset without a GPU, and with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES always: torch would
-        # see GPUs that are not ours. So device 0 of this process is the first GPU that Ray gave it.
+        # Ray does not set it for an actor without a GPU, nor at all under RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES:
+        # torch would then see GPUs of other actors. With it, device 0 of this process is the first GPU that Ray gave.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         _name_interface(ip)  # Before torch is imported.
         begun = time.monotonic()
@@ -158,7 +144,8 @@ class WorkerActor:
             stack_file=_write_stacks_on_signal(),
         )
 
-    def _join(
+    @_guarded
+    def join(
         self,
         rank: int,
         nodes: tuple[int, ...],
@@ -167,15 +154,37 @@ class WorkerActor:
         timeout_s: float,
         num_threads: int,
     ) -> object:
+        """Give the worker its rank and the store of this epoch. All ranks must call it together.
+
+        nodes, actors: the index of each rank's machine, and its actor, by rank: as many as there are ranks.
+        """
         import torch
 
         from workers.distributed.gang_store import GangStore
 
         torch.set_num_threads(num_threads)
-        # A gang that is formed again must not read the keys of the one before.
-        self._mailbox.open(epoch)
-        self._store = GangStore(self._mailbox, epoch, rank, actors)  # kept: torch calls it later too
+        self._mailbox.open(epoch)  # a gang that forms again must not read keys of the gang before
+        self._store = GangStore(self._mailbox, epoch, rank, actors)  # a reference to keep it: torch calls it later too
         return self._worker.join(rank=rank, world_size=len(nodes), store=self._store, timeout_s=timeout_s, nodes=nodes)
+
+    def mailbox(self, method: str, *args: Any) -> Any:
+        """Call a method of this rank's mailbox: for another rank that joins, or for the driver to end a failed join."""
+        return methodcaller(method, *args)(self._mailbox)
+
+    @_guarded
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker. The calls of a rank run one after the other, on one thread."""
+        return methodcaller(method, *args)(self._worker)
+
+    @_guarded
+    def control(self, method: str, *args: Any) -> Any:
+        """Call a quick method of the worker while another runs, to ask for progress or for a stop."""
+        return methodcaller(method, *args)(self._worker)
+
+    def stack(self) -> str:
+        """Return the stack of the running call, for a report on a gang that hangs."""
+        frame = sys._current_frames().get(self._thread_id)  # noqa: SLF001
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
 def usable_cores() -> int:
@@ -189,22 +198,15 @@ def usable_cores() -> int:
 
 
 def _write_stacks_on_signal() -> int:
-    """Have SIGUSR1 append the stacks of all threads to a file in memory. Returns the file's descriptor.
+    """Have SIGUSR1 append the stacks of all threads to a file in memory. Returns the file's descriptor, or -1.
 
-    The handler is C and needs no GIL: it answers also where Python no longer does.
+    The handler is C code and needs no GIL: it works also while another thread holds the GIL forever.
     """
-    if not hasattr(os, "memfd_create"):  # macOS: no /proc to read it through
+    if not hasattr(os, "memfd_create"):  # macOS, which has no /proc either to read the file through
         return -1
     number = os.memfd_create("stacks")
     faulthandler.register(signal.SIGUSR1, number, all_threads=True)
     return number
-
-
-def _guarded(function: Callable[..., T], *args: Any) -> T | Failure:
-    try:
-        return function(*args)
-    except Exception as error:  # noqa: BLE001 The process boundary.
-        return Failure.of(error)
 
 
 def _survives_pickling(error: Exception) -> bool:
@@ -215,20 +217,8 @@ def _survives_pickling(error: Exception) -> bool:
 
 
 def _name_interface(ip: str) -> None:
-    """Tell gloo and NCCL the interface of this node. By itself gloo resolves the host name, often to 127.0.0.1."""
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == ip:
+    """Tell gloo and NCCL the interface of this address. By default gloo resolves the host name, often to 127.0.0.1."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == ip for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def _address_of(interface: str) -> str | None:
-    import fcntl
-
-    siocgifaddr = 0x8915  # Linux, IPv4.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe.fileno(), siocgifaddr, interface.encode()[:15].ljust(256, b"\0"))
-        except OSError:
-            return None
-    return socket.inet_ntoa(reply[20:24])
