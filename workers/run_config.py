@@ -8,7 +8,7 @@ from dispatch.errors import InvalidValue
 MAX_NAME_BYTES = 200  # file systems take 255; names made from this one, as of lock and partial files, are longer
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")  # see runtime/loggers
-# Of samples: config.yaml and a line of samples.jsonl have to hold them.
+# Bounds on samples, which config.yaml and the lines of samples.jsonl hold.
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_SAMPLE_TOKENS = 16, 500, 512
 MAX_TEMPERATURE = 100.0
 MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
@@ -113,9 +113,9 @@ class RunConfig:
             raise InvalidValue(f"run.sample_tokens ({self.sample_tokens}) must be 1 to {MAX_SAMPLE_TOKENS}")
 
     def sequences_per_rank(self, world_size: int, context: int = 1) -> int:
-        """Each rank's share of the global batch, or that of `context` ranks that have it together.
+        """Sequences of the global batch for each rank, or for each group of `context` ranks that share sequences.
 
-        Raises ValueError where the ranks do not divide it.
+        Raises ValueError where the ranks do not divide the batch.
         """
         num_shares = world_size // context
         if self.global_batch_size % num_shares:
@@ -139,6 +139,10 @@ class RunConfig:
                 f"{sizes}, or 0"
             )
         return share // micro_batch_size
+
+    def sequences_at_once(self, world_size: int) -> int:
+        """Sequences of a micro-batch on each rank. Raises ValueError as `num_micro_batches`."""
+        return self.sequences_per_rank(world_size) // self.num_micro_batches(world_size)
 
 
 def _is_plain(name: str) -> bool:

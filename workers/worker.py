@@ -25,7 +25,7 @@ from workers.generation.generate import SamplingConfig, Speed, encode_prompts, g
 from workers.record.record_check import find_holes, new_holes
 from workers.record.run_log import METRICS, RunLog
 from workers.record.score_log import ScoreLog, ScoreShape, set_aside_later_scores
-from workers.training.evaluation import Evaluation, evaluate
+from workers.training.evaluation import Evaluation
 from workers.training.faults import FaultPlan, install
 from workers.training.outcome import TrainOutcome
 from workers.training.rank_state import RankState, build_rank
@@ -52,8 +52,8 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
-        self._num_taken = 0  # lines that were told and are no longer kept
-        self._last_words: dict[str, Activity] = {}
+        self._num_dropped = 0  # lines that the driver has and that are no longer in _lines
+        self._last_activity: dict[str, Activity] = {}  # when this rank left its last gang
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
         self._nodes: tuple[int, ...] = ()
@@ -68,13 +68,14 @@ class Worker:
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...] = ()) -> None:
         """Form the process groups, and build data, model and optimizer. All ranks call it together.
 
-        After `leave` a rank can join again, with another rank and world size: nothing of the time before remains.
+        After `leave` a rank can join again, with another rank and world size. Of its last gang only memory checkpoints
+        remain.
 
         nodes: the index of each rank's machine, by rank; empty where it is not known.
         """
-        gc.collect()  # the model of the time before: it, its optimizer and its trainer refer to each other
+        gc.collect()  # frees the last gang's model, optimizer and trainer, which refer to each other in cycles
         self._lines.clear()
-        self._num_taken = 0
+        self._num_dropped = 0
         self._stop_requested.clear()
         spec = replace(self._spec, parallel=self._spec.parallel.resized_to(world_size))
         choice = choose_exchange(
@@ -97,7 +98,7 @@ class Worker:
             ranks_per_node=choice.ranks_per_node,
         )
         if groups.device.type == "cpu" and spec.parallel.shard != "none":
-            give_back_large_blocks()  # who shards is short of memory; it costs fresh pages
+            give_back_large_blocks()  # for runs that are short of memory only: fresh pages cost 15 % of a step
         self._joined = build_rank(spec, groups)
 
     def train(
@@ -108,10 +109,10 @@ class Worker:
         Args:
             resume_from: a complete checkpoint; None starts from the initial weights.
             start: what the record says of this start: the rank map and whatever else the launcher knows.
-            again: go on with a run that failed. A damaged checkpoint then gives way to the intact one before it, and
-                without any the run starts over, with what it had recorded set aside.
+            again: the run failed and goes on by itself. Then a damaged checkpoint is replaced by the intact one before
+                it, and without a checkpoint the run starts over, with its records set aside.
 
-        A rank that fails breaks its connections: the others need not wait for it until their time-out.
+        A rank that fails breaks its connections, so that the others need not wait for it until their time-out.
         """
         state = self._state
         with state.open_control() as control, state.groups.connections.aborted_on_error():
@@ -130,11 +131,12 @@ class Worker:
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
             has_records = (self._spec.run_dir / METRICS).exists()
-            # At step 0, also with the weights of another run, the first evaluation is made anew: nothing is kept.
+            # Records up to step `kept` stay. A run that begins at step 0 keeps none (-1), as it makes the evaluation of
+            # step 0 again. None: there are no records yet.
             kept = done or (-1 if has_records and (again or resume_from is not None) else None)
             with self._open_log(kept) as log, self._open_scores(done) as scores:
                 if log is not None:
-                    # With the law as it is now: resuming may change its rate, and a replay needs to know.
+                    # With the settings of the law, which a resumed run may have changed: `trimtab replay` needs them.
                     law = asdict(self._spec.balance)
                     log.event("started" if kept is None else "resumed", step=done, balance=law, **(start or {}))
                     if kept is not None:
@@ -144,7 +146,7 @@ class Worker:
     def _load_run(self, run: TrainingRun, path: Path, *, fall_back: bool) -> int:
         try:
             return run.load(path)
-        except CheckpointCorrupt as error:  # the same on all ranks, as is the way out
+        except CheckpointCorrupt as error:  # raised on all ranks, with the same `previous`
             if error.previous is None or not fall_back:
                 raise
             self._warn(str(error))
@@ -152,24 +154,12 @@ class Worker:
 
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
-        state = self._load(checkpoint_path)
-        run, num_shares = self._spec.run, state.groups.num_shares
-        return evaluate(
-            state.model,
-            state.dataset,
-            state.sampler,
-            state.groups,
-            batch_size=max(1, run.global_batch_size // num_shares // run.num_micro_batches(num_shares)),
-            num_sequences=num_sequences,
-            autocast=state.autocast(),
-            routers=state.routers,
-            pipeline=state.pipeline,
-        )
+        return self._load(checkpoint_path).evaluate(num_sequences)
 
     def generate(
         self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig, on_token: OnToken | None = None
     ) -> Continuations:
-        """Continue this rank's share of the prompts; `on_token` is told of each new token."""
+        """Continue this rank's share of the prompts. on_token: called with each new token."""
         state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
         generated = generate(
             state.model,
@@ -206,11 +196,11 @@ class Worker:
     def progress(self, since: int) -> list[dict[str, Any]]:
         """Return metrics and events of this run from number `since` on; only rank 0 has any.
 
-        Earlier ones are dropped, or a long run would keep them all: the caller has them already.
+        Earlier ones are dropped, since the caller has them: a long run would not have memory for all of them.
         """
-        num_known = max(0, since - self._num_taken)
-        del self._lines[:num_known]  # the training thread only appends
-        self._num_taken += num_known
+        num_known = max(0, since - self._num_dropped)
+        del self._lines[:num_known]  # safe in this thread: the training thread only appends
+        self._num_dropped += num_known
         return list(self._lines)
 
     def request_stop(self) -> None:
@@ -225,13 +215,13 @@ class Worker:
     def activity(self) -> dict[str, Activity]:
         """Activity of each thread, now or when the rank left its gang; empty before it joins. From any thread."""
         state = self._joined  # read once, as in `abort`
-        return self._last_words if state is None else state.activity()
+        return self._last_activity if state is None else state.activity()
 
     def leave(self) -> None:
         """Leave the process groups and free all that was built for them. Repeating it is harmless."""
-        self._last_words = self.activity()  # the driver still asks a failed gang which rank waited for which
+        self._last_activity = self.activity()  # the driver asks a failed gang which rank waited for which
         self.abort()
-        # Cycles of objects that hold a group keep it.
+        # Objects in reference cycles hold process groups, which close when the last reference is gone.
         self._joined = None
         gc.collect()
         if dist.is_initialized():
@@ -245,9 +235,9 @@ class Worker:
         holes = []
         if resume_step is not None:
             holes = new_holes(self._spec.run_dir, find_holes(self._spec.run_dir, resume_step))
-            set_aside_later(self._spec.run_dir / CHECKPOINTS, max(resume_step, 0))  # 0: what the run begins with
+            set_aside_later(self._spec.run_dir / CHECKPOINTS, max(resume_step, 0))  # step 0 may be an imported model
             set_aside_later_scores(self._spec.run_dir, resume_step)
-        log = RunLog.create(
+        log = RunLog(
             self._spec.run_dir,
             self._state.layout,
             resume_step,
@@ -256,7 +246,7 @@ class Worker:
             has_samples=bool(self._spec.run.sample_prompts),
             fence=self._spec.fence,
         )
-        for hole in holes:  # the user accepted it, or the run itself goes on after a failure
+        for hole in holes:  # the driver has asked the user before, or the run goes on by itself after a failure
             log.event("record_hole", **hole.event())
         return log
 
@@ -264,14 +254,14 @@ class Worker:
         spec, groups = self._spec, self._state.groups
         if not spec.record_scores_every:
             return nullcontext()
-        dist.barrier(groups.control_group)  # rank 0 has renamed the folders that this start supersedes
+        dist.barrier(groups.control_group)  # until rank 0 has renamed the folders that this start supersedes
         shape = ScoreShape(
             names=self._state.layout.names,
             num_experts=self._state.layout.num_experts,
             world_size=groups.world_size,
             num_micro_batches=spec.run.num_micro_batches(groups.num_shares),
         )
-        # Only rank 0 is listened to; the others have the log of their process.
+        # The driver reads the warnings of rank 0 only; those of other ranks go to the log of their process.
         warn = self._warn if groups.rank == 0 else _logger.warning
         log = ScoreLog(spec.run_dir, done + 1, groups.rank, shape, every=spec.record_scores_every, on_warning=warn)
         log.attach(self._state.routers)

@@ -170,6 +170,9 @@ class AuxLosses:
 
     An expert's count is of the tokens that were routed to it, by score + bias; only `sequence` counts what score alone
     would choose.
+
+    sums: balance loss and z-loss of the step so far without their factors, float64 (2,), summed over this rank's tokens
+    and averaged over layers.
     """
 
     def __init__(self, model: nn.Module, config: AuxLossConfig, group: dist.ProcessGroup | None = None) -> None:
@@ -184,7 +187,7 @@ class AuxLosses:
     def begin_step(self) -> None:
         """Clear what was collected."""
         self._counts_N: Tensor | None = None  # of the step so far, over all ranks; for global_batch
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(2, dtype=torch.float64)
         for observer in self._observers.values():
             observer.taken.clear()
 
@@ -208,16 +211,8 @@ class AuxLosses:
             [balance_loss_sum(each, layer.sums_UE) for each, layer in zip(counts, layers, strict=True)]
         ).sum()
         z = torch.stack([layer.z_sum for layer in layers]).sum()
-        self._sums = self._sums.to(z.device) + torch.stack([balance, z]).detach() / len(layers)
+        self.sums = self.sums.to(z.device) + torch.stack([balance, z]).detach() / len(layers)
         return self.config.alpha * balance + self.config.z_alpha * z
-
-    @property
-    def sums(self) -> Tensor:
-        """Balance loss and z-loss of the step so far, unweighted: float64 (2,).
-
-        Summed over this rank's tokens, mean over layers.
-        """
-        return self._sums
 
     def _counts_of_step(self, counts: Sequence[Tensor]) -> list[Tensor]:
         counts_N = torch.cat([each.sum(0) for each in counts])

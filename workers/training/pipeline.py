@@ -46,7 +46,7 @@ class Pipeline:
         self._model, self._groups, self._autocast, self._place = model, groups, autocast, place
         self._shard, self._mtp_weight, self._num_stages = parallel.shard, mtp_weight, config.num_stages
         self._num_micro = run.num_micro_batches(groups.dp_size)
-        example = _example_activation(model, run.sequences_per_rank(groups.dp_size) // self._num_micro)
+        example = _example_activation(model, run.sequences_at_once(groups.dp_size))
         indices, parts = config.stages_of(place.rank), config.layers_of(place.rank, model.config.num_layers)
         self._stages = [
             TrackedStage(self._stage_module(layers), index, config.num_stages, example, groups, place)

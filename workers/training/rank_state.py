@@ -31,6 +31,7 @@ from workers.model.freezing import freeze, freezes_router
 from workers.model.init import init_weights
 from workers.model.lora import without_adapters
 from workers.model.meta_device import meta_device
+from workers.training.evaluation import Evaluation, evaluate
 from workers.training.expert_copies import expert_copying
 from workers.training.optimizer import build_optimizer
 from workers.training.sharding import shard_states
@@ -128,7 +129,7 @@ class RankState:
 
     def tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
         """What this rank holds of the model, and of its optimizer where one is given, by canonical name."""
-        # A stage saves the biases of all layers, which each rank has: a checkpoint without a pipeline has them too.
+        # With a pipeline, routers of other stages are not in `model`, but every rank holds and loads their biases.
         biases = {f"model.{name}.expert_bias_E": router.expert_bias_E for name, router in self.routers.items()}
         of_stages = biases if self.pipeline is not None else {}
         return of_stages | canonical_state(self.model, optimizer, self.spec.optim.initial_state)
@@ -139,6 +140,20 @@ class RankState:
         if read_manifest(path).extra.get("imported"):
             weights = without_adapters(weights)
         checkpoint.load(path, weights, self.groups.control_group, sections=("model",))
+
+    def evaluate(self, num_sequences: int | None) -> Evaluation:
+        """Measure the model on so many sequences of the held-out text, on all of it for None. Collective."""
+        return evaluate(
+            self.model,
+            self.dataset,
+            self.sampler,
+            self.groups,
+            batch_size=self.spec.run.sequences_at_once(self.groups.num_shares),
+            num_sequences=num_sequences,
+            autocast=self.autocast(),
+            routers=self.routers,
+            pipeline=self.pipeline,
+        )
 
     def activity(self) -> dict[str, Activity]:
         """What the threads of this rank are doing, for the driver that watches it. From any thread."""

@@ -16,8 +16,8 @@ from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.training.step import TrainingDiverged
 
-# A model diverges on all ranks at the same step, so that a checkpoint that is being written can still be completed. It
-# gets so long.
+# A model diverges on all ranks at the same step, so that a checkpoint that is being written can still be completed.
+# Seconds that the ranks wait for it.
 LAST_WRITE_S = 30.0
 
 

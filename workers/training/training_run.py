@@ -19,7 +19,6 @@ from workers.control.loop import ControlLoop
 from workers.model.flops import ModelFlops, linear_weights
 from workers.record.run_log import RunLog
 from workers.record.score_log import ScoreLog
-from workers.training.evaluation import evaluate
 from workers.training.metrics import eval_line, train_line
 from workers.training.outcome import TrainOutcome
 from workers.training.rank_state import RankState
@@ -147,17 +146,7 @@ class TrainingRun:
 
     def _evaluate(self, step: int) -> None:
         state = self._state
-        evaluation = evaluate(
-            state.model,
-            state.dataset,
-            state.sampler,
-            state.groups,
-            batch_size=state.spec.run.global_batch_size // state.groups.num_shares // self.trainer.num_micro,
-            num_sequences=state.spec.run.eval_sequences,
-            autocast=state.autocast(),
-            routers=state.routers,
-            pipeline=state.pipeline,
-        )
+        evaluation = state.evaluate(state.spec.run.eval_sequences)
         samples = [] if self._samples is None else self._samples.take()
         state.meter.take()  # discarded: what evaluation sent must not count for the next step
         if self._log is not None:
