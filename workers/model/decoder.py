@@ -289,7 +289,7 @@ class Decoder(nn.Module):
         return rotary, visible(positions, positions, mask)
 
     def _near(self, x: Tensor, seen: Seen, positions: Tensor | None, cache: KeyValueCache | None) -> Seen:
-        """What attention reaches of `seen` in blocks with a window."""
+        """`seen`, limited to the window of blocks that have one."""
         window, places = self.config.sliding_window, partial(torch.arange, device=x.device)
         if seen is None:
             return Documents.whole_rows(len(x), x.shape[1], x.device).within(window) if window < x.shape[1] else None

@@ -39,7 +39,7 @@ class ModelConfig:
     """Whether each head of grouped queries has a learned score of no token, which takes a share of the attention
     (gpt-oss)."""
     partial_rotary_factor: float = 1.0
-    """Share of a head's dimensions, its first ones, that are rotated by position; the others do not know it."""
+    """Share of a head's dimensions, its first ones, that are rotated by position; the others are not rotated."""
     attention: Literal["grouped_query", "latent"] = "grouped_query"
     """Kind of attention: grouped queries, or the latent attention (MLA) of DeepSeek-V3."""
     latent: LatentConfig = field(default_factory=LatentConfig)
@@ -55,7 +55,7 @@ class ModelConfig:
     full_attention_every: int = 0
     """Every so many blocks, one is without the window; 0 for none."""
     rotate_full_attention: bool = True
-    """Whether blocks without the window know positions too."""
+    """Whether blocks without the window rotate queries and keys by position too."""
     dense_ffn_hidden: int = 512
     """Inner width of the feed-forward of a dense block."""
     max_seq_len: int = 256

@@ -167,7 +167,7 @@ class OptimConfig:
         return OPTIMIZERS.find(self.name, self.module)
 
     def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        """What the optimizer holds of the parameter of this name before its first step, where it lies between steps."""
+        """As `OptimizerEntry.initial_state`, in host memory if it is offloaded."""
         state = self.entry.initial_state(name, parameter)
         if self.offload == "none":
             return state
