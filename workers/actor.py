@@ -124,8 +124,9 @@ class WorkerActor:
         context = ray.get_runtime_context()
         ip = ray.util.get_node_ip_address()
         gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
-        # Ray does not set it for an actor without a GPU, nor at all under RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES:
-        # torch would then see GPUs of other actors. With it, device 0 of this process is the first GPU that Ray gave.
+        # Ray leaves CUDA_VISIBLE_DEVICES as it is for an actor without a GPU, and for all actors if
+        # RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set: torch would then see the GPUs of other actors. Set here,
+        # device 0 of this process is the first GPU that Ray gave it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         _name_interface(ip)  # Before torch is imported.
         begun = time.monotonic()
