@@ -1,5 +1,6 @@
 """What torch.cuda, torch.distributed, FSDP and Triton have to know of the emulated device."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,13 +20,14 @@ class Event:
     def __init__(self, **_options: bool) -> None:
         """Of any kind."""
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self.recorded_s = time.perf_counter()  # the work is done when it is asked for
 
     def synchronize(self) -> None:
         WAITS.note()
 
     def elapsed_time(self, end: "Event") -> float:
-        return 1.0
+        return 1e3 * (end.recorded_s - self.recorded_s)
 
 
 class Stream:
@@ -63,15 +65,20 @@ CUDA: dict[str, Any] = {
     "current_stream": Stream,
     "device": lambda _device: nullcontext(),
     "device_count": lambda: 1,
+    "empty_cache": lambda: None,
     "get_device_capability": lambda _device=None: (9, 0),
     "get_device_name": lambda _device=None: "NVIDIA H100 80GB HBM3",
     "get_rng_state": lambda _device=None: torch.zeros(16, dtype=torch.uint8),
     "is_available": lambda: True,
     "is_bf16_supported": lambda: True,
     "is_initialized": lambda: True,
+    "max_memory_allocated": lambda _device=None: 0,
+    "memory_allocated": lambda _device=None: 0,
     "memory_reserved": lambda _device=None: 0,
+    "reset_peak_memory_stats": lambda _device=None: None,
     "set_device": lambda _device: None,
     "set_rng_state": lambda _state, _device=None: None,
+    "set_sync_debug_mode": WAITS.forbid,
     "stream": lambda _stream: nullcontext(),
     "synchronize": lambda _device=None: WAITS.note(),
 }
@@ -98,6 +105,10 @@ def emulated_cuda() -> Iterator[None]:
             mock.patch.object(_fsdp_param, "free_storage", lambda tensor: poison(held_of(tensor.detach())))
         )
         stack.enter_context(mock.patch.object(_fsdp_param, "alloc_storage", lambda _tensor: None))
+        torch.__future__.set_overwrite_module_params_on_conversion(
+            True
+        )  # `Module.to`: a parameter cannot change its kind
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its numbers on the host, as the mode expects
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(MakesTensors())

@@ -11,15 +11,16 @@ import torch
 
 SOURCE = Path(__file__).with_name("library.cpp")
 ROOT = Path(__file__).parents[2]
+SITE = Path(__file__).with_name("site")  # on PYTHONPATH, for processes that are not the test's to start
 STARTED_BY = "TRIMTAB_EMULATED_CUDA"
 
 
-def run_on_emulated_cuda(module: str, *args: str, library: Path, **variables: str) -> str:
-    """What `python -m module` prints, in a process that can have the emulated device."""
+def run_on_emulated_cuda(module: str, *args: str, library: Path, code: int = 0, **variables: str) -> str:
+    """What `python -m module` prints, in a process that can have the emulated device. code: that it must end with."""
     variables |= {"LD_PRELOAD": str(library), "TRITON_INTERPRET": "1", STARTED_BY: "1"}
     command = [sys.executable, "-m", module, *args]
     ended = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.returncode == code, ended.stdout + ended.stderr
     return ended.stdout
 
 

@@ -30,9 +30,16 @@ class HostWaits:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._under_way: list[tuple[Tensor, Tensor]] = []
+        self._is_forbidden = False
+
+    def forbid(self, mode: str) -> None:
+        """What `torch.cuda.set_sync_debug_mode` does; mode: error or default."""
+        self._is_forbidden = mode == "error"
 
     def note(self) -> None:
         """The host waits here: all copies arrive."""
+        if self._is_forbidden:
+            raise RuntimeError(f"called a synchronizing CUDA operation in {_caller()}")
         self.counts[_caller()] += 1
         under_way, self._under_way = self._under_way, []
         for target, values in under_way:
@@ -75,6 +82,15 @@ class OnDevice(Tensor):
 
     def __repr__(self) -> str:
         return f"OnDevice({self.held!r})"
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        Tensor.data.__set__(self, other)
+        self.held = held_of(other.detach())
 
     def tolist(self) -> Any:  # torch has none for subclasses
         WAITS.note()

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.emulated_cuda.library import build_library, run_on_emulated_cuda
-
-SITE = Path(__file__).parents[1] / "emulated_cuda" / "site"
+from tests.emulated_cuda.library import SITE, build_library, run_on_emulated_cuda
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is built for Linux only"),
@@ -36,3 +34,14 @@ def test_a_machine_with_two_gpus_trains_on_both_without_being_told(library, tmp_
     settings = yaml.safe_load((tmp_path / "gpus" / "config.yaml").read_text())
     assert (settings["cluster"]["num_workers"], settings["run"]["dtype"]) == (2, "bfloat16")
     assert re.search(r"Tokens lost +0 ", printed) and re.search(r"checksums equal +2 of 2", printed)
+
+
+def test_what_is_marked_gpu_passes_on_two_emulated_devices(library):
+    """With NCCL's place taken by gloo; DeepEP has no stand-in there."""
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.emulated_cuda.in_tests")
+    printed = run_on_emulated_cuda(
+        "pytest", "-q", *plugins, "-m", "gpu", "tests/dispatch", library=library, PYTHONPATH=str(SITE)
+    )
+    (passed,), (skipped,) = (re.findall(rf"(\d+) {outcome}", printed) for outcome in ("passed", "skipped"))
+    assert int(passed) >= 28
+    assert int(skipped) == 1, printed  # DeepEP's

@@ -19,6 +19,7 @@ NUM_GPUS = 2
 
 def _torch_cuda(torch_cuda: ModuleType) -> None:
     torch_cuda.is_available, torch_cuda.device_count = lambda: True, lambda: NUM_GPUS
+    torch_cuda.get_device_name = lambda _device=None: "an emulated H100"
 
 
 def _gpus_of_ray(accelerators: ModuleType) -> None:
@@ -30,6 +31,15 @@ def _gpus_of_ray(accelerators: ModuleType) -> None:
 def _worker(module: ModuleType) -> None:
     for name in ("join", "train", "evaluate", "generate"):
         setattr(module.Worker, name, _on_device(getattr(module.Worker, name)))
+
+
+def _ranks_of_a_command(launch: ModuleType) -> None:
+    launch._spawned_rank = _on_device(launch._spawned_rank)
+    launch._chosen = lambda _device, _local_rank: importlib.import_module("torch").device("cuda", 0)
+
+
+def _process_of_a_section(process: ModuleType) -> None:
+    process.in_process = _on_device(process.in_process)
 
 
 def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +88,8 @@ sys.meta_path.insert(
             "torch.cuda": _torch_cuda,
             "ray._private.accelerators.nvidia_gpu": _gpus_of_ray,
             "workers.worker": _worker,
+            "dispatch.parity.launch": _ranks_of_a_command,
+            "benchmarks.gpu.process": _process_of_a_section,
         }
     ),
 )
