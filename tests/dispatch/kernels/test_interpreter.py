@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-FILES = ("tests/dispatch/kernels", "tests/dispatch/experts/test_fused.py", "tests/benchmarks/test_gpu.py")
+FILES = ("tests/dispatch/kernels", "tests/dispatch/experts/test_fused.py", "tests/benchmarks/gpu/test_layer.py")
 PLAN = "tests/runtime/commands/plan/test_activations.py::test_formula_equals_what_torch_keeps"
 
 pytestmark = [
