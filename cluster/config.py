@@ -1,4 +1,4 @@
-"""Where the ranks run: the cluster's part of the configuration. Imports neither Ray nor torch: `--help` stays quick."""
+"""Settings of where the ranks run. Imports neither Ray nor torch, whose imports would slow down `--help`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ClusterConfig:
     """Compute threads of each worker; 0 divides a machine's cores by the workers placed on it."""
 
     cpus_per_worker: float = 1.0
-    """CPUs reserved for each worker on a joined cluster; a Ray of its own reserves none."""
+    """CPUs reserved for each worker on a joined cluster; a local Ray reserves none."""
 
     gpus_per_worker: float | None = None
     """GPUs reserved for each worker; empty means 1 on cuda and 0 on cpu."""

@@ -19,23 +19,26 @@ from workers.distributed.mailbox import CONTROL_GROUP
 if TYPE_CHECKING:
     from cluster.failures.member import Member
 
-Answers = dict[int, tuple[Answer, float]]  # by rank, with the time of each by the monotonic clock
+Answers = dict[int, tuple[Answer, float]]  # by rank: its last answer, and time.monotonic() when that came
 
 ASK_EVERY_S = 1.0
-ANSWER_S = 2.0  # For one answer from a rank that may hang; all are asked at once.
+ANSWER_S = 2.0  # Longest wait for the answers of ranks that may hang. All are asked at once.
 
 
 class ActivityWatch:
-    """Keeps the last activity of every rank, and looks for a stall when a collective has outlasted its bound.
+    """Keeps the last activity of every rank, and looks for a stall when a collective has lasted longer than its bound.
 
-    It never waits while all ranks answer. A worker without a method `activity` is not judged.
+    It does not wait while all ranks answer. A worker without a method `activity` is never blamed.
+
+    Args:
+        bound_s: longest wait of a collective (`cluster.collective_timeout_s`).
+        answers: the dict that keeps each rank's last answer. The caller may read it meanwhile.
     """
 
-    def __init__(self, members: Sequence[Member], bound_s: float, answers: Answers | None = None) -> None:
-        """answers: where the last of each rank is kept, for others to read too."""
+    def __init__(self, members: Sequence[Member], bound_s: float, answers: Answers) -> None:
         self._members, self._bound_s = {member.rank: member for member in members}, bound_s
-        self._asked: dict[int, tuple[ray.ObjectRef[Any], float]] = {}
-        self._answers: Answers = {} if answers is None else answers
+        self._asked: dict[int, tuple[ray.ObjectRef[Any], float]] = {}  # by rank: a call without answer, and its start
+        self._answers = answers
 
     @property
     def all_answer(self) -> bool:
@@ -68,14 +71,14 @@ class ActivityWatch:
         answer, at = self._answers.get(rank, (None, 0.0))
         if not answer:
             return ""
-        return f"; last seen {time.monotonic() - at:.1f} s ago in {_place(answer)}"
+        return f"; last seen {time.monotonic() - at:.1f} s ago in {_place_in_step(answer)}"
 
     def places(self) -> str:
         """Current activity of all ranks that still answer, as the end of a sentence."""
         by_place: dict[str, list[int]] = {}
         for rank, answer in self._ask_all().items():
             if answer:
-                by_place.setdefault(_place(answer), []).append(rank)
+                by_place.setdefault(_place_in_step(answer), []).append(rank)
         return "".join(f"; {ranks_text(ranks)} in {place}" for place, ranks in by_place.items())
 
     def _ask_all(self) -> dict[int, Answer]:
@@ -97,13 +100,14 @@ class ActivityWatch:
         for call in ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)[0]:
             rank = calls[call]
             del self._asked[rank]
-            with contextlib.suppress(RayError):  # It died; its call says so too.
+            with contextlib.suppress(RayError):  # The rank died. Its long call ends with that error too.
                 answer = ray.get(call)
+                # A Failure: the worker has no method `activity`.
                 self._answers[rank] = ({} if isinstance(answer, Failure) else answer), time.monotonic()
 
 
 def seen_in(answers: Answers) -> dict[int, tuple[Activity, float]]:
-    """What the training thread of each rank was in when it answered, and how many seconds ago."""
+    """By rank, the activity of the training thread in the last answer, and that answer's age in seconds."""
     now = time.monotonic()
     return {
         rank: (answer["training"], now - at)
@@ -112,7 +116,7 @@ def seen_in(answers: Answers) -> dict[int, tuple[Activity, float]]:
     }
 
 
-def _place(answer: Mapping[str, Activity]) -> str:
+def _place_in_step(answer: Mapping[str, Activity]) -> str:
     activity = answer["training"]
     return str(activity.waits_in or activity)
 

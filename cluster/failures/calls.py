@@ -21,12 +21,15 @@ from cluster.ray.ray_watch import RayDied
 from workers.actor import Failure
 from workers.distributed.mailbox import CONTROL_GROUP
 
-# After a first failure: long enough for the other ranks' reports and for Ray's own of a death (0.05 s here) to arrive.
+# Wait after the first failure, so that the failures of other ranks arrive too. The first to arrive need not be the
+# cause: Ray reports a death after 0.05 s (measured on one machine), and peers may see its broken connections before.
 GRACE_S = 1.0
-# After the first sign that Ray has died, for a last step and its checkpoint. Ray's client aborts the driver after 60 s,
-# and closing takes some seconds.
+# Time from the first sign that Ray has died, for the ranks to make a last step and save it. It must end well before
+# Ray's client aborts the driver, which is after 60 s, and closing the run takes some seconds.
 SAVED_BY_S = 40.0
-SURE = 0.9  # A wait that ended in a time-out of torch, whose clock started a moment later, lasted at least this much.
+# Share of the bound. A wait that torch's own time-out has ended lasted at least this much by the activity of its rank:
+# the two clocks start at different moments.
+ALMOST = 0.9
 
 
 def call_all(
@@ -44,17 +47,21 @@ def call_all(
 ) -> list[Any]:
     """Wait for `calls`, one for each member, and return their results by rank.
 
-    Calls `on_poll` about every `poll_s` while it waits; a WorkerUnreachable from it is left to this watch to explain.
-    `check_ray` is called as often and raises RayDied. Where `on_ray_died` makes the ranks end their calls, they get
-    until SAVED_BY_S for that: they may outlive Ray, and what they made need not be lost. `answers` gets what each rank
-    says that it is in, where `bound_s` is finite.
-
+    Args:
+        on_poll: called about every `poll_s` while all ranks answer. A WorkerUnreachable that it raises is ignored: the
+            call of that rank fails too, and is explained here.
+        check_ray: called about every `poll_s`; raises RayDied.
+        on_ray_died: asks the ranks to save and to end their calls. They get SAVED_BY_S for that, since workers may
+            outlive Ray. Without it RayDied is raised at once.
+        limit_s: longest wait for all calls.
+        bound_s: longest wait of one collective. The ranks are asked for their activity only if it is finite.
+        answers: receives the last answer of each rank.
     Raises:
         RayDied: from `check_ray`.
-        GangFailed: a rank died or raised, `limit_s` passed, or a collective lasted longer than `bound_s`; within a few
-            seconds of it, whatever the other ranks do.
+        GangFailed: a rank died or raised, `limit_s` passed, or a collective lasted longer than `bound_s`. It is raised
+            a few seconds later at most, whatever the other ranks do.
     """
-    watch = ActivityWatch(members, bound_s, answers) if math.isfinite(bound_s) else None
+    watch = ActivityWatch(members, bound_s, {} if answers is None else answers) if math.isfinite(bound_s) else None
     stall: Stall | None = None
     pending = dict(zip(calls, members, strict=True))
     results: dict[int, Any] = {}
@@ -75,25 +82,26 @@ def call_all(
             failures.append(outcome)
         if watch is not None and not failures:
             stall = watch.look()
-        # A rank that hangs must not hold up the watch in a call that waits for it.
+        # `on_poll` calls rank 0 and waits for its answer: if that hangs, no stall would be looked for meanwhile.
         if on_poll is not None and not failures and (watch is None or watch.all_answer):
             _poll(on_poll)
     ray_check.end()
     if failures or pending:
+        # If all failures only lost a connection or timed out, the cause may be a rank that hangs and has not failed.
         if watch is not None and stall is None and failures and all(failure.collateral for failure in failures):
-            stall = watch.judge(SURE * bound_s)
+            stall = watch.judge(ALMOST * bound_s)
         if stall is None:
-            rest = _fate_of_the_rest(list(pending.values()), limit_s)
-            raise GangFailed(method, _with_last_words(cause_first([*failures, *rest]), watch))
-        raise GangFailed(method, _held_up(stall, members, failures, pending))
+            unfinished = _failures_of_unfinished(list(pending.values()), limit_s)
+            raise GangFailed(method, _with_last_activity(cause_first([*failures, *unfinished]), watch))
+        raise GangFailed(method, _failures_of_stall(stall, members, failures, pending))
     return [results[member.rank] for member in members]
 
 
 class _RayCheck:
-    """When Ray dies, gives the ranks time to end their calls where they can be told to, then raises RayDied."""
+    """Handles the death of Ray: gives the ranks time to save and end their calls, then raises RayDied."""
 
     def __init__(self, check_ray: Callable[[], None], on_ray_died: Callable[[], None] | None) -> None:
-        self._check, self._tell = check_ray, on_ray_died
+        self._check, self._on_ray_died = check_ray, on_ray_died
         self._died: RayDied | None = None
         self._deadline = math.inf
 
@@ -103,29 +111,29 @@ class _RayCheck:
             try:
                 self._check()
             except RayDied as died:
-                if self._tell is None:
+                if self._on_ray_died is None:
                     raise
                 self._died, self._deadline = died, died.since + SAVED_BY_S
-                _poll(self._tell)
+                _poll(self._on_ray_died)
         return self._deadline
 
     def end(self) -> None:
-        """Raise RayDied if Ray died, however the calls ended: that is no failure of a rank."""
+        """Raise RayDied if Ray died, however the calls ended: no rank is to blame for it."""
         if self._died is not None:
             raise self._died
 
 
-def _held_up(
+def _failures_of_stall(
     stall: Stall,
     members: Sequence[Member],
     failures: Sequence[WorkerFailure],
     pending: Mapping[ray.ObjectRef[Any], Member],
 ) -> tuple[WorkerFailure, ...]:
-    """Describe every rank when a collective did not end: the ranks to blame first."""
+    """Describe every rank that did not return its result when a collective stalled: the ranks to blame first."""
     blamed = stall.missing or stall.waiting[:1]
     text = f"CollectiveTimeout: {stall.error}"
     stacks = stacks_of([member for member in members if member.rank in blamed], stall.silent, ANSWER_S)
-    # Where the wait of a blamed rank has ended too, it runs nothing any more: its own error says where it was.
+    # A blamed rank whose call has failed meanwhile runs nothing any more. The trace of its error says where it was.
     stacks |= {each.rank: each.trace for each in (*failures, *_ended(pending)) if each.rank in blamed and each.trace}
     hung = [
         member.failed(
@@ -134,12 +142,12 @@ def _held_up(
         for member in members
         if member.rank in blamed
     ]
-    # Ranks that did not answer a moment ago are not asked again: that would take as long once more.
+    # Ranks that did not answer `judge` are not asked for their stacks: the driver would wait ANSWER_S once more.
     others = [member for member in pending.values() if member.rank not in blamed]
     silent = [member.failed("silent", "does not answer") for member in others if member.rank in stall.silent]
     rest = [member for member in others if member.rank not in stall.silent]
     returned = [failure for failure in failures if failure.rank not in blamed]
-    return (*hung, *cause_first([*returned, *silent, *_fate_of_the_rest(rest, math.inf)]))
+    return (*hung, *cause_first([*returned, *silent, *_failures_of_unfinished(rest, math.inf)]))
 
 
 def _ended(pending: Mapping[ray.ObjectRef[Any], Member]) -> list[WorkerFailure]:
@@ -149,17 +157,17 @@ def _ended(pending: Mapping[ray.ObjectRef[Any], Member]) -> list[WorkerFailure]:
     return [outcome for outcome in outcomes if isinstance(outcome, WorkerFailure)]
 
 
-def _with_last_words(failures: tuple[WorkerFailure, ...], watch: ActivityWatch | None) -> tuple[WorkerFailure, ...]:
-    """Add to a process's death how far the gang was, by the account of the others: the dead one cannot tell."""
+def _with_last_activity(failures: tuple[WorkerFailure, ...], watch: ActivityWatch | None) -> tuple[WorkerFailure, ...]:
+    """If the first failure is a death, add to its message what the rank did last, and what the others do now."""
     first, *rest = failures
     if first.kind != "died" or watch is None:
         return failures
-    words = watch.last_seen(first.rank) + watch.places()
-    return (replace(first, message=f"{first.message}{words}"), *rest)
+    activity = watch.last_seen(first.rank) + watch.places()
+    return (replace(first, message=f"{first.message}{activity}"), *rest)
 
 
 def _poll(on_poll: Callable[[], None]) -> None:
-    with contextlib.suppress(WorkerUnreachable):  # If it died, its call ends in an error too, which names the cause.
+    with contextlib.suppress(WorkerUnreachable):  # If the worker died, its long call fails too and names the cause.
         on_poll()
 
 
@@ -184,31 +192,31 @@ def _outcome(member: Member, call: ray.ObjectRef[Any]) -> Any:
 
 
 def _text_of_death(error: RayActorError) -> str:
-    # Ray says first that it died, then repeats name, id and address, which rank and pid say better; after the reason it
-    # lists what might have caused it.
+    # The first line of Ray's text says that the actor died. Lines with its class, id and address follow, which we leave
+    # out since our errors name rank, node and pid. After the reason comes a list of common causes.
     _, *lines = str(error).splitlines()
     reasons = [line.strip() for line in lines if "died" in line or "exit" in line or "reason" in line]
     return "its process died: " + (" ".join(reasons).partition(". Some common causes")[0] or str(error))
 
 
-def _fate_of_the_rest(members: Sequence[Member], limit_s: float) -> list[WorkerFailure]:
-    """Ask the ranks whose call has not returned for their stacks. A stopped or cut-off rank does not answer."""
+def _failures_of_unfinished(members: Sequence[Member], limit_s: float) -> list[WorkerFailure]:
+    """Describe the ranks whose call has not returned, by asking for their stacks. A stopped rank does not answer."""
     limit = f" after {limit_s:g} s" if math.isfinite(limit_s) else ""
-    fates = []
+    failures = []
     for member, answer in zip(members, wait_for_stacks(members, ANSWER_S), strict=True):
         trace = None if answer is None else _outcome(member, answer)
         if trace is None:
             state = "does not answer" if member.pid else "has not started"
-            fates.append(member.failed("silent", f"{state}{limit}: it was stopped, or its node is slow or cut off"))
+            failures.append(member.failed("silent", f"{state}{limit}: it was stopped, or its node is slow or cut off"))
         elif isinstance(trace, WorkerFailure):
-            fates.append(trace)
+            failures.append(trace)
         else:
-            fates.append(member.failed("running", f"was still running{limit}", trace=trace))
-    return fates
+            failures.append(member.failed("running", f"was still running{limit}", trace=trace))
+    return failures
 
 
-def left(call: ray.ObjectRef[Any]) -> bool:
-    """Whether a call has ended without an error."""
+def succeeded(call: ray.ObjectRef[Any]) -> bool:
+    """Whether a call has returned, and not a Failure. Does not wait."""
     try:
         return not isinstance(ray.get(call, timeout=0), Failure)
     except RayError:
@@ -216,7 +224,7 @@ def left(call: ray.ObjectRef[Any]) -> bool:
 
 
 def control(member: Member, method: str, *args: Any, timeout_s: float) -> Any:
-    """Call a quick method of one rank's worker while a long one runs.
+    """Call a quick method of one rank's worker, also while a long one runs there.
 
     Raises:
         WorkerUnreachable: no answer within `timeout_s`, or the worker is gone.

@@ -10,19 +10,20 @@ from dispatch.errors import UserError
 
 Kind = Literal["died", "error", "silent", "hung", "running"]
 
-MAX_DIAGNOSIS_CHARS = 32_000  # Of what an event says of a failure: a few stacks.
+MAX_DIAGNOSIS_CHARS = 32_000  # Of a failure's text in events.jsonl: enough for four stacks of MAX_STACK_CHARS.
 
-# Errors of a rank that waited in vain for another, or that met a stranger in its place: the run did nothing wrong, and
-# the next try may succeed.
-OF_OTHERS = ("CollectiveTimeout", "ControlTimeout", "StrangerConnected")
+# Errors of a rank that waited in vain for another one, or to whose process group a foreign process connected. The run
+# itself did nothing wrong, so a restart may succeed. By name, since the modules of some of them import torch.
+CAUSED_BY_OTHERS = ("CollectiveTimeout", "ControlTimeout", "StrangerConnected")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailure:
     """What became of one rank of a gang that failed.
 
-    `died`: its process is gone. `error`: it raised. `silent`: it answers nothing. `hung`: it answers, and others waited
-    for it beyond the bound of a collective. `running`: it was still busy.
+    kind: `died`, its process is gone; `error`, it raised; `silent`, it does not answer; `hung`, it answers, but others
+    have waited for it longer than a collective may last; `running`, it was still busy. collateral: its error is only
+    that a connection to another rank broke. time_s: Unix time of the failure, 0 if unknown.
     """
 
     rank: int
@@ -41,19 +42,19 @@ class WorkerFailure:
 
     @property
     def is_own_error(self) -> bool:
-        """Whether the rank raised on its own account, and not because it lost or missed another one."""
-        return self.kind == "error" and not self.collateral and type(self.error).__name__ not in OF_OTHERS
+        """Whether the rank itself raised, and not because another rank was lost or did not come."""
+        return self.kind == "error" and not self.collateral and type(self.error).__name__ not in CAUSED_BY_OTHERS
 
     @property
     def is_bug(self) -> bool:
         """Whether it raised an error that no user can mend: no UserError, and no failure of disk, network or memory."""
         mendable = isinstance(self.error, UserError | OSError | MemoryError)
-        # torch's error of a full GPU is a RuntimeError, and this file does not import torch.
+        # By name, since this file imports no torch: torch.OutOfMemoryError, of a full GPU, is only a RuntimeError.
         return self.is_own_error and not mendable and type(self.error).__name__ != "OutOfMemoryError"
 
 
 class GangFailed(UserError, RuntimeError):
-    """A call on all ranks failed. `first` is the cause; `failures` holds every rank's fate, the cause first."""
+    """A call on all ranks failed. `failures` describes every rank that did not succeed; the first one is the cause."""
 
     def __init__(self, method: str, failures: tuple[WorkerFailure, ...]) -> None:
         super().__init__(method, failures)  # As given, so that it survives pickling.
@@ -71,7 +72,7 @@ class GangFailed(UserError, RuntimeError):
 
     def __str__(self) -> str:
         if not self.first.collateral and isinstance(self.first.error, UserError):
-            return str(self.first.error)  # written for the user: neither rank nor traceback says more
+            return str(self.first.error)  # written for the user, to whom rank and traceback would say nothing more
         lines = [f"{self.first.where} failed first, in {self.method}: {self.first.message}"]
         for other in self.failures[1:]:
             lines.append(f"  then {other.where}: {_first_line(other.message)}")
@@ -87,18 +88,19 @@ class WorkerUnreachable(RuntimeError):
 
 
 def cause_first(failures: Iterable[WorkerFailure]) -> tuple[WorkerFailure, ...]:
-    """Order failures so that the cause precedes what it brought about.
+    """Order failures so that the cause comes before its consequences.
 
-    A rank that died or raised on its own account comes first, then one that no longer answers, then those whose
-    connection to another rank broke, last those still at work. Arrival alone would mislead: peers often report before
-    the driver learns of a death. Of ranks that all raised the same error about some of them, those come first.
+    First come ranks that died or raised an error of their own, then those that hang or do not answer, then those whose
+    connection to another rank broke, last those still at work. The order of arrival would mislead: peers often report
+    before the driver learns of a death. If all ranks raise one error that names some of them (`error.ranks`, as
+    RanksDiverged does), these come first.
     """
     failures = list(failures)
     accused = {rank for failure in failures for rank in getattr(failure.error, "ranks", ())}
 
     def order(failure: WorkerFailure) -> tuple[int, bool, float]:
-        rank = {"died": 0, "error": 0, "hung": 1, "silent": 1, "running": 3}[failure.kind]
-        return 2 if failure.collateral else rank, failure.rank not in accused, failure.time_s
+        level = {"died": 0, "error": 0, "hung": 1, "silent": 1, "running": 3}[failure.kind]
+        return 2 if failure.collateral else level, failure.rank not in accused, failure.time_s
 
     return tuple(sorted(failures, key=order))
 

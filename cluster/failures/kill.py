@@ -12,10 +12,11 @@ from workers.actor import WorkerActor, WorkerLocation
 
 
 def kill_process(place: WorkerLocation) -> None:
-    """Send SIGKILL to a worker's process. Does not wait; where its node is gone, nothing happens.
+    """Send SIGKILL to a worker's process, by a task on its node. Does not wait; if the node is gone, nothing happens.
 
-    `ray.kill` asks the process to end and kills it where no answer comes. On one of three machines the question to a
-    stopped process failed instead, the process kept its place, and the replacement waited for it in vain (Ray 2.60).
+    `ray.kill` is not enough (Ray 2.60): it asks the process to end, and should kill it if no answer comes. In a run on
+    three machines, that request to a stopped process failed instead. The process kept its resources, and the
+    replacement waited for them in vain.
     """
     here = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
     ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=here).remote(place.pid)

@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from cluster.failures.errors import Kind, WorkerFailure
 from workers.actor import WorkerActor
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray puts them into the texts of its errors.
+_ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray puts them into the texts of its errors.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +30,5 @@ class Member:
         return f"rank {self.rank} ({where})"
 
     def failed(self, kind: Kind, message: str, **details: Any) -> WorkerFailure:
-        plain = _COLOURS.sub("", message)
+        plain = _ANSI_COLOURS.sub("", message)
         return WorkerFailure(rank=self.rank, ip=self.ip, pid=self.pid, kind=kind, message=plain, **details)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from cluster.failures.member import Member
 
 MAX_STACK_CHARS = 8000  # of one rank
-OUTSIDE_S = 4.0  # for a process on the rank's node to start and to look
-DUMP_S = 1.0  # for the rank's own signal handler to write; it needs neither Python nor the GIL
+NODE_TASK_S = 4.0  # for a task on the rank's node: its process has to start, and waits up to DUMP_S
+DUMP_S = 1.0  # for the rank's signal handler (faulthandler) to write its stacks; it needs no GIL
 
 
 def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.ObjectRef[str] | None]:
-    """Ask all members at once for their stack; None where no answer came. A dead one answers with an error."""
+    """Ask all members at once for their stack. None: no answer came. The call to a dead process ends in an error."""
     if not members:
         return []
     asked: list[Any] = [member.actor.stack.options(concurrency_group=CONTROL_GROUP).remote() for member in members]
@@ -36,9 +36,9 @@ def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.Obj
 
 
 def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: float) -> dict[int, str]:
-    """Stacks by rank; "" where none could be had. Takes at most `timeout_s` plus OUTSIDE_S.
+    """Stacks by rank; "" for a rank whose stack cannot be had. Takes at most `timeout_s` plus NODE_TASK_S.
 
-    silent: ranks that have not answered other questions, and are not asked again.
+    silent: ranks that have just not answered another call. These are not asked themselves, only their nodes.
     """
     stacks = dict.fromkeys((member.rank for member in members), "")
     able = [member for member in members if member.rank not in silent]
@@ -47,7 +47,7 @@ def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: flo
             stacks[member.rank] = "" if answer is None else ray.get(answer)
     calls = {_ask_node(member): member.rank for member in members if not stacks[member.rank] and member.node_id}
     if calls:
-        for call in ray.wait(list(calls), num_returns=len(calls), timeout=OUTSIDE_S)[0]:
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=NODE_TASK_S)[0]:
             with contextlib.suppress(RayError):  # Its node is gone.
                 stacks[calls[call]] = ray.get(call)
     return {rank: stack[:MAX_STACK_CHARS] for rank, stack in stacks.items()}
@@ -55,12 +55,12 @@ def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: flo
 
 def _ask_node(member: Member) -> Any:
     here = NodeAffinitySchedulingStrategy(member.node_id, soft=False)
-    look = ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=here)
-    return look.remote(member.pid, member.stack_file)
+    task = ray.remote(num_cpus=0, max_retries=0)(_stacks_of_process).options(scheduling_strategy=here)
+    return task.remote(member.pid, member.stack_file)
 
 
-def _look(pid: int, stack_file: int) -> str:
-    """The stacks of all threads of a process on this machine, or why there are none."""
+def _stacks_of_process(pid: int, stack_file: int) -> str:
+    """The stacks of all threads of a process on this machine, or the reason why there are none."""
     try:
         process = psutil.Process(pid)
         state = process.status()
@@ -77,7 +77,7 @@ def _look(pid: int, stack_file: int) -> str:
 
 
 def _dump(pid: int, path: Path) -> str:
-    """Have a process write its stacks, see `WorkerActor.start`, and read them."""
+    """Have a process write its stacks to its file in memory (see workers.actor), and read them."""
     with path.open("rb") as file:
         before = file.seek(0, os.SEEK_END)
         os.kill(pid, signal.SIGUSR1)
@@ -85,7 +85,7 @@ def _dump(pid: int, path: Path) -> str:
         while time.monotonic() < deadline:
             time.sleep(0.05)
             grown = os.fstat(file.fileno()).st_size
-            if grown == size > before:  # it has stopped growing
+            if grown == size > before:  # unchanged for 0.05 s: all threads have been written
                 break
             size = grown
         return file.read(MAX_STACK_CHARS).decode(errors="replace")

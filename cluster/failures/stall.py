@@ -1,4 +1,8 @@
-"""Finds the ranks that hold up the others, from the activity that each reports: plain values, no Ray."""
+"""Finds the ranks that hold up the others, from the activity that each rank reports. Plain values, no Ray.
+
+Every collective of a process group has a number (`Collective.index`). A rank is behind another one in a group if it has
+started fewer collectives of that group; then the other one waits for it.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,20 @@ from dispatch.diagnosis.collective_errors import CollectiveTimeout, ranks_text
 
 Answer = Mapping[str, Activity] | None  # by thread; None: no answer came
 
-# As a step passes them. Of ranks that wait for each other crosswise, the one further on left something out.
+# Phases in the order of a step. Of two ranks that wait for each other in different collectives, the one that is further
+# on in the step has left out a collective.
 _ORDER = (*MOE_PHASES, *(f"backward {phase}" for phase in MOE_PHASES), "gradients", "gradient norm", "bias update")
 _SHOWN_RANKS = 16
-_OLD = 0.5  # Share of the bound after which a wait belongs to the same stall as one that is overdue.
+_SAME_STALL = 0.5  # A wait of at least this share of the bound belongs to the same stall as an overdue one.
 
 
 @dataclass(frozen=True)
 class Stall:
-    """A collective that does not end. missing: the ranks that others wait for; may be empty. silent: no answer came."""
+    """A collective that does not end.
+
+    waiting: ranks that are in it. missing: ranks that they wait for; empty if all are in it. silent: ranks of the gang
+    that do not answer the driver.
+    """
 
     collective: Collective
     waiting: tuple[int, ...]
@@ -38,13 +47,13 @@ class _Wait:
 def find_stall(
     answers: Mapping[int, Answer], names: Mapping[int, str], bound_s: float, setting: str, last_seen: Mapping[int, str]
 ) -> Stall | None:
-    """The collective that has lasted longer than `bound_s` and the ranks to blame; None where none has.
+    """The collective that has lasted longer than `bound_s`, and the ranks to blame; None if no collective has.
 
     Args:
-        answers: of every rank of the gang.
-        names: of every rank, with node, process and device.
-        setting: what sets the bound, and its value.
-        last_seen: of ranks that do not answer now, what they said before.
+        answers: activities of every rank of the gang, by rank.
+        names: name of every rank, with node, process and device.
+        setting: the setting of the bound and its value, for the error text.
+        last_seen: for ranks that do not answer now, the activity they reported last, as the end of a sentence.
     """
     waits = [wait for rank in answers for wait in _waits_of(rank, answers)]
     overdue = sorted((w for w in waits if w.collective.waited_s >= bound_s), key=lambda w: -w.collective.waited_s)
@@ -96,12 +105,13 @@ def _to_blame(
     for wait in overdue:
         if free := tuple(rank for rank in wait.blockers if rank not in waiting):
             return wait, free
-    # All wait, some of them for each other: a few left something out and wait for the many where these never come. The
-    # waits of the many may have begun a moment later than the one that is overdue.
-    old = [wait for wait in waits if wait.collective.waited_s > _OLD * bound_s]
+    # Every blocker waits itself. So some ranks, usually few, left out a collective, and wait in a later one for the
+    # many, who wait for them in the earlier one. Blame the smallest set of blockers. The waits of the many may have
+    # begun later than the overdue one, so that they are not overdue themselves yet.
+    old = [wait for wait in waits if wait.collective.waited_s > _SAME_STALL * bound_s]
     if not any(wait.blockers for wait in old):
         return overdue[0], ()
-    crosswise = [replace(wait, blockers=wait.blockers or _elsewhere(wait, answers)) for wait in old]
+    crosswise = [replace(wait, blockers=wait.blockers or _in_another_place(wait, answers)) for wait in old]
     wait = min(
         (wait for wait in crosswise if wait.blockers),
         key=lambda w: (len(w.blockers), w.collective.step, _order(w.collective.phase)),
@@ -109,8 +119,8 @@ def _to_blame(
     return wait, wait.blockers
 
 
-def _elsewhere(wait: _Wait, answers: Mapping[int, Answer]) -> tuple[int, ...]:
-    """Members that started a collective of the same number, but in another place of the step."""
+def _in_another_place(wait: _Wait, answers: Mapping[int, Answer]) -> tuple[int, ...]:
+    """Members that started the collective of the same number in another step, layer or phase."""
     members = {member: answers.get(member) for member in wait.collective.members}
     places = {m: a[wait.thread].recent.get(_key(wait)) for m, a in members.items() if a and wait.thread in a}
     return tuple(member for member, place in places.items() if place not in (None, places[wait.rank]))
@@ -126,7 +136,7 @@ def _key(wait: _Wait) -> tuple[str, int]:
 
 
 def _state(answer: Answer, wait: _Wait, last_seen: str) -> str:
-    """What a rank that is missing in `wait` does instead, as a predicate: "does not answer: ..."."""
+    """What a rank that is missing in `wait` does instead, as the predicate of a sentence: "does not answer: ..."."""
     if answer is None:
         return "does not answer: it is stopped, or its node is slow or cut off" + last_seen
     activity = answer[wait.thread]
@@ -140,7 +150,7 @@ def _state(answer: Answer, wait: _Wait, last_seen: str) -> str:
 
 
 def _divergence(wait: _Wait, answers: Mapping[int, Answer]) -> list[str]:
-    """List where each rank believes to be, for a collective that all have started, if they disagree."""
+    """For a collective that all ranks have started: its step, layer and phase on each rank, if they differ."""
     places: dict[str, list[int]] = {}
     for member in wait.collective.members:
         answer = answers.get(member)

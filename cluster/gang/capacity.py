@@ -9,7 +9,7 @@ from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-def
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from cluster.config import ClusterConfig
-from cluster.gang.placement import num_workers_on, worker_resources
+from cluster.gang.placement import demand_of, num_workers_on
 
 
 def num_workers_that_fit(config: ClusterConfig) -> int:
@@ -18,11 +18,6 @@ def num_workers_that_fit(config: ClusterConfig) -> int:
     demand = demand_of(config)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     return sum(num_workers_on(demand, node["Resources"]) for node in nodes)
-
-
-def demand_of(config: ClusterConfig) -> dict[str, float]:
-    """What one worker reserves on the cluster as it is now."""
-    return worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
 
 
 def draining_nodes() -> frozenset[str]:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
 from cluster.failures.activity_watch import Answers, seen_in
-from cluster.failures.calls import call_all, control, left
+from cluster.failures.calls import call_all, control, succeeded
 from cluster.failures.errors import GangFailed
 from cluster.failures.kill import kill_process
 from cluster.failures.member import Member
@@ -30,17 +30,19 @@ from dispatch.diagnosis.activity import Activity
 from workers.actor import JoinsGang, WorkerActor, WorkerLocation
 from workers.distributed.mailbox import CONTROL_GROUP
 
-STOP_S = 5.0  # For killed processes to be gone.
-# For a kept process to end its call and leave its groups: some ten milliseconds, as its connections are broken.
-# Replacements start meanwhile.
+STOP_S = 5.0  # Longest wait for killed processes to end.
+# Longest wait for a kept process to end its call and to leave its process groups. It takes some ten milliseconds, since
+# `abort` breaks its connections. Replacements start meanwhile.
 LEAVE_S = 12.0
 
 
 class Gang:
-    """All ranks of a run. Use it as a context manager, or call `stop`: nothing of it outlives that.
+    """All ranks of a run. Use it as a context manager, or call `stop`, which ends all of its processes.
 
-    `rank_map` says where each rank lives, `startup_s` where the time of the last start went, `ray_watch` whether
-    its Ray still lives: all that waits for ranks raises RayDied where it does not.
+    Attributes:
+        rank_map: where each rank runs, by rank.
+        startup_s: seconds that each part of the last start took.
+        ray_watch: knows whether Ray is alive. Every method that waits for ranks raises RayDied when it is not.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class Gang:
         self._make_worker: bytes = cloudpickle.dumps(make_worker)
         self._ep_size_of = ep_size_of
         self._group: PlacementGroup | None = None
-        self._actors: dict[int, ActorHandle[WorkerActor]] = {}  # by bundle, as are the places
+        # By index of the bundle, since ranks change when the gang is formed at another size. Members and rank map: by
+        # rank.
+        self._actors: dict[int, ActorHandle[WorkerActor]] = {}
         self._places: dict[int, WorkerLocation] = {}
-        self._members: list[Member] = []  # by rank, as is the rank map
-        self._epoch = -1
+        self._members: list[Member] = []
+        self._epoch = -1  # rises with every `_join`
         self._answers: Answers = {}
         self.rank_map: tuple[RankPlace, ...] = ()
         self.startup_s: dict[str, float] = {}
@@ -82,7 +86,8 @@ class Gang:
                 function that imports torch inside spares the driver that import.
             env: variables for the workers, over the forwarded ones of the driver.
             sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
-            ep_size_of: of a number of workers, how many neighbouring ranks shall share a machine (`rank_order`).
+            ep_size_of: gives, for a number of workers, the size of an expert-parallel group. `rank_order` keeps the
+                ranks of such a group on one node where it can.
         Raises:
             ClusterTooSmall: the workers do not fit.
             GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
@@ -106,7 +111,7 @@ class Gang:
 
     @property
     def num_places(self) -> int:
-        """Bundles of the placement group, also those lost with a node, which Ray places again when a node is back."""
+        """Bundles of the placement group. A bundle lost with its node counts too: Ray places it again elsewhere."""
         return self._group.bundle_count if self._group else 0
 
     def num_living_places(self) -> int:
@@ -131,10 +136,12 @@ class Gang:
         Args:
             on_poll: called about every `poll_s` on this thread while the ranks work, for a live view and for Ctrl-C;
                 it may use `control`.
-            on_ray_died: makes the ranks end this call early, so that they can save; RayDied comes after that.
-            keep: leave the processes as they are after a failure, for `form_again`.
+            on_ray_died: asks the ranks to save and to end this call early. RayDied is raised once they have.
+            limit_s: longest wait for the whole call.
+            keep: leave the processes as they are after a failure, for `form_again` or `shrink`. By default the gang is
+                stopped then, since its ranks may be in different steps.
         Raises:
-            GangFailed: with the first cause; the gang is stopped then, since the ranks no longer agree on anything.
+            GangFailed: a rank failed; the first cause is the first of its `failures`.
         """
         self._answers = {}
         calls = [member.actor.call.remote(method, *args) for member in self._members]
@@ -156,7 +163,7 @@ class Gang:
             raise
 
     def seen(self) -> dict[int, tuple[Activity, float]]:
-        """What the training thread of each rank was in when it answered last during `run`, and how many s ago."""
+        """By rank, the activity of the training thread in the last answer during `run`, and that answer's age in s."""
         return seen_in(self._answers)
 
     def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
@@ -169,10 +176,12 @@ class Gang:
         return control(self._members[rank], method, *args, timeout_s=timeout_s)
 
     def form(self, sizes: Sequence[int]) -> None:
-        """Start new processes in a new place, as many as the first of `sizes` that the cluster holds, and join them.
+        """Reserve a new placement group, start new processes in it, and join them.
+
+        Their number is the first of `sizes` (the largest first) that the cluster can hold.
 
         Raises:
-            ClusterTooSmall: not even the last of them fits.
+            ClusterTooSmall: not even the last size fits.
             GangFailed: a rank failed to start or to join, or `start_timeout_s` passed.
         """
         self.stop()
@@ -180,7 +189,7 @@ class Gang:
         self._group = self._reserve(sizes)
         self.startup_s = {"place": time.monotonic() - begun}
         limit_s = self._config.start_timeout_s
-        # All are created before any is waited for.
+        # All actors are created before any is waited for: they import torch, which takes seconds, at the same time.
         self._await_starts({bundle: self._restart(bundle) for bundle in range(self._group.bundle_count)}, limit_s)
         self._join(limit_s)
         self.startup_s["total"] = time.monotonic() - begun
@@ -188,8 +197,9 @@ class Gang:
     def form_again(self, failed: GangFailed, limit_s: float) -> None:
         """After `run(keep=True)` failed: replace the lost processes in their bundles, and join all ranks anew.
 
-        A process is kept only if its last call has returned and it has left its groups: nothing of the epoch before
-        can still be under way in it. On cuda none is kept, as NCCL's groups may not end.
+        A process is kept only if its last call has returned and it has left its process groups: then no collective of
+        the epoch before can still run in it. On cuda none is kept: it has not been shown that a process can always
+        leave its NCCL groups after a failure.
 
         Raises:
             GangFailed: a replacement did not start within `limit_s`, or a rank failed to join.
@@ -197,7 +207,7 @@ class Gang:
         begun = time.monotonic()
         self._kill_silent(failed)
         kept = self._kept_bundles(failed)
-        # The slow part first: replacements start while the others leave.
+        # Replacements take seconds to start, so they begin before the others are asked to leave.
         starting = {bundle: self._restart(bundle) for bundle in set(self._actors) - set(kept)}
         starting |= {bundle: self._restart(bundle) for bundle in set(kept) - set(self._leave(kept))}
         self.startup_s = {"leave": time.monotonic() - begun}
@@ -206,9 +216,9 @@ class Gang:
         self.startup_s["total"] = time.monotonic() - begun
 
     def shrink(self, failed: GangFailed, world_size: int) -> None:
-        """After `run(keep=True)` failed: join `world_size` of the processes left, with their memory checkpoints.
+        """After `run(keep=True)` failed: go on with `world_size` of the processes that `form_again` would keep.
 
-        If too few are left, a new gang of that size is formed. It keeps the processes that `form_again` would keep.
+        They keep their checkpoints in memory. If fewer are left, a new gang of that size is formed.
 
         Raises:
             ClusterTooSmall, GangFailed: as `form`.
@@ -236,10 +246,11 @@ class Gang:
         if group is None or not ray.is_initialized():
             return
         if not self.ray_watch.can_be_asked():
-            return  # All below would block. The actors end with the processes of Ray, or with the driver.
+            return  # Every call below would block. The actors end with Ray's processes, or with the driver.
         for actor in actors.values():
             ray.kill(actor)
-        # A call to a dead actor ends in an error: when all have, the processes are gone and their memory is free.
+        # `ray.kill` returns at once. A call to a dead actor ends in an error: when all have ended, the processes are
+        # gone and their memory is free for the next gang.
         wait_for_stacks([Member(rank=bundle, actor=actor) for bundle, actor in actors.items()], STOP_S)
         remove_placement_group(group)
 
@@ -270,35 +281,37 @@ class Gang:
                 kill_process(self.rank_map[failure.rank])
 
     def _kept_bundles(self, failed: GangFailed) -> list[int]:
-        """Bundles of the processes that may join again, by rank: not the dead, nor those that do not answer or hang.
+        """Bundles of the processes that may join again, in rank order: neither dead, nor silent, nor blamed for a hang.
 
-        One that still runs may wait for one of these in a collective: it returns once that is killed, or `_leave` ends
-        its chance.
+        A process that is still running may wait in a collective for one that is lost. Its call fails once that one is
+        killed. If it does not within LEAVE_S, `_leave` leaves it out.
         """
         if any(place.gpu_ids for place in self._places.values()):
             return []
-        # In `start`, lost ranks have no location yet, and the others were not called.
+        # When `start` failed, the numbers in `failures` are bundles, not ranks; a process that did not start has no
+        # entry in `_places`.
         lost = {failure.rank for failure in failed.failures if failure.kind not in ("error", "running")}
-        able = [place.bundle for place in self.rank_map if failed.method == "start" or place.rank not in lost]
-        return [bundle for bundle in able if bundle in self._places]
+        kept = [place.bundle for place in self.rank_map if failed.method == "start" or place.rank not in lost]
+        return [bundle for bundle in kept if bundle in self._places]
 
     def _leave(self, bundles: Sequence[int]) -> list[int]:
-        """Have these processes leave their groups; returns those that did, in the same order."""
-        # While calls still run: a rank that waits for one that is gone or cut off then fails at once and comes to
-        # `leave`.
+        """Have these processes leave their process groups; returns those that did, in the same order."""
+        # `abort` and `close` run on the control thread, beside a call that still runs. They break its connections, and
+        # its waits for the store of this epoch. So a rank that waits for a lost one fails at once, and reaches `leave`.
         for bundle in bundles:
             self._actors[bundle].control.options(concurrency_group=CONTROL_GROUP).remote("abort")
             self._actors[bundle].mailbox.options(concurrency_group=CONTROL_GROUP).remote("close", self._epoch)
         calls: dict[int, Any] = {bundle: self._actors[bundle].call.remote("leave") for bundle in bundles}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=LEAVE_S)
-        return [bundle for bundle, call in calls.items() if left(call)]
+        return [bundle for bundle, call in calls.items() if succeeded(call)]
 
     def _restart(self, bundle: int) -> ray.ObjectRef[Any]:
         """Replace the process of a bundle; returns the new one's call of `start`."""
         self._end(bundle)
-        group = self._group or _no_group()
-        self._actors[bundle] = _create_actor(group, bundle, self._env, self._make_worker)
+        if self._group is None:
+            raise RuntimeError("the gang was stopped")
+        self._actors[bundle] = _create_actor(self._group, bundle, self._env, self._make_worker)
         call: ray.ObjectRef[Any] = self._actors[bundle].start.remote()
         return call
 
@@ -309,7 +322,7 @@ class Gang:
 
     def _await_starts(self, starting: dict[int, ray.ObjectRef[Any]], limit_s: float) -> None:
         begun = time.monotonic()
-        # Until the ranks are known, a member's rank is its bundle.
+        # Ranks are known only when all have started; until then a member's rank is the index of its bundle.
         members = [Member(rank=bundle, actor=self._actors[bundle]) for bundle in starting]
         places: list[WorkerLocation] = self._call_all(members, "start", list(starting.values()), limit_s=limit_s)
         self._places |= dict(zip(starting, places, strict=True))
@@ -335,7 +348,7 @@ class Gang:
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
-        self._epoch += 1
+        self._epoch += 1  # A message of the gang before is told from one of this gang by its epoch.
         timeout_s = self._config.collective_timeout_s
         nodes = node_of_ranks([place.ip for place in self.rank_map])
         actors = [member.actor for member in self._members]
@@ -347,19 +360,16 @@ class Gang:
         self.startup_s["join"] = time.monotonic() - begun
 
 
-def _no_group() -> PlacementGroup:
-    raise RuntimeError("the gang was stopped")
-
-
 def _create_actor(
     group: PlacementGroup, bundle: int, env: dict[str, str], pickled_make_worker: bytes
 ) -> ActorHandle[WorkerActor]:
     demand = group.bundle_specs[bundle]
+    # A concurrency group has threads of its own: the actor answers control calls while `train` runs for hours.
     actor_class = cast("Any", ray.remote)(concurrency_groups={CONTROL_GROUP: 1})(WorkerActor)
     actor: ActorHandle[WorkerActor] = actor_class.options(
         num_cpus=demand["CPU"],
         num_gpus=demand.get("GPU", 0),
-        max_restarts=0,  # A rank that Ray restarted by itself would wait for a world that is gone.
+        max_restarts=0,  # The supervisor replaces it: all ranks have to join again when one is new.
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     ).remote(env, pickled_make_worker)
     return actor

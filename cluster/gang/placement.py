@@ -1,4 +1,4 @@
-"""Where the workers go: what they ask for, whether the cluster has it, and which rank each becomes."""
+"""Placement of the workers: what each reserves, whether the cluster can hold them, and which rank each becomes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from workers.actor import WorkerLocation
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-# A Ray of our own is not shared: its CPUs are a number to schedule by, and any number of workers shall fit.
+# A local Ray has only our workers, and Ray does not enforce CPU reservations. So they reserve next to nothing, and more
+# workers than cores can be placed.
 LOCAL_CPUS = 0.01
-LOOK_S = 1  # Between two looks whether Ray still lives, while workers wait for a place.
+CHECK_RAY_EVERY_S = 1  # While workers wait for a place. `PlacementGroup.wait` takes whole seconds.
 
 
 class ClusterTooSmall(UserError, RuntimeError):
@@ -41,9 +42,10 @@ class RankPlace(WorkerLocation):
 
 
 def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str, float]:
-    """What one worker reserves; a GPU also decides that it computes on cuda.
+    """What one worker reserves, by Ray's resource names. A worker that reserves a GPU computes on cuda.
 
-    With device `auto` a worker gets a GPU only if all can have one: a gang has one kind of device.
+    With device `auto` a worker gets a GPU only if there is one for every worker: all ranks of a gang use the same kind
+    of device, since one backend (NCCL or gloo) joins them.
     """
     cpus = LOCAL_CPUS if config.address is None else config.cpus_per_worker
     gpus = config.gpus_per_worker
@@ -52,6 +54,13 @@ def worker_resources(config: ClusterConfig, num_cluster_gpus: float) -> dict[str
     elif gpus is None:
         gpus = 1.0 if config.device == "cuda" or num_cluster_gpus >= config.num_workers else 0.0
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def demand_of(config: ClusterConfig) -> dict[str, float]:
+    """What one worker reserves on the cluster that this process is connected to."""
+    import ray
+
+    return worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
 
 
 def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> None:
@@ -71,7 +80,7 @@ def check_fits(config: ClusterConfig, demand: Mapping[str, float], nodes: Mappin
 
 def num_workers_on(demand: Mapping[str, float], resources: Mapping[str, float]) -> int:
     """Count the workers that a node with these resources holds when nothing else runs there."""
-    # The small term absorbs rounding: 1.0 CPU must hold ten workers of 0.1.
+    # 1e-9 absorbs rounding: 0.6 GPU hold three workers of 0.2, though 0.6 / 0.2 is 2.9999999999999996.
     return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items())
 
 
@@ -80,22 +89,24 @@ def _amounts(resources: Mapping[str, float], names: Mapping[str, float]) -> str:
 
 
 def reserve(config: ClusterConfig, check_ray: Callable[[], None]) -> PlacementGroup:
-    """Reserve one bundle a worker, close together where they fit.
+    """Reserve one bundle for each worker, on as few nodes as possible. Waits until all are reserved.
 
     Raises:
-        RayDied: by `check_ray`, which is called every LOOK_S.
-        ClusterTooSmall: at once if the cluster could never hold them; after `start_timeout_s` if others use it.
+        RayDied: raised by `check_ray`, which is called every CHECK_RAY_EVERY_S.
+        ClusterTooSmall: at once if the cluster could not hold the workers even when idle; after `start_timeout_s` if
+            others use it.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = {f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": node["Resources"] for node in alive}
-    demand = worker_resources(config, ray.cluster_resources().get("GPU", 0.0))
+    demand = demand_of(config)
     check_fits(config, demand, nodes)
+    # PACK: the tokens of an expert-parallel group should not cross the network where its ranks fit on one node.
     group: PlacementGroup = placement_group([demand] * config.num_workers, strategy="PACK")
     deadline = time.monotonic() + config.start_timeout_s
-    while not (placed := group.wait(LOOK_S)) and time.monotonic() < deadline:
+    while not (placed := group.wait(CHECK_RAY_EVERY_S)) and time.monotonic() < deadline:
         check_ray()
     if not placed:
         remove_placement_group(group)
@@ -111,7 +122,7 @@ def reserve(config: ClusterConfig, check_ray: Callable[[], None]) -> PlacementGr
 def rank_places(
     locations: Mapping[int, WorkerLocation], ep_size: int, threads_per_worker: int
 ) -> tuple[RankPlace, ...]:
-    """The place of each rank, by rank. locations: of the workers, by bundle."""
+    """The place of each rank, by rank. locations: where each worker runs, by index of its bundle."""
     bundles = sorted(locations)
     places = [locations[bundle] for bundle in bundles]
     threads = threads_of(places, threads_per_worker)
@@ -122,26 +133,26 @@ def rank_places(
 
 
 def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:
-    """Bundle indices in rank order: by node address as a number, then GPU, then bundle.
+    """Indices into `places` in rank order: by node address as a number, then GPU, then index.
 
-    Whole expert-parallel groups of each node come first, then the remaining workers of all nodes: `ep_size`
-    neighbours, counted from rank 0, share a node wherever it has that many.
+    First come the workers of each node that fill whole expert-parallel groups, then the remaining workers of all nodes.
+    Ranks 0 to ep_size - 1 and so on thus share a node wherever a node has that many workers.
 
-    Placement groups promise no order and node ids change with every start. Expert shards follow ranks, so the same
-    machines must give the same ranks again.
+    Placement groups promise no order, and Ray's node ids change with every start. Which experts a process holds follows
+    from its rank, so the same machines must give the same ranks again: hence addresses.
     """
 
     def key(bundle: int) -> tuple[int, int, tuple[int, ...], int]:
         address = ip_address(places[bundle].ip)
         return address.version, int(address), places[bundle].gpu_ids, bundle
 
-    whole, rest = [], []
+    in_whole_groups, rest = [], []
     for _, on_node in groupby(sorted(range(len(places)), key=key), lambda bundle: places[bundle].ip):
         bundles = list(on_node)
-        in_groups = len(bundles) // ep_size * ep_size
-        whole += bundles[:in_groups]
-        rest += bundles[in_groups:]
-    return whole + rest
+        num_in_groups = len(bundles) // ep_size * ep_size
+        in_whole_groups += bundles[:num_in_groups]
+        rest += bundles[num_in_groups:]
+    return in_whole_groups + rest
 
 
 def node_of_ranks(ips: Sequence[str]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Is there enough memory, shared memory and disk for a run? Asked before any process starts."""
+"""Checks, before any process starts, that this machine has the memory, shared memory and disk that a run needs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from cluster.ray.local_ray import OBJECT_STORE_BYTES
 from cluster.ray.ray_folder import check_folder
 from dispatch.errors import InvalidValue
 
-# Measured on Linux with ray 2.60 and torch 2.13 (CPU): Ray's own processes, and one worker before it holds a model.
+# Resident memory measured on Linux with ray 2.60 and torch 2.13 (CPU): of Ray's own processes together, and of one
+# worker that has imported torch and holds no model yet.
 RAY_BYTES = 700 * 2**20
 WORKER_BYTES = 300 * 2**20
 RAY_DISK_BYTES = 100 * 2**20  # Logs and sockets of a session.
-TIGHT = 1.5  # free, as a multiple of what will be written: others write too
+TIGHT_FACTOR = 1.5  # A disk with less than this multiple of what the run writes is tight: other programs write too.
 
 
 class NotEnoughResources(InvalidValue):
@@ -36,28 +37,32 @@ class Available:
 def check_resources(
     config: ClusterConfig, run_dir: Path, *, run_disk_bytes: int = 0, model_bytes_per_worker: int = 0
 ) -> str:
-    """Raise NotEnoughResources if this machine cannot hold the run; returns what is tight, "" where nothing is.
+    """Check that this machine can hold the run. Returns a warning where the disk is tight, else "".
 
     Args:
         run_disk_bytes: what the run will write into `run_dir`, which need not exist yet.
-        model_bytes_per_worker: memory of one worker beyond what an idle one takes.
+        model_bytes_per_worker: memory of one worker beyond WORKER_BYTES.
+    Raises:
+        NotEnoughResources: names what is missing, and a way out.
 
-    On a joined cluster only the run directory is checked: the workers' machines are not this one.
+    On a joined cluster only the run directory is checked: the workers run on other machines.
     """
     available = measure(run_dir)
     check_disk(available.run_disk_bytes, run_disk_bytes, run_dir, "the run", "choose another disk with --run.dir")
     if config.address is None:
         check_local(config, available, model_bytes_per_worker)
-    if available.run_disk_bytes > TIGHT * run_disk_bytes:
+    if available.run_disk_bytes > TIGHT_FACTOR * run_disk_bytes:
         return ""
     needed, free = size_text(run_disk_bytes), size_text(available.run_disk_bytes)
     return f"the disk is tight: the run will write about {needed} to {run_dir}, where {free} are free"
 
 
 def check_local(config: ClusterConfig, available: Available, model_bytes_per_worker: int = 0) -> None:
-    """Raise NotEnoughResources if a Ray of our own with these workers does not fit into `available`.
+    """Check that a local Ray with these workers fits into `available`.
 
-    Raises InvalidValue where RAY_TMPDIR is no folder for one.
+    Raises:
+        NotEnoughResources: it does not.
+        InvalidValue: RAY_TMPDIR names no folder that Ray can use.
     """
     check_folder()
     way_out = "set RAY_TMPDIR to another disk"
@@ -92,7 +97,7 @@ def measure(run_dir: Path) -> Available:
     shm = Path("/dev/shm")  # noqa: S108
     return Available(
         memory_bytes=_free_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup")),
-        # Without it Ray keeps its object store on disk: not a lack of shared memory.
+        # On a system without /dev/shm, such as macOS, Ray keeps its object store on disk: nothing is lacking.
         shm_bytes=shutil.disk_usage(shm).free if shm.is_dir() else OBJECT_STORE_BYTES,
         ray_disk_bytes=_free_disk(ray_folder()),
         run_disk_bytes=_free_disk(run_dir),
@@ -105,7 +110,7 @@ def _free_disk(path: Path) -> int:
 
 
 def _free_memory(meminfo: Path, cgroup: Path) -> int:
-    """Memory that programs can still get: the machine's, or what the container's limit (cgroup v2) leaves of it."""
+    """Bytes that programs can still allocate: the machine's, or what the container's limit (cgroup v2) leaves."""
     lines = (line.split() for line in meminfo.read_text().splitlines())
     free = next(int(fields[1]) * 1024 for fields in lines if fields[0] == "MemAvailable:")
     try:
@@ -114,10 +119,10 @@ def _free_memory(meminfo: Path, cgroup: Path) -> int:
         counted = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # No such files, or "max": no limit.
         return free
-    # Pages of files are counted as used, but given back under pressure.
+    # memory.current counts the page cache of files, which the kernel gives back under pressure.
     return min(free, limit - used + int(counted.get("inactive_file", 0)))
 
 
 def size_text(num_bytes: float) -> str:
-    """1.5 GiB, or 80 MiB below that: for what must be free."""
+    """'1.5 GiB', below one GiB '80 MiB'."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Keeps a run going: has the gang train, forms it again after a failure, and grows it when there is capacity."""
+"""Keeps a run going: lets the gang train, forms it again after a failure, and grows it when the cluster has room."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from cluster.gang.policy import Decision, GiveUp, Resize, Restart, Retry, cause_
 from dispatch.errors import UserError
 
 POLL_S = 0.2
-DRAIN_LOOK_S = 5.0  # Between two looks for nodes that are being taken back; clouds announce it 30 s before or more.
+DRAIN_CHECK_EVERY_S = 5.0  # Clouds announce that they take a node back 30 s before or earlier.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How the gang was formed again. since: when the attempt before ended, Unix time. seconds: what each part took."""
+    """How the gang was formed again.
+
+    since: Unix time at which the attempt before failed or stopped. seconds: what each part of the recovery took.
+    """
 
     since: float
     seconds: dict[str, float]
 
 
 class Job(Protocol):
-    """What a supervisor keeps going and reports to; the runtime implements it."""
+    """What a supervisor keeps going and reports to. `runtime.job.training_job` implements it."""
 
     def arguments(self, gang: Gang, recovery: Recovery | None) -> tuple[Any, ...]:
-        """Arguments of the workers' method `train`, to go on from the newest state. recovery: None the first time.
+        """Arguments of the workers' method `train`, to go on from the newest state.
+
+        May call the workers first, for their checkpoints in memory. recovery: None in the first attempt.
 
         Raises:
-            GangFailed: it asked the workers, and one failed.
+            GangFailed: such a call failed.
         """
         ...
 
@@ -47,7 +52,7 @@ class Job(Protocol):
         ...
 
     def is_over(self, results: list[Any]) -> bool:
-        """Whether these results of all ranks end the job; False where the gang only stopped to be resized."""
+        """Whether these results, by rank, end the job. False if the gang only stopped to be resized."""
         ...
 
     def stop_requested(self) -> bool:
@@ -80,7 +85,7 @@ class GaveUp(UserError, RuntimeError):
 
 
 class Supervisor:
-    """Runs `train` of a job on a gang until it is over.
+    """Runs `train` on a gang until the job is over.
 
     Args:
         gang: formed already; the caller stops it.
@@ -92,19 +97,19 @@ class Supervisor:
         self._world_size = gang.world_size
         self._failures: list[GangFailed | ClusterTooSmall] = []  # since the last progress
         self._history: list[Restart] = []
-        self._resize_under_way: Resize | None = None  # what the gang was asked to save and stop for
+        self._pending_resize: Resize | None = None  # the gang was asked to save and stop for it
         self._capacity_request: CapacityRequest | None = None
-        self._next_drain_look = self._next_growth_look = 0.0
+        self._next_drain_check = self._next_growth_check = 0.0
         self._since = time.time()  # when the last attempt ended, Unix time
-        self._waited_s: dict[str, float] = {}
+        self._downtime_s: dict[str, float] = {}  # since then, by part
 
     def run(self) -> list[Any]:
         """Train until the job is over; returns the results of `train` by rank, from the attempt that ended the job.
 
         Raises:
-            GangFailed: the job itself raised an error, or the first failure is not to be recovered from.
-            GaveUp: the policy ended it after that.
-            RayDied: Ray itself has died, and with it the means to replace anybody.
+            GangFailed: the job itself raised an error, or the policy ended the run at its first failure.
+            GaveUp: the policy ended the run at a later failure.
+            RayDied: Ray itself has died, so no worker can be replaced.
         """
         decision: Decision | None = None
         try:
@@ -112,11 +117,11 @@ class Supervisor:
                 try:
                     results = self._attempt(decision)
                 except (GangFailed, ClusterTooSmall) as failure:
-                    decision = self._after(failure)
+                    decision = self._plan_recovery(failure)
                     continue
-                if self._resize_under_way is None or self._job.is_over(results):
+                if self._pending_resize is None or self._job.is_over(results):
                     return results
-                decision, self._since, self._waited_s = self._resize_under_way, time.time(), {}
+                decision, self._since, self._downtime_s = self._pending_resize, time.time(), {}
         finally:
             self._end_capacity_request()
 
@@ -125,8 +130,8 @@ class Supervisor:
         recovery = None
         if decision is not None:
             self._form(decision)
-            recovery = Recovery(since=self._since, seconds=self._waited_s | self._gang.startup_s)
-        self._resize_under_way = None
+            recovery = Recovery(since=self._since, seconds=self._downtime_s | self._gang.startup_s)
+        self._pending_resize = None
         self._request_capacity()
         arguments = self._job.arguments(self._gang, recovery)
         return self._gang.run(
@@ -134,11 +139,11 @@ class Supervisor:
         )
 
     def _form(self, decision: Decision) -> None:
-        self._end_capacity_request()
+        self._end_capacity_request()  # Its bundles are those that the new gang takes.
         before, failure = self._world_size, self._failures[-1] if self._failures else None
         if isinstance(decision, Resize):
             self._world_size = decision.world_size
-        if decision is self._resize_under_way or not isinstance(failure, GangFailed) or not self._gang.is_placed:
+        if decision is self._pending_resize or not isinstance(failure, GangFailed) or not self._gang.is_placed:
             self._gang.form((self._world_size,))
         elif isinstance(decision, Retry):
             can_shrink = before > self._sizes[-1]
@@ -150,9 +155,9 @@ class Supervisor:
         else:
             self._gang.form((self._world_size,))
 
-    def _after(self, failure: GangFailed | ClusterTooSmall) -> Decision:
-        """Decide how to go on, record it, and wait for the back-off. Raises where the decision is to give up."""
-        self._note_time(failure)
+    def _plan_recovery(self, failure: GangFailed | ClusterTooSmall) -> Decision:
+        """Decide how to go on, record it, and wait for the back-off. Raises if the decision is to give up."""
+        self._begin_downtime(failure)
         self._gang.ray_watch.wait_until_it_can_be_asked()
         saved_step = self._job.saved_step()
         if self._history and saved_step > self._history[-1].saved_step:
@@ -176,11 +181,11 @@ class Supervisor:
         self._wait(decision.back_off_s)
         return decision
 
-    def _note_time(self, failure: GangFailed | ClusterTooSmall) -> None:
+    def _begin_downtime(self, failure: GangFailed | ClusterTooSmall) -> None:
         now = time.time()
         noticed = failure.first.time_s if isinstance(failure, GangFailed) else 0.0
         self._since = min(noticed or now, now)  # a worker's clock may be ahead of ours
-        self._waited_s = {"others ended": now - self._since}
+        self._downtime_s = {"others ended": now - self._since}
 
     def _ranks_on(self, nodes: Collection[str]) -> set[int]:
         return {row.rank for row in self._gang.rank_map if row.node_id in nodes}
@@ -199,39 +204,44 @@ class Supervisor:
         begun = time.monotonic()
         while time.monotonic() < begun + back_off_s and not self._job.stop_requested():
             time.sleep(POLL_S)
-        self._waited_s["back-off"] = time.monotonic() - begun
+        self._downtime_s["back-off"] = time.monotonic() - begun
 
     def _poll(self) -> None:
         self._job.on_poll(self._gang)
         now = time.monotonic()
-        is_due = now >= min(self._next_drain_look, self._next_growth_look)
+        is_due = now >= min(self._next_drain_check, self._next_growth_check)
         if not is_due or not self._gang.ray_watch.can_be_asked():
             return
-        if self._resize_under_way is None and now >= self._next_drain_look:
-            self._next_drain_look = now + DRAIN_LOOK_S
+        if self._pending_resize is None and now >= self._next_drain_check:
+            self._next_drain_check = now + DRAIN_CHECK_EVERY_S
             self._leave_draining_nodes()
-        if self._resize_under_way is None and now >= self._next_growth_look:
-            self._next_growth_look = now + self._config.grow_every_s
-            if self._larger and self._has_capacity_for_more():
-                self._stop_for_resize(self._larger[-1], "the cluster has room for more")
+        if self._pending_resize is None and now >= self._next_growth_check:
+            self._next_growth_check = now + self._config.grow_every_s
+            if self._larger_sizes and self._has_capacity_for_more():
+                self._stop_for_resize(self._larger_sizes[-1], "the cluster has room for more")
 
     @property
-    def _larger(self) -> list[int]:
+    def _larger_sizes(self) -> list[int]:
+        """Sizes above the present one, the largest first. Growth takes the last one, the next step up."""
         return [size for size in self._sizes if size > self._world_size]
 
     def _request_capacity(self) -> None:
         now = time.monotonic()
-        self._next_drain_look, self._next_growth_look = now + DRAIN_LOOK_S, now + self._config.grow_every_s
-        # What a shrunken gang still holds of its first place counts: Ray fills it when the node is back.
-        if self._larger and self._gang.num_places < self._larger[-1]:
-            self._capacity_request = CapacityRequest(self._config, self._larger[-1] - self._gang.num_places)
+        self._next_drain_check, self._next_growth_check = now + DRAIN_CHECK_EVERY_S, now + self._config.grow_every_s
+        # A gang that shrank still holds all bundles of its placement group, and Ray places the lost ones again when a
+        # node is back. Only bundles beyond those have to be asked for.
+        if self._larger_sizes and self._gang.num_places < self._larger_sizes[-1]:
+            self._capacity_request = CapacityRequest(self._config, self._larger_sizes[-1] - self._gang.num_places)
 
     def _has_capacity_for_more(self) -> bool:
         granted = self._capacity_request is None or self._capacity_request.granted()
-        return granted and self._gang.num_living_places() >= min(self._larger[-1], self._gang.num_places)
+        return granted and self._gang.num_living_places() >= min(self._larger_sizes[-1], self._gang.num_places)
 
     def _leave_draining_nodes(self) -> None:
-        """Resize to the nodes that stay while those being drained still run. If too few stay, wait for the failure."""
+        """Move to the other nodes while the draining ones still run.
+
+        If the others hold too few workers, the gang trains on until the draining nodes end, and recovers then.
+        """
         if self._ranks_on(draining_nodes()):
             capacity = num_workers_that_fit(self._config)
             if fitting := [size for size in self._sizes if size <= capacity]:
@@ -240,7 +250,7 @@ class Supervisor:
     def _stop_for_resize(self, world_size: int, reason: str) -> None:
         """Have the gang save and stop, to go on with another number of workers or in another place."""
         self._save_and_stop()
-        self._resize_under_way = Resize(world_size=world_size)
+        self._pending_resize = Resize(world_size=world_size)
         self._job.tell("moving", workers=world_size, workers_before=self._world_size, reason=reason)
 
     def _save_and_stop(self) -> None:
@@ -254,10 +264,10 @@ class Supervisor:
 
 def _details(failure: GangFailed | ClusterTooSmall) -> dict[str, Any]:
     text = str(failure)
-    told = {"reason": text.splitlines()[0]}
+    details: dict[str, Any] = {"reason": text.splitlines()[0]}
     if isinstance(failure, ClusterTooSmall):
-        return told
+        return details
     first = failure.first
-    details = {"rank": first.rank, "node": first.ip, "pid": first.pid, "kind": first.kind}
-    # Also where the run recovers: to find the cause later takes the stacks and the traceback.
-    return {**told, **details, "diagnosis": text[:MAX_DIAGNOSIS_CHARS]}
+    details |= {"rank": first.rank, "node": first.ip, "pid": first.pid, "kind": first.kind}
+    # The whole text, although the run may recover: the stacks and the traceback are needed to find the cause later.
+    return {**details, "diagnosis": text[:MAX_DIAGNOSIS_CHARS]}

@@ -13,29 +13,30 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stop_signals_deferred() -> Iterator[None]:
-    """Hold back the first stop signal until the block ends: Ray, half started, may swallow it or leave processes.
+    """Hold back the first stop signal until the block ends. A second one acts at once.
 
-    Leaves the handlers as they were, whatever the block has set: Ray sets one for SIGTERM that prints its own stack.
+    Use it around the start of Ray, which may swallow a signal, or leave processes behind, while it is half started. The
+    handlers are put back at the end, whatever the block has set: Ray sets one for SIGTERM that prints a stack.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread set handlers.
         yield
         return
-    pressed: list[int] = []
+    received: list[int] = []
     # None: a handler that was not set in Python. A signal that is ignored stays so: nohup ignores SIGHUP on purpose.
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handlers = {number: each for number, each in handlers.items() if each not in (None, signal.SIG_IGN)}
 
-    def keep(number: int, _frame: FrameType | None) -> None:
-        pressed.append(number)
-        for each, handler in handlers.items():  # A second one acts at once.
+    def defer(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in handlers.items():
             signal.signal(each, handler)
 
     for number in handlers:
-        signal.signal(number, keep)
+        signal.signal(number, defer)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if pressed:
-        signal.raise_signal(pressed[0])
+    if received:
+        signal.raise_signal(received[0])

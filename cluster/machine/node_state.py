@@ -1,4 +1,4 @@
-"""What this machine's user has started by `trimtab cluster`: one folder a node, with a file that says how to end it."""
+"""The nodes that this user started on this machine by `trimtab cluster`: a folder each, with a file for `down`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from cluster.machine.processes import Process, family
 from dispatch.errors import InvalidValue, UserError
 
-# Ray names its session by the time and the pid of the head, which has up to 7 digits, and puts its sockets below that.
+# The longest path between a node's folder and its sockets. Ray names a session by the time and by the pid of the head,
+# which has at most 7 digits on Linux (4194304 is the largest pid_max).
 BEFORE_SOCKET = "/r/session_2026-01-31_23-59-59_999999_4194303/sockets/"
-STORE_SOCKET = "plasma_store"  # the longest name on a node without a dashboard
-DASHBOARD_SOCKET = "dash_MetricsHead"  # the longest on a head with ray[default]
-SOCKET_BYTES = 107  # of a Unix socket's path, without the 0 behind it
+STORE_SOCKET = "plasma_store"  # the longest socket name on a node without a dashboard
+DASHBOARD_SOCKET = "dash_MetricsHead"  # the longest socket name on a head with ray[default]
+SOCKET_BYTES = 107  # longest path of a Unix socket on Linux: sun_path has 108 bytes, with the 0 at the end
 STATE_FILE = "node.json"
 LOG_FILE = "ray.log"
 
@@ -27,7 +28,7 @@ class NodeStillThere(UserError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeState:
-    """A Ray node of this machine. `leader` heads the session that all its processes belong to."""
+    """A Ray node of this machine. `leader` is the process of `ray start`, which leads the session of all others."""
 
     address: str
     """IP address that it announces; no two nodes of a machine share one."""
@@ -46,18 +47,18 @@ class NodeState:
 
     @property
     def alive(self) -> bool:
-        """Whether its `ray start` runs. What a crash left of it is in `family(leader)`."""
+        """Whether its `ray start` runs. If it crashed, processes may be left: see `family(leader)`."""
         return self.leader.alive
 
     def write(self) -> None:
-        """Write the state file into the node's folder, which must exist: whole or not at all."""
+        """Write the state file, atomically, into the node's folder, which must exist."""
         aside = self.folder / f"{STATE_FILE}.new"
         aside.write_text(json.dumps(asdict(self)))
         aside.rename(self.folder / STATE_FILE)
 
 
 def ray_folder() -> Path:
-    """Where a local Ray keeps its logs and sockets. Not TMPDIR, which may be too long for a socket's path.
+    """The folder below which Ray keeps logs and sockets: RAY_TMPDIR, else /tmp. TMPDIR may be too long for sockets.
 
     Raises:
         ValueError: RAY_TMPDIR names no folder.
@@ -69,13 +70,13 @@ def ray_folder() -> Path:
 
 
 def check_room_for_sockets(folder: Path, longest_name: str) -> None:
-    """Raise InvalidValue where the path of Ray's socket of this name below `folder` is longer than the system takes."""
-    size, most = len(os.fsencode(folder)), SOCKET_BYTES - len(BEFORE_SOCKET) - len(longest_name)
-    if size > most:
+    """Raise InvalidValue if the path of a socket with this name, below `folder`, would be too long for the system."""
+    size, max_size = len(os.fsencode(folder)), SOCKET_BYTES - len(BEFORE_SOCKET) - len(longest_name)
+    if size > max_size:
         raise InvalidValue(
-            f"the folder for Ray's files, {folder}, is {size} bytes long, more than the {most} that leave room for the "
-            f"sockets in it; set RAY_TMPDIR to a folder whose path is at least {size - most} bytes shorter than "
-            f"{ray_folder()}"
+            f"the path of the folder for Ray's files, {folder}, is {size} bytes long, more than the {max_size} that "
+            f"leave room for the sockets in it; set RAY_TMPDIR to a folder whose path is at least {size - max_size} "
+            f"bytes shorter than {ray_folder()}"
         )
 
 
@@ -87,7 +88,7 @@ def nodes_folder() -> Path:
     Raises:
         ValueError: somebody else made it.
     """
-    folder = _place()
+    folder = _nodes_path()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
@@ -99,7 +100,7 @@ def nodes_folder() -> Path:
 
 
 def node_folder(address: str) -> Path:
-    """Where the node with this IP address keeps its state, log, sockets and Ray's session.
+    """The folder in which the node with this IP address keeps its state, log, sockets and Ray's session.
 
     Raises:
         ValueError: its path is too long for sockets.
@@ -111,7 +112,7 @@ def node_folder(address: str) -> Path:
 
 def read_nodes() -> list[NodeState]:
     """All nodes started here and not ended by `down`, the head first, whether they live or crashed."""
-    if not _place().exists():  # a mere look leaves no folder behind
+    if not _nodes_path().exists():  # `nodes_folder` would make it, and reading should leave nothing behind
         return []
     found = [_read(path) for path in sorted(nodes_folder().glob(f"*/{STATE_FILE}"))]
     return sorted(found, key=lambda node: not node.is_head)
@@ -133,8 +134,8 @@ def forget(node: NodeState) -> None:
     shutil.rmtree(node.folder, ignore_errors=True)
 
 
-def _place() -> Path:
-    # Short: with the longest user id and address it leaves just enough room for Ray's sockets below /tmp.
+def _nodes_path() -> Path:
+    # A short name: with the longest user id and address it leaves just enough bytes for Ray's sockets below /tmp.
     return ray_folder() / f"tt-{os.getuid()}"
 
 

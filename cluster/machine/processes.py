@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart by number and start time, so that none is ended that somebody else started."""
+"""Processes of this machine, known by number and start time: a number may be reused by somebody else's process."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def process_of(pid: int) -> Process | None:
 def family(leader: Process) -> list[Process]:
     """Living processes of the session that `leader` opened, and all their descendants, also in other sessions.
 
-    Members of a session outlive its leader and keep its number from being given out again; a leader of another start
-    time therefore means that nobody is left.
+    Members of a session may outlive its leader. As long as there is one, the kernel does not reuse the leader's number.
+    So a process with that number and another start time means that no member is left.
     """
     everybody = [stat for pid in _pids() if (stat := _stat(pid)) is not None]
     if any(stat.process.pid == leader.pid and stat.process != leader for stat in everybody):
@@ -65,7 +65,7 @@ def end(leader: Process, patience_s: float) -> list[Process]:
     if leader.alive:
         _signal(leader, signal.SIGTERM)
     left = wait_gone(members, patience_s)
-    # Again by session: a process that was started while the others ended is not among the members above.
+    # `family` again: a process that was started while the others ended is not among the members above.
     left = [process for process in {*left, *family(leader)} if process.alive]
     for process in left:
         _signal(process, signal.SIGKILL)

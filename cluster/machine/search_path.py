@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def job_config() -> JobConfig:
-    """For ray.init: workers import our packages from where this process did, whatever lies in its working directory."""
+    """For ray.init: workers import our packages from where this process did, not from its working directory."""
     from ray.job_config import JobConfig
 
     config = JobConfig()
@@ -22,10 +22,11 @@ def job_config() -> JobConfig:
 
 
 class _OursFirst(list[str]):
-    """The folders that ray.init adds to the path of its workers: the driver's script's, and its working directory.
+    """The list to which ray.init adds folders for its workers' sys.path: the driver script's, and the current one.
 
-    A worker puts each entry in front of those before it, so the last one is searched first. Ours is added only where
-    another folder hides a package of ours: where it is site-packages, it does not belong before the standard library.
+    Ray's worker inserts each entry at the front of sys.path, so the last one is searched first. Our folder is appended
+    only if one of the others hides a package of ours. It may be site-packages, which should not be searched before the
+    standard library.
     """
 
     def extend(self, folders: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 
-WITHOUT = {"RAY_AUTH_MODE": "disabled"}
-SHORTEST = 32  # Characters; a new one has 64, 256 random bits.
+NO_AUTHENTICATION = {"RAY_AUTH_MODE": "disabled"}
+MIN_TOKEN_CHARS = 32  # 128 bits of a token in hexadecimal. A new token has 64 characters.
 
 
 def default_token_file() -> Path:
@@ -58,13 +58,13 @@ def check_token(path: Path) -> None:
         ) from error
     if mode & 0o077:
         raise InvalidValue(f"the token file {path} can be read by others (mode {mode & 0o777:o}); chmod 600 {path}")
-    if len(token) < SHORTEST:
+    if len(token) < MIN_TOKEN_CHARS:
         raise InvalidValue(
-            f"the token in {path} has {len(token)} characters, fewer than {SHORTEST}; remove the file to have a new "
-            "one made by `trimtab cluster up`, or copy that of the cluster's head"
+            f"the token in {path} has {len(token)} characters, fewer than {MIN_TOKEN_CHARS}; remove the file so that "
+            "`trimtab cluster up` makes a new one, or copy that of the cluster's head"
         )
 
 
 def token_environment(path: Path | None) -> dict[str, str]:
     """The variables under which Ray demands and sends the token of this file; without one, no authentication."""
-    return dict(WITHOUT) if path is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return dict(NO_AUTHENTICATION) if path is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}

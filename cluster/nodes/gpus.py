@@ -5,10 +5,10 @@ from cluster.ray.access import check_access, find_access
 
 
 def count_gpus(config: ClusterConfig) -> int:
-    """The GPUs of all nodes that the cluster to join, at `config.address`, has now.
+    """Count the GPUs of all living nodes of the cluster at `config.address`.
 
     Raises:
-        ClusterUnreachable, TokenRefused, OpenCluster: as of `check_access`.
+        ClusterUnreachable, TokenRefused, OpenCluster: see `check_access`.
     """
     from cluster.nodes.status import read_status
 

@@ -1,7 +1,7 @@
-"""Start this machine's part of a Ray cluster, as head or joined to one, and end it again: only what was started here.
+"""Start a Ray node on this machine, as the head of a cluster or joined to one, and end it again.
 
-`ray start --block` runs in a session of its own, whose members are all that `stop` ends. `ray stop` would end every Ray
-process that it can see.
+`ray start --block` runs in a session of its own. `stop` ends the processes of that session; `ray stop` would end every
+Ray process of the machine that it may signal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from cluster.ray.probe import check_answers, host_and_port
 from dispatch.errors import InvalidValue, UserError
 
 START_LIMIT_S = 120.0
-LOG_LINES = 15  # of a node that failed
-STOP_PATIENCE_S = 10.0  # Ray's own: it asks its processes to end, and kills them after some seconds.
+LOG_LINES = 15  # shown of a node that failed
+STOP_PATIENCE_S = 10.0  # `ray start` itself asks its processes to end, and kills them after some seconds.
 
-# Variables that the user's own override. A head declares a silent node dead after about 8 s; Ray's defaults take a
-# minute.
+# The user's environment overrides these. With them a head declares a silent node dead after about 8 s; with Ray's
+# defaults it takes a minute.
 NODE_DEFAULTS = {
     **WORKER_PRIORITY,
     "RAY_health_check_initial_delay_ms": "5000",
@@ -47,7 +47,7 @@ class NodeFailed(UserError, RuntimeError):
 
 
 class AlreadyRunning(InvalidValue):
-    """Another node already runs where this one would. same: it could be the very node that was asked for."""
+    """A node runs already where this one would. same: it has the address and the role that were asked for."""
 
     def __init__(self, node: NodeState, *, same: bool) -> None:
         super().__init__(node, same)
@@ -67,11 +67,11 @@ class NodeOptions:
     """How to start a node."""
 
     address: str = "127.0.0.1"
-    """IPv4 address of this machine that the others reach it by; the default lets no other machine join."""
+    """IPv4 address by which the other machines reach this one; with the default no other machine can join."""
     head: str | None = None
     """HOST:PORT of the head to join; None makes this node the head."""
     port: int = 6379
-    """Port of the head; the one above it is Ray's client server, which Ray always starts."""
+    """Port of the head; the next port is for Ray's client server, which Ray always starts."""
     dashboard_port: int = 8265
     """Port of dashboard and job API, on loopback only."""
     num_cpus: int | None = None
@@ -119,7 +119,7 @@ def start(options: NodeOptions, on_wait: Callable[[str], None] = lambda _: None)
 
     Raises:
         AlreadyRunning: a node of this machine has that address, or is the head of another cluster.
-        ValueError: token file, address or port cannot serve.
+        ValueError: the token file, an address or a port cannot be used.
         ClusterUnreachable: no head answers, or it refuses the token.
         NodeFailed: Ray ended, or was not usable within START_LIMIT_S; nothing is left of it then.
     """
@@ -157,7 +157,7 @@ def ray_command(options: NodeOptions) -> list[str]:
     counts = {"--num-cpus": options.num_cpus, "--num-gpus": options.num_gpus}
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *place),
-        # Without it a machine with several addresses, or without a default route, announces one that nobody reaches.
+        # Ray's own guess, by the default route, may be an address that the other machines do not reach.
         f"--node-ip-address={options.address}",
         f"--temp-dir={node_folder(options.address) / 'r'}",
         f"--object-store-memory={options.object_store_bytes}",
@@ -169,13 +169,13 @@ def ray_command(options: NodeOptions) -> list[str]:
 
 
 def node_environment(options: NodeOptions) -> dict[str, str]:
-    """Variables of a node's processes, and so of every job: this Python first in PATH; the token as a file's name."""
+    """Environment of a node's processes, and so of every job. PATH begins with the folder of this Python."""
     environment = NODE_DEFAULTS | dict(os.environ)
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         environment.pop(name, None)
     environment |= token_environment(options.token_file)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # `down` means now; jobs were stopped or are to end
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # `down` ends a node at once, without draining it
     if options.only_loopback:
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's one switch for sockets on loopback alone
     return environment
@@ -204,10 +204,10 @@ def _launch(options: NodeOptions) -> NodeState:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C at this terminal is not for it, and its members are known by it
+            start_new_session=True,  # Ctrl-C at this terminal does not reach it, and `stop` knows its processes by it
         )
     leader = process_of(started.pid)
-    if leader is None:  # cannot be: a child that was not waited for has an entry in /proc, ended or not
+    if leader is None:  # Impossible on Linux: a child keeps its entry in /proc until its parent has waited for it.
         raise NodeFailed(f"process {started.pid}, just started, is not in /proc")
     has_jobs = options.head is None and importlib.util.find_spec("aiohttp") is not None
     node = NodeState(
@@ -260,7 +260,7 @@ def _check_token(options: NodeOptions) -> None:
     if options.head.partition(":")[0] in ("127.0.0.1", "localhost"):
         raise InvalidValue(
             f"a head at {options.head} listens on its own machine alone; start it with `trimtab cluster up --bind "
-            "ADDRESS`, an address that this machine reaches"
+            "ADDRESS`, where ADDRESS is one that this machine reaches"
         )
     if options.token_file is not None:
         check_token(options.token_file)

@@ -1,4 +1,4 @@
-"""Nodes and jobs of a cluster, read from its head without joining it."""
+"""Nodes and jobs of a cluster, read from its head without joining the cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.ray.probe import authenticated
 
 @dataclass(frozen=True, kw_only=True)
 class NodeStatus:
-    """One node. Resources are Ray's count of what it may hand out, not what the machine measures."""
+    """One node. Its resources are what Ray counts as its own to reserve, not what is measured on the machine."""
 
     address: str
     host: str
@@ -28,7 +28,7 @@ class NodeStatus:
     """Living actors by job, then by name, or class where they have no name: {"02000000": {"WorkerActor": 2}}."""
 
     def used(self, resource: str) -> float:
-        """How much of a resource is handed out."""
+        """How much of a resource is reserved."""
         return self.total.get(resource, 0.0) - self.available.get(resource, 0.0)
 
 
@@ -47,7 +47,7 @@ class JobStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
-    """A cluster at one moment. `nodes` begins with the head and holds those that died."""
+    """A cluster at one moment. `nodes` begins with the head, and dead nodes are last."""
 
     nodes: tuple[NodeStatus, ...]
     jobs: tuple[JobStatus, ...]
@@ -86,7 +86,7 @@ def _node(
 
 
 def _is_rays_own(row: Mapping[str, Any]) -> bool:
-    return bool(row["Entrypoint"].startswith("ray::"))  # the agent that submits jobs is a driver too
+    return bool(row["Entrypoint"].startswith("ray::"))  # Ray's agent that submits jobs is a driver, too
 
 
 def _job(row: Mapping[str, Any]) -> JobStatus:
@@ -109,7 +109,7 @@ def _global_state(access: Access) -> Iterator[Any]:
         address = services.canonicalize_bootstrap_address_or_die("auto")
     with authenticated(dict(access.variables)):
         state = GlobalState()
-        state._initialize_global_state(  # noqa: SLF001 the only way that needs no driver on a node
+        state._initialize_global_state(  # noqa: SLF001 All public ways need a driver on a node of the cluster.
             GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
         )
         try:

@@ -1,6 +1,6 @@
 """Ray as a driver uses it: started or joined, watched, and cleaned up after.
 
-Begin with `session.RaySession.open`: it starts a Ray of our own (`local_ray`, with its files in `ray_folder`) or joins
-one by address (`access`, which finds address and token; `probe`, which asks the head quickly whether it answers).
-`ray_watch` notices that Ray has died, long before Ray's client does.
+Begin with `session.RaySession.open`. It starts a local Ray (`local_ray`, with its files in `ray_folder`), or joins a
+cluster by address: `access` finds address and token, and `probe` asks the head whether it answers, quickly. `ray_watch`
+notices that Ray has died, long before Ray's client does.
 """

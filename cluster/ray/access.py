@@ -14,12 +14,12 @@ from cluster.ray.probe import AUTH_VARIABLES, ClusterUnreachable, TokenRefused, 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Address of a cluster and the authentication that it wants."""
+    """Address of a cluster, and the authentication to use there."""
 
     gcs_address: str
-    """HOST:PORT of the head, or "auto": Ray is to search by itself."""
+    """HOST:PORT of the head, or "auto": Ray searches for a node on this machine by itself."""
     node: NodeState | None
-    """This machine's part of the cluster, where `trimtab cluster` started it."""
+    """The node of this cluster that `trimtab cluster` started on this machine; None if there is none."""
     variables: Mapping[str, str]
     """RAY_AUTH_*: the authentication to use."""
 
@@ -30,9 +30,9 @@ class Access:
 
 
 def find_access(address: str) -> Access:
-    """The cluster at HOST:PORT, or for "auto" that of RAY_ADDRESS, else the one this machine was made a node of.
+    """The cluster at HOST:PORT. "auto": the one of RAY_ADDRESS, else the one of a node that was started here.
 
-    The user's RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH win; without them the token is that of the node.
+    RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH of the user's environment win over the token of that node.
     """
     nodes = live_nodes()
     if address == "auto":
@@ -45,17 +45,21 @@ def find_access(address: str) -> Access:
 
 
 def own_variables() -> dict[str, str]:
-    """Authentication variables of the user's environment; a token that is named there is also used."""
+    """Ray's authentication variables in the user's environment; empty if none is set.
+
+    A token without RAY_AUTH_MODE is taken as mode `token`.
+    """
     variables = {name: os.environ[name] for name in AUTH_VARIABLES if os.environ.get(name)}
     return {"RAY_AUTH_MODE": "token"} | variables if variables else {}
 
 
 def check_access(access: Access, *, allow_open: bool = False) -> None:
-    """Refuse quickly where no head answers or the token is wrong; Ray itself would retry for 20 s.
+    """Check quickly that a head answers and takes our token; Ray itself would retry for 20 s.
 
     Raises:
-        ClusterUnreachable: nothing answers. TokenRefused: it wants a token that we do not have.
-        OpenCluster: it lets everybody in, is not on loopback, and `allow_open` is false.
+        ClusterUnreachable: nothing answers.
+        TokenRefused: the head demands another token than ours.
+        OpenCluster: the head demands no token, is not on loopback, and `allow_open` is false.
     """
     if access.gcs_address == "auto":
         return

@@ -51,10 +51,11 @@ def local_ray(config: ClusterConfig) -> Iterator[None]:
     import ray
     from ray._private import ray_constants
 
-    # Ray's one switch for loopback-only sockets. It is read when ray is first imported, which may lie behind us.
+    # Ray's only switch for sockets on loopback alone. Ray reads the variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER when it
+    # is first imported, and this process may have imported it before.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # The token stays as long as this Ray: its client aborts the process where it reads the token again, as
-    # `cluster.ray.probe.read_again` makes it, and finds none.
+    # The token stays in the environment as long as this Ray runs. `cluster.ray.probe.reload_authentication` makes Ray's
+    # client read it again, and the client aborts the process if it finds none.
     with own_folder() as folder, _environment(_token_variables()):
         try:
             with stop_signals_deferred(), _environment(_start_variables(config)), _patched_ray(config.start_timeout_s):
@@ -68,7 +69,8 @@ def local_ray(config: ClusterConfig) -> Iterator[None]:
             try:
                 yield
             finally:
-                if watch.reason is not None:  # else Ray's shutdown waits for processes that are gone
+                if watch.reason is not None:
+                    # Ray has died. Its shutdown would wait for answers of what is left of it.
                     end_processes_of(folder)
         finally:
             ray.shutdown()
@@ -83,13 +85,13 @@ def _start(config: ClusterConfig, folder: Path) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            num_cpus=config.num_workers,  # Also the number of processes that Ray starts ahead of the actors.
+            num_cpus=config.num_workers,  # Ray also starts as many processes before the first actor asks for one.
             num_gpus=0 if config.device == "cpu" else None,
             object_store_memory=OBJECT_STORE_BYTES,
             job_config=job_config(),
             _temp_dir=str(folder / "r"),
         )
-    except Exception as error:  # Ray raises bare ones, and says little in them.
+    except Exception as error:  # Ray raises plain `Exception`, too.
         raise RayNotStarted(
             f"Ray did not start on this machine: {error}\nIf it is only busy, try again with a longer "
             f"--cluster.start_timeout_s ({config.start_timeout_s:g}) or with fewer --workers. {_end_of_logs(folder)}"
@@ -97,23 +99,24 @@ def _start(config: ClusterConfig, folder: Path) -> None:
 
 
 def _end_of_logs(folder: Path) -> str:
-    """Last complaints in the logs of Ray's processes: all of .err files, warnings and worse of .out files."""
-    told = []
-    for path in sorted(folder.glob("r/session_2*/logs/*")):  # session_latest is a link to one of these
+    """The end of the logs of Ray's processes: all lines of .err files, warnings and errors of .out files."""
+    shown = []
+    for path in sorted(folder.glob("r/session_2*/logs/*")):  # leaves out session_latest, a link to one of these
         if path.name in ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out"):
             lines = path.read_text(errors="replace").splitlines()
             lines = [line for line in lines if path.suffix == ".err" or COMPLAINT.match(line)]
-            told += [f"  {path.name}: {line}" for line in lines[-LOG_LINES:]]
-    return "\n".join(["Its logs end with:", *told]) if told else "Its logs hold no complaint."
+            shown += [f"  {path.name}: {line}" for line in lines[-LOG_LINES:]]
+    return "\n".join(["Its logs end with:", *shown]) if shown else "Its logs hold no complaint."
 
 
 @contextmanager
 def _patched_ray(limit_s: float) -> Iterator[None]:
     """Change three things in Ray that have no setting, while it starts.
 
-    Its wait for the raylet is 30 s, too short for a busy machine. Its processes belong to the terminal's process
-    group: a hang-up, or `timeout` and schedulers that signal the whole group, would end them before the run has saved.
-    And it takes seconds for what only a dashboard needs: an API server, and an agent that serves it.
+    - Ray waits 30 s for its raylet, which is too short on a busy machine. Here it waits `limit_s`.
+    - Ray's processes belong to the process group of the terminal. A hang-up would end them before the run has saved, as
+      would `timeout` and schedulers, which signal the whole group. Here each gets a session of its own.
+    - Ray starts an API server and an agent for the dashboard, which takes seconds. Here it starts neither.
     """
     from ray._private import services, utils
 
@@ -150,7 +153,7 @@ def _wait_for_node(
     gcs_address: str,
     node_id: str,
 ) -> T:
-    """Repeat Ray's query for its own node until the raylet has registered."""
+    """Repeat `get_node` until the raylet has registered at the head. Fail early if an essential process has ended."""
     deadline = time.monotonic() + limit_s
     while True:
         try:
@@ -166,11 +169,11 @@ def _wait_for_node(
 
 
 def _start_variables(config: ClusterConfig) -> dict[str, str]:
-    """Environment under which a local Ray is started; what the user has set wins."""
+    """Environment variables for the start of a local Ray, without those that the user has set."""
     variables = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Its future default; unset, Ray prints a warning on GPU machines.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default. Unset, Ray warns on machines with GPUs.
         "RAY_gcs_server_port_wait_time_s": f"{config.start_timeout_s:.0f}",
         **WORKER_PRIORITY,
     }
@@ -178,16 +181,16 @@ def _start_variables(config: ClusterConfig) -> dict[str, str]:
 
 
 def _token_variables() -> dict[str, str]:
-    """The token of a local Ray, where the user has set none."""
+    """The token of a local Ray, unless the user has set one."""
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return {} if given else {"RAY_AUTH_TOKEN": auth_token()}
 
 
 @functools.cache
 def auth_token() -> str:
-    """A token for this process's own Rays, so that none is written, world-readable, into the user's home.
+    """A token for the local Rays of this process. Without one Ray would write its own, world-readable, to ~/.ray.
 
-    One for all sessions: Ray's client library keeps the first that it reads.
+    The same for all sessions, since Ray's client keeps the first one that it reads.
     """
     return secrets.token_hex(32)
 

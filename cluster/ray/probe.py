@@ -1,6 +1,7 @@
-"""Quick questions to a Ray head: does it demand a token, take ours, know a node? Ray's own answers may take 20 s.
+"""Quick checks of a Ray head: does it demand a token, accept ours, know a node? Ray itself would retry for 20 s.
 
-Ray's client reads mode and token once a process; both are read again here, under the environment of the question.
+Ray's client reads the authentication mode and the token only once in a process. `authenticated` makes it read them
+again, so that one process can ask several clusters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.machine.node_state import NodeState
-from cluster.machine.token import WITHOUT, token_environment
+from cluster.machine.token import NO_AUTHENTICATION, token_environment
 from dispatch.errors import InvalidValue, UserError
 
 ANSWER_LIMIT_S = 3.0
@@ -31,10 +32,11 @@ class TokenRefused(ClusterUnreachable):
 
 
 def check_answers(address: str, timeout_s: float = 3.0) -> None:
-    """Raise ClusterUnreachable within `timeout_s` unless something listens there. Ray itself would retry for long.
+    """Check that something listens at HOST:PORT. Ray itself would retry for half a minute.
 
     Raises:
-        InvalidValue: it is neither "auto" nor HOST:PORT.
+        ClusterUnreachable: nothing does; raised within `timeout_s`.
+        InvalidValue: the address is neither "auto", which is not checked, nor HOST:PORT.
     """
     if address == "auto":
         return
@@ -63,19 +65,19 @@ def authenticated(variables: dict[str, str]) -> Iterator[None]:
     """Have Ray's client in this process use these authentication variables, and no others, within the block."""
     before = {name: os.environ.pop(name) for name in AUTH_VARIABLES if name in os.environ}
     os.environ.update(variables)
-    read_again()
+    reload_authentication()
     try:
         yield
     finally:
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(before)
-        read_again()
+        reload_authentication()
 
 
-def read_again() -> None:
+def reload_authentication() -> None:
     """Have Ray's client read authentication mode and token from the environment again."""
-    # From a module of Cython that Ray ships without types.
+    # A Cython module, without types. Ray has no public function for it.
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
@@ -83,15 +85,16 @@ def read_again() -> None:
 
 
 def connect(gcs_address: str) -> Any:
-    """A client of the head's control store (ray's GcsClient) with the environment's token. Answers in milliseconds.
+    """A client of the head's control store (Ray's GcsClient), with the environment's token. Takes milliseconds.
 
     Raises:
-        TokenRefused: it wants another token. ClusterUnreachable: nobody listens there, or no Ray.
+        TokenRefused: the head demands another token.
+        ClusterUnreachable: nothing listens there, or something other than Ray.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RpcError
 
-    check_answers(gcs_address)  # Ray itself would wait for half a minute for somebody to listen
+    check_answers(gcs_address)
     try:
         return GcsClient(address=gcs_address)
     except AuthenticationError as error:
@@ -102,7 +105,7 @@ def connect(gcs_address: str) -> Any:
 
 def demands_token(gcs_address: str) -> bool:
     """Whether the cluster refuses clients without a token."""
-    with authenticated(WITHOUT):
+    with authenticated(NO_AUTHENTICATION):
         try:
             connect(gcs_address)
         except TokenRefused:
@@ -111,7 +114,7 @@ def demands_token(gcs_address: str) -> bool:
 
 
 def missing_part(node: NodeState) -> str | None:
-    """Say which part of a starting node is still missing; None once it takes work."""
+    """Which part of a starting node is still missing, as a sentence; None once the node takes work."""
     from ray.exceptions import RpcError
 
     with authenticated(token_environment(None if node.token_file is None else Path(node.token_file))):

@@ -18,23 +18,25 @@ from cluster.machine.processes import PROC, Process, process_of, wait_gone
 from dispatch.errors import InvalidValue
 
 PREFIX = "trimtab-ray-"
-OF_MKDTEMP = "12345678"  # as many characters as it appends
+MKDTEMP_SUFFIX = "12345678"  # as long as what tempfile.mkdtemp appends
 LOCK = "driver.lock"
-END_S = 5.0
+KILL_WAIT_S = 5.0  # for killed processes to end
 
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """Make a folder for this driver's Ray, removed at the end. First remove those that killed drivers left behind.
 
-    The kernel gives a lock back when its process ends, however it ends: a folder whose lock is free has no driver.
+    The driver holds a lock on a file in the folder. The kernel frees the lock when the process ends, however it ends:
+    so a folder whose lock is free has no driver any more.
     """
     remove_left_overs()
-    # Private (0700): Ray opens its own folder to everybody, so it gets one inside.
+    # mkdtemp makes it private (0700). Ray opens its folder to all users, and so gets one inside.
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder()))
     with (folder / f"{LOCK}.new").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / f"{LOCK}.new").rename(folder / LOCK)  # so that under this name the lock is never free while we live
+        # Renamed only now, when it is locked: else another driver could find it free, and remove the folder.
+        (folder / f"{LOCK}.new").rename(folder / LOCK)
         try:
             yield folder
         finally:
@@ -43,10 +45,10 @@ def own_folder() -> Iterator[Path]:
 
 
 def check_folder() -> None:
-    """Raise InvalidValue where RAY_TMPDIR names no folder that can be written, or one without room for sockets."""
+    """Raise InvalidValue if RAY_TMPDIR names no folder that can be written, or one with too long a path for sockets."""
     if not os.access(folder := ray_folder(), os.W_OK | os.X_OK):
         raise InvalidValue(f"you cannot write {folder}, where Ray's files go; set RAY_TMPDIR to a folder that you can")
-    check_room_for_sockets(folder / f"{PREFIX}{OF_MKDTEMP}", STORE_SOCKET)
+    check_room_for_sockets(folder / f"{PREFIX}{MKDTEMP_SUFFIX}", STORE_SOCKET)
 
 
 def remove_left_overs() -> None:
@@ -61,14 +63,14 @@ def remove_left_overs() -> None:
 def end_processes_of(folder: Path) -> None:
     """Kill the processes of Ray that have a file below `folder` open.
 
-    Ray's two agents, in Python, outlive a killed raylet by minutes. They rename themselves: only their logs tell whose
-    they are.
+    Ray's two agents (Python processes) outlive a killed raylet by minutes. They change their command line, so that only
+    the log files that they hold open show to which Ray they belong.
     """
     users = [process for process in _users_of(folder) if _is_of_ray(process)]
     for process in users:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    wait_gone(users, END_S)
+    wait_gone(users, KILL_WAIT_S)
 
 
 def _is_free(lock: IO[str]) -> bool:
@@ -80,7 +82,10 @@ def _is_free(lock: IO[str]) -> bool:
 
 
 def _is_of_ray(process: Process) -> bool:
-    """Whether it is one of Ray's own processes, and no driver or log reader: by its package path or name ray::NAME."""
+    """Whether it is one of Ray's own processes, by its name ray::NAME or the path of Ray's package in its command line.
+
+    A driver, or a program that reads the logs, has files below the folder open too, and must not be killed.
+    """
     try:
         words = (PROC / str(process.pid) / "cmdline").read_text(errors="replace").split("\0")
     except OSError:

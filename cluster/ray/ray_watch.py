@@ -1,4 +1,4 @@
-"""Notices that the driver's Ray has died: Ray's own client retries for a minute, then aborts the driver."""
+"""Notices that the driver's Ray has died. Ray's own client would retry for a minute, and then abort the driver."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from cluster.machine.processes import PROC, Process, process_of
 from cluster.ray.probe import ClusterUnreachable, check_answers
 from dispatch.errors import UserError
 
-# A head that restarts may take this long. Below the 60 s after which Ray's client aborts the driver, whatever is under
-# way: the ranks save (cluster.failures.calls.SAVED_BY_S) and the driver says why it ends before that.
+# A head that restarts may be silent for this long. After 60 s Ray's client aborts the driver. Before that the ranks
+# have to save (until cluster.failures.calls.SAVED_BY_S), and the driver has to say why it ends.
 HEAD_SILENT_S = 25.0
 PROBE_EVERY_S = 2.0
-PROBE_S = 1.0
+PROBE_S = 1.0  # longest wait for the head to accept a connection
 ESSENTIAL = ("gcs_server", "raylet")
 
 
 class RayDied(UserError, RuntimeError):
     """An essential Ray process has ended: no worker can be placed, called or replaced any more.
 
-    since: `time.monotonic()` of the first sign of it.
+    since: `time.monotonic()` at its first sign.
     """
 
     def __init__(self, reason: str, since: float) -> None:
@@ -29,11 +29,11 @@ class RayDied(UserError, RuntimeError):
 
 
 class RayWatch:
-    """Looks after the Ray processes that the driver depends on.
+    """Knows whether the Ray processes that the driver depends on are alive.
 
     Args:
-        processes: those of this machine, by Ray's names for them.
-        head: HOST:PORT of a cluster that was joined, None for a Ray of the driver's own.
+        processes: those on this machine, by Ray's names for them.
+        head: HOST:PORT of the head of a joined cluster; None for a local Ray.
     """
 
     def __init__(self, processes: dict[str, Process], head: str | None) -> None:
@@ -52,7 +52,7 @@ class RayWatch:
         head = None if found else node.gcs_address
         if not found and (raylet := _pid_with(f"--raylet_socket_name={node.raylet_socket_name}")) is not None:
             found = {"raylet": raylet}
-        # A pid without a process died already: its start time is of no matter.
+        # A pid without a process has died already. No process has the start time -1, so it counts as dead.
         return cls({name: process_of(pid) or Process(pid, -1) for name, pid in found.items()}, head)
 
     @property
@@ -69,7 +69,7 @@ class RayWatch:
         return f"the head of the Ray cluster at {self._head} has not answered for {HEAD_SILENT_S:.0f} s"
 
     def check(self) -> None:
-        """Raise RayDied if it has died. Costs some 50 us, and a connection to a joined head every PROBE_EVERY_S."""
+        """Raise RayDied if Ray has died. Takes some 50 us, and every PROBE_EVERY_S a connection to a joined head."""
         if self._head is not None and time.monotonic() >= self._next_probe:
             self.can_be_asked()
         if (reason := self.reason) is not None:

@@ -37,9 +37,9 @@ class RaySession:
             ClusterUnreachable: nothing usable answers at `config.address`.
             RayNotStarted: no Ray came up on this machine.
 
-        Open it on a thread that outlives the session: the kernel ends a local Ray with the thread that started it.
-        Ctrl-C and a hang-up of the terminal are safe at any time: only the driver sees them. Ray masks SIGINT for its
-        processes, and those of a local one are in sessions of their own.
+        Open it on a thread that outlives the session: the kernel ends a local Ray with the thread that started it
+        (PR_SET_PDEATHSIG). Ctrl-C and a hang-up of the terminal reach only the driver: Ray masks SIGINT for its
+        processes, and those of a local Ray are in sessions of their own.
         """
         import ray  # Takes half a second: imported only to open a session.
 
@@ -65,7 +65,7 @@ def _joined_ray(config: ClusterConfig) -> Iterator[None]:
             with stop_signals_deferred():
                 ray.init(
                     address=access.gcs_address,
-                    # Where a machine has several addresses, the node of this driver is the one that we started.
+                    # A machine may have several addresses. Ray finds the driver's node by the one that it announced.
                     _node_ip_address=access.node and access.node.address,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -83,7 +83,10 @@ def _joined_ray(config: ClusterConfig) -> Iterator[None]:
 
 
 def _stay_on_loopback(host: str, port: str) -> None:
-    """Ray would take this machine's outer address instead, and retry for minutes where only loopback listens."""
+    """Have Ray connect to a head that listens on loopback alone.
+
+    By default Ray replaces a loopback address by this machine's outer one, and would retry that for minutes.
+    """
     from ray._private import ray_constants, services
 
     try:
@@ -93,8 +96,9 @@ def _stay_on_loopback(host: str, port: str) -> None:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """The driver's variables that every worker needs. Never secrets: Ray's dashboard may show them.
+    """The driver's variables that every worker gets: only those that steer the transport of a rank.
 
-    Only what steers the transport of a rank: the whole environment would carry launcher variables (SLURM_, PMI_) along.
+    The whole environment would also carry secrets, which Ray's dashboard may show, and launcher variables (SLURM_,
+    PMI_), which mislead libraries in the workers.
     """
     return {name: value for name, value in os.environ.items() if name.startswith(TRANSPORT_PREFIXES)}

@@ -11,21 +11,23 @@ from typing import Any
 from cluster.nodes.manifests.plan import ManifestPlan
 from cluster.nodes.node import NODE_DEFAULTS
 
-SHARED_MEMORY_GIB = 8  # Of a node's memory, as used: Ray's object store and NCCL's buffers; Kubernetes gives 64 MiB.
+# /dev/shm of a pod, for Ray's object store and NCCL's buffers. Kubernetes alone gives 64 MiB. What is used of it counts
+# as memory of the node.
+SHARED_MEMORY_GIB = 8
 
 
 def ray_cluster(plan: ManifestPlan, *, image: str, claim: str) -> dict[str, Any]:
-    """A RayCluster for KubeRay, as the plan sizes its nodes.
+    """A RayCluster for KubeRay, with nodes as large as the plan says.
 
     Args:
-        image: container image with this package and its ray.
-        claim: PersistentVolumeClaim, writable by many pods, that becomes `plan.shared_dir`.
+        image: container image with this package and the version of Ray that it needs.
+        claim: PersistentVolumeClaim, writable by many pods, that is mounted at `plan.shared_dir`.
     """
     return _resource("RayCluster", plan, _cluster_spec(plan, image, claim))
 
 
 def ray_job(plan: ManifestPlan, *, image: str, claim: str) -> dict[str, Any]:
-    """A RayJob: a RayCluster of its own, the training on it, and the end of both. Arguments as of `ray_cluster`."""
+    """A RayJob, which starts a RayCluster, trains on it and ends it. The arguments are those of `ray_cluster`."""
     return _resource(
         "RayJob",
         plan,

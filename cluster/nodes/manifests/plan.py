@@ -25,7 +25,7 @@ class ManifestPlan:
     shared_dir: str = "/shared"
     """A folder that all machines see: runs and prepared text."""
     train_arguments: tuple[str, ...] = ()
-    """Options of `trimtab train` beyond address, workers, device and folders; they win."""
+    """More options of `trimtab train`. They come after those for address, workers, device and folders, and win."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
@@ -56,7 +56,7 @@ class ManifestPlan:
 
     @property
     def _device(self) -> list[str]:
-        """On CPUs a worker reserves all of its machine: else Ray places workers together where there is room."""
+        """Options for the device. On CPUs a worker reserves its whole machine: else Ray could place several on one."""
         if self.gpus_per_node:
             return ["--cluster.device", "cuda"]
         return ["--cluster.device", "cpu", "--cluster.cpus_per_worker", str(self.cpus_per_node)]

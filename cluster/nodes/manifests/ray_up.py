@@ -1,4 +1,4 @@
-"""`ray up`: Ray's own launcher, for machines that are there and take ssh; it copies the token and runs our commands."""
+"""`ray up`, Ray's own launcher, for machines that run already. It copies the token by ssh and runs our commands."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from cluster.nodes.manifests.plan import ManifestPlan
 
 TOKEN_FILE = "~/.trimtab/token"  # noqa: S105 a place, not a secret; `file_mounts` expands the tilde on both sides
 
-# The second autoscaler, which `ray up` of Ray 2.60 asks for, starts no worker before it sees the head in its list of
-# machines, and for machines with addresses of their own only the first one writes it there.
-FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"
+# `ray up` of Ray 2.60 takes autoscaler v2, which starts no worker before the head is in its list of machines. For
+# machines that are named by their addresses, only autoscaler v1 writes the head into that list.
+AUTOSCALER_V1 = "RAY_enable_autoscaler_v2=0"
 
 
 def ray_up(
     plan: ManifestPlan, *, head: str, workers: Sequence[str], ssh_user: str, ssh_key: str | None = None
 ) -> dict[str, Any]:
-    """The cluster of a head and workers by their IPv4 addresses; `plan.num_nodes` is their number.
+    """The configuration of `ray up` for a cluster of one head and workers. `plan.num_nodes` is their number.
 
-    `trimtab` must be in the PATH of a login shell there, and TOKEN_FILE be made here (`trimtab cluster token`).
+    `trimtab` must be in the PATH of a login shell on these machines. On this machine TOKEN_FILE must exist (`trimtab
+    cluster token` makes it).
 
     Args:
-        ssh_key: file of the private key that opens all of them. `ray up` copies it to the head, which itself starts the
-            workers; without it the head must have a key of its own.
+        head, workers: IPv4 addresses.
+        ssh_key: file of the private key for all of these machines. `ray up` copies it to the head, which starts the
+            workers. Without it the head must have a key of its own.
     """
     counts = ["--num-cpus", str(plan.cpus_per_node), "--num-gpus", str(plan.gpus_per_node)]
     up = ["trimtab", "cluster", "up", "--bind", head, *counts, "--", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
     join = ["trimtab", "cluster", "join", "RAY_HEAD_IP", *counts]
-    again = "trimtab cluster down"  # ends only what an earlier `ray up` started
+    down = "trimtab cluster down"  # ends the node that an earlier `ray up` started there, and nothing else
     return {
         "cluster_name": plan.name,
         "max_workers": len(workers),
@@ -38,7 +40,8 @@ def ray_up(
         "provider": {"type": "local", "head_ip": head, "worker_ips": list(workers)},
         "auth": {"ssh_user": ssh_user} | ({} if ssh_key is None else {"ssh_private_key": ssh_key}),
         "file_mounts": {TOKEN_FILE: TOKEN_FILE},
-        # The ~ must reach Ray unquoted. Without the words `ray start` in it `ray up` warns that no node will start.
-        "head_start_ray_commands": [again, f": runs ray start; {FIRST_AUTOSCALER} {' '.join(up)}"],
-        "worker_start_ray_commands": [again, shlex.join(join).replace("RAY_HEAD_IP", "$RAY_HEAD_IP")],
+        # Joined without quotes, so that the shell expands ~. `:` does nothing, but `ray up` warns that no node will
+        # start unless it finds the words `ray start` in the command.
+        "head_start_ray_commands": [down, f": runs ray start; {AUTOSCALER_V1} {' '.join(up)}"],
+        "worker_start_ray_commands": [down, shlex.join(join).replace("RAY_HEAD_IP", "$RAY_HEAD_IP")],
     }

@@ -8,21 +8,21 @@ from cluster.nodes.manifests.plan import ManifestPlan
 from cluster.nodes.node import NODE_DEFAULTS
 from cluster.ray.local_ray import OBJECT_STORE_BYTES
 
-NODE_WAIT_S = 300  # Ray's 30 s are too short where a file system answers slowly.
-# Slurm calls a silent node down after its SlurmdTimeout, 300 s unless a site chose another, and only then takes the job
-# back into the queue: a run that had given up its lost worker before would have failed the job.
+NODE_WAIT_S = 300  # Ray waits 30 s for all nodes, which is too short if a shared file system is slow.
+# Slurm requeues the job of a silent node after SlurmdTimeout, 300 s unless a site chose another time. The run must wait
+# longer for its lost worker: if it gave up before, the job would have failed and would not be requeued.
 LOST_NODE_WAIT_S = 600
 
 
 def slurm_script(plan: ManifestPlan, *, time_limit: str, run_dir: str, run_name: str | None) -> str:
-    """The script. A job that Slurm starts again, since it lost a node, goes on with its run.
+    """The batch script. If the job loses a node, Slurm starts it again, and it goes on with its run.
 
-    The token is one of this job, in the user's home, which the nodes share. `ray symmetric-run` ends with `ray stop`,
-    which ends all Ray processes of the user on a node: hence --exclusive.
+    Each job has a token of its own, in the user's home, which the nodes must share. `ray symmetric-run` ends with `ray
+    stop`, which ends all Ray processes of the user on a node: hence --exclusive.
 
     Args:
         time_limit: as Slurm writes it, [DAYS-]HOURS:MINUTES:SECONDS.
-        run_dir, run_name: of the training's settings; without a name the run has that of the job and its number.
+        run_dir, run_name: the settings run.dir and run.name. Without a name the run is named by the job and its number.
     """
     ray = ["--min-nodes", str(plan.num_nodes), "--num-cpus", str(plan.cpus_per_node)]
     ray += ["--num-gpus", str(plan.gpus_per_node), "--disable-usage-stats"]
@@ -54,7 +54,7 @@ def slurm_script(plan: ManifestPlan, *, time_limit: str, run_dir: str, run_name:
 
 
 def _training(plan: ManifestPlan, run_dir: str, run_name: str | None) -> list[str]:
-    """Lines that choose the command of the training: a new run, or to go on with it when the job was queued again."""
+    """Lines that choose the command: a new run, or the run that the job began before it was requeued."""
     wait = ["--cluster.start_timeout_s", str(LOST_NODE_WAIT_S)]
     if run_name is None:
         run, name = f"{shlex.quote(run_dir)}/{plan.name}-$SLURM_JOB_ID", ' --run.name "${run##*/}"'

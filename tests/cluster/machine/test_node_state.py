@@ -11,7 +11,7 @@ from cluster.machine.node_state import (
     STORE_SOCKET,
     NodeState,
     NodeStillThere,
-    _place,
+    _nodes_path,
     check_room_for_sockets,
     forget,
     live_nodes,
@@ -102,7 +102,7 @@ def test_the_longest_folder_leaves_the_bytes_that_ray_needs(name, most):
 def test_the_default_folder_has_room_for_any_user_and_address(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "")
     monkeypatch.setattr(os, "getuid", lambda: 2**32 - 2)
-    check_room_for_sockets(_place() / "255.255.255.255", DASHBOARD_SOCKET)
+    check_room_for_sockets(_nodes_path() / "255.255.255.255", DASHBOARD_SOCKET)
 
 
 @pytest.mark.parametrize("missing", ["absent", "file"])

@@ -178,10 +178,10 @@ def test_neither_configuration_nor_checks_import_ray_and_the_driver_needs_no_tor
 
 READ_AGAIN = """
 from cluster.config import ClusterConfig
-from cluster.ray.probe import read_again
+from cluster.ray.probe import reload_authentication
 from cluster.ray.session import RaySession
 with RaySession.open(ClusterConfig(num_workers=1, device="cpu")):
-    read_again()  # as a look at another cluster does
+    reload_authentication()  # as a look at another cluster does
 print("closed")
 """
 
