@@ -35,9 +35,11 @@ class Tail:
                     raise Rewritten
                 return []
             self._check(fd)
-            raw = os.pread(fd, CHUNK_BYTES, self.offset)
-            while b"\n" not in raw and self.offset + len(raw) < self.size and len(raw) < MAX_LINE_BYTES:
-                raw += os.pread(fd, CHUNK_BYTES, self.offset + len(raw))
+            raw = part = os.pread(fd, CHUNK_BYTES, self.offset)
+            # An empty part is the end, also before `size`: a run that resumes may cut the file while it is read.
+            while part and b"\n" not in raw and self.offset + len(raw) < self.size and len(raw) < MAX_LINE_BYTES:
+                part = os.pread(fd, CHUNK_BYTES, self.offset + len(raw))
+                raw += part
         return self._lines(raw)
 
     @property

@@ -106,3 +106,18 @@ def test_what_is_no_regular_file_is_not_read_and_does_not_block(tmp_path: Path) 
         assert read_at_most(tmp_path / name, 10) is None
         assert Tail(tmp_path / name).read() == []
     assert read_at_most(tmp_path / "secret", 3) == b"sec"
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines"
+    path.write_text("one\ntwo\n")
+    reader, pread, calls = Tail(path), os.pread, []
+
+    def pread_after_the_cut(*arguments: int) -> bytes:
+        calls.append(arguments)
+        assert len(calls) < 10, "reads on at the end of the file"
+        os.truncate(path, 0)
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread_after_the_cut)
+    assert reader.read() == []
