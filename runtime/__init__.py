@@ -1,8 +1,8 @@
-"""What the user starts: the command `trimtab`, its settings, the training job, and what reads a run directory.
+"""What the user starts: the command `trimtab`, its settings, the training job, and readers of a run directory.
 
-`cli` chooses one of the `commands`; `settings` checks what was asked for; `job` trains; `runs` finds and locks run
-directories; `report` reads and reports them; `terminal` talks to the person in front of it. What is listed here keeps
-its name and its meaning.
+`cli` runs one of the `commands`. `settings` reads and checks the settings of a run, `job` trains it, `runs` finds and
+locks its directory, `report` writes its report, `watch` serves its live page, `loggers` sends its metrics to other
+tools, and `terminal` writes for people. The names in `__all__` are public: they keep their meaning.
 """
 
 from typing import TYPE_CHECKING

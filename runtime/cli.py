@@ -1,4 +1,4 @@
-"""The command `trimtab`: choose a subcommand, hand over, turn what happened into an exit code.
+"""The command `trimtab`: runs a subcommand, and turns its outcome or its exception into an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 a bug in Trimtab, 130, 143 or 129 stopped by Ctrl-C,
 SIGTERM or SIGHUP. A new subcommand is a module as `runtime/commands/command.py` describes it, and a line in COMMANDS.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dispatch.own_packages import check_not_hidden
 from runtime.commands.command import Group, choose, run_command
 from runtime.commands.completion import FIRST_WORD, answer
-from runtime.terminal.failure import told
+from runtime.terminal.failure import explain
 from runtime.terminal.interrupt import Stopped, stop_signals_raise
 from runtime.terminal.lasting_output import lasting_output
 
@@ -81,8 +81,8 @@ COMMANDS: dict[str, str | Group] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, that of the process by default, and return its exit code."""
-    if FIRST_WORD in os.environ and argv is None:  # the shell asks which words fit
+    """Run a command line, by default that of the process, and return the exit code."""
+    if FIRST_WORD in os.environ and argv is None:  # the shell asks for completions
         answer(_trimtab())
     arguments = sys.argv[1:] if argv is None else list(argv)
     with lasting_output():
@@ -95,13 +95,13 @@ def _main(arguments: Sequence[str]) -> int:
             check_not_hidden()
             name = choose(_trimtab(), "trimtab", arguments, version=f"trimtab {importlib.metadata.version('trimtab')}")
             return run_command(COMMANDS[name], f"trimtab {name}", arguments[1:])
-    except SystemExit as stop:  # argparse has answered --help, or said what is wrong
+    except SystemExit as stop:  # raised by argparse, after it has printed the help or an error
         return int(stop.code or 0)
     except Stopped as stop:
         sys.stderr.write("trimtab: stopped\n")
         return stop.exit_code
-    except Exception as error:  # noqa: BLE001 the boundary of the process: whatever it is must be told
-        text, code = told(error, arguments)
+    except Exception as error:  # noqa: BLE001 The boundary of the process: every exception gets a text and a code.
+        text, code = explain(error, arguments)
         sys.stderr.write(text)
         return code
 

@@ -1,4 +1,4 @@
-"""Processes beside a run that only read its directory: the run does not notice what becomes of them."""
+"""Processes that run beside a training and only read its directory: if one fails, the training goes on."""
 
 import subprocess
 import sys
@@ -9,22 +9,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Self
 
-END_S = 30.0  # for the last metrics
-END_AFTER_ERROR_S = 5.0  # somebody may wait for the error, or have pressed Ctrl-C
-_LAST_WORDS = 4_000  # bytes
+END_S = 30.0  # Longest wait at the end of a run, for the companion to send the last metrics.
+END_AFTER_ERROR_S = 5.0  # The same after an error or Ctrl-C, when the user waits for the command to end.
+_MAX_ERROR_BYTES = 4_000  # read of the end of its standard error
 
 
 class Companion:
-    """A context manager: within it, a module of ours runs in a process of its own.
+    """A context manager: within it, one of our modules runs in a process of its own.
 
-    The process ends when its standard input does: at the end, and when this process is killed. It has a session of its
-    own, so that Ctrl-C does not reach it.
+    The module must end when its standard input ends. That happens when the context ends, and also when this process is
+    killed. It has a session of its own, so that Ctrl-C does not reach it.
 
     Args:
-        name: what it is for the user.
-        arguments: its module and what follows.
-        hear: called on a thread with each line that it prints, and with how it ended where it failed.
-        may_outlive: whether it goes on alone where it has not ended END_S after its input; else it is killed.
+        name: its name in messages to the user.
+        arguments: the module and its arguments.
+        hear: called on a thread with each line that the process prints, and with a message if it fails.
+        may_outlive: if it has not ended END_S after its input, leave it running. By default it may; else it is killed.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Companion:
         self._command = [sys.executable, "-P", "-m", *arguments]
 
     def __enter__(self) -> Self:
-        self._errors = tempfile.TemporaryFile()  # the thread closes it
+        self._errors = tempfile.TemporaryFile()  # A pipe could fill up and block the process. `_listen` closes it.
         self._process = subprocess.Popen(  # noqa: S603 - our own
             self._command,
             stdin=subprocess.PIPE,
@@ -53,7 +53,7 @@ class Companion:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        _end_of(self._process.stdin).close()
+        _opened(self._process.stdin).close()
         self._thread.join(END_S if error is None else END_AFTER_ERROR_S)
         if self._thread.is_alive() and not self._may_outlive:
             self._process.kill()
@@ -62,24 +62,25 @@ class Companion:
             self._hear(f"{self._name}: still at work after the run's end; process {self._process.pid} goes on alone")
 
     def _listen(self) -> None:
-        with _end_of(self._process.stdout) as lines, self._errors as errors:
+        with _opened(self._process.stdout) as lines, self._errors as errors:
             for line in lines:
                 self._hear(line.rstrip("\n"))
             if code := self._process.wait():
-                errors.seek(max(0, errors.seek(0, 2) - _LAST_WORDS))
-                words = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                self._hear(f"{self._name}: ended with exit code {code}{words and f' ({words})'}; the run goes on")
+                errors.seek(max(0, errors.seek(0, 2) - _MAX_ERROR_BYTES))
+                # The last line of a traceback names the exception.
+                cause = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+                self._hear(f"{self._name}: ended with exit code {code}{cause and f' ({cause})'}; the run goes on")
 
 
-def _end_of(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None  # noqa: S101 - the process was started with it
+def _opened(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None  # noqa: S101 Popen was told to open it.
     return pipe
 
 
 def loggers_beside(
     run_dir: Path, names: Sequence[str], warn: Callable[[str], None]
 ) -> AbstractContextManager[Companion | None]:
-    """Feed these loggers while the run trains; what is wrong with them is warned of."""
+    """Feed these loggers while the run trains. warn: called with each of their errors."""
     if not names:
         return nullcontext()
     return Companion("run.log_to", ["runtime.loggers", str(run_dir.absolute()), *names], warn)
@@ -88,7 +89,7 @@ def loggers_beside(
 def page_beside(
     run_dir: Path, say: Callable[[str], None], *, is_wanted: bool
 ) -> AbstractContextManager[Companion | None]:
-    """Serve the live page of the run while it trains; the URL is said."""
+    """Serve the live page of the run while it trains. say: called with the page's URL, and with its errors."""
     if not is_wanted:
         return nullcontext()
     arguments = ["runtime", "watch", str(run_dir.absolute()), "--wait", "--until-input-ends"]

@@ -1,6 +1,6 @@
 """The coordinator: turns the global load of each step into the next bias.
 
-It holds nothing that rank 0 could not send it again, so its death costs no step: a restarted one asks for the state
+Rank 0 can send it again all that it holds. So no step is lost when it dies: a restarted coordinator asks for the state
 (NeedState) and goes on. The policy is plain Python; the actor around it only carries bytes.
 """
 
@@ -30,15 +30,16 @@ from workers.control.wire import (
 
 
 class CoordinatorPolicy:
-    """Decides the answer to each message of one run. Starts empty; the first report with a seed gives it law and state.
+    """Decides the answer to each message of one run. It starts empty; a report with a seed gives it law and state.
 
-    It keeps two states: the base, from which the last update was computed, and that update. A report on the update
-    accepts it; a report on the base means that it was not applied (the optimizer skipped the step) or that the report
-    came twice, and the update is computed again: with the same load, to the same bytes.
+    It keeps two states: the base, from which it computed the last update, and that update. A report that builds on the
+    update shows that the ranks applied it. A report that builds on the base shows that they did not (the optimizer
+    skipped the step), or that the report came twice. Then the update is computed again: the same load gives the same
+    bytes.
 
     Args:
-        run_id: the only run that it serves; None serves whoever asks. Never learned from a message: whoever came first
-            would shut out the others.
+        run_id: the only run that it serves; None serves every run. It is never taken from a message: else the run that
+            reports first would shut out the others.
     """
 
     def __init__(self, run_id: str | None = None) -> None:
@@ -56,12 +57,12 @@ class CoordinatorPolicy:
             if not isinstance(report, LoadReport):
                 raise WireError(f"a {type(report).__name__} is not for the coordinator")
             return encode(self._answer(report))
-        except (ValueError, ArithmeticError) as error:  # the second from a law, of numbers beyond all measure
+        except (ValueError, ArithmeticError) as error:  # ArithmeticError: a law may overflow on absurd numbers
             self._status["refused"] += 1
             return encode(Refusal(reason=str(error)))
 
     def status(self) -> dict[str, Any]:
-        """For people: run_id, reports, refused, reseeds after the first, last_step, version proposed last."""
+        """Counters, for people and tests: run_id, reports, refused, reseeds after the first, last_step, version."""
         return {"run_id": self._run_id, **self._status}
 
     def _answer(self, report: LoadReport) -> BiasUpdate | NeedState:
@@ -71,18 +72,18 @@ class CoordinatorPolicy:
             )
         law, base = self._law, self._find_base(report)
         if base is None and report.seed is not None:
-            law, base = _sown(report, report.seed)
+            law, base = _from_seed(report, report.seed)
         if base is None or law is None:
             return NeedState(step=report.step)
         state = law.update(report.counts_M, base.state, report.step)
         if not all(bool(value.isfinite().all()) for value in (state.bias_N, *state.extras.values())):
             raise ValueError(f"law {law.config.law!r} answers these counts with a state that is not finite")
-        # Nothing of a report that was refused is kept: only here does the coordinator change.
+        # The state changes here only, after every check: a refused report leaves it as it was.
         self._keep(report, law, base, VersionedState(base.version + 1, state))
         return BiasUpdate(step=report.step, version=base.version + 1, state=state)
 
     def _find_base(self, report: LoadReport) -> VersionedState | None:
-        # The checksum decides, not the number: a run that went back to a checkpoint reaches the same numbers again.
+        # The version alone is not enough: a run that went back to a checkpoint reaches the same versions again.
         if report.law_checksum != self._law_checksum:
             return None
         wanted = (report.base_version, report.base_checksum)
@@ -91,7 +92,8 @@ class CoordinatorPolicy:
     def _keep(self, report: LoadReport, law: Law, base: VersionedState, proposal: VersionedState) -> None:
         if law is not self._law:
             self._status["reseeds"] += self._law is not None
-            # Never less than before, or a small law by mistake would shut out the reports of the true one.
+            # Never less than before: else a message with a smaller law, sent by mistake, would have the run's next
+            # reports refused as too long.
             bound = max_message_bytes(law)
             self._max_bytes = bound if self._law is None else max(self._max_bytes, bound)
         self._law, self._law_checksum = law, report.law_checksum
@@ -100,8 +102,8 @@ class CoordinatorPolicy:
         self._status["last_step"], self._status["version"] = report.step, proposal.version
 
 
-def _sown(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
-    """The law and the base that a report brings along."""
+def _from_seed(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
+    """The law and the base state of a report that brings a seed."""
     law = Law(seed.config, seed.layout)
     base = VersionedState(report.base_version, seed.state)
     if not law.fits(seed.state):
@@ -112,12 +114,12 @@ def _sown(report: LoadReport, seed: Seed) -> tuple[Law, VersionedState]:
 
 
 class CoordinatorActor:
-    """The Ray shell around the policy. Ray restarts it when its process dies; it then starts empty."""
+    """The Ray actor around the policy. If its process dies, Ray restarts it, and it starts empty."""
 
     def __init__(self, run_id: str, law_module: str | None = None) -> None:
         if law_module:
-            importlib.import_module(law_module)  # here, since a message may not make this process import anything
-        # Ray leaves all GPUs visible to an actor that asked for none: it must not open a context on one.
+            importlib.import_module(law_module)  # Imported at the start: no message may have a module imported.
+        # Ray leaves all GPUs visible to an actor that reserves none. This one must not open a CUDA context on them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
         self._policy = CoordinatorPolicy(run_id)
@@ -132,9 +134,10 @@ class CoordinatorActor:
 
 @dataclass(frozen=True)
 class CoordinatorClient:
-    """The coordinator as rank 0 sees it: bytes → bytes in bounded time. Survives pickling into a worker.
+    """Rank 0's way to the coordinator: a function from bytes to bytes. It can be pickled, to travel to a worker.
 
-    Raises on a call: CoordinatorUnreachable after `timeout_s`, or while the actor is away.
+    Raises:
+        CoordinatorUnreachable: no answer within `timeout_s`, or the actor is dead or restarting.
     """
 
     actor: Any
@@ -147,18 +150,18 @@ class CoordinatorClient:
         try:
             answer: bytes = ray.get(self.actor.handle.remote(raw), timeout=self.timeout_s)
         except RayTaskError:
-            raise  # from inside the coordinator: a bug, with its traceback
+            raise  # An exception inside the coordinator is a bug: it keeps its traceback.
         except RayError as error:
-            # The first line: the others guess at causes.
-            text = str(error).strip().split("\n", 1)[0]
+            text = str(error).strip().split("\n", 1)[0]  # Ray's further lines guess at causes.
             raise CoordinatorUnreachable(f"{type(error).__name__}: {text}") from error
         return answer
 
 
 def start_coordinator(run_id: str, law_module: str | None = None) -> Any:
-    """Start the actor in the Ray that is connected and return its handle at once; `status` waits until it is up.
+    """Start the actor in the connected Ray. Returns its handle without waiting; a call of `status` waits for the actor.
 
-    It prefers this node, and is restarted on another one if this node dies. It takes no CPU from the gang's account.
+    It runs on this node, and Ray restarts it on another one if this node dies. It reserves no CPU, which would be
+    lacking for a worker.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

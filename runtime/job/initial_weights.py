@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.runs.hf_files import FOLDER
+from runtime.runs.run_dir import HF_FOLDER
 from workers.checkpoints.checkpoint_files import (
     CHECKPOINTS,
     checkpoint_path,
@@ -16,11 +16,11 @@ from workers.checkpoints.checkpoint_files import (
 
 
 def begin_with(source: Path, run_dir: Path) -> Path:
-    """Give a new run `source`, a verified checkpoint of another run, for its checkpoint of step 0; returns that.
+    """Make `source`, a verified checkpoint of another run, the checkpoint of step 0 of a new run. Returns its path.
 
-    Its files are shared by hard links where the disk allows it, so that the other run may go on or be removed.
-    Optimizer, law and place in the text begin anew: `extra.imported` says so, as of a model of Hugging Face, whose kept
-    files come along.
+    The files are hard links where the file system allows it: the other run may go on, or be removed. Optimizer, law and
+    position in the text begin anew, as those of a model imported from Hugging Face do; `extra.imported` marks both. If
+    the other run was imported itself, the files kept for its export are copied, too.
     """
     final = checkpoint_path(run_dir / CHECKPOINTS, 0)
     partial = final.with_name(f".{final.name}.init.partial")
@@ -31,9 +31,9 @@ def begin_with(source: Path, run_dir: Path) -> Path:
     num_counts = len(manifest.extra["load_since_eval"])
     extra = {"step": 0, "imported": True, "load_since_eval": [0] * num_counts, "model": manifest.extra["model"]}
     write_manifest(partial, replace(manifest, step=0, extra=extra))
-    kept = source.parents[1] / FOLDER
-    if kept.is_dir():  # before the checkpoint, whose name says that the run can be resumed and exported
-        shutil.copytree(kept, run_dir / FOLDER)
+    kept = source.parents[1] / HF_FOLDER
+    if kept.is_dir():  # Before the rename below: once the checkpoint is there, the run can be resumed and exported.
+        shutil.copytree(kept, run_dir / HF_FOLDER)
     partial.rename(final)
     sync_folder(final.parent)
     return final

@@ -22,9 +22,8 @@ from runtime.job.live import LiveView
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.job.training_job import TrainingJob
 from runtime.loggers.logger import check_installed
-from runtime.runs.hf_files import FOLDER as IMPORTED
 from runtime.runs.run_data import keep_data, knows_its_text
-from runtime.runs.run_dir import CONFIG_FILE, new_run_dir
+from runtime.runs.run_dir import CONFIG_FILE, HF_FOLDER, new_run_dir
 from runtime.runs.run_inputs import find_checkpoint, open_data
 from runtime.runs.run_lock import RunLock, hold, hold_new
 from runtime.settings.cautions import cautions
@@ -55,10 +54,14 @@ def train(
 ) -> int:
     """Train a model, or go on with the run in `resume`, and write its report. Returns the exit code.
 
-    init: the run whose weights a new one begins with. step: the checkpoint of either; None takes the newest.
-    dry_run: only check and say what would be trained. watch: serve the live page meanwhile.
+    Args:
+        resume: directory of the run to go on with; None starts a new run.
+        step: the checkpoint of `resume` or `init` to take; None takes the newest.
+        init: directory of the run with whose weights a new run begins.
+        dry_run: check everything and print what would be trained, but start and write nothing.
+        watch: serve the live page meanwhile.
 
-    Everything that can be refused is refused before a process starts, and leaves no run directory behind.
+    All checks come before the first process starts. A refused run leaves no directory behind.
     """
     console = Console(highlight=False)
     if watch:
@@ -88,9 +91,9 @@ def train(
 
 
 def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: bool, console: Console) -> Dataset:
-    """The training text, once nothing is left that could be refused; says what will be trained.
+    """Make all checks that need no process, print what will be trained, and return the training text.
 
-    start: the checkpoint to go on from, or, of a new run, the one of another run to begin with.
+    start: the checkpoint to go on from; for a new run (`is_new`) the one of another run, to take its weights.
     """
     resume_from = None if is_new else start
     if resume_from and step_of(resume_from) > config.run.steps:
@@ -115,15 +118,16 @@ def _checked(config: TrainConfig, run_dir: Path, *, start: Path | None, is_new: 
         say(console, tight)
     dataset = open_data(config, console, run_dir if resume_from else None)
     say(console, _headline(config, _beginning(run_dir, start, is_new), dataset, size))
-    for text in cautions(config, is_imported=(run_dir / IMPORTED).exists()):
+    for text in cautions(config, is_imported=(run_dir / HF_FOLDER).exists()):
         say(console, f"note   {text}")
     return dataset
 
 
 def _end_complete(run_dir: Path, steps: int, console: Console, *, only_tell: bool) -> int:
-    """Say that no step of a run is left, and return the exit code 0: a job that is started again has done its work.
+    """Say that the run has no step left, and return the exit code 0: a batch job that is started again has succeeded.
 
-    only_tell: leave the run as it is. Else what an end between the last checkpoint and the report left undone is done.
+    If the run was killed between its last checkpoint and its report, its `finished` event and the report are written
+    now, unless `only_tell`.
     """
     say(console, f"{run_dir} has trained its {steps} steps: nothing is left to do; a larger --steps goes on")
     ends = [event["step"] for event in read_events(run_dir) if event["event"] == "finished"]
@@ -150,8 +154,8 @@ def _train(
         with _status(console, f"starting Ray and {counted(config.cluster.num_workers, 'worker')}"):
             spec = replace(make_spec(config, run_dir, dataset), fence=lock.fence)
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
-        lock.check()
-        if is_new and start is not None:  # not before Ray is up: a start that fails leaves nothing
+        lock.check()  # The start takes long enough for another process to take the directory over.
+        if is_new and start is not None:  # Only now that all ranks have started: a failed start should leave no files.
             resume_from = begin_with(start, run_dir)
             append_event(run_dir, "initialised", source=str(start), lr=config.optim.lr)
         if knows_its_text(run_dir) or resume_from is None or step_of(resume_from) == 0:
@@ -161,7 +165,7 @@ def _train(
 
 
 def refuse_holes(run_dir: Path, resume_from: Path) -> None:
-    """Raise InvalidValue where the records lack steps before the checkpoint, and no event of the run says so yet."""
+    """Raise InvalidValue if the records lack steps before the checkpoint, and no event has recorded this gap yet."""
     step = step_of(resume_from)
     holes = new_holes(run_dir, find_holes(run_dir, step))
     if not holes:
@@ -178,7 +182,7 @@ def refuse_holes(run_dir: Path, resume_from: Path) -> None:
 
 
 def _status(console: Console, text: str) -> AbstractContextManager[object]:
-    """Says what is being waited for: with a spinner on a terminal, elsewhere in a line."""
+    """Show what the command waits for: by a spinner on a terminal, by a line elsewhere."""
     if console.is_terminal:
         return console.status(text)
     say(console, text)
@@ -216,22 +220,23 @@ def _watch(
         job = TrainingJob(config, run_dir, lock, launched, resume_from, view=view, signal=signal)
         try:
             outcomes: list[TrainOutcome] = Supervisor(gang, job, config.cluster, feasible_sizes(config)).run()
-            job.on_poll(gang)
+            job.on_poll(gang)  # shows what rank 0 has reported since the last poll
         except BaseException as error:
-            # The supervisor has told of the first two.
+            # The supervisor has recorded a GangFailed and a GaveUp already.
             if not isinstance(error, GangFailed | GaveUp) and lock.is_held():
                 trace = "".join(traceback.format_exception(error))[-MAX_DIAGNOSIS_CHARS:]
                 append_event(run_dir, "failed", reason=f"{type(error).__name__}: {error}", diagnosis=trace)
             if saved := latest(run_dir / CHECKPOINTS):
                 view.event(f"saved up to step {step_of(saved)}; go on with: trimtab train --resume {run_dir}")
-            if isinstance(error, Exception) and (run_dir / METRICS).exists():  # who interrupts, waits for nothing
+            # No report after an interrupt, which is no Exception: the user wants the command to end now.
+            if isinstance(error, Exception) and (run_dir / METRICS).exists():
                 view.event(_report_of_failed(run_dir))
             raise
     return outcomes[0]
 
 
 def report_line(run_dir: Path) -> str:
-    """Write the report of a run that is over; where it is, or how to get it when the disk does not take it."""
+    """Write the report of a run that is over. Returns a line with its path, or with the error of a full disk."""
     from runtime.report.report import write_report
 
     try:
@@ -241,27 +246,28 @@ def report_line(run_dir: Path) -> str:
 
 
 def _report_of_failed(run_dir: Path) -> str:
-    """As `report_line`, for a run whose own error must not be hidden by one of its report."""
+    """Call `report_line` for a failed run. An exception of the report must not hide the error of the run."""
     try:
         return report_line(run_dir)
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:  # noqa: BLE001 See above.
         return f"there is no report ({type(error).__name__}: {error}): trimtab report {run_dir}"
 
 
 def as_recorded(config: TrainConfig) -> TrainConfig:
-    """The settings that a later resume, from whatever directory, needs: paths absolute, the text not prepared again."""
+    """The settings for config.yaml. A later resume may start in another directory, so paths are absolute."""
     data = config.data
     paths = tuple(str(Path(path).expanduser().absolute()) for path in data.path)
     tokenizer, template = (
         name and str(Path(name).expanduser().absolute()) for name in (data.tokenizer, data.chat_template)
     )
+    # The next two settings are a decision for one start: to prepare the text again, and to accept the gaps that the
+    # user has seen.
     recorded = replace(data, path=paths, tokenizer=tokenizer, chat_template=template, rebuild=False)
-    # What is accepted once was not accepted for the next hole.
     return replace(config, data=recorded, run=replace(config.run, accept_holes=False))
 
 
 def _idle_gpus(cluster: ClusterConfig) -> str:
-    """A line that says why this machine's GPUs are left idle, where they are though nobody asked for it."""
+    """A line that says why the GPUs of this machine stay idle, if `auto` leaves them idle; else ""."""
     num_gpus = torch.cuda.device_count() if cluster.address is None and cluster.device == "auto" else 0
     if not num_gpus or "GPU" in worker_resources(cluster, num_gpus):
         return ""

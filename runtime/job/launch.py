@@ -1,4 +1,4 @@
-"""From a configuration to ranks that are joined: what each worker is told, and the gang around it."""
+"""From a configuration to joined ranks: the specification that each worker gets, and the gang of these workers."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Ranks(Protocol):
-    """What runs a method of every rank's worker: a gang, or this process alone."""
+    """Runs a method of every rank's worker. A gang does, and `_InProcess`, which is rank 0 in this process."""
 
     def run(self, method: str, *args: Any) -> list[Any]:
-        """What the method returned on each rank, by rank."""
+        """Call the method on every rank; returns the results by rank."""
         ...
 
 
@@ -33,12 +33,12 @@ class LaunchedGang:
 
     gang: "Gang"
     coordinator: Any
-    ray_s: float  # until Ray was there
-    gang_s: float  # from then until all ranks had joined
+    ray_s: float  # seconds until Ray was up
+    gang_s: float  # seconds from then until all ranks had joined
 
 
 def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset | None) -> WorkerSpec:
-    """What every rank of this run is told, but for the way to the coordinator. dataset: None for generation alone."""
+    """The specification that every rank gets, still without the coordinator. dataset: None if no text is read."""
     return WorkerSpec(
         # Absolute: a worker has a working directory of its own.
         run_dir=run_dir.absolute(),
@@ -60,7 +60,7 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset | None) -> Wo
 
 
 def balance_of(config: TrainConfig) -> BalanceConfig:
-    """The balancing of a run, with the run's length where its rate depends on it."""
+    """The balance settings of a run. If the law's rate depends on the length of the run, `horizon` is run.steps."""
     balance = config.balance.of_law
     return replace(balance, horizon=balance.horizon or config.run.steps) if balance.needs_horizon else balance
 
@@ -74,9 +74,9 @@ def open_gang(
     sizes: numbers of workers to try, the largest first; by default `num_workers` alone.
 
     Raises:
-        ClusterUnreachable, ClusterTooSmall, GangFailed: see cluster.
+        ClusterUnreachable, ClusterTooSmall, GangFailed: see `RaySession.open` and `Gang.launch`.
     """
-    # Half a second of imports that help texts and wrong options should not wait for.
+    # Imported here: importing Ray takes half a second, for which --help and refused options should not wait.
     import ray
 
     from cluster.gang.gang import Gang
@@ -92,7 +92,7 @@ def open_gang(
                 yield LaunchedGang(gang, coordinator, session.open_s, gang.startup_s["total"])
             finally:
                 if coordinator is not None and gang.ray_watch.can_be_asked():
-                    ray.kill(coordinator)  # in a Ray that was joined it would live on, as long as this process does
+                    ray.kill(coordinator)  # On a joined cluster it would live as long as this process.
 
 
 def runs_in_process(config: ClusterConfig) -> bool:
@@ -102,7 +102,7 @@ def runs_in_process(config: ClusterConfig) -> bool:
 
 @contextmanager
 def open_ranks(config: ClusterConfig, spec: WorkerSpec) -> Iterator[Ranks]:
-    """Ranks for work without a coordinator: this process where one worker is asked for, else a gang."""
+    """Ranks for work without a coordinator: one rank in this process for one local worker, else a gang."""
     if not runs_in_process(config):
         with open_gang(config, spec, coordinated=False) as launched:
             yield launched.gang
@@ -118,7 +118,7 @@ def open_ranks(config: ClusterConfig, spec: WorkerSpec) -> Iterator[Ranks]:
 
 
 def worker_maker(spec: WorkerSpec) -> Callable[[], "Worker"]:
-    """A function that builds the worker where it is called; importing torch waits until then."""
+    """A function for an actor to call, which builds the worker. Only that call imports the worker's code, and torch."""
 
     def make_worker() -> "Worker":
         from workers.worker import Worker

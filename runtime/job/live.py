@@ -15,10 +15,10 @@ from rich.text import Text
 
 from runtime.terminal.quantities import duration, milliseconds, percent, short, three_digits
 
-EVERY_S = 5.0  # between two plain lines of steps
-RATE_WINDOW = 64  # the time left is estimated from this many steps, with the evaluations and checkpoints among them
-CURVE_WIDTH = 32  # of the small curves, which show all steps so far
-MIN_WIDTH = 72  # columns of a terminal that shows more than names and values
+EVERY_S = 5.0  # at least, between two plain lines of steps
+RATE_WINDOW = 64  # The time left is estimated from the last steps, and the evaluations and checkpoints between them.
+CURVE_WIDTH = 32  # characters of a small curve, which shows all steps so far
+MIN_WIDTH = 72  # A narrower terminal shows names and values only.
 _TICKS = "▁▂▃▄▅▆▇█"
 
 
@@ -29,8 +29,8 @@ class LiveView:
         total_steps: optimizer steps of the whole run.
         done_steps: those made before, when a run resumes.
         console: where to; by default standard output.
-        live: False prints plain lines. By default that is so unless the console's file is a capable terminal.
-        clock: seconds.
+        live: whether to draw the live view; False prints plain lines. By default it is drawn on a capable terminal.
+        clock: returns seconds; for tests.
     """
 
     def __init__(
@@ -43,12 +43,13 @@ class LiveView:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console()
-        # Asked of the file: FORCE_COLOR makes rich take a pipe for a terminal, and a pipe cannot move its cursor.
+        # `isatty` of the file, not rich's `is_terminal`: FORCE_COLOR makes that true for a pipe, which has no cursor.
         is_capable = self._console.file.isatty() and not self._console.is_dumb_terminal
         self._total_steps, self._clock = total_steps, clock
         self._began = clock()
         self._pace = deque([(self._began, done_steps)], maxlen=RATE_WINDOW + 1)
-        # The refreshing thread reads these: a line is replaced, never changed, and the lists only grow.
+        # rich's refreshing thread reads these without a lock: so a line is replaced, never changed, and the lists only
+        # grow.
         self._line: Mapping[str, Any] = {"step": done_steps}
         self._losses: list[float] = []
         self._vios: list[float] = []
@@ -75,7 +76,7 @@ class LiveView:
             self._print(_plain_line(line, self._total_steps, self._left_s))
 
     def resumed(self, step: int) -> None:
-        """Training goes on after `step`, which may lie before the last one shown."""
+        """Note that training goes on after `step`, which may be before the last one shown."""
         self._pace.clear()
         self._pace.append((self._clock(), step))
         self._line = {**self._line, "step": step}
@@ -90,11 +91,11 @@ class LiveView:
 
     def event(self, text: str) -> None:
         """Print a line about something that happened."""
-        self._saving = ""  # it ends with an event, whichever
+        self._saving = ""  # Saving ends with an event of success or failure.
         self._print(text)
 
     def saving(self, text: str) -> None:
-        """Show how far the last checkpoint is, for which the run waits."""
+        """Show the progress of the last checkpoint, for which the run waits."""
         now = self._clock()
         if not self._live and now - self._printed_s >= EVERY_S:
             self._printed_s = now
@@ -111,7 +112,8 @@ class LiveView:
             self._live.stop()
 
     def _print(self, text: str) -> None:
-        # Text: brackets are no markup. Unwrapped and without style where a program may read it: a line stays a line.
+        # Text, so that brackets are not read as markup. Soft wrap, so that a program that reads the output gets each
+        # line whole.
         self._console.print(Text(text), soft_wrap=self._live is None)
 
     def _frame(self) -> RenderableType:
@@ -160,7 +162,7 @@ def _plain_line(line: Mapping[str, Any], total_steps: int, left_s: float) -> str
 
 
 def _curve(values: Sequence[float]) -> str:
-    """A row of bars from the lowest to the highest of `values`, each the mean of equally many."""
+    """A row of bars, each the mean of equally many neighbouring `values`, scaled from the lowest to the highest bar."""
     known = np.array([value for value in values if math.isfinite(value)])
     if not known.size:
         return ""

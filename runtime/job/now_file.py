@@ -1,4 +1,4 @@
-"""now.json of a run: what each rank is in at this moment, for the live page. The driver asks the ranks anyway."""
+"""now.json of a run: the present activity of each rank, for the live page. The driver asks for it to find hangs."""
 
 import contextlib
 import json
@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from dispatch.diagnosis.activity import Activity
+from runtime.runs.run_dir import NOW_FILE
 
-NOW = "now.json"
 EVERY_S = 2.0
 
 
 class NowFile:
-    """Replaces the file at most every EVERY_S. It is for eyes: a disk that does not take it is not told of."""
+    """Replaces the file, at most every EVERY_S. A failed write is ignored: nothing but the live page reads it."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path, self._aside = run_dir / NOW, run_dir / f".{NOW}.partial"
+        self._path, self._aside = run_dir / NOW_FILE, run_dir / f".{NOW_FILE}.partial"
         self._written_s = float("-inf")
 
     def write(self, seen: Mapping[int, tuple[Activity, float]]) -> None:
-        """Write what each rank was seen in. seen: by rank, with the seconds since it answered."""
+        """Write the activities. seen: by rank, the activity in its last answer, and that answer's age in seconds."""
         if not seen or time.monotonic() - self._written_s < EVERY_S:
             return
         self._written_s = time.monotonic()
         ranks = [_row(rank, *each) for rank, each in sorted(seen.items())]
         with contextlib.suppress(OSError):
-            # Not forced to the disk: that may take seconds while a checkpoint is written, and the next one is near.
+            # Without fsync, which may take seconds while a checkpoint is written; the file is soon replaced anyway.
             self._aside.write_text(json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
             self._aside.replace(self._path)
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a run live and which exchange they take: for the terminal and for the run's record."""
+"""Where the ranks of a run are placed, and which exchange they use: for the terminal and for the run's record."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def rank_map(config: TrainConfig, gang: "Gang") -> list[dict[str, Any]]:
-    """One row a rank: node, process, device, network, its experts of a MoE layer (first, last), stages if there are."""
+    """One row for each rank: node, process, device, network, first and last expert of an MoE layer, pipeline stages."""
     ep_size = config.parallel.ep_size_of(gang.world_size)
     placement = ExpertPlacement(config.model.moe.num_experts, ep_size)
     stage_size = config.parallel.pipeline.ranks_per_stage(gang.world_size)
@@ -35,7 +35,7 @@ def exchange_of(config: TrainConfig, gang: "Gang") -> ExchangeChoice:
 
 
 def rank_table(ranks: Sequence[dict[str, Any]], exchange: ExchangeChoice) -> str:
-    """The rank map as lines of text, the variables of the transport once where all ranks have the same."""
+    """The rank map as lines of text. Transport variables are printed once if all ranks have the same values."""
     rows = [
         f"  rank {row['rank']}  {row['node']} {row['interface']}  pid {row['pid']}  {row['device']}, "
         f"{counted(row['threads'], 'thread')}  experts {row['experts'][0]} to {row['experts'][1]} "
@@ -47,7 +47,7 @@ def rank_table(ranks: Sequence[dict[str, Any]], exchange: ExchangeChoice) -> str
 
 
 def _stages(config: TrainConfig, pp_rank: int) -> dict[str, Any]:
-    """The stages of a rank and first and last layer of each; nothing without a pipeline."""
+    """The pipeline stages of a rank, and the first and last layer of each; {} without a pipeline."""
     pipeline = config.parallel.pipeline
     if pipeline.size == 1:
         return {}

@@ -1,4 +1,4 @@
-"""A training run as its supervisor sees it: from where to go on, what to show, when it is over."""
+"""The job of a training run, for the supervisor: where to go on from, what to show, and when it is over."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from runtime.job.launch import LaunchedGang
 from runtime.job.live import LiveView
 from runtime.job.now_file import NowFile
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
-from runtime.runs.event_text import told_event
+from runtime.runs.event_text import event_line
 from runtime.runs.run_lock import RunLock
 from runtime.settings.cautions import TrainingWarnings
 from runtime.settings.config import TrainConfig
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainingJob:
-    """The job of a Supervisor. Shows what rank 0 tells and passes on a wish to stop, to every gang anew.
+    """Implements `cluster.gang.supervisor.Job`. Shows the progress of rank 0, and forwards the user's wish to stop.
 
     resume_from: the checkpoint that the user resumes from; None starts at step 0.
     """
@@ -49,11 +49,13 @@ class TrainingJob:
         self._resume_from = resume_from and resume_from.absolute()
         self._view, self._signal = view, signal
         self._warnings = TrainingWarnings(config.balance.law if config.aux.loss == "none" else config.aux.loss)
-        self._is_recording = False  # whether rank 0 has ever told something: then the run's own checkpoints count
+        # Whether rank 0 has reported anything. Until then the checkpoints in the directory may be of later steps than
+        # the one that the user chose to resume from.
+        self._is_recording = False
         self._recovery: Recovery | None = None
         self._called_s = self._load_s = 0.0
         self._num_seen, self._told_to_stop = 0, False
-        self._saving: tuple[float, int] | None = None  # the last checkpoint: since when, about how many bytes
+        self._saving: tuple[float, int] | None = None  # start (monotonic) and estimated bytes of the last checkpoint
 
     def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
         ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
@@ -63,7 +65,7 @@ class TrainingJob:
             self._view.event(rank_table(ranks, exchange))
         self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
         self._num_seen, self._told_to_stop = 0, False
-        self._forward_stop_request(gang)  # one from before: then the first step is the last
+        self._forward_stop_request(gang)  # If the user asked during the recovery, the gang makes one step and saves.
         newest = self._newest_checkpoint()
         if recovery is not None:
             newest = self._from_memory(gang, newest)
@@ -93,9 +95,9 @@ class TrainingJob:
         return self._signal.stop_requested
 
     def tell(self, event: str, **details: Any) -> None:
-        if self._lock.is_held():  # else the event may be that it is not
+        if self._lock.is_held():  # The directory may belong to another run by now; that may be the very event.
             append_event(self._run_dir, event, **details)
-        self._view.event(told_event({"event": event, **details}))
+        self._view.event(event_line({"event": event, **details}))
 
     def _forward_stop_request(self, gang: "Gang") -> None:
         if self._signal.stop_requested and not self._told_to_stop:
@@ -104,13 +106,13 @@ class TrainingJob:
             self._told_to_stop = True
 
     def _newest_checkpoint(self) -> Path | None:
-        if not self._is_recording:  # later ones belong to steps that this run was told to make anew
+        if not self._is_recording:
             return self._resume_from
         saved = latest(self._run_dir / CHECKPOINTS)
         return saved and saved.absolute()
 
     def _from_memory(self, gang: "Gang", newest: Path | None) -> Path | None:
-        """Write what the processes hold of a later step than `newest` to the disk; returns what to go on from."""
+        """The checkpoint to go on from. If the workers hold a later one in memory, it is written to the disk first."""
         from workers.checkpoints.memory_checkpoint import newest_recoverable
 
         step = newest_recoverable(gang.run("held_checkpoints", keep=True))
@@ -127,7 +129,7 @@ class TrainingJob:
         return path.absolute()
 
     def _note_recovery(self, line: dict[str, Any]) -> None:
-        """Once the first step after a recovery is done, record how long it took, and what took how long."""
+        """At the first step after a recovery, record how long the recovery took, and each part of it."""
         if line.get("event") == "resumed":
             self._load_s = line["load_s"]
             self._view.resumed(line["step"])
@@ -142,7 +144,7 @@ class TrainingJob:
     def _show(self, line: dict[str, Any]) -> None:
         if "event" in line:
             self._saving = None
-            self._view.event(told_event(line))
+            self._view.event(event_line(line))
         elif line["kind"] == "saving":
             self._saving = time.monotonic(), model_size(self._config.model, self._config.optim).checkpoint_bytes
         elif line["kind"] == "eval":
@@ -153,9 +155,9 @@ class TrainingJob:
                 self.tell("warning", text=text)
 
     def _save_progress(self, since: float, total_bytes: int) -> str:
-        """How far the last checkpoint is: it is written beside its name, in the run directory."""
+        """The progress of the last checkpoint, by the size of its files, which are written to a folder *.partial."""
         written = 0
-        with contextlib.suppress(OSError):  # it was renamed meanwhile
+        with contextlib.suppress(OSError):  # The folder was renamed meanwhile: the checkpoint is complete.
             files = (self._run_dir / CHECKPOINTS).glob(".step_*.partial/*")
             written = sum(file.stat().st_size for file in files)
         elapsed = duration(time.monotonic() - since)

@@ -1,4 +1,4 @@
-"""Events of a run in words, for the terminal and the report: rounded figures with units, nothing twice."""
+"""Events of a run as text, for the terminal and the report, with rounded figures and units."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 from runtime.terminal.quantities import byte_size, duration, milliseconds, three_digits
 
-# By kind, the clauses to say. One is left out where the event lacks a field of it; fields of no clause follow as they
-# are, so that nothing is hidden but what _UNSAID names.
+# The clauses of each kind of event. A clause is left out if the event lacks one of its fields. Fields that occur in no
+# clause follow with their names, so that only the fields in _UNSAID are hidden.
 _CLAUSES: dict[str, tuple[str, ...]] = {
     "started": (
         "step {step}",
@@ -56,34 +56,36 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
 }
 _CLAUSES["resumed"] = (*_CLAUSES["started"], "read in {load_s}")
 _CLAUSES["interrupted"] = _CLAUSES["finished"]
-# The place of a checkpoint is told by its step; the partner of a worker by docs/recovery.md; the kind by the reason.
+# Hidden because other text says it: the path of a checkpoint follows from its step, the kind and the cause from the
+# reason; docs/recovery.md describes the partner of a worker.
 _UNSAID = {
     "checkpoint": {"path"},
     "memory_checkpoints": {"partner_shift"},
     "failed": {"kind"},
     "coordinator_lost": {"cause"},
 }
-# What is said where it is true.
+# Text for a field that is true.
 _FLAGS = {"from_memory": "from the workers' memory"}
-# Of many lines: the report folds them. The terminal shows that of a bug; an error that ends a run is printed anyway.
+# Fields of many lines, which the report folds. `trace` is that of a bug: the terminal shows it. `diagnosis` describes a
+# failure: the terminal leaves it out, since an error that ends the run is printed at the end.
 STACKS = ("diagnosis", "trace")
 _OF_ANY_LINE = {"time", "event", *STACKS}
 
 
 def event_text(line: Mapping[str, Any]) -> str:
-    """What an event says, without its kind and time."""
-    kind, said, clauses = str(line["event"]), set[str](), list[str]()
+    """The text of an event, without its kind and time."""
+    kind, covered, clauses = str(line["event"]), set[str](), list[str]()
     for clause in _CLAUSES.get(kind, ()):
         fields = {name for _, name, _, _ in string.Formatter().parse(clause) if name}
         if all(line.get(name) is not None for name in fields):
             clauses.append(clause.format_map({name: _shown(name, line[name]) for name in fields}))
-        said |= fields
-    rest = [name for name in line if name not in said | _UNSAID.get(kind, set()) | _OF_ANY_LINE]
+        covered |= fields
+    rest = [name for name in line if name not in covered | _UNSAID.get(kind, set()) | _OF_ANY_LINE]
     return "; ".join([*clauses, *(f"{name.replace('_', ' ')} {_shown(name, line[name])}" for name in rest)])
 
 
-def told_event(line: Mapping[str, Any]) -> str:
-    """An event with its kind, as a line of the terminal."""
+def event_line(line: Mapping[str, Any]) -> str:
+    """An event with its kind, as a line for the terminal; the trace of a bug follows."""
     text = f"{str(line['event']).replace('_', ' ')}: {event_text(line)}"
     return f"{text}\n{line['trace'].rstrip()}" if line.get("trace") else text
 
@@ -125,7 +127,7 @@ def _number(name: str, value: Any) -> str:
 
 
 def _ranks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say which ranks are on which node; neighbouring ranks of a node stand together."""
+    """The nodes of the ranks; neighbouring ranks on one node are one item."""
     parts = []
     for node, neighbours in groupby(rows, lambda row: row["node"]):
         of_node = list(neighbours)

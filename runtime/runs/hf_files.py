@@ -1,4 +1,4 @@
-"""The folder `hf` of an imported run: all of a directory of Hugging Face but its weights, for the way back."""
+"""The folder `hf` of an imported run: the files of a Hugging Face model beside its weights, kept for export."""
 
 import json
 import shutil
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from runtime.runs.run_dir import HF_FOLDER
 from workers.model.families.source import CONFIG, DTYPE_NAMES, INDEX, ModelDirectory, SourceError, read_json
 from workers.model.families.stacks import stack_of
 
-FOLDER = "hf"
 TOKENIZER = "tokenizer.json"
 DTYPES = "tensor_dtypes.json"
 KEPT = "kept.safetensors"  # tensors of another part of the model, such as a vision tower
@@ -20,7 +20,7 @@ _LARGEST_BYTES = 100 * 2**20
 
 def keep_files(source: ModelDirectory, run_dir: Path) -> None:
     """Copy config.json, tokenizer, generation settings and tensors that are kept; note the dtype of each other one."""
-    folder = run_dir / FOLDER
+    folder = run_dir / HF_FOLDER
     folder.mkdir()
     for file in sorted(source.folder.iterdir()):
         if file.suffix in _SUFFIXES and file.name != INDEX and file.is_file() and file.stat().st_size < _LARGEST_BYTES:
@@ -36,7 +36,7 @@ def keep_files(source: ModelDirectory, run_dir: Path) -> None:
 
 def kept_file(run_dir: Path) -> Path | None:
     """The file with what an export has again as it was; None where all of the model was imported."""
-    file = run_dir / FOLDER / KEPT
+    file = run_dir / HF_FOLDER / KEPT
     return file if file.is_file() else None
 
 
@@ -52,19 +52,19 @@ def check_tokenizer(folder: Path) -> None:
 def read_dtypes(run_dir: Path) -> dict[str, torch.dtype]:
     """Read in which dtype each tensor was stored; fp8 and MXFP4 become bf16, as their scales are gone."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": torch.bfloat16, "U8": torch.bfloat16}
-    return {name: by_name[dtype] for name, dtype in read_json(run_dir / FOLDER / DTYPES).items()}
+    return {name: by_name[dtype] for name, dtype in read_json(run_dir / HF_FOLDER / DTYPES).items()}
 
 
 def copy_back(run_dir: Path, folder: Path) -> None:
     """Put the kept files into an export; config.json without fp8 or MXFP4, where the weights were."""
-    for file in sorted((run_dir / FOLDER).iterdir()):
+    for file in sorted((run_dir / HF_FOLDER).iterdir()):
         if file.name not in (DTYPES, CONFIG, KEPT):
             shutil.copyfile(file, folder / file.name)
-    config = read_json(run_dir / FOLDER / CONFIG)
+    config = read_json(run_dir / HF_FOLDER / CONFIG)
     parts = [config, *([config["text_config"]] if "text_config" in config else [])]
     quantised = [part.pop("quantization_config", None) for part in parts]
     if not any(quantised):
-        shutil.copyfile(run_dir / FOLDER / CONFIG, folder / CONFIG)
+        shutil.copyfile(run_dir / HF_FOLDER / CONFIG, folder / CONFIG)
         return
     for part in parts:
         part["torch_dtype" if "torch_dtype" in part else "dtype"] = "bfloat16"

@@ -1,4 +1,7 @@
-"""Keeps with a run what identifies its text (names, sizes, digest) and a copy of its tokenizer and chat template."""
+"""Keeps, in a run's directory, a description of its text (names, sizes, digest) and copies of tokenizer and template.
+
+With them a run can be resumed after its text or its tokenizer has been moved, and refuses a text that has changed.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatch.errors import InvalidValue
-from runtime.runs.run_dir import DATA_FILE
+from runtime.runs.run_dir import DATA_FILE, HF_FOLDER
 from workers.data.chat import TEMPLATE_FILE
 from workers.data.prepare import Progress, prepare_dataset, reopen_dataset
 from workers.data.shards import Dataset
@@ -16,11 +19,10 @@ from workers.data.tokenizer import END_FILES, SETTINGS_FILE
 from workers.record.atomic_file import write_atomically
 
 TOKENIZER_FOLDER = "tokenizer"
-IMPORTED_FOLDER = "hf"  # the run of an import has its tokenizer there (runtime/runs/hf_files.py)
 
 
 def at_home(data: DataConfig, run_dir: Path) -> DataConfig:
-    """The settings with the run's own copies of the tokenizer and the chat template, where it has them."""
+    """The settings, with the paths of the run's own copies of tokenizer and chat template where it has copies."""
     return replace(
         data,
         tokenizer=_copy_of(data.tokenizer, run_dir) or data.tokenizer,
@@ -29,7 +31,7 @@ def at_home(data: DataConfig, run_dir: Path) -> DataConfig:
 
 
 def keep_data(run_dir: Path, data: DataConfig, dataset: Dataset) -> DataConfig:
-    """Describe the text of a run that starts, and copy its tokenizer; returns the settings with the copies."""
+    """Write the description of a starting run's text, and copy its tokenizer. Returns the settings with the copies."""
     folder = run_dir / TOKENIZER_FOLDER
     for file in list(_files_to_keep(data, run_dir)):
         folder.mkdir(exist_ok=True)
@@ -56,7 +58,7 @@ def knows_its_text(run_dir: Path) -> bool:
 
 
 def open_run_data(run_dir: Path, data: DataConfig, progress: Progress | None = None) -> Dataset:
-    """Open the prepared text of a run that has begun: the same by content, or by path if it is not described."""
+    """Open the prepared text of a run that has begun, by its digest; without a description, prepare it anew."""
     digest = _read_digest(run_dir / DATA_FILE)
     return prepare_dataset(data, progress) if digest is None else reopen_dataset(data, digest, progress)
 
@@ -77,12 +79,13 @@ def _read_digest(path: Path) -> str | None:
 def _copy_of(name: str | None, run_dir: Path) -> str | None:
     if name is None:
         return None
-    copies = (run_dir.absolute() / folder / Path(name).name for folder in (TOKENIZER_FOLDER, IMPORTED_FOLDER))
+    # An imported run has its tokenizer in the folder of the import.
+    copies = (run_dir.absolute() / folder / Path(name).name for folder in (TOKENIZER_FOLDER, HF_FOLDER))
     return next((str(copy) for copy in copies if copy.is_file()), None)
 
 
 def _files_to_keep(data: DataConfig, run_dir: Path) -> Iterator[Path]:
-    """The files that decide how text becomes tokens, as far as the run does not have them yet."""
+    """The files that decide how text becomes tokens, without those that the run has already."""
     if data.tokenizer and _copy_of(data.tokenizer, run_dir) is None:
         tokenizer = Path(data.tokenizer).expanduser()
         yield tokenizer

@@ -1,4 +1,4 @@
-"""Where runs lie: find one, or name a new one. Imports neither torch nor Ray: `--help` stays quick."""
+"""Finds the directory of a run, or names a new one. Imports neither torch nor Ray, which would slow down `--help`."""
 
 import difflib
 import os
@@ -10,16 +10,18 @@ from dispatch.errors import InvalidValue
 RUNS_DIR = "runs"
 RUNS_DIR_VARIABLE = "TRIMTAB_RUNS_DIR"
 CONFIG_FILE = "config.yaml"
-DATA_FILE = "data.json"  # which text the run reads, by content
+DATA_FILE = "data.json"  # identifies the text of the run by its content
+NOW_FILE = "now.json"  # the present activity of each rank
+HF_FOLDER = "hf"  # of an imported run: files of the Hugging Face model beside its weights, kept for export
 
 
 def default_runs_dir() -> str:
-    """The folder of runs, unless an option names another."""
+    """The folder of runs that is used unless an option names another."""
     return os.environ.get(RUNS_DIR_VARIABLE) or RUNS_DIR
 
 
 def place_of_run(run: str, runs_dir: str | None = None) -> Path:
-    """The directory of a run of this name. A bare name lies in the folder of runs; a path with a slash is itself."""
+    """The directory of a run. A bare name is looked up in the folder of runs; a path with a slash is taken as it is."""
     path = Path(run).expanduser()
     return path if path.is_absolute() or os.sep in run or run in (".", "..") else folder_of_runs(runs_dir) / run
 
@@ -47,7 +49,7 @@ def find_run(run: str, runs_dir: str | None = None) -> Path:
 
 
 def _refuse_part_of_run(path: Path) -> None:
-    """Raise InvalidValue where the path is a checkpoint or another file of a run, with the run to name instead."""
+    """Raise InvalidValue if the path is a checkpoint or another file inside a run; the error names that run."""
     run_dir = next((each for each in path.parents if path.exists() and (each / CONFIG_FILE).is_file()), None)
     if run_dir is not None:
         step = path.name.removeprefix("step_")

@@ -1,11 +1,12 @@
-"""One run, one writer: who writes a run directory holds the lock file in it from before the first write to the end.
+"""One run, one writer: a process that writes a run directory holds a lock file in it, from its first write to its end.
 
-The lock file `run.lock.<n>` names its owner: host, boot, process, and the command. The owner writes a new count into it
-every BEAT_S seconds (a lease). The owner of a directory is who made the file of the highest n. Whoever finds that the
-owner is gone makes the next file; as a link that must not exist yet, that is atomic on every file system, NFS
-included, so that one of two who try succeeds. `flock` shows at once, where a file system has it, that an owner lives.
+The lock file `run.lock.<n>` names its owner: host, boot, process and command. The owner of a directory is the process
+that made the file with the highest n. It renews its lease: every BEAT_S seconds it writes a new count into the file. A
+process that finds that the owner is gone makes the file n + 1. It makes it by `link`, which fails if the name exists,
+atomically on every file system, NFS included: so only one of two processes succeeds. The owner also holds a `flock`.
+Where the file system has it, others see by it at once that the owner lives.
 
-docs/recovery.md says what a user sees of it.
+docs/recovery.md describes what a user sees of it.
 """
 
 import contextlib
@@ -32,15 +33,17 @@ from workers.record.run_log import EVENTS
 
 PREFIX = "run.lock."
 BEAT_S = 2.0
-LEASE_S = 30.0  # of an owner on another host: 15 renewals, which no pause of a file server should outlast
+# After so long without a renewal an owner on another host counts as gone: 15 renewals, so that a pause of a file server
+# does not cost a living run its directory.
+LEASE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
     """The process that owns a run directory.
 
-    inode: of the lock file; a copy of a run has another, and no owner. started: clock ticks since the boot, as of
-    cluster.machine.processes. since: Unix time.
+    inode: number of the lock file's inode; in a copy of the run it differs, so that the copy has no owner. started:
+    start of the process in clock ticks since the boot (`cluster.machine.processes`). since: Unix time.
     """
 
     token: str
@@ -55,7 +58,7 @@ class Owner:
 
     @classmethod
     def this_process(cls, inode: int) -> "Owner":
-        """This process as an owner, with a token of its own."""
+        """This process as an owner, with a new token. inode: that of its lock file."""
         myself = process_of(os.getpid())
         return cls(
             token=secrets.token_hex(16),
@@ -74,17 +77,18 @@ class Owner:
         return f"pid {self.pid} on {self.host} since {since} ({self.command})"
 
     def is_near(self) -> bool:
-        """Whether its number names this process here: in this boot of this machine, and not in another container."""
+        """Whether its pid can be looked up here: it is of this boot of this machine and of this pid namespace."""
         return self.boot_id == _boot_id() and self.pid_namespace == _pid_namespace()
 
     def is_gone(self, file: os.stat_result) -> bool | None:
-        """Whether the process ended; None where this host cannot tell. file: the lock file, as old as its last sign."""
+        """Whether the process has ended; None if this host cannot tell. file: status of the lock file."""
         if file.st_ino != self.inode:
             return True
         if self.is_near():
             found = process_of(self.pid)
             return found is None or found.started != self.started or not found.alive
-        # A boot of this host ended it. Hosts can share a name: then it would have renewed the file since our boot.
+        # The owner was on this host, and a reboot ended it. If it is on another host of the same name and lives, it has
+        # renewed the file since our boot.
         rebooted = self.host == socket.gethostname() and self.boot_id != _boot_id() and file.st_mtime < _boot_time()
         return True if rebooted else None
 
@@ -101,7 +105,7 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise RunDirectoryLost where the directory is no longer this run's."""
+        """Raise RunDirectoryLost if the directory was removed, replaced or taken over."""
         if self._lost is not None:
             raise self._lost
         try:
@@ -132,20 +136,22 @@ class RunLock:
         beat = 0
         while not self._stop.wait(BEAT_S):
             beat += 1
-            with contextlib.suppress(OSError):  # a full disk; who looks from another host sees no renewal meanwhile
+            with contextlib.suppress(OSError):  # A full disk, for example: then this renewal is missing.
                 os.pwrite(self._fd, _content(self.owner, beat), 0)
 
 
 @contextmanager
 def hold(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
-    """Own an existing run directory. `say` hears why it takes a while, where the owner before was on another host.
+    """Own an existing run directory within the block.
+
+    say: called with a message if it takes LEASE_S, because the last owner was on another host.
 
     Raises:
-        InvalidValue: another process owns it; names it.
+        InvalidValue: another process owns the directory; the message names it.
     """
     try:
         lock = _acquire(run_dir, say)
-    except OSError as error:  # of a full disk without a name, or with that of a file that nobody else sees
+    except OSError as error:  # It names no file (a full disk), or our temporary one: the user knows the directory.
         raise OSError(error.errno, error.strerror, str(run_dir)) from error
     try:
         yield lock
@@ -155,13 +161,13 @@ def hold(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
 
 @contextmanager
 def hold_new(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
-    """Make the directory of a new run, for its owner's eyes alone, and own it.
+    """Make the directory of a new run, readable by its owner alone, and own it within the block.
 
-    When no training began, nothing is left, so that the next start can have the name. What a start left that was
-    killed before any training is taken over.
+    If no training has begun at the end, the directory is removed, so that the name is free again. A directory that a
+    start left which was killed before its training began is taken over.
 
     Raises:
-        InvalidValue: it exists and holds something, another process owns it, or its folder cannot be.
+        InvalidValue: the directory holds a run, another process owns it, or its parent folder cannot be made.
     """
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +185,7 @@ def hold_new(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
                 f"--resume {run_dir}"
             ) from error
     else:
-        run_dir.chmod(0o700)  # whatever the umask is
+        run_dir.chmod(0o700)  # `mkdir` applies the umask, which may take the owner's own rights away
     try:
         with hold(run_dir, say) as lock:
             try:
@@ -189,19 +195,19 @@ def hold_new(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
                     for name in (CONFIG_FILE, EVENTS):
                         (run_dir / name).unlink(missing_ok=True)
     finally:
-        with contextlib.suppress(OSError):  # it holds a run, or another start has it
+        with contextlib.suppress(OSError):  # It is not empty: it holds a run, or another process has begun one there.
             run_dir.rmdir()
 
 
 def refuse_if_owned(run_dir: Path) -> None:
-    """Raise InvalidValue where a process of this host, or one that `flock` shows, owns the directory. Does not wait."""
+    """Raise InvalidValue if the directory's owner is known to live, by `flock` or by its pid here. Does not wait."""
     path = _newest(run_dir)
     if path is not None and _is_gone(path) is False:
         raise _owned(run_dir, _read(path))
 
 
 def owner_of(run_dir: Path) -> Owner | None:
-    """Who owns the directory; None for nobody, or for one that is known to have ended. Does not wait."""
+    """The owner of the directory; None if there is none, or if it is known to have ended. Does not wait."""
     path = _newest(run_dir)
     return None if path is None or _is_gone(path) else _read(path)
 
@@ -216,11 +222,11 @@ def _acquire(run_dir: Path, say: Callable[[str], None]) -> RunLock:
     owner = Owner.this_process(os.fstat(fd).st_ino)
     try:
         os.write(fd, _content(owner, 0))
-        os.fsync(fd)  # after a power cut it must say who was here
-        with contextlib.suppress(OSError):  # a file system without it
+        os.fsync(fd)  # After a power cut the file must still name its owner, or nobody could tell that it is gone.
+        with contextlib.suppress(OSError):  # a file system without flock
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.link(aside, path)
-        # Who looked before a third process came and went may link a number below that of its successor.
+        # Since `before` was read, other processes may have come and gone and left a higher number.
         if _newest(run_dir) != path:
             path.unlink()
             raise FileExistsError(errno.EEXIST, "another process was faster", str(path))
@@ -240,7 +246,11 @@ def _acquire(run_dir: Path, say: Callable[[str], None]) -> RunLock:
 
 
 def _wait_until_gone(run_dir: Path, path: Path, say: Callable[[str], None]) -> None:
-    """Return once the owner is known to be gone. Raises InvalidValue as soon as it is known to live."""
+    """Return once the owner is known to be gone, at the latest after LEASE_S without a renewal.
+
+    Raises:
+        InvalidValue: the owner is known to live.
+    """
     owner, gone = _read(path), _is_gone(path)
     if gone:
         return
@@ -269,7 +279,7 @@ def _owned(run_dir: Path, owner: Owner | None) -> InvalidValue:
 
 
 def _holds_nothing(run_dir: Path) -> bool:
-    """Whether there is no record, checkpoint or stranger's file: only what a start leaves that never trained."""
+    """Whether the directory holds only what a start leaves that never trained: no record, checkpoint or other file."""
     names = {path.name for path in run_dir.iterdir()}
     return all(name in (CONFIG_FILE, EVENTS) or name.lstrip(".").startswith(PREFIX) for name in names)
 
@@ -287,7 +297,7 @@ def _number(path: Path | None) -> int:
 
 
 def _content(owner: Owner, beat: int) -> bytes:
-    # Of constant length: a renewal writes over the one before.
+    # The length is constant, since a renewal overwrites the content in place.
     return json.dumps({**asdict(owner), "beat": f"{beat:012d}"}).encode() + b"\n"
 
 
@@ -304,7 +314,7 @@ def _read(path: Path) -> Owner | None:
         values.pop("beat")
         return Owner(**values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # torn by a power cut, or not ours
+        return None  # damaged by a power cut, or not a lock file of ours
 
 
 def _is_gone(path: Path) -> bool | None:
@@ -317,18 +327,18 @@ def _is_gone(path: Path) -> bool | None:
         return True
     owner = _read(path)
     if owner is None:
-        return None if path.exists() else True  # its successor removed it meanwhile
+        return None if path.exists() else True  # A new owner removes the files of earlier ones.
     return owner.is_gone(file)
 
 
 def _is_flocked(path: Path) -> bool:
-    """Whether a process holds it by `flock`; False also where the file system cannot say."""
+    """Whether a process holds a `flock` on the file; False also if the file system has no flock."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not take each other for an owner
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not block each other
     except BlockingIOError:
         return True
     except OSError:
@@ -339,7 +349,10 @@ def _is_flocked(path: Path) -> bool:
 
 
 def _boot_id() -> str:
-    return _first_line(PROC / "sys/kernel/random/boot_id")
+    try:
+        return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _boot_time() -> float:
@@ -352,12 +365,5 @@ def _boot_time() -> float:
 def _pid_namespace() -> str:
     try:
         return str((PROC / "self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text().strip()
     except OSError:
         return ""

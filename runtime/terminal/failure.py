@@ -1,7 +1,8 @@
-"""What the command line says of an exception, and the exit code it ends with.
+"""The text that the command line prints for an exception, and its exit code.
 
-Three kinds: what the user can mend is one message; so is what the operating system refuses; all else is a bug, which
-keeps its traceback and says that it is one, so that nobody takes it for a mistake of their own.
+There are three kinds. An error that the user can mend becomes one message, and so does a refusal of the operating
+system. Everything else is a bug: it keeps its traceback, and the text says so, so that nobody looks for a mistake of
+their own.
 """
 
 import errno
@@ -16,11 +17,12 @@ from dispatch.errors import UserError
 
 BUG_CODE = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a run that failed
 
-# pathlib's words for ~ where HOME is not set and the system does not know the user, as in a container, and for ~NOBODY.
+# pathlib's RuntimeError for ~ if HOME is not set and the system does not know the user, as in a container. Its class
+# tells nothing, so it is known by its text.
 _NO_HOME = "Could not determine home directory."
 
-# Refusals that no program can avoid by itself, with the way out. A file that is missing is not among them: where the
-# user named it, the place that opens it says so; where not, it is a bug.
+# Refusals that the program cannot avoid, with a way out. A missing file (ENOENT) is not among them: if the user named
+# it, the code that opens it raises an InvalidValue; if not, it is a bug.
 _SYSTEM_REFUSALS = {
     errno.ENOSPC: "free some space there, or choose another disk",
     errno.EDQUOT: "free some of your quota there, or choose another disk",
@@ -36,7 +38,7 @@ _SYSTEM_REFUSALS = {
 }
 
 
-def told(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     """The text for standard error and the exit code. arguments: the command line without `trimtab`."""
     if isinstance(error, UserError):
         if error.is_bug:  # that of a worker, whose traceback is in the message

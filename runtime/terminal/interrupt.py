@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: as a wish to save and stop while a run trains, else as an orderly end."""
+"""Ctrl-C, SIGTERM and SIGHUP: while a run trains they ask it to save and stop, else they end the command in order."""
 
 import signal
 import socket
@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from cluster.machine.deferred_signals import STOP_SIGNALS
 
-# `timeout` and schedulers send the same signal to a process and then to its group: within microseconds. No hand is as
-# quick; a held Ctrl-C repeats every 30 ms.
+# `timeout` and schedulers send a signal twice within microseconds, to a process and then to its group. It counts once.
+# A person cannot press as quickly: a held Ctrl-C repeats every 30 ms.
 ECHO_S = 0.015
 
 
@@ -25,15 +25,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code_of(number: int) -> int:
-    """What a shell tells of a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """The exit code that a shell reports for a process ended by this signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return 128 + number
 
 
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that it is cleaned up after; Stopped says which it was.
+    """Within the block SIGTERM and SIGHUP raise, as Ctrl-C does, so that `finally` clauses run.
 
-    SIGHUP stays ignored where nohup did so. On another thread than the main one, nothing is changed.
+    Raises:
+        Stopped: with the signal's exit code, also for Ctrl-C.
+
+    SIGHUP stays ignored under nohup. On any thread but the main one nothing is changed: only that one may set handlers.
     """
     received = [signal.SIGINT.value]
 
@@ -47,7 +50,7 @@ def stop_signals_raise() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
-    except KeyboardInterrupt as error:  # Ray raises one of its own where ours ended its wait
+    except KeyboardInterrupt as error:  # Ray replaces our exception by a KeyboardInterrupt if it ended a wait of Ray.
         raise error if isinstance(error, Stopped) else Stopped(received[-1]) from None
     finally:
         for number in handled:
@@ -55,10 +58,10 @@ def stop_signals_raise() -> Iterator[None]:
 
 
 class StopSignal:
-    """While it is entered, the first signal sets `stop_requested`; a second Ctrl-C or SIGTERM raises Stopped.
+    """A context manager: the first signal sets `stop_requested`; a second Ctrl-C or SIGTERM raises Stopped.
 
-    SIGTERM is what schedulers send before they take the machine, SIGHUP what a terminal sends that goes away: often
-    twice, so it never counts as the second. Use it on the main thread.
+    Schedulers send SIGTERM before they take the machine back. A terminal that is closed sends SIGHUP, often twice, so a
+    SIGHUP never counts as the second signal. Use it on the main thread.
     """
 
     def __init__(self) -> None:
@@ -74,12 +77,13 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of a command that stopped in order; 0 if no signal came."""
+        """The exit code of a command that was asked to stop and has done so; 0 if no signal came."""
         return 0 if self.number is None else exit_code_of(self.number)
 
     def __enter__(self) -> Self:
-        # Python calls a handler when it can, and once for all of a kind that came meanwhile: in Ray's waits that is
-        # long enough for two. What arrives here is counted on a thread, as it comes.
+        # Python runs a handler only between bytecodes of the main thread, and once for all signals of a kind that came
+        # meanwhile. A wait inside Ray can be long enough for two. So Python's C handler also writes each signal to a
+        # socket (the wakeup descriptor), and a thread counts them as they arrive.
         self._arrivals, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -114,5 +118,5 @@ class StopSignal:
                 self._last_s = now
                 if self._presses == 2:
                     self._stop_now = arrived[0]
-                    # Its handler may have run before it was counted.
+                    # Sent again, to the main thread: the handler may have run before the second signal was counted.
                     signal.pthread_kill(threading.main_thread().ident or 0, self._stop_now)

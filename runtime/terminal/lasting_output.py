@@ -1,4 +1,4 @@
-"""Standard output and error that a command outlives: a terminal that was closed, a pipe whose reader has ended."""
+"""Lets a command go on when its output cannot be written any more: a closed terminal, a pipe whose reader has ended."""
 
 import contextlib
 import errno
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-GONE = (errno.EIO, errno.EPIPE)  # of a terminal; of a pipe
+GONE = (errno.EIO, errno.EPIPE)  # a write to a closed terminal; to a pipe without a reader
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within the block, drop what is written to a pipe whose reader is gone, instead of raising: the work goes on."""
+    """Within the block, drop output to a closed terminal or pipe instead of raising: a training must not end by it."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
@@ -35,7 +35,7 @@ class _LastingFile(io.FileIO):
         except OSError as error:
             if error.errno not in GONE:
                 raise
-        # For all who write to this descriptor, those in C++ too.
+        # The descriptor itself is redirected: C++ code of Ray and torch writes to it, too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
@@ -43,7 +43,7 @@ class _LastingFile(io.FileIO):
 
 
 def _lasting(stream: TextIO) -> TextIO:
-    """Wrap a stream so that it drops such output. A stream without a file descriptor, as in a test, stays as it is."""
+    """Wrap a stream so that it drops such output. A stream without a file descriptor, as in a test, is returned."""
     try:
         number = stream.fileno()
     except (OSError, AttributeError):  # io.UnsupportedOperation is an OSError
@@ -53,7 +53,7 @@ def _lasting(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_LastingFile(number, "w", closefd=False)),
         encoding=stream.encoding,
-        # A folder's name that is no text, or a letter that this terminal has not, is shown by its number.
+        # A folder's name that is no valid text, or a letter that the terminal's encoding lacks, must not raise.
         errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.isatty() or number == 2,
     )

@@ -1,4 +1,4 @@
-"""The text of generation while it comes: shown as it grows, and kept for the case that someone ends it."""
+"""The text of a generation while it is generated: shown as it grows, and kept in case the user interrupts it."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,8 +15,8 @@ UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
 class NewText:
     """Takes the new tokens of each prompt one by one.
 
-    out: where the prompt and its continuation are written as they come; None: only how far it is, on `console`, where
-    that is a terminal.
+    out: the stream to which prompt and continuation are written as they come; for a single prompt. None shows only a
+    count of tokens, on `console` if that is a terminal.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], out: TextIO | None, console: Console) -> None:
@@ -26,7 +26,9 @@ class NewText:
         self._prompts = prompts
         self._out = out
         self._status: Status | None = console.status("loading the model") if out is None else None
-        self._known, self._shown = 0, 0  # tokens before _shown are on the screen; from _known on they decode together
+        # Tokens before `_shown` are on the screen. Those from `_known` on are decoded together: a tokenizer may decode
+        # a token differently, for example without its leading space, if it comes first.
+        self._known, self._shown = 0, 0
 
     def __enter__(self) -> Self:
         if self._status is not None:
@@ -66,9 +68,10 @@ class NewText:
         return {index: self._tokenizer.decode(ids) for index, ids in self._ids.items()}
 
     def _show(self, out: TextIO, ids: list[int], *, is_last: bool) -> None:
-        """Write what the tokens since the last time add.
+        """Write the text that the tokens since the last call add.
 
-        A character may take several tokens: what ends in an unfinished one waits for the next, unless it is the last.
+        A character may take several tokens. Text that ends in an unfinished character waits for the next token, unless
+        `is_last`.
         """
         before = self._tokenizer.decode(ids[self._known : self._shown])
         text = self._tokenizer.decode(ids[self._known :])

@@ -1,4 +1,4 @@
-"""A line on the terminal as it is: people copy paths and commands from it."""
+"""Prints lines from which people copy paths and commands."""
 
 from rich.console import Console
 

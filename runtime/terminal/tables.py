@@ -11,7 +11,10 @@ def new_table(
 ) -> Table:
     """A table with these columns and no rows yet.
 
-    left: the numbers of the columns that start at the left. wrap: of those that may be wrapped. options: of rich.
+    Args:
+        left: indices of the columns that are aligned left; the others are aligned right, as numbers are.
+        wrap: indices of the columns whose text may be wrapped.
+        options: of rich.table.Table.
     """
     options = {"box": None, "pad_edge": False, "header_style": "bold", "padding": (0, 2, 0, 0)} | options
     table = Table(**options)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
-from runtime.runs.hf_files import FOLDER, copy_back, kept_file, read_dtypes
-from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.hf_files import copy_back, kept_file, read_dtypes
+from runtime.runs.run_dir import CONFIG_FILE, HF_FOLDER
 from runtime.runs.run_inputs import find_checkpoint
 from runtime.settings.config import check_same_model
 from runtime.settings.config_file import config_from_yaml_file
@@ -35,12 +35,12 @@ def export_model(
     """
     if folder.exists():
         raise InvalidValue(f"{folder} exists already; choose another name, or remove it")
-    if not (run_dir / FOLDER / CONFIG).is_file():
+    if not (run_dir / HF_FOLDER / CONFIG).is_file():
         raise InvalidValue(
             f"{run_dir} was not imported: the model of its configuration is not of a family that transformers knows; "
             "runs that `trimtab import` made can be exported"
         )
-    settings = Settings(read_json(run_dir / FOLDER / CONFIG), str(run_dir / FOLDER / CONFIG))
+    settings = Settings(read_json(run_dir / HF_FOLDER / CONFIG), str(run_dir / HF_FOLDER / CONFIG))
     family = family_of(settings)
     config = config_from_yaml_file(run_dir / CONFIG_FILE).model
     # config.json may speak of a MTP layer that the files did not bring.

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.job.job import as_recorded
-from runtime.runs.hf_files import FOLDER, TOKENIZER, check_tokenizer, keep_files
-from runtime.runs.run_dir import CONFIG_FILE
+from runtime.runs.hf_files import TOKENIZER, check_tokenizer, keep_files
+from runtime.runs.run_dir import CONFIG_FILE, HF_FOLDER
 from runtime.settings.cautions import cautions
 from runtime.settings.config import FINE_TUNING_LR, TrainConfig, check_same_model, cross_check
 from runtime.settings.config_file import BASE_PRESET, config_to_yaml, load_config, override
@@ -77,7 +77,7 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
 def _configure(source: ModelDirectory, run_dir: Path, arguments: Sequence[str]) -> TrainConfig:
     config = load_config(BASE_PRESET)
     longest = min(LONGEST_BY_DEFAULT, source.config.max_seq_len)
-    tokenizer = str((run_dir / FOLDER / TOKENIZER).absolute())
+    tokenizer = str((run_dir / HF_FOLDER / TOKENIZER).absolute())
     config = replace(
         config,
         run=replace(config.run, name=run_dir.name, dir=str(run_dir.parent)),

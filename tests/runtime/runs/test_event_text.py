@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from runtime.runs.event_text import _CLAUSES, event_text, told_event
+from runtime.runs.event_text import _CLAUSES, event_line, event_text
 from tests.readme_checker import ROOT
 
 STARTED = {
@@ -51,13 +51,13 @@ STARTED = {
     ],
 )  # fmt: skip
 def test_an_event_is_told_in_words(line: dict[str, object], words: str) -> None:
-    assert told_event(line) == words
+    assert event_line(line) == words
     assert event_text(line) == words.partition(": ")[2]
 
 
 def test_stacks_are_left_to_the_report_but_for_those_of_a_bug() -> None:
     failed = {"event": "failed", "reason": "rank 1 hung", "diagnosis": "line\nline"}
-    assert (told_event(failed), event_text(failed)) == ("failed: rank 1 hung", "rank 1 hung")
+    assert (event_line(failed), event_text(failed)) == ("failed: rank 1 hung", "rank 1 hung")
     bug = {
         "event": "coordinator_lost",
         "step": 3,
@@ -66,7 +66,7 @@ def test_stacks_are_left_to_the_report_but_for_those_of_a_bug() -> None:
         "trace": "first\nlast\n",
     }
     words = "at step 3, rank 0 goes on with the same law by itself; a bug: KeyError"
-    assert told_event(bug) == f"coordinator lost: {words}\nfirst\nlast"
+    assert event_line(bug) == f"coordinator lost: {words}\nfirst\nlast"
     assert event_text(bug) == words
 
 
