@@ -1,7 +1,7 @@
-"""Other people's tools get a run's numbers while it trains: TensorBoard, Weights & Biases, MLflow (`run.log_to`).
+"""Sends a run's metrics, while it trains, to TensorBoard, Weights & Biases and MLflow (`run.log_to`).
 
-Begin with `logger`: the interface that each of them has, in `tensorboard_file`, `wandb_run` and `mlflow_run`; `scalars`
-says how a line of metrics.jsonl becomes named numbers, and `load_pictures` how the load becomes pictures. `feed` reads
-the run directory on and hands each logger what it has not had; `__main__` is the process beside the run that does it,
-so that no logger can cost the run a step.
+Begin with `logger`, the interface that `tensorboard_file`, `wandb_run` and `mlflow_run` implement. `scalars` turns a
+line of metrics.jsonl into named numbers, and `load_pictures` turns the load into pictures. `feed` follows the run
+directory and gives each logger the lines that it has not had yet. `__main__` does this in a process beside the run, so
+that a logger that fails or waits cannot delay a step.
 """

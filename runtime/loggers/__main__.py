@@ -1,7 +1,7 @@
 """`python -m runtime.loggers RUN NAME...`: feeds loggers beside a run, until standard input ends.
 
-`trimtab train` starts it and holds the other end: it also ends when the driver is killed. What it has to tell goes to
-standard output, a line each.
+`trimtab train` starts it and holds the other end of its standard input, so that it also ends when the driver is killed.
+It writes its messages to standard output, one line each.
 """
 
 import fcntl
@@ -24,23 +24,24 @@ OPENERS: dict[str, Callable[[LoggedRun], MetricsLogger]] = {
     "tensorboard": TensorBoardFile,
     "wandb": WandbRun,
     "mlflow": MlflowRun,
-}  # each imports its package when it is called
-LAST_S = 600  # to send what is left once the run is over
+}  # each imports its package only when it is called
+FINAL_SEND_S = 600  # Longest time to send what is left once the run is over.
 
 
 def main(run_dir: Path, names: list[str]) -> int:
-    """Feed the loggers. One process a run: who comes while another sends its last lines waits for it."""
+    """Feed the loggers until standard input ends. If the process of the run before still sends its last lines, wait."""
     (run_dir / FOLDER).mkdir(exist_ok=True)
     ended = threading.Event()
     with (run_dir / FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         feeds = [Feed(run_dir, name, OPENERS[name], os.environ) for name in names]
         rest = (ended, lambda: _state(run_dir), _tell)
+        # A thread for each logger: one that waits for its server does not delay the others.
         threads = [threading.Thread(target=follow, name=feed.name, args=(feed, *rest)) for feed in feeds]
         for thread in threads:
             thread.start()
         sys.stdin.buffer.read()
-        signal.alarm(LAST_S)  # nobody is left who would end a logger that hangs
+        signal.alarm(FINAL_SEND_S)  # SIGALRM ends this process if a logger hangs: the driver may be gone already.
         ended.set()
         for thread in threads:
             thread.join()

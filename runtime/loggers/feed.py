@@ -1,4 +1,4 @@
-"""Hands a logger the lines of metrics.jsonl: each once, in order, also where the run resumes or the logger fails."""
+"""Gives a logger the lines of metrics.jsonl, each once and in order, also if the run resumes or the logger fails."""
 
 import contextlib
 import json
@@ -10,38 +10,38 @@ from pathlib import Path
 from runtime.loggers.logger import LoggedRun, MetricsLogger
 from runtime.loggers.scalars import scalars
 from runtime.runs.run_dir import CONFIG_FILE
-from runtime.watch.curves import is_number
+from runtime.watch.curves import parsed
 from runtime.watch.load_file import LoadFile
 from runtime.watch.settings_file import SettingsFile
 from runtime.watch.tail import Rewritten, Tail
 from workers.record.atomic_file import write_atomically
-from workers.record.record_lines import Line, is_sound
+from workers.record.record_lines import Line
 from workers.record.run_log import METRICS
 
-FOLDER = "loggers"  # of the run directory: what each logger has had
+FOLDER = "loggers"  # in the run directory: a file for each logger with its state `Sent`
 POLL_S = 1.0
-RETRY_S = 60.0  # after a failure; a server that is restarted is back by then
+RETRY_S = 60.0  # after a failure: long enough for a server to restart
 
 
 @dataclass(frozen=True)
 class Sent:
-    """How far a logger has got, and its id of the run."""
+    """The last line that a logger has taken (step, and Unix time), and its id of the run."""
 
     id: str | None = None
     step: int = -1
     time: float = 0.0
 
     def is_before(self, line: Line) -> bool:
-        """Whether the logger lacks a line. One of a step that is made anew has a later time than the first had."""
+        """Whether the logger has not had a line. The line of a step that is trained again has a later time."""
         return bool(line["step"] > self.step or line["time"] > self.time)
 
-    def behind(self, line: Line) -> "Sent":
-        """The same logger once it has had a line. A clock that was put back does not bring what it has had again."""
+    def after(self, line: Line) -> "Sent":
+        """The state once the logger has had a line. The time never goes back, even if the machine's clock does."""
         return Sent(self.id, line["step"], max(self.time, line["time"]))
 
 
 class Feed:
-    """The lines of one run for one logger. Nothing is lost when the logger fails: it gets them when it works again."""
+    """The lines of one run for one logger. If the logger fails, it gets the missing lines when it works again."""
 
     def __init__(
         self, run_dir: Path, name: str, open_logger: Callable[[LoggedRun], MetricsLogger], environ: Mapping[str, str]
@@ -52,49 +52,50 @@ class Feed:
         self._sent = _read_sent(self._state_file)
         self._load = LoadFile(run_dir)
         self._logger: MetricsLogger | None = None
-        self._begin_anew()
+        self._read_from_start()
 
     def poll(self) -> bool:
-        """Hand on the next lines. Returns whether there were any. Raises what the logger raises; then call `drop`."""
+        """Send the next lines. Returns whether there were any. Raises what the logger raises; then call `drop`."""
         try:
             lines = self._tail.read()
         except Rewritten:  # the run resumed, and moved later lines aside
-            self._begin_anew()
+            self._read_from_start()
             return True
         if lines:
-            self._hand_on([text for _, text in lines])
+            self._send([text for _, text in lines])
         return bool(lines)
 
     def drop(self) -> None:
-        """Give up the logger as it is; the next poll opens it again and goes on after the last line that it took."""
+        """Close a logger that has failed. The next poll opens it again and goes on after the last line that it took."""
         logger, self._logger = self._logger, None
-        self._begin_anew()
+        self._read_from_start()
         if logger is not None:
-            with contextlib.suppress(Exception):  # it has failed already, and that was told
+            with contextlib.suppress(Exception):  # its first failure is the one that is reported
                 logger.close("running")
 
     def close(self, state: str) -> None:
-        """End the logger's work; the run is in this state."""
+        """Close the logger for good. state: that of the run, see `MetricsLogger.close`."""
         if self._logger is not None:
             self._logger.close(state)
             self._logger = None
 
-    def _begin_anew(self) -> None:
+    def _read_from_start(self) -> None:
+        # While it catches up, lines that the logger has had are left out.
         self._tail, self._is_catching_up = Tail(self._run_dir / METRICS), True
 
-    def _hand_on(self, texts: list[bytes]) -> None:
+    def _send(self, texts: list[bytes]) -> None:
         before = self._sent
         try:
             for line in self._unsent(texts):
                 self._opened().log(line, scalars(line, self._layer_names()))
-                self._sent = self._sent.behind(line)
+                self._sent = self._sent.after(line)
         finally:
             if self._sent != before:
                 self._save()
 
     def _unsent(self, texts: list[bytes]) -> Iterator[Line]:
         for text in texts:
-            line = _parsed(text)
+            line = parsed(text)
             if line is None or (self._is_catching_up and not self._sent.is_before(line)):
                 continue
             self._is_catching_up = False
@@ -108,7 +109,7 @@ class Feed:
             run = LoggedRun(self._run_dir, name, settings.flat, self._environ, self._sent.id)
             self._logger = self._open_logger(run)
             self._sent = Sent(self._logger.id, self._sent.step, self._sent.time)
-            self._save()  # before the first line: a process that is killed must not leave a second run behind
+            self._save()  # Before the first line: a process that resumes after a kill must find the id of this run.
         return self._logger
 
     def _layer_names(self) -> tuple[str, ...]:
@@ -128,10 +129,10 @@ def follow(
     poll_s: float = POLL_S,
     retry_s: float = RETRY_S,
 ) -> None:
-    """Feed a logger until `ended` is set and it has all lines. A failure is told once, and tried again."""
+    """Feed a logger until `ended` is set and it has all lines. A failure is reported once; then it is tried again."""
     has_failed = False
     while True:
-        is_last = ended.is_set()  # asked before the lines are read: none can follow
+        is_last = ended.is_set()  # Asked before the lines are read: if it is set, none is written after those.
         try:
             while feed.poll():
                 pass
@@ -141,7 +142,7 @@ def follow(
             if has_failed:
                 tell(f"{feed.name} takes the metrics again, and has got what it lacked")
             has_failed = False
-        except Exception as error:  # noqa: BLE001 - of somebody else's package: the run must not hear more of it
+        except Exception as error:  # noqa: BLE001 A logger's package may raise anything, and must not end the others.
             feed.drop()
             if is_last:
                 tell(f"{feed.name} lacks the last metrics of the run ({_brief(error)}); metrics.jsonl has them all")
@@ -154,14 +155,6 @@ def follow(
 
 def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:500]
-
-
-def _parsed(text: bytes) -> Line | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and is_sound(line) and is_number(line.get("time")) else None
 
 
 def _read_sent(path: Path) -> Sent:

@@ -1,4 +1,4 @@
-"""The load of the experts as TensorBoard can show it: how it is spread in a layer, and all layers as a heat map.
+"""The load of the experts as pictures for TensorBoard: a histogram for each layer, and a heat map of all layers.
 
 E experts of a layer; C columns, as many as the largest layer has experts.
 """
@@ -13,7 +13,8 @@ from PIL import Image  # comes with matplotlib
 
 from runtime.watch.load_codes import codes_of
 
-# Upper ends of the bars, as multiples of the mean load: no token at all, a 16th to 32 times the mean, and beyond.
+# Upper ends of the histogram's bars, as multiples of the mean load: 0 for experts without a token, then a 16th to 32
+# times the mean in quarters of a doubling, and the rest.
 BAR_ENDS = np.array([0.0, *2.0 ** np.arange(-4, 5.25, 0.25), np.inf])
 MAX_CELL, MAX_WIDTH = 16, 1_024  # pixels
 # As in runtime/watch/static/heat.js: no token, far less than the mean, the mean, far more than it.
@@ -22,7 +23,7 @@ _NOTHING = 255  # white, where a layer has fewer experts than others
 
 
 def histogram(shares_E: NDArray[np.float64]) -> dict[str, Any]:
-    """The fields of a histogram of TensorBoard. shares_E: load of each expert over the mean of its layer."""
+    """The fields of TensorBoard's HistogramProto. shares_E: load of each expert over the mean of its layer."""
     counts = np.bincount(np.searchsorted(BAR_ENDS, shares_E), minlength=len(BAR_ENDS))
     most = float(shares_E.max())
     return {
@@ -37,7 +38,7 @@ def histogram(shares_E: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def heat_map(shares: Sequence[NDArray[np.float64]]) -> tuple[int, int, bytes]:
-    """Width, height and PNG of a picture with a row for each layer and a cell for each of its experts."""
+    """Width, height and PNG of a picture with a row for each layer and a cell for each expert. shares: by layer."""
     colours = _palette()
     pixels = np.full((len(shares), max(map(len, shares)), 3), _NOTHING, np.uint8)  # (layers, C, 3)
     for row, shares_E in enumerate(shares):
@@ -48,7 +49,7 @@ def heat_map(shares: Sequence[NDArray[np.float64]]) -> tuple[int, int, bytes]:
 
 
 def _palette() -> NDArray[np.uint8]:
-    """(256, 3): the colour of each code of a load."""
+    """(256, 3): the colour of each code of `codes_of`."""
     height = (np.arange(256) - 128) / 127
     weight = np.abs(height)[:, None] ** 0.8
     ends = np.where(height[:, None] < 0, _LESS, _MORE)

@@ -1,4 +1,4 @@
-"""What a logger is, which ones there are, and what they need."""
+"""The interface of a logger, and the packages that loggers need."""
 
 import importlib.util
 from collections.abc import Collection, Mapping
@@ -19,39 +19,39 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """The run whose numbers a logger gets."""
+    """The run whose metrics a logger gets."""
 
     path: Path
     name: str
     settings: Mapping[str, Any]
-    """By dotted name, as config.yaml has them."""
+    """The values of config.yaml, by dotted name."""
     environ: Mapping[str, str]
     id: str | None
-    """What the logger called the run when it was opened first; None the first time."""
+    """The logger's id of the run, from the first time that it was opened; None at that time."""
 
 
 class MetricsLogger(Protocol):
-    """A tool that draws curves. Its methods are called on one thread, and may wait and raise whatever they like."""
+    """A tool that draws curves. Its methods are called on one thread. They may wait, and raise any exception."""
 
     @property
     def id(self) -> str | None:
-        """What the tool knows the run by. It is kept in the run directory; a run that resumes continues its curves."""
+        """The tool's id of the run. The run directory keeps it, so that a run that resumes continues its curves."""
         ...
 
     def log(self, line: Line, values: Mapping[str, float]) -> None:
-        """Take a line of metrics.jsonl, with its numbers by name.
+        """Take a line of metrics.jsonl, with its numbers by name (`scalars`).
 
-        Steps increase, but for a run that recovers: it makes some steps anew, and their lines come again.
+        Steps increase, except after a recovery: then some steps are trained again, and have a second line.
         """
         ...
 
     def close(self, state: str) -> None:
-        """Send what is left; the run is in this state: finished, interrupted, failed, or running when nobody said."""
+        """Send what is left. state: that of the run: finished, interrupted, failed, or running if that is unknown."""
         ...
 
 
 def check_installed(names: Collection[str]) -> None:
-    """Raise UserError where a logger needs a package that is not installed. Imports none of them."""
+    """Raise UserError if a logger needs a package that is not installed. Imports none of them."""
     for name in names:
         module, package = NEEDED[name]
         if importlib.util.find_spec(module) is None:

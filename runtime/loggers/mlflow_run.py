@@ -9,13 +9,13 @@ from workers.record.record_lines import Line
 
 EXPERIMENT = "trimtab"  # unless MLFLOW_EXPERIMENT_NAME names another
 STORE = "mlruns"
-ALLOW_FILES = "MLFLOW_ALLOW_FILE_STORE"  # MLflow develops its databases further, and asks whoever wants files to say so
+ALLOW_FILES = "MLFLOW_ALLOW_FILE_STORE"  # MLflow recommends databases, and refuses a file store without this variable.
 _STATES = {"finished": "FINISHED", "interrupted": "KILLED"}
-_MAX_METRICS, _MAX_PARAMS, _MAX_CHARACTERS = 1_000, 100, 6_000  # of one request and of a value, as MLflow has them
+_MAX_METRICS, _MAX_PARAMS, _MAX_CHARACTERS = 1_000, 100, 6_000  # MLflow's limits of one request and of one value
 
 
 class MlflowRun:
-    """The run under the id that MLflow gave it."""
+    """Logs to a run of MLflow. `id` is the one that MLflow chose when it made the run."""
 
     def __init__(self, run: LoggedRun) -> None:
         """Make the run, or go on with it. Raises where the store cannot be reached."""
@@ -55,6 +55,6 @@ class MlflowRun:
 
 
 def _key(name: str) -> str:
-    """The name in the characters that MLflow takes; a part of dots alone would be a folder to its file store."""
+    """The name, with _ for characters that MLflow refuses, and for parts of dots: `..` is a folder in a file store."""
     parts = [re.sub(r"[^\w .:-]", "_", part, flags=re.ASCII) for part in name.split("/")]
     return "/".join("_" if not part.strip(".") else part for part in parts)

@@ -7,7 +7,7 @@ from workers.record.record_lines import Line
 
 
 def scalars(line: Line, layer_names: Sequence[str]) -> dict[str, float]:
-    """Every number of the line: as `kind/field`, or `kind/field/layer` of a list; texts and nulls are left out."""
+    """Every number of the line: named `kind/field`, in a list `kind/field/layer`. Texts and nulls are left out."""
     return {
         f"{line['kind']}/{field}{name}": float(number)
         for field, value in line.items()

@@ -14,12 +14,15 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardFile:
-    """One event file in the run directory. TensorBoard's own writer has a thread that a full disk ends."""
+    """Writes an event file in the run directory.
 
-    id = None  # its files are found by their place
+    Not with TensorBoard's own writer: its thread ends at the first write to a full disk, and what follows is lost.
+    """
+
+    id = None  # TensorBoard knows a run by its folder
 
     def __init__(self, run: LoggedRun) -> None:
-        """Start a new file beside those that earlier processes wrote."""
+        """Start a new file beside those of earlier processes."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -29,7 +32,7 @@ class TensorBoardFile:
         self._file = AppendFile(folder / f"events.out.tfevents.{time.time_ns() // 1000}.trimtab")
         self._records = RecordWriter(self._file)
         self._event, self._start = Event, SessionLog(status=SessionLog.START)
-        self._trained: int | None = None  # the last step of training that this file has
+        self._last_step: int | None = None  # of the training lines in this file
         self._load = LoadFile(run.path)
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -52,8 +55,7 @@ class TensorBoardFile:
         found, layout = self._load.last(until=event.step), self._load.layout
         if found is None or layout is None:
             return
-        counts = [found.counts_N[where] for where in layout.slices]
-        shares = [counts_E / max(float(counts_E.mean()), 1e-9) for counts_E in counts]
+        shares = found.shares(layout)
         for name, shares_E in zip(layout.names, shares, strict=True):
             event.summary.value.add(tag=f"load/{name}", histo=histogram(shares_E))
         width, height, png = heat_map(shares)
@@ -61,13 +63,14 @@ class TensorBoardFile:
         event.summary.value.add(tag="load/experts by layer", image=picture)
 
     def _begin_anew(self, line: Line) -> None:
-        """Where steps are made anew, TensorBoard is told to hide what it has from there on, also in older files."""
+        """If steps are trained again, write a START: TensorBoard hides what it has from that step on, in all files."""
         step, is_train = line["step"], line["kind"] == "train"
-        if self._trained is None or (is_train and step <= self._trained):
-            first = step if is_train or step == 0 else step + 1  # an evaluation follows its step, which stays
+        if self._last_step is None or (is_train and step <= self._last_step):
+            # The evaluation after a step has the number of that step, whose training line must not be hidden.
+            first = step if is_train or step == 0 else step + 1
             self._put(self._event(wall_time=line["time"], step=first, session_log=self._start))
-        if is_train or self._trained is None:
-            self._trained = step
+        if is_train or self._last_step is None:
+            self._last_step = step
 
     def _put(self, event: Any) -> None:
         self._records.write(event.SerializeToString())

@@ -1,4 +1,4 @@
-"""A run of Weights & Biases: online, or offline as its own variables say (WANDB_MODE, WANDB_PROJECT and so on)."""
+"""A run of Weights & Biases, online or offline as its environment variables say (WANDB_MODE, WANDB_PROJECT, ...)."""
 
 import secrets
 from collections.abc import Mapping
@@ -11,13 +11,14 @@ STEP = "step"
 
 
 class WandbRun:
-    """The run under an id of its own, so that whoever resumes it goes on with the same curves.
+    """Logs to a run of Weights & Biases. We choose its id, with which a resumed run continues the same curves.
 
-    wandb's own count of steps only grows, and drops what lies behind it. So `step` is a metric, and the axis of all.
+    wandb's own step may not decrease: it drops later values of an earlier step, as a recovery has them. So `step` is a
+    metric here, and the x axis of all others.
     """
 
     def __init__(self, run: LoggedRun) -> None:
-        """Open the run. Online this waits for the server, and raises where there is none or nobody is logged in."""
+        """Open the run. Online this waits for the server, and raises if there is none or if nobody is logged in."""
         import wandb
 
         self.id = run.id or secrets.token_hex(8)
@@ -28,7 +29,7 @@ class WandbRun:
             project=None if run.environ.get("WANDB_PROJECT") else PROJECT,
             dir=run.path,
             config=None if run.id else dict(run.settings),  # wandb refuses other values for what it has
-            # The numbers of this process are nobody's concern: it is not the one that trains.
+            # No console output or system metrics: this process is not the one that trains.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, save_code=False),
         )
         self._run.define_metric(STEP, hidden=True)

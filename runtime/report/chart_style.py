@@ -1,6 +1,6 @@
-"""The common look of all charts: colours, axes, legends, smoothing, and the way into a PNG.
+"""The common look of all PNG charts: colours, axes, legends, averaging, and writing the file.
 
-Nothing here knows of runs. No pyplot: it keeps figures alive and has a state of its own.
+It draws without pyplot, which has a global state and keeps every figure alive.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-# The palette of Okabe and Ito, safe for colour-blind readers. Charts use these colours and no others but those of a
-# colour map, so that a page can put another colour in the place of each.
+# The palette of Okabe and Ito, safe for colour-blind readers.
 THEME = {
     "ink": "#1b1f24",
     "muted": "#667080",
@@ -29,7 +28,7 @@ THEME = {
     "grey": "#b4bac2",
 }
 SERIES = ("blue", "orange", "green", "pink")
-MAX_POINTS = 120  # a longer line is averaged: more cannot be told apart
+MAX_POINTS = 120  # of a curve; a longer one is averaged, since more points could not be told apart
 
 Values = NDArray[np.float64]
 
@@ -39,7 +38,7 @@ _TEXT_SIZE, _TITLE_SIZE = 8.5, 10.5
 def new_figure(draw: Callable[[FigureBase], None], size: tuple[float, float], *, facecolor: str = "none") -> Figure:
     """A figure of `size` inches, drawn by `draw` in the common style."""
     style: dict[Any, Any] = {
-        "text.parse_math": False,  # a layer may be called $x$
+        "text.parse_math": False,  # A name such as $x$, of a layer or a run, is no formula.
         "font.family": ["DejaVu Sans"], "font.size": _TEXT_SIZE, "axes.labelsize": _TEXT_SIZE,
         "legend.fontsize": _TEXT_SIZE, "xtick.labelsize": _TEXT_SIZE, "ytick.labelsize": _TEXT_SIZE,
         "text.color": THEME["ink"], "axes.labelcolor": THEME["muted"], "axes.edgecolor": THEME["grey"],
@@ -85,7 +84,7 @@ def set_head(axes: Axes, title: str, handles: Sequence[Artist]) -> None:
 
 
 def set_log_scale(axes: Axes, values: Values) -> None:
-    """A log scale around the positive ones of `values`, with plain numbers. Linear where there is none."""
+    """A log scale that fits the positive `values`, with plain numbers as labels. Without any the scale stays linear."""
     positive = values[np.isfinite(values) & (values > 0)]
     if not positive.size:
         return
@@ -114,7 +113,7 @@ def average(x: NDArray[np.int64], y: Values, max_points: int = MAX_POINTS) -> tu
     return middles, means
 
 
-def step_label(num_steps: int, max_points: int = MAX_POINTS) -> str:
-    """Label of an x axis whose curves went through `average`."""
-    size = bin_size(num_steps, max_points)
+def step_label(num_steps: int) -> str:
+    """Label of an x axis whose curves are averaged by `average`."""
+    size = bin_size(num_steps)
     return f"step (each point is the mean of {size})" if size > 1 else "step"

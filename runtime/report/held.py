@@ -1,6 +1,6 @@
-"""The numbers that a report holds for its charts, down-sampled by what `trimtab watch` draws from.
+"""The numbers that a report holds for its charts, down-sampled by the code of `trimtab watch`.
 
-A run of any length, with any number of layers, costs at most MAX_NUMBERS of curves and MAX_CELLS of heat maps.
+For a run of any length, with any number of layers, these are at most MAX_NUMBERS of curves and MAX_CELLS of heat maps.
 """
 
 import json
@@ -15,19 +15,19 @@ from runtime.watch.answers import curves_of, encoded, finite, last_load, load_ma
 from runtime.watch.load_file import LAST_RECORDS
 from runtime.watch.watched_run import WatchedRun
 
-MAX_SPANS = 800  # of steps: a chart has no more pixels
+MAX_SPANS = 800  # of steps in a curve: a chart is no more pixels wide
 MAX_NUMBERS = 2**18  # of all curves: some 2 MB
-MAX_COLUMNS = 256
-MIN_COLUMNS = 16  # layers whose maps would have fewer are left out
-MAX_CELLS = 2**20  # of the heat maps of all layers: 7 MB, as a cell has a code, a load and a bias
-MAX_SOURCES = 4
-MAX_OWN_POINTS = 240  # of a chart that only the report has
+MAX_COLUMNS = 256  # of a heat map
+MIN_COLUMNS = 16  # Layers are left out, from the last one on, until each map has so many columns.
+MAX_CELLS = 2**20  # of the heat maps of all layers: 7 MB in base64, as a cell has a code, a load and a bias (5 bytes)
+MAX_SOURCES = 4  # with a curve in the chart of held-out loss by source
+MAX_OWN_POINTS = 240  # of a curve in a chart that the live page does not have
 _OF_THE_RUN = ("step", "latest", "mean", "last_eval")
 COLOURS = ("blue", "orange", "green", "pink")
 
 
 def held_json(record: RunRecord) -> str:
-    """All of it, as JSON that can stand inside a page."""
+    """All numbers of the report's charts, as JSON that can stand inside an element of the page."""
     run = WatchedRun(record.path)
     run.poll()
     while run.is_behind:
@@ -38,7 +38,7 @@ def held_json(record: RunRecord) -> str:
         "charts": list(_own_charts(record)),
         **_loads(record, run),
     }
-    # No text of anybody's ends the element that holds it, or begins another.
+    # Without "<", no text of the run (a name, a setting) can end the script element or begin another one.
     return json.dumps(held, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -55,12 +55,12 @@ def _has_value(values: list[float | None]) -> bool:
 
 
 def _slim(curve: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
-    """Without least and greatest values where each span is one step."""
+    """The curve without its least and greatest values if each span is one step, so that they equal the mean."""
     return {"mean": curve["mean"]} if curve["low"] == curve["high"] else curve
 
 
 def _loads(record: RunRecord, run: WatchedRun) -> dict[str, Any]:
-    """Heat maps of as many layers as fit, and the load of all of these layers at both ends of the run."""
+    """Heat maps of as many layers as fit, and the load of these layers at the beginning and at the end of the run."""
     layout, steps = record.history.layout, record.history.steps
     num_experts = np.cumsum(layout.num_experts)
     num_layers = int((num_experts * MIN_COLUMNS <= MAX_CELLS).sum())
@@ -84,8 +84,8 @@ def _layer(run: WatchedRun, layer: int, columns: int) -> dict[str, Any] | None:
 
 
 def _halves(values: NDArray[Any]) -> str:
-    """Numbers of 16 bits as text: three digits, which is what a chart says."""
-    return encoded(np.nan_to_num(values).clip(-65504, 65504).astype("<f2"))
+    """Numbers as float16 in base64: three digits, as many as a chart shows."""
+    return encoded(np.nan_to_num(values).clip(-65504, 65504).astype("<f2"))  # 65504: the largest float16
 
 
 def _own_charts(record: RunRecord) -> Iterator[dict[str, Any]]:
@@ -111,7 +111,7 @@ def _bits_per_source(record: RunRecord) -> Iterator[dict[str, Any]]:
 
 
 def _bias_spread(record: RunRecord) -> dict[str, Any]:
-    # A sample of steps: all of a long run would be its whole history in memory.
+    # A sample of steps: the array is mapped from the disk, and a long run's whole history does not fit into memory.
     sample = _sample(len(record.history.steps))
     lowest, low, middle, high, highest = np.quantile(record.history.bias[sample], [0, 0.1, 0.5, 0.9, 1], axis=1)
     return {
@@ -132,7 +132,7 @@ def _bias_spread(record: RunRecord) -> dict[str, Any]:
 
 
 def _sample(num: int) -> NDArray[np.int64]:
-    """At most MAX_OWN_POINTS places of `num`, the first and the last among them."""
+    """At most MAX_OWN_POINTS indices below `num`, evenly spaced, the first and the last among them."""
     return np.unique(np.linspace(0, num - 1, min(num, MAX_OWN_POINTS)).astype(np.int64))
 
 

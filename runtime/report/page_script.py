@@ -1,4 +1,7 @@
-"""The live page's modules as one script: a page that is opened from a disk can load no module, so it holds them."""
+"""Joins the JavaScript modules of the live page into one script, which a report holds.
+
+A browser loads no modules for a page that is opened from a disk (file://).
+"""
 
 import re
 from collections.abc import Callable
@@ -6,7 +9,9 @@ from importlib.resources import files
 
 _IMPORT = re.compile(r'^import (\{.*?\}|\* as \w+) from "\./(\w+)\.js";$', re.MULTILINE | re.DOTALL)
 _EXPORT = re.compile(r"^export ((?:async )?function|const|class) (\w+)", re.MULTILINE)
-_OWN = {"report": "report.js", "api": "archive.js"}  # the report's own; all others are the live page's
+# Modules of the report itself; all others are the live page's. `archive.js` takes the place of `api.js`: it reads the
+# numbers from the page instead of asking a server.
+_OWN = {"report": "report.js", "api": "archive.js"}
 
 
 def page_script() -> str:
@@ -25,8 +30,15 @@ def style() -> str:
 
 
 def joined(source: Callable[[str], str], entry: str) -> str:
-    """A module and what it imports as one script: each a function that runs once and gives what the module exports."""
-    made: dict[str, str] = {}  # in an order in which they can run
+    """A module and its imports as one script. Each module becomes a function that runs once and returns its exports.
+
+    Args:
+        source: returns the text of a module by its name.
+        entry: name of the module to start with.
+    Raises:
+        ValueError: an import or export has a form that is not supported here: a mistake in our modules.
+    """
+    made: dict[str, str] = {}  # imported modules first
 
     def add(name: str) -> None:
         if name not in made:

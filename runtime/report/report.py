@@ -1,4 +1,4 @@
-"""report.html of a run: one file that needs nothing else, made from the run directory alone."""
+"""report.html of a run: one file without external parts, made from the run directory alone."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def print_summary(run_dir: str | Path, console: Console) -> None:
-    """The headline figures, for the end of a run: a table on a terminal, unbroken lines elsewhere."""
+    """Print the headline figures of a run: as a table on a terminal, elsewhere as lines that are not wrapped."""
     record = RunRecord.read(run_dir)
     if console.is_terminal:
         console.print(_summary_table(record))

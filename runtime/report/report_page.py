@@ -1,4 +1,4 @@
-"""The page of a report: its figures, events and settings as text that needs no script, and its charts."""
+"""The HTML of a report: figures, events and settings as plain HTML, which needs no script, and the charts."""
 
 import base64
 import hashlib
@@ -16,15 +16,16 @@ from runtime.runs.event_text import STACKS, event_text
 from runtime.terminal.quantities import duration, milliseconds, percent, three_digits
 from workers.record.record_lines import Line
 
-MAX_EVENTS = 400  # the first and the last ones of more
+MAX_EVENTS = 400  # Of more events, the first NUM_FIRST_EVENTS and the last ones are shown.
 NUM_FIRST_EVENTS = 40
-MAX_STACK_CHARACTERS = 32_000  # of an event
+MAX_STACK_CHARACTERS = 32_000  # of one event
 MAX_EVENT_CHARACTERS = 4_000
-MAX_STACKS = 32  # events whose stacks are shown: the last ones
-MAX_EVALUATIONS = 12
+MAX_STACKS = 32  # Only the last events are shown with their stacks.
+MAX_EVALUATIONS = 12  # rows of the table, evenly spaced over the run
 _VERDICTS = {True: "good", False: "bad", None: ""}
 
-# What the file is made of, and nothing else, from nowhere else; no text that becomes markup.
+# The browser runs only the scripts and styles with these hashes, loads nothing from elsewhere, and makes no markup of
+# text: names and settings of a run may come from anybody.
 _POLICY = (
     "default-src 'none'; script-src $hashes; style-src '$style_hash'; base-uri 'none'; form-action 'none'; "
     "require-trusted-types-for 'script'"
@@ -72,7 +73,7 @@ _CHARTS = f"""<h2>Charts</h2>
 
 
 def page_of(record: RunRecord, summary: str) -> str:
-    """The whole file. summary: the run in a sentence."""
+    """The text of report.html. summary: one sentence about the run."""
     scripts = [library(), page_script()] if record.train or record.evals else []
     sheet = style()
     return _PAGE.substitute(

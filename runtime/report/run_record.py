@@ -1,4 +1,4 @@
-"""A run as read from its directory, and the figures that sum it up: shared by report.html and the terminal."""
+"""A run as read from its directory, and its headline figures, for report.html and for the terminal."""
 
 import zlib
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from workers.record.record_lines import Line
 from workers.record.run_log import METRICS, LoadHistory, read_events, read_load_history, read_metrics
 
 MAX_VIO_DEFINITION = "MaxVio = max(load) / mean(load) − 1 over the experts of a layer"
-MAX_GAPS = 5  # that are named
+MAX_GAPS = 5  # listed by name
 MAX_VIO_STEPS = 50  # the headline averages over this many last steps
 ASSIGNMENT_FIELDS = ("tokens_routed", "tokens_sent", "tokens_received", "tokens_returned")
 NUMBERS = (
@@ -27,19 +27,19 @@ NUMBERS = (
     "grad_norm", "dispatch_s", "experts_s", "combine_s", "bias_update_s", "val_loss", "val_bits_per_byte",
     "max_vio_global",
 )  # fmt: skip
-PARTS = {  # of a step, in seconds of the training thread, none inside another
+PARTS = {  # of a step: seconds of the training thread that do not overlap, so that they can be summed
     "experts_s": "experts",
     "dispatch_s": "dispatch",
     "combine_s": "combine",
     "bias_update_s": "bias update",
     "control_wait_s": "control wait",
 }
-MAX_NUMBER = 2**53  # sums of them stay far below the end of int64
+MAX_NUMBER = 2**53  # A larger count is damage. Sums over many steps of smaller ones fit into int64.
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a report says of a run. Any part may be empty: the run may have been stopped at once."""
+    """All that a report needs of a run. Any part may be empty, as in a run that was stopped at once."""
 
     path: Path
     config: dict[str, Any]
@@ -106,7 +106,7 @@ class RunRecord:
         """Steps before the last one that the metrics or the load history lack."""
         last = int(self.steps.max(initial=0))
         whole = np.intersect1d(self.steps, self.history.steps)
-        # A run that was killed between its two files has a last line without a record.
+        # If the run was killed between writing its two files, its last line has no record. That is not a gap.
         known = [0, *whole[whole < last].tolist(), last]
         return [range(before + 1, after) for before, after in pairwise(known) if after > before + 1]
 
@@ -122,7 +122,7 @@ class RunRecord:
 
 
 def _check_numbers(path: Path, line: Line) -> None:
-    """Raise InvalidValue where a field that is drawn or summed up is no number that fits."""
+    """Raise InvalidValue if a field that is drawn or summed is not a number, or is too large."""
     for name in NUMBERS:
         value = line.get(name)
         is_count = name in ASSIGNMENT_FIELDS
@@ -220,9 +220,9 @@ def _lost_tokens(record: RunRecord) -> Headline:
 
 
 def _checksums(record: RunRecord) -> Headline:
-    """Every rank verified the logged checksum before the step; here the recorded bias is held against it."""
+    """Compare the recorded bias of each step with the logged checksum, which every rank verified before the step."""
     recorded = {int(step): bias for step, bias in zip(record.history.steps, record.history.bias, strict=True)}
-    # A run that was killed between its two files has a last line whose bias was not recorded any more.
+    # If the run was killed between writing its two files, the bias of its last line was not recorded.
     lines = [line for line in record.train if line["step"] <= max(recorded, default=0)]
     wrong = [
         line["step"]
@@ -243,7 +243,7 @@ def _checksums(record: RunRecord) -> Headline:
 def _control_wait(record: RunRecord) -> Headline:
     wait, step = record.column("control_wait_s"), record.column("step_s")
     note = f"of the step: {milliseconds(_mean(wait))} of {milliseconds(_mean(step))}, mean"
-    if (known := wait[np.isfinite(wait)]).size:  # single waits on a busy machine make the mean
+    if (known := wait[np.isfinite(wait)]).size:  # On a busy machine a few long waits dominate the mean.
         note += f"; median {milliseconds(float(np.median(known)))}, worst {milliseconds(float(known.max()))}"
     return Headline("Waiting for the coordinator", percent(_mean(wait) / _mean(step)), note)
 
@@ -259,7 +259,7 @@ def _speed(record: RunRecord) -> Headline:
 
 
 def phase_shares(record: RunRecord) -> list[tuple[str, float, float]]:
-    """What the steps were spent on: the mean in seconds of each part and of all else, and its share of the time."""
+    """For each part of a step, and for all else: its label, mean seconds, and share of the time of all steps."""
     whole = float(np.nansum(record.column("step_s")))
     if not whole:
         return []

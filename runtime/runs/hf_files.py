@@ -12,14 +12,15 @@ from workers.model.families.stacks import stack_of
 
 TOKENIZER = "tokenizer.json"
 DTYPES = "tensor_dtypes.json"
-KEPT = "kept.safetensors"  # tensors of another part of the model, such as a vision tower
-# What belongs to a tokenizer, a chat or generation. Code (*.py) is left behind: it would be run by whoever loads it.
+KEPT = "kept.safetensors"  # tensors of a part of the model that we do not train, such as a vision tower
+# Files of tokenizer, chat template and generation settings. Code (*.py) is not copied: an export would pass it on to
+# people who load the model and run it.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _LARGEST_BYTES = 100 * 2**20
 
 
 def keep_files(source: ModelDirectory, run_dir: Path) -> None:
-    """Copy config.json, tokenizer, generation settings and tensors that are kept; note the dtype of each other one."""
+    """Copy config.json, tokenizer, generation settings and kept tensors. Write down the dtype of every other tensor."""
     folder = run_dir / HF_FOLDER
     folder.mkdir()
     for file in sorted(source.folder.iterdir()):
@@ -35,7 +36,7 @@ def keep_files(source: ModelDirectory, run_dir: Path) -> None:
 
 
 def kept_file(run_dir: Path) -> Path | None:
-    """The file with what an export has again as it was; None where all of the model was imported."""
+    """The file of the tensors that an export gets back unchanged; None if the whole model was imported."""
     file = run_dir / HF_FOLDER / KEPT
     return file if file.is_file() else None
 
@@ -50,13 +51,13 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_dtypes(run_dir: Path) -> dict[str, torch.dtype]:
-    """Read in which dtype each tensor was stored; fp8 and MXFP4 become bf16, as their scales are gone."""
+    """The dtype in which each tensor was stored. For fp8 and MXFP4 it is bf16: their scales were not kept."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": torch.bfloat16, "U8": torch.bfloat16}
     return {name: by_name[dtype] for name, dtype in read_json(run_dir / HF_FOLDER / DTYPES).items()}
 
 
 def copy_back(run_dir: Path, folder: Path) -> None:
-    """Put the kept files into an export; config.json without fp8 or MXFP4, where the weights were."""
+    """Copy the kept files into an export. In config.json, quantised weights (fp8, MXFP4) are declared as bf16."""
     for file in sorted((run_dir / HF_FOLDER).iterdir()):
         if file.name not in (DTYPES, CONFIG, KEPT):
             shutil.copyfile(file, folder / file.name)

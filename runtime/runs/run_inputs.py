@@ -1,4 +1,4 @@
-"""What a command reads of a run: its checkpoint and its text. Needs no matplotlib, whose import takes a second."""
+"""Opens the checkpoint and the text of a run, for commands. Needs no matplotlib, whose import takes a second."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from workers.data.shards import Dataset
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """The newest checkpoint of a run or that of `step`, verified file by file.
+    """The checkpoint of `step`, or the newest one, verified file by file.
 
     Raises:
-        ValueError: there is none, or none of that step; names those there are.
-        CheckpointCorrupt: it is damaged; offers the newest intact one before it.
+        ValueError: there is none, or none of that step; the message names the steps that there are.
+        CheckpointCorrupt: it is damaged; the message names the newest intact one before it.
     """
     found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
     if not found:
@@ -33,19 +33,19 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     except CheckpointError:
         if step is not None or path.is_dir():
             raise
-        return find_checkpoint(run_dir, None)  # a run in training has removed it meanwhile, and saved newer ones
+        return find_checkpoint(run_dir, None)  # The run is training: it has removed this checkpoint for newer ones.
     return path
 
 
 def still_there(path: Path, run_dir: Path, step: int | None) -> Path:
-    """A checkpoint that was found, or the newest one where a run in training has removed that since."""
+    """The checkpoint at `path`; if a training run has removed it since it was found, the newest one."""
     return path if path.is_dir() else find_checkpoint(run_dir, step)
 
 
 def open_data(config: TrainConfig, console: Console, run_dir: Path | None = None) -> Dataset:
-    """The prepared text; prepares it where that was not done yet. Refuses text that is too short for the batches.
+    """The prepared text of a run. Prepares it if that was not done yet; refuses a text too short for the batches.
 
-    run_dir: of a run that has begun: its text is known by its content.
+    run_dir: directory of a run that has begun, whose text is found by its digest; None for a new run.
     """
     with console.status("preparing the text") as status:
 

@@ -1,6 +1,6 @@
-"""What a user should hear of a run without asking: of its settings before it starts, of its figures while it trains.
+"""Warnings about a run: about its settings before it starts, and about its metrics while it trains.
 
-Everything here decides; whoever calls it tells.
+The functions return texts; the caller prints and records them.
 """
 
 import math
@@ -10,14 +10,15 @@ from typing import Any
 
 from runtime.settings.config import TrainConfig
 
-WINDOW = 20  # steps that must agree
-# The load of a batch swings by chance, and in the first steps of a router by more: only what is far above is told.
-FAR_ABOVE_FLOOR, LEAST_TOLD = 5.0, 1.0
-RISEN = 1.1  # of the loss, against the best window so far
+WINDOW = 20  # steps over which a metric must be bad
+# The load of a batch varies by chance, and more so in the first steps of a router. So MaxVio is reported only if it is
+# above this multiple of the chance floor, and above this value.
+FAR_ABOVE_FLOOR, MIN_REPORTED_VIO = 5.0, 1.0
+RISEN = 1.1  # The loss has risen if the mean of a window is above this multiple of the best window's.
 
 
 def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
-    """Say in sentences what is doubtful about the settings. is_imported: by `trimtab import`, with its weights."""
+    """Sentences about doubtful settings. is_imported: whether the run was made by `trimtab import`."""
     again = "import it again" if is_imported else "start a new run"
     said = []
     if is_imported and not config.data.path:
@@ -47,7 +48,7 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
 
 
 class TrainingWarnings:
-    """Looks at the training lines of a run and says once what has gone wrong in the last WINDOW of them."""
+    """Watches the training lines of a run, and reports each kind of trouble once."""
 
     def __init__(self, law: str) -> None:
         self._law = law
@@ -56,7 +57,7 @@ class TrainingWarnings:
         self._told: set[str] = set()
 
     def notice(self, line: Mapping[str, Any]) -> list[str]:
-        """Take a training line of metrics.jsonl, and return what has to be said now and was not said before."""
+        """Take a training line of metrics.jsonl; return the texts of trouble that has not been reported before."""
         self._lines.append(line)
         if len(self._lines) < WINDOW:
             return []
@@ -66,7 +67,7 @@ class TrainingWarnings:
         return list(new.values())
 
     def _mean(self, field: str) -> float:
-        """NaN where a step has no number."""
+        """Mean over the window; NaN if a step lacks the number."""
         values = [line.get(field) for line in self._lines]
         return math.nan if None in values else math.fsum(values) / WINDOW  # type: ignore[arg-type] # no None is left
 
@@ -81,14 +82,14 @@ class TrainingWarnings:
         return ""
 
     def _dead_experts(self) -> str:
-        # Where a batch has few tokens for each expert, some get none by chance.
+        # A high chance floor means few tokens for each expert: then some experts get none by chance.
         dead = min(line.get("dead_experts") or 0 for line in self._lines)
-        if dead and self._mean("max_vio_floor") < LEAST_TOLD:
+        if dead and self._mean("max_vio_floor") < MIN_REPORTED_VIO:
             return f"in each of the last {WINDOW} steps, {dead} or more experts got no token"
         return ""
 
     def _imbalance(self) -> str:
         vio, floor = self._mean("max_vio_batch"), self._mean("max_vio_floor")
-        if self._law == "none" and vio > max(LEAST_TOLD, FAR_ABOVE_FLOOR * floor):
+        if self._law == "none" and vio > max(MIN_REPORTED_VIO, FAR_ABOVE_FLOOR * floor):
             return f"MaxVio is {vio:.3g}, mean of {WINDOW} steps, and {floor:.2g} by chance; nothing balances the load"
         return ""

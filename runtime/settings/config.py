@@ -1,4 +1,4 @@
-"""What a run is: the settings of every part in one place, and the rules that hold between the parts."""
+"""The settings of a run: the dataclasses of all parts in one, and the rules between the parts."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -28,8 +28,8 @@ from workers.run_config import RunConfig
 from workers.training.aux_losses import AuxLossConfig
 from workers.training.optimizer import OptimConfig
 
-# What the directory, the checkpoint, the place in the data and the law's state depend on. Everything else may change
-# on resume: more steps, other workers and devices, another learning rate.
+# Settings that a resumed run must keep, since its directory, checkpoint, position in the data or law state depend on
+# them. Everything else may change on resume: more steps, other workers and devices, another learning rate.
 FIXED_SETTINGS = (
     "run.name",
     "run.seed",
@@ -49,13 +49,13 @@ FIXED_SETTINGS = (
     "optim.name",
     "balance.law",
 )
-# These name the text by its place; a run that knows its text by content (runtime/runs/run_data.py) compares that.
+# These may change if the text can be compared by its digest instead (runtime/runs/run_data.py).
 PLACES_OF_TEXT = ("data.path", "data.suffixes")
-# Inside a fixed section, yet without influence on any result.
+# Settings inside a fixed section that influence no result.
 FREE_SETTINGS = ("model.recompute",)
-# Of weights that were trained before, unless somebody chooses: the rate of a new model would destroy them.
+# Default learning rate for weights that were trained before: the default for a new model would destroy them.
 FINE_TUNING_LR = 1e-5
-MAX_REPORT_BYTES = OBJECT_STORE_BYTES // 2
+MAX_REPORT_BYTES = OBJECT_STORE_BYTES // 2  # the store may still hold the report of the step before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class TrainConfig:
 
     @property
     def dp_size(self) -> int:
-        """Workers with the same layers, which divide the batch among them: all, with a pipeline those of a stage."""
+        """Workers that divide the batch among them: all workers, or with a pipeline those of one stage."""
         return self.parallel.pipeline.ranks_per_stage(self.cluster.num_workers)
 
     @property
@@ -160,13 +160,13 @@ def cross_check(config: TrainConfig) -> None:
 
 
 def check_pipeline(config: TrainConfig) -> None:
-    """Raises InvalidValue where the settings do not go with the stages of a pipeline."""
+    """Raise InvalidValue if the settings are incompatible with the stages of a pipeline."""
     names = ("run", "model", "parallel", "cluster", "optim", "aux")
     PipelineRules(**{name: getattr(config, name) for name in names}, record=config.balance.record).check()
 
 
 def check_context(config: TrainConfig) -> None:
-    """Raises InvalidValue where the settings do not go with sequences that ranks share."""
+    """Raise InvalidValue if the settings are incompatible with sequences that ranks share (parallel.context)."""
     size, seq_len = config.parallel.context, config.model.max_seq_len
     if size == 1:
         return
@@ -188,9 +188,9 @@ def check_context(config: TrainConfig) -> None:
 
 
 def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
-    """Numbers of workers that the run can have, the largest first: between its bounds, and with equal shares of work.
+    """Numbers of workers that the run can have, the largest first: those within its bounds that pass `cross_check`.
 
-    Takes `cluster.num_workers` itself for granted: see `cross_check`.
+    `cluster.num_workers` itself must have been checked before.
     """
     cluster = config.cluster
     bounds = range(cluster.min_workers or cluster.num_workers, (cluster.max_workers or cluster.num_workers) + 1)
@@ -200,7 +200,7 @@ def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
 
 
 def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool:
-    """adapts: whether `parallel` gives way to the number, as in a gang that lost ranks."""
+    """adapts: whether the EP size and others may adapt to the number of workers, as in a gang that lost ranks."""
     cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
     try:
         parallel = config.parallel.resized_to(num_workers) if adapts else config.parallel
@@ -213,10 +213,10 @@ def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool
 def on_gpus(
     config: TrainConfig, chosen: Collection[str], count_gpus: Callable[[ClusterConfig], int] | None = None
 ) -> TrainConfig:
-    """A worker for each GPU, as many as the other settings allow, in bf16.
+    """Settings for the GPUs there are: a worker for each, as far as the other settings allow, in bf16.
 
-    chosen: names of settings that stay as they are. count_gpus: those of a cluster that is joined; without it none is
-    asked. Without a GPU and on `device cpu` all stay.
+    chosen: names of settings that must stay. count_gpus: counts the GPUs of a joined cluster; None: no cluster is
+    asked. Without a GPU, and with `device cpu`, the settings are returned as they are.
     """
     cluster = config.cluster
     if cluster.device == "cpu" or cluster.gpus_per_worker is not None:
@@ -237,9 +237,9 @@ def on_gpus(
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool = False) -> None:
-    """Refuse settings under which a run cannot resume: its checkpoint or its position in the data contradict them.
+    """Refuse settings that contradict the checkpoint of a run, or its position in the data.
 
-    text_may_move: the text is compared by its content, so that it may lie elsewhere.
+    text_may_move: whether the text may have another path, since it is compared by its digest.
 
     Raises:
         ValueError: names each such setting with both values.
@@ -256,9 +256,9 @@ def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool
 
 
 def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:
-    """Refuse settings that the weights contradict. Raises ValueError.
+    """Refuse settings of a model that contradict its weights. Raises ValueError.
 
-    Only the longest sequence, up to what the model knows, recompute and adapters are the run's own.
+    A run may choose only adapters, recompute, and max_seq_len up to that of the weights.
     """
     if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute, lora=model.lora) != model:
         raise InvalidValue(
@@ -311,7 +311,7 @@ def _check_adapters(config: TrainConfig) -> None:
 
 
 def _check_trains(config: TrainConfig) -> None:
-    """Something is left to train: looked for in one block of each kind."""
+    """Refuse settings that freeze everything. One block of each kind is built on the meta device to find out."""
     if not config.optim.freeze:
         return
     num_dense = min(config.model.num_dense_layers, 1)
@@ -335,7 +335,7 @@ def _exchange_shape(config: TrainConfig, ep_size: int) -> ExchangeShape:
 
 
 def _check_nodes(config: TrainConfig) -> None:
-    """The exchange goes with ranks that all lie on this machine; where others lie is known once they are placed."""
+    """Check that the exchange fits where the ranks are. On a joined cluster that is known only once they are placed."""
     backend, fewest = config.parallel.backend, config.cluster.min_workers
     if backend is not None and backend.needs_nodes and not config.parallel.ranks_per_node and fewest:
         raise InvalidValue(
@@ -350,7 +350,7 @@ def _check_nodes(config: TrainConfig) -> None:
 
 
 def _check_time_limits(cluster: ClusterConfig) -> None:
-    # A step asks the coordinator twice at most, and the other ranks meanwhile wait in a collective.
+    # Rank 0 asks the coordinator at most twice in a step; meanwhile the other ranks wait for it in a collective.
     if cluster.collective_timeout_s <= 2 * cluster.coordinator_timeout_s:
         raise InvalidValue(
             f"cluster.collective_timeout_s ({cluster.collective_timeout_s:g}) must be more than twice "
@@ -361,7 +361,7 @@ def _check_time_limits(cluster: ClusterConfig) -> None:
 
 
 def _check_report(config: TrainConfig) -> None:
-    """The counts of a step go to the coordinator as one object of Ray's store, which may still hold that before it."""
+    """Refuse a law whose report to the coordinator, one object in Ray's store for each step, would be too large."""
     statistic = config.balance.entry.statistic
     if statistic is None:
         return
@@ -377,7 +377,7 @@ def _check_report(config: TrainConfig) -> None:
 
 
 def _check_device(cluster: ClusterConfig) -> None:
-    # On a joined cluster the GPUs are elsewhere: there the placement of the workers finds out.
+    # On a joined cluster the GPUs are on other machines: there the placement of the workers checks it.
     if cluster.device != "cuda" or cluster.address is not None:
         return
     if not torch.cuda.is_available():

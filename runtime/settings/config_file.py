@@ -1,4 +1,4 @@
-"""Settings as text: YAML files, presets and the options of `trimtab train`, each checked against the dataclasses."""
+"""Reads settings from YAML files, presets and the options of `trimtab train`, and checks them by the dataclasses."""
 
 import argparse
 import difflib
@@ -40,19 +40,19 @@ SHORT_OPTIONS = {
     "--device": "--cluster.device",
 }
 DRY_RUN, WATCH = "--dry-run", "--watch"
-NO_SETTINGS = ("config", "resume", "init", "step", "help", "help-all")  # options beside those of settings
-MAX_LENGTH_OF_NO_TEXT = 40
+NO_SETTINGS = ("config", "resume", "init", "step", "help", "help-all")  # options that are no settings
+MAX_CHARS_OF_NO_TEXT = 40  # of a value for a setting that takes a number or a choice, see `_checked_text`
 VALUES_IF_BARE = {"--balance.record": "1"}
-FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in older runs' config.yaml
+FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in config.yaml of older runs
 
 
 @dataclass(frozen=True)
 class TrainRequest:
     """What a command line of `trimtab train` asks for.
 
-    resume: directory of the run to go on with; None starts a new one. init: directory of the run whose weights a new
-    one begins with; None draws them. step: the checkpoint of either; None takes the newest. dry_run: check everything,
-    train nothing. watch: serve the live page meanwhile.
+    resume: directory of the run to go on with; None starts a new one. init: directory of the run with whose weights a
+    new one begins; None draws them. step: the checkpoint of `resume` or `init`; None takes the newest. dry_run: check
+    everything, train nothing. watch: serve the live page meanwhile.
     """
 
     config: TrainConfig
@@ -66,7 +66,7 @@ class TrainRequest:
 def parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] | None = None) -> TrainRequest:
     """Read the command line of `trimtab train`. Options override the settings of a file or run; all rules are checked.
 
-    count_gpus: tells how many GPUs a joined cluster has for the workers of a preset.
+    count_gpus: counts the GPUs of a joined cluster; a preset takes a worker for each.
 
     Raises:
         InvalidValue: wrong usage or configuration, with the way out.
@@ -97,7 +97,7 @@ def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig],
         if base.run.dir == RUNS_DIR:
             base = replace(base, run=replace(base.run, dir=default_runs_dir()))
         config = _parse_options(arguments, base)
-        if is_preset(config_name or BASE_PRESET):  # a preset says nothing of the machine, where a file may
+        if is_preset(config_name or BASE_PRESET):  # A preset fits any machine; a file may be written for this one.
             chosen = {each.removeprefix("--").split("=")[0] for each in arguments}
             config = on_gpus(config, chosen, count_gpus)
         cross_check(config)
@@ -113,7 +113,7 @@ def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig],
 
 
 def _begin_with(arguments: Sequence[str], name: str, step: int | None) -> TrainRequest:
-    """A new run with the model, and unless options say otherwise with the settings, of another one."""
+    """A new run with the weights and the model of another run; options override the other settings of that run."""
     other = find_run(name, _runs_dir_of(arguments))
     saved = read_run_config(other)
     if saved.model.lora.rank:
@@ -154,7 +154,7 @@ def load_config(name: str) -> TrainConfig:
 
 @functools.cache
 def _base_preset() -> TrainConfig:
-    """BASE_PRESET, from which every file takes what it leaves out. Read once, since that takes 0.2 s."""
+    """The preset BASE_PRESET, which gives the values that a file leaves out. Cached, since reading it takes 0.2 s."""
     return config_from_yaml_file(_find_config(BASE_PRESET))
 
 
@@ -164,7 +164,7 @@ def is_preset(name: str) -> bool:
 
 
 def preset_like(name: str) -> str | None:
-    """The preset whose name is most like a mistyped one, if any is."""
+    """The preset whose name is most like a mistyped one; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, _find_presets(), n=1)), None)
 
 
@@ -181,7 +181,7 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_tru
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:
-    """Read the settings of a run; tokenizer and chat template are the run's own copies, wherever it lies now."""
+    """Read the settings of a run, with the paths of its own copies of tokenizer and template, in its present folder."""
     config = config_from_yaml_file(run_dir / CONFIG_FILE)
     return replace(config, data=at_home(config.data, run_dir))
 
@@ -189,7 +189,7 @@ def read_run_config(run_dir: Path) -> TrainConfig:
 def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:
     """Settings from YAML. What the text leaves out has the value in `base`, or the dataclass's default.
 
-    is_trusted: the user gave the text; its balance.module is imported. Otherwise that takes `check_consent`.
+    is_trusted: the user gave the text, so that modules which it names are imported. Else `check_consent` guards that.
 
     Raises:
         ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
@@ -200,7 +200,7 @@ def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: 
     flat = _flatten_known(values)
     if not is_trusted:
         check_consent(flat)
-    # Texts were read as YAML already; the parser must not do it again.
+    # jsonargparse reads texts as YAML by default. Those of the file were read as YAML already.
     parser = _settings_parser(base or TrainConfig(), parser_mode="json")
     try:
         namespace = parser.parse_object(flat)
@@ -209,14 +209,14 @@ def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: 
     except RecursionError:
         raise InvalidValue("a text in it looks like JSON that is nested too deep; give plain values") from None
     for key, value in flat.items():
-        # YAML tells the text "null" from null; the parser, made for command lines, does not.
+        # YAML distinguishes the text "null" from null; the parser, made for command lines, does not.
         if isinstance(value, str) and namespace[key] is None:
             namespace[key] = value
     return _build(parser, namespace)
 
 
 def all_options() -> argparse.ArgumentParser:
-    """A parser that knows every option of `trimtab train`, for the shell; `parse_train` reads them."""
+    """A parser with every option of `trimtab train`, for shell completion only; `parse_train` reads the options."""
     presets = ",".join(sorted(_find_presets()))
     parser = train_help.settings_parser(_base_preset(), presets, list(get_type_hints(TrainConfig)))
     parser.add_argument("--config", metavar=f"{{{presets}}}")
@@ -248,7 +248,7 @@ def _lengthen(argument: str) -> str:
 
 
 def _fill_in(arguments: Sequence[str]) -> list[str]:
-    """Give the options of VALUES_IF_BARE their value where they have none, since the parser needs one."""
+    """Give the options of VALUES_IF_BARE their default value if they have none: the parser demands one."""
     filled = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument in VALUES_IF_BARE and following.startswith("--")
@@ -293,7 +293,7 @@ def _parse_options(arguments: Sequence[str], base: TrainConfig) -> TrainConfig:
 
 def _build(parser: ArgumentParser, namespace: Namespace) -> TrainConfig:
     for key, hint in _setting_types(TrainConfig).items():
-        # The parser takes null for "not given" and lets it pass for any type.
+        # The parser accepts null for a setting of any type.
         if namespace[key] is None and type(None) not in get_args(hint):
             raise InvalidValue(f"{key} is empty (null); give a value, or leave it out")
     built = parser.instantiate(namespace)
@@ -326,19 +326,19 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
 
 
 def _checked_text(key: str, value: Any, hint: Any) -> Any:
-    """The value; raises ValueError for a text, alone or in a list, that is too long for a number or a choice.
+    """The value. Raises ValueError for a long text, alone or in a list, where a number or a choice is expected.
 
-    The parser reads such a text as YAML once more, in any mode, and writes into its message what aliases make of it.
+    The parser would read such a text as YAML in spite of its mode. Aliases in it could make its error message huge.
     """
     if hint is not str and str not in get_args(hint):
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > MAX_LENGTH_OF_NO_TEXT:
+            if isinstance(text, str) and len(text) > MAX_CHARS_OF_NO_TEXT:
                 raise InvalidValue(f"{key} is {text!r:.60}...; it must be {_describe(hint)}")
     return value
 
 
 def _explain(error: argparse.ArgumentError) -> str:
-    """Word the parser's message as ours: the value, the rule and a way out."""
+    """Turn the parser's message into one of ours, with the value, the rule and a way out."""
     message = " ".join(str(error).split())
     if unknown := re.match(r"unrecognized arguments: --([\w.-]+)", message):
         return f"unknown option --{unknown[1]}{_suggest(unknown[1], '--')}"
@@ -367,13 +367,13 @@ def _suggest(key: str, dashes: str = "") -> str:
     known = [*get_type_hints(TrainConfig), *_setting_types(TrainConfig)]
     if dashes:
         known += [*NO_SETTINGS, *(option.removeprefix(dashes) for option in (*SHORT_OPTIONS, DRY_RUN, WATCH))]
-    known = [name for name in known if name != key]  # what `trimtab train` has and another command does not
+    known = [name for name in known if name != key]  # `key` may be an option of `train` that another command lacks
     near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
     return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else "; see `trimtab train --help`"
 
 
 def _find_presets() -> dict[str, Path]:
-    installed = Path(__file__).parents[1] / "configs"  # where a wheel has them
+    installed = Path(__file__).parents[1] / "configs"  # in a wheel; in the repository they are at its root
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
     return {path.stem: path for path in folder.glob("*.yaml")}
 

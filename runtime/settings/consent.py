@@ -1,4 +1,7 @@
-"""Python modules that settings name: one that only a run directory names is not imported, as it may be anybody's."""
+"""The import of Python modules that settings name. Importing runs code, and a run directory may come from anybody.
+
+So a module is imported only if the user names it on the command line, and never because a run names it.
+"""
 
 import argparse
 import sys
@@ -14,7 +17,7 @@ def import_named(arguments: Sequence[str]) -> None:
     """Import the modules that the user names on a command line of settings, as by --balance.module.
 
     Raises:
-        InvalidValue: there is no such module, or no name behind the option.
+        InvalidValue: there is no such module, or the option has no value.
     """
     rest = iter(arguments)
     for argument in rest:
@@ -24,15 +27,18 @@ def import_named(arguments: Sequence[str]) -> None:
 
 
 def add_consent(parser: argparse.ArgumentParser) -> None:
-    """Let the user name, to a command that reads runs, modules that may be imported. Help does not show the options."""
+    """Add options by which the user of a command that reads runs names modules to import. They are not in its help."""
     for setting in MODULE_SETTINGS:
         parser.add_argument(f"--{setting}", action=_ImportNamed, nargs="?", const="", help=argparse.SUPPRESS)
 
 
 def check_consent(settings: Mapping[str, Any]) -> None:
-    """Raises InvalidValue for a module that a run names and the user, or this program, has not imported.
+    """Refuse a run that names a module which has not been imported.
 
-    settings: those of the run, by dotted name.
+    Args:
+        settings: settings of the run, by dotted name.
+    Raises:
+        InvalidValue: names the module, and the option by which the user can trust it.
     """
     for setting in MODULE_SETTINGS:
         module = settings.get(setting)

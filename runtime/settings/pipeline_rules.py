@@ -1,4 +1,4 @@
-"""What a run with pipeline parallelism cannot have yet, said before anything starts."""
+"""The rules between pipeline parallelism and the other settings, checked before anything starts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from workers.training.optimizer import OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRules:
-    """The settings that stages have to go with. record: `balance.record`."""
+    """The settings that must be compatible with pipeline stages. record: `balance.record`."""
 
     run: RunConfig
     model: ModelConfig
@@ -30,7 +30,7 @@ class PipelineRules:
     record: int
 
     def check(self) -> None:
-        """Raises InvalidValue: the layers, micro-batches or other settings do not go with the stages."""
+        """Raise InvalidValue if the layers, the micro-batches or other settings are incompatible with the stages."""
         pipeline, num_workers = self.parallel.pipeline, self.cluster.num_workers
         if pipeline.size == 1:
             return
@@ -76,7 +76,7 @@ class PipelineRules:
             yield "auxiliary losses (aux.*) yet: only the last stage has a loss; leave balancing to balance.law"
 
     def _layers_without_training(self) -> range | None:
-        """Those of the first stage with nothing to train."""
+        """The layers of the first stage that has nothing to train; None if every stage has something."""
         config = self.model
         for layers in divide_layers(config.num_layers, self.parallel.pipeline.num_stages):
             with meta_device():

@@ -1,4 +1,4 @@
-"""How large a model is, before it is built."""
+"""The size of a model, counted on the meta device before it is built."""
 
 import functools
 from collections import defaultdict
@@ -20,12 +20,12 @@ from workers.model.model_config import ModelConfig
 from workers.record.score_log import SCORE_BYTES
 from workers.training.optimizer import OptimConfig, is_hidden_matrix
 
-FP32 = 4  # bytes of a weight and of its gradient, whatever run.dtype is
+FP32 = 4  # Bytes of a weight and of its gradient. run.dtype is only the dtype of matmuls (autocast).
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters of the whole model and those that one token passes, and bytes of a checkpoint."""
+    """Parameters of the whole model, parameters that are active for one token, and bytes of a checkpoint."""
 
     total: int
     active: int
@@ -33,7 +33,7 @@ class ModelSize:
 
 
 class Cast(NamedTuple):
-    """Elements of dense weights by the part of the model whose matmuls take them: those of MoE layers apart."""
+    """Elements of the weights of dense matmuls, by part of the model. moe: shared experts and others in MoE layers."""
 
     attention: int
     moe: int
@@ -42,13 +42,19 @@ class Cast(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements by what becomes of them.
+    """Numbers of elements, by their use.
 
-    dense: on every rank. experts: routed ones of all ranks. cast: of the dense ones, those that a matmul takes in the
-    compute dtype and backward takes again, which it does not do with the head. head: of that, where it is not the
-    embedding. largest_dense: of the largest dense tensor. dense_shapes: of every dense tensor. matrix_shapes: of those
-    that are hidden matrices, which an optimizer may treat otherwise. root: embedding, last norm and head.
-    largest_block: dense ones of a block. expert_vectors: biases of the routed experts.
+    Attributes:
+        dense: of all parameters but routed experts; every rank has them.
+        experts: of the routed experts of all ranks.
+        cast: of the dense weights that autocast casts for a matmul, and keeps for backward. The head is not among them.
+        head: of the head, if it has a weight of its own and does not share the embedding's.
+        largest_dense: of the largest dense tensor.
+        dense_shapes: shape of every dense tensor.
+        matrix_shapes: shapes of the hidden matrices among them, which an optimizer such as Muon treats differently.
+        root: of embedding, last norm and head: the unit of sharding that is no block.
+        largest_block: of the dense parameters of the largest block.
+        expert_vectors: of the biases of routed experts.
     """
 
     dense: int
@@ -73,13 +79,13 @@ class ParameterCounts:
         return self.experts * max(ExpertPlacement(num_experts, ep_size).num_local_experts) // num_experts
 
 
-@functools.lru_cache(maxsize=4)  # a model of 60 layers takes a moment, and a plan asks several times
+@functools.lru_cache(maxsize=4)  # `trimtab plan` asks several times, and building 60 layers takes a moment
 def count_parameters(
     config: ModelConfig, *, trained_only: bool = False, layers: tuple[range, ...] | None = None
 ) -> ParameterCounts:
-    """Count on the meta device: no memory, a moment.
+    """Count the elements of a model, which is built on the meta device and so needs no memory.
 
-    trained_only: leave out what the adapters of a model (`model.lora`) freeze. layers: of a rank of a pipeline.
+    trained_only: leave out the parameters that `model.lora` freezes. layers: those of one pipeline rank; None is all.
     """
     with meta_device():
         model = Decoder(config, lambda: LocalDispatcher(config.moe.num_experts), layers=layers)
@@ -91,7 +97,7 @@ def count_parameters(
     of_experts = {name: prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     parameters = dict(model.named_parameters())
-    units: dict[str, int] = defaultdict(int)  # what sharding gathers together
+    units: dict[str, int] = defaultdict(int)  # by unit of `fully_shard`, whose parameters are gathered together
     for name, size in sizes.items():
         first, second, *_ = name.split(".")
         units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size
@@ -131,9 +137,9 @@ def model_size(config: ModelConfig, optim: OptimConfig) -> ModelSize:
 
 
 def batch_bytes_at_least(config: TrainConfig) -> int:
-    """What a micro-batch takes of a worker's memory at the very least: logits of a chunk, inputs of the layers.
+    """A lower bound of the memory that a micro-batch needs on a worker: logits of a chunk, and inputs of the layers.
 
-    A lower bound, for refusing what can never fit; `trimtab plan` counts what is needed.
+    It serves to refuse what can never fit. `trimtab plan` estimates the real need.
     """
     sequences = config.sequences_per_rank // config.num_micro_batches
     tokens = sequences * -(-config.model.max_seq_len // config.parallel.context)
@@ -142,7 +148,7 @@ def batch_bytes_at_least(config: TrainConfig) -> int:
 
 
 def recorded_scores_bytes(config: TrainConfig) -> int:
-    """What balance.record writes in a run from its first step to its last."""
+    """Bytes that balance.record writes in a whole run."""
     if not config.balance.record:
         return 0
     num_steps = -(-config.run.steps // config.balance.record)
@@ -151,8 +157,9 @@ def recorded_scores_bytes(config: TrainConfig) -> int:
 
 
 def records_bytes(config: TrainConfig) -> int:
-    """What a run writes beside its checkpoints, from its first step to its last; a few per cent too much."""
+    """Bytes that a whole run writes beside its checkpoints. The estimate is a few per cent too high."""
     layers = config.model.num_moe_layers
-    # A line of metrics.jsonl: 0.9 KB and a figure for each layer. In load/: count, bias and statistic of each expert.
+    # A line of metrics.jsonl has 0.9 KB, and 20 bytes for the number of each layer. load/ has, for each expert, a count
+    # of 8 bytes, a bias of 4, and for some laws a statistic.
     of_step = 1000 + 20 * layers + 16 * layers * config.model.moe.num_experts
     return config.run.steps * of_step + recorded_scores_bytes(config)

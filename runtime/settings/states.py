@@ -1,4 +1,4 @@
-"""Bytes of the states that a rank keeps from step to step, by how they are sharded."""
+"""Bytes of weights, gradients and optimizer state that a rank keeps from step to step, by the way they are sharded."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,13 +14,13 @@ from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE
 
 
 class Held(NamedTuple):
-    """Of one kind, in dense parameters and in routed experts: elements, or their bytes."""
+    """Numbers of elements, or of their bytes: in dense parameters, and in routed experts."""
 
     dense: int
     experts: int
 
     def times(self, factor: int) -> "Held":
-        """That many of each, such as bytes of an element."""
+        """Both numbers times a factor, such as the bytes of an element."""
         return Held(self.dense * factor, self.experts * factor)
 
 
@@ -31,12 +31,15 @@ COPIES = "copies of hot experts and their gradients"
 
 
 def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
-    """Elements that the rank with most experts computes with."""
+    """Elements of all parameters that a rank computes with, on the rank with the most experts."""
     return Held(counts.dense, counts.of_rank(config.model, config.parallel.resolve(config.cluster.num_workers)))
 
 
 def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
-    """Elements of which the rank with most keeps the optimizer's state. Rows are shared out, of experts whole ones."""
+    """Elements whose optimizer state a rank keeps, on the rank with the most.
+
+    Sharding divides dense parameters by rows, and stacks of experts by whole experts.
+    """
     whole, (_, edp_size) = whole_elements(config, counts), num_owners(config)
     if config.parallel.shard == "none":
         return whole
@@ -47,14 +50,14 @@ def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 
 def num_owners(config: TrainConfig) -> Held:
-    """Ranks that would share out a dense parameter, and an expert; in one of the replicas where there are several."""
+    """Ranks among which sharding divides a dense parameter, and an expert, within one replica (parallel.replicate)."""
     num_ranks, num_replicas = config.dp_size, config.parallel.replicate
     edp_size = num_ranks // config.parallel.resolve(config.cluster.num_workers)
     return Held(num_ranks // num_replicas, max(1, edp_size // num_replicas))
 
 
 def own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
-    """Elements of dense tensors of which the first rank, that with most, keeps the optimizer's state."""
+    """Elements of dense tensors whose optimizer state the first rank keeps, which has the most."""
     owners = 1 if config.parallel.shard == "none" else num_owners(config).dense
     return sum(-(-rows // owners) * prod(row) for rows, *row in shapes)
 
@@ -62,11 +65,12 @@ def own_rows(shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> int:
 def state_bytes(
     config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts | None = None
 ) -> dict[str, Held]:
-    """On the device: weights, gradients and optimizer state, or pieces of that; and what sharding gathers, at most.
+    """Bytes on the device, by kind: weights, gradients, optimizer state (or its pieces), and what sharding gathers.
 
-    Weights and gradients are fp32 whatever run.dtype is.
-    Gradients and optimizer state are those of the adapters alone where the model has any. trained: those that have
-    them; None counts those of the whole model.
+    Weights and gradients are fp32 whatever run.dtype is. What sharding gathers is an upper bound.
+
+    trained: counts of the parameters that have gradients and optimizer state: with adapters, those alone. None counts
+    them for the whole model.
     """
     trained = trained or count_parameters(config.model, trained_only=True)
     states = {
@@ -85,7 +89,7 @@ def state_bytes(
 
 
 def host_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
-    """Of the optimizer's state that lies in host memory."""
+    """Bytes of the optimizer state in host memory (optim.offload)."""
     return Held(0, 0) if config.optim.offload == "none" else _optimizer_bytes(config, trained)
 
 
@@ -100,7 +104,7 @@ def _optimizer_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
 
 
 def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
-    """Offloaded state that is on the device at once, at most; told of the kind with the largest parameter."""
+    """Most bytes of offloaded optimizer state on the device at once, counted for the kind of the largest parameter."""
     optimizer, own = config.optim.entry, own_elements(config, trained)
     matrices = set(trained.matrix_shapes)
     dense = (
@@ -109,7 +113,7 @@ def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
         for rows in (own_rows([shape], config),)
     )
     of_layer = own.experts // max(config.model.num_moe_layers, 1)
-    # Gate and up are two thirds of a layer's experts; of adapters at most all.
+    # The largest tensor of a layer's experts is gate and up together, two thirds of them. Of adapters it may be all.
     largest = Held(
         max(dense, default=0), optimizer.state_bytes(of_layer if config.model.lora.rank else of_layer * 2 // 3, 0)
     )
@@ -118,36 +122,36 @@ def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
 
 
 def _of_copies(config: TrainConfig, counts: ParameterCounts) -> int:
-    """Elements of as many copies as a rank may hold, in all layers."""
+    """Elements of the copies of experts that a rank may hold, in all layers."""
     return config.parallel.expert_copies * counts.experts // config.model.moe.num_experts
 
 
 def gathered_expert_bytes(config: TrainConfig) -> int:
-    """Of an element of the experts as they are gathered; 0 where they are not sharded."""
+    """Bytes of an element of gathered experts; 0 if experts are not sharded."""
     if config.parallel.shard == "none" or num_owners(config).experts == 1:
         return 0
     return BF16 if gathers_experts_narrow(config.run.dtype, config.model.lora) else FP32
 
 
 def gathered_dense_bytes(config: TrainConfig, counts: ParameterCounts) -> tuple[int, int]:
-    """Of the dense parameters as they are gathered (workers.training.narrow_gather), and of the root's among them."""
+    """Bytes of all gathered dense parameters (see workers.training.narrow_gather), and of the root unit among them."""
     saved = FP32 - BF16 if config.run.dtype == "bfloat16" else 0
     return FP32 * counts.dense - saved * (sum(counts.cast) + counts.head), FP32 * counts.root - saved * counts.head
 
 
 def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
-    """Bytes of whole weights and gradients at the worst moment. An estimate: not all of it is there at once.
+    """Upper bound of the bytes of gathered weights and unsharded gradients at a time.
 
-    Dense weights are fp32 again once they have arrived.
-
-    Gradients of a model that adapters freeze are counted too: an upper bound.
+    Dense weights may travel in bf16, but are fp32 once they have arrived. Gradients of weights that adapters freeze are
+    counted too, although there are none.
     """
     whole, root, block = whole_elements(config, counts), counts.root, counts.largest_block
     size = gathered_expert_bytes(config)
     if not size:
-        whole = whole._replace(experts=0)  # experts with one holder in a replica are not sharded
+        whole = whole._replace(experts=0)  # An expert that only one rank of a replica holds is not sharded.
     layer = whole.experts // max(config.model.num_moe_layers, 1)
-    # Gradients of a unit are there twice: as backward made them, and flat, as they are sent, in fp32.
+    # The gradients of a unit exist twice for a moment: as backward made them, and as the flat fp32 buffer of the
+    # reduce-scatter.
     if config.parallel.shard == "full":  # weights of the root, a block and the next; gradients of the root and a block
         return Held(FP32 * (2 * root + max(4 * block, root)), (2 * size + FP32) * layer)
     if config.num_micro_batches > 1:  # gradients add up in fp32
@@ -156,7 +160,7 @@ def _gathered(config: TrainConfig, counts: ParameterCounts) -> Held:
 
 
 def training_bytes(config: TrainConfig) -> int:
-    """All that `state_bytes` counts, and what lies in host memory; of the stage with most where there is a pipeline."""
+    """The sum of `state_bytes` and `host_bytes`; with a pipeline, of the rank with the most."""
     pipeline, model = config.parallel.pipeline, config.model
     if pipeline.size == 1:
         return _training_bytes(config, model)
@@ -170,7 +174,10 @@ def _training_bytes(config: TrainConfig, model: ModelConfig, layers: tuple[range
 
 
 def of_stage(config: TrainConfig, layers: tuple[range, ...]) -> TrainConfig:
-    """The run of the ranks of a stage with its layers alone. Embedding, last norm and head are not of every stage."""
+    """The settings of a smaller run without a pipeline: its model is the layers of one pipeline rank.
+
+    Embedding, last norm and head are on some stages only; `count_parameters` with `layers` knows on which.
+    """
     model, indices = config.model, [index for part in layers for index in part]
     num_dense = sum(index < model.num_dense_layers for index in indices)
     num_mtp = model.num_mtp_layers if indices[-1] == model.num_layers - 1 else 0

@@ -1,4 +1,4 @@
-"""The help of `trimtab train`: a page of what people use first, and all settings, or those of one section."""
+"""The help of `trimtab train`: a page of the most used options, and the help of all settings or of one section."""
 
 import argparse
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ def _filled(words: str, values: Mapping[str, str], presets: str) -> str:
 
 
 def settings_parser(defaults: TrainConfig, presets: str, sections: list[str]) -> argparse.ArgumentParser:
-    """A parser that has all options of these sections with their words; what reads them is in config_file."""
+    """A parser with all options of these sections, for help and completion. `config_file` reads the options."""
     parser = argparse.ArgumentParser(
         usage=_USAGE,
         add_help=False,
@@ -115,7 +115,7 @@ def _settings(section: Any, prefix: str) -> dict[str, tuple[Any, str]]:
 
 
 def _words_of(section: Any) -> dict[str, str]:
-    """The sentence below each field, also of the classes that it inherits."""
+    """The docstring below each field, inherited fields included."""
     texts = (docstring_parser.parse_from_object(each).params for each in reversed(section.__mro__[:-1]))
     return {each.arg_name: each.description or "" for params in texts for each in params}
 

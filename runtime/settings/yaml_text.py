@@ -1,7 +1,7 @@
-"""YAML as every reader here takes it: plain values, each name once, in a bounded time.
+"""The YAML reader of all configuration files: plain values, each name once, in bounded time.
 
-A `config.yaml` may come with a run from anywhere. References between its parts (aliases) can make ten lines hold 10^9
-values, tags ask for objects, and a name that stands twice would hide one of its values.
+A `config.yaml` may come with a run from anybody. Aliases can make ten lines hold 10^9 values, tags ask for Python
+objects, and of a name that occurs twice PyYAML would silently take the last value. All of these are refused.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from dispatch.errors import InvalidValue
 # A configuration with all settings has 6 KiB. PyYAML reads this much in about a second.
 MAX_CHARACTERS = 2**16
 MAX_DEPTH = 32
-# Longer ones are no setting. YAML's sexagesimal integers (1:30:00) take time with the square of their length.
+# No setting has more. The time to read YAML's sexagesimal integers (1:30:00) grows with the square of their length.
 MAX_DIGITS = 100
 
 
@@ -35,7 +35,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_bounded(path: Path) -> str:
-    """Read the text of a file for `load_yaml`, but not more than it accepts."""
+    """Read the text of a file for `load_yaml`: at most one character more than it accepts, so that it refuses those."""
     with path.open(encoding="utf-8") as file:
         return file.read(MAX_CHARACTERS + 1)
 

@@ -1,4 +1,4 @@
-"""The numbers that the charts draw, as JSON has them: for the server's answers, and for the report."""
+"""The numbers that the charts draw, as values for JSON: for the server's answers, and for the report."""
 
 import base64
 import math
@@ -15,7 +15,7 @@ from runtime.watch.watched_run import WatchedRun
 
 
 def curves_of(spans: Spans, names: Sequence[str]) -> dict[str, Any]:
-    """Curves by name, each as its least, greatest and mean value in every span of steps. spans: of these names."""
+    """Curves by name: the least, greatest and mean value in every span of steps. spans: with a column for each name."""
     each = {
         name: {"low": _column(spans.low, n), "high": _column(spans.high, n), "mean": _column(spans.mean, n)}
         for n, name in enumerate(names)
@@ -36,21 +36,20 @@ def expert_curves(found: LoadColumns, expert: int) -> dict[str, Any]:
 
 
 def last_load(run: WatchedRun, until: int | None = None) -> dict[str, Any] | None:
-    """The load of all layers over the last steps, up to a step where one is given; None where there is none.
+    """The load of all layers over the last records, up to step `until` if it is given; None if there are none.
 
-    A row of codes for each layer, and the experts that stand out.
+    It holds a row of codes for each layer, and the experts with the most and the least load.
     """
     found, layout = run.load.last(until), run.load.layout
     if found is None or layout is None:
         return None
     layers = []
-    for where in layout.slices:
-        counts_E, bias_E = found.counts_N[where], found.bias_N[where]
-        share_E = counts_E / max(float(counts_E.mean()), 1e-9)
+    for where, share_E in zip(layout.slices, found.shares(layout), strict=True):
+        bias_E = found.bias_N[where]
         layers.append({
             "codes": encoded(codes_of(share_E)),
             "max_vio": finite(float(share_E.max() - 1)),
-            "dead": int((counts_E == 0).sum()),
+            "dead": int((share_E == 0).sum()),
             "bias": [finite(float(bias_E.min())), finite(float(bias_E.max()))],
         })  # fmt: skip
     how = {"first": found.first, "last": found.last, "num": found.num}
@@ -64,13 +63,13 @@ def shares_of(found: LoadColumns) -> NDArray[np.float64]:
 
 
 def encoded(values: NDArray[Any]) -> str:
-    """The bytes of an array as text."""
+    """The bytes of an array in base64."""
     return base64.b64encode(values.tobytes()).decode()
 
 
 def finite(value: float) -> float | None:
-    """The number, or None where it is none."""
-    # Seven digits are more than a chart shows; the mean of a thousand steps would have seventeen.
+    """The number with seven digits, or None for NaN and infinity, which JSON lacks."""
+    # Seven digits are more than a chart shows. The mean of a thousand steps would have seventeen, and cost the bytes.
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 

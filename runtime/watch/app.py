@@ -1,7 +1,7 @@
-"""The requests of the page: what it is made of, the numbers that it draws, and a stream of what is new.
+"""Answers the requests of the page: for its files, for the numbers that it draws, and for a stream of news.
 
-Nothing that a request says becomes a path: runs are asked for by their number, files of the page by a name among those
-that were read when the server began.
+No text of a request becomes part of a path. Runs are asked for by number, and files of the page by a name among those
+that were read when the server started.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from runtime.watch.exposition import CONTENT_TYPE, exposition
 from runtime.watch.follower import Turns
 from runtime.watch.watched_run import WatchedRun
 
-LOOK_S = 0.5  # of the stream, for something new
+LOOK_S = 0.5  # between two looks of the stream for something new
 KEEP_ALIVE_S = 15.0
 MAX_SPANS = 2_000
 MAX_COLUMNS = 512
@@ -33,7 +33,7 @@ _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg"
 def make_app(
     runs: Sequence[WatchedRun], turns: Turns | None = None, *, is_ending: Callable[[], bool] = lambda: False
 ) -> Starlette:
-    """The application, without its guard. is_ending: whether the server waits for the streams to end."""
+    """The application, without its guard. is_ending: whether the server is shutting down, so that streams must end."""
     api = _Api(runs, is_ending)
     static = _static_files()
 
@@ -72,7 +72,7 @@ def make_app(
 
 
 class _Api:
-    """What is not async here runs on a thread of its own: it reads files."""
+    """The handlers of requests. Those that read files are not async: Starlette runs them on a thread pool."""
 
     def __init__(self, runs: Sequence[WatchedRun], is_ending: Callable[[], bool]) -> None:
         self._runs, self._is_ending = runs, is_ending
@@ -95,7 +95,7 @@ class _Api:
         return _json(self._run(request).events.since(_whole(request, "since", 0, 0, _LAST_STEP)))
 
     def now(self, request: Request) -> Response:
-        """What each rank is in."""
+        """The present activity of each rank."""
         return _json(self._run(request).now)
 
     def load(self, request: Request) -> Response:

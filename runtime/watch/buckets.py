@@ -1,7 +1,7 @@
 """Minimum, maximum and mean of many curves over spans of steps, in bounded memory.
 
-S curves; n points; B buckets. A bucket covers `width` steps. When the steps no longer fit into the buckets, pairs of
-buckets become one and the width doubles: a run of any length keeps at least half of them in use.
+S curves; n points; B buckets. A bucket covers `width` steps. When the steps no longer fit into the buckets, each pair
+of buckets becomes one and the width doubles. So a run of any length uses at least half of the buckets.
 """
 
 from typing import Any, NamedTuple, Self
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_BUCKETS = 2**15  # 1,000,000 steps are 31,250 buckets of 32: a window of 4,000 steps still has 125
-MIN_BUCKETS = 2**8  # to begin with
+# 1,000,000 steps are 31,250 buckets of 32 steps. A chart of 4,000 of these steps still has 125 points.
+MAX_BUCKETS = 2**15
+MIN_BUCKETS = 2**8  # allocated at first; more on demand
 
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
@@ -28,7 +29,7 @@ class Spans(NamedTuple):
     mean: Floats
 
     def then(self, later: "Spans") -> "Spans":
-        """These and those of later steps."""
+        """These spans, followed by those of later steps."""
         first, last = np.concatenate([self.first, later.first]), np.concatenate([self.last, later.last])
         low, high, mean = (np.concatenate(pair) for pair in zip(self[2:], later[2:], strict=True))
         return Spans(first, last, low, high, mean)
@@ -41,7 +42,7 @@ class Spans(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What can be added up. Each (B, S)."""
+    """What can be merged when two buckets become one; (B, S) each. Only sums need more digits than float32 has."""
 
     low: NDArray[Any]  # float32
     high: NDArray[Any]  # float32

@@ -1,6 +1,5 @@
-"""Which numbers of metrics.jsonl are curves, and lines as rows of a table of them."""
+"""Which numbers of metrics.jsonl are curves, and the lines as rows of a table of curves."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -9,17 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.record.record_lines import Line, is_sound
+from workers.record.record_lines import Line, is_sound, parse_line
 
 PER_LAYER = "max_vio_batch_per_layer"
 PHASES = ("dispatch_s", "experts_s", "combine_s", "bias_update_s", "control_wait_s")
-REST = "other_s"  # of the step beside its phases: attention, dense layers, gradients, optimizer
+REST = "other_s"  # time of a step outside of its phases: attention, dense layers, gradients, optimizer
 FIELDS = (
     "loss", "aux_loss", "z_loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tflops_per_s", "mfu",
     "max_vio_batch", "max_vio_floor", "max_vio_computation_batch", "dead_experts", "bias_min", "bias_max",
     *PHASES, REST, "sent_bytes", "val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_held_out",
 )  # fmt: skip
-MAX_OTHER_FIELDS = 32  # of metrics that we do not know
+MAX_OTHER_FIELDS = 32  # fields that are not in FIELDS, such as a user's own metrics
 MAX_LAYERS = 512
 _MAX_NUMBER = 1e300
 _NOT_CURVES = {"step", "time", "kind"}
@@ -33,14 +32,14 @@ class Table(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The curves of a run: numbers of a line by their names, then one of each layer."""
+    """The curves of a run: the fields `plain` of a line, then MaxVio of each MoE layer."""
 
     plain: tuple[str, ...]
     num_layers: int
 
     @classmethod
     def in_lines(cls, lines: Iterable[Line]) -> "Curves":
-        """Those that these lines have beside the known ones."""
+        """The known fields, and the others that these lines have."""
         others: dict[str, None] = {}
         num_layers = 0
         for line in lines:
@@ -73,7 +72,7 @@ _REST_COLUMN = FIELDS.index(REST)
 
 
 def table_of(lines: Sequence[Line], names: Sequence[str]) -> Table:
-    """The lines as rows of some curves only."""
+    """The lines as rows of the named curves only."""
     steps = np.fromiter((line["step"] for line in lines), np.int64, len(lines))
     values = np.array([[_value(line, name) for name in names] for line in lines], np.float64)
     return Table(steps, values.reshape(len(lines), len(names)))
@@ -91,11 +90,8 @@ def _value(line: Line, name: str) -> float:
 
 def parsed(text: bytes) -> Line | None:
     """A line of metrics.jsonl; None where it is damaged."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and is_sound(line) and is_number(line.get("time")) else None
+    line = parse_line(text)
+    return line if line is not None and is_sound(line) and is_number(line.get("time")) else None
 
 
 def parsed_all(texts: Iterable[bytes]) -> list[Line]:
@@ -104,20 +100,20 @@ def parsed_all(texts: Iterable[bytes]) -> list[Line]:
 
 
 def slim(line: Line) -> Line:
-    """The numbers of a line, and what is true or false of it, without its lists and texts."""
+    """The numbers and booleans of a line, without its lists and texts."""
     return {name: value for name, value in line.items() if isinstance(value, bool) or is_number(value)}
 
 
 def pace_s(recent: Sequence[Line]) -> float | None:
-    """Seconds from step to step, evaluations and checkpoints among them; None where there is but one."""
-    # After a recovery steps are made again: only those that go on are a pace.
+    """Mean seconds from step to step, with the evaluations and checkpoints between; None for fewer than two steps."""
+    # After a recovery steps are trained again: the gap back to the first of them is left out.
     gaps = [(after["time"] - before["time"], after["step"] - before["step"]) for before, after in pairwise(recent)]
     forward = [(seconds, steps) for seconds, steps in gaps if steps > 0 and seconds >= 0]
     return sum(seconds for seconds, _ in forward) / sum(steps for _, steps in forward) if forward else None
 
 
 def rest_s(line: Line) -> float:
-    """Seconds of the step that are no phase; NaN where the line does not say."""
+    """Seconds of the step outside of its phases; NaN if the line lacks one of them."""
     return _float(line.get("step_s")) - sum(_float(line.get(name)) for name in PHASES)
 
 

@@ -1,4 +1,4 @@
-"""What has happened to a run, by its events.jsonl: its state, its ranks, and the last events in words."""
+"""Reads events.jsonl of a run: the state of the run, its ranks, and its last events as text."""
 
 import json
 from collections import deque
@@ -9,14 +9,15 @@ from runtime.runs.event_text import STACKS, event_text
 from runtime.watch.curves import is_number
 from runtime.watch.plain import plain
 from runtime.watch.tail import LineFile
-from workers.record.record_lines import Line
+from workers.record.record_lines import Line, parse_line
 from workers.record.run_log import MAX_TIME
 
-MAX_EVENTS = 400  # that are kept
-MAX_STACK_CHARACTERS = 32_000  # as much as a run writes
+MAX_EVENTS = 400  # kept in memory, the last ones
+MAX_STACK_CHARACTERS = 32_000  # as many as a run writes (cluster.failures.errors.MAX_DIAGNOSIS_CHARS)
 MAX_TEXT_CHARACTERS = 4_000
 
-# What an event makes of the state of a run. A recovery is over with `recovered`; until then `resumed` ends nothing.
+# The state of a run after an event. A recovery ends with `recovered`: workers write `resumed` and `interrupted` within
+# one, and these do not change the state then.
 _STATES = {
     "started": "running",
     "resumed": "running",
@@ -48,7 +49,7 @@ class EventLog(LineFile):
         self.start: Line = {}  # the last event that began or resumed training: its ranks, exchange and law
 
     def since(self, number: int) -> list[dict[str, Any]]:
-        """The events from `number` on, as far as they are kept, each with its number, time, kind and text."""
+        """The kept events from `number` on, each with its number, time, kind and text."""
         return [event for event in list(self._shown) if event["number"] >= number]
 
     def _take(self, offset: int, text: bytes) -> None:
@@ -69,11 +70,8 @@ class EventLog(LineFile):
 
 
 def _parsed(text: bytes) -> Line | None:
-    try:
-        event = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    event = parse_line(text)
+    if event is None or not isinstance(event.get("event"), str):
         return None
     time = event.get("time")
     return plain(event) if is_number(time) and 0 <= time < MAX_TIME else None  # type: ignore[operator]
@@ -98,5 +96,5 @@ def _text(event: Line) -> str:
     try:
         return event_text(event)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
-        # Not as a run of ours writes it: shown as it is.
+        # The file may come from anybody: an event that no run of ours writes is shown as JSON.
         return json.dumps({name: value for name, value in event.items() if name not in STACKS})

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the last numbers of every run under stable names (docs/watch.md lists them)."""
+"""The page for Prometheus: the latest numbers of every run, under stable names that docs/watch.md lists."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from runtime.watch.watched_run import WatchedRun
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("not begun", "starting", "running", "recovering", "finished", "interrupted", "failed", "gone")
 
-# Name, kind, help, and where in the summary its value is.
+# Name, kind, help, and the keys of the value in `WatchedRun.summary`.
 _VALUES = (
     ("step", "gauge", "Optimizer steps made.", ("step",)),
     ("total_steps", "gauge", "Optimizer steps that the run is to make.", ("total_steps",)),
@@ -32,7 +32,7 @@ _VALUES = (
 
 
 def exposition(runs: Sequence[WatchedRun]) -> str:
-    """All of it, in the text format 0.0.4."""
+    """The numbers of all runs in Prometheus' text format 0.0.4."""
     summaries = [run.summary() for run in runs]
     labels = [f'run="{_escaped(summary["name"])}",number="{number}"' for number, summary in enumerate(summaries)]
     pairs = list(zip(labels, summaries, strict=True))

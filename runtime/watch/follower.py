@@ -1,4 +1,4 @@
-"""Reads on in all runs, on one thread: requests answer from what it has read, and never wait for it."""
+"""Polls all runs on one thread. Requests are answered from what it has read, and do not wait for it."""
 
 import logging
 import threading
@@ -9,21 +9,21 @@ from typing import Self
 from runtime.watch.watched_run import WatchedRun
 
 POLL_S = 0.5
-_BREATH_S = 0.002  # between two parts of a long file
-_MAX_PAUSE_S = 1.0  # for requests that follow each other
+_CHUNK_PAUSE_S = 0.002  # between two chunks of a long file, so that a request can begin
+_MAX_PAUSE_S = 1.0  # Requests without a gap may hold the reading up for so long, and no longer.
 
 _logger = logging.getLogger(__name__)
 
 
 class Turns:
-    """Lets a request have the interpreter for itself: two threads that take turns are slow, both of them."""
+    """Lets the reading pause while a request is answered: both would be slow if they took turns with the GIL."""
 
     def __init__(self) -> None:
         self._changed, self._num_asking = threading.Condition(), 0
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """A request is being answered."""
+        """Context in which a request is answered."""
         with self._changed:
             self._num_asking += 1
         try:
@@ -34,7 +34,7 @@ class Turns:
                 self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until no request is being answered, or not much longer."""
+        """Wait until no request is being answered, at most _MAX_PAUSE_S."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_asking == 0, _MAX_PAUSE_S)
 
@@ -61,16 +61,16 @@ class Follower:
         wait_s = 0.0
         while not self._stop.wait(wait_s):
             there_is_more = [self._poll(run) for run in self._runs]
-            wait_s = _BREATH_S if any(there_is_more) else self._poll_s
+            wait_s = _CHUNK_PAUSE_S if any(there_is_more) else self._poll_s
 
     def _poll(self, run: WatchedRun) -> bool:
         self._turns.wait()
         try:
             run.poll()
             return run.is_behind
-        except OSError as error:  # a file server that is away comes back
+        except OSError as error:  # A file server may be away for a while: the next poll tries again.
             _logger.warning("%s cannot be read now: %s", run.path, error)
             return False
-        except Exception:  # the boundary of the thread: one odd run must not stop the others
-            _logger.exception("%s could not be read on", run.path)
+        except Exception:  # The boundary of the thread: a run that cannot be read must not stop the others.
+            _logger.exception("%s could not be read further", run.path)
             return False

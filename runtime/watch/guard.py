@@ -1,8 +1,8 @@
-"""Who may ask: everything passes by here before a request is looked at any further.
+"""Checks every request before it is answered: its host, its origin and its token.
 
-The page shows a run to whoever has the token; nobody else, and no other site in the same browser, sees anything. The
-token is in the URL once. The answer to that puts it into a cookie, and leads to the URL without it, so that it stays
-out of histories and referrers.
+Whoever has the token sees the runs. Nobody else does, nor does another site in the same browser. The printed URL holds
+the token. The answer to it sets a cookie with the token, and redirects to the URL without it, so that it stays out of
+histories and referrers.
 """
 
 import hmac
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS = {
-    # No inline script or style, nothing from elsewhere, no text that becomes markup, and no page around this one.
+    # No inline script or style, nothing from other sites, no text that becomes markup, and no frame around this page.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -32,8 +32,10 @@ _HEADERS = {
 class Guard:
     """An ASGI application around `app`.
 
-    token: what a request must show. cookie: the name of the cookie that it is kept in; of its own for each port, since
-    cookies know no ports. hosts: names and addresses that a browser may call this server by.
+    Args:
+        token: secret that a request must carry, in the cookie or as a bearer token.
+        cookie: name of the cookie. It must differ between servers on one host: browsers send cookies to all ports.
+        hosts: names and addresses that the Host header of a request may have.
     """
 
     def __init__(self, app: ASGIApp, *, token: str, cookie: str, hosts: Collection[str]) -> None:
@@ -60,13 +62,16 @@ class Guard:
         return PlainTextResponse("Open the whole URL that `trimtab watch` has printed: it holds the token.\n", 401)
 
     def _is_meant(self, request: Request) -> bool:
-        """Whether the browser means this server: a name of another site may lead to this address (DNS rebinding)."""
+        """Whether the request is for this server and from its page.
+
+        In DNS rebinding, another site lets its own name resolve to this address: then the Host header has that name.
+        """
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
         return self._is_ours(host) and (origin is None or origin == f"http://{host}")
 
     def _is_ours(self, host: str) -> bool:
-        # The port may be another one: a tunnel's.
+        # Any port is accepted: a tunnel may have another one than this server.
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -83,12 +88,12 @@ class Guard:
 
 
 def names_of(address: str) -> set[str]:
-    """By which names a browser may call a server that is bound to this address."""
+    """The names by which a browser may call a server that is bound to this address."""
     try:
         is_loopback = ipaddress.ip_address(address).is_loopback
     except ValueError:
         is_loopback = address == "localhost"
-    # By loopback also where it is bound elsewhere: a tunnel that ends here.
+    # The names of loopback too, if it is bound elsewhere: the browser's end of a tunnel is on loopback.
     return {address.lower(), *LOOPBACK} if not is_loopback else set(LOOPBACK)
 
 

@@ -1,4 +1,4 @@
-"""A small file of JSON that a run replaces as a whole: now.json, data.json."""
+"""A small JSON file that a run replaces as a whole: now.json, data.json."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ class JsonFile:
         self.latest: Any = None
 
     def poll(self) -> bool:
-        """Read the file where it is another one. Returns whether it was."""
+        """Read the file. Returns whether its content has changed."""
         text = read_at_most(self._path, MAX_BYTES)
         if text is None or text == self._text:
             return False

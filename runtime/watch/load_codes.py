@@ -1,4 +1,4 @@
-"""Loads as bytes, for the colours of a heat map. E experts."""
+"""Loads as one byte each, for the colours of a heat map."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,10 @@ NUM_NAMED = 8
 
 
 def codes_of(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """0 for no load at all; else 1 to 255 for a quarter to four times the mean, on a scale of logarithms."""
+    """Codes of loads: 0 for no load; else 1 to 255 for a quarter to four times the mean, on a logarithmic scale.
+
+    shares: of any shape, load over the mean load of the layer.
+    """
     with np.errstate(divide="ignore"):
         height = np.log2(shares) / np.log2(LOAD_RANGE)  # -1 to 1
     codes = 128 + np.round(127 * np.clip(height, -1, 1))
@@ -19,10 +22,8 @@ def codes_of(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def most_and_least(found: LastLoad, layout: LoadLayout) -> dict[str, list[dict[str, float | int]]]:
-    """The experts with the most and with the least load of all layers, against the mean of their layer."""
-    shares = np.concatenate([
-        found.counts_N[where] / max(float(found.counts_N[where].mean()), 1e-9) for where in layout.slices
-    ])  # fmt: skip
+    """The NUM_NAMED experts with the most and with the least load of all layers, over the mean of their layer."""
+    shares = np.concatenate(found.shares(layout))
     layer_of = np.repeat(np.arange(len(layout.names)), layout.num_experts)
     starts = np.array([where.start for where in layout.slices])
     order = np.argsort(shares, kind="stable")

@@ -1,12 +1,13 @@
-"""The load of every expert through time, read from load/history.bin where it is asked for: nothing of it is kept.
+"""The load of every expert through time, read from load/history.bin for each request: nothing of it is kept in memory.
 
-A run of 1,000,000 steps × 61 layers × 256 experts has 187 GB of it. A column of a heat map sums at most
-RECORDS_A_COLUMN of the steps that it covers, evenly spaced; a window of few steps is exact. E experts of a layer; C
-columns.
+The file of a run of 1,000,000 steps × 61 layers × 256 experts has 187 GB. So a column of a heat map sums at most
+RECORDS_A_COLUMN records of the steps that it covers, evenly spaced; for a window of few steps these are all. E experts
+of a layer; N experts of all layers; C columns.
 """
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ from runtime.watch.regular_file import opened, read_at_most
 from workers.record.run_log import HISTORY, LAYOUT
 
 RECORDS_A_COLUMN = 4
-LAST_RECORDS = 10  # that the picture of all layers sums up
-MAX_EXPERTS = 2**22  # of all layers; a layout of more is none
+LAST_RECORDS = 10  # summed for the picture of all layers
+MAX_EXPERTS = 2**22  # of all layers; a layout with more counts as damaged, since the file may come from anybody
 _MAX_LAYOUT_BYTES = 2**22
 _STEP_BYTES = 8
 _COUNT, _BIAS = np.dtype("<i8"), np.dtype("<f4")
@@ -35,7 +36,7 @@ class LoadColumns(NamedTuple):
     counts: NDArray[np.int64]
     """(C, E): tokens that chose the expert, over the records that were read."""
     bias: NDArray[np.float32]
-    """(C, E): the bias that routed the first record of each; (C, 0) where nobody asked for it."""
+    """(C, E): the bias that routed the first step of each; (C, 0) without `with_bias`."""
     num_records: int
     """Records in the window, of which `num_read` were read."""
     num_read: int
@@ -47,10 +48,15 @@ class LastLoad(NamedTuple):
     first: int
     last: int
     num: int
-    """Records that are summed up."""
+    """Records that are summed."""
     counts_N: NDArray[np.int64]
     bias_N: NDArray[np.float32]
     """Of the last record."""
+
+    def shares(self, layout: LoadLayout) -> list[NDArray[np.float64]]:
+        """By layer, (E,): load of each expert over the mean load of its layer; 0 for a layer without load."""
+        counts = [self.counts_N[where] for where in layout.slices]
+        return [counts_E / max(float(counts_E.mean()), 1e-9) for counts_E in counts]
 
 
 class LoadFile:
@@ -62,13 +68,13 @@ class LoadFile:
 
     @property
     def layout(self) -> LoadLayout | None:
-        """The MoE layers; None before the run has begun, or where the file is none."""
+        """The MoE layers; None before the run has begun, or if the file is damaged."""
         if self._layout is None:
             self._layout = _read_layout(self._run_dir / LAYOUT)
         return self._layout
 
     def columns(self, layer: int, first: int, last: int, num: int, *, with_bias: bool = False) -> LoadColumns | None:
-        """The load of a layer in at most `num` spans of the steps from `first` to `last`; None where there is none."""
+        """The load of a layer in at most `num` spans of the steps from `first` to `last`; None if there is none."""
         with self._records() as records:
             if records is None or not 0 <= layer < len(records.layout.names):
                 return None
@@ -78,7 +84,7 @@ class LoadFile:
             return _columns(records, records.layout.slices[layer], begin, end, num, with_bias=with_bias)
 
     def last(self, until: int | None = None) -> LastLoad | None:
-        """The load of all layers over the last records, up to a step where one is given; None where there is none."""
+        """The load of all layers over the last records, up to step `until` if it is given; None if there are none."""
         with self._records() as records:
             end = 0 if records is None else records.num if until is None else records.find(until + 1)
             if records is None or not end:
@@ -97,7 +103,7 @@ class LoadFile:
 
 
 class _Records:
-    """The records of an open file, by their number. Only what is asked for is read."""
+    """The records of an open file by their number, in order of steps. Each method reads only what it returns."""
 
     def __init__(self, fd: int, layout: LoadLayout) -> None:
         self.layout, self._fd = layout, fd
@@ -116,19 +122,12 @@ class _Records:
 
     def find(self, step: int) -> int:
         """The number of the first record of `step` or a later one."""
-        low, high = 0, self.num
-        while low < high:
-            middle = (low + high) // 2
-            if self.step(middle) < step:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(range(self.num), step, key=self.step)
 
     def _read(self, number: int, start: int, item: np.dtype[Any], num: int) -> NDArray[Any]:
         num_bytes = num * item.itemsize
         raw = os.pread(self._fd, num_bytes, number * self._size + start) if num else b""
-        # A run that resumes may cut the file while it is read.
+        # Filled with zeros: a run that resumes may cut the file while it is read.
         return np.frombuffer(raw.ljust(num_bytes, b"\0"), item)
 
 
@@ -145,7 +144,7 @@ def _columns(records: _Records, where: slice, begin: int, end: int, num: int, *,
 
 
 def _spread_over(start: int, stop: int, num: int) -> list[int]:
-    """At most `num` numbers from `start`, which is one of them, to before `stop`, evenly spaced."""
+    """At most `num` numbers of range(start, stop), evenly spaced, `start` among them."""
     num = min(num, stop - start)
     return [start + (stop - start) * each // num for each in range(num)]
 

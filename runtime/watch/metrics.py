@@ -1,8 +1,8 @@
-"""The curves of a run: every number of metrics.jsonl by its step, read bit by bit and kept in bounded memory.
+"""The curves of a run: every number of metrics.jsonl by its step, read in chunks and kept in bounded memory.
 
-A long file is first read at evenly spaced places (`spread`), which takes milliseconds, then from its beginning; until
-that is done, what lies behind is drawn from those few lines. A window of few steps is read from the file again, line
-by line.
+A long file is first read at evenly spaced places (`spread`), which takes milliseconds, and then from its beginning.
+Until that is done, the steps not read yet are drawn from those few lines. A window of few steps is read from the file
+again, line by line, if the buckets in memory are wider than a step.
 """
 
 import threading
@@ -20,40 +20,40 @@ from runtime.watch.spread import last_lines, spread_lines
 from runtime.watch.tail import Tail
 from workers.record.record_lines import Line
 
-RECENT = 64  # training lines that pace and phases are averaged over
-NUM_SPREAD = 768
+RECENT = 64  # training lines over which pace and phases are averaged
+NUM_SPREAD = 768  # evenly spaced lines for the first picture of a long file
 INDEX_EVERY = 256  # lines
-EXACT_STEPS = 2048  # a window of so many steps is read line by line
-_MAX_WAITING = 64  # lines before the first of a training step
+EXACT_STEPS = 2048  # a window of fewer steps is read line by line
+_MAX_WAITING = 64  # lines of evaluations that may come before the first training line
 _MAX_EXACT_BYTES = 2**26
 
 
 class Metrics:
-    """metrics.jsonl of one run. `poll` reads on, on one thread; the rest may be asked on any."""
+    """metrics.jsonl of one run. One thread calls `poll`; the other methods may be called on any thread."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._tail = path, Tail(path)
         self._lock = threading.Lock()
-        self._waiting: list[Line] = []  # until a training step shows which curves there are
+        self._waiting: list[Line] = []  # lines kept until a training line shows which curves there are
         self._curves = Curves((), 0)
         self._column: dict[str, int] = {}
         self._buckets = Buckets(0)
         self._spread = self._curves.table([])
-        self._index: list[tuple[int, int]] = []  # step and offset of every so many lines
+        self._index: list[tuple[int, int]] = []  # step and offset of every INDEX_EVERY-th line
         self._num_lines = self._read_step = self._end_seen = 0
-        self.latest: Line = {}  # of training
+        self.latest: Line = {}  # training line of the last step
         self.recent: deque[Line] = deque(maxlen=RECENT)
         self.first_eval: Line = {}
         self.last_eval: Line = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The curves that there are; () before the first training step."""
+        """The names of the curves; () before the first training step."""
         return self._curves.names
 
     @property
     def share_read(self) -> float:
-        """How much of the file was read from its beginning: 1 once nothing is drawn from samples any more."""
+        """Share of the file that has been read from its beginning; 1 once the curves are drawn from all lines."""
         return 1.0 if self._tail.is_at_end else self._tail.offset / self._tail.size
 
     @property
@@ -81,7 +81,10 @@ class Metrics:
         return bool(lines)
 
     def spans(self, names: Sequence[str], first: int, last: int, num: int) -> Spans:
-        """At most 2 × `num` spans of the steps from `first` to `last`. Unknown names are curves without a value."""
+        """At most 2 × `num` spans of the steps from `first` to `last`: what has been read, and what has not yet.
+
+        An unknown name is a curve without a value.
+        """
         with self._lock:
             columns = [self._column.get(name, -1) for name in names]
             known = [column for column in columns if column >= 0]
@@ -110,7 +113,7 @@ class Metrics:
         return parsed_all(raw.split(b"\n"))
 
     def _begin(self, lines: list[Line]) -> None:
-        """Choose the curves, and look at evenly spaced places of a long file."""
+        """Choose the curves, and read the evenly spaced lines of a long file."""
         if not self._tail.is_at_end:
             lines = parsed_all(spread_lines(self._path, NUM_SPREAD))
             lines.sort(key=lambda line: line["step"])
@@ -138,14 +141,14 @@ class Metrics:
         self._note(lines)
 
     def _look_at_the_end(self) -> None:
-        """What a run does now is not to wait until all of its past is read."""
+        """Read the last lines of a long file: the page shows the present before all of the past has been read."""
         if self._tail.is_at_end:
             self._spread = self._curves.table([])
         elif self._tail.size != self._end_seen:
             self._end_seen = self._tail.size
             lines = parsed_all(last_lines(self._path, RECENT))
             self._note(lines)
-            # Not beside steps of the beginning, which were noted before: the pace is that of now.
+            # `recent` may hold lines of the beginning. It is replaced, so that the pace is the present one.
             train = [slim(line) for line in lines if line["kind"] == "train"]
             self.recent = deque(train, maxlen=RECENT)
 

@@ -1,4 +1,4 @@
-"""Values of a file of anybody's as an answer can carry them."""
+"""Makes values from a run's files, which may come from anybody, fit for an answer in JSON."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ MAX_DEPTH = 8  # a rank map has three
 
 
 def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The same value in what JSON has: numbers that are not finite as None, and what is nested too deeply as '…'."""
+    """The value as JSON can hold it: numbers that are not finite become None, and what is nested too deeply '…'."""
     if isinstance(value, dict | list) and not depth:
         return "…"
     if isinstance(value, dict):

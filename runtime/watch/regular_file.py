@@ -1,4 +1,4 @@
-"""Opens files of a run directory, which may come from anybody: a pipe must not block, a link not lead out."""
+"""Opens files of a run directory, which may come from anybody: a pipe must not block, a link must not lead out."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def opened(path: Path) -> Iterator[int | None]:
-    """A descriptor to read a regular file with; None where there is none to be read."""
+    """A descriptor of a regular file, for reading; None if the path is no regular file or cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -22,7 +22,7 @@ def opened(path: Path) -> Iterator[int | None]:
 
 
 def read_at_most(path: Path, max_bytes: int) -> bytes | None:
-    """The beginning of a file, all of it where it is no longer than that; None where it cannot be read."""
+    """The first `max_bytes` of a file, or all of a shorter one; None if it cannot be read."""
     with opened(path) as fd:
         return None if fd is None else os.pread(fd, max_bytes, 0)
 

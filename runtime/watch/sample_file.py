@@ -1,17 +1,16 @@
-"""samples.jsonl of one run: where each line lies is kept, and its content read when somebody asks."""
+"""samples.jsonl of one run: the offset of each line is kept in memory, and its content is read for each request."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from runtime.watch.regular_file import read_between
 from runtime.watch.tail import LineFile
-from workers.record.record_lines import Line
+from workers.record.record_lines import Line, parse_line
 from workers.record.sample_log import is_sample
 
-MAX_STEPS = 5_000  # that are kept: of a longer run, those of its end
-MAX_SAMPLES = 16  # of a step; a run makes no more
+MAX_STEPS = 5_000  # with samples, of which the last ones are kept
+MAX_SAMPLES = 16  # of a step; a run writes no more
 MAX_TOKENS = 2_048  # of a sample
 MAX_LAYERS = 1_024
 MAX_CHARACTERS = 200  # of a token or a name
@@ -28,10 +27,12 @@ class SampleFile(LineFile):
         self.num = 0
 
     def at(self, step: int | None, layer: int) -> dict[str, Any] | None:
-        """The samples of a step, with the experts of one layer; those of the last step where this one has none.
+        """The samples of a step, with the experts of one layer. A step without samples gives those of the last step.
 
-        Returns all steps that are kept, the step of the samples, the names of the layers, and of each sample `tokens`,
-        `num_prompt_tokens` and `experts`, a list or None for each token. None: there are no samples.
+        Returns:
+            `steps`, all that are kept; `step`, that of the samples; `layers`, their names; `samples`, each with
+            `tokens`, `num_prompt_tokens`, and `experts`, which has a list of expert ids or None for each token. None if
+            there are no samples.
         """
         places = {at: list(each) for at, each in list(self._places.items())}
         if not places:
@@ -59,11 +60,8 @@ class SampleFile(LineFile):
 
 
 def _parsed(text: bytes) -> Line | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and is_sample(line) else None
+    line = parse_line(text)
+    return line if line is not None and is_sample(line) else None
 
 
 def _experts(line: Line) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def _sample(line: Line, layer: str | None) -> dict[str, Any]:
 
 
 def _ids(row: Any) -> list[int] | None:
-    """Experts of a token, as a run writes them; None for anything else."""
+    """The expert ids of a token; None for any other value, which no run of ours writes."""
     if not isinstance(row, list) or len(row) > MAX_EXPERTS:
         return None
     return row if all(type(each) is int and 0 <= each < 2**20 for each in row) else None

@@ -20,7 +20,7 @@ from runtime.watch.watched_run import WatchedRun
 
 TOKEN_BYTES = 24
 MAX_CONNECTIONS = 64
-CLOSE_S = 2  # for answers that are under way when a signal comes
+CLOSE_S = 2  # longest wait at the end for answers that are being sent
 
 
 def serve(
@@ -32,12 +32,15 @@ def serve(
     tell_url: Callable[[str], None],
     lasts_as: BinaryIO | None = None,
 ) -> None:
-    """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP, which then raise as they would elsewhere.
+    """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP. The signal is raised again at the end.
 
-    port: 0 takes a free one. token: None makes a new one. lasts_as: a stream at whose end serving ends too.
-
+    Args:
+        port: 0 takes a free one.
+        token: None makes a new one.
+        tell_url: called with the URL, which holds the token, once the server listens.
+        lasts_as: a stream; serving ends when the stream does.
     Raises:
-        InvalidValue: the address is none of this machine, or the port is taken.
+        InvalidValue: the address is not one of this machine, or the port is taken.
     """
     listening = _listen(address, port)
     port, token = listening.getsockname()[1], token or secrets.token_urlsafe(TOKEN_BYTES)
@@ -50,7 +53,7 @@ def serve(
     )
     config = uvicorn.Config(
         guard,
-        log_config=None,  # a request's line would show the token
+        log_config=None,  # the log of a request would show the token
         access_log=False,
         lifespan="off",
         server_header=False,
@@ -73,7 +76,7 @@ def _end_with(stream: BinaryIO, server: uvicorn.Server) -> None:
 
 @contextmanager
 def _hangup_ends(server: uvicorn.Server) -> Iterator[None]:
-    """Let SIGHUP end the server as the signals do that it handles itself, and raise it afterwards as it does."""
+    """Let SIGHUP end the server, and raise it again afterwards. uvicorn does so for SIGINT and SIGTERM only."""
     before, received = signal.getsignal(signal.SIGHUP), list[int]()
 
     def end(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""config.yaml of a run, as names with dots, whatever stands in it."""
+"""config.yaml of a run, as settings by dotted name. The file may hold anything: it may come from anybody."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ from runtime.watch.regular_file import read_at_most
 
 
 class SettingsFile:
-    """The settings that a run records; they change where it resumes with others."""
+    """The recorded settings of a run. They change if the run resumes with others."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._text: bytes | None = None
         self.flat: dict[str, Any] = {}
-        self.trouble = ""  # why there are none, where the file is damaged
+        self.trouble = ""  # the error of a damaged file, whose settings are left out
 
     def poll(self) -> bool:
-        """Read the file where it is another one. Returns whether it was."""
+        """Read the file. Returns whether its content has changed."""
         text = read_at_most(self._path, 4 * MAX_CHARACTERS)
         if text is None or text == self._text:
             return False
@@ -32,7 +32,7 @@ class SettingsFile:
         return True
 
     def number(self, name: str) -> int | None:
-        """A whole number above 0; None where the setting is none."""
+        """A setting that is a whole number above 0; None for any other value."""
         value = self.flat.get(name)
         return value if type(value) is int and 0 < value < 2**53 else None
 

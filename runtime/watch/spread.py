@@ -1,4 +1,4 @@
-"""Lines at evenly spaced places of a long file: enough for a first picture, long before all of it is read."""
+"""Lines at evenly spaced places of a long file: enough for a first picture, long before all of it has been read."""
 
 import os
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from runtime.watch.regular_file import opened
 
-_WINDOW_BYTES = 2**14  # holds a whole line of 61 layers at most places
+_WINDOW_BYTES = 2**14  # read at each place; it mostly holds a whole line of a model with 61 layers
 _MAX_WINDOW_BYTES = 2**18
-_NUM_LAST = 8  # an evaluation may be the last line, and a training step is wanted too
+_NUM_LAST = 8  # of the end: its last lines may be evaluations, and a training line is needed too
 
 
 def spread_lines(path: Path, num: int) -> list[bytes]:
@@ -40,7 +40,7 @@ def _lines(fd: int, size: int, num: int) -> Iterator[bytes]:
 
 def _line_after(fd: int, offset: int) -> tuple[int, bytes | None]:
     """Offset and text of the first line that begins at `offset` or behind it."""
-    base = max(offset - 1, 0)  # a newline just before `offset` ends the line before
+    base = max(offset - 1, 0)  # A line that begins at `offset` has a newline just before it.
     window = _WINDOW_BYTES
     while window <= _MAX_WINDOW_BYTES:
         raw = os.pread(fd, window, base)
@@ -55,7 +55,8 @@ def _lines_before(fd: int, end: int, num: int) -> list[bytes]:
     window = _WINDOW_BYTES
     while True:
         start = max(end - window, 0)
-        # The last part is a line that is being written, or nothing; the first is whole at the file's beginning only.
+        # The last part is empty, or a line that is being written. The first is a whole line only if the window begins
+        # where the file does.
         lines = os.pread(fd, end - start, start).split(b"\n")[(start > 0) : -1]
         if len(lines) >= num or start == 0 or window >= _MAX_WINDOW_BYTES:
             return lines[-num:]

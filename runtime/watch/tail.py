@@ -6,17 +6,19 @@ from pathlib import Path
 
 from runtime.watch.regular_file import opened
 
-CHUNK_BYTES = 2**20  # at once: some hundred lines, so that requests are answered in between
-MAX_LINE_BYTES = 2**23  # a longer line is passed over; an event with its stacks has a hundredth of that
-_REMEMBERED_BYTES = 256  # of what was read last: a run that resumes cuts its lines, and may be as long when we look
+CHUNK_BYTES = 2**20  # read at once: some hundred lines, so that requests are answered between two chunks
+MAX_LINE_BYTES = 2**23  # A longer line is skipped. An event with stacks has a hundredth of that.
+# Of what was read last, and compared at the next read. A run that resumes cuts its files, which may have grown to the
+# same size again before they are read.
+_REMEMBERED_BYTES = 256
 
 
 class Rewritten(Exception):
-    """What was read is not what the file holds now: a run has resumed. Read it anew."""
+    """The file no longer holds what was read, because the run has resumed. It must be read from its beginning."""
 
 
 class Tail:
-    """Where the reading of a file has arrived. A file that is not there yet has no lines."""
+    """A reader of the lines that are appended to a file. A file that does not exist yet has no lines."""
 
     def __init__(self, path: Path) -> None:
         self.offset = 0  # of the first byte that no returned line has
@@ -24,10 +26,10 @@ class Tail:
         self._path, self._inode, self._last = path, 0, b""
 
     def read(self) -> list[tuple[int, bytes]]:
-        """The next complete lines without their newline, each with its offset; none where there is nothing new.
+        """The next complete lines without their newline, each with its offset; [] if there are none.
 
         Raises:
-            Rewritten: see there. The tail can not be used further.
+            Rewritten: the file is not the one that was read; a new object must read it.
         """
         with opened(self._path) as fd:
             if fd is None:
@@ -44,7 +46,7 @@ class Tail:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the last reading found no whole chunk more."""
+        """Whether less than a chunk was left after the last read."""
         return self.size - self.offset < CHUNK_BYTES
 
     def _check(self, fd: int) -> None:
@@ -58,7 +60,7 @@ class Tail:
     def _lines(self, raw: bytes) -> list[tuple[int, bytes]]:
         end = raw.rfind(b"\n") + 1
         if not end and len(raw) >= MAX_LINE_BYTES:
-            end = len(raw)  # the rest of the line will be no JSON object either
+            end = len(raw)  # Skip the line. Its rest will be read as a line, and dropped since it is no JSON object.
         found, offset = [], self.offset
         for text in raw[:end].split(b"\n")[:-1]:
             found.append((offset, text))
@@ -70,7 +72,7 @@ class Tail:
 
 
 class LineFile(ABC):
-    """A file whose lines are taken as they come. `poll` reads on; the rest may be asked on any thread."""
+    """A file whose lines a subclass takes as they come. One thread calls `poll`; others may call the other methods."""
 
     def __init__(self, path: Path) -> None:
         self._tail = Tail(path)
@@ -88,9 +90,9 @@ class LineFile(ABC):
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the last reading found no whole chunk more."""
+        """Whether less than a chunk was left after the last read."""
         return self._tail.is_at_end
 
     @abstractmethod
     def _take(self, offset: int, text: bytes) -> None:
-        """Take a line, which may be anybody's, from its offset in the file on."""
+        """Take the line that begins at `offset`. It may hold anything: the file may come from anybody."""

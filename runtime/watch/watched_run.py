@@ -1,4 +1,4 @@
-"""A run as the page sees it: kept up to date by `poll`, on one thread, and asked by requests on others."""
+"""A run as the page sees it. One thread keeps it up to date by `poll`; requests read it on other threads."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.runs.run_dir import CONFIG_FILE, DATA_FILE
+from runtime.runs.run_dir import CONFIG_FILE, DATA_FILE, NOW_FILE
 from runtime.runs.run_lock import LEASE_S, PREFIX
 from runtime.watch.curves import PHASES, REST, is_number, pace_s, rest_s, slim
 from runtime.watch.event_log import EventLog
@@ -20,7 +20,6 @@ from workers.record.record_lines import Line
 from workers.record.run_log import EVENTS, METRICS
 from workers.record.sample_log import SAMPLES
 
-NOW = "now.json"
 UNDER_WAY = ("running", "recovering")
 GONE = "gone"  # the run says that it is under way, and no process holds its directory any more
 
@@ -31,19 +30,20 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.metrics, self.events = Metrics(path / METRICS), EventLog(path / EVENTS)
         self.settings, self.load = SettingsFile(path / CONFIG_FILE), LoadFile(path)
-        self.now, self.data = JsonFile(path / NOW), JsonFile(path / DATA_FILE)
+        self.now, self.data = JsonFile(path / NOW_FILE), JsonFile(path / DATA_FILE)
         self.samples = SampleFile(path / SAMPLES)
 
     def poll(self) -> bool:
         files = (self.metrics, self.events, self.settings, self.now, self.data, self.samples)
-        return sum(file.poll() for file in files) > 0  # not any(), which would leave out those after the first
+        return sum(file.poll() for file in files) > 0  # not any(), which would stop at the first file with news
 
 
 class WatchedRun:
-    """One run. Its directory need not be there yet.
+    """One run, whose directory need not exist yet.
 
-    stamp: grows with everything new; who has seen a stamp needs to ask only for another one. epoch: grows where the
-    past of the run has changed, as when it resumes from an earlier step.
+    Attributes:
+        stamp: grows whenever there is something new. A page that has seen this stamp is up to date.
+        epoch: grows when steps in the past have changed, as when the run resumes from an earlier step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class WatchedRun:
 
     @property
     def now(self) -> Any:
-        """What each rank is in, as now.json says; None where the run is not under way."""
+        """The content of now.json, the activity of each rank; None if the run is not under way."""
         return self._files.now.latest if self.state() in UNDER_WAY else None
 
     @property
@@ -86,7 +86,7 @@ class WatchedRun:
         try:
             is_new = self._files.poll()
         except Rewritten:
-            # Requests see the old files until the new ones have been read, or begun to be.
+            # New objects read the files. Requests see the old objects until these have read something.
             files = _Files(self.path)
             with contextlib.suppress(Rewritten):
                 files.poll()
@@ -97,7 +97,7 @@ class WatchedRun:
         return is_new
 
     def glance(self) -> dict[str, Any]:
-        """The summary of all events and of the end of the metrics, however long they are, for who looks once."""
+        """The summary of all events and of the end of the metrics, for a command that reads the run only once."""
         self.poll()
         while not self.events.is_at_end:
             self.poll()
@@ -112,19 +112,18 @@ class WatchedRun:
         return GONE if state in UNDER_WAY and not is_alive else state
 
     def summary(self) -> dict[str, Any]:
-        """What the page shows at a glance; small, since it is sent at every change."""
+        """The numbers of the head of the page. They are sent at every change, so curves are not among them."""
         recent = list(self.metrics.recent)
         state, total = self.state(), self._files.settings.number("run.steps")
         pace = pace_s(recent)
         left = max(total - self.metrics.last_step, 0) if total else None
-        is_known = state in UNDER_WAY and pace is not None and left is not None
         return {
             "name": self.name,
             "state": state,
             "epoch": self.epoch,
             "step": self.metrics.last_step,
             "total_steps": total,
-            "left_s": pace * left if is_known and pace is not None and left is not None else None,
+            "left_s": pace * left if state in UNDER_WAY and pace is not None and left is not None else None,
             "pace_s": pace,
             "last_time": max(float(self.metrics.latest.get("time", 0.0)), self.events.last_time) or None,
             "latest": slim(self.metrics.latest),
@@ -156,18 +155,19 @@ class WatchedRun:
 
 
 def _last_sign(run_dir: Path) -> float | None:
-    """When the owner of the directory last renewed its lock; None where there is no lock. Only looks: see run_lock."""
+    """Unix time at which the owner of the directory last renewed its lock; None if there is no lock.
+
+    Only looks at modification times: unlike `run_lock.owner_of` it opens no lock file.
+    """
     times = []
     for path in run_dir.glob(f"{PREFIX}*"):
-        try:
+        with contextlib.suppress(OSError):  # released meanwhile
             times.append(path.stat().st_mtime)
-        except OSError:  # released meanwhile
-            continue
     return max(times, default=None)
 
 
 def _means(recent: Sequence[Line]) -> dict[str, float]:
-    """Means over the recent steps, of where the time of a step goes and of what jumps from step to step."""
+    """Means over the recent steps: of the parts of a step's time, and of numbers that vary much from step to step."""
     names = (*PHASES, "step_s", "tokens_per_s", "mfu", "max_vio_batch", "max_vio_floor", "loss")
     values = {name: [line[name] for line in recent if is_number(line.get(name))] for name in names}
     values[REST] = [rest for line in recent if is_number(rest := rest_s(line))]

@@ -25,12 +25,17 @@ def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
     """Offset and content of each line that ends in a newline, which a torn last line does not; None for no object."""
     offset = 0
     for text in raw.split(b"\n")[:-1]:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        yield offset, line if isinstance(line, dict) else None
+        yield offset, parse_line(text)
         offset += len(text) + 1
+
+
+def parse_line(text: bytes) -> Line | None:
+    """The JSON object that a line holds; None if it holds anything else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def is_sound(line: Line) -> bool:
