@@ -277,6 +277,7 @@ class Gang:
 
     def _kill_silent(self, failed: GangFailed) -> None:
         for failure in failed.failures:
+            # In `start` no process of a silent rank is known. Others may be stopped: see `kill_process`.
             if failure.kind == "silent" and failed.method != "start":
                 kill_process(self.rank_map[failure.rank])
 

@@ -139,20 +139,22 @@ class Supervisor:
         )
 
     def _form(self, decision: Decision) -> None:
-        self._end_capacity_request()  # Its bundles are those that the new gang takes.
+        self._end_capacity_request()  # The gang may need the bundles that it holds.
         before, failure = self._world_size, self._failures[-1] if self._failures else None
         if isinstance(decision, Resize):
             self._world_size = decision.world_size
+        # After a planned resize, or where no place was found, there are no processes to keep.
         if decision is self._pending_resize or not isinstance(failure, GangFailed) or not self._gang.is_placed:
             self._gang.form((self._world_size,))
         elif isinstance(decision, Retry):
+            # A run that may shrink does not wait as long for a replacement's place: it goes on with fewer workers.
             can_shrink = before > self._sizes[-1]
             self._gang.form_again(
                 failure, self._config.replace_timeout_s if can_shrink else self._config.start_timeout_s
             )
         elif self._world_size < before:
             self._gang.shrink(failure, self._world_size)
-        else:
+        else:  # As many workers, but on other nodes than the one that is taken back.
             self._gang.form((self._world_size,))
 
     def _plan_recovery(self, failure: GangFailed | ClusterTooSmall) -> Decision:
