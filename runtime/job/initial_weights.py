@@ -15,7 +15,7 @@ from workers.checkpoints.checkpoint_files import (
 )
 
 
-def begin_with(source: Path, run_dir: Path) -> Path:
+def make_initial_checkpoint(source: Path, run_dir: Path) -> Path:
     """Make `source`, a verified checkpoint of another run, the checkpoint of step 0 of a new run. Returns its path.
 
     The files are hard links where the file system allows it: the other run may go on, or be removed. Optimizer, law and

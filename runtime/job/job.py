@@ -16,13 +16,13 @@ from cluster.gang.preflight import check_resources
 from cluster.ray.access import check_access, find_access
 from dispatch.errors import InvalidValue
 from runtime.job.companion import loggers_beside, page_beside
-from runtime.job.initial_weights import begin_with
+from runtime.job.initial_weights import make_initial_checkpoint
 from runtime.job.launch import LaunchedGang, balance_of, make_spec, open_gang
 from runtime.job.live import LiveView
 from runtime.job.rank_map import exchange_of, rank_map, rank_table
 from runtime.job.training_job import TrainingJob
 from runtime.loggers.logger import check_installed
-from runtime.runs.run_data import keep_data, knows_its_text
+from runtime.runs.run_data import has_text_digest, keep_data
 from runtime.runs.run_dir import CONFIG_FILE, HF_FOLDER, new_run_dir
 from runtime.runs.run_inputs import find_checkpoint, open_data
 from runtime.runs.run_lock import RunLock, hold, hold_new
@@ -156,9 +156,9 @@ def _train(
             launched = stack.enter_context(open_gang(config.cluster, spec, sizes=feasible_sizes(config)))
         lock.check()  # The start takes long enough for another process to take the directory over.
         if is_new and start is not None:  # Only now that all ranks have started: a failed start should leave no files.
-            resume_from = begin_with(start, run_dir)
+            resume_from = make_initial_checkpoint(start, run_dir)
             append_event(run_dir, "initialised", source=str(start), lr=config.optim.lr)
-        if knows_its_text(run_dir) or resume_from is None or step_of(resume_from) == 0:
+        if has_text_digest(run_dir) or resume_from is None or step_of(resume_from) == 0:
             config = replace(config, data=keep_data(run_dir, config.data, dataset))
         write_atomically(run_dir / CONFIG_FILE, config_to_yaml(as_recorded(config)))
         return _watch(config, run_dir, lock, stop, launched, resume_from, console)

@@ -21,7 +21,7 @@ from workers.record.atomic_file import write_atomically
 TOKENIZER_FOLDER = "tokenizer"
 
 
-def at_home(data: DataConfig, run_dir: Path) -> DataConfig:
+def with_run_copies(data: DataConfig, run_dir: Path) -> DataConfig:
     """The settings, with the paths of the run's own copies of tokenizer and chat template where it has copies."""
     return replace(
         data,
@@ -49,10 +49,10 @@ def keep_data(run_dir: Path, data: DataConfig, dataset: Dataset) -> DataConfig:
     ]
     description = {"digest": dataset.digest, "tokenizer": meta.tokenizer, "vocab_size": meta.vocab_size}
     write_atomically(run_dir / DATA_FILE, json.dumps({**description, "sources": sources}, indent=1) + "\n")
-    return at_home(data, run_dir)
+    return with_run_copies(data, run_dir)
 
 
-def knows_its_text(run_dir: Path) -> bool:
+def has_text_digest(run_dir: Path) -> bool:
     """Whether the run describes its text by content; runs of earlier versions do not."""
     return (run_dir / DATA_FILE).exists()
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cluster.config import ClusterConfig
 from dispatch.errors import InvalidValue
-from runtime.runs.run_data import at_home, knows_its_text
+from runtime.runs.run_data import has_text_digest, with_run_copies
 from runtime.runs.run_dir import CONFIG_FILE, RUNS_DIR, default_runs_dir, find_run
 from runtime.settings import train_help
 from runtime.settings.config import (
@@ -89,7 +89,7 @@ def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig],
         if config_name is not None or resume_name is not None:
             other = "--config" if resume_name is None else "--resume"
             raise InvalidValue(f"--init takes the settings of its run, so {other} cannot be given too; leave one out")
-        return _begin_with(arguments, init_name, step)
+        return _parse_init(arguments, init_name, step)
     if resume_name is None:
         if step is not None:
             raise InvalidValue(f"--step ({step}) chooses a checkpoint of --resume RUN or --init RUN, which is missing")
@@ -107,12 +107,12 @@ def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig],
     run_dir = find_run(resume_name, _runs_dir_of(arguments))
     saved = read_run_config(run_dir)
     config = _parse_options(arguments, saved)
-    check_resume(saved, config, text_may_move=knows_its_text(run_dir))
+    check_resume(saved, config, text_may_move=has_text_digest(run_dir))
     cross_check(config)
     return TrainRequest(config, run_dir, step)
 
 
-def _begin_with(arguments: Sequence[str], name: str, step: int | None) -> TrainRequest:
+def _parse_init(arguments: Sequence[str], name: str, step: int | None) -> TrainRequest:
     """A new run with the weights and the model of another run; options override the other settings of that run."""
     other = find_run(name, _runs_dir_of(arguments))
     saved = read_run_config(other)
@@ -183,7 +183,7 @@ def config_from_yaml_file(path: Path, base: TrainConfig | None = None, *, is_tru
 def read_run_config(run_dir: Path) -> TrainConfig:
     """Read the settings of a run, with the paths of its own copies of tokenizer and template, in its present folder."""
     config = config_from_yaml_file(run_dir / CONFIG_FILE)
-    return replace(config, data=at_home(config.data, run_dir))
+    return replace(config, data=with_run_copies(config.data, run_dir))
 
 
 def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: bool = False) -> TrainConfig:

@@ -50,18 +50,18 @@ class Guard:
 
     def _refusal(self, request: Request) -> Response | None:
         """The answer to a request that goes no further; None lets it through."""
-        if not self._is_meant(request):
+        if not self._is_for_this_page(request):
             return PlainTextResponse("This request comes by another name or from another site.\n", 403)
         if request.method not in ("GET", "HEAD"):
             return PlainTextResponse("This page can only be read.\n", 405, {"allow": "GET, HEAD"})
         given = request.query_params.get("token")
         if given is not None and request.url.path == "/" and self._is_token(given):
-            return self._welcome()
+            return self._redirect_with_cookie()
         if self._is_token(request.cookies.get(self._cookie, "")) or self._is_token(_bearer(request)):
             return None
         return PlainTextResponse("Open the whole URL that `trimtab watch` has printed: it holds the token.\n", 401)
 
-    def _is_meant(self, request: Request) -> bool:
+    def _is_for_this_page(self, request: Request) -> bool:
         """Whether the request is for this server and from its page.
 
         In DNS rebinding, another site lets its own name resolve to this address: then the Host header has that name.
@@ -81,7 +81,7 @@ class Guard:
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
 
-    def _welcome(self) -> Response:
+    def _redirect_with_cookie(self) -> Response:
         answer = RedirectResponse("/", 303)
         answer.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
         return answer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dispatch.laws import BalanceConfig
-from runtime.job.initial_weights import begin_with
+from runtime.job.initial_weights import make_initial_checkpoint
 from tests.ranks import run_ranks
 from tests.workers.training_gang import assert_same_state, join_worker, make_spec, whole_state
 from workers.checkpoints.checkpoint_files import latest
@@ -108,7 +108,7 @@ def test_a_run_that_begins_with_the_weights_of_another_records_step_0_once(tmp_p
     calm = _beside(spec, "calm")
     struck = _beside(spec, "struck", Fault(rank=0, step=int(phase != "samples"), phase=phase, action="raise"))
     for each in (calm, struck):
-        begin_with(latest(spec.run_dir / "checkpoints"), each.run_dir)
+        make_initial_checkpoint(latest(spec.run_dir / "checkpoints"), each.run_dir)
     assert run_ranks(1, _train, [calm, struck], 1)[0][1] is None
     run_ranks(1, _train, [struck], 2)
     for file in ("metrics.jsonl", "samples.jsonl"):
