@@ -349,7 +349,7 @@ class Gang:
 
     def _join(self, limit_s: float) -> None:
         begun = time.monotonic()
-        self._epoch += 1  # A message of the gang before is told from one of this gang by its epoch.
+        self._epoch += 1  # Messages of the gang before carry its lower epoch, and are refused.
         timeout_s = self._config.collective_timeout_s
         nodes = node_of_ranks([place.ip for place in self.rank_map])
         actors = [member.actor for member in self._members]

@@ -38,7 +38,7 @@ class NodeState:
     dashboard: str | None
     """URL of dashboard and job API; None on a node that joined, and where ray[default] is not installed."""
     token_file: str | None
-    """None: the cluster takes anybody."""
+    """None: the cluster demands no token."""
     leader: Process
 
     @property

@@ -115,7 +115,7 @@ class NodeOptions:
 
 
 def start(options: NodeOptions, on_wait: Callable[[str], None] = lambda _: None) -> NodeState:
-    """Start a node and return once it takes work. `on_wait` is told what is being waited for.
+    """Start a node, and return once it takes work. `on_wait` is called with the part that is still missing.
 
     Raises:
         AlreadyRunning: a node of this machine has that address, or is the head of another cluster.

@@ -151,7 +151,7 @@ def _config_rows(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _event_rows(events: list[Line]) -> list[list[str]]:
-    """The first and the last ones, where there are more than MAX_EVENTS."""
+    """Rows of the table of events: all, or of more than MAX_EVENTS the first and the last ones."""
     told = [n for n, event in enumerate(events) if any(event.get(name) for name in STACKS)][-MAX_STACKS:]
     rows = [_event(event, events[0], has_stacks=n in told) for n, event in enumerate(events)]
     if (num_left_out := len(rows) - MAX_EVENTS) <= 0:

@@ -50,7 +50,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a run directory, also while the run goes on. Raises ValueError where there is none."""
+        """Read a run directory, also while the run goes on. Raises ValueError if there is none."""
         path = Path(path)
         train, evals = read_metrics(path)
         for line in train + evals:

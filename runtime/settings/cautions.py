@@ -20,31 +20,31 @@ RISEN = 1.1  # The loss has risen if the mean of a window is above this multiple
 def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
     """Sentences about doubtful settings. is_imported: whether the run was made by `trimtab import`."""
     again = "import it again" if is_imported else "start a new run"
-    said = []
+    warnings = []
     if is_imported and not config.data.path:
-        said.append(
+        warnings.append(
             f"the imported model is trained on the built-in demo text, with optim.lr {config.optim.lr:g}; {again} with "
             "--data.path to train it on yours"
         )
     is_steered = config.balance.law != "none" or config.aux.loss != "none" or config.freezes_router
     if config.model.lora.rank and not is_imported:
-        said.append(
+        warnings.append(
             f"model.lora.rank {config.model.lora.rank} trains adapters of a model whose own weights stay as they were "
             "drawn; import a model with --model.lora.rank, or leave it out"
         )
     has_moe = config.model.num_dense_layers < config.model.num_layers
     if has_moe and not is_steered:
         limit = ", whose bias the files of some families cannot hold" if is_imported else ""
-        said.append(
+        warnings.append(
             f"nothing balances the load of the experts (balance.law none, aux.loss none); to balance it, {again} with "
             f"--aux.loss global_batch, or with --balance.law adaptive{limit}"
         )
     if config.parallel.expert_copies and config.parallel.resolve(config.cluster.num_workers) == 1:
-        said.append(
+        warnings.append(
             f"parallel.expert_copies ({config.parallel.expert_copies}) places no copies: each rank has all experts, as "
             "parallel.ep_size is 1; share them with another --parallel.ep_size, or leave the copies out"
         )
-    return said
+    return warnings
 
 
 class TrainingWarnings:
