@@ -1,4 +1,4 @@
-// Takes the place of the page's api.js in a report: the answers are those that the file itself holds.
+// Takes the place of the live page's api.js in a report: it answers from the numbers that the file holds.
 
 export const held = JSON.parse(document.getElementById("held").textContent);
 
@@ -29,18 +29,19 @@ function expert({ layer, expert: number, ...window }) {
   return { steps: map.steps.slice(from, to), load: row(map.share), bias: row(map.bias) };
 }
 
-/** The columns of a map in a window of steps; the last one that begins before it reaches into it. */
+/** Start and end of the columns in a window of steps. A column that begins before the window may reach into it. */
 function inside(steps, { first = 0, last = Infinity }) {
   const behind = steps.findIndex((step) => step > last);
   return [Math.max(steps.findLastIndex((step) => step <= first), 0), behind < 0 ? steps.length : behind];
 }
 
-/** One number of every column, of numbers with 16 bits. */
+/** Of float16 numbers, stored column by column with `rows` each, the one at `number` in every column. */
 function halves(text, rows, number) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)), view = new DataView(bytes.buffer);
   return Array.from({ length: bytes.length / 2 / rows }, (_, column) => half(view.getUint16((column * rows + number) * 2, true)));
 }
 
+/** A float16 as a number. DataView.getFloat16 is too new for many browsers. */
 function half(bits) {
   const power = (bits >> 10) & 31, fraction = (bits & 1023) / 1024;
   return (bits >> 15 ? -1 : 1) * (power ? 2 ** (power - 15) * (1 + fraction) : 2 ** -14 * fraction);

@@ -1,4 +1,4 @@
-// The charts of a report: parts of the live page, drawn from numbers that the file itself holds.
+// The charts of a report: parts of the live page, drawn from the numbers that the file holds.
 
 import { held } from "./api.js";
 import * as balance from "./balance.js";
@@ -22,7 +22,7 @@ function redraw() {
   parts.forEach((part) => part.draw());
 }
 
-/** A chart whose curves have steps of their own. */
+/** A chart that the live page does not have. Its numbers come with their own steps, which no server can reduce. */
 function ownChart({ title, note, lines, steps, curves }) {
   const chart = new Chart({ ...zoom(context), title, note, lines });
   return {

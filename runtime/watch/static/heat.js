@@ -1,4 +1,4 @@
-// A heat map of loads: a byte a cell, blue below the mean, red above it, and a colour of its own for no load at all.
+// A heat map of loads, one byte for each cell: blue below the mean, red above it, and magenta for no load at all.
 
 import { el, setText } from "./dom.js";
 
@@ -9,7 +9,7 @@ const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 /** Bytes of an answer. */
 export const decoded = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 
-/** The load that a byte stands for, against the mean. */
+/** The load that a byte stands for, as a multiple of the mean. */
 export const loadOf = (code) => (code === 0 ? 0 : LOAD_RANGE ** ((code - 128) / 127));
 
 function mixed(code) {
@@ -21,7 +21,7 @@ function mixed(code) {
   return middle.map((from, n) => Math.round(from + (end[n] - from) * weight));
 }
 
-/** Colours of all bytes, for the scheme in force. */
+/** Colours of all bytes, for the present colour scheme (light or dark). */
 export function palette() {
   return Array.from({ length: 256 }, (_, code) => mixed(code));
 }

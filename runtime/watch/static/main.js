@@ -1,4 +1,4 @@
-// The frame of the page: which run, which view, what is new, and when to draw.
+// The frame of the page: it chooses run and view, takes the news from the server, and decides when to draw.
 
 import { ask, listen } from "./api.js";
 import { el, setText } from "./dom.js";
@@ -11,7 +11,7 @@ import * as text from "./text.js";
 import * as compare from "./compare.js";
 
 const VIEWS = { overview, balance, cluster, text, compare };
-const REDRAW_MS = 1000; // at most so often, however fast the steps come
+const REDRAW_MS = 1000; // least time between two drawings, however fast the steps come
 const WORDS = { gone: "gone: ended without a word", "not begun": "not begun" };
 
 const page = Object.fromEntries(["name", "chooser", "run", "state", "progress", "bar", "when", "tabs", "window", "view", "trouble"]
@@ -26,7 +26,7 @@ function current() {
   return context.runs[context.run];
 }
 
-/** Draw soon; what comes meanwhile is drawn together. */
+/** Draw soon. Calls before that are drawn together; a hidden page is drawn a tenth as often. */
 function redraw() {
   isStale = true;
   if (!isDrawing) setTimeout(draw, Math.max(0, lastDrawn + REDRAW_MS - Date.now()) * (document.hidden ? 10 : 1));
@@ -47,7 +47,7 @@ async function draw() {
   if (isStale) redraw();
 }
 
-/** What changes seldom is asked for again when an event or the first step has come. */
+/** Ask for the facts of a run, which change seldom: again only after an event, a first step or a first sample. */
 async function learn(run, number) {
   const sign = `${run.epoch} ${run.num_events} ${run.num_samples > 0} ${run.step > 0} ${run.total_steps}`;
   if (context.facts[number]?.sign !== sign) context.facts[number] = { ...(await ask(`runs/${number}`)), sign };

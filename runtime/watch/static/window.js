@@ -1,10 +1,10 @@
-// The window of steps that all charts show: whole and growing, or a part that stays.
+// The window of steps that all charts show: the whole run or its last steps, which follow the run, or a fixed part.
 
 import { el, setText } from "./dom.js";
 import { count } from "./format.js";
 
 export class StepWindow {
-  /** lastStep(): the last step there is. changed(): the charts are to be drawn anew. */
+  /** lastStep(): returns the run's last step. changed(): called when the charts must be drawn again. */
   constructor(root, { lastStep, changed }) {
     Object.assign(this, { lastStep, changed, part: null, newest: 0 });
     this.range = el("span", { class: "range" });
@@ -17,7 +17,7 @@ export class StepWindow {
     this.tell();
   }
 
-  /** For a request; {} asks for everything. */
+  /** Parameters of a request; {} asks for all steps. */
   get parameters() {
     if (this.newest) return { first: Math.max(this.lastStep() - this.newest + 1, 0), last: this.lastStep() };
     return this.part ? { first: this.part[0], last: this.part[1] } : {};
