@@ -83,6 +83,9 @@ def _transport(ranks: Sequence[dict[str, Any]]) -> list[str]:
     values = {name: [row["transport"].get(name) for row in ranks] for name in names}
     same = [f"{name}={of_ranks[0]}" for name, of_ranks in values.items() if len(set(of_ranks)) == 1]
     differ = [name for name in names if len(set(values[name])) > 1]
-    return [f"transport: {' '.join(same)}"] * bool(same) + [f"differs between ranks: {', '.join(differ)}"] * bool(
-        differ
-    )
+    lines = []
+    if same:
+        lines.append(f"transport: {' '.join(same)}")
+    if differ:
+        lines.append(f"differs between ranks: {', '.join(differ)}")
+    return lines
