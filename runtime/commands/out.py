@@ -1,6 +1,5 @@
-"""Where a command writes: a folder that is made if it is not there, and names that nothing has yet."""
+"""The folder that a command writes to. Imports neither torch nor Ray, since it is checked before anything starts."""
 
-from datetime import datetime
 from pathlib import Path
 
 from dispatch.errors import InvalidValue
@@ -15,12 +14,4 @@ def out_dir(name: str | Path) -> Path:
         raise InvalidValue(
             f"--out {name} cannot be made: {error.strerror}; give a folder that can be written"
         ) from error
-    return path
-
-
-def new_name(folder: Path, now: datetime) -> Path:
-    """A name that nothing has yet: the time, with a number where two measurements end in one second."""
-    stem, number = now.strftime("%Y%m%d-%H%M%S"), 1
-    while (path := folder / f"{stem}{f'-{number}' if number > 1 else ''}.json").exists():
-        number += 1
     return path

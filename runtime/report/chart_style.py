@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 # The palette of Okabe and Ito, safe for colour-blind readers.
@@ -28,6 +28,8 @@ THEME = {
     "grey": "#b4bac2",
 }
 SERIES = ("blue", "orange", "green", "pink")
+# For charts of many curves: six colours that can be told apart, then the same with another line.
+LOOKS = [(color, style) for style in ("-", "--", ":") for color in (*SERIES, "red", "ink")]
 MAX_POINTS = 120  # of a curve; a longer one is averaged, since more points could not be told apart
 
 Values = NDArray[np.float64]
@@ -94,6 +96,14 @@ def set_log_scale(axes: Axes, values: Values) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def set_rank_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    """A log scale of base 2 for numbers of ranks, with a plain number at each of `ticks`."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def bin_size(num_values: int, max_points: int = MAX_POINTS) -> int:

@@ -1,4 +1,4 @@
 """`trimtab bench`: measurements on the machine at hand.
 
-A folder for each target: `balance`, `coordinator`, `dispatch`; they share `progress`.
+A folder for each target: `balance`, `coordinator`, `dispatch`.
 """

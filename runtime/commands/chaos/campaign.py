@@ -5,19 +5,16 @@ import math
 import os
 import platform
 import shutil
-import signal
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from runtime.commands.chaos.chart import write_chart
 from runtime.commands.chaos.leftovers import after_the_cluster
 from runtime.commands.chaos.plan import ChaosOptions, make_plan, num_steps, worker_faults
-from runtime.commands.chaos.progress import ChaosProgress
 from runtime.commands.chaos.record import Record, read_record
 from runtime.commands.chaos.results import Results
 from runtime.commands.chaos.sameness import flaws
@@ -25,6 +22,7 @@ from runtime.commands.chaos.target import TargetRun, Unfulfilled
 from runtime.commands.chaos.testbed import Testbed, open_testbed
 from runtime.commands.chaos.trial import Trial, revive, strike
 from runtime.commands.chaos.weights import Digests, checkpoint_digests, weight_flaws
+from runtime.terminal.progress_line import ProgressLine
 from runtime.terminal.quantities import duration
 
 CALM_S = 1800.0  # For the undisturbed run, and for the last steps of the other; minutes on a loaded machine.
@@ -32,9 +30,7 @@ CALM_S = 1800.0  # For the undisturbed run, and for the last steps of the other;
 
 def run_campaign(options: ChaosOptions) -> int:
     """Run a preset to its end or its limit and write the results. Returns 1 if anything was not as promised."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: everything is torn down
-    console = Console(highlight=False)
-    with open_testbed(options.preset) as testbed, ChaosProgress(console) as progress:
+    with open_testbed(options.preset) as testbed, ProgressLine(sys.stdout) as progress:
         campaign = Campaign(testbed, options, progress)
         try:
             campaign.play()
@@ -44,16 +40,14 @@ def run_campaign(options: ChaosOptions) -> int:
             if options.keep:
                 campaign.keep()
         results = campaign.results()
-    for line in results.summary():
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"written: {options.out / 'chaos.md'}", soft_wrap=True, markup=False)
+    sys.stdout.write("\n".join([*results.summary(), f"written: {options.out / 'chaos.md'}"]) + "\n")
     return int(results.failed)
 
 
 class Campaign:
     """Plays a plan of faults; `trials` has one entry for each fault so far."""
 
-    def __init__(self, testbed: Testbed, options: ChaosOptions, progress: ChaosProgress) -> None:
+    def __init__(self, testbed: Testbed, options: ChaosOptions, progress: ProgressLine) -> None:
         self._testbed, self._options, self._progress = testbed, options, progress
         self._plan = make_plan(options.preset, options.seed)
         self.trials: list[Trial] = []
@@ -205,7 +199,7 @@ class Campaign:
     def _target(self, name: str) -> TargetRun:
         def on_wait(run: TargetRun, what: str) -> None:
             left = duration(max(0.0, self._left_s))
-            self._progress.wait(f"{self._now} {what}: at step {run.step}; {left} left at most".strip())
+            self._progress.show_minor(f"{self._now} {what}: at step {run.step}; {left} left at most".strip())
 
         return TargetRun(self._testbed, name, deadline=time.monotonic() + self._left_s, on_wait=on_wait)
 

@@ -1,6 +1,5 @@
 """What a chaos run found, as a table and as JSON."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from runtime.commands.chaos.plan import Preset
 from runtime.commands.chaos.trial import Trial
-from workers.record.run_log import plain_values
+from runtime.commands.results import write_json
 
 SHOWN_ENDS = 130  # characters at each end of a long text
 # Of the event `recovered` by what they are in a recovery from a killed worker.
@@ -83,7 +82,7 @@ class Results:
         """Write `chaos.md` and `chaos.json` into a folder."""
         out.mkdir(parents=True, exist_ok=True)
         (out / "chaos.md").write_text(self.as_markdown())
-        (out / "chaos.json").write_text(json.dumps(plain_values(asdict(self)), indent=1) + "\n")
+        write_json(out / "chaos.json", asdict(self), indent=1)
 
     def as_markdown(self) -> str:
         """Format the page of results."""

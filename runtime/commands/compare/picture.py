@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from runtime.commands.compare.outcome import MethodOutcome, Outcome
 from runtime.report.chart_style import (
+    LOOKS,
     THEME,
     average,
     new_axes,
@@ -19,9 +20,6 @@ from runtime.report.chart_style import (
     write_png,
 )
 
-# Colours by line style: after six methods the same colours come again, dashed, then dotted.
-COLORS = ("blue", "orange", "green", "red", "pink", "ink")
-STYLES = ("-", "--", ":")
 MAX_POINTS = 100
 
 
@@ -96,4 +94,5 @@ def _draw_points(figure: FigureBase, outcome: Outcome, measure: str, title: str,
 
 
 def _look(number: int) -> tuple[str, str]:
-    return THEME[COLORS[number % len(COLORS)]], STYLES[number // len(COLORS) % len(STYLES)]
+    color, style = LOOKS[number % len(LOOKS)]
+    return THEME[color], style

@@ -1,6 +1,5 @@
 """A comparison as text: tables for the terminal and in Markdown, all numbers as JSON."""
 
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from runtime.commands.compare.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, Spread
 from runtime.commands.compare.picture import write_picture
+from runtime.commands.results import write_json
 from runtime.terminal.quantities import milliseconds
 from runtime.terminal.tables import new_table
 
@@ -35,7 +35,7 @@ def write_results(outcome: Outcome, out: Path) -> list[Path]:
     paths = [out / f"compare.{suffix}" for suffix in ("md", "json", "png")]
     markdown = "\n".join(_markdown(heads, rows) for heads, rows in _tables(outcome))
     paths[0].write_text(f"{markdown}\n{explanation(outcome)}\n", encoding="utf-8")
-    paths[1].write_text(json.dumps(outcome.to_json()) + "\n", encoding="utf-8")
+    write_json(paths[1], outcome.to_json())
     write_picture(outcome, paths[2])
     return paths
 

@@ -95,7 +95,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         layers = ", ".join(f"{part.start} to {part.stop - 1}" for part in stage.layers)
         yield (
             f"Pipeline of {config.parallel.pipeline.size}: of rank {stage.pp_rank} in it, that needs most, with layers "
-            f"{layers} and {stage.in_flight} forward{'s' * (stage.in_flight > 1)} under way at most"
+            f"{layers} and {counted(stage.in_flight, 'forward')} under way at most"
         )
     if config.parallel.context > 1:
         yield f"{config.parallel.context} ranks share each sequence; counted is the last of them, which keeps most keys"

@@ -10,7 +10,7 @@ from matplotlib.figure import FigureBase
 
 from runtime.commands.replay.comparison import Comparison
 from runtime.report.chart_style import (
-    SERIES,
+    LOOKS,
     THEME,
     average,
     new_axes,
@@ -20,8 +20,6 @@ from runtime.report.chart_style import (
     write_png,
 )
 
-# Six colours that can be told apart, then the same with another line: no neighbour looks like the one before it.
-LOOKS = [(color, style) for style in ("-", "--", ":") for color in (*SERIES, "red", "ink")]
 FLOOR_STYLES = {"practical floor": "-", "chance floor": ":"}
 
 

@@ -1,6 +1,5 @@
 """Recomputes the bias of a run, and plays other laws on the router scores that it recorded."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from runtime.commands.replay.specs import parse_law
 from runtime.commands.replay.starts import read_starts
 from runtime.commands.replay.table import as_table
 from runtime.commands.replay.trace import Trace
+from runtime.commands.results import write_json
 from runtime.terminal.say import say
 
 DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, and ours
@@ -106,7 +106,7 @@ def one_thread() -> Iterator[None]:
 def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> Iterator[Path]:
     values = {"own_bias": asdict(reproduction), "training_steps": trace.training_steps, **comparison.to_json()}
     record = folder / f"{NAME}.json"
-    record.write_text(json.dumps(values, allow_nan=False) + "\n")
+    write_json(record, values)
     yield record
     write_chart(comparison, picture := folder / f"{NAME}.png")
     yield picture

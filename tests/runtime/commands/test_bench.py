@@ -32,7 +32,7 @@ from runtime.commands.bench.dispatch.routes import Nodes, bytes_of_four_passes
 from runtime.commands.bench.dispatch.table import as_text, closing_sentence
 from runtime.commands.bench.dispatch.turns import DtypeSamples, LayerMeasurement, measure
 from runtime.commands.command import read_options
-from runtime.commands.out import new_name
+from runtime.commands.results import new_name
 from runtime.settings.config_file import load_config
 from tests.ranks import run_ranks
 

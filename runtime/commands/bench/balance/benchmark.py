@@ -1,6 +1,5 @@
 """Plays the laws on all traces, prints the results, and writes figures and pictures."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from runtime.commands.replay.simulation import RouterSimulation
 from runtime.commands.replay.specs import parse_law
 from runtime.commands.replay.table import as_table
 from runtime.commands.replay.trace import Trace
+from runtime.commands.results import write_json
 from runtime.runs.run_dir import find_run
 from runtime.terminal.quantities import three_digits
 from runtime.terminal.tables import new_table
@@ -79,7 +79,7 @@ def _shown(value: float | None) -> str:
 
 def _write(record: Path, comparisons: Sequence[Comparison], found: Sequence[Verdict]) -> None:
     values = {"traces": [each.to_json() for each in comparisons], "verdicts": [asdict(each) for each in found]}
-    record.write_text(json.dumps(values) + "\n")
+    write_json(record, values)
     sys.stdout.write(f"\n{record}\n{record.parent}/*.png\n")
 
 

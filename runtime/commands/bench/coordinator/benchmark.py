@@ -1,11 +1,10 @@
 """Measure, model, show and write: the run of `trimtab bench coordinator`."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,27 +18,25 @@ from runtime.commands.bench.coordinator.measurement import ACTOR, FUNCTION, Cont
 from runtime.commands.bench.coordinator.model import HopCost, Modelled, model
 from runtime.commands.bench.coordinator.ranks import LIMIT_S, BenchRank, RankFigures
 from runtime.commands.bench.coordinator.table import show
-from runtime.commands.bench.progress import BenchProgress
-from runtime.commands.out import new_name
+from runtime.commands.results import write_measurement
 from runtime.job.coordinator import CoordinatorClient, CoordinatorPolicy, start_coordinator
+from runtime.terminal.progress_line import ProgressLine
 
 LOAD_LAWS = ("sign", "newton", "quantile")  # no statistic, one number an expert, a histogram an expert
 
 
 def run_benchmark(case: ControlCase, out: Path) -> int:
     """Measure, print the tables, write samples and picture. Returns the exit code."""
-    measured = measure(case, BenchProgress())
+    with ProgressLine(sys.stderr) as progress:
+        measured = measure(case, progress)
     from runtime.commands.bench.coordinator.chart import write_chart  # matplotlib takes a second
 
     show(measured)
-    record = new_name(out, datetime.now())
-    record.write_text(json.dumps(asdict(measured)) + "\n")
-    write_chart(measured, record.with_suffix(".png"))
-    sys.stdout.write(f"\n{record}\n{record.with_suffix('.png')}\n")
+    write_measurement(out, asdict(measured), partial(write_chart, measured))
     return 0
 
 
-def measure(case: ControlCase, progress: BenchProgress) -> ControlMeasurement:
+def measure(case: ControlCase, progress: ProgressLine) -> ControlMeasurement:
     """Start a Ray, measure the coordinator under load, then the ranks, and end all that was started."""
     torch.set_num_threads(1)  # as the actor and the ranks have
     config = ClusterConfig(
@@ -49,13 +46,12 @@ def measure(case: ControlCase, progress: BenchProgress) -> ControlMeasurement:
         collective_timeout_s=LIMIT_S,
         start_timeout_s=300.0,
     )
-    progress.say("starting Ray")
+    progress.show("starting Ray")
     with RaySession.open(config), _coordinator() as client:
         loads = _measure_loads(case, client, progress)
-        progress.say(f"starting {case.workers} ranks")
+        progress.show(f"starting {case.workers} ranks")
         with Gang.launch(config, BenchRank) as gang:
             ranks = _measure_ranks(gang, case, client, progress)
-    progress.end()
     hop = HopCost.fit(ranks.hop_s) if ranks.hop_s else None
     alone_s = percentile(ranks.rounds[0].seconds, 50)
     return ControlMeasurement(case, loads, ranks, hop, _model(case, hop, alone_s) if hop else [])
@@ -73,25 +69,25 @@ def _coordinator() -> Iterator[CoordinatorClient]:
         ray.kill(actor)
 
 
-def _measure_loads(case: ControlCase, client: CoordinatorClient, progress: BenchProgress) -> dict[str, LoadFigures]:
+def _measure_loads(case: ControlCase, client: CoordinatorClient, progress: ProgressLine) -> dict[str, LoadFigures]:
     names = list(dict.fromkeys((*LOAD_LAWS, case.law)))
     figures = {}
     # The largest reports first: a coordinator refuses what is too large for the laws that it has seen.
     for name in sorted(names, key=lambda name: -case.with_law(name).make_law().num_counts):
         small = case.with_law(name)
-        progress.say(f"reports of law {name}, {small.layers} x {small.experts} experts")
+        progress.show(f"reports of law {name}, {small.layers} x {small.experts} experts")
         figures[name] = measure_load(small, {FUNCTION: CoordinatorPolicy().handle, ACTOR: client})
     return {name: figures[name] for name in names}
 
 
-def _measure_ranks(gang: Gang, case: ControlCase, client: CoordinatorClient, progress: BenchProgress) -> RankFigures:
+def _measure_ranks(gang: Gang, case: ControlCase, client: CoordinatorClient, progress: ProgressLine) -> RankFigures:
     said = ""
 
     def tell() -> None:
         nonlocal said
         if (doing := gang.control(0, "progress", timeout_s=30.0)) != said:
             said = doing
-            progress.say(doing)
+            progress.show(doing)
 
     figures, *_ = gang.run("measure", case, client, on_poll=tell)
     result: RankFigures = figures

@@ -6,11 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from runtime.commands.bench.coordinator.load import percentile
 from runtime.commands.bench.coordinator.measurement import ControlMeasurement
-from runtime.report.chart_style import THEME, new_axes, set_head, set_log_scale, write_png
+from runtime.report.chart_style import THEME, new_axes, set_head, set_log_scale, set_rank_axis, write_png
 
 TREE, RING, MEASURED = "green", "orange", "blue"
 
@@ -65,7 +64,4 @@ def _draw_bytes(axes: Axes, measured: ControlMeasurement) -> None:
 
 def _set_ranks(axes: Axes, measured: ControlMeasurement) -> None:
     sizes = sorted({*(row.world_size for row in measured.modelled), *(row.world_size for row in measured.ranks.rounds)})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes[:: 2 if len(sizes) > 8 else 1]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    set_rank_axis(axes, sizes[:: 2 if len(sizes) > 8 else 1])

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import Store
 
 from dispatch.laws import Law, LawState
 from runtime.commands.bench.coordinator.case import NUM_SUMS, ControlCase, counts_of, summed_bytes
+from runtime.terminal.quantities import counted
 from workers.control.loop import ControlLoop
 
 NUM_WARM_UP = 3
@@ -55,7 +56,7 @@ class BenchRank:
         """Collective; rank 0 returns the figures."""
         law, rounds = case.make_law(), []
         for world_size in case.world_sizes:
-            self._doing = f"rounds of {world_size} rank{'s' * (world_size > 1)}"
+            self._doing = f"rounds of {counted(world_size, 'rank')}"
             group = dist.new_group(list(range(world_size)))
             if dist.get_rank() < world_size:
                 rounds.append(_measure_rounds(group, law, coordinator, case.rounds))

@@ -1,9 +1,9 @@
 """Measures the MoE layer on all ranks, prints the table, and writes samples and picture."""
 
-import json
 import sys
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from dispatch.parity.launch import launch
@@ -11,7 +11,7 @@ from runtime.commands.bench.dispatch.case import LayerCase
 from runtime.commands.bench.dispatch.figures import figures_of
 from runtime.commands.bench.dispatch.table import as_text, describe
 from runtime.commands.bench.dispatch.turns import LayerMeasurement, measure
-from runtime.commands.out import new_name
+from runtime.commands.results import write_measurement
 
 COLLECTIVE_LIMIT = timedelta(minutes=10)  # a rank that waits longer for another has lost it
 
@@ -30,13 +30,10 @@ def _show(case: LayerCase, measured: LayerMeasurement, out: Path) -> None:
     figures = {dtype: figures_of(samples) for dtype, samples in measured.by_dtype.items()}
     sys.stdout.write(as_text(case, measured.exchange, figures))
     sys.stdout.flush()
-    record = new_name(out, datetime.now())
     values = {
         "case": asdict(case),
         "exchange": measured.exchange,
         "figures": {dtype: each.to_json() for dtype, each in figures.items()},
         "samples": {dtype: each.samples for dtype, each in measured.by_dtype.items()},
     }
-    record.write_text(json.dumps(values) + "\n")
-    write_chart(figures, describe(case, measured.exchange), record.with_suffix(".png"))
-    sys.stdout.write(f"\n{record}\n{record.with_suffix('.png')}\n")
+    write_measurement(out, values, partial(write_chart, figures, describe(case, measured.exchange)))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from runtime.commands.bench.dispatch.case import LayerCase
 from runtime.commands.bench.dispatch.figures import LayerFigures, Pair
-from runtime.terminal.quantities import percent, three_digits
+from runtime.terminal.quantities import counted, percent, three_digits
 
 MIB, GIB = 2**20, 2**30
 NOTE = """\
@@ -37,12 +37,12 @@ def describe(case: LayerCase, exchange: str) -> tuple[str, str]:
     shape = case.shape
     sizes = f"{shape.tokens} tokens a rank, hidden {shape.hidden}, ffn_hidden {shape.ffn_hidden}, "
     sizes += f"{shape.num_experts} experts, top-{shape.top_k}"
-    threads = f"{case.threads} thread{'s' * (case.threads > 1)} each"
+    threads = f"{counted(case.threads, 'thread')} each"
     chosen = f"{exchange} (auto)" if case.exchange == "auto" and exchange != "none" else exchange
     choices = f"workload {case.workload}" if case.workload else "random tokens"
     if case.skew is not None:
         choices += f" with skew {case.skew:g}"
-    where = f"{case.workers} worker{'s' * (case.workers > 1)} on {case.device}, {threads}, exchange {chosen}"
+    where = f"{counted(case.workers, 'worker')} on {case.device}, {threads}, exchange {chosen}"
     chunks = f", {case.num_chunks} chunks" if case.num_chunks > 1 else ""
     return sizes, f"{where}, payload {case.payload}{chunks}, {choices}, {case.rounds} rounds"
 

@@ -5,6 +5,7 @@ repeats.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from runtime.commands.bench.dispatch.case import LayerCase
 from runtime.commands.bench.dispatch.layer_run import LayerRun, RankContext, Sample, schedules
 from runtime.commands.bench.dispatch.limits import BareExchange, matmul_flops, matmul_limit
 from runtime.commands.bench.dispatch.memory import peak_allocated_bytes, peak_cuda_bytes, peak_resident_bytes
-from runtime.commands.bench.progress import BenchProgress
+from runtime.terminal.progress_line import ProgressLine
 
 LAYER, MATMULS, EXCHANGE = "layer", "matmuls", "all-to-all"
 Turn = Callable[[Tensor, Tensor], dict[str, Sample]]
@@ -51,16 +52,21 @@ def measure(group: dist.ProcessGroup, device: torch.device, case: LayerCase) -> 
     """Measure on this rank. Collective; rank 0 returns the samples of all ranks, the others None."""
     torch.set_num_threads(case.threads)
     place = RankContext.of(case, group, device)
-    progress = BenchProgress(silent=place.rank != 0)
     exchange, by_dtype = "none", {}
-    for number, dtype_name in enumerate(case.dtypes, 1):
-        head = f"[{number}/{len(case.dtypes)}] {dtype_name}"
-        progress.say(f"{head}: memory")
-        exchange, by_dtype[dtype_name] = _measure_dtype(
-            case, getattr(torch, dtype_name), place, partial(progress.count, head, case.rounds)
-        )
-    progress.end()
+    with ProgressLine(sys.stderr if place.rank == 0 else None) as progress:
+        for number, dtype_name in enumerate(case.dtypes, 1):
+            head = f"[{number}/{len(case.dtypes)}] {dtype_name}"
+            progress.show(f"{head}: memory")
+            tell = partial(_tell_round, progress, head, case.rounds)
+            exchange, by_dtype[dtype_name] = _measure_dtype(case, getattr(torch, dtype_name), place, tell)
     return LayerMeasurement(exchange, by_dtype) if place.rank == 0 else None
+
+
+def _tell_round(progress: ProgressLine, head: str, num_rounds: int, round_index: int) -> None:
+    if round_index == 0:
+        progress.show(f"{head}: warming up, then {num_rounds} rounds")
+    else:
+        progress.show_minor(f"{head}: round {round_index} of {num_rounds}")
 
 
 def _measure_dtype(

@@ -1,6 +1,5 @@
 """Finds out what lies at a path, examines it, and prints what is wrong."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from dispatch.errors import InvalidValue
 from runtime.commands.doctor.checkpoint.findings import CheckpointReport
+from runtime.commands.results import write_json
 from runtime.runs.run_dir import CONFIG_FILE, find_run
+from runtime.terminal.quantities import counted
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, list_checkpoints, step_of
 from workers.model.families.source import CONFIG as HUB_CONFIG
 
@@ -40,8 +41,7 @@ def examine(name: str, step: int | None, out: Path | None) -> int:
             report = examine_checkpoint(find_checkpoint(name, step), progress)
     sys.stdout.write(as_text(report))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        write_json(out, asdict(report), indent=1)
     return 0 if report.is_sound else 1
 
 
@@ -78,7 +78,7 @@ def as_text(report: CheckpointReport) -> str:
     if len(report.found) > MAX_LINES:
         lines.append(f"... and {len(report.found) - MAX_LINES} more; --json FILE has all")
     num_errors = sum(damage.severity == "error" for damage in report.found)
-    verdict = "sound" if report.is_sound else f"damaged: {num_errors} error{'s' * (num_errors > 1)}"
+    verdict = "sound" if report.is_sound else f"damaged: {counted(num_errors, 'error')}"
     return "\n".join([*lines, verdict]) + "\n"
 
 

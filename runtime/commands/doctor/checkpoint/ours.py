@@ -15,6 +15,7 @@ from runtime.commands.doctor.checkpoint.findings import BIAS, CheckpointReport, 
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.config import FREE_SETTINGS, TrainConfig, flatten
 from runtime.settings.config_file import config_from_yaml, config_from_yaml_file
+from runtime.terminal.quantities import counted
 from workers.checkpoints.checkpoint_files import (
     INDEX,
     MANIFEST,
@@ -191,7 +192,7 @@ def _file(reader: TensorReader, name: str) -> str:
 def _facts(reader: TensorReader, watch: TensorWatch) -> dict[str, str]:
     manifest, experts = reader.manifest, [n for n in reader.shapes if n.startswith("model.") and ".experts." in n]
     return {
-        "step": f"{manifest.step}, saved by {manifest.world_size} rank{'s' * (manifest.world_size > 1)}",
+        "step": f"{manifest.step}, saved by {counted(manifest.world_size, 'rank')}",
         "files": f"{len(manifest.files)}, as they were written (size and sha256)",
         **watch.facts(experts),
     }

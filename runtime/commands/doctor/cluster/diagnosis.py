@@ -1,19 +1,17 @@
 """Examines a cluster, judges what was found, prints it, and records it."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from cluster.config import ClusterConfig
 from cluster.ray.session import RaySession
 from runtime.commands.doctor.cluster.examine import Examination, examine
 from runtime.commands.doctor.cluster.judge import judge
-from runtime.commands.doctor.cluster.survey import Survey
 from runtime.commands.doctor.cluster.table import as_text
+from runtime.commands.results import write_json
+from runtime.terminal.progress_line import ProgressLine
 
 JOIN_S = 60.0  # for the ranks to start, and again to join
 COLLECTIVE_S = 20.0
@@ -40,22 +38,17 @@ def diagnose(
         start_timeout_s=JOIN_S,
         collective_timeout_s=COLLECTIVE_S,
     )
-    console = Console(stderr=True, highlight=False)
-    with console.status("starting or joining Ray") as status, RaySession.open(config):
-        if address is not None and not num_workers:
-            config = replace(config, num_workers=_ranks_for(config))
-        survey = examine(
-            Examination(
-                config=config,
-                ep_size=ep_size or config.num_workers,
-                paths=paths,
-                say=status.update if console.is_terminal else lambda text: console.print(text, style="dim"),
-            )
-        )
+    with ProgressLine(sys.stderr) as progress:
+        progress.show("starting or joining Ray")
+        with RaySession.open(config):
+            if address is not None and not num_workers:
+                config = replace(config, num_workers=_ranks_for(config))
+            ep_size = ep_size or config.num_workers
+            survey = examine(Examination(config=config, ep_size=ep_size, paths=paths, say=progress.show))
     findings = judge(survey)
     sys.stdout.write(as_text(survey, findings) + "\n")
     if record is not None:
-        _write_json(record, survey, [asdict(finding) for finding in findings])
+        write_json(record, {"findings": [asdict(finding) for finding in findings], **asdict(survey)}, indent=1)
     return int(any(finding.severity == "error" for finding in findings))
 
 
@@ -65,8 +58,3 @@ def _ranks_for(config: ClusterConfig) -> int:
 
     num_gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     return num_gpus or sum(node["Alive"] for node in ray.nodes())
-
-
-def _write_json(path: Path, survey: Survey, findings: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"findings": findings, **asdict(survey)}, indent=1) + "\n")

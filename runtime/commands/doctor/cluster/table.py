@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from runtime.commands.doctor.cluster.judge import Finding, slow_links
 from runtime.commands.doctor.cluster.survey import DRIVER, Link, NodeFacts, Space, Survey
-from runtime.terminal.quantities import milliseconds, short
+from runtime.terminal.quantities import counted, milliseconds, short
 
 MAX_WIDE = 12  # nodes in a square table; beyond, only its slow pairs are listed
 
@@ -17,7 +17,7 @@ def as_text(survey: Survey, findings: Sequence[Finding]) -> str:
 
 def _nodes(survey: Survey) -> Iterator[str]:
     count = len(survey.nodes) - 1 + len(survey.unreachable)
-    yield f"{count} node{'s' * (count != 1)}"
+    yield counted(count, "node")
     for node, facts in survey.nodes.items():
         if node == DRIVER and count:
             continue

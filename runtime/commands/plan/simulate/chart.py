@@ -3,15 +3,11 @@
 import itertools
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from runtime.commands.plan.simulate.report import Report
-from runtime.report.chart_style import SERIES, THEME, new_axes, set_head, write_png
-
-LOOKS = [(color, style) for style in ("-", "--") for color in (*SERIES, "red", "ink")]
+from runtime.report.chart_style import LOOKS, THEME, new_axes, set_head, set_rank_axis, write_png
 
 
 def write_chart(report: Report, target: Path) -> None:
@@ -39,15 +35,12 @@ def _draw_vios(axes: Axes, report: Report) -> None:
 
 
 def _draw_worlds(axes: Axes, report: Report) -> None:
-    sizes = np.array([at.world_size for at in report.worlds])
+    sizes = [at.world_size for at in report.worlds]
     handles = []
     for index, (color, style) in zip(range(len(report.here.costs)), itertools.cycle(LOOKS), strict=False):
         label = f"MaxVio {report.here.costs[index].max_vio:g}"
         values = [at.costs[index].times_balanced for at in report.worlds]
         handles += axes.plot(sizes, values, color=THEME[color], ls=style, marker="o", ms=3, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes.tolist()))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    set_rank_axis(axes, sizes)
     axes.set_ylim(bottom=1)
     set_head(axes, "Cost of imbalance by world size", handles)
