@@ -125,7 +125,7 @@ class Campaign:
         run = self._target("calm")
         try:
             run.start(self._options.preset, self._options.seed, steps)
-            run.wait(lambda: run.exit_code is not None, "calm run", CALM_S, may_end=True)
+            run.wait_for_end("calm run", CALM_S)
         finally:
             run.stop()
         lines = run.lines()
@@ -156,7 +156,7 @@ class Campaign:
     def _finish(self, run: TargetRun) -> None:
         self._now = "the last steps"
         try:
-            run.wait(lambda: run.exit_code is not None, "its end", CALM_S, may_end=True)
+            run.wait_for_end("its end", CALM_S)
         except Unfulfilled as error:
             self._end = str(error)
             return
@@ -175,7 +175,7 @@ class Campaign:
         found = flaws(record, self._calm, self._num_assignments, whole=trial is None)
         new = {place: text for place, text in found.items() if place not in self._mismatches}
         self._num_compared = {
-            "steps and evaluations": len(record.lines) + len(record.lines_made_anew),
+            "steps and evaluations": len(record.lines) + len(record.superseded_lines),
             "records of load and statistics": record.num_stored,
         }
         self._mismatches |= new

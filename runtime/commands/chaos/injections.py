@@ -1,6 +1,7 @@
-"""The faults that are done from outside. Each strikes, undoes what an operator would undo, and returns when it struck.
+"""The faults that are injected from outside the run.
 
-All take the run and the fault, whether they need both or not.
+Each function strikes, then undoes what an operator would undo, and returns the Unix time at which it struck. All have
+the same arguments, so that INJECTIONS can name them by the action of their kind.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ from runtime.commands.chaos.second_writer import second_writer
 from runtime.commands.chaos.target import TargetRun, Unfulfilled
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints
 
+# Bad links, on which a step still ends well within the bound of a collective: these faults must not cost the gang.
 DELAY_S, JITTER_S, LOSS = 0.01, 0.002, 0.01
 BITS_PER_S = 10 * 10**6
-BRIEFLY_S = 3.0  # Less than what it takes the head to declare a node dead, and than the bound of a collective.
+BRIEFLY_S = 3.0  # Shorter than Ray's head waits before it declares a node dead, and than the bound of a collective.
 STEPS_UNDER = 4  # Steps that a run is to make on a bad link.
 NOTICE_S = 120.0  # For a failure to be noticed, and for a few steps.
 RAYLET, GCS, AGENTS = r"\S*/raylet/raylet ", r"\S*/gcs/gcs_server ", r"ray::(DashboardAgent|RuntimeEnvAgent)"
@@ -223,7 +225,7 @@ def _copy(run_dir: Path, target: Path) -> None:
 
 
 def _host_pid(run: TargetRun, rank: int) -> int:
-    """The number on the host of the process of a rank, as the run's last rank map says."""
+    """The process id, on the host, of a rank, as the run's last rank map says."""
     starts = [*run.events("started", 0.0), *run.events("resumed", 0.0)]
     row = max(starts, key=lambda event: event["time"])["rank_map"][rank]
     [machine] = [machine for machine in run.testbed.machines if machine.address == row["node"]]
@@ -243,7 +245,7 @@ def _endure(run: TargetRun, at: float, undo: Callable[[], None]) -> float:
 
 
 def _fill(filler: Path) -> None:
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # the end of it is what is wanted
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # no space left: done
         while True:
             file.write(bytes(2**16))
 

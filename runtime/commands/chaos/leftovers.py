@@ -12,12 +12,13 @@ from workers.checkpoints.checkpoint_files import CHECKPOINTS
 
 LEAVE_S = 20.0  # For processes to end, and for the next checkpoint to remove what is left of the one before.
 POLL_S = 0.1
-# Of the cluster, which outlives a run; without a command line: it has ended, and nobody has asked for its exit code.
+# Command lines of the cluster, which outlives a run. An empty one is of a process that has ended, and whose parent has
+# not asked for its exit code yet.
 _OF_CLUSTER = re.compile(
     r"$|ray::(IDLE|DashboardAgent|RuntimeEnvAgent)|ray-dashboard-"
     r"|\S*/ray/|\S+ .*(-m ray\.|/ray/|from multiprocessing\.)"
 )
-# Torch keeps a cache, and Ray's dashboard, where it is killed, its sockets.
+# Temporary files that may stay: torch's cache of compiled code, and sockets of a Ray dashboard that was killed.
 _OF_OTHERS = re.compile("torchinductor_|pymp-")
 
 
@@ -39,7 +40,7 @@ class Leftovers:
         return _once_gone(self._noted)
 
     def after_the_end(self) -> list[str]:
-        """Whatever of the run is there although its driver has ended well. Waits as above."""
+        """What of the run is there although its driver has ended well. Waits for it to go, at most LEAVE_S."""
         return _once_gone(
             lambda: [*run_processes(self._testbed).values(), *map(str, partial_checkpoints(self._run_dir))]
         )
@@ -55,7 +56,7 @@ def _line(machine: Machine, process: MachineProcess) -> str:
 
 
 def run_processes(testbed: Testbed) -> dict[int, str]:
-    """Processes of all machines but for those of the cluster: what each is, by its number on the host."""
+    """Describe the processes of all machines, but for those of the cluster, by their process id on the host."""
     return {
         process.host_pid: _line(machine, process)
         for machine in testbed.machines
@@ -68,7 +69,7 @@ def run_processes(testbed: Testbed) -> dict[int, str]:
 def still_there_of(
     testbed: Testbed, machine: Machine, pids: set[int], files: list[Path], shared_memory: list[str]
 ) -> list[str]:
-    """What has come to a machine since its processes, temporary files and shared memory were these. Waits as above."""
+    """What a machine has beyond these processes, temporary files and shared memory; waits LEAVE_S for it to go."""
 
     def look() -> list[str]:
         new = [each for each in machine.processes() if each.host_pid not in pids and each.command]
@@ -105,7 +106,7 @@ def _anything(testbed: Testbed) -> list[str]:
 
 
 def temporary_files(testbed: Testbed, machine: Machine) -> list[Path]:
-    """What lies where a machine's processes keep such files, but for the folder of its nodes where that is empty."""
+    """Temporary files of a machine's processes, without an empty folder of node records of `trimtab cluster`."""
     found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OF_OTHERS.match(path.name))
     return [path for path in found if not (path.name == f"tt-{os.getuid()}" and not any(path.iterdir()))]
 

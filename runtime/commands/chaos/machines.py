@@ -25,13 +25,14 @@ from dispatch.errors import InvalidValue
 from runtime.commands.chaos.namespaces import COMMAND_S, KINDS, Holder, why_not
 from runtime.commands.chaos.network import Network, address_of
 
+# Limits, not reservations: a tmpfs takes memory for what is written alone.
 DISK_BYTES = 64 * 2**20
 SHM_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class MachineProcess:
-    """A process of a machine: its number there, its number on the host, its command line."""
+    """A process of a machine. pid: its process id on the machine; host_pid: on the host, which can be signalled."""
 
     pid: int
     host_pid: int

@@ -34,7 +34,7 @@ class Network:
         port = f"p{index}"
         self._in_switch("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid))
         command(machine.enter(["--net"], ["ip", "addr", "add", f"{address_of(index)}/24", "dev", "eth0"]))
-        # The same at each boot: its neighbours remember it for some seconds.
+        # The same at each boot, since neighbours remember it (ARP) for some seconds. 02: locally administered.
         hardware_address = f"02:00:00:00:00:{index:02x}"
         command(machine.enter(["--net"], ["ip", "link", "set", "eth0", "address", hardware_address, "up"]))
         self._in_switch("ip", "link", "set", port, "master", "br0")

@@ -25,7 +25,7 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
         Unfulfilled: it did not end with the promised words, lost steps, or left something behind.
     """
     at = run.kill()
-    run.wait(lambda: run.exit_code is not None, "the end of the driver", END_S, may_end=True)
+    run.wait_for_end("the end of the driver", END_S)
     head = run.testbed.machines[0]
     before = {each.host_pid for each in head.processes()}, temporary_files(run.testbed, head), head.shared_memory()
     own = run.sibling(f"own{fault.number}")
@@ -37,10 +37,10 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
         _lose_ray(own)
         _train_on(own)
         own.kill()
-        own.wait(lambda: own.exit_code is not None, "the end of its driver", END_S, may_end=True)
+        own.wait_for_end("the end of its driver", END_S)
         _train_on(own)
         own.kill(signal.SIGTERM)
-        own.wait(lambda: own.exit_code is not None, "saving and stopping", END_S, may_end=True)
+        own.wait_for_end("saving and stopping", END_S)
     finally:
         own.stop()
     if own.exit_code != exit_code_of(signal.SIGTERM):
@@ -76,7 +76,7 @@ def _lose_ray(own: TargetRun) -> None:
         if "/gcs/gcs_server " in each.command and mark in each.command
     ]
     os.kill(gcs.host_pid, signal.SIGKILL)
-    own.wait(lambda: own.exit_code is not None, "ending after its own Ray", END_S, may_end=True)
+    own.wait_for_end("ending after its own Ray", END_S)
     if own.exit_code != 1 or not own.events("failed", at):
         raise Unfulfilled(f"without its own Ray it ended with exit code {own.exit_code}, and no event `failed`")
     if not re.search(PROMISE, said := " ".join(own.said(before).split())):
@@ -88,6 +88,6 @@ def _check_record(own: TargetRun) -> None:
     steps = [line["step"] for line in record.lines if line["kind"] == "train"]
     if record.damage or steps != list(range(1, len(steps) + 1)):
         raise Unfulfilled(f"the record of the run on its own Ray lacks steps or has them twice: {record.damage}")
-    again = [line for line in record.lines_made_anew if line["kind"] == "train" and line["step"] <= len(steps)]
+    again = [line for line in record.superseded_lines if line["kind"] == "train" and line["step"] <= len(steps)]
     if found := differences(again, [line for line in record.lines if line["kind"] == "train"]):
         raise Unfulfilled(f"the run on its own Ray made another step {min(found)}: {found[min(found)]}")

@@ -9,7 +9,7 @@ from typing import Any
 from dispatch.errors import InvalidValue
 from runtime.commands.chaos.kinds import KINDS, FaultKind
 
-CHECKPOINT_EVERY = 4
+CHECKPOINT_EVERY = 4  # Few, since every recovery repeats the steps since the last checkpoint.
 EVAL_EVERY = 5  # So that evaluations fall before, upon and after checkpoints.
 # Steps between two faults: two checkpoints, so that a recovery has made its own and a damaged one has another before
 # it, and some steps for the start of the next fault to vary.

@@ -1,75 +1,81 @@
 """Reads everything that a run has recorded on disk: lines, loads and statistics, repeated steps included."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dispatch.errors import InvalidValue
 from workers.record.record_file import list_records
+from workers.record.record_lines import Line, complete_lines
 from workers.record.run_log import HISTORY, METRICS, read_load_history
 from workers.record.sample_log import SAMPLES
 from workers.record.statistic_log import STATISTICS
 
-Line = dict[str, Any]
 Stored = list[tuple[int, bytes]]  # step and all bytes of each record, in the order of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run recorded. made_anew: what was set aside when the run went back. damage: unreadable lines."""
+    """What a run recorded. superseded: what was set aside when the run went back. damage: unreadable lines."""
 
     lines: list[Line]
-    lines_made_anew: list[Line]
+    superseded_lines: list[Line]
     samples: list[Line]
-    samples_made_anew: list[Line]
+    superseded_samples: list[Line]
     loads: Stored
-    loads_made_anew: Stored
+    superseded_loads: Stored
     statistics: Stored
-    statistics_made_anew: Stored
+    superseded_statistics: Stored
     damage: list[str]
 
     @property
     def num_stored(self) -> int:
         """Records of load and statistics, all of them."""
-        return sum(map(len, (self.loads, self.loads_made_anew, self.statistics, self.statistics_made_anew)))
+        return sum(map(len, (self.loads, self.superseded_loads, self.statistics, self.superseded_statistics)))
 
 
 def read_record(run: Path) -> Record:
     """Read it, also while the run goes on: then lines may be a step older than loads, and loads than statistics."""
     damage: list[str] = []
-    lines = _lines(run / METRICS, damage)
-    samples = _lines(run / SAMPLES, damage, "sample")
+    lines = read_lines(run / METRICS, damage)
+    samples = read_lines(run / SAMPLES, damage, "sample")
     size = _load_bytes(run)
     return Record(
         lines=lines,
-        lines_made_anew=_lines(run / "metrics.superseded.jsonl", []),  # a crash may have torn any of these
+        superseded_lines=superseded_lines(run),
         samples=samples,
-        samples_made_anew=_lines(run / "samples.superseded.jsonl", [], "sample"),
+        superseded_samples=read_lines(run / "samples.superseded.jsonl", [], "sample"),
         loads=list(_loads(run / HISTORY, size)),
-        loads_made_anew=list(_loads(run / "load" / "history.superseded.bin", size)),
+        superseded_loads=list(_loads(run / "load" / "history.superseded.bin", size)),
         statistics=list(_statistics(run / STATISTICS)),
-        statistics_made_anew=list(_statistics(run / "load" / "statistics.superseded.bin")),
+        superseded_statistics=list(_statistics(run / "load" / "statistics.superseded.bin")),
         damage=damage,
     )
 
 
-def _lines(path: Path, damage: list[str], kind: str | None = None) -> list[Line]:
-    """Of every complete line, of this kind if they name none; the number of one that is none goes into `damage`."""
-    texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+def superseded_lines(run: Path) -> list[Line]:
+    """Lines of metrics.jsonl that were set aside because their steps were repeated. Torn ones are left out."""
+    return read_lines(run / "metrics.superseded.jsonl", [])  # a crash may have torn any of them
+
+
+def read_lines(path: Path, damage: list[str], kind: str | None = None) -> list[Line]:
+    """Read the complete lines of a file, which need not exist; a line that is damaged is told in `damage` instead.
+
+    kind: of lines that name none themselves.
+    """
     lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            lines.append({"kind": kind or line["kind"], "step": line["step"], **line})
-        except (ValueError, KeyError, TypeError):
+    for number, (_, line) in enumerate(complete_lines(path.read_bytes() if path.exists() else b""), 1):
+        if line is None or "step" not in line or (kind is None and "kind" not in line):
             damage.append(f"{path.name}, line {number} is damaged")
+        else:
+            lines.append({"kind": kind, **line})
     return lines
 
 
 def _load_bytes(run: Path) -> int:
+    """Bytes of one record of history.bin; 0 where there is none yet."""
     try:
+        # The step in 8 bytes, then an int64 count of each expert, then an fp32 bias of each.
         return 8 + 12 * read_load_history(run).layout.total
     except (InvalidValue, FileNotFoundError):  # it has just begun
         return 0

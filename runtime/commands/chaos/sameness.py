@@ -21,17 +21,17 @@ def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> 
         whole: the run is over, so that its record must end where the other one does.
     """
     problems = dict.fromkeys(found.damage, "it was whole when it was written")
-    ours = (*found.lines_made_anew, *found.lines, *found.samples_made_anew, *found.samples)
+    ours = (*found.superseded_lines, *found.lines, *found.superseded_samples, *found.samples)
     theirs = (*calm.lines, *calm.samples)
     for kind, name in (("train", "step"), ("eval", "evaluation after step"), ("sample", "samples after step")):
         differing = differences(*([line for line in each if line["kind"] == kind] for each in (ours, theirs)))
         problems |= {f"{name} {step}": text for step, text in differing.items()}
     problems |= dict(_wrong_counts(found, num_assignments))
-    for name, stored, made_anew, expected in (
-        ("history.bin", found.loads, found.loads_made_anew, calm.loads),
-        ("statistics.bin", found.statistics, found.statistics_made_anew, calm.statistics),
+    for name, stored, superseded, expected in (
+        ("history.bin", found.loads, found.superseded_loads, calm.loads),
+        ("statistics.bin", found.statistics, found.superseded_statistics, calm.statistics),
     ):
-        problems |= dict(_differing_records(name, (*made_anew, *stored), dict(expected)))
+        problems |= dict(_differing_records(name, (*superseded, *stored), dict(expected)))
     return problems | dict(_wrong_orders(found, calm, whole))
 
 
@@ -63,12 +63,13 @@ def _first_difference(line: Line, calm: Line) -> str | None:
 
 def _wrong_counts(found: Record, num_assignments: int) -> Iterator[tuple[str, str]]:
     """Tokens that were lost, or counted twice, in both runs alike too."""
-    for line in (*found.lines_made_anew, *found.lines):
+    for line in (*found.superseded_lines, *found.lines):
         if line["kind"] == "train" and (
             wrong := [name for name in ASSIGNMENT_FIELDS if line.get(name) != num_assignments]
         ):
             yield f"step {line['step']}", f"{wrong[0]} is {line.get(wrong[0])}, and the batch has {num_assignments}"
-    for step, raw in (*found.loads_made_anew, *found.loads):
+    for step, raw in (*found.superseded_loads, *found.loads):
+        # The counts: behind 8 bytes of step, 8 of the 12 bytes that a record has for each expert.
         num_counted = int(np.frombuffer(raw, "<i8", (len(raw) - 8) // 12, 8).sum())
         if num_counted != num_assignments:
             yield f"history.bin, step {step}", f"it counts {num_counted}, and the batch has {num_assignments}"

@@ -1,7 +1,6 @@
 """The run that chaos strikes: started and resumed as a user does it, and watched through what it writes."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from dispatch.errors import UserError
 from runtime.commands.chaos.leftovers import Leftovers
 from runtime.commands.chaos.machines import MachineProcess
 from runtime.commands.chaos.plan import CHECKPOINT_EVERY, EVAL_EVERY, Preset
+from runtime.commands.chaos.record import superseded_lines
 from runtime.commands.chaos.testbed import Testbed
 from runtime.commands.compare.run_pool import last_step
 from workers.record.run_log import EVENTS, METRICS, read_events, read_metrics
@@ -115,11 +115,8 @@ class TargetRun:
         return read_metrics(self.run_dir)[0] if (self.run_dir / METRICS).exists() else []
 
     def superseded_lines(self) -> list[dict[str, Any]]:
-        """Read those lines that were set aside because their steps were repeated."""
-        path = self.run_dir / "metrics.superseded.jsonl"
-        texts = path.read_text().splitlines() if path.exists() else []
-        lines = [json.loads(text) for text in texts if text.endswith("}")]  # a crash may tear the last one
-        return [line for line in lines if line["kind"] == "train"]
+        """Read the lines of training steps that were set aside because their steps were repeated."""
+        return [line for line in superseded_lines(self.run_dir) if line["kind"] == "train"]
 
     def said(self, offset: int = 0) -> str:
         """Read what all its drivers have printed, one after the other, from an offset in characters on."""
@@ -142,6 +139,10 @@ class TargetRun:
             self._on_wait(self, what)
             time.sleep(POLL_S)
         return value
+
+    def wait_for_end(self, what: str, limit_s: float) -> None:
+        """Wait until the run has ended, well or not. Raises Unfulfilled as `wait` does."""
+        self.wait(lambda: self.exit_code is not None, what, limit_s, may_end=True)
 
     @property
     def _started(self) -> subprocess.Popen[bytes]:

@@ -133,7 +133,7 @@ def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     try:
         _await_error(run, trial)
     except Unfulfilled:
-        mend(run)  # all the same: nothing could go on without it
+        mend(run)  # though the trial has failed: without it no later fault could be tried
         raise
     mend(run)
     if run.exit_code != (expected := BUG_CODE if trial.fault.kind.is_bug else 1):
@@ -201,7 +201,7 @@ def _saves(run: TargetRun, trial: Trial, before: int) -> None:
 
 
 def _await_end(run: TargetRun, trial: Trial) -> None:
-    run.wait(lambda: run.exit_code is not None, "the end of the driver", RECOVER_S, may_end=True)
+    run.wait_for_end("the end of the driver", RECOVER_S)
     trial.detected_s = time.time() - trial.struck
 
 

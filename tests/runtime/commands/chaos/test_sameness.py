@@ -66,7 +66,7 @@ def line(run: Path, kind: str, step: int) -> bytes:
 def test_a_run_that_went_back_and_made_the_same_has_no_flaw(struck, calm):
     record = read_record(struck)
     assert found(struck, calm) == {}
-    assert [each["step"] for each in record.lines_made_anew if each["kind"] == "train"] == [3, 4, 5]
+    assert [each["step"] for each in record.superseded_lines if each["kind"] == "train"] == [3, 4, 5]
     assert record.num_stored == 2 * (STEPS + 3)
 
 
