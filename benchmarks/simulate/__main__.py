@@ -13,14 +13,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.processes import run_processes
 from benchmarks.simulate.cases import cases_of
 from benchmarks.simulate.measure import Measured, measure
 from benchmarks.simulate.public import print_public
-from runtime.commands.plan.simulate.hardware import Hardware, Link, to_json
+from runtime.commands.plan.simulate.hardware import Hardware, Link
 from runtime.commands.plan.simulate.routing import factors_of_load
 from runtime.commands.plan.simulate.simulation import Simulation
 from runtime.job.launch import make_spec
@@ -101,7 +101,7 @@ def main() -> int:
         found, link, factor = measure_all(Path(name), options.ep)
         hardware = print_measured(found, link, factor, Path(name))
     if options.out:
-        options.out.write_text(json.dumps(to_json(hardware)) + "\n")
+        options.out.write_text(json.dumps(asdict(hardware)) + "\n")
     return 0
 
 

@@ -16,6 +16,11 @@ _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0  # the largest number of e4m3
 
 
+def coded_row_bytes(hidden: int, element_bytes: int, payload: Payload) -> int:
+    """Bytes of a row of `hidden` elements on its way to an expert. Rows on their way back are never coded."""
+    return hidden + 4 * -(-hidden // TILE) if payload == "fp8" else element_bytes * hidden
+
+
 def encode_fp8(rows_TH: Tensor) -> Tensor:
     """Code rows as e4m3 with an fp32 scale for each tile of 128 elements: uint8 (T, B), B = H + 4 * ceil(H / 128).
 

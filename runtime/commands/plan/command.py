@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
@@ -14,17 +14,6 @@ from runtime.settings.consent import add_consent
 if TYPE_CHECKING:
     from runtime.commands.plan.subject import Subject
 
-# Options of --simulate, with what they are where they were not given.
-OF_SIMULATION: dict[str, object] = {
-    "hardware": "h100",
-    "max_vio": None,
-    "trace": None,
-    "law": [],
-    "worlds": None,
-    "overlap": 0.0,
-    "bubble": 0.0,
-    "out": None,
-}
 HELP = "Tell the memory of each rank and the bytes of a step before anything starts."
 
 DESCRIPTION = """\
@@ -76,8 +65,16 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def _add_simulation(parser: CommandParser) -> None:
-    add = parser.add_argument_group("simulation", "How long a step takes, and what imbalance costs.").add_argument
-    add("--simulate", action="store_true", help="simulate a step, balanced and not, in place of the plan's tables")
+    group = parser.add_argument_group("simulation", "How long a step takes, and what imbalance costs.")
+    group.add_argument(
+        "--simulate", action="store_true", help="simulate a step, balanced and not, in place of the plan's tables"
+    )
+    defaults: dict[str, object] = {}
+
+    def add(*names: str, **settings: Any) -> None:
+        action = group.add_argument(*names, **settings)
+        defaults[action.dest] = action.default
+
     add(
         "--hardware",
         default="h100",
@@ -97,6 +94,7 @@ def _add_simulation(parser: CommandParser) -> None:
     add("--overlap", type=number(0, 1), default=0.0, help="share of computation that hides exchanges (%(default)s)")
     add("--bubble", type=number(0, 0.99), default=0.0, help="share of a step that pipeline stages wait (%(default)s)")
     add("--out", type=folder_to_write, metavar="DIR", help="folder to write simulation.json and simulation.png to")
+    parser.set_defaults(simulation_defaults=defaults)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -128,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_simulates(options: argparse.Namespace) -> None:
-    given = [name for name, default in OF_SIMULATION.items() if getattr(options, name) != default]
+    given = [name for name, default in options.simulation_defaults.items() if getattr(options, name) != default]
     if given and not options.simulate:
         raise InvalidValue(
             f"--{given[0].replace('_', '-')} is an option of the simulation; add --simulate, or leave it out"
@@ -142,14 +140,15 @@ def _simulate(subject: "Subject", options: argparse.Namespace) -> None:
     from runtime.commands.plan.simulate.table import print_report
 
     report = simulate(subject, options)
-    values = json.dumps(as_json(report), allow_nan=False) + "\n"
+    values = as_json(report)
     if options.json:
-        sys.stdout.write(values)
+        sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
     else:
         print_report(report)
     if options.out:
         from runtime.commands.plan.simulate.chart import write_chart
+        from runtime.commands.results import write_json
 
         out = out_dir(options.out)
-        (out / "simulation.json").write_text(values)
+        write_json(out / "simulation.json", values)
         write_chart(report, out / "simulation.png")

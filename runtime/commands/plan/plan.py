@@ -105,7 +105,7 @@ def make_plan(subject: Subject) -> Plan:
 
 
 def plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
-    """The same of the ranks with some of the layers."""
+    """The plan of the ranks that hold the layers of this stage."""
     alone = _plan_of_layers(subject, stage.layers)
     size = model_size(subject.config.model, subject.config.optim)
     saved = stage.saved([_plan_of_layers(subject, (layers,)).saved for layers in stage.layers])
@@ -119,9 +119,10 @@ def _plan_of_layers(subject: Subject, layers: tuple[range, ...]) -> Plan:
 
 
 def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool = False) -> Plan:
-    """counts: of what a rank computes with, but for experts of other ranks; trained: of those that it trains.
+    """Plan a rank from numbers of parameters.
 
-    in_stages: these are of a pipeline.
+    counts: all parameters of the model, or of the rank's layers. trained: those of them that are trained. in_stages:
+    the rank is one of a pipeline.
     """
     config, world_size = subject.config, subject.config.cluster.num_workers
     ep_size = config.parallel.resolve(world_size)
@@ -156,8 +157,9 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *
 
 
 def _keys_bytes(config: TrainConfig, batch: MicroBatch) -> float:
-    """Of a step, keys and values of a rank's tokens to those that share its sequences, and gradients of theirs back."""
+    """Bytes that a rank sends in a step to those that share its sequences: keys and values, and their gradients."""
     model = config.model
+    # A gather in forward, the gradients in backward, and the gather again where backward computes attention again.
     num_gathers = 2 + (model.recompute in ("attention", "full"))
     num_layers = (model.num_layers + model.num_mtp_layers) * config.num_micro_batches
     per_gather = batch.element_bytes * batch.tokens * widths_of_keys(model) * (config.parallel.context - 1)
@@ -167,9 +169,13 @@ def _keys_bytes(config: TrainConfig, batch: MicroBatch) -> float:
 def _gradient_bytes(
     config: TrainConfig, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool
 ) -> dict[str, float]:
-    """Of a step, to sum gradients and, where they are sharded, to gather weights and what the optimizer needs whole."""
+    """Bytes that a rank sends in a step to sum gradients and, where states are sharded, to gather them.
+
+    Gathered are weights, and whole matrices where the optimizer needs those.
+    """
     owners = num_owners(config)
-    # What a sum of all elements would send, and a sum of those that are trained; a gather or a reduction sends half.
+    # `whole` is what a sum of all elements would send, `own` a sum of those that are trained. A sum by a ring is a
+    # reduction and a gather, so that each of these alone sends half of it.
     whole, own = (
         [gradient_bytes(held.dense, owners.dense), gradient_bytes(held.experts, owners.experts)]
         for held in (whole_elements(config, each) for each in (counts, trained))
@@ -194,16 +200,17 @@ def _gradient_bytes(
 
 
 def _replica_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
-    """Of a step, to sum a rank's rows of the gradients over the replicas."""
+    """Bytes that a rank sends in a step to sum its rows of the gradients over the replicas."""
     own, num_replicas, num_ranks = own_elements(config, trained), config.parallel.replicate, config.cluster.num_workers
     of_experts = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
     return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, of_experts)))
 
 
 def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
-    """By an optimizer that needs matrices whole: in bf16, on a CPU in fp32. A gather costs half of a sum."""
+    """Bytes that a rank sends to gather matrices for an optimizer that needs them whole: in bf16, on a CPU in fp32."""
     if config.parallel.shard == "none" or not config.optim.entry.gathers_matrices:
         return 0.0
+    # A gather sends half of what a sum does, and in bf16 half of that.
     share_of_a_sum = 1 / 2 if config.cluster.device == "cpu" else 1 / 4
     return share_of_a_sum * gradient_bytes(counts.dense_matrices, num_owners(config).dense)
 
@@ -257,7 +264,7 @@ def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
 
 
 def _exchange(subject: Subject) -> str:
-    """As a run would choose it."""
+    """The exchange that a run with these settings would choose."""
     config, world_size = subject.config, subject.config.cluster.num_workers
     nodes = [rank // subject.ranks_per_node for rank in range(world_size)]
     moe = config.model.moe

@@ -20,7 +20,7 @@ class PlanStage:
 
     @property
     def layers(self) -> tuple[range, ...]:
-        """By index in the whole model, of each stage on the rank."""
+        """The layers of each stage on the rank, by their index in the whole model."""
         return tuple(self._pipeline.layers_of(self.pp_rank, self.config.model.num_layers))
 
     @property
@@ -30,7 +30,7 @@ class PlanStage:
 
     @property
     def alone(self) -> TrainConfig:
-        """The run of these ranks with these layers."""
+        """The settings of a run that has these ranks and layers alone."""
         return of_stage(self.config, self.layers)
 
     @property
@@ -46,20 +46,21 @@ class PlanStage:
         moments = self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)
         kept = max((_times(num_forwards, by_stage) for num_forwards in moments), key=total)
         kept[HEAD] = by_stage[-1][HEAD] if self.has_head else 0.0
-        # torch has buffers for a whole step, and keeps them; and to its end the gradients of what was received.
-        # And what a stage has handed on, until its gradient comes, though nothing else needs it.
+        # torch's pipeline allocates receive buffers for all micro-batches of a step and keeps them, and keeps the
+        # gradients of what was received to the end of the step. A stage also keeps each output that it has handed on
+        # until the gradient of it comes, though nothing else needs it.
         outputs = self.in_flight * self._activation_bytes / self.config.num_micro_batches
         return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes, OUTPUTS: outputs}
 
     def scratch(self, of_micro_batch: Parts) -> Parts:
-        """What is held besides: without a head none at the loss."""
+        """Scratch of a micro-batch, without that of the loss where the stage does not have the head."""
         return of_micro_batch if self.has_head else of_micro_batch | {AT_LOSS: 0.0}
 
     @property
     def message_bytes(self) -> float:
-        """What a rank receives from other stages in a step, and sends to them: activations and their gradients.
+        """Bytes that a rank exchanges with other stages in a step, in each direction.
 
-        And the gradient of an embedding that first and last stage share.
+        These are activations, their gradients, and the gradient of an embedding that first and last stage share.
         """
         neighbours = sum((part.start > 0) + (part.stop < self.config.model.num_layers) for part in self.layers)
         model = self.config.model

@@ -31,7 +31,7 @@ class Subject:
 
 
 def read_subject(given: argparse.Namespace) -> Subject:
-    """The settings that `plan_parser` read.
+    """The settings that the options of `trimtab plan` ask for.
 
     Raises:
         ValueError: CONFIG cannot be read, or the options do not fit together; names value, rule and way out.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dispatch.config import RouterConfig
-from dispatch.exchange.payload import TILE, Payload
+from dispatch.exchange.payload import Payload, coded_row_bytes
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.exchange.registry import BACKENDS, Spread
 from workers.model.model_config import ModelConfig
@@ -89,7 +89,7 @@ def exchange_traffic(
         for hop in hops:
             rows = Links(hop.network, hop.node).times(hop.rows)
             id_bytes = hop.ids_per_row * (FP32 + _id_bytes(hop.num_ids))
-            there = _payload_bytes(config.hidden, element_bytes, payload) + id_bytes
+            there = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
             answer = element_bytes * config.hidden
             # A recompute ends with the last tensor that backward needs: the experts', so that it sends no answers.
             again = there if config.recompute in ("experts", "full") else 0
@@ -151,10 +151,6 @@ def _chance_of(experts: range, group_size: int, config: RouterConfig) -> float:
             missed = math.comb(candidates - held, config.top_k) / math.comb(candidates, config.top_k)
             chance += share * (1 - missed)
     return chance
-
-
-def _payload_bytes(hidden: int, element_bytes: int, payload: Payload) -> int:
-    return hidden + FP32 * -(-hidden // TILE) if payload == "fp8" else element_bytes * hidden
 
 
 def _id_bytes(num_ids: int) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.diagnosis.meter import Message
-from dispatch.exchange.payload import TILE
+from dispatch.exchange.payload import Payload, coded_row_bytes
 from dispatch.exchange.placement import ExpertPlacement
 
 
@@ -46,10 +46,10 @@ class Nodes:
         return {"all": to_ranks * row_bytes, "network": to_nodes * row_bytes}
 
 
-def bytes_of_four_passes(hidden: int, itemsize: int, payload: str) -> int:
+def bytes_of_four_passes(hidden: int, itemsize: int, payload: Payload) -> int:
     """Bytes of one row over the four passes: to its experts and back, in forward and in backward."""
-    there = hidden + 4 * -(-hidden // TILE) if payload == "fp8" else hidden * itemsize
-    return there + 3 * hidden * itemsize
+    # Only the first carries activations to experts; results and all gradients travel in the compute dtype.
+    return coded_row_bytes(hidden, itemsize, payload) + 3 * hidden * itemsize
 
 
 def _num_others(place_TK: Tensor, num_places: int, own: int) -> int:

@@ -69,8 +69,12 @@ class Hardware:
 
     def flops_per_s(self, kind: MatmulKind) -> float:
         """Of matmuls of this kind."""
-        rates = {"dense": self.dense_flops_per_s, "grouped": self.grouped_flops_per_s}
-        return rates.get(kind, self.attention_flops_per_s)
+        rates = {
+            "dense": self.dense_flops_per_s,
+            "grouped": self.grouped_flops_per_s,
+            "attention": self.attention_flops_per_s,
+        }
+        return rates[kind]
 
     def crowding(self, num_ranks: int) -> float:
         """How many times longer `num_ranks` alike take side by side than one alone."""
@@ -135,13 +139,8 @@ def hardware_of(name: str) -> Hardware:
         ) from error
 
 
-def to_json(hardware: Hardware) -> dict[str, Any]:
-    """Plain values."""
-    return asdict(hardware)
-
-
 def from_json(values: Mapping[str, Any]) -> Hardware:
-    """What `to_json` gave."""
+    """The hardware whose `dataclasses.asdict` these values are."""
     links = {name: Link(**values[name]) for name in ("node", "network", "control")}
     return Hardware(**{**values, **links})
 

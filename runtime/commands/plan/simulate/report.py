@@ -1,12 +1,11 @@
 """What `trimtab plan --simulate` found, and as JSON."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dispatch.errors import InvalidValue
-from runtime.commands.plan.simulate.hardware import Hardware, hardware_of, to_json
+from runtime.commands.plan.simulate.hardware import Hardware, hardware_of
 from runtime.commands.plan.simulate.laws import LawCost, cost_of_laws
 from runtime.commands.plan.simulate.scope import check_scope, left_out
 from runtime.commands.plan.simulate.sensitivity import Moved, sensitivity
@@ -67,22 +66,25 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Plain values: seconds, bytes, and steps as multiples of a balanced one."""
-    plain: Callable[[AtWorld], dict[str, Any]] = lambda at: {  # noqa: E731 - one expression, used twice
+    return {
+        "config": report.subject.name,
+        "hardware": asdict(report.hardware),
+        "schedule": asdict(report.schedule),
+        "here": _world_json(report.here),
+        "worlds": [_world_json(each) for each in report.worlds],
+        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
+        "trace": report.trace,
+        "notes": list(report.notes),
+        "laws": [asdict(each) for each in report.laws],
+    }
+
+
+def _world_json(at: AtWorld) -> dict[str, Any]:
+    return {
         "world_size": at.world_size,
         "ep_size": at.ep_size,
         "balanced_step_s": at.balanced.step_s,
         "tokens_per_s_per_rank": at.balanced.tokens_per_s_per_rank,
         "parts_s": dict(at.balanced.parts),
         "costs": [asdict(each) for each in at.costs],
-    }
-    return {
-        "config": report.subject.name,
-        "hardware": to_json(report.hardware),
-        "schedule": asdict(report.schedule),
-        "here": plain(report.here),
-        "worlds": [plain(each) for each in report.worlds],
-        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
-        "trace": report.trace,
-        "notes": list(report.notes),
-        "laws": [asdict(each) for each in report.laws],
     }

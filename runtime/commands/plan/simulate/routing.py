@@ -64,7 +64,7 @@ def log_normal_load(max_vio: float, num_experts: int) -> NDArray[np.float64]:
     low, high = 0.0, 1.0
     while load(high)[-1] < 1 + max_vio and high < 2**20:
         high *= 2
-    for _ in range(60):
+    for _ in range(60):  # halvings: more than the 53 bits of a float64
         middle = (low + high) / 2
         low, high = (middle, high) if load(middle)[-1] < 1 + max_vio else (low, middle)
     return load(low)

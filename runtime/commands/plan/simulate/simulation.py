@@ -107,7 +107,7 @@ class Simulation:
         return Simulated(parts, self.peak_bytes(factors), tokens, self.world_size * stages)
 
     def peak_bytes(self, factors: Factors) -> float:
-        """Of the rank with most rows over all layers; its scratch is that of its fullest layer."""
+        """Peak memory of the rank with most rows over all layers; its scratch is that of its fullest layer."""
         mean, most = float(factors.mean(0).max()), float(factors.max())
         config, counts = self.config.model, self.plan.counts
         adapters = len(count_parameters(config, trained_only=True).dense_shapes) // 2
@@ -188,12 +188,13 @@ class Simulation:
         return self.hardware.reduce_factor * link.seconds(num_bytes, num_buckets * 2 * (num_ranks - 1).bit_length())
 
     def _control_s(self, parts: Mapping[str, float]) -> float:
-        """What of the counts' way to the coordinator and back does not hide behind the backward of a micro-batch."""
+        """Seconds of the control round that the backward of the last micro-batch does not hide."""
         hops = (self.world_size - 1).bit_length()
         num_counts = self.config.model.num_moe_layers * self.config.model.moe.num_experts
         # Summed up and down the tree, then the bias down again.
         seconds = 2 * self.hardware.control.seconds(8 * num_counts * hops, hops)
         seconds += self.hardware.control.seconds(4 * num_counts * hops, hops)
+        # Backward computes twice what forward does.
         backward = 2 / 3 * sum(parts.values()) / self.num_micro
         return (
             seconds * self.hardware.crowding(self.world_size) if self.hardware.cores else max(0.0, seconds - backward)

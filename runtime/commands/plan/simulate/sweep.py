@@ -34,11 +34,6 @@ class AtWorld:
     costs: tuple[Cost, ...]
 
 
-def cost(max_vio: float, step: Simulated, even: Simulated) -> Cost:
-    """Of one step beside a balanced one."""
-    return Cost(max_vio, step.step_s, step.step_s / even.step_s, step.peak_bytes)
-
-
 def factors_of(simulation: Simulation, max_vio: float) -> Factors:
     """The same MaxVio in each layer."""
     model = simulation.config.model
@@ -49,8 +44,11 @@ def factors_of(simulation: Simulation, max_vio: float) -> Factors:
 def by_max_vio(simulation: Simulation, max_vios: Sequence[float]) -> AtWorld:
     """Costs at the world size of the simulation."""
     even = simulation.step()
-    costs = tuple(cost(each, simulation.step(factors_of(simulation, each)), even) for each in max_vios)
-    return AtWorld(simulation.world_size, simulation.ep_size, even, costs)
+    costs = []
+    for max_vio in max_vios:
+        step = simulation.step(factors_of(simulation, max_vio))
+        costs.append(Cost(max_vio, step.step_s, step.step_s / even.step_s, step.peak_bytes))
+    return AtWorld(simulation.world_size, simulation.ep_size, even, tuple(costs))
 
 
 def by_world(

@@ -1,12 +1,13 @@
 """Assumptions: named, scaled one at a time, and carried by a file."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dispatch.errors import InvalidValue
-from runtime.commands.plan.simulate.hardware import PRESETS, assumptions, from_json, hardware_of, scaled, to_json
+from runtime.commands.plan.simulate.hardware import PRESETS, assumptions, from_json, hardware_of, scaled
 from workers.model.flops import peak_by_name
 
 
@@ -22,7 +23,7 @@ def test_every_assumption_can_be_scaled_alone() -> None:
 
 def test_a_file_of_rates_gives_the_same_hardware(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
-    file.write_text(json.dumps(to_json(PRESETS["b200"])))
+    file.write_text(json.dumps(asdict(PRESETS["b200"])))
     assert hardware_of(str(file)) == from_json(json.loads(file.read_text())) == PRESETS["b200"]
 
 
