@@ -24,7 +24,7 @@ from workers.record.run_log import LoadHistory, read_load_history
 
 @dataclass(frozen=True, kw_only=True)
 class CopiesOutcome:
-    """So many copies a rank, at most, in a run.
+    """What a run's loads would have been with at most `copies_per_rank` copies of hot experts on each rank.
 
     busiest: load of the busiest rank over the mean, mean over layers and steps; a layer is computed when its busiest
     rank is. worst: the same of the worst step. num_copies: in a layer, on all ranks, on average.
@@ -37,9 +37,10 @@ class CopiesOutcome:
 
 
 def outcomes_of(history: LoadHistory, copies: Sequence[int], *, ep_size: int, every: int) -> list[CopiesOutcome]:
-    """What 0 and each of `copies` give where the loads of `every` steps place the copies of the next `every`.
+    """Compute the outcome without copies, and with each number of `copies` a rank.
 
-    The first `every` steps, which no loads precede, are left out.
+    The loads of `every` steps place the copies of the next `every`. The first `every` steps, which have no loads before
+    them, are left out.
 
     Raises:
         InvalidValue: the run is too short, or has fewer experts than `ep_size`.

@@ -16,11 +16,11 @@ from dispatch.routing.selection import biased_scores, count_by_expert, ordered_t
 from runtime.commands.replay.play import Player
 from runtime.commands.replay.trace import Trace
 
-REACH = 6  # neighbours on either side
+REACH = 6  # steps on either side whose scores a floor may see
 MIN_NEIGHBOURS = 6
 SMOOTHED = 5  # samples; one is of a few layers, and swings by a tenth
 STRIDE = 4  # tokens of one sequence resemble each other: the others say little more
-NUM_ROUNDS = 8
+NUM_ROUNDS = 8  # updates of the bias; each sees all neighbours
 NUM_SAMPLES = 128  # steps that are tried
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dispatch.laws import Law, LawState
 from dispatch.layout import LoadLayout
@@ -79,7 +80,8 @@ class _Laws:
         return self._last
 
 
-def _counts(load_N: Any, statistic: Any) -> torch.Tensor:
+def _counts(load_N: NDArray[np.int64], statistic: NDArray[np.int64] | None) -> torch.Tensor:
+    """What the law was given: int64 (M,), the loads and then the counts of its statistic, if it has one."""
     parts = [torch.from_numpy(load_N.astype("int64"))]
     if statistic is not None:
         parts.append(torch.from_numpy(statistic))

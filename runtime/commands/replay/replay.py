@@ -74,9 +74,9 @@ def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, Balan
 
 
 def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
-    return replace(left, rate=left.rate_at(1) if not left.needs_horizon else left.rate) == replace(
-        right, rate=right.rate_at(1) if not right.needs_horizon else right.rate
-    )
+    """Whether both settings give the same law: a rate that was left to the law's default is filled in."""
+    filled = [each if each.needs_horizon else replace(each, rate=each.rate_at(1)) for each in (left, right)]
+    return filled[0] == filled[1]
 
 
 def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from dispatch.config import RouterConfig
 from dispatch.layout import LoadLayout
 
-# The part of a token's direction that its kind of text, its sequence and the token itself decide.
+# The part of a token's direction that its kind of text, its sequence and the token itself decide. The three are nearly
+# orthogonal unit vectors, and the squares of the parts sum to about 1: so does the square of a token's length.
 _KIND, _TOPIC, _TOKEN = 0.7, 0.35, 0.62
 _SEQ_LEN, _HIDDEN = 64, 32
 _DRIFT = 0.01  # relative random step of the router's weights, a step

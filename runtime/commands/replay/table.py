@@ -3,7 +3,7 @@
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from runtime.commands.replay.comparison import Comparison
+from runtime.commands.replay.comparison import BALANCED_AT, Comparison
 from runtime.commands.replay.figures import MEAN_OVER, LawFigures
 from runtime.terminal.quantities import percent, three_digits
 from runtime.terminal.tables import new_table
@@ -40,7 +40,7 @@ def _notes(comparison: Comparison) -> str:
     threshold = (
         three_digits(low)
         if low == high
-        else f"1.5 times the practical floor of those steps ({three_digits(low)} to {three_digits(high)})"
+        else f"{BALANCED_AT:g} times the practical floor of those steps ({three_digits(low)} to {three_digits(high)})"
     )
     return (
         f"MaxVio and regret: steps {first} to {last}, mean of the layers; global: of their summed load. Steps to "

@@ -30,6 +30,7 @@ class Verdict:
 
 def verdicts(comparison: Comparison, best: str) -> list[Verdict]:
     """Check every claim about the law `best` on this trace."""
+    # The factors, 20 and 4, are the goals that docs/results/balance.md reports on.
     first, last = comparison.steps
     shift = comparison.shift_step or last + 1
     balanced, recovered = attrgetter("balanced_after"), attrgetter("recovered_after")

@@ -3,7 +3,6 @@
 Shapes: M counts of a law over all layers, W ranks.
 """
 
-from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,13 +55,12 @@ class ControlCase:
         return replace(other, layers=max(1, min(self.layers, _REPORT_LIMIT_BYTES // layer_bytes)))
 
 
-def case_of(given: Namespace) -> ControlCase:
-    """Make the case of parsed options. Raises ValueError if they contradict each other."""
-    return ControlCase(given.layers, given.experts, given.law, given.workers, given.rounds)
-
-
 def summed_bytes(law: Law, world_size: int) -> int:
-    """Bytes that the ranks reduce in a step: counts, four slots a rank, sums, wish to stop, loss, a maximum a layer."""
+    """Bytes that the ranks sum in a step.
+
+    8 bytes each for a count of the law, a sum, the request to stop, the loss, and the maximum of a layer; and 32 for
+    each rank.
+    """
     return 8 * (law.num_counts + NUM_SUMS + 2 + len(law.layout.names)) + _SLOT_BYTES * world_size
 
 

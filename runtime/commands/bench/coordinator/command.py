@@ -32,9 +32,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print the tables, write samples and picture. Returns the exit code."""
-    from runtime.commands.bench.coordinator.case import case_of
+    from runtime.commands.bench.coordinator.case import ControlCase
 
-    case, out = case_of(options), out_dir(options.out)
+    case = ControlCase(options.layers, options.experts, options.law, options.workers, options.rounds)
+    out = out_dir(options.out)
     from runtime.commands.bench.coordinator.benchmark import run_benchmark
 
     return run_benchmark(case, out)

@@ -43,10 +43,9 @@ def measure_load(case: ControlCase, places: dict[str, Callable[[bytes], bytes]])
 def drive(
     law: Law, coordinator: Callable[[bytes], bytes] | None, num_rounds: int
 ) -> tuple[list[float], tuple[int, int]]:
-    """Return the seconds of each step, and the bytes of the last report and answer.
+    """Report one step after the other. Returns the seconds of each, and the bytes of the last report and answer.
 
-    Without a coordinator the law runs here.
-
+    coordinator: None lets the law run in this process.
 
     Raises:
         RuntimeError: the coordinator did not answer a report; its time would be that of the law here.

@@ -30,6 +30,7 @@ class HopCost:
         """Least squares of relative errors over the medians by number of bytes."""
         sizes = np.array(list(samples), dtype=np.float64)
         medians = np.array([np.median(seconds) for seconds in samples.values()])
+        # Relative errors: absolute ones would leave the latency to the noise of the largest messages.
         design = np.stack([np.ones_like(sizes), sizes], axis=1) / medians[:, None]
         (alpha_s, beta_s), *_ = np.linalg.lstsq(design, np.ones_like(sizes), rcond=None)
         return cls(max(float(alpha_s), 0.0), max(float(beta_s), 0.0))

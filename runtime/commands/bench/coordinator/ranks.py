@@ -11,11 +11,12 @@ from torch.distributed.distributed_c10d import Store
 
 from dispatch.laws import Law, LawState
 from runtime.commands.bench.coordinator.case import NUM_SUMS, ControlCase, counts_of, summed_bytes
+from runtime.commands.bench.coordinator.load import NUM_WARM_UP, RUN_ID
 from runtime.terminal.quantities import counted
 from workers.control.loop import ControlLoop
 
-NUM_WARM_UP = 3
 LIMIT_S = 120.0
+# From a message that costs its latency alone to one that costs its bytes: the model is fitted to both.
 HOP_BYTES = (64, 1 << 10, 1 << 14, 1 << 17, 1 << 20)
 PHASES = ("reduce", "coordinator", "broadcast")
 
@@ -62,7 +63,13 @@ class BenchRank:
                 rounds.append(_measure_rounds(group, law, coordinator, case.rounds))
             dist.barrier()  # ranks without a part wait here, and take no core from the others
         self._doing = "hops between two ranks"
-        sizes = sorted({*HOP_BYTES, summed_bytes(law, 2)})
+        sizes = sorted(
+            {
+                # From a message that costs its latency alone to one that costs its bytes: the model is fitted to both.
+                *HOP_BYTES,
+                summed_bytes(law, 2),
+            }
+        )
         hop_s = {size: _measure_hops(size, case.rounds) for size in sizes} if case.workers > 1 else {}
         dist.barrier()
         return RankFigures(rounds, hop_s) if dist.get_rank() == 0 else None
@@ -80,7 +87,7 @@ def _measure_rounds(
     maxima = torch.zeros(len(law.layout.names), dtype=torch.int64)
     seconds, phases = [], []
     loop = ControlLoop(
-        group=group, law=law, run_id="bench", read_bias=live_N.clone, write_state=write, coordinator=coordinator,
+        group=group, law=law, run_id=RUN_ID, read_bias=live_N.clone, write_state=write, coordinator=coordinator,
         timeout_s=LIMIT_S,
     )  # fmt: skip
     with loop:

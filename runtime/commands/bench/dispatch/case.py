@@ -1,7 +1,6 @@
 """What `trimtab bench dispatch` measures, from options and a training configuration, checked before anything starts."""
 
 import argparse
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,7 +173,7 @@ def _workers(given: int | None) -> int:
 
 
 def _share_of_cores(workers: int) -> int:
-    return max(1, math.floor(usable_cores() / (launched_ranks_per_node() or workers)))
+    return max(1, usable_cores() // (launched_ranks_per_node() or workers))
 
 
 def _device(given: str, workers: int) -> str:

@@ -1,7 +1,7 @@
 """One rank's part of `trimtab bench dispatch`: layer and limits take turns, with fresh tokens in every round.
 
-The order is A B C, then C B A. The bare all-to-all comes right after the layer, whose messages of this very round it
-repeats.
+The order is A B C, then C B A, so that a machine that slows down favours none. The bare all-to-all comes right after
+the layer, since it repeats the messages of this very round.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ class TensorPlace:
 
 
 @dataclass
-class TensorWatch:
+class TensorChecker:
     """Checks one tensor after the other without keeping it, and collects what is wrong."""
 
     found: list[Damage] = field(default_factory=list)
@@ -45,8 +45,8 @@ class TensorWatch:
     bias_range: tuple[float, float] | None = None
     _digests: dict[tuple[torch.Size, bytes], TensorPlace] = field(default_factory=dict)
 
-    def see(self, tensor: Tensor, place: TensorPlace) -> None:
-        """Any tensor of weights or moments: it must be finite."""
+    def check(self, tensor: Tensor, place: TensorPlace) -> None:
+        """Check a tensor of weights or moments: its values must be finite."""
         self.num_tensors += 1
         self.num_bytes += tensor.nbytes
         if not tensor.is_floating_point():
@@ -56,10 +56,10 @@ class TensorWatch:
             count = finite.numel() - int(finite.sum())
             self.damage(place, f"has NaN or infinite values: {count} of {finite.numel()}")
 
-    def see_expert(self, tensor: Tensor, place: TensorPlace) -> None:
-        """A weight of one expert: no other expert of any layer has the same bytes, unless one was saved for both.
+    def check_expert(self, tensor: Tensor, place: TensorPlace) -> None:
+        """Check a weight of one expert: no other expert of any layer may have the same bytes.
 
-        That is what ranks leave behind that name their experts by local id (KempnerForge #202).
+        Two have them where ranks named their experts by local ids, so that one was saved for both (KempnerForge #202).
         """
         self.num_experts += 1
         data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -67,13 +67,13 @@ class TensorWatch:
         if first is not place:
             self.damage(place, f"has the same bytes as {first.tensor}: one expert was saved for both")
 
-    def see_biases(
+    def check_biases(
         self, biases: dict[TensorPlace, Tensor], *, moved: bool, centred: bool, narrow: Severity = "error"
     ) -> None:
-        """The selection biases of all layers.
+        """Check the selection biases of all layers.
 
-        moved: a law has moved them, so that none can be zero. centred: it keeps their mean at zero. narrow: how bad it
-        is that one is not fp32.
+        moved: a law has moved them, so that none can be zero. centred: the law keeps their mean at zero. narrow: the
+        severity of a bias that is not fp32.
         """
         for place, bias in biases.items():
             if bias.dtype != torch.float32:
@@ -94,7 +94,7 @@ class TensorWatch:
         self.found.append(Damage(severity=severity, file=place.file, tensor=place.tensor, problem=problem))
 
     def facts(self, expert_names: Iterable[str]) -> dict[str, str]:
-        """What was seen, for people; `expert_names`: of all weights of experts."""
+        """Figures of all checked tensors, for people to read. expert_names: names of all weights of experts."""
         num_layers = len({name.rpartition(".experts.")[0] for name in expert_names})
         facts = {
             "tensors": str(self.num_tensors),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dispatch.errors import InvalidValue
 from dispatch.exchange.local import LocalDispatcher
 from dispatch.laws import BalanceConfig
-from runtime.commands.doctor.checkpoint.findings import BIAS, CheckpointReport, Damage, TensorPlace, TensorWatch
+from runtime.commands.doctor.checkpoint.findings import BIAS, CheckpointReport, Damage, TensorChecker, TensorPlace
 from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.config import FREE_SETTINGS, TrainConfig, flatten
 from runtime.settings.config_file import config_from_yaml, config_from_yaml_file
@@ -51,10 +51,10 @@ def examine_checkpoint(path: Path, progress: Progress) -> CheckpointReport:
     config, law, found = _configuration(path, manifest)
     wanted = _wanted(config.model, config.optim) if config else None
     found += _misfits(reader, wanted) if wanted is not None else []
-    watch = TensorWatch()
-    biases = _look_at_tensors(reader, watch, progress)
-    _look_at_biases(reader, biases, law, wanted, watch)
-    return CheckpointReport(str(path), _facts(reader, watch), found + watch.found)
+    checker = TensorChecker()
+    biases = _check_tensors(reader, checker, progress)
+    _check_biases(reader, biases, law, wanted, checker)
+    return CheckpointReport(str(path), _facts(reader, checker), found + checker.found)
 
 
 def _unread(path: Path, found: list[Damage]) -> CheckpointReport:
@@ -141,28 +141,28 @@ def _wanted(model_config: ModelConfig, optim: OptimConfig) -> dict[str, TensorSp
         return specs_of(canonical_state(model, build_optimizer(model, optim), optim.entry.initial_state))
 
 
-def _look_at_tensors(reader: TensorReader, watch: TensorWatch, progress: Progress) -> dict[str, Tensor]:
+def _check_tensors(reader: TensorReader, checker: TensorChecker, progress: Progress) -> dict[str, Tensor]:
     """Read every tensor once; return those that are needed together: the biases."""
     kept: dict[str, Tensor] = {}
     sizes = {name: TensorSpec(shape, reader.dtypes[name]).num_bytes for name, shape in reader.shapes.items()}
     total = sum(sizes.values())
     for name in sorted(reader.shapes, key=reader.places.__getitem__):
-        progress("tensors", watch.num_bytes, total)
+        progress("tensors", checker.num_bytes, total)
         tensor, place = reader.read([name])[name], TensorPlace(_file(reader, name), name)
-        watch.see(tensor, place)
+        checker.check(tensor, place)
         if name.startswith("model.") and ".experts." in name:
-            watch.see_expert(tensor, place)
+            checker.check_expert(tensor, place)
         if name == "law.bias" or (name.startswith("model.") and name.endswith(BIAS)):
             kept[name] = tensor
     return kept
 
 
-def _look_at_biases(
+def _check_biases(
     reader: TensorReader,
     biases: dict[str, Tensor],
     law: BalanceConfig | None,
     wanted: Mapping[str, TensorSpec] | None,
-    watch: TensorWatch,
+    checker: TensorChecker,
 ) -> None:
     law_bias = biases.pop("law.bias", None)
     placed = {TensorPlace(_file(reader, name), name): bias for name, bias in biases.items()}
@@ -170,15 +170,15 @@ def _look_at_biases(
     moved = any(bool(bias.any()) for bias in biases.values())
     if law is not None:
         moved = reader.manifest.step > 0 and law.law != "none" and law.rate != 0
-    watch.see_biases(placed, moved=moved, centred=moved and law is not None and not law.entry.multiplies)
+    checker.check_biases(placed, moved=moved, centred=moved and law is not None and not law.entry.multiplies)
     if law_bias is None:
         return
     # The law's order is that of the model's modules, which the names of the configuration have.
     in_order = [biases[name] for name in wanted or sorted(biases, key=_layer_numbers) if name in biases]
-    # What routes and what the law goes on from are one and the same.
+    # The bias that routes and the bias that the law goes on from must be the same.
     if not in_order or not torch.equal(torch.cat(in_order).double(), law_bias.double()):
         problem = "is not what the routers have: a run that goes on would route by another bias"
-        watch.damage(TensorPlace(_file(reader, "law.bias"), "law.bias"), problem)
+        checker.damage(TensorPlace(_file(reader, "law.bias"), "law.bias"), problem)
 
 
 def _layer_numbers(name: str) -> list[int]:
@@ -189,12 +189,12 @@ def _file(reader: TensorReader, name: str) -> str:
     return reader.places[name][0]
 
 
-def _facts(reader: TensorReader, watch: TensorWatch) -> dict[str, str]:
+def _facts(reader: TensorReader, checker: TensorChecker) -> dict[str, str]:
     manifest, experts = reader.manifest, [n for n in reader.shapes if n.startswith("model.") and ".experts." in n]
     return {
         "step": f"{manifest.step}, saved by {counted(manifest.world_size, 'rank')}",
         "files": f"{len(manifest.files)}, as they were written (size and sha256)",
-        **watch.facts(experts),
+        **checker.facts(experts),
     }
 
 

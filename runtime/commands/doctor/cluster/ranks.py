@@ -20,7 +20,6 @@ FILL_S = 0.05  # An exchange this long measures the rate.
 class RankSpeed:
     """What one rank saw of the all-to-all of its EP group: small_s seconds; bytes per second to other ranks."""
 
-    ep_index: int
     device: str
     small_s: float
     bytes_per_s: float
@@ -45,7 +44,7 @@ class DoctorRank:
         )
 
     def measure(self, budget_s: float) -> RankSpeed:
-        """All EP groups at once, as in training. Collective; takes about budget_s at most."""
+        """Measure the all-to-all of all EP groups at once, as in training. Collective; takes about budget_s at most."""
         groups = self._groups
         small_s = min(self._exchange_s(SMALL_BYTES) for _ in range(NUM_SMALL))
         deadline, num_bytes = time.monotonic() + budget_s, 2**16
@@ -61,7 +60,6 @@ class DoctorRank:
                 break
             taken_s = min(taken_s, self._agreed(self._exchange_s(num_bytes)))
         return RankSpeed(
-            ep_index=groups.edp_rank,
             device=str(groups.device.type),
             small_s=self._agreed(small_s),
             bytes_per_s=(groups.ep_size - 1) * num_bytes / taken_s,
@@ -80,7 +78,7 @@ class DoctorRank:
         return time.perf_counter() - begun
 
     def _agreed(self, value: float) -> float:
-        """The largest of the EP group."""
+        """The largest value of any rank of the EP group. Collective."""
         of_group = torch.tensor([value], dtype=torch.float64, device=self._groups.device)
         dist.all_reduce(of_group, dist.ReduceOp.MAX, group=self._groups.ep_group)
         return of_group.item()
