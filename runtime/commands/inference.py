@@ -86,7 +86,7 @@ def generate(
         prompts = [template.asking([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
         shown = [""] * len(prompts)
     _warn_of_long_prompts(prompts, tokenizer, config.model.max_seq_len, console)
-    # A function cannot be sent to other processes for every token.
+    # Tokens can be shown as they come in this process alone: ranks of Ray could not call `new.add` for each of them.
     is_here = runs_in_process(config.cluster)
     is_streamed = len(prompts) == 1 and is_here and sys.stdout.isatty()
     with NewText(tokenizer, shown, sys.stdout if is_streamed else None, console) as new:

@@ -13,7 +13,7 @@ from runtime.commands.options import add_runs_dir
 from runtime.runs.run_dir import default_runs_dir, folder_of_runs, runs_in
 
 HELP = "List runs: state, step, loss, and when each was last heard of."
-WIDEST = 10_000  # characters
+WIDEST = 10_000  # characters: wider than any table, so that rich cuts no cell
 DAY_S = 24 * 3600
 HEADS = ("run", "state", "step", "loss", "bits/byte", "tokens/s", "last sign", "left")
 

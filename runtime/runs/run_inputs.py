@@ -20,12 +20,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         ValueError: there is none, or none of that step; the message names the steps that there are.
         CheckpointCorrupt: it is damaged; the message names the newest intact one before it.
     """
-    found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
-    if not found:
-        raise InvalidValue(f"{run_dir} has no complete checkpoint to go on from; start again with another --name")
-    path = found.get(max(found) if step is None else step)
-    if path is None:
-        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
+    path = checkpoint_of(run_dir, step)
     from workers.checkpoints.checkpoint import verify  # imports DCP, which takes a second
 
     try:
@@ -34,6 +29,23 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         if step is not None or path.is_dir():
             raise
         return find_checkpoint(run_dir, None)  # The run is training: it has removed this checkpoint for newer ones.
+    return path
+
+
+def checkpoint_of(run_dir: Path, step: int | None) -> Path:
+    """The newest checkpoint of a run or that of `step`; its files are not verified.
+
+    Raises:
+        InvalidValue: there is none, or none of that step; names those there are.
+    """
+    found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
+    if not found:
+        raise InvalidValue(
+            f"{run_dir} has no complete checkpoint: it has saved none yet; to start again, give another --name"
+        )
+    path = found.get(max(found) if step is None else step)
+    if path is None:
+        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
     return path
 
 

@@ -18,7 +18,7 @@ from workers.record.run_log import METRICS
 
 POLL_S = 0.2
 KILL_WAIT_S = 5.0
-TAIL_BYTES = 1 << 15  # holds more than one line of metrics.jsonl
+TAIL_BYTES = 1 << 15  # more than one line of metrics.jsonl, and the same for a run of any length
 
 
 @dataclass
@@ -67,9 +67,6 @@ class RunPool:
     def __exit__(self, *_: object) -> None:
         for run in self.active:
             run.stop()
-        for run in self.active:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.process.wait(0)
             if run.process.poll() is None:
                 run.process.kill()
                 run.process.wait(KILL_WAIT_S)

@@ -92,5 +92,9 @@ def play(
 
 def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDArray[np.float64]:
     """MaxVio of every step, mean over the layers: (S,)."""
-    layers = [counts[:, where].max(1) / np.maximum(counts[:, where].mean(1), 1e-300) - 1 for where in slices]
-    return np.asarray(np.mean(layers, axis=0), np.float64)
+    return np.asarray(np.mean([max_vio_of_rows(counts[:, where]) for where in slices], axis=0), np.float64)
+
+
+def max_vio_of_rows(loads: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """MaxVio of each row, from the loads of all experts of a layer in its columns; -1 for a row without load."""
+    return np.asarray(loads.max(1) / np.maximum(loads.mean(1), 1e-300) - 1, np.float64)

@@ -27,7 +27,7 @@ from runtime.terminal.interrupt import exit_code_of
 EXCLUDED = (".git", "/.venv*", "/runs", "/data", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis")
 LARGEST_BYTES = 100 * 2**20  # Ray carries it through the head's memory; code is not that large.
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # of the address that Ray's client is given
-ANSWER_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 5.0  # of the job API, which answers in milliseconds where it is there
 END_LIMIT_S = 30.0  # between the last line of a job and its exit code
 
 
@@ -62,7 +62,10 @@ def submit(given: argparse.Namespace) -> int:
 
 
 def upload_bytes(folder: Path) -> int:
-    """Size of the files that Ray will pack, before it compresses them."""
+    """Size of the files that Ray will pack, before it compresses them.
+
+    By Ray's own walk: what .gitignore leaves out must be left out here too, and Ray has no public function for it.
+    """
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     sizes: list[int] = []
@@ -178,7 +181,7 @@ def _client(url: str, access: Access | None) -> Iterator[Any]:
     with authenticated(_token_variables(access)):
         _check_answers(url)
         overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
-        logging.disable(logging.WARNING)  # Ray tells each ignored folder, several times
+        logging.disable(logging.WARNING)  # Ray logs each folder that it does not upload, several times
         try:
             yield JobSubmissionClient(url)
         except AuthenticationError as error:

@@ -63,13 +63,7 @@ class BenchRank:
                 rounds.append(_measure_rounds(group, law, coordinator, case.rounds))
             dist.barrier()  # ranks without a part wait here, and take no core from the others
         self._doing = "hops between two ranks"
-        sizes = sorted(
-            {
-                # From a message that costs its latency alone to one that costs its bytes: the model is fitted to both.
-                *HOP_BYTES,
-                summed_bytes(law, 2),
-            }
-        )
+        sizes = sorted({*HOP_BYTES, summed_bytes(law, 2)})
         hop_s = {size: _measure_hops(size, case.rounds) for size in sizes} if case.workers > 1 else {}
         dist.barrier()
         return RankFigures(rounds, hop_s) if dist.get_rank() == 0 else None

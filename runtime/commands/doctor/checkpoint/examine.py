@@ -12,9 +12,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from dispatch.errors import InvalidValue
 from runtime.commands.doctor.checkpoint.findings import CheckpointReport
 from runtime.commands.results import write_json
+from runtime.report.run_inputs import checkpoint_of
 from runtime.runs.run_dir import CONFIG_FILE, find_run
 from runtime.terminal.quantities import counted
-from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST, list_checkpoints, step_of
+from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST
 from workers.model.families.source import CONFIG as HUB_CONFIG
 
 MAX_LINES = 40  # of findings in the terminal; --json has them all
@@ -61,12 +62,7 @@ def find_checkpoint(name: str, step: int | None) -> Path:
             f"{name} is neither a checkpoint ({MANIFEST}), nor a run ({CONFIG_FILE}), nor a directory of Hugging Face "
             f"({HUB_CONFIG}): {error}; a cluster is examined by `trimtab doctor cluster`"
         ) from None
-    found = {step_of(folder): folder for folder in list_checkpoints(run_dir / CHECKPOINTS)}
-    if not found:
-        raise InvalidValue(f"{run_dir} has no complete checkpoint yet")
-    if step is not None and step not in found:
-        raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")
-    return found[max(found) if step is None else step]
+    return checkpoint_of(run_dir, step)
 
 
 def as_text(report: CheckpointReport) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from runtime.commands.plan.simulate.routing import Factors, factors_of_load, skewed
 from runtime.commands.plan.simulate.simulation import Simulation
 from runtime.commands.replay.figures import steady_steps
+from runtime.commands.replay.play import max_vio_of_rows
 from runtime.commands.replay.replay import one_thread, play_with_progress
 from runtime.commands.replay.score_trace import RecordedTrace
 from runtime.commands.replay.specs import parse_law
@@ -61,7 +62,7 @@ def law_cost(simulation: Simulation, law: str, counts: NDArray[np.int64], trace:
     steady = [step - trace.steps[0] for step in steady_steps(trace)]
     return LawCost(
         law=law,
-        max_vio=float(np.mean([_max_vios(loads[each]) for each in steady])),
+        max_vio=float(np.mean([max_vio_of_rows(loads[each]) for each in steady])),
         mean_times=float(times.mean()),
         steady_times=float(times[steady].mean()),
         worst_times=float(times.max()),
@@ -77,9 +78,5 @@ def factors_on(simulation: Simulation, load_LE: NDArray[np.float64]) -> Factors:
     if load_LE.shape[1] == model.moe.num_experts:
         return factors_of_load(load_LE[layers], simulation.experts_of_ranks)
     most = model.moe.num_experts / model.moe.top_k - 1
-    values = [min(most, float(value)) for value in _max_vios(load_LE)[layers]]
+    values = [min(most, float(value)) for value in max_vio_of_rows(load_LE)[layers]]
     return skewed(values, model.moe.num_experts, model.moe.top_k, simulation.experts_of_ranks)
-
-
-def _max_vios(load_LE: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-300) - 1, np.float64)
