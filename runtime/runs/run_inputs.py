@@ -40,9 +40,7 @@ def checkpoint_of(run_dir: Path, step: int | None) -> Path:
     """
     found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
     if not found:
-        raise InvalidValue(
-            f"{run_dir} has no complete checkpoint: it has saved none yet; to start again, give another --name"
-        )
+        raise InvalidValue(f"{run_dir} has no complete checkpoint yet; to start a run again, give it another --name")
     path = found.get(max(found) if step is None else step)
     if path is None:
         raise InvalidValue(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}")

@@ -13,18 +13,18 @@ from runtime.commands.chaos.plan import ChaosFault
 from runtime.commands.chaos.target import TargetRun, Unfulfilled
 from workers.record.run_log import EVENTS, read_events
 
-REFUSE_S = 60.0  # For a command to say that it will not do what it was asked for: it has only to import torch.
+REFUSE_S = 60.0  # For a command to refuse: before that it has only to import torch.
 PROMISE = r"is being written by pid \d+ on |exists already; choose another --name"
 Other = tuple[subprocess.Popen[bytes], Path]  # and what it prints
-OF_ANOTHER = {"started", "resumed", "failed", "gave_up", "interrupted", "finished"}
+WRITER_EVENTS = {"started", "resumed", "failed", "gave_up", "interrupted", "finished"}
 
 
 def second_writer(run: TargetRun, fault: ChaosFault) -> float:
-    """Two more drivers, on a machine each."""
+    """Start two more drivers on the run, each on another machine. Both must be refused."""
     at = time.time()
     machines = (fault.machine, (fault.machine + 1) % len(run.testbed.machines))
     refuse(run, lambda: [run.second_start(machines[0]), run.second_resume(machines[1])])
-    if wrong := OF_ANOTHER.intersection(each["event"] for each in read_events(run.run_dir) if each["time"] >= at):
+    if wrong := WRITER_EVENTS.intersection(each["event"] for each in read_events(run.run_dir) if each["time"] >= at):
         raise Unfulfilled(f"a second writer wrote {', '.join(sorted(wrong))} into {EVENTS}")
     return at
 

@@ -34,7 +34,10 @@ class RunCurves:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measure over the seeds of a method. values: None for a run without one. std: of a sample; None for one seed."""
+    """A measure over the seeds of a method.
+
+    values: one for each seed, None where the run has none. std: of a sample, None where fewer than two are known.
+    """
 
     values: tuple[float | None, ...]
     mean: float | None

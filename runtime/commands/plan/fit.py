@@ -87,7 +87,7 @@ def smallest_world(given: argparse.Namespace) -> Subject:
         if (given.replicate or 1) not in replica_counts(world_size, given.ep or world_size):
             continue
         subject = read_subject(argparse.Namespace(**{**vars(given), "world": world_size}))
-        # Without offload: more ranks are to be had where it would decide.
+        # The last saving but offload, which moves all states over the bus in each step: more ranks are tried before it.
         *_, config = (config for name, config in _savings(subject.config) if name != OFFLOAD)
         sizes = [given.ep] if given.ep else ep_sizes(subject)
         if any(_at(subject, config, size).peak_bytes <= limit_bytes for size in sizes):

@@ -29,14 +29,14 @@ class Links:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Bytes over both kinds of link."""
         return self.network + self.node
 
     def __add__(self, other: "Links") -> "Links":
         return Links(self.network + other.network, self.node + other.node)
 
     def times(self, factor: float) -> "Links":
-        """Scaled."""
+        """These bytes, so many times."""
         return Links(self.network * factor, self.node * factor)
 
 
@@ -49,7 +49,7 @@ class Traffic:
 
     @property
     def total(self) -> Links:
-        """Both passes."""
+        """Bytes of forward and backward."""
         return self.forward + self.backward
 
 

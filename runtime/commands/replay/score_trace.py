@@ -101,7 +101,7 @@ class RecordedTrace:
 
     @property
     def name(self) -> str:
-        """Of the run, and how much of it was recorded."""
+        """The run's name, and how much of it was recorded."""
         num_steps, last = len(self._found.steps), self._found.steps[-1]
         if self._first is not None:
             return f"{self._name}, {num_steps} steps from {self._found.steps[0]} on"
@@ -109,7 +109,7 @@ class RecordedTrace:
 
     @property
     def training_steps(self) -> list[int]:
-        """Which steps of the training were recorded."""
+        """Numbers of the training steps that were recorded."""
         return self._found.steps
 
     @property
@@ -118,7 +118,7 @@ class RecordedTrace:
         return range(1, len(self._found.steps) + 1)
 
     def scores(self, step: int) -> list[Tensor]:
-        """Of the whole global batch, to 16 bits."""
+        """The scores of the whole global batch, which were recorded in 16 bits."""
         return self._found.read(self._found.steps[step - 1])
 
     def _own_shift(self, training_step: int) -> int | None:

@@ -35,7 +35,7 @@ class RankContext:
 
     @classmethod
     def of(cls, case: LayerCase, group: dist.ProcessGroup, device: torch.device) -> "RankContext":
-        """Collective."""
+        """Describe this rank, with groups of nodes where the exchange or the count of bytes needs them. Collective."""
         several = 1 < case.ranks_per_node < case.workers
         wanted = case.workers > 1 and (several or (case.exchange != "auto" and BACKENDS[case.exchange].needs_nodes))
         return cls(group, device, make_node_groups(group, case.ranks_per_node) if wanted else None)
@@ -130,7 +130,7 @@ class LayerRun:
 def schedules(case: LayerCase) -> dict[str, ScheduleConfig]:
     """The schedules to measure by name: first that of the user, then those it is compared with."""
     asked: dict[str, Any] = {"num_chunks": case.num_chunks}
-    if case.num_chunks == 1:  # and no shared experts: nothing that could overlap
+    if case.num_chunks == 1:  # nothing can overlap: the case has no shared experts
         return {"layer": ScheduleConfig()}
     return {
         "layer": ScheduleConfig(**asked),

@@ -50,7 +50,7 @@ def examine(wanted: Examination) -> Survey:
 
 
 def _with_nodes(nodes: list[ProbedNode], own: Probe, wanted: Examination) -> Survey:
-    """own: the probe of this process."""
+    """Ask the probes, and `own`, the probe of this process."""
     wanted.say("looking at the nodes")
     asked = {node.name: node.probe.facts.remote(wanted.paths) for node in nodes}
     facts = {DRIVER: NodeFacts.of(own.facts(wanted.paths))}

@@ -52,7 +52,7 @@ class Probe:
         return time.time()
 
     def listen(self, ip: str) -> int:
-        """Serve transfers on this address from now on; the port."""
+        """Serve transfers on this address from now on, and return the port."""
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         listener = socket.create_server((ip, 0), family=family)
         threading.Thread(target=_accept, args=(listener, self._token), daemon=True).start()
@@ -138,7 +138,8 @@ def _rate(transfer: Callable[[int], None], latency_s: float, deadline: float) ->
     for _ in range(2):  # the best of three: what else runs there can only slow it down
         if time.monotonic() + taken_s < deadline:
             taken_s = min(taken_s, _timed(lambda: transfer(size)))
-    return size / max(1e-6, taken_s - latency_s)  # the answer, or the request, is on its way too
+    # Besides the transfer the time holds one latency: of the request, or of the byte that confirms arrival.
+    return size / max(1e-6, taken_s - latency_s)
 
 
 def _timed(function: Callable[[], None]) -> float:
@@ -165,7 +166,7 @@ def _versions() -> dict[str, str]:
 
 
 def _digest(package: str) -> str:
-    """Of all Python files of a package, by path and content; the first 12 hex digits of SHA-256."""
+    """The first 12 hex digits of a SHA-256 over all Python files of a package, by path and content."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -196,7 +197,7 @@ def _memory() -> dict[str, int]:
 
 
 def _disk(path: Path) -> dict[str, int]:
-    """Of the file system where the path lies, or would."""
+    """Bytes of the file system on which the path lies, or would lie."""
     existing = next((parent for parent in (path, *path.parents) if parent.exists()), Path("/"))
     usage = shutil.disk_usage(existing)
     return {"total": usage.total, "free": usage.free}

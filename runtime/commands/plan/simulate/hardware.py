@@ -39,7 +39,7 @@ class Link:
     bytes_per_s: float
 
     def seconds(self, num_bytes: float, num_messages: float) -> float:
-        """Of so many bytes in so many messages, one after the other."""
+        """Seconds of so many bytes in so many messages, one after the other."""
         return num_messages * self.alpha_s + num_bytes / self.bytes_per_s
 
 
@@ -68,7 +68,7 @@ class Hardware:
     cores: int = 0
 
     def flops_per_s(self, kind: MatmulKind) -> float:
-        """Of matmuls of this kind."""
+        """Rate of matmuls of this kind."""
         rates = {
             "dense": self.dense_flops_per_s,
             "grouped": self.grouped_flops_per_s,

@@ -56,7 +56,7 @@ class Simulated:
 
     @property
     def tokens_per_s_per_rank(self) -> float:
-        """Of all stages' ranks alike."""
+        """Tokens per second, divided by the ranks of all stages."""
         return self.tokens / self.step_s / self.num_ranks
 
 
@@ -86,7 +86,7 @@ class Simulation:
 
     @property
     def config(self) -> TrainConfig:
-        """Of the run."""
+        """The settings of the planned run."""
         return self.plan.subject.config
 
     @property
@@ -95,7 +95,7 @@ class Simulation:
         return balanced(self.config.model.num_moe_layers, self.experts_of_ranks)
 
     def step(self, factors: Factors | None = None) -> Simulated:
-        """Simulate one. factors: (MoE layers, EP ranks) as of `routing`; None for an even load."""
+        """Simulate a step. factors: (MoE layers, EP ranks) as of `routing`; None for an even load."""
         factors = self.balanced if factors is None else factors
         parts = self._computed(factors) | self._once_a_step()
         parts[GRADIENTS] = self._exposed_gradients(parts)
