@@ -72,8 +72,9 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
     """Refuse settings that would fail later, and prepare the text once for all runs."""
     base = plan.base
     size = model_size(base.model, base.optim)
+    num_at_once = min(jobs, len(unfinished))  # by default there are as many jobs as cores
     check_resources(
-        replace(base.cluster, num_workers=jobs * base.cluster.num_workers),
+        replace(base.cluster, num_workers=max(1, num_at_once) * base.cluster.num_workers),
         plan.out,
         run_disk_bytes=size.checkpoint_bytes * (base.run.keep_checkpoints + 1) * len(unfinished),
         model_bytes_per_worker=training_bytes(base),
@@ -82,7 +83,10 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
     size_of_it = (
         f"{counted(len(plan.methods), 'method')} x {counted(plan.num_seeds, 'seed')}, {base.run.steps} steps each"
     )
-    say(console, f"comparison {plan.out}\n{size_of_it}; {jobs} at a time; {counted(len(unfinished), 'run')} to do")
+    say(
+        console,
+        f"comparison {plan.out}\n{size_of_it}; {num_at_once} at a time; {counted(len(unfinished), 'run')} to do",
+    )
 
 
 def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], int]:

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cluster.config import ClusterConfig
+from dispatch.errors import InvalidValue
+from runtime.cli import main
 from runtime.commands.command import read_options
+from runtime.commands.compare import comparison
 from runtime.commands.compare.command import check_options
 from runtime.commands.compare.comparison import plan_of
 from runtime.commands.compare.methods import parse_method, parse_methods, with_values
@@ -163,6 +167,23 @@ def test_a_resumed_comparison_keeps_its_settings_and_may_grow(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"--seeds 1: the comparison in .* has 2, give no fewer"):
         resume("--seeds", "1")
     assert grown(plan, plan) == plan
+
+
+def test_memory_is_asked_for_as_many_runs_as_there_are_however_many_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def refuse(config: ClusterConfig, *_: object, **__: object) -> None:
+        asked.append(config.num_workers)
+        raise InvalidValue("no memory")
+
+    monkeypatch.setattr(comparison, "usable_cores", lambda: 64)
+    monkeypatch.setattr(comparison, "check_resources", refuse)
+    words = ["--seeds", "1", "--config", "tiny", "--workers", "1", "--out", str(tmp_path / "new")]
+    assert main(["compare", *LAWS, *words]) == 2
+    assert "no memory" in capsys.readouterr().err
+    assert asked == [2]
 
 
 # Numbers
