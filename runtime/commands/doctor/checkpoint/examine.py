@@ -12,8 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from dispatch.errors import InvalidValue
 from runtime.commands.doctor.checkpoint.findings import CheckpointReport
 from runtime.commands.results import write_json
-from runtime.report.run_inputs import checkpoint_of
 from runtime.runs.run_dir import CONFIG_FILE, find_run
+from runtime.runs.run_inputs import checkpoint_of
 from runtime.terminal.quantities import counted
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST
 from workers.model.families.source import CONFIG as HUB_CONFIG
