@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     try:
         with stop_signals_raise():
-            check_not_hidden()
+            check_not_hidden()  # our package names are common: another distribution may have one of them
             name = choose(_trimtab(), "trimtab", arguments, version=f"trimtab {importlib.metadata.version('trimtab')}")
             return run_command(COMMANDS[name], f"trimtab {name}", arguments[1:])
     except SystemExit as stop:  # raised by argparse, after it has printed the help or an error

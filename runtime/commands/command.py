@@ -49,6 +49,7 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of a subcommand; `add_arguments` may change whatever argparse lets it."""
 
     def __init__(self, **options: Any) -> None:
+        # An abbreviation would take settings that are left for `trimtab train`, and change with each new option.
         super().__init__(allow_abbrev=False, **options)
         self._rest: tuple[str, str] | None = None
 

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from types import TracebackType
 from typing import Self, TextIO
 
 MINOR_EVERY_S = 30.0  # between two minor lines in a log, where each of them stays
@@ -26,9 +25,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._in_place:
             self._write(_ERASE_LINE)
 

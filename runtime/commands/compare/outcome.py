@@ -14,9 +14,9 @@ from runtime.commands.compare.plan import ComparePlan
 from runtime.report.run_record import floats
 from workers.record.run_log import read_metrics
 
-AVERAGED_STEPS = 5  # of MaxVio_batch, for the steps to balance and to recover
+AVERAGED_STEPS = 5  # of MaxVio_batch, for the steps to balance and to recover: one step may be low by chance
 LAST_SHARE = 0.1  # of the run, over which MaxVio at the end and before the shift is averaged
-FLOOR_FACTOR = 1.5
+FLOOR_FACTOR = 1.5  # as in `trimtab replay`
 
 Curve = NDArray[np.float64]
 

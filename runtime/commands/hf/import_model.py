@@ -125,6 +125,7 @@ def _read_shards(source: ModelDirectory, run_dir: Path, config: TrainConfig) -> 
     world_size = config.cluster.num_workers
     if world_size == 1:
         return [import_shard(source.folder, run_dir, config.model, 0, 1)]
+    # Not fork: torch has threads by now, and a forked process would inherit their locks without them.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(world_size, mp_context=context, initializer=_stay_on_this_machine) as pool:
         futures = [

@@ -139,6 +139,7 @@ def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *
         num_local_experts=batch.num_local_experts,
         state=state_bytes(config, counts, trained),
         on_host=host_bytes(config, trained),
+        # An adapter is two matrices; without adapters the number plays no part.
         saved=saved_bytes(config.model, batch, counts.cast, num_adapters=len(trained.dense_shapes) // 2),
         scratch=scratch_bytes(config.model, batch),
         bucket_bytes=_bucket_bytes(config, trained, batch, world_size),

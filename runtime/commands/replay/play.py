@@ -47,6 +47,7 @@ class Player:
             loads.append(count_by_expert(routing.topk_ids_TK, scores_TE.shape[1]))
             if self.law.statistic is not None:
                 statistics.append(self.law.statistic.count(routing, None).flatten())
+            # float64: the regret is a small difference of two sums over all tokens.
             chosen += float(scores_TE.gather(1, routing.topk_ids_TK).sum(dtype=torch.float64))
             best += float(scores_TE.topk(self._router.top_k, dim=1).values.sum(dtype=torch.float64))
         load_N = torch.cat(loads)

@@ -76,6 +76,7 @@ class RouterSimulation:
         x_TH: Tensor = (about_BH.unsqueeze(1) + _TOKEN * tokens_BSH).flatten(0, 1)
         return x_TH
 
+    # 1_000_003 is more than the steps of any trace, so that no two seeds draw from the same stream.
     def _random(self, stream: int, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + stream))
 

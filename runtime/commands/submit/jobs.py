@@ -131,6 +131,7 @@ async def _follow(client: Any, job_id: str) -> int:
     if job.status == "SUCCEEDED":
         return 0
     sys.stderr.write(f"trimtab submit: {job_id} {job.status}: {job.message}\n")
+    # Negative where a signal ended the driver, None where it never ran.
     return job.driver_exit_code if job.driver_exit_code and job.driver_exit_code > 0 else 1
 
 

@@ -64,6 +64,7 @@ def _coordinator() -> Iterator[CoordinatorClient]:
     actor = start_coordinator(RUN_ID)
     try:
         ray.get(actor.status.remote(), timeout=LIMIT_S)
+        # Less than a collective waits, so that a coordinator that does not answer is named before the ranks time out.
         yield CoordinatorClient(actor, LIMIT_S / 3)
     finally:
         ray.kill(actor)

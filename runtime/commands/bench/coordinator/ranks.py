@@ -87,7 +87,7 @@ def _measure_rounds(
     with loop:
         for step in range(NUM_WARM_UP + num_rounds):
             counts_M = counts_of(law, step)
-            dist.barrier(group)
+            dist.barrier(group)  # a rank that is late with its counts is no cost of the control path
             began = time.perf_counter()
             loop.begin_step(step, counts_M, sums, floats, maxima)
             control = loop.finish_step(apply=True)
@@ -95,6 +95,7 @@ def _measure_rounds(
             phases.append(control.round_s)
             if control.events:
                 raise RuntimeError(f"the coordinator did not answer step {step}: {control.events[0]['reason']}")
+    # A step goes on when its last rank has the bias.
     slowest = torch.tensor(seconds[NUM_WARM_UP:], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
     samples = {phase: [each.get(phase, 0.0) for each in phases[NUM_WARM_UP:]] for phase in PHASES}

@@ -117,6 +117,7 @@ def _layer_turn(name: str, run: LayerRun) -> Turn:
 
 def _timed(action: Callable[[], object], place: RankContext) -> Sample:
     """Seconds of the wall clock, and of the CPU in all threads of this process, gloo's included."""
+    # Ranks begin together: what is left of the turn before on another rank must not be timed as waiting here.
     dist.barrier(place.group)
     _synchronize(place.device)
     began_wall, began_cpu = time.perf_counter(), time.process_time()

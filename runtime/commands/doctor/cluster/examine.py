@@ -70,6 +70,7 @@ def _clock(node: ProbedNode) -> Clock | None:
         after_s = time.time()
         if not answers:
             return best
+        # As NTP does: the answer is taken to be of the middle of the round trip, and is wrong by half of it at most.
         clock = Clock(offset_s=answers[node.name] - (before_s + after_s) / 2, error_s=(after_s - before_s) / 2)
         if best is None or clock.error_s < best.error_s:
             best = clock

@@ -66,7 +66,7 @@ class Probe:
         try:
             with socket.create_connection((ip, port), timeout=limit_s / 2) as link:
                 link.settimeout(limit_s / 2)
-                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else pings wait to be sent together
                 link.sendall(self._token)
                 deadline = time.monotonic() + limit_s / 2
                 latency_s = min(_timed(lambda: _ask(link, b"P", 1)) for _ in range(NUM_PINGS)) / 2
@@ -98,6 +98,7 @@ def _serve(link: socket.socket, token: bytes) -> None:
     with contextlib.suppress(OSError), link:
         link.settimeout(60.0)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Whoever else reaches the port must not have this node send or receive gigabytes.
         if not hmac.compare_digest(_receive(link, len(token), keep=True), token):
             return
         while True:

@@ -25,6 +25,7 @@ def start_probes(token: bytes) -> tuple[list[ProbedNode], dict[str, str]]:
 
     nodes: list[ProbedNode] = []
     dead: dict[str, str] = {}
+    # By value: a node on which Trimtab is missing, or another version, must run the probe too.
     cloudpickle.register_pickle_by_value(probe_module)
     try:
         probe_class = cast("Any", ray.remote)(Probe)
@@ -35,6 +36,7 @@ def start_probes(token: bytes) -> tuple[list[ProbedNode], dict[str, str]]:
                 continue
             name = ip if all(node.name != ip for node in nodes) else f"{ip} ({number})"
             affinity = NodeAffinitySchedulingStrategy(entry["NodeID"], soft=False)
+            # num_cpus 0: a node whose cores are all taken is probed too.
             actor = probe_class.options(num_cpus=0, max_restarts=0, scheduling_strategy=affinity).remote(token)
             nodes.append(ProbedNode(name, ip, actor))
     finally:

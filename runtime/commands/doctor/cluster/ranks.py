@@ -70,7 +70,7 @@ class DoctorRank:
         groups = self._groups
         rows = torch.zeros(groups.ep_size * num_bytes, dtype=torch.uint8, device=groups.device)
         received = torch.empty_like(rows)
-        dist.barrier(groups.ep_group)
+        dist.barrier(groups.ep_group)  # the wait for a late rank is no part of the exchange
         self._wait_for_device()
         begun = time.perf_counter()
         dist.all_to_all_single(received, rows, group=groups.ep_group)

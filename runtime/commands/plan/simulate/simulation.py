@@ -110,6 +110,7 @@ class Simulation:
         """Peak memory of the rank with most rows over all layers; its scratch is that of its fullest layer."""
         mean, most = float(factors.mean(0).max()), float(factors.max())
         config, counts = self.config.model, self.plan.counts
+        # An adapter is two matrices.
         adapters = len(count_parameters(config, trained_only=True).dense_shapes) // 2
         saved = saved_bytes(config, with_rows(self.batch, mean, self.ep_size), counts.cast, num_adapters=adapters)
         scratch = scratch_bytes(config, with_rows(self.batch, most, self.ep_size))
@@ -124,6 +125,7 @@ class Simulation:
         dense = model.num_dense_layers * self._both(dense_work(model, batch), again == "full")
         router = model.num_moe_layers * self._both(router_work(model, batch), again in ("experts", "full"))
         layers = [layer_time(model, batch, self.hardware, self.exchange, row, self.world_size) for row in factors]
+        # Half of each layer's share for either direction.
         beside = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
         micro = {
             "attention": attention,
@@ -162,6 +164,7 @@ class Simulation:
         crowding = self.hardware.crowding(self.world_size)
         own = sum(own_elements(self.config, trained))
         whole = sum(whole_elements(self.config, trained))
+        # The first micro-batch writes the gradients, the others add to them.
         accumulated = (self.num_micro - 1) * whole * ACCUMULATED_BYTES / self.hardware.memory_bytes_per_s
         return {
             GRADIENTS: crowding * sum(self._reduced_s(name, size) for name, size in self.plan.gradients.items()),
@@ -184,6 +187,7 @@ class Simulation:
         spans_nodes = num_ranks > 1 and (name == "experts" or num_ranks > self.ranks_per_node)
         spans_nodes = spans_nodes and self.world_size > self.ranks_per_node
         link = self.hardware.network if spans_nodes else self.hardware.node
+        # Bytes as a ring sends them; latency as of a tree, up and down.
         num_buckets = -(-num_bytes // BUCKET_BYTES)
         return self.hardware.reduce_factor * link.seconds(num_bytes, num_buckets * 2 * (num_ranks - 1).bit_length())
 
