@@ -72,6 +72,7 @@ class Campaign:
             f"{len(self._plan)} faults over {steps} steps on {preset.num_machines} machines with "
             f"{preset.workers_per_machine} workers each, seed {self._options.seed}, {preset.minutes:g} min at most"
         )
+        self._progress.show_minor("starting the cluster")
         self._testbed.up()
         self._progress.tell(f"cluster up after {self._elapsed}; first the calm run")
         self._play_calm(steps)
