@@ -116,6 +116,7 @@ class Testbed:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TRIMTAB_"))}
         tree = str(Path(runtime.__file__).parents[1])
         own = {"HOME": str(self.folder), "RAY_TMPDIR": str(disk), "TMPDIR": str(disk), "PYTHONPATH": tree}
+        # COLUMNS: rich would break long paths, which stand in the promises that are searched for in the output.
         return kept | own | {"COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
 
 
