@@ -6,5 +6,5 @@ through it; `target` is that run, started and resumed as its user would. Faults:
 (files of a run that is down), `second_writer`, `own_ray` (a driver that started Ray itself). Where it all happens: a
 `testbed` of `machines`, which are network `namespaces` joined by a `network`, whose `wire` can delay and lose frames.
 Afterwards `record` reads both runs, `sameness` and `weights` compare them, and `leftovers` finds what was not tidied
-up. `results`, `chart` and `progress` tell the user; `command` is the command line.
+up. `results` and `chart` tell the user; `command` is the command line.
 """
