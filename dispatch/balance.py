@@ -63,9 +63,14 @@ def read_counts(routers: Mapping[str, Router]) -> Tensor:
 
     The vector has the load of all layers, N integers, then the (E, W) statistic of each layer, if the law has one.
     """
+    return _counts(routers).cpu() if routers else torch.zeros(0, dtype=torch.int64)
+
+
+def _counts(routers: Mapping[str, Router]) -> Tensor:
+    """The same, on the device of the routers, without waiting for it."""
     loads = [router.tokens_per_expert_E for router in routers.values()]
     statistics = [router.statistic_EW.flatten() for router in routers.values()]
-    return torch.cat([*loads, *statistics]).cpu() if loads else torch.zeros(0, dtype=torch.int64)
+    return torch.cat([*loads, *statistics])
 
 
 def reset_counts(routers: Mapping[str, Router]) -> None:
@@ -130,8 +135,8 @@ class LossFreeBalancer:
         config: the law and its rate.
         group: the ranks whose counts are summed, usually `torch.distributed.group.WORLD`; None for this process alone.
     Raises:
-        ValueError: the model has no MoE layer.
-        InvalidValue: the law does not fit the layers' routing, or needs a horizon that `config` does not give.
+        InvalidValue: the model has no MoE layer; the law does not fit the layers' routing, or needs a horizon that
+            `config` does not give.
 
     Examples:
         >>> import torch
@@ -157,7 +162,7 @@ class LossFreeBalancer:
     def __post_init__(self) -> None:
         self.routers = routers_of(self.model)
         if not self.routers:
-            raise ValueError("the model has no Router: build it with dispatch.layer.MoELayer before the balancer")
+            raise InvalidValue("the model has no Router: build it with dispatch.layer.MoELayer before the balancer")
         self.law = Law(self.config, layout_of(self.routers))
         attach_law(self.routers, self.law)
         self.state: LawState = self.law.initial_state()
@@ -172,9 +177,7 @@ class LossFreeBalancer:
         Returns:
             The global load: int64 (N,) on the CPU, N the number of experts of all MoE layers, in module order.
         """
-        # Summed on the device of the routers: NCCL takes no tensors of the CPU.
-        device = next(iter(self.routers.values())).tokens_per_expert_E.device
-        counts_M = read_counts(self.routers).to(device)
+        counts_M = _counts(self.routers)  # still on their device: NCCL takes no tensors of the CPU
         if self.group is not None:
             dist.all_reduce(counts_M, group=self.group)
         counts_M = counts_M.cpu()

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from dispatch.diagnosis.activity import Activity
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointCorrupt, set_aside_later
-from workers.checkpoints.memory_checkpoint import HeldShard, MemoryCheckpoints, write_held
+from workers.checkpoints.memory_checkpoint import HeldShare, MemoryCheckpoints, write_held
 from workers.data.tokenizer import load_tokenizer
 from workers.distributed.exchange_choice import choose_exchange
 from workers.distributed.heap import give_back_large_blocks
@@ -173,7 +173,7 @@ class Worker:
         texts = {index: tokenizer.decode(tokens) for index, tokens in generated.new_ids.items()}
         return Continuations(texts, generated.speed)
 
-    def held_checkpoints(self) -> list[HeldShard]:
+    def held_checkpoints(self) -> list[HeldShare]:
         """Memory checkpoints that this process holds from its last gang. Quick; any thread; needs no gang."""
         return self._memory.held()
 

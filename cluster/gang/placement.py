@@ -142,16 +142,16 @@ def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:
     from its rank, so the same machines must give the same ranks again: hence addresses.
     """
 
-    def key(bundle: int) -> tuple[int, int, tuple[int, ...], int]:
-        address = ip_address(places[bundle].ip)
-        return address.version, int(address), places[bundle].gpu_ids, bundle
+    def key(index: int) -> tuple[int, int, tuple[int, ...], int]:
+        address = ip_address(places[index].ip)
+        return address.version, int(address), places[index].gpu_ids, index
 
     in_whole_groups, rest = [], []
-    for _, on_node in groupby(sorted(range(len(places)), key=key), lambda bundle: places[bundle].ip):
-        bundles = list(on_node)
-        num_in_groups = len(bundles) // ep_size * ep_size
-        in_whole_groups += bundles[:num_in_groups]
-        rest += bundles[num_in_groups:]
+    for _, on_node in groupby(sorted(range(len(places)), key=key), lambda index: places[index].ip):
+        indices = list(on_node)
+        num_in_groups = len(indices) // ep_size * ep_size
+        in_whole_groups += indices[:num_in_groups]
+        rest += indices[num_in_groups:]
     return in_whole_groups + rest
 
 

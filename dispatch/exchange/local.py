@@ -20,6 +20,7 @@ from dispatch.exchange.dispatcher import (
 from dispatch.exchange.exchange_group import id_dtype, order_by_expert
 from dispatch.exchange.placement import ExpertPlacement
 from dispatch.routing.selection import count_by_expert
+from dispatch.values import host_lists
 
 _Arrived = tuple[Tensor, DispatchHandle[None]]
 
@@ -40,8 +41,8 @@ class LocalDispatcher(Dispatcher):
         """See `Dispatcher.plan`; not collective."""
         chunks = topk_ids_TK.tensor_split(num_chunks)
         with self.meter.span("dispatch", topk_ids_TK.device):
-            counts = [count_by_expert(chunk_TK, self.num_experts).tolist() for chunk_TK in chunks]
-        return [ChunkPlan(chunk_TK, count) for chunk_TK, count in zip(chunks, counts, strict=True)]
+            counts = host_lists(*(count_by_expert(chunk_TK, self.num_experts) for chunk_TK in chunks))
+        return [ChunkPlan(chunk_TK, counts_E) for chunk_TK, counts_E in zip(chunks, counts, strict=True)]
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Arrived]:
         """See `Dispatcher.start_dispatch`."""

@@ -25,7 +25,7 @@ from workers.checkpoints.shares import TensorBlock, TensorSpec, block_bytes
 from workers.checkpoints.staging import Snapshot, Staging
 
 
-class HeldShard(NamedTuple):
+class HeldShare(NamedTuple):
     """A share that a process has in memory: of the rank `owner` in a gang of `world_size` ranks, at `step`."""
 
     step: int
@@ -33,7 +33,7 @@ class HeldShard(NamedTuple):
     world_size: int
 
 
-def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShard]]) -> int | None:
+def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShare]]) -> int | None:
     """The newest step of which these processes together hold the shares of all ranks; None without any. Pure."""
     owners: dict[tuple[int, int], set[int]] = {}
     for shard in chain.from_iterable(holdings_by_worker):
@@ -64,13 +64,13 @@ def partner_shift(nodes: Sequence[int], period: int) -> int:
 
 @dataclass
 class _Kept:
-    """Two shares of one step. `sums`: crc32 of each block by owner, set when both are complete; empty until then."""
+    """Two shares of one step. `crc_of_owner`: crc32 of each block, set when both are complete; empty until then."""
 
     own: TensorBlock
     partners: TensorBlock
     step: int = -1
     extra: dict[str, Any] = field(default_factory=dict)
-    sums: dict[int, int] = field(default_factory=dict)
+    crc_of_owner: dict[int, int] = field(default_factory=dict)
 
 
 class MemoryCheckpoints:
@@ -98,9 +98,9 @@ class MemoryCheckpoints:
         shares, holds, device = staging.shares, staging.holds, staging.device
         self._rank, self._world_size, self._shift = rank, len(shares), shift
         to, source = self._neighbours
-        own, num_sent = _travelling_first(shares[rank], holds[to])
-        partners, num_received = _travelling_first(shares[source], holds[rank])
-        self._travels = (num_sent, num_received)
+        own, sent_bytes = _travelling_first(shares[rank], holds[to])
+        partners, received_bytes = _travelling_first(shares[source], holds[rank])
+        self._travels = (sent_bytes, received_bytes)
         layout = (tuple(own.items()), tuple(partners.items()), device)
         # A thread of a gang that failed may still wait in its last exchange: it keeps the old blocks, and we make new
         # ones.
@@ -113,7 +113,7 @@ class MemoryCheckpoints:
         """Drop all checkpoints but keep the buffers."""
         self._newest = None
         for kept in self._kept:
-            kept.sums = {}
+            kept.crc_of_owner = {}
 
     @property
     def num_bytes(self) -> int:
@@ -131,7 +131,7 @@ class MemoryCheckpoints:
         The exchange before must have been taken. Collective over `group`, gloo, which must be for this alone.
         """
         kept = next(kept for kept in self._kept if kept is not self._newest)
-        kept.sums, kept.step, kept.extra = {}, live.step, dict(live.extra)
+        kept.crc_of_owner, kept.step, kept.extra = {}, live.step, dict(live.extra)
         for block in (kept.own, kept.partners):
             staging.copy(live.tensors, block)
         self._background.start(lambda: self._exchange(kept, group))
@@ -156,23 +156,25 @@ class MemoryCheckpoints:
         """Stop waiting for an exchange under way: the gang has failed, or training is over."""
         self._idle = self._background.abandon(0.0) and self._idle
 
-    def held(self) -> list[HeldShard]:
+    def held(self) -> list[HeldShare]:
         """List the shares that this process holds completely. Quick."""
-        return [HeldShard(kept.step, owner, self._world_size) for kept in self._kept for owner in list(kept.sums)]
+        return [
+            HeldShare(kept.step, owner, self._world_size) for kept in self._kept for owner in list(kept.crc_of_owner)
+        ]
 
-    def read(self, step: int) -> tuple[list[HeldShard], dict[str, Tensor], dict[str, Any]]:
+    def read(self, step: int) -> tuple[list[HeldShare], dict[str, Tensor], dict[str, Any]]:
         """Return this process's tensors of `step` and the extra values; all empty if it holds none.
 
         A share that was changed since it was kept is left out.
         """
-        shards: list[HeldShard] = []
+        shards: list[HeldShare] = []
         tensors: dict[str, Tensor] = {}
         extra: dict[str, Any] = {}
-        for kept in (kept for kept in self._kept if kept.step == step and kept.sums):
+        for kept in (kept for kept in self._kept if kept.step == step and kept.crc_of_owner):
             extra = kept.extra
             for owner, block in self._blocks(kept).items():
-                if _crc32(block.bytes) == kept.sums[owner]:
-                    shards.append(HeldShard(step, owner, self._world_size))
+                if _crc32(block.bytes) == kept.crc_of_owner[owner]:
+                    shards.append(HeldShare(step, owner, self._world_size))
                     tensors |= block.tensors
         return shards, tensors, extra
 
@@ -189,23 +191,23 @@ class MemoryCheckpoints:
         for block in self._blocks(kept).values():
             block.wait()
         to, source = self._neighbours
-        num_sent, num_received = self._travels
-        outgoing, incoming = kept.own.bytes[:num_sent], kept.partners.bytes[:num_received]
+        sent_bytes, received_bytes = self._travels
+        outgoing, incoming = kept.own.bytes[:sent_bytes], kept.partners.bytes[:received_bytes]
         # A header goes first, with step, size and checksum: data of another step must not be taken for this one's.
         sent = _crc32(outgoing)
-        header = torch.tensor([kept.step, num_sent, sent])
+        header = torch.tensor([kept.step, sent_bytes, sent])
         theirs = torch.zeros_like(header)
         _swap(header, theirs, to, source, group)
         _swap(outgoing, incoming, to, source, group)
         received = _crc32(incoming)
-        right = theirs.tolist() == [kept.step, num_received, received]
+        right = theirs.tolist() == [kept.step, received_bytes, received]
         if right:
-            sums = _crc32(kept.own.bytes[num_sent:], sent), _crc32(kept.partners.bytes[num_received:], received)
-            kept.sums = dict(zip(self._blocks(kept), sums, strict=True))
+            sums = _crc32(kept.own.bytes[sent_bytes:], sent), _crc32(kept.partners.bytes[received_bytes:], received)
+            kept.crc_of_owner = dict(zip(self._blocks(kept), sums, strict=True))
         all_right = torch.tensor([int(right)])
         dist.all_reduce(all_right, dist.ReduceOp.MIN, group=group)
         if not all_right.item():
-            kept.sums = {}
+            kept.crc_of_owner = {}
             raise CheckpointError(f"what a rank received of step {kept.step} is not what was sent (crc32 differs)")
         return kept
 
@@ -230,11 +232,11 @@ def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.Pro
     return checkpoint.save(root, step, tensors, next(extra for _, extra in gathered if extra), group, keep, world_size)
 
 
-def _read_held(value: Any) -> tuple[list[HeldShard], dict[str, Any]]:
+def _read_held(value: Any) -> tuple[list[HeldShare], dict[str, Any]]:
     shards, extra = value
     if type(extra) is not dict or any(type(number) is not int for shard in shards for number in shard):
         raise TypeError("held shares and the extra values are expected")
-    return [HeldShard(*shard) for shard in shards], extra
+    return [HeldShare(*shard) for shard in shards], extra
 
 
 def _travelling_first(

@@ -12,7 +12,7 @@ from tests.workers.checkpoints.checkpoint_contents import differing, tensors_of
 from tests.workers.training_gang import join_worker, make_spec, whole_state
 from workers.checkpoints import memory_checkpoint
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, CheckpointError
-from workers.checkpoints.memory_checkpoint import HeldShard, newest_recoverable, partner_shift
+from workers.checkpoints.memory_checkpoint import HeldShare, newest_recoverable, partner_shift
 from workers.distributed.parallel import ParallelConfig
 from workers.record.run_log import read_events
 
@@ -20,7 +20,7 @@ from workers.record.run_log import read_events
 
 
 def _shards(step, owners, world_size=3):
-    return [HeldShard(step, owner, world_size) for owner in owners]
+    return [HeldShare(step, owner, world_size) for owner in owners]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_other_node_has_the_whole_step(tmp_path, ep_size):
     results = run_ranks(4, _lose_node_1, spec)
     #  rank 0 keeps its share and that of rank 2, which is on the other node
     for rank, (held, _, changed) in enumerate(results):
-        assert sorted(held) == sorted(HeldShard(step, owner, 4) for step in (2, 4) for owner in (rank, (rank + 2) % 4))
+        assert sorted(held) == sorted(HeldShare(step, owner, 4) for step in (2, 4) for owner in (rank, (rank + 2) % 4))
         assert changed == []
     assert newest_recoverable([results[0][0], results[1][0]]) == 4
     assert newest_recoverable([results[0][0], results[2][0]]) is None
