@@ -27,7 +27,7 @@ def _rows_on_ranks(rank, world_size, variants):
     return check(CASES, {variant: adapter_of(variant) for variant in variants}, dist.group.WORLD)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_ranks_equal_one_process(world_size):  # B13, P1, P2, P5, P7, P8
     # One rank exchanges nothing, whatever the exchange.
     variants = [name for name, variant in VARIANTS.items() if world_size > 1 or variant.exchange == "rank"]

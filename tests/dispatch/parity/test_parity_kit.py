@@ -130,6 +130,7 @@ def test_the_command_starts_its_ranks_and_fails_with_code_1():
     assert found.stdout.endswith("0 of 1 equal, 1 FAILED\n")
 
 
+@pytest.mark.slow
 def test_the_command_runs_under_torchrun():
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     found = _command(*launcher, "-m", "dispatch.parity", "--cases", "top-1", "W7*")

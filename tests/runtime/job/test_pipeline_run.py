@@ -35,6 +35,7 @@ def arguments(folder: Path, name: str, steps: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_pipeline_trains_and_its_run_goes_on_without_one(
     tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

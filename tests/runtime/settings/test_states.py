@@ -111,7 +111,11 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@pytest.mark.parametrize("model", [MODEL, ADAPTED, BIASED], ids=["whole", "adapters", "biases and sinks"])
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, ADAPTED, pytest.param(BIASED, marks=pytest.mark.slow)],
+    ids=["whole", "adapters", "biases and sinks"],
+)
 def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:
     by_rank = run_ranks(4, measure, model)
     base = TrainConfig(model=model, cluster=ClusterConfig(num_workers=4))

@@ -1,5 +1,5 @@
 import io
-import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def test_on_a_terminal_a_text_takes_the_place_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_line.shutil, "get_terminal_size", lambda: os.terminal_size((12, 24)))
+    monkeypatch.setenv("COLUMNS", "12")
     stream = Terminal()
     with ProgressLine(stream) as progress:
         progress.show("booting")
@@ -33,7 +33,7 @@ def test_an_error_leaves_a_clean_line_too() -> None:
 
 def test_in_a_log_minor_texts_are_lines_at_most_every_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr(progress_line.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(progress_line, "time", SimpleNamespace(monotonic=lambda: now_s))
     stream = io.StringIO()
     with ProgressLine(stream) as progress:
         for at_s, number in ((0.0, 1), (29.0, 2), (31.0, 3), (32.0, 4), (62.0, 5)):

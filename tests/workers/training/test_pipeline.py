@@ -129,7 +129,7 @@ def _assert_same_lines(lines, expected_lines, name, world_size, num_lines):
 
 
 # B8
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_stages_train_as_one_process_does(folder, world_size):
     weights, lines, gradients, biases = _one_process(folder)
     assert biases.any()

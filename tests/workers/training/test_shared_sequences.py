@@ -55,7 +55,10 @@ def _steps(rank, world_size, spec):
     return [*numbers, (measured.val_loss, measured.num_tokens)], loads, measured.load_SN, whole_state(worker)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["packed", pytest.param("packed, windows and sinks", marks=pytest.mark.slow), "multi-token prediction"],
+)
 def test_ranks_that_share_sequences_learn_what_one_process_learns(tmp_path, kind):
     spec = _spec(tmp_path, kind)
     numbers, loads, held_out, expected = run_ranks(1, _steps, spec)[0]
