@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.gpu.commands import run_module
 from benchmarks.gpu.section import Figures, Setting, head, row
-from runtime.job.now_file import NOW
+from runtime.runs.run_dir import NOW_FILE
 from workers.record.run_log import METRICS, read_metrics
 
 RUN = "measured"
@@ -58,7 +58,7 @@ def _event(events: list[Figures], name: str, *fields: str) -> Figures:
 def _held_bytes(run_dir: Path) -> int:
     """What the run says now; 0 where it says nothing yet."""
     try:
-        ranks = json.loads((run_dir / NOW).read_text())["ranks"]
+        ranks = json.loads((run_dir / NOW_FILE).read_text())["ranks"]
     except OSError:
         return 0
     return sum(rank["memory_bytes"] for rank in ranks)
