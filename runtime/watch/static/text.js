@@ -22,10 +22,12 @@ export function make(root, context) {
   let seen = "";
 
   async function drawSamples() {
-    const sign = `${context.runs[context.run].epoch} ${context.runs[context.run].num_samples} ${chosen.step} ${chosen.layer}`;
+    const signNow = () => `${context.run} ${context.runs[context.run].epoch} ${context.runs[context.run].num_samples} ${chosen.step} ${chosen.layer}`;
+    const sign = signNow();
     if (sign === seen) return;
     const wanted = chosen.step === NEWEST ? {} : { step: chosen.step };
     const found = await ask(`runs/${context.run}/samples`, { ...wanted, layer: chosen.layer });
+    if (sign !== signNow()) return; // Another choice was made meanwhile: experts of this layer would stand under its name.
     seen = sign;
     controls.hidden = !found;
     setText(note, found ? toldOf(found, chosen.layer) : `This run continues no texts. To have some continued at each evaluation: ${HOW}`);
