@@ -21,6 +21,7 @@ from benchmarks.gpu.page import page
 from benchmarks.gpu.process import Outcome, interrupt, run_section
 from benchmarks.gpu.section import SECTIONS, Figures
 from benchmarks.gpu.sizes import FULL, SMALL
+from workers.record.atomic_file import write_atomically
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,8 +56,8 @@ def _measure(found: Figures, given: argparse.Namespace) -> None:
 
     def keep(name: str, outcome: Outcome) -> None:
         found["seconds"], found["sections"][name] = time.monotonic() - began, asdict(outcome)
-        _write(given.out / "gpu.json", json.dumps(found, indent=1) + "\n")
-        _write(given.out / "gpu.md", page(found))
+        write_atomically(given.out / "gpu.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(given.out / "gpu.md", page(found))
 
     for name in given.only or SECTIONS:
         _say(began, f"{name} ...")
@@ -72,13 +73,6 @@ def _measure(found: Figures, given: argparse.Namespace) -> None:
 def _say(began: float, text: str) -> None:
     sys.stderr.write(f"[{time.monotonic() - began:5.0f} s] {text}\n")
     sys.stderr.flush()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _is_well(found: Figures) -> bool:
