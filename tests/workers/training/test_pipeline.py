@@ -307,63 +307,49 @@ def test_stages_compute_in_bf16_as_one_process_does(folder):
     assert losses[2] == pytest.approx(losses[1], rel=2e-3)
 
 
+def _stall(answers):
+    return find_stall(answers, {0: "rank 0", 1: "rank 1"}, 0.5, "the bound", {})
+
+
 def _hang(rank, world_size, spec):
-    """What a rank says while rank 0 stands still in the second step."""
+    """What a rank says of itself while rank 0 stands still in the second step and rank 1 waits for it."""
     worker = join_worker(spec, rank, world_size, "hang")
-    hung, seen, let_go = threading.Event(), [], threading.Event()
+    noticed = spec.run_dir.parent / "rank 1 waits"
+    in_step, answers = threading.Event(), []
     draw = worker._state.sampler.batch
 
+    def until(condition):
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        answers.append(worker.activity())
+
     def batch(step, *place):
-        if step == 1 and not hung.is_set():
-            hung.set()
+        if step == 1 and not in_step.is_set():
+            in_step.set()
             if rank == 0:
-                let_go.wait(20)
+                until(noticed.exists)
         return draw(step, *place)
 
     def watch():
-        hung.wait(20)
-        time.sleep(1.0)
-        seen.append(worker.activity())
-        let_go.set()
+        in_step.wait(30)
+        until(lambda: _stall({0: None, 1: worker.activity()}))
+        noticed.touch()
 
     worker._state.sampler.batch = batch
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch if rank == 1 else in_step.wait)
     watching.start()
     worker.train()
     watching.join()
-    return seen[0]
+    return answers[0]
 
 
 def test_a_stage_that_stands_still_is_named_by_the_one_that_waits_for_it(folder):
     spec = _spec(folder, "hang", size=2)
     spec = replace(spec, run=replace(spec.run, eval_every=0))
-    answers = dict(enumerate(run_ranks(2, _hang, spec, timeout_s=60)))
-    stall = find_stall(answers, {0: "rank 0", 1: "rank 1"}, 0.5, "the bound", {})
+    stall = _stall(dict(enumerate(run_ranks(2, _hang, spec, timeout_s=60))))
     assert (stall.waiting, stall.missing) == ((1,), (0,))
     assert "stage 1 waits for activations of stage 0" in str(stall.error)
-
-
-def _fail(rank, world_size, spec):
-    """Which errors the ranks end with when one fails in forward, and then when it fails in backward."""
-    found = []
-    for place in ("forward", "backward"):
-        spec = replace(spec, run_dir=spec.run_dir.parent / place)
-        worker = join_worker(spec, rank, world_size, place)
-
-        def fail(*_):
-            raise InvalidValue("it is wrong")
-
-        if rank == 1:
-            block = worker._state.model.layers.get_submodule("4")
-            block.register_forward_hook(fail) if place == "forward" else block.attention_norm.weight.register_hook(fail)
-        try:
-            worker.train()
-        except RuntimeError as error:
-            found.append(is_collateral(str(error)))
-        except InvalidValue:
-            found.append("own")
-        worker.leave()
-    return found
 
 
 def test_an_error_inside_a_stage_keeps_its_type_and_the_others_know_that_it_is_not_theirs(folder):
