@@ -352,6 +352,29 @@ def test_a_stage_that_stands_still_is_named_by_the_one_that_waits_for_it(folder)
     assert "stage 1 waits for activations of stage 0" in str(stall.error)
 
 
+def _fail(rank, world_size, spec):
+    """Which errors the ranks end with when one fails in forward, and then when it fails in backward."""
+    found = []
+    for place in ("forward", "backward"):
+        spec = replace(spec, run_dir=spec.run_dir.parent / place)
+        worker = join_worker(spec, rank, world_size, place)
+
+        def fail(*_):
+            raise InvalidValue("it is wrong")
+
+        if rank == 1:
+            block = worker._state.model.layers.get_submodule("4")
+            block.register_forward_hook(fail) if place == "forward" else block.attention_norm.weight.register_hook(fail)
+        try:
+            worker.train()
+        except RuntimeError as error:
+            found.append(is_collateral(str(error)))
+        except InvalidValue:
+            found.append("own")
+        worker.leave()
+    return found
+
+
 def test_an_error_inside_a_stage_keeps_its_type_and_the_others_know_that_it_is_not_theirs(folder):
     spec = _spec(folder, "fail", size=2)
     spec = replace(spec, run=replace(spec.run, eval_every=0))
