@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from workers.model.families import Settings, family_of
-from workers.model.families.importing import ImportedShard, import_shard
-from workers.model.families.source import open_source
+from workers.model.hugging_face.importing import ImportedShard, import_shard
+from workers.model.hugging_face.source import open_source
 
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],

@@ -1,5 +1,7 @@
 """Counts of all routers as one vector, one bias vector back to the routers, and `LossFreeBalancer` around both.
 
+How the bias moves is a law: `dispatch.laws.rules`. `trimtab train` applies it in `workers.control`.
+
 All MoE layers of a model travel as one flat vector, so that a step costs one small reduction whatever the number of
 layers, and layers may have different numbers of experts or balancing off.
 

@@ -11,7 +11,7 @@ from dispatch.public import lazily
 
 if TYPE_CHECKING:
     from runtime.commands.replay.score_trace import read_scores
-    from workers.model.families.streaming import stream_weights
+    from workers.model.hugging_face.streaming import stream_weights
     from workers.record.run_log import read_events, read_load_history, read_metrics
 
 __all__ = ["read_metrics", "read_events", "read_load_history", "read_scores", "stream_weights"]
@@ -23,6 +23,6 @@ __getattr__ = lazily(
         "read_events": "workers.record.run_log",
         "read_load_history": "workers.record.run_log",
         "read_scores": "runtime.commands.replay.score_trace",
-        "stream_weights": "workers.model.families.streaming",
+        "stream_weights": "workers.model.hugging_face.streaming",
     },
 )

@@ -45,10 +45,10 @@ class Contestant:
     read_grads: Callable[[], LayerWeights]
     """Gradients after a step: the router's from this rank's tokens, those of this rank's experts from all tokens."""
 
-    def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor:
+    def step(self, x_TH: Tensor, grad_output_TH: Tensor) -> Tensor:
         """Forward and backward; returns the output."""
         y_TH = self.forward(x_TH)
-        y_TH.backward(cotangent_TH)
+        y_TH.backward(grad_output_TH)
         return y_TH.detach()
 
     def reset(self) -> None:

@@ -37,9 +37,9 @@ def build(setting: Setting, weights: LayerWeights) -> Contestant:
 class _CpuContestant(Contestant):
     """A contestant whose steps run with torch.cuda patched; the steps of other contestants must not."""
 
-    def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor:
+    def step(self, x_TH: Tensor, grad_output_TH: Tensor) -> Tensor:
         with _cpu_for_cuda():
-            return super().step(x_TH, cotangent_TH)
+            return super().step(x_TH, grad_output_TH)
 
 
 @contextlib.contextmanager

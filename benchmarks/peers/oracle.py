@@ -32,25 +32,25 @@ class Problem:
     """Tokens and cotangent of this rank, and the answer."""
 
     x_TH: Tensor
-    cotangent_TH: Tensor
+    grad_output_TH: Tensor
     answer: Answer
 
 
-def pose(setting: Setting, weights: LayerWeights, x_TH: Tensor, cotangent_TH: Tensor) -> Problem:
+def pose(setting: Setting, weights: LayerWeights, x_TH: Tensor, grad_output_TH: Tensor) -> Problem:
     """Compute the answer for the tokens of all ranks, and keep this rank's part. Collective."""
     num_tokens, rank = len(x_TH), setting.ep_rank
     mine = slice(rank * num_tokens, (rank + 1) * num_tokens)
-    whole = solve(weights, _all_ranks(x_TH.detach(), setting), _all_ranks(cotangent_TH, setting), setting.shape.top_k)
+    whole = solve(weights, _all_ranks(x_TH.detach(), setting), _all_ranks(grad_output_TH, setting), setting.shape.top_k)
     answer = Answer(whole.y_TH[mine], whole.dx_TH[mine], whole.grads.of_experts(setting.expert_ids))
-    return Problem(x_TH, cotangent_TH, answer)
+    return Problem(x_TH, grad_output_TH, answer)
 
 
-def solve(weights: LayerWeights, x_TH: Tensor, cotangent_TH: Tensor, top_k: int) -> Answer:
+def solve(weights: LayerWeights, x_TH: Tensor, grad_output_TH: Tensor, top_k: int) -> Answer:
     """Forward and backward of all tokens and all experts, in fp32."""
     leaves = LayerWeights(*(weight.clone().requires_grad_() for _, weight in weights.named()))
     x_TH = x_TH.float().requires_grad_()
     y_TH = _forward(leaves, x_TH, top_k)
-    y_TH.backward(cotangent_TH.float())
+    y_TH.backward(grad_output_TH.float())
     return Answer(y_TH.detach(), gradient(x_TH), LayerWeights(*(gradient(leaf) for _, leaf in leaves.named())))
 
 
@@ -58,7 +58,7 @@ def errors_of(contestant: Contestant, problem: Problem, setting: Setting) -> dic
     """Relative error of the output, of dx and of each weight's gradient. Collective."""
     contestant.reset()
     x_TH = problem.x_TH.detach().requires_grad_()
-    y_TH = contestant.step(x_TH, problem.cotangent_TH)
+    y_TH = contestant.step(x_TH, problem.grad_output_TH)
     grads = contestant.read_grads()
     router_EH = grads.router_EH.float()
     if setting.ep_size > 1:

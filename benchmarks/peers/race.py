@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 class Runner(Protocol):
     """A participant that takes turns: a layer, or the limit."""
 
-    def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor: ...
+    def step(self, x_TH: Tensor, grad_output_TH: Tensor) -> Tensor: ...
 
     def reset(self) -> None: ...
 
@@ -48,7 +48,7 @@ class MatmulLimit:
 
     matmuls: Callable[[Tensor], None]
 
-    def step(self, x_TH: Tensor, cotangent_TH: Tensor) -> Tensor:
+    def step(self, x_TH: Tensor, grad_output_TH: Tensor) -> Tensor:
         """Run the matmuls; the tokens do not matter."""
         self.matmuls(x_TH)
         return x_TH
@@ -195,30 +195,30 @@ def _measure_memory_and_wire(
 
 
 def _steps(runner: Runner, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for x_TH, cotangent_TH in inputs:
-        runner.step(x_TH, cotangent_TH)
+    for x_TH, grad_output_TH in inputs:
+        runner.step(x_TH, grad_output_TH)
         _clear(runner, x_TH)
 
 
 def _take_turns(
     entries: dict[str, Entry], runners: Mapping[str, Runner], source: TokenSource, setting: Setting, rounds: int
 ) -> None:
-    cotangent_TH = _cotangent(source, setting.shape.tokens)
+    grad_output_TH = _cotangent(source, setting.shape.tokens)
     for round_index in range(-1, rounds):  # one to warm up
         x_TH = source.draw(setting.shape.tokens)
         for name in list(runners)[:: 1 if round_index % 2 else -1]:
-            wall_s, cpu_s = _timed_step(runners[name], x_TH, cotangent_TH, setting)
+            wall_s, cpu_s = _timed_step(runners[name], x_TH, grad_output_TH, setting)
             if round_index >= 0:
                 entries[name].wall_s.append(wall_s)
                 entries[name].cpu_s.append(cpu_s)
 
 
-def _timed_step(runner: Runner, x_TH: Tensor, cotangent_TH: Tensor, setting: Setting) -> tuple[float, float]:
+def _timed_step(runner: Runner, x_TH: Tensor, grad_output_TH: Tensor, setting: Setting) -> tuple[float, float]:
     """Wall-clock seconds, and CPU seconds of all threads of this process, those of gloo included."""
     if setting.ep_size > 1:
         dist.barrier(setting.ep_group)
     began_wall, began_cpu = time.perf_counter(), time.process_time()
-    y_TH = runner.step(x_TH, cotangent_TH)
+    y_TH = runner.step(x_TH, grad_output_TH)
     seconds = time.perf_counter() - began_wall, time.process_time() - began_cpu
     del y_TH
     _clear(runner, x_TH)

@@ -18,7 +18,7 @@ from runtime.commands.plan.subject import Subject
 from runtime.settings.config import TrainConfig
 from workers.distributed.parallel import ParallelConfig
 from workers.model.families import Settings, family_of
-from workers.model.families.source import read_json
+from workers.model.hugging_face.source import read_json
 from workers.model.model_config import ModelConfig
 from workers.run_config import RunConfig
 

@@ -1,4 +1,4 @@
-"""Which rank failed first, and which rank holds up the others.
+"""Which rank failed first, and which rank holds up the others. What is done about it: `cluster.gang.supervisor`.
 
 Begin with `calls.call_all`, which waits for one call on every rank. If the gang fails, it raises `errors.GangFailed`,
 which lists the failures of all ranks, the cause first. `activity_watch` asks the ranks for their activity while they

@@ -1,4 +1,7 @@
-"""Memory of large CPU tensors, handed out again instead of back to the system.
+"""Memory of large CPU tensors, handed out again instead of back to the system. It limits nothing.
+
+No expert has a capacity and no token is dropped: buffers have the size of the rows that come. `ScheduleConfig.max_rows`
+bounds how many rows a rank holds at once.
 
 glibc gives blocks above 32 MiB, and the free end of its heap, back to the system. The next layer then waits for fresh
 zeroed pages, at 2 to 6 GiB/s on the machines measured: a tenth of a training step. On CUDA torch's caching allocator

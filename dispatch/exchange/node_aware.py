@@ -1,5 +1,8 @@
 """The exchange that knows which ranks share a node: a row crosses the network once for each node.
 
+Here are the two groups of ranks, and how many rows each exchange carries. `AllToAllDispatcher` moves the rows, through
+one group of `self.groups` after the other: over the network, then inside the node.
+
 Shapes: K top-k, C chunks, P EP ranks, N nodes, G ranks of a node, E experts, L local experts.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether the kernels take this tensor: of floats, on CUDA with Triton installed.
+    """True for a tensor of a floating-point dtype on CUDA, if Triton is installed.
 
     TRITON_INTERPRET=1, a variable of Triton's, lets its interpreter serve CPU tensors too: slow, for tests.
     """

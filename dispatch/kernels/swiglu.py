@@ -17,7 +17,7 @@ TILE = 1024  # elements: with 4 warps, 16 bytes of bf16 a thread; wider dtypes t
 
 
 def weighted_swiglu(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight, (R, F). weights_R: any float dtype; strides of gate_up_RG as of a new tensor."""
+    """silu(gate) * up * weight, (R, F). weights_R: any float dtype. gate_up_RG must be contiguous."""
     num_rows, num_inner, rows, columns = _sizes(gate_up_RG)
     inner_RF = gate_up_RG.new_empty(num_rows, num_inner)
     if num_rows:
@@ -37,7 +37,9 @@ def weighted_swiglu(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_RF: Tensor) -> Tensor:
-    """Overwrite gate_up_RG with its gradient, and grad_inner_RF with inner, which forward has computed before.
+    """Overwrite gate_up_RG with its gradient, and grad_inner_RF with inner, which forward did not keep.
+
+    Both must be contiguous.
 
     Returns:
         grad_weights_R: in fp32 (fp64 for fp64); a row is summed in a fixed order.
@@ -62,7 +64,7 @@ def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_
 
 
 def _sizes(gate_up_RG: Tensor) -> tuple[int, int, int, int]:
-    """R and F, and the rows and columns of a tile. The columns divide F if 64, 128 or 256 does: no column is masked."""
+    """R, F, and the rows and columns of a tile. If 64 divides F, the columns of a tile do too, and no lane is idle."""
     num_rows, num_inner = len(gate_up_RG), gate_up_RG.shape[1] // 2
     power_of_two = num_inner & -num_inner  # the largest that divides F
     columns = min(256, triton.next_power_of_2(num_inner), max(64, power_of_two))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dispatch.config import MoEConfig
 from dispatch.parity.workloads import WORKLOADS, Workload, tokens_that_choose
 
-NUM_EXPERTS = 8  # of every case: not divisible by 3, 5, 6 and 7 ranks
+NUM_EXPERTS = 8  # of every case: 3, 5, 6 and 7 ranks do not divide it, so that ranks hold unequal numbers of experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Case:
     """One layer, and how its tokens are drawn.
 
     moe: settings that differ from the default layer. bias: pairs of an expert and its bias, which force where tokens
-    go. tokens: the numbers of tokens of four ranks. Fewer than four ranks have the last ones, more than four repeat
-    them, and a single rank has all. workload: one of `dispatch.parity.workloads`, at `step`, in place of `tokens`; its
+    go. tokens: the numbers of tokens of four ranks; of fewer ranks the last numbers, of more the same again and again,
+    of a single rank their sum. workload: one of `dispatch.parity.workloads`, at `step`, in place of `tokens`; its
     tokens are drawn so that they choose as it says.
     """
 
@@ -43,10 +43,10 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseInputs:
-    """Inputs of one rank, x_TH, and the gradient of its outputs, cotangent_TH; both float64 on the CPU."""
+    """Inputs of one rank, x_TH, and the gradient of its outputs, grad_output_TH; both float64 on the CPU."""
 
     x_TH: Tensor
-    cotangent_TH: Tensor
+    grad_output_TH: Tensor
 
 
 def _workload_case(name: str, step: int) -> Case:
@@ -82,17 +82,17 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a layer's weights: experts stacked by global id, all matrices (out, in)."""
     config, hidden = case.config, case.hidden
     experts, ffn, shared = config.num_experts, config.ffn_hidden, config.ffn_hidden * config.num_shared_experts
-    of_shared = {"shared_gate": (shared, hidden), "shared_up": (shared, hidden), "shared_down": (hidden, shared)}
+    shared_shapes = {"shared_gate": (shared, hidden), "shared_up": (shared, hidden), "shared_down": (hidden, shared)}
     return {
         "router": (experts, hidden),
         "expert_gate": (experts, ffn, hidden),
         "expert_up": (experts, ffn, hidden),
         "expert_down": (experts, hidden, ffn),
-        **(of_shared if shared else {}),
+        **(shared_shapes if shared else {}),
     }
 
 
-def is_of_experts(name: str) -> bool:
+def is_expert_weight(name: str) -> bool:
     """Whether a rank holds only its own experts' part of this weight."""
     return name.startswith("expert_")
 
@@ -102,26 +102,29 @@ def draw_weights(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes(case).items():
-        of_name = torch.promote_types(dtype, torch.float32) if name == "router" else dtype
+        name_dtype = torch.promote_types(dtype, torch.float32) if name == "router" else dtype
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        weights[name] = (drawn / math.sqrt(shape[-1])).to(of_name)
+        weights[name] = (drawn / math.sqrt(shape[-1])).to(name_dtype)
     return weights
 
 
 def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: int) -> list[CaseInputs]:
-    """The batch of every rank; together they are the global batch. Values are exact in the dtype of the experts."""
+    """The batch of every rank; together they are the global batch. All values are exact in the dtype of the experts."""
     dtype, batches = weights["expert_gate"].dtype, []
     workload = _workload(case, ep_size, seed)
-    of_ranks = (case.tokens * ep_size)[-ep_size:] if ep_size > 1 else (sum(case.tokens),)
-    counts = workload.tokens_of_ranks() if workload else of_ranks
+    counts = workload.tokens_of_ranks() if workload else _num_tokens_of_ranks(case.tokens, ep_size)
     for rank, num_tokens in enumerate(counts):
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + rank)
-        x_TH, cotangent_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)
+        x_TH, grad_output_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)
         if workload:
             ids_TK = workload.route(rank, case.step)
             x_TH = tokens_that_choose(ids_TK, weights["router"].double(), seed=1000 * seed + rank)
-        batches.append(CaseInputs(x_TH.to(dtype).double(), cotangent_TH.to(dtype).double()))
+        batches.append(CaseInputs(x_TH.to(dtype).double(), grad_output_TH.to(dtype).double()))
     return batches
+
+
+def _num_tokens_of_ranks(of_four: tuple[int, ...], ep_size: int) -> list[int]:
+    return list((of_four * ep_size)[-ep_size:]) if ep_size > 1 else [sum(of_four)]
 
 
 def _workload(case: Case, ep_size: int, seed: int) -> Workload | None:

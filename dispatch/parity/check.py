@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dispatch.exchange.placement import ExpertPlacement
-from dispatch.parity.cases import Case, CaseInputs, draw_batches, draw_weights, is_of_experts
+from dispatch.parity.cases import Case, CaseInputs, draw_batches, draw_weights, is_expert_weight
 from dispatch.parity.layers import Adapter, slow_layer
 from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
 from dispatch.values import all_gather_values, read_tensor, tensor_value
@@ -154,7 +154,7 @@ def _mapped(change: Callable[[Any], Any], by_case: Mapping[str, Measured]) -> di
 def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
     weights, batches = _draw(case, ep_size, dtype, seed)
     exact = {name: weight.double() for name, weight in weights.items()}
-    together = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.cotangent_TH for b in batches]))
+    together = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.grad_output_TH for b in batches]))
     optimizers = PRECISIONS[dtype].optimizers
     return measure(lambda: slow_layer(case, exact), case, together, len(together.x_TH), None, optimizers)
 
@@ -172,7 +172,7 @@ def _part(whole: Measured, batches: Sequence[CaseInputs], rank: int, placement: 
     def part(name: str, tensor: Tensor) -> Tensor:
         if name in ("y", "dx"):
             return tensor[tokens]
-        return tensor[ids.start : ids.stop] if is_of_experts(name) else tensor
+        return tensor[ids.start : ids.stop] if is_expert_weight(name) else tensor
 
     return {column: {name: part(name, tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
 

@@ -21,7 +21,7 @@ from dispatch.exchange.node_groups import NodeGroups, make_node_groups
 from dispatch.exchange.registry import BACKENDS
 from dispatch.experts.stacked import Experts, expert_parameters
 from dispatch.layer import MoELayer
-from dispatch.parity.cases import Case, is_of_experts
+from dispatch.parity.cases import Case, is_expert_weight
 from dispatch.parity.reference import reference_moe
 from dispatch.routing.selection import count_by_expert
 
@@ -115,7 +115,7 @@ def layer_under_test(
     layer.to(weights["expert_gate"].device, weights["expert_gate"].dtype)
     ids = layer.experts.expert_ids
     for name, tensor in _read(layer, lambda parameter: parameter.data).items():
-        tensor.copy_(weights[name][ids.start : ids.stop] if is_of_experts(name) else weights[name])
+        tensor.copy_(weights[name][ids.start : ids.stop] if is_expert_weight(name) else weights[name])
     return LayerUnderTest(
         module=layer,
         read=lambda pick: _read(layer, pick),
@@ -168,7 +168,7 @@ def slow_layer(case: Case, weights: Mapping[str, Tensor]) -> LayerUnderTest:
     return LayerUnderTest(
         module=layer,
         read=lambda pick: {name: pick(parameter) for name, parameter in layer.weights.items()},
-        expert_parameters=[parameter for name, parameter in layer.weights.items() if is_of_experts(name)],
+        expert_parameters=[parameter for name, parameter in layer.weights.items() if is_expert_weight(name)],
         expert_bias_E=layer.expert_bias_E,
         tokens_per_expert_E=layer.tokens_per_expert_E,
     )

@@ -73,7 +73,7 @@ def _backward(
     x_TH = batch.x_TH.to(of.device, of.dtype, copy=True).requires_grad_()
     y_TH = layer.module(x_TH)
     # Backward starts from the gradient of the outputs, not from a loss: in bf16 the loss, a sum, would be rounded.
-    y_TH.backward((batch.cotangent_TH / num_global_tokens).to(y_TH.device, y_TH.dtype))
+    y_TH.backward((batch.grad_output_TH / num_global_tokens).to(y_TH.device, y_TH.dtype))
     mine = {id(parameter) for parameter in layer.expert_parameters}
     for parameter in _trained(layer):
         if parameter.grad is None:

@@ -33,7 +33,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def file_to_write(text: str) -> Path:
-    """A file that can be written later, after what it is to hold was measured; its folder is made then."""
+    """A file to be written after a long measurement, checked before it. Whoever writes the file makes its folder."""
     path = Path(text).expanduser()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
@@ -42,16 +42,16 @@ def file_to_write(text: str) -> Path:
 
 
 def folder_to_write(text: str) -> Path:
-    """A folder that is there or can be made later, after what it is to hold was measured."""
+    """A folder to be written into after a long measurement, checked before it: it is there, or it can be made."""
     path = Path(text).expanduser()
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a folder, or a new name for one, and {there} is a file")
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a folder, or a new name for one, and {nearest} is a file")
     return path
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Let the command line name a run, which `run_of` then finds."""
+    """Declare the run, which `run_of` then finds, and the options that consent to modules which only the run names."""
     parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in the folder of runs")
     add_runs_dir(parser)
     add_consent(parser)
@@ -76,5 +76,5 @@ def run_of(options: argparse.Namespace) -> Path:
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Let the command line say which checkpoint is loaded, and on which workers."""
     parser.add_argument("--step", type=whole(0), help="checkpoint to load (the newest)")
-    parser.add_argument("--workers", type=whole(1), help="expert workers, with Ray (one, in this process)")
+    parser.add_argument("--workers", type=whole(1), help="expert-parallel ranks, with Ray (one, in this process)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from runtime.runs.run_dir import HF_FOLDER
-from workers.model.families.source import CONFIG, DTYPE_NAMES, INDEX, ModelDirectory, SourceError, read_json
 from workers.model.families.stacks import stack_of
+from workers.model.hugging_face.source import CONFIG, DTYPE_NAMES, INDEX, ModelDirectory, SourceError, read_json
 
 TOKENIZER = "tokenizer.json"
 DTYPES = "tensor_dtypes.json"

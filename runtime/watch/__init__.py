@@ -11,5 +11,6 @@ memory of long curves), `curves` (lines of metrics.jsonl as rows of a table), `l
 
 `follower` polls all runs on a thread. `app` answers requests, behind `guard`, which checks the token and the origin of
 each; `exposition` is the page for Prometheus. `serve` binds the address and prints the URL; `packages` checks that the
-web server is installed. The page itself is in `static/`; it needs no build step and no network.
+web server is installed. The page itself is in `static/`; it needs no build step and no network: `overview.js` lists the
+curves of its first tab, `balance.js` and `cluster.js` those of the others, `chart.js` draws one.
 """

@@ -64,10 +64,10 @@ def _train(layer, rank, placements):
             for each in copies.send_weights():
                 each.wait()
         for micro in range(2):
-            x_TH, cotangent_TH = _tokens(rank, step, micro)
+            x_TH, grad_output_TH = _tokens(rank, step, micro)
             x_TH.requires_grad_()
             y_TH = layer(x_TH)
-            (y_TH * cotangent_TH).sum().backward()
+            (y_TH * grad_output_TH).sum().backward()
             seen += [y_TH.detach(), x_TH.grad]
         if copies:
             copies.sum_gradients()

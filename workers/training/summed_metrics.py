@@ -75,6 +75,14 @@ def over_ranks(rank: RankStep, whole: Tensor, others: Tensor) -> dict[str, float
 
 def _by_kind(rank: RankStep) -> tuple[dict[str, int], dict[str, Tensor]]:
     """The whole numbers of this rank and its other values, by name, without metrics that have nothing to show."""
-    values = {each.name: each.of_rank(rank) for each in SUMMED_METRICS}
-    whole = {name: value for name, value in values.items() if isinstance(value, int)}
-    return whole, {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    whole: dict[str, int] = {}
+    others: dict[str, Tensor] = {}
+    for each in SUMMED_METRICS:
+        value = each.of_rank(rank)
+        if isinstance(value, int):
+            whole[each.name] = value
+        elif isinstance(value, Tensor):
+            others[each.name] = value
+        elif value is not None:
+            raise TypeError(f"metric {each.name!r} is {value!r}; it must be an int, a float64 tensor () or None")
+    return whole, others

@@ -14,9 +14,9 @@ from runtime.settings.config import check_same_model
 from runtime.settings.config_file import config_from_yaml_file
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.families import Settings, family_of
-from workers.model.families.adapters import MergedReader, write_adapter
-from workers.model.families.source import CONFIG, read_json
-from workers.model.families.writing import moved_biases, write_weights
+from workers.model.hugging_face.adapters import MergedReader, write_adapter
+from workers.model.hugging_face.source import CONFIG, read_json
+from workers.model.hugging_face.writing import moved_biases, write_weights
 
 
 def export_model(

@@ -19,8 +19,8 @@ from runtime.runs.run_dir import CONFIG_FILE, HF_FOLDER
 from runtime.settings.cautions import cautions
 from runtime.settings.config import FINE_TUNING_LR, TrainConfig, check_same_model, cross_check
 from runtime.settings.config_file import BASE_PRESET, config_to_yaml, load_config, override
-from workers.model.families.importing import RENDEZVOUS, ImportedShard, import_shard
-from workers.model.families.source import ModelDirectory, open_source
+from workers.model.hugging_face.importing import RENDEZVOUS, ImportedShard, import_shard
+from workers.model.hugging_face.source import ModelDirectory, open_source
 from workers.record.run_log import RunLog
 
 # A model may know sequences that no training step of ordinary memory can hold.

@@ -12,8 +12,8 @@ from runtime.runs.run_dir import CONFIG_FILE, find_run
 from runtime.settings.config import TrainConfig, check_context, check_pipeline
 from runtime.settings.config_file import config_from_yaml_file, is_preset, load_config, preset_like
 from workers.model.families import Settings, family_of
-from workers.model.families.source import CONFIG as HUGGING_FACE_CONFIG
-from workers.model.families.source import read_json
+from workers.model.hugging_face.source import CONFIG as HUGGING_FACE_CONFIG
+from workers.model.hugging_face.source import read_json
 from workers.run_config import RunConfig
 
 LONGEST_ASSUMED = 4096  # tokens: what a model allows is often far more than what it was trained on

@@ -36,9 +36,16 @@ def replay(
     first: int | None,
     out: Path | None,
 ) -> int:
-    """Check the run's own bias, play the laws on its recorded scores, print and write what came out.
+    """Compute the run's biases again from its loads, simulate other laws on its recorded scores, print and write both.
 
-    Returns the exit code: 1 where the bias was not reproduced.
+    Args:
+        laws: laws beside the run's own, as on the command line; if empty, DEFAULT_LAWS.
+        threshold: the MaxVio_batch that counts as balance; None for 1.5 times the practical floor.
+        shift: training step from which the text is another; None for that of the run, if it has one.
+        first: training step at which the laws begin, without bias; None for the first recorded one.
+        out: folder of replay.json and replay.png; None for that of the run.
+    Returns:
+        The exit code: 1 where the biases were not reproduced bit for bit.
 
     Raises:
         ValueError: a law, the shift or the first step is wrong, or laws were asked for and the run has no scores.
@@ -67,7 +74,7 @@ def _exit_code(reproduction: Reproduction) -> int:
 
 
 def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, BalanceConfig]:
-    """The law that the run ended with, then the others; it is not played twice."""
+    """The law that the run ended with, then the others, without the one that is the same."""
     own = read_starts(run)[-1].balance
     label = f"{own.law}:{'u' if own.law == 'sign' else 'rate'}={own.rate_at(1):g}, the run's own"
     return {label: own, **{spec: config for spec, config in chosen.items() if not _same(config, own)}}
@@ -82,7 +89,7 @@ def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
 def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
     """`play` with a bar on the terminal."""
     num_steps = len(trace.steps)
-    # A rate that falls over the run falls over the trace.
+    # A rate that falls over a run falls over the length of the trace here.
     laws = {
         label: replace(config, horizon=config.horizon or num_steps) if config.needs_horizon else config
         for label, config in laws.items()
@@ -94,7 +101,9 @@ def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tensors are small here: several threads would gain little, and on a busy machine cost ten times the time."""
+    """Let torch compute with one thread."""
+    # Tensors are small here: several threads gain little, and waiting for each other on a busy machine they took ten
+    # times as long.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,5 +1,6 @@
 """Metrics that are sums over ranks, with the measurements of two ranks written out."""
 
+import pytest
 import torch
 
 from dispatch.diagnosis.meter import Reading
@@ -41,3 +42,7 @@ def test_one_line_declares_a_further_metric(monkeypatch) -> None:
     lost = SummedMetric("tokens_lost", lambda rank: rank.moved.routed - rank.moved.returned)
     monkeypatch.setattr(summed_metrics, "SUMMED_METRICS", [*summed_metrics.SUMMED_METRICS, lost])
     assert summed([measured(3, 1.0, None), measured(4, 1.0, None)])["tokens_lost"] == 0
+    late = SummedMetric("late", lambda _: 0.5)  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(summed_metrics, "SUMMED_METRICS", [late])
+    with pytest.raises(TypeError, match=r"metric 'late' is .* must be an int, a float64 tensor"):
+        sums_of_rank(measured(3, 1.0, None))

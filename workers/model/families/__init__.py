@@ -1,10 +1,8 @@
-"""Model families of Hugging Face to import and export, each one small file that maps names and shapes.
+"""Model families of Hugging Face, each one small file that maps names and shapes to those of our decoder.
 
 Begin with `mixtral`, the smallest, and `base.Family`, which says what a family declares; docs/models.md shows how to
-add one. Import: `settings` reads config.json strictly, `shapes` has what most of them say, `nearest` words what is
-refused, `source` opens and checks the safetensors files, `stacks` names experts that lie in one tensor, `filling`
-copies them into a rank's shard, `mxfp4` decodes them on the way, `importing` saves that as a checkpoint. Export:
-`writing`, of a checkpoint, `adapters`, of its adapters alone or merged, and `streaming`, of a live model.
+add one. `settings` reads config.json strictly, `shapes` has what most families say there, `nearest` words what is
+refused, `stacks` names experts that lie in one tensor. `workers.model.hugging_face` reads and writes the files.
 """
 
 from importlib import import_module

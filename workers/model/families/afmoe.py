@@ -17,7 +17,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("route_norm", True)
     settings.expect("num_expert_groups", 1)
     shape = decoder_shape(settings, rope_theta=1e4, norm_eps=1e-5)
-    every = settings.whole("global_attn_every_n_layers", default=4, least=1)
+    every = settings.integer("global_attn_every_n_layers", default=4, minimum=1)
     return ModelConfig(
         **shape,
         **grouped_query_shape(settings, narrow=False),
@@ -26,14 +26,14 @@ def read_config(settings: Settings) -> ModelConfig:
         attention_gate=True,
         post_norms=True,
         embedding_scale=shape["hidden"] ** 0.5 if settings.flag("mup_enabled", default=False) else 1.0,
-        num_dense_layers=settings.whole("num_dense_layers", default=1, null=0),
+        num_dense_layers=settings.integer("num_dense_layers", default=1, null=0),
         query_key_norm="head",
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=MoEConfig(
-            num_experts=settings.whole("num_experts", "num_local_experts"),
-            top_k=settings.whole("num_experts_per_tok"),
-            ffn_hidden=settings.whole("moe_intermediate_size"),
-            num_shared_experts=settings.whole("num_shared_experts", default=2),
+            num_experts=settings.integer("num_experts", "num_local_experts"),
+            top_k=settings.integer("num_experts_per_tok"),
+            ffn_hidden=settings.integer("moe_intermediate_size"),
+            num_shared_experts=settings.integer("num_shared_experts", default=2),
             score="sigmoid",
             route_scale=settings.number("route_scale", default=1.0),
         ),

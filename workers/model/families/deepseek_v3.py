@@ -15,7 +15,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("moe_layer_freq", 1)
     return ModelConfig(
         **latent_shape(settings, norm_eps=1e-6, query_rank=1536),
-        num_dense_layers=settings.whole("first_k_dense_replace"),
+        num_dense_layers=settings.integer("first_k_dense_replace"),
         moe=v3_router(settings, num_groups=8, groups_kept=4, route_scale=2.5),
     )
 
@@ -29,15 +29,15 @@ def latent_shape(settings: Settings, *, norm_eps: float, query_rank: int) -> dic
         "num_kv_heads": shape["num_heads"],
         "attention": "latent",
         "latent": LatentConfig(
-            query_rank=settings.whole("q_lora_rank", default=query_rank, null=0),
-            kv_rank=settings.whole("kv_lora_rank"),
-            nope_dim=settings.whole("qk_nope_head_dim"),
-            rope_dim=settings.whole("qk_rope_head_dim"),
-            value_dim=settings.whole("v_head_dim"),
+            query_rank=settings.integer("q_lora_rank", default=query_rank, null=0),
+            kv_rank=settings.integer("kv_lora_rank"),
+            nope_dim=settings.integer("qk_nope_head_dim"),
+            rope_dim=settings.integer("qk_rope_head_dim"),
+            value_dim=settings.integer("v_head_dim"),
         ),
         "yarn": settings.yarn(scales_scores=True),
-        "dense_ffn_hidden": settings.whole("intermediate_size"),
-        "num_mtp_layers": settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=1),
+        "dense_ffn_hidden": settings.integer("intermediate_size"),
+        "num_mtp_layers": settings.integer("num_nextn_predict_layers", "num_mtp_layers", default=1),
     }
 
 

@@ -14,9 +14,9 @@ def read_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         **decoder_shape(settings, rope_theta=1e4, norm_eps=1e-6),
         **grouped_query_shape(settings),
-        num_dense_layers=settings.whole("first_k_dense_replace", default=0),
+        num_dense_layers=settings.integer("first_k_dense_replace", default=0),
         query_key_norm="head",
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=v3_router(settings, num_shared=None, normalize=False),
     )
 

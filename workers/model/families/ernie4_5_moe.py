@@ -18,13 +18,13 @@ def read_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         **shape,
         **grouped_query_shape(settings),
-        num_dense_layers=settings.whole("moe_layer_start_index", default=1),
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        num_dense_layers=settings.integer("moe_layer_start_index", default=1),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=MoEConfig(
-            num_experts=settings.whole("moe_num_experts", "num_experts"),
-            top_k=settings.whole("moe_k", "num_experts_per_tok"),
-            ffn_hidden=settings.whole("moe_intermediate_size"),
-            num_shared_experts=settings.whole("moe_num_shared_experts", default=2, null=0),
+            num_experts=settings.integer("moe_num_experts", "num_experts"),
+            top_k=settings.integer("moe_k", "num_experts_per_tok"),
+            ffn_hidden=settings.integer("moe_intermediate_size"),
+            num_shared_experts=settings.integer("moe_num_shared_experts", default=2, null=0),
             score="softmax",
         ),
     )

@@ -22,9 +22,9 @@ def read_config(settings: Settings) -> ModelConfig:
         **grouped_query_shape(settings),
         **window_shape(settings, default=4096, every=_every(settings)),
         rotate_full_attention=False,
-        num_dense_layers=dense_by_type(settings, default=settings.whole("first_k_dense_replace", default=1)),
+        num_dense_layers=dense_by_type(settings, default=settings.integer("first_k_dense_replace", default=1)),
         query_key_norm="head",
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=v3_router(settings, route_scale=2.5),
     )
 
@@ -37,7 +37,7 @@ def _every(settings: Settings) -> int:
     pattern = settings.values.get("sliding_window_pattern", 4)
     if isinstance(pattern, str) and pattern == "L" * (len(pattern) - 1) + "G":
         return len(pattern)
-    return settings.whole("sliding_window_pattern", default=4, least=1)
+    return settings.integer("sliding_window_pattern", default=4, minimum=1)
 
 
 MOE = MoEParts(bias="e_score_correction_bias")

@@ -12,12 +12,12 @@ def read_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         **decoder_shape(settings, rope_theta=1e4, norm_eps=1e-5),
         **grouped_query_shape(settings, narrow=False),
-        num_dense_layers=settings.whole("first_k_dense_replace", default=1),
+        num_dense_layers=settings.integer("first_k_dense_replace", default=1),
         qkv_bias=settings.flag("attention_bias", default=False),
         partial_rotary_factor=settings.partial_rotary_factor(0.5),
         query_key_norm="head" if settings.flag("use_qk_norm", default=False) else "none",
-        dense_ffn_hidden=settings.whole("intermediate_size"),
-        num_mtp_layers=settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=1),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
+        num_mtp_layers=settings.integer("num_nextn_predict_layers", "num_mtp_layers", default=1),
         moe=v3_router(settings),
     )
 

@@ -31,9 +31,9 @@ def read_config(settings: Settings) -> ModelConfig:
         attention_sinks=True,
         num_dense_layers=0,
         moe=MoEConfig(
-            num_experts=settings.whole("num_local_experts", "num_experts"),
-            top_k=settings.whole("num_experts_per_tok", "experts_per_token"),
-            ffn_hidden=settings.whole("intermediate_size"),
+            num_experts=settings.integer("num_local_experts", "num_experts"),
+            top_k=settings.integer("num_experts_per_tok", "experts_per_token"),
+            ffn_hidden=settings.integer("intermediate_size"),
             num_shared_experts=0,
             # gpt-oss takes the softmax of the chosen logits. Softmax over all experts, normalised over the chosen ones,
             # chooses the same experts with the same weights.

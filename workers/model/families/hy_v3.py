@@ -17,7 +17,7 @@ def read_config(settings: Settings) -> ModelConfig:
         **grouped_query_shape(settings, narrow=False),
         num_dense_layers=dense_by_type(settings, default=1),
         query_key_norm="head",
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=v3_router(settings, route_scale=2.826),
     )
 

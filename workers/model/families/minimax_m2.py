@@ -17,7 +17,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("router_jitter_noise", 0.0)
     heads = grouped_query_shape(settings, narrow=False)
     # Files on the hub give the number of rotated dimensions (rotary_dim), those of transformers their share.
-    rotary_dim = settings.whole("rotary_dim", default=heads["head_dim"], null=heads["head_dim"])
+    rotary_dim = settings.integer("rotary_dim", default=heads["head_dim"], null=heads["head_dim"])
     return ModelConfig(
         **decoder_shape(settings, rope_theta=5e6, norm_eps=1e-6),
         **heads,
@@ -25,9 +25,9 @@ def read_config(settings: Settings) -> ModelConfig:
         partial_rotary_factor=settings.partial_rotary_factor(rotary_dim / max(1, heads["head_dim"])),
         query_key_norm="all",
         moe=MoEConfig(
-            num_experts=settings.whole("num_local_experts", "num_experts"),
-            top_k=settings.whole("num_experts_per_tok"),
-            ffn_hidden=settings.whole("intermediate_size"),
+            num_experts=settings.integer("num_local_experts", "num_experts"),
+            top_k=settings.integer("num_experts_per_tok"),
+            ffn_hidden=settings.integer("intermediate_size"),
             num_shared_experts=0,
             score="sigmoid",
         ),

@@ -2,7 +2,7 @@
 
 from dispatch.config import MoEConfig
 from workers.model.families.base import Family, MoEParts
-from workers.model.families.settings import MOST_POSITIONS, Settings
+from workers.model.families.settings import MAX_POSITIONS, Settings
 from workers.model.families.shapes import decoder_shape, grouped_query_shape
 from workers.model.model_config import ModelConfig
 
@@ -11,16 +11,16 @@ def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a MixtralConfig."""
     shape = decoder_shape(settings, rope_theta=1e6, norm_eps=1e-5)
     longest = shape["max_seq_len"]
-    window = settings.whole("sliding_window", default=longest, null=longest, most=MOST_POSITIONS)
+    window = settings.integer("sliding_window", default=longest, null=longest, maximum=MAX_POSITIONS)
     return ModelConfig(
         **shape,
         sliding_window=window if window < longest else 0,  # a wider one reaches every token
         **grouped_query_shape(settings),
         num_dense_layers=0,
         moe=MoEConfig(
-            num_experts=settings.whole("num_local_experts", "num_experts"),
-            top_k=settings.whole("num_experts_per_tok"),
-            ffn_hidden=settings.whole("intermediate_size"),
+            num_experts=settings.integer("num_local_experts", "num_experts"),
+            top_k=settings.integer("num_experts_per_tok"),
+            ffn_hidden=settings.integer("intermediate_size"),
             num_shared_experts=0,
             score="softmax",
         ),

@@ -12,7 +12,7 @@ def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a Qwen2MoeConfig."""
     settings.expect("use_sliding_window", False)
     settings.expect("decoder_sparse_step", 1)
-    ffn_hidden, shared = (settings.whole(f"{of}_intermediate_size") for of in ("moe", "shared_expert"))
+    ffn_hidden, shared = (settings.integer(f"{of}_intermediate_size") for of in ("moe", "shared_expert"))
     if not ffn_hidden or not shared or shared % ffn_hidden:
         raise InvalidValue(
             f"{settings.where}: shared_expert_intermediate_size is {shared}, and only a multiple of "
@@ -23,10 +23,10 @@ def read_config(settings: Settings) -> ModelConfig:
         **grouped_query_shape(settings),
         num_dense_layers=first_dense(settings, settings.values.get("mlp_only_layers") or [], "mlp_only_layers"),
         qkv_bias=settings.flag("qkv_bias", default=True),
-        dense_ffn_hidden=settings.whole("intermediate_size"),
+        dense_ffn_hidden=settings.integer("intermediate_size"),
         moe=MoEConfig(
-            num_experts=settings.whole("num_experts", "num_local_experts"),
-            top_k=settings.whole("num_experts_per_tok"),
+            num_experts=settings.integer("num_experts", "num_local_experts"),
+            top_k=settings.integer("num_experts_per_tok"),
             ffn_hidden=ffn_hidden,
             num_shared_experts=shared // ffn_hidden,
             shared_gate=True,

@@ -4,18 +4,18 @@ from typing import Any
 
 from dispatch.config import MoEConfig
 from dispatch.errors import InvalidValue
-from workers.model.families.settings import MOST_LAYERS, MOST_POSITIONS, Settings
+from workers.model.families.settings import MAX_LAYERS, MAX_POSITIONS, Settings
 
 
 def decoder_shape(settings: Settings, *, rope_theta: float, norm_eps: float, tied: bool = False) -> dict[str, Any]:
     """Sizes, rotary angles, norms and embeddings; the defaults are those of the family in transformers."""
     settings.expect("hidden_act", "silu")
     return {
-        "vocab_size": settings.whole("vocab_size"),
-        "hidden": settings.whole("hidden_size"),
-        "num_layers": settings.whole("num_hidden_layers", most=MOST_LAYERS),
-        "num_heads": settings.whole("num_attention_heads", least=1),
-        "max_seq_len": settings.whole("max_position_embeddings", most=MOST_POSITIONS),
+        "vocab_size": settings.integer("vocab_size"),
+        "hidden": settings.integer("hidden_size"),
+        "num_layers": settings.integer("num_hidden_layers", maximum=MAX_LAYERS),
+        "num_heads": settings.integer("num_attention_heads", minimum=1),
+        "max_seq_len": settings.integer("max_position_embeddings", maximum=MAX_POSITIONS),
         "rope_theta": settings.rope_theta(rope_theta),
         "yarn": settings.yarn(scales_scores=False),
         "norm_eps": settings.number("rms_norm_eps", default=norm_eps),
@@ -25,11 +25,11 @@ def decoder_shape(settings: Settings, *, rope_theta: float, norm_eps: float, tie
 
 def grouped_query_shape(settings: Settings, *, narrow: bool = True) -> dict[str, Any]:
     """Key heads and their width. narrow: the width is hidden / heads by default; otherwise it must be given."""
-    num_heads = settings.whole("num_attention_heads", least=1)
-    width = settings.whole("hidden_size") // num_heads
+    num_heads = settings.integer("num_attention_heads", minimum=1)
+    width = settings.integer("hidden_size") // num_heads
     return {
-        "num_kv_heads": settings.whole("num_key_value_heads", null=num_heads),
-        "head_dim": settings.whole("head_dim", default=width if narrow else None, null=width if narrow else None),
+        "num_kv_heads": settings.integer("num_key_value_heads", null=num_heads),
+        "head_dim": settings.integer("head_dim", default=width if narrow else None, null=width if narrow else None),
     }
 
 
@@ -45,7 +45,7 @@ def dense_by_type(settings: Settings, *, default: int) -> int:
     types = settings.values.get("mlp_layer_types")
     if types is None:
         return default
-    num_layers = settings.whole("num_hidden_layers", most=MOST_LAYERS)
+    num_layers = settings.integer("num_hidden_layers", maximum=MAX_LAYERS)
     if not isinstance(types, list) or len(types) != num_layers or not {"dense", "sparse"}.issuperset(map(str, types)):
         rule = f"it must have 'dense' or 'sparse' for each of num_hidden_layers ({num_layers})"
         raise InvalidValue(f"{settings.where}: mlp_layer_types is {types!r:.60}; {rule}")
@@ -55,9 +55,9 @@ def dense_by_type(settings: Settings, *, default: int) -> int:
 
 def check_full_attention(settings: Settings) -> None:
     """Refuse layers whose attention has a window, by name."""
-    num_layers = settings.whole("num_hidden_layers", most=MOST_LAYERS)
+    num_layers = settings.integer("num_hidden_layers", maximum=MAX_LAYERS)
     # As transformers does where layer_types is missing: layers from max_window_layers on have a window.
-    first = settings.whole("max_window_layers", default=num_layers, null=num_layers)
+    first = settings.integer("max_window_layers", default=num_layers, null=num_layers)
     if not settings.values.get("layer_types") and settings.values.get("sliding_window") is None:
         first = num_layers
     kinds = _layer_types(settings) or [_KINDS[index >= first] for index in range(num_layers)]
@@ -79,7 +79,7 @@ def _layer_types(settings: Settings) -> list[str]:
 
 def window_shape(settings: Settings, *, default: int, every: int) -> dict[str, Any]:
     """The window, and every how many layers one has no window; both default as in transformers."""
-    window = settings.whole("sliding_window", default=default, null=0, most=MOST_POSITIONS)
+    window = settings.integer("sliding_window", default=default, null=0, maximum=MAX_POSITIONS)
     kinds = _layer_types(settings)
     if kinds:
         every = kinds.index(_KINDS[0]) + 1 if _KINDS[0] in kinds else 0
@@ -104,13 +104,13 @@ def v3_router(
     settings.expect("scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 has the name of the method here
     settings.expect("topk_method", "noaux_tc")
     return MoEConfig(
-        num_experts=settings.whole("n_routed_experts", "num_experts", "num_local_experts"),
-        top_k=settings.whole("num_experts_per_tok"),
-        ffn_hidden=settings.whole("moe_intermediate_size"),
-        num_shared_experts=settings.whole("n_shared_experts", "num_shared_experts", default=num_shared),
+        num_experts=settings.integer("n_routed_experts", "num_experts", "num_local_experts"),
+        top_k=settings.integer("num_experts_per_tok"),
+        ffn_hidden=settings.integer("moe_intermediate_size"),
+        num_shared_experts=settings.integer("n_shared_experts", "num_shared_experts", default=num_shared),
         score="sigmoid",
-        num_groups=settings.whole("n_group", default=num_groups, least=1),
-        groups_kept=settings.whole("topk_group", default=groups_kept),
+        num_groups=settings.integer("n_group", default=num_groups, minimum=1),
+        groups_kept=settings.integer("topk_group", default=groups_kept),
         scores_per_group=2,  # as in DeepSeek's code; the paper's top_k / groups_kept is 2 too for DeepSeek-V3
         normalize_weights=settings.flag("norm_topk_prob", default=normalize),
         route_scale=settings.number("routed_scaling_factor", "router_scaling_factor", default=route_scale),

@@ -8,18 +8,18 @@ from runtime.commands.command import CommandParser
 from runtime.commands.options import number, whole
 from runtime.commands.out import out_dir
 
-HELP = "The MoE layer: phases, bytes, bandwidth and matmul rate, beside the limits of this machine."
+HELP = "The MoE layer: time of each phase, bytes, bandwidth, matmul rate, and the limits of this machine."
 
 OUT_DIR = "runs/bench-dispatch"
 
 DESCRIPTION = """\
 Measure the MoE layer, forward and backward, on this machine: the time of each phase, bytes, bandwidth and matmul rate,
-beside the bare matmuls of the same work and a bare all-to-all of the same bytes. All take turns in the same processes,
-with fresh tokens in every round. Under torchrun its ranks take part, also on several nodes."""
+compared with bare matmuls of the same shapes and a bare all-to-all of the same bytes. All take turns in the same
+processes, with fresh tokens in every round. Under torchrun its ranks take part, also on several nodes."""
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """Declare the options; one that is not given is None, or absent."""
+    """Declare the options. `case_of` fills in those of the layer and the exchange that are not given: None."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_layer(parser.add_argument_group("layer"))
@@ -44,14 +44,16 @@ def _add_layer(group: argparse._ArgumentGroup) -> None:
     add("--num-experts", type=whole(1), metavar="E", help="experts over all ranks (64)")
     add("--top-k", type=whole(1), metavar="K", help="experts of a token (8)")
     add("--dtype", nargs="+", choices=DTYPES, help="of rows and experts (both; with --config its own)")
-    add("--workload", metavar="W0..W7", help="who chooses which expert: balanced, hot experts, a hot rank, ... "
-        "(random tokens and the router's own choice)")  # fmt: skip
+    add("--workload", metavar="W0..W7", help="which experts tokens choose: W0 balanced, W1 hot experts, W2 a hot rank, "
+        "W3 a hot expert on each rank, W4 ranks of unequal batches, W5 idle ranks and experts, W6 a moving hot spot, "
+        "W7 bursts (random tokens and the router's own choice)")  # fmt: skip
     add("--skew", type=number(1, 1000), metavar="X", help="with --workload: load of a hot expert over the mean load")
 
 
 def _add_exchange(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--exchange", choices=BACKENDS.choices, help="a row for each expert, rank or node of a token (auto)")
+    add("--exchange", choices=BACKENDS.choices, help="a token travels once for each expert (assignment), rank or node "
+        "that it needs (auto)")  # fmt: skip
     add("--ranks-per-node", type=whole(1), metavar="N", help="neighbouring ranks that count as a node (all here)")
     add("--payload", choices=PAYLOADS, help="how rows travel to their experts (compute)")
     add("--chunks", type=whole(1), metavar="N", help="cut the batch, to compute while rows travel; measured beside "
@@ -62,6 +64,6 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--workers", type=whole(1), metavar="N", help="expert-parallel ranks (2; under torchrun its world)")
     add("--threads", type=whole(1), metavar="N", help="CPU threads of a rank (an equal share of the cores)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda takes a device a rank (auto)")
-    add("--rounds", type=whole(1), default=7, metavar="N", help="samples of everything (%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: one GPU for each rank (auto)")
+    add("--rounds", type=whole(1), default=7, metavar="N", help="samples of each measurement (%(default)s)")
     add("--out", default=OUT_DIR, metavar="DIR", help="folder of picture and samples (%(default)s)")

@@ -16,7 +16,7 @@ from runtime.runs.run_dir import CONFIG_FILE, find_run
 from runtime.runs.run_inputs import checkpoint_of
 from runtime.terminal.quantities import counted
 from workers.checkpoints.checkpoint_files import CHECKPOINTS, MANIFEST
-from workers.model.families.source import CONFIG as HUB_CONFIG
+from workers.model.hugging_face.source import CONFIG as HUB_CONFIG
 
 MAX_LINES = 40  # of findings in the terminal; --json has them all
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.commands.doctor.checkpoint.findings import BIAS, CheckpointReport, Damage, TensorChecker, TensorPlace
-from workers.model.families.source import ModelDirectory, SourceError, StoredTensor, open_source
+from workers.model.hugging_face.source import ModelDirectory, SourceError, StoredTensor, open_source
 
 
 def examine_hub_directory(folder: Path, progress: Callable[[str, float, float], None]) -> CheckpointReport:

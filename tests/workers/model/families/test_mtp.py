@@ -18,8 +18,8 @@ from tests.workers.model.token_loss import token_nll_sum
 from workers.checkpoints.state import canonical_state
 from workers.model.decoder import Decoder
 from workers.model.families import FAMILIES, Settings
-from workers.model.families.filling import fill
-from workers.model.families.source import SourceError, open_source
+from workers.model.hugging_face.filling import fill
+from workers.model.hugging_face.source import SourceError, open_source
 from workers.model.loss import after_next
 
 WEIGHT = 0.3

@@ -17,7 +17,7 @@ from runtime.commands.command import run_command
 from runtime.settings.size import model_size
 from tests.workers.model.families.hugging_face import make_model
 from workers.model.families import FAMILIES, Settings
-from workers.model.families.source import open_source
+from workers.model.hugging_face.source import open_source
 from workers.model.model_config import ModelConfig
 from workers.training.optimizer import OptimConfig
 
@@ -142,6 +142,17 @@ def test_a_window_as_long_as_the_model_is_no_window() -> None:
     wide = read_config(Settings(values | {"sliding_window": 4096}, "config.json"))
     assert wide == read_config(Settings(values, "config.json"))
     assert replace(read_config(Settings(values | {"sliding_window": 4095}, "config.json")), sliding_window=0) == wide
+
+
+def test_rotary_settings_for_some_layers_and_numbers_for_flags_are_refused() -> None:
+    values = transformers.MixtralConfig().to_dict()
+    read_config = FAMILIES["mixtral"].read_config
+    by_kind = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    with pytest.raises(ValueError, match="settings for 'full_attention'; only one for all layers"):
+        read_config(Settings(values | {"rope_parameters": by_kind}, "config.json"))
+    Settings({"scale": 1, "flag": False}, "").expect("scale", 1.0)
+    with pytest.raises(ValueError, match="flag is 0, and only False"):
+        Settings({"flag": 0}, "").expect("flag", False)
 
 
 def test_windows_that_do_not_return_regularly_are_refused() -> None:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from dispatch.config import MoEConfig
 from tests.ranks import run_ranks
-from workers.model.families.importing import _empty_shard
+from workers.model.hugging_face.importing import _empty_shard
 from workers.model.model_config import ModelConfig
 
 MODEL = ModelConfig(hidden=16, num_layers=2, num_heads=2, moe=MoEConfig(num_experts=5, top_k=2, ffn_hidden=8))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from workers.model.families.base import Part
-from workers.model.families.mxfp4 import SCALES_SUFFIX, dequantise
-from workers.model.families.source import SCALE_SUFFIX, ModelDirectory, SourceError, StoredTensor
 from workers.model.families.stacks import with_suffix
+from workers.model.hugging_face.mxfp4 import SCALES_SUFFIX, dequantise
+from workers.model.hugging_face.source import SCALE_SUFFIX, ModelDirectory, SourceError, StoredTensor
 
 BLOCK_BYTES = 16 * 2**20
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.checkpoints.tensor_reader import TensorReader
 from workers.model.families.base import Part
-from workers.model.families.source import DIGESTS, INDEX, SINGLE, read_header
+from workers.model.hugging_face.source import DIGESTS, INDEX, SINGLE, read_header
 
 BIAS = ".router.expert_bias_E"
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.workers.model.families.directories import to_mxfp4, write_directory
-from tests.workers.model.families.test_filling import filled
-from workers.model.families.mxfp4 import dequantise
-from workers.model.families.source import SourceError, open_source
+from tests.workers.model.hugging_face.test_filling import filled
+from workers.model.hugging_face.mxfp4 import dequantise
+from workers.model.hugging_face.source import SourceError, open_source
 
 STACK = "model.layers.1.mlp.experts.down_proj"
 

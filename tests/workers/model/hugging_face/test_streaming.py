@@ -31,7 +31,7 @@ from workers.checkpoints.tensor_reader import TensorReader
 from workers.distributed.parallel import RankGroups
 from workers.model.decoder import Decoder
 from workers.model.families import Settings, family_of
-from workers.model.families.writing import BIAS, write_weights
+from workers.model.hugging_face.writing import BIAS, write_weights
 from workers.model.init import init_weights
 from workers.model.lora import LoraConfig
 from workers.training.sharding import shard_states

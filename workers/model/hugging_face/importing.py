@@ -19,8 +19,8 @@ from workers.checkpoints.shares import all_gather_specs, divide
 from workers.checkpoints.state import canonical_state
 from workers.distributed.agreement import together
 from workers.model.decoder import Decoder
-from workers.model.families.filling import fill
-from workers.model.families.source import ModelDirectory, SourceError, open_source
+from workers.model.hugging_face.filling import fill
+from workers.model.hugging_face.source import ModelDirectory, SourceError, open_source
 from workers.model.lora import LoraConfig
 from workers.model.meta_device import meta_device
 from workers.model.model_config import ModelConfig

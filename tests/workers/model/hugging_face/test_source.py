@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.cli import main
 from tests.workers.model.families.directories import write_directory
-from workers.model.families.source import SourceError, open_source
+from workers.model.hugging_face.source import SourceError, open_source
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 OTHER = "model.layers.1.mlp.experts.5.up_proj.weight"

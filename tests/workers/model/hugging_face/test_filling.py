@@ -13,9 +13,9 @@ from tests.workers.model.families.hugging_face import CONFIGS
 from workers.checkpoints.state import canonical_state
 from workers.model.decoder import Decoder
 from workers.model.families import Part
-from workers.model.families import filling as filling_module
-from workers.model.families.filling import fill
-from workers.model.families.source import open_source
+from workers.model.hugging_face import filling as filling_module
+from workers.model.hugging_face.filling import fill
+from workers.model.hugging_face.source import open_source
 
 
 def filled(folder: Path) -> tuple[Decoder, dict[str, torch.Tensor]]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dispatch.errors import InvalidValue
 from workers.model.families import Family, Part, Settings, family_of
-from workers.model.families.mxfp4 import BLOCK as MXFP4_BLOCK
-from workers.model.families.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX
 from workers.model.families.stacks import item_name, stack_of, with_suffix
+from workers.model.hugging_face.mxfp4 import BLOCK as MXFP4_BLOCK
+from workers.model.hugging_face.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX
 from workers.model.model_config import ModelConfig
 
 CONFIG = "config.json"

@@ -20,8 +20,8 @@ from workers.checkpoints.slices import Slice, whole_specs
 from workers.checkpoints.state import canonical_state
 from workers.model.decoder import Decoder
 from workers.model.families import Family, Part, Settings, family_of
-from workers.model.families.source import read_json
-from workers.model.families.writing import BIAS, stored_as
+from workers.model.hugging_face.source import read_json
+from workers.model.hugging_face.writing import BIAS, stored_as
 
 
 def stream_weights(
