@@ -95,7 +95,8 @@ def _compare(rank, world_size):
     return True
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # test_expert_copies trains with copies, too
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_a_layer_with_copies_trains_as_without(world_size):  # P19
     assert all(run_ranks(world_size, _compare, timeout_s=120))
 

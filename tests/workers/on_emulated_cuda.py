@@ -30,16 +30,12 @@ from tests.emulated_cuda.device import emulated_cuda  # noqa: E402 - it imports 
 STEPS, SAVED_AT = 3, 2
 Change = Mapping[str, Mapping[str, Any]]  # sections of the settings, and what is changed in each
 LAYOUTS: dict[str, Change] = {
-    "a row for each rank": {},
-    "a row for each assignment": {"parallel": {"exchange": "assignment"}},
-    "chunks": {"parallel": {"schedule": ScheduleConfig(num_chunks=2)}},
-    "recompute": {"model": {"recompute": "full"}},
-    "states on the host": {"optim": {"offload": "states"}},
+    "rows by assignment, states on the host": {"parallel": {"exchange": "assignment"}, "optim": {"offload": "states"}},
+    "chunks, recompute": {"parallel": {"schedule": ScheduleConfig(num_chunks=2)}, "model": {"recompute": "full"}},
     "sharded": {"parallel": {"shard": "full", "ep_size": 1}},
-    "sharded moments": {"parallel": {"shard": "optimizer"}},
+    "sharded moments, shared sequences": {"parallel": {"shard": "optimizer", "context": 2}},
     "copies of experts": {"parallel": {"expert_copies": 1, "copies_every": 1}},
     "a pipeline": {"parallel": {"pipeline": PipelineConfig(size=2), "ep_size": 1}},
-    "shared sequences": {"parallel": {"context": 2}},
 }
 
 

@@ -24,7 +24,7 @@ def test_trainings_on_an_emulated_device_give_what_they_give_on_the_cpu(library)
     cases = Path(__file__).with_name("on_emulated_cuda.py")
     printed = run_on_emulated_cuda("pytest", "-q", "-p", "no:cacheprovider", str(cases), library=library)
     (passed,) = re.findall(r"(\d+) passed", printed)
-    assert int(passed) >= 10  # a file that skips itself would prove nothing
+    assert int(passed) >= 9  # a file that skips itself would prove nothing
 
 
 def test_a_machine_with_two_gpus_trains_on_both_without_being_told(library, tmp_path):

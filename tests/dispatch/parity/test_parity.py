@@ -27,10 +27,22 @@ def _rows_on_ranks(rank, world_size, variants):
     return check(CASES, {variant: adapter_of(variant) for variant in variants}, dist.group.WORLD)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
-def test_ranks_equal_one_process(world_size):  # B13, P1, P2, P5, P7, P8
-    # One rank exchanges nothing, whatever the exchange.
-    variants = [name for name, variant in VARIANTS.items() if world_size > 1 or variant.exchange == "rank"]
+ON_FOUR = ("nodes-of-2", "nodes-in-chunks", "rank-in-rounds")  # what fewer ranks have less of
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("world_size", "variants"),
+    [
+        # One rank exchanges nothing, whatever the exchange.
+        pytest.param(1, [name for name, variant in VARIANTS.items() if variant.exchange == "rank"], id="1"),
+        pytest.param(2, list(VARIANTS), id="2"),
+        pytest.param(3, list(VARIANTS), id="3", marks=SLOW),
+        pytest.param(4, list(ON_FOUR), id="4"),
+        pytest.param(4, [name for name in VARIANTS if name not in ON_FOUR], id="4, the other variants", marks=SLOW),
+    ],
+)
+def test_ranks_equal_one_process(world_size, variants):  # B13, P1, P2, P5, P7, P8
     rows = run_ranks(world_size, _rows_on_ranks, variants, timeout_s=500)[0]
     assert len(rows) == len(CASES) * len(variants)
     assert not any(row.failures for row in rows), report(rows, f"ep {world_size}")

@@ -122,6 +122,7 @@ def _command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_ranks_and_fails_with_code_1():
     layer = "tests.dispatch.parity.parity_mistakes:expert_gradients_times_ep_size"
     found = _command("dispatch.parity", "--ep", "2", "--cases", "plain", "--layer", layer)

@@ -338,7 +338,7 @@ def ranks_of_ours() -> list[psutil.Process]:
 
 
 # While the ranks import, from a terminal, which signals them all; and while they measure, to the command alone.
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interrupted_measurement_leaves_no_process_and_no_traceback(early: bool, tmp_path: Path) -> None:
     script = "import sys; from runtime.cli import main; sys.exit(main())"
     words = ["bench", "dispatch", *TINY, "--rounds", "1000000", "--device", "cpu", "--out", str(tmp_path)]

@@ -77,9 +77,9 @@ class _Run:
     [
         ("on the way", "sign"),
         ("received", "newton"),
-        ("computed", "smebu"),
-        ("replied", "quantile"),
-        ("idle", "rms"),
+        pytest.param("computed", "smebu", marks=pytest.mark.slow),
+        pytest.param("replied", "quantile", marks=pytest.mark.slow),
+        pytest.param("idle", "rms", marks=pytest.mark.slow),
         ("again as soon as it is back", "newton"),
     ],
 )

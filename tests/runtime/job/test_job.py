@@ -96,6 +96,7 @@ def test_a_run_leaves_all_that_the_next_tool_needs(run_dir):
     assert evals[0]["max_vio_global"] is None and evals[1]["max_vio_global"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_biases_of_another_one(run_dir, folder, capsys):
     text = f"--data.path=[{ROOT / 'LICENSE'}]"
     request = parse_train([f"--init={run_dir}", "--step=10", "--name=tuned", text, "--steps=2", "--run.eval_every=0"])

@@ -113,7 +113,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(
     "model",
-    [MODEL, ADAPTED, pytest.param(BIASED, marks=pytest.mark.slow)],
+    [MODEL, *(pytest.param(each, marks=pytest.mark.slow) for each in (ADAPTED, BIASED))],
     ids=["whole", "adapters", "biases and sinks"],
 )
 def test_a_rank_keeps_the_bytes_of_the_plan(model: ModelConfig) -> None:

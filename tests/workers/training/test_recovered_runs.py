@@ -78,9 +78,22 @@ def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in times and not k.endswith("_s")} for line in lines]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_run_that_fails_anywhere_goes_on_to_the_same_bits_and_records(tmp_path: Path, world_size: int) -> None:
-    places = {name: place for name, (num_ranks, _, _, place) in LAYOUTS.items() if num_ranks == world_size}
+SOON = ("context", "lora", "pipeline")
+LATER = tuple(name for name, (num_ranks, *_) in LAYOUTS.items() if num_ranks == 2 and name not in SOON)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        pytest.param(2, SOON, id="2"),
+        pytest.param(2, LATER, id="2, the others", marks=pytest.mark.slow),
+        pytest.param(4, ("replicas",), id="4", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_fails_anywhere_goes_on_to_the_same_bits_and_records(
+    tmp_path: Path, world_size: int, names: tuple[str, ...]
+) -> None:
+    places = {name: LAYOUTS[name][3] for name in names}
     calm = [_spec(tmp_path, name) for name in places]
     faults = [Fault(rank=rank, step=step, phase=phase, action="raise") for rank, step, phase in places.values()]
     struck = [_beside(each, "struck", fault) for each, fault in zip(calm, faults, strict=True)]

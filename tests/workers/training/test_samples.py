@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 from dispatch.balance import routers_of
@@ -83,6 +84,7 @@ def _train_layouts(rank, world_size, spec):
         worker.train()
 
 
+@pytest.mark.slow
 def test_any_layout_of_ranks_takes_the_same_samples(tmp_path):
     spec = make_spec(tmp_path, steps=2, eval_every=2, sample_prompts=PROMPTS, sample_tokens=NUM_NEW)
     for world_size in LAYOUTS:

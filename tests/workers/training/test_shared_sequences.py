@@ -56,13 +56,17 @@ def _steps(rank, world_size, spec):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["packed", pytest.param("packed, windows and sinks", marks=pytest.mark.slow), "multi-token prediction"],
+    ("kind", "layouts"),
+    [
+        pytest.param("packed", LAYOUTS[1:4], id="packed"),
+        pytest.param("multi-token prediction", LAYOUTS[:1], id="multi-token prediction"),
+        *(pytest.param(kind, LAYOUTS, id=f"{kind}, all layouts", marks=pytest.mark.slow) for kind in KINDS),
+    ],
 )
-def test_ranks_that_share_sequences_learn_what_one_process_learns(tmp_path, kind):
+def test_ranks_that_share_sequences_learn_what_one_process_learns(tmp_path, kind, layouts):
     spec = _spec(tmp_path, kind)
     numbers, loads, held_out, expected = run_ranks(1, _steps, spec)[0]
-    for world_size, parallel in LAYOUTS:
+    for world_size, parallel in layouts:
         found, other_loads, other_held_out, state = run_ranks(world_size, _steps, replace(spec, parallel=parallel))[0]
         assert found == [pytest.approx(pair, rel=1e-10) for pair in numbers]
         assert torch.equal(other_loads, loads)

@@ -90,6 +90,7 @@ def _train(rank: int, world_size: int, run: Path, name: str, stop_after: int | N
     worker.train(latest(run / "checkpoints"))
 
 
+@pytest.mark.slow
 def test_an_imported_model_trains_adapters_that_peft_loads_and_stays_as_it_was(tmp_path: Path) -> None:
     source, text = write_directory(tmp_path / "source", "qwen3_moe"), tmp_path / "text.txt"
     text.write_text("\n".join(f"w{2 + n % 50} w{2 + n * 7 % 57} w{2 + n * n % 53}" for n in range(600)))

@@ -87,7 +87,7 @@ WIDE: dict[str, dict[str, Any]] = {
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
-@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("context", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_wide_attention_holds_at_most_what_the_plan_says(tmp_path: Path, context: int) -> None:
     base = make_spec(tmp_path, global_batch_size=2)
     moe = replace(base.model.moe, ffn_hidden=8, num_experts=2, top_k=1)
@@ -156,6 +156,7 @@ def stage_peak(stage: PlanStage, num_sequences: int) -> float:
     return held + peak_bytes(saved, stage.scratch(scratch_bytes(alone.model, batch)))
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_pipeline_holds_at_most_what_the_plan_says(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     moe = replace(spec.model.moe, ffn_hidden=64)
