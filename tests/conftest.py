@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import psutil
@@ -39,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         plugin.install()
         config.pluginmanager.register(plugin)
     gc.disable()  # until all is imported: a look at torch, Ray and transformers takes half a second, each time
+    # A shell that runs a command in the background lets it ignore Ctrl-C, and so would every process that a test
+    # starts, and interrupts to see it end.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Inherited by every process that a test starts: two ranks on two cores must not run four threads.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
