@@ -64,8 +64,12 @@ def _loads(record: RunRecord, run: WatchedRun) -> dict[str, Any]:
     layout, steps = record.history.layout, record.history.steps
     num_experts = np.cumsum(layout.num_experts)
     num_layers = int((num_experts * MIN_COLUMNS <= MAX_CELLS).sum())
-    facts = {"layers": [name[:200] for name in layout.names[:num_layers]], "balance": run.facts()["balance"]}
-    found: dict[str, Any] = {"facts": {**facts, "settings": {"balance.law": record.law}}}
+    facts = {
+        "layers": [name[:200] for name in layout.names[:num_layers]],
+        "settings": {"balance.law": record.law},
+        **{name: value for name, value in run.facts().items() if name in ("balance", "own_metrics")},
+    }
+    found: dict[str, Any] = {"facts": facts}
     if not num_layers or not len(steps):
         return found | {"layers": [], "first_load": None, "last_load": None}
     columns = min(MAX_COLUMNS, MAX_CELLS // int(num_experts[num_layers - 1]))

@@ -49,7 +49,12 @@ class Metrics:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the curves; () before the first training step."""
-        return self._curves.names
+        return tuple(self._column)
+
+    @property
+    def own_metrics(self) -> tuple[str, ...]:
+        """The names of the curves of metrics that the user added."""
+        return self._curves.own_metrics
 
     @property
     def share_read(self) -> float:

@@ -143,6 +143,7 @@ class WatchedRun:
         return {
             "name": self.name,
             "curves": self.metrics.names,
+            "own_metrics": self.metrics.own_metrics,
             "settings": self._files.settings.flat,
             "settings_trouble": self._files.settings.trouble,
             "layers": list(layout.names) if layout else [],

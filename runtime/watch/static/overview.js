@@ -36,6 +36,7 @@ export function make(root, context) {
       glance.replaceChildren(...glanceCards(run, other));
       more.replaceChildren(...moreCards(run, other));
       phases.replaceChildren(...bars(run.mean));
+      grid.add(chartsOf(context)); // charts of the run's own metrics: `make` may run before the facts are here
       await Promise.all([grid.draw(), events.draw(context)]);
     },
     leave: grid.leave,
@@ -49,10 +50,10 @@ export function smoothingChoice(context) {
   return el("label", {}, "Smoothing ", select);
 }
 
-/** The charts of a run, for a grid. */
+/** The charts of a run, for a grid; at the end one for each metric that the user added (docs/how-to-add.md). */
 export function chartsOf(context) {
   const smooth = (curve) => ({ ...curve, mean: smoothed(curve.mean, context.smoothing) });
-  return [
+  const charts = [
     { title: "Loss", names: ["loss", "val_loss"], note: "nats per token; the band is from the least to the greatest step", smooth,
       lines: [{ label: "training", colour: "blue", band: true }, { label: "held out", colour: "orange", points: true }] },
     { title: "Held-out bits per byte", names: ["val_bits_per_byte"], lines: [{ label: "bits per byte", colour: "orange", points: true }] },
@@ -64,6 +65,8 @@ export function chartsOf(context) {
     { title: "Time of a step", names: ["step_s"], show: milliseconds, smooth, lines: [{ label: "step", colour: "green", band: true }] },
     { title: "MFU", names: ["mfu"], show: percent, smooth, lines: [{ label: "MFU", colour: "green", band: true }] },
   ];
+  const drawn = charts.flatMap(({ names }) => names), own = context.facts[context.run]?.own_metrics ?? [];
+  return [...charts, ...own.filter((name) => !drawn.includes(name)).map((name) => ({ title: name, names: [name], lines: [{ label: name, colour: "blue", band: true }] }))];
 }
 
 /** The other runs that the figures can be held against. */
