@@ -22,7 +22,7 @@ MIN_COLUMNS = 16  # Layers are left out, from the last one on, until each map ha
 MAX_CELLS = 2**20  # of the heat maps of all layers: 7 MB in base64, as a cell has a code, a load and a bias (5 bytes)
 MAX_SOURCES = 4  # with a curve in the chart of held-out loss by source
 MAX_OWN_POINTS = 240  # of a curve in a chart that the live page does not have
-_OF_THE_RUN = ("step", "latest", "mean", "last_eval")
+_SUMMARY_FIELDS = ("step", "latest", "mean", "last_eval")  # those that the charts use
 COLOURS = ("blue", "orange", "green", "pink")
 
 
@@ -33,7 +33,7 @@ def held_json(record: RunRecord) -> str:
     while run.is_behind:
         run.poll()
     held = {
-        "run": {name: value for name, value in run.summary().items() if name in _OF_THE_RUN},
+        "run": {name: value for name, value in run.summary().items() if name in _SUMMARY_FIELDS},
         "curves": _curves(run),
         "charts": list(_own_charts(record)),
         **_loads(record, run),
@@ -84,10 +84,10 @@ def _layer(run: WatchedRun, layer: int, columns: int) -> dict[str, Any] | None:
     found = run.load.columns(layer, 0, run.metrics.last_step, columns, with_bias=True)
     if found is None:
         return None
-    return {**load_map(found), "share": _halves(shares_of(found)), "bias": _halves(found.bias)}
+    return {**load_map(found), "share": _float16_text(shares_of(found)), "bias": _float16_text(found.bias)}
 
 
-def _halves(values: NDArray[Any]) -> str:
+def _float16_text(values: NDArray[Any]) -> str:
     """Numbers as float16 in base64: three digits, as many as a chart shows."""
     return encoded(np.nan_to_num(values).clip(-65504, 65504).astype("<f2"))  # 65504: the largest float16
 

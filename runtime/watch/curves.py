@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +126,7 @@ def rest_s(line: Line) -> float:
     return _float(line.get("step_s")) - sum(_float(line.get(name)) for name in PHASES)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """True for an int or a float that can be drawn; False for a bool, NaN, infinity and what is larger than 1e300."""
     return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
