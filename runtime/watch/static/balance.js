@@ -148,10 +148,10 @@ function layerBars(context, { layers, num }) {
   const floor = (context.runs[context.run].mean.max_vio_floor ?? 0) / Math.sqrt(num);
   const most = Math.max(...layers.map((each) => each.max_vio ?? 0), floor * 1.2, 1e-9);
   return layers.map((each, number) => {
-    const at = (floor / most) * 100;
+    const x = (floor / most) * 100;
     const bar = svg("svg", { viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" },
       svg("rect", { width: ((each.max_vio ?? 0) / most) * 100, height: 1 }),
-      svg("line", { x1: at, x2: at, y1: 0, y2: 1, "vector-effect": "non-scaling-stroke" }));
+      svg("line", { x1: x, x2: x, y1: 0, y2: 1, "vector-effect": "non-scaling-stroke" }));
     return el("div", { class: "bar" }, el("span", { text: layerName(context, number) }), el("div", { class: "track" }, bar),
       el("span", { class: "number", text: `${digits(each.max_vio)}; ${each.dead} dead; bias ${digits(each.bias[0])} to ${digits(each.bias[1])}` }));
   });

@@ -48,7 +48,7 @@ export function make(root, context) {
   };
 }
 
-/** Runs have other steps: each curve is empty where only others have a point. */
+/** Runs have different steps: a curve is null at a step where only other runs have a value. */
 function drawTogether(chart, found, name, smoothing) {
   const middles = found.map((each) => each.first.map((step, n) => Math.round((step + each.last[n]) / 2)));
   const known = found.map((each, n) => {

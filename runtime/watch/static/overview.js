@@ -66,7 +66,8 @@ export function chartsOf(context) {
     { title: "MFU", names: ["mfu"], show: percent, smooth, lines: [{ label: "MFU", colour: "green", band: true }] },
   ];
   const drawn = charts.flatMap(({ names }) => names), own = context.facts[context.run]?.own_metrics ?? [];
-  return [...charts, ...own.filter((name) => !drawn.includes(name)).map((name) => ({ title: name, names: [name], lines: [{ label: name, colour: "blue", band: true }] }))];
+  const plain = (name) => ({ title: name, names: [name], lines: [{ label: name, colour: "blue", band: true }] });
+  return [...charts, ...own.filter((name) => !drawn.includes(name)).map(plain)];
 }
 
 /** The other runs that the figures can be held against. */
