@@ -41,7 +41,7 @@ SHORT_OPTIONS = {
 }
 DRY_RUN, WATCH = "--dry-run", "--watch"
 NO_SETTINGS = ("config", "resume", "init", "step", "help", "help-all")  # options that are no settings
-MAX_CHARS_OF_NO_TEXT = 40  # of a value for a setting that takes a number or a choice, see `_checked_text`
+MAX_NON_TEXT_CHARS = 40  # of a value for a setting that takes a number or a choice, see `_checked_text`
 VALUES_IF_BARE = {"--balance.record": "1"}
 FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in config.yaml of older runs
 
@@ -77,7 +77,7 @@ def parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], 
 
 
 def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] | None) -> TrainRequest:
-    arguments = _fill_in([_lengthen(argument) for argument in arguments])
+    arguments = _with_values([_with_long_name(argument) for argument in arguments])
     import_named(arguments)
     try:
         source = vars(_source_parser().parse_known_args(arguments)[0])
@@ -139,7 +139,7 @@ def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     Raises:
         InvalidValue: wrong usage or configuration, with the way out.
     """
-    return _parse_options([_lengthen(argument) for argument in arguments], config)
+    return _parse_options([_with_long_name(argument) for argument in arguments], config)
 
 
 def load_config(name: str) -> TrainConfig:
@@ -242,12 +242,12 @@ def _answer_help(arguments: Sequence[str], config_name: str | None, resume_name:
     raise SystemExit(0)
 
 
-def _lengthen(argument: str) -> str:
+def _with_long_name(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return SHORT_OPTIONS.get(option, option) + equals + value
 
 
-def _fill_in(arguments: Sequence[str]) -> list[str]:
+def _with_values(arguments: Sequence[str]) -> list[str]:
     """Give the options of VALUES_IF_BARE their default value if they have none: the parser demands one."""
     filled = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
@@ -316,6 +316,7 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
         if name not in hints:
             raise InvalidValue(f"unknown setting {key:.60}{_suggest(key)}")
         if not is_dataclass(hints[name]):
+            # Only booleans: 1 equals True as a key, and was never a value.
             known = FORMER_VALUES.get((key, value), value) if isinstance(value, bool) else value
             flat[key] = _checked_text(key, known, hints[name])
         elif isinstance(value, Mapping):
@@ -332,7 +333,7 @@ def _checked_text(key: str, value: Any, hint: Any) -> Any:
     """
     if hint is not str and str not in get_args(hint):
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > MAX_CHARS_OF_NO_TEXT:
+            if isinstance(text, str) and len(text) > MAX_NON_TEXT_CHARS:
                 raise InvalidValue(f"{key} is {text!r:.60}...; it must be {_describe(hint)}")
     return value
 

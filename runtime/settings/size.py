@@ -97,7 +97,7 @@ def count_parameters(
     expert_sizes = {name: prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     parameters = dict(model.named_parameters())
-    units: dict[str, int] = defaultdict(int)  # by unit of `fully_shard`, whose parameters are gathered together
+    units: dict[str, int] = defaultdict(int)  # by module that `fully_shard` gathers at once; "" is the root
     for name, size in sizes.items():
         first, second, *_ = name.split(".")
         units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size

@@ -14,7 +14,7 @@ from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE
 
 
 class Held(NamedTuple):
-    """Numbers of elements or of bytes: of dense parameters, and of routed experts."""
+    """A number for dense parameters, and one for routed experts: of elements, of bytes, or of ranks that share them."""
 
     dense: int
     experts: int

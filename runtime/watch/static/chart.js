@@ -60,7 +60,7 @@ export class Chart {
         axis({ size: 66, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.show(value))) })],
       series,
       bands,
-      hooks: { setSelect: [(plot) => this.selected(plot)], setCursor: [(plot) => this.told(plot.cursor.idx)] },
+      hooks: { setSelect: [(plot) => this.selected(plot)], setCursor: [(plot) => this.tellValues(plot.cursor.idx)] },
     }, this.data, this.place);
   }
 
@@ -73,7 +73,7 @@ export class Chart {
   }
 
   /** The values under the pointer, below the chart. */
-  told(index) {
+  tellValues(index) {
     if (index === null || index === undefined) return setText(this.caption, this.note);
     const [first, last] = [this.first[index], this.last[index]];
     const where = first === last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
@@ -118,13 +118,13 @@ const key = (line) => el("span", { class: line.colour, text: line.label });
 function stroke(line, chart) {
   return {
     stroke: colour(line.colour), width: line.width ?? 1.8, dash: line.dash, spanGaps: !line.points,
-    gaps: (plot, series) => untrained(plot, series, chart.first),
+    gaps: (plot, series) => gapOfUntrained(plot, series, chart.first),
     points: { show: line.points ?? false, size: 6, fill: colour(line.colour) },
   };
 }
 
 /** The gap of a line, in pixels, between the evaluation of the untrained model and the next one: a line there would show losses that never were. */
-function untrained(plot, series, first) {
+function gapOfUntrained(plot, series, first) {
   const [start, next] = [...plot.data[0].keys()].filter((n) => (plot.data[series][n] ?? null) !== null);
   if (next === undefined || first[start] !== 0) return [];
   return [[start, next].map((n) => plot.valToPos(plot.data[0][n], "x", true))];

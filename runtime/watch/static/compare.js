@@ -1,4 +1,4 @@
-// Runs over each other, and where their settings differ.
+// The view Compare: the curves of several runs in one chart, and the settings in which they differ.
 
 import { askCurves } from "./api.js";
 import { Chart, smoothed } from "./chart.js";

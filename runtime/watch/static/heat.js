@@ -53,14 +53,14 @@ export function legend() {
 }
 
 export class HeatMap {
-  /** told(row, column): the text for a cell. onPick(row, column): a cell was clicked. */
-  constructor({ title, note, told, onPick }) {
-    Object.assign(this, { title, note, told, onPick });
+  /** textOf(row, column): the text for a cell. onPick(row, column): a cell was clicked. */
+  constructor({ title, note, textOf, onPick }) {
+    Object.assign(this, { title, note, textOf, onPick });
     this.canvas = el("canvas", { class: "map", role: "img", "aria-label": title });
     this.axis = el("div", { class: "axis", "aria-hidden": "true" });
     this.caption = el("figcaption", { text: note });
     this.figure = el("figure", { class: "wide", "data-chart": title }, el("header", {}, el("h3", { text: title })), this.canvas, this.axis, this.caption);
-    this.canvas.addEventListener("pointermove", (event) => setText(this.caption, this.told(...this.cell(event))));
+    this.canvas.addEventListener("pointermove", (event) => setText(this.caption, this.textOf(...this.cell(event))));
     this.canvas.addEventListener("pointerleave", () => setText(this.caption, this.note));
     this.canvas.addEventListener("click", (event) => this.onPick?.(...this.cell(event)));
   }

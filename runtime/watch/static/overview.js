@@ -1,4 +1,4 @@
-// Is it learning, is it balanced, is it fast, is it healthy?
+// The view Overview: loss, imbalance, speed and health at a glance, the curves, the time of a step, the last events.
 
 import { askCurves } from "./api.js";
 import { smoothed } from "./chart.js";
@@ -85,9 +85,9 @@ function offerOthers(label, select, context) {
 /** Means of another run over the same steps as those of this one; null without one. */
 async function figuresOf(other, number, run) {
   if (!other) return null;
-  const recent = { first: Math.max(1, run.step - RECENT + 1), last: run.step }, held = run.last_eval.step ?? 0;
+  const recent = { first: Math.max(1, run.step - RECENT + 1), last: run.step }, evalStep = run.last_eval.step ?? 0;
   const [means, evaluation] = await Promise.all([askCurves(number, COMPARED, recent, 1),
-    askCurves(number, ["val_bits_per_byte"], { first: held, last: held }, 1)]);
+    askCurves(number, ["val_bits_per_byte"], { first: evalStep, last: evalStep }, 1)]);
   const values = Object.entries({ ...means.curves, ...evaluation.curves }).map(([name, curve]) => [name, curve.mean[0]]);
   return { name: other.name, ...Object.fromEntries(values) };
 }
@@ -108,7 +108,7 @@ function glanceCards(run, other) {
   const isBetter = last.step > first.step ? last.val_bits_per_byte < first.val_bits_per_byte : null;
   const held = last.step > first.step ? `at step ${last.step}; ${digits(first.val_bits_per_byte)} at step ${first.step}` : `at step ${last.step}`;
   const trouble = run.num_failures ? `${counted(run.num_failures, "failure")}, ${counted(run.num_recoveries, "recovery", "recoveries")}` : "no failure so far";
-  const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
+  const verdict = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
   return [
     card("Loss", digits(mean.loss), joined(last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :
       `held out: ${digits(last.val_bits_per_byte)} bits/byte ${held}`, versus(other, "loss", mean.loss, digits),
@@ -119,7 +119,7 @@ function glanceCards(run, other) {
     versus(other, "max_vio_batch", mean.max_vio_batch, digits))),
     card("Tokens per second", short(mean.tokens_per_s), joined(`${milliseconds(mean.step_s)} a step`,
       mean.mfu === undefined ? "" : `MFU ${percent(mean.mfu)}`, versus(other, "tokens_per_s", mean.tokens_per_s, short))),
-    card("Health", run.state, trouble, healthy),
+    card("Health", run.state, trouble, verdict),
   ];
 }
 

@@ -1,4 +1,4 @@
-// What several views have in common.
+// Parts of several views: grids of charts, tables of events.
 
 import { ask, askCurves } from "./api.js";
 import { Chart } from "./chart.js";
