@@ -84,10 +84,10 @@ class Feed:
         self._tail, self._is_catching_up = Tail(self._run_dir / METRICS), True
 
     def _send(self, texts: list[bytes]) -> None:
-        before = self._sent
+        before, layout = self._sent, self._load.layout
         try:
             for line in self._unsent(texts):
-                self._opened().log(line, scalars(line, self._layer_names()))
+                self._opened().log(line, scalars(line, () if layout is None else layout.names))
                 self._sent = self._sent.after(line)
         finally:
             if self._sent != before:
@@ -111,9 +111,6 @@ class Feed:
             self._sent = Sent(self._logger.id, self._sent.step, self._sent.time)
             self._save()  # Before the first line: a process that resumes after a kill must find the id of this run.
         return self._logger
-
-    def _layer_names(self) -> tuple[str, ...]:
-        return self._load.layout.names if self._load.layout is not None else ()
 
     def _save(self) -> None:
         self._state_file.parent.mkdir(exist_ok=True)

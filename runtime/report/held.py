@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.report.run_record import RunRecord, clip, floats
-from runtime.watch.answers import curves_of, encoded, finite, last_load, load_map, shares_of
+from runtime.watch.answers import curves_of, encoded, finite_values, last_load, load_map, shares_of
 from runtime.watch.load_file import LAST_RECORDS
 from runtime.watch.watched_run import WatchedRun
 
@@ -46,12 +46,8 @@ def _curves(run: WatchedRun) -> dict[str, Any]:
     names = run.metrics.names
     num = min(MAX_SPANS, MAX_NUMBERS // (3 * max(len(names), 1)))
     answer = curves_of(run.metrics.spans(names, 0, run.metrics.last_step, num), names)
-    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if _has_value(each["mean"])}
+    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if set(each["mean"]) - {None}}
     return answer
-
-
-def _has_value(values: list[float | None]) -> bool:
-    return any(value is not None for value in values)
 
 
 def _slim(curve: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
@@ -110,7 +106,7 @@ def _bits_per_source(record: RunRecord) -> Iterator[dict[str, Any]]:
             "note": "compression of text that training never saw; comparable between tokenizers",
             "lines": [{"label": clip(name), "colour": COLOURS[n], "points": True} for n, name in enumerate(names)],
             "steps": [line["step"] for line in evals],
-            "curves": [{"mean": _plain(floats(bits.get(name) for bits in per_source))} for name in names],
+            "curves": [{"mean": finite_values(floats(bits.get(name) for bits in per_source))} for name in names],
         }
 
 
@@ -128,9 +124,9 @@ def _bias_spread(record: RunRecord) -> dict[str, Any]:
         ],
         "steps": record.history.steps[sample].tolist(),
         "curves": [
-            {"mean": _plain(middle), "low": _plain(low), "high": _plain(high)},
-            {"mean": _plain(lowest)},
-            {"mean": _plain(highest)},
+            {"mean": finite_values(middle), "low": finite_values(low), "high": finite_values(high)},
+            {"mean": finite_values(lowest)},
+            {"mean": finite_values(highest)},
         ],
     }
 
@@ -138,7 +134,3 @@ def _bias_spread(record: RunRecord) -> dict[str, Any]:
 def _sample(num: int) -> NDArray[np.int64]:
     """At most MAX_OWN_POINTS indices below `num`, evenly spaced, the first and the last among them."""
     return np.unique(np.linspace(0, num - 1, min(num, MAX_OWN_POINTS)).astype(np.int64))
-
-
-def _plain(values: NDArray[np.float64]) -> list[float | None]:
-    return [finite(value) for value in values.tolist()]

@@ -114,16 +114,12 @@ def _pairs(values: Mapping[str, Any], *, in_seconds: bool) -> str:
     return ", ".join(f"{name} {_shown('_s' if in_seconds else name, value)}" for name, value in values.items())
 
 
-def _exchange(values: Mapping[str, Any]) -> str:
-    return f"exchange {values['exchange']} ({values['reason']})"
-
-
 def _law(values: Mapping[str, Any]) -> str:
     rate = values.get("rate")
     return f"law {values['law']}" + ("" if rate is None else f" with rate {rate:g}")
 
 
-_SECTION_TEXTS = {"exchange": _exchange, "balance": _law}
+_SECTION_TEXTS = {"exchange": "exchange {exchange} ({reason})".format_map, "balance": _law}
 
 
 def _number(name: str, value: Any) -> str:

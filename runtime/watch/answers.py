@@ -17,7 +17,7 @@ from runtime.watch.watched_run import WatchedRun
 def curves_of(spans: Spans, names: Sequence[str]) -> dict[str, Any]:
     """Curves by name: the least, greatest and mean value in every span of steps. spans: with a column for each name."""
     each = {
-        name: {kind: _column(getattr(spans, kind), index) for kind in ("low", "high", "mean")}
+        name: {kind: finite_values(getattr(spans, kind)[:, index]) for kind in ("low", "high", "mean")}
         for index, name in enumerate(names)
     }
     return {"first": spans.first.tolist(), "last": spans.last.tolist(), "curves": each}
@@ -31,8 +31,8 @@ def load_map(found: LoadColumns) -> dict[str, Any]:
 
 def expert_curves(found: LoadColumns, expert: int) -> dict[str, Any]:
     """Load, as a multiple of the mean of the layer, and bias of one expert."""
-    bias = [finite(value) for value in found.bias[:, expert].tolist()]
-    return {"steps": found.steps.tolist(), "load": shares_of(found)[:, expert].round(4).tolist(), "bias": bias}
+    bias, load = finite_values(found.bias[:, expert]), shares_of(found)[:, expert].round(4).tolist()
+    return {"steps": found.steps.tolist(), "load": load, "bias": bias}
 
 
 def last_load(run: WatchedRun, until: int | None = None) -> dict[str, Any] | None:
@@ -73,5 +73,6 @@ def finite(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def _column(values: NDArray[np.float64], index: int) -> list[float | None]:
-    return [finite(value) for value in values[:, index].tolist()]
+def finite_values(values: NDArray[Any]) -> list[float | None]:
+    """`finite` of each value."""
+    return [finite(value) for value in values.tolist()]

@@ -38,7 +38,8 @@ class SampleFile(LineFile):
         if not places:
             return None
         shown = max(places) if step not in places else step
-        found = [line for place in places[shown] if (line := self._read(place)) is not None]
+        texts = (read_between(self._path, *place) for place in places[shown])
+        found = [line for text in texts if (line := _parsed(text)) is not None]
         names = list(_experts(found[0]))[:MAX_LAYERS] if found else []
         name = names[layer] if layer < len(names) else None
         samples = [_sample(line, name) for line in found]
@@ -54,9 +55,6 @@ class SampleFile(LineFile):
             self._places[step].append(place)
         if len(self._places) > MAX_STEPS:
             del self._places[min(self._places)]
-
-    def _read(self, place: tuple[int, int]) -> Line | None:
-        return _parsed(read_between(self._path, *place))
 
 
 def _parsed(text: bytes) -> Line | None:

@@ -62,7 +62,8 @@ def serve(
     )
     server = uvicorn.Server(config)
     with listening, Follower(runs, turns):
-        tell_url(f"http://{_host(address)}:{port}/?token={token}")
+        host = f"[{address}]" if ":" in address else address
+        tell_url(f"http://{host}:{port}/?token={token}")
         if until_eof is not None:
             threading.Thread(target=_stop_at_eof, args=(until_eof, server), name="end of input", daemon=True).start()
         with _hangup_ends(server):
@@ -105,7 +106,3 @@ def _listen(address: str, port: int) -> socket.socket:
         ) from error
     listening.listen()
     return listening
-
-
-def _host(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
