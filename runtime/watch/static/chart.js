@@ -7,12 +7,12 @@ const HEIGHT = 185;
 
 export class Chart {
   /**
-   * title, note: texts. lines: [{ label, colour, band, points, dash, width }]; band: whether least and greatest values
-   * are drawn around the line, points: whether each value is drawn as a point. show(value): a number as text. log: a
-   * logarithmic axis of values. onWindow(first, last): a window was drawn with the pointer; onWhole(): a double click.
+   * title, note: texts. lines: [{ label, colour, band, points, dash }]; band: whether least and greatest values are
+   * drawn around the line, points: whether each value is drawn as a point. show(value): a number as text.
+   * onWindow(first, last): a window was drawn with the pointer; onWhole(): a double click asks for all steps.
    */
-  constructor({ title, lines, note = "", show = digits, log = false, height = HEIGHT, onWindow, onWhole }) {
-    Object.assign(this, { title, lines, note, show, log, height, onWindow, onWhole });
+  constructor({ title, lines, note = "", show = digits, onWindow, onWhole }) {
+    Object.assign(this, { title, lines, note, show, onWindow, onWhole });
     this.place = el("div", { class: "plot", role: "img", "aria-label": title });
     this.caption = el("figcaption", { text: note });
     const keys = lines.length > 1 ? el("div", { class: "keys" }, ...lines.map(key)) : null;
@@ -40,7 +40,7 @@ export class Chart {
 
   resize() {
     const width = this.place.clientWidth;
-    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: this.height });
+    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });
   }
 
   build() {
@@ -52,10 +52,10 @@ export class Chart {
     }
     this.plot = new uPlot({
       width: this.place.clientWidth,
-      height: this.height,
+      height: HEIGHT,
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => this.onWhole?.() } },
-      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? undefined : padded } },
+      scales: { x: { time: false }, y: { range: padded } },
       axes: [axis({ size: 30, values: (_, ticks) => ticks.map((step) => (!Number.isInteger(step) ? "" : step < 1000 ? String(step) : short(step))) }),
         axis({ size: 66, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.show(value))) })],
       series,
@@ -117,7 +117,7 @@ const key = (line) => el("span", { class: line.colour, text: line.label });
 
 function stroke(line, chart) {
   return {
-    stroke: colour(line.colour), width: line.width ?? 1.8, dash: line.dash, spanGaps: !line.points,
+    stroke: colour(line.colour), width: 1.8, dash: line.dash, spanGaps: !line.points,
     gaps: (plot, series) => gapOfUntrained(plot, series, chart.first),
     points: { show: line.points ?? false, size: 6, fill: colour(line.colour) },
   };
