@@ -1,5 +1,6 @@
 """Makes run directories with plausible data, through the real writer: a skewed router, the sign law, a falling loss."""
 
+import json
 import math
 import zlib
 from dataclasses import dataclass
@@ -71,6 +72,13 @@ def make_run(path: Path, made: SyntheticRun = SyntheticRun()) -> Path:
                 seen[:] = 0
         log.event("finished" if made.finished else "interrupted", time=clock, step=made.steps)
     return path
+
+
+def add_metric(run: Path, name: str, value: float) -> None:
+    """Write a metric of the user's own into every training line of a run."""
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({name: value} if line["kind"] == "train" else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _route(skew: np.ndarray, bias: np.ndarray, made: SyntheticRun, rng: np.random.Generator) -> np.ndarray:

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     owner = owner_of(run_dir)
     if owner is None:
         raise InvalidValue(f"nobody trains {run_dir}: there is nothing to stop")
-    if not owner.is_near():
+    if not owner.is_local():
         raise UserError(f"{run_dir} is trained by {owner}; stop it there: ssh {owner.host} kill {owner.pid}")
     sys.stdout.write(f"stopping {owner}\n")
     sys.stdout.flush()

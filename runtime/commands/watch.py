@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         port=options.port,
         token=os.environ.get(TOKEN_VARIABLE) or None,
         tell_url=tell_url,
-        lasts_as=sys.stdin.buffer if options.until_input_ends else None,
+        until_eof=sys.stdin.buffer if options.until_input_ends else None,
     )
     return 0
 

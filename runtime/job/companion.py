@@ -1,4 +1,4 @@
-"""Processes that run beside a training and only read its directory: if one fails, the training goes on."""
+"""Processes that run beside a training run and only read its directory: if one fails, the training goes on."""
 
 import subprocess
 import sys
@@ -11,20 +11,20 @@ from typing import IO, Self
 
 END_S = 30.0  # Longest wait at the end of a run, for the companion to send the last metrics.
 END_AFTER_ERROR_S = 5.0  # The same after an error or Ctrl-C, when the user waits for the command to end.
-_MAX_ERROR_BYTES = 4_000  # read of the end of its standard error
+_MAX_ERROR_BYTES = 4_000  # of the end of its standard error, whose last line is shown
 
 
 class Companion:
     """A context manager: within it, one of our modules runs in a process of its own.
 
     The module must end when its standard input ends. That happens when the context ends, and also when this process is
-    killed. It has a session of its own, so that Ctrl-C does not reach it.
+    killed. It runs in a session of its own, so that Ctrl-C does not reach it.
 
     Args:
         name: its name in messages to the user.
         arguments: the module and its arguments.
         hear: called on a thread with each line that the process prints, and with a message if it fails.
-        may_outlive: if it has not ended END_S after its input, leave it running. By default it may; else it is killed.
+        may_outlive: what happens if it has not ended END_S after its input: True leaves it running, False kills it.
     """
 
     def __init__(

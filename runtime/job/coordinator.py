@@ -1,6 +1,6 @@
 """The coordinator: turns the global load of each step into the next bias.
 
-Rank 0 can send it again all that it holds. So no step is lost when it dies: a restarted coordinator asks for the state
+Rank 0 has a copy of its state. So no step is lost when it dies: a restarted coordinator asks rank 0 for the state
 (NeedState) and goes on. The policy is plain Python; the actor around it only carries bytes.
 """
 
@@ -160,12 +160,12 @@ class CoordinatorClient:
 def start_coordinator(run_id: str, law_module: str | None = None) -> Any:
     """Start the actor in the connected Ray. Returns its handle without waiting; a call of `status` waits for the actor.
 
-    It runs on this node, and Ray restarts it on another one if this node dies. It reserves no CPU, which would be
-    lacking for a worker.
+    It runs on this node, and Ray restarts it on another one if this node dies. It reserves no CPU, since a worker would
+    then lack one.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote_class = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(CoordinatorActor)
-    return remote_class.options(scheduling_strategy=here).remote(run_id, law_module)
+    return remote_class.options(scheduling_strategy=this_node).remote(run_id, law_module)

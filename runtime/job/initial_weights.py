@@ -39,8 +39,8 @@ def make_initial_checkpoint(source: Path, run_dir: Path) -> Path:
     return final
 
 
-def _link(file: Path, place: Path) -> None:
+def _link(file: Path, target: Path) -> None:
     try:
-        os.link(file, place)
+        os.link(file, target)
     except OSError:  # another disk, or a file system without links
-        shutil.copyfile(file, place)
+        shutil.copyfile(file, target)

@@ -198,7 +198,7 @@ def _watch(
     resume_from: Path | None,
     console: Console,
 ) -> TrainOutcome:
-    """Keep the training going until it is over; show what happens."""
+    """Let the supervisor run the training to its end, and show progress and events. Returns the outcome of rank 0."""
     from cluster.gang.supervisor import GaveUp, Supervisor
 
     gang = launched.gang

@@ -32,7 +32,7 @@ class LaunchedGang:
     """A gang with its coordinator."""
 
     gang: "Gang"
-    coordinator: Any
+    coordinator: Any  # its Ray actor; None without one
     ray_s: float  # seconds until Ray was up
     gang_s: float  # seconds from then until all ranks had joined
 
@@ -60,8 +60,8 @@ def make_spec(config: TrainConfig, run_dir: Path, dataset: Dataset | None) -> Wo
 
 
 def balance_of(config: TrainConfig) -> BalanceConfig:
-    """The balance settings of a run. If the law's rate depends on the length of the run, `horizon` is run.steps."""
-    balance = config.balance.of_law
+    """The settings of the run's law. `horizon`, of laws whose rate depends on it, is run.steps by default."""
+    balance = config.balance.law_config
     return replace(balance, horizon=balance.horizon or config.run.steps) if balance.needs_horizon else balance
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from runtime.terminal.quantities import duration, milliseconds, percent, short, three_digits
 
 EVERY_S = 5.0  # at least, between two plain lines of steps
-RATE_WINDOW = 64  # The time left is estimated from the last steps, and the evaluations and checkpoints between them.
+RATE_WINDOW = 64  # steps from whose time, with evaluations and checkpoints between them, the time left is estimated
 CURVE_WIDTH = 32  # characters of a small curve, which shows all steps so far
 MIN_WIDTH = 72  # A narrower terminal shows names and values only.
 _TICKS = "▁▂▃▄▅▆▇█"
@@ -29,7 +29,7 @@ class LiveView:
         total_steps: optimizer steps of the whole run.
         done_steps: those made before, when a run resumes.
         console: where to; by default standard output.
-        live: whether to draw the live view; False prints plain lines. By default it is drawn on a capable terminal.
+        live: True draws the live view, False prints plain lines. None draws it on a terminal that can move its cursor.
         clock: returns seconds; for tests.
     """
 
@@ -48,7 +48,7 @@ class LiveView:
         self._total_steps, self._clock = total_steps, clock
         self._began = clock()
         self._pace = deque([(self._began, done_steps)], maxlen=RATE_WINDOW + 1)
-        # rich's refreshing thread reads these without a lock: so a line is replaced, never changed, and the lists only
+        # rich's refreshing thread reads these without a lock. So `_line` is replaced, never changed, and the lists only
         # grow.
         self._line: Mapping[str, Any] = {"step": done_steps}
         self._losses: list[float] = []

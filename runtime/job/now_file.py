@@ -1,4 +1,4 @@
-"""now.json of a run: the present activity of each rank, for the live page. The driver asks for it to find hangs."""
+"""now.json of a run: the present activity of each rank, for the live page. The driver has it, to find hangs."""
 
 import contextlib
 import json

@@ -81,7 +81,7 @@ def _row(place: RankPlace, ep_size: int, stage_size: int, placement: ExpertPlace
 def _transport(ranks: Sequence[dict[str, Any]]) -> list[str]:
     names = sorted({name for row in ranks for name in row["transport"]})
     values = {name: [row["transport"].get(name) for row in ranks] for name in names}
-    same = [f"{name}={of_ranks[0]}" for name, of_ranks in values.items() if len(set(of_ranks)) == 1]
+    same = [f"{name}={by_rank[0]}" for name, by_rank in values.items() if len(set(by_rank)) == 1]
     differ = [name for name in names if len(set(values[name])) > 1]
     lines = []
     if same:

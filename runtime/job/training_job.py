@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainingJob:
-    """Implements `cluster.gang.supervisor.Job`. Shows the progress of rank 0, and forwards the user's wish to stop.
+    """Implements `cluster.gang.supervisor.Job`. Shows rank 0's progress, and tells rank 0 when the user asks to stop.
 
     resume_from: the checkpoint that the user resumes from; None starts at step 0.
     """
@@ -53,9 +53,10 @@ class TrainingJob:
         # the one that the user chose to resume from.
         self._is_recording = False
         self._recovery: Recovery | None = None
-        self._called_s = self._load_s = 0.0
-        self._num_seen, self._told_to_stop = 0, False
-        self._saving: tuple[float, int] | None = None  # start (monotonic) and estimated bytes of the last checkpoint
+        # Unix time when the gang was last told to train, and seconds that it then took to load the checkpoint.
+        self._train_time = self._load_s = 0.0
+        self._num_lines, self._told_to_stop = 0, False  # lines of progress that rank 0 of this gang has handed over
+        self._saving: tuple[float, int] | None = None  # the checkpoint under way: see `_save_progress`
 
     def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
         ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
@@ -63,8 +64,8 @@ class TrainingJob:
         start = {"rank_map": ranks, "exchange": asdict(exchange), **seconds}
         if recovery is not None:
             self._view.event(rank_table(ranks, exchange))
-        self._recovery, self._called_s, self._load_s = recovery, time.time(), 0.0
-        self._num_seen, self._told_to_stop = 0, False
+        self._recovery, self._train_time, self._load_s = recovery, time.time(), 0.0
+        self._num_lines, self._told_to_stop = 0, False
         self._forward_stop_request(gang)  # If the user asked during the recovery, the gang makes one step and saves.
         newest = self._newest_checkpoint()
         if recovery is not None:
@@ -79,8 +80,8 @@ class TrainingJob:
         self._lock.check()
         self._forward_stop_request(gang)
         self._now.write(gang.seen())
-        lines = gang.control(0, "progress", self._num_seen)
-        self._num_seen += len(lines)
+        lines = gang.control(0, "progress", self._num_lines)
+        self._num_lines += len(lines)
         for line in lines:
             self._is_recording = True
             self._note_recovery(line)
@@ -137,7 +138,7 @@ class TrainingJob:
             return
         recovery, self._recovery = self._recovery, None
         seconds = {name: value for name, value in recovery.seconds.items() if name != "total"}
-        seconds |= {"load": self._load_s, "first step": line["time"] - self._called_s - self._load_s}
+        seconds |= {"load": self._load_s, "first step": line["time"] - self._train_time - self._load_s}
         total_s = line["time"] - recovery.since
         self.tell("recovered", step=line["step"], total_s=total_s, seconds=seconds)
 
@@ -155,7 +156,10 @@ class TrainingJob:
                 self.tell("warning", text=text)
 
     def _save_progress(self, since: float, total_bytes: int) -> str:
-        """The progress of the last checkpoint, by the size of its files, which are written to a folder *.partial."""
+        """The progress of the checkpoint under way, by the size of its files, which are written to a *.partial folder.
+
+        since: its start (monotonic). total_bytes: an estimate.
+        """
         written = 0
         with contextlib.suppress(OSError):  # The folder was renamed meanwhile: the checkpoint is complete.
             files = (self._run_dir / CHECKPOINTS).glob(".step_*.partial/*")

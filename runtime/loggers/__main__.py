@@ -29,7 +29,7 @@ FINAL_SEND_S = 600  # Longest time to send what is left once the run is over.
 
 
 def main(run_dir: Path, names: list[str]) -> int:
-    """Feed the loggers until standard input ends. If the process of the run before still sends its last lines, wait."""
+    """Feed the loggers until standard input ends. First wait for the process of an earlier start, if it still sends."""
     (run_dir / FOLDER).mkdir(exist_ok=True)
     ended = threading.Event()
     with (run_dir / FOLDER / "lock").open("w") as lock:

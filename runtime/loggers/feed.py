@@ -31,8 +31,8 @@ class Sent:
     step: int = -1
     time: float = 0.0
 
-    def is_before(self, line: Line) -> bool:
-        """Whether the logger has not had a line. The line of a step that is trained again has a later time."""
+    def lacks(self, line: Line) -> bool:
+        """Whether the logger has not had this line. The line of a step that is trained again has a later time."""
         return bool(line["step"] > self.step or line["time"] > self.time)
 
     def after(self, line: Line) -> "Sent":
@@ -84,10 +84,10 @@ class Feed:
         self._tail, self._is_catching_up = Tail(self._run_dir / METRICS), True
 
     def _send(self, texts: list[bytes]) -> None:
-        before = self._sent
+        before, layout = self._sent, self._load.layout
         try:
             for line in self._unsent(texts):
-                self._opened().log(line, scalars(line, self._layer_names()))
+                self._opened().log(line, scalars(line, () if layout is None else layout.names))
                 self._sent = self._sent.after(line)
         finally:
             if self._sent != before:
@@ -96,7 +96,7 @@ class Feed:
     def _unsent(self, texts: list[bytes]) -> Iterator[Line]:
         for text in texts:
             line = parsed(text)
-            if line is None or (self._is_catching_up and not self._sent.is_before(line)):
+            if line is None or (self._is_catching_up and not self._sent.lacks(line)):
                 continue
             self._is_catching_up = False
             yield line
@@ -112,9 +112,6 @@ class Feed:
             self._save()  # Before the first line: a process that resumes after a kill must find the id of this run.
         return self._logger
 
-    def _layer_names(self) -> tuple[str, ...]:
-        return self._load.layout.names if self._load.layout is not None else ()
-
     def _save(self) -> None:
         self._state_file.parent.mkdir(exist_ok=True)
         write_atomically(self._state_file, json.dumps(asdict(self._sent)) + "\n")
@@ -129,7 +126,10 @@ def follow(
     poll_s: float = POLL_S,
     retry_s: float = RETRY_S,
 ) -> None:
-    """Feed a logger until `ended` is set and it has all lines. A failure is reported once; then it is tried again."""
+    """Feed a logger until `ended` is set and it has all lines. A failure is told once, and retried every `retry_s`.
+
+    state_of_run: returns the state for `MetricsLogger.close`. tell: called with each message to the user.
+    """
     has_failed = False
     while True:
         is_last = ended.is_set()  # Asked before the lines are read: if it is set, none is written after those.

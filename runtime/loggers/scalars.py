@@ -7,7 +7,10 @@ from workers.record.record_lines import Line
 
 
 def scalars(line: Line, layer_names: Sequence[str]) -> dict[str, float]:
-    """Every number of the line: named `kind/field`, in a list `kind/field/layer`. Texts and nulls are left out."""
+    """Every number of the line, and booleans as 0 and 1; texts and nulls are left out.
+
+    A field is named `kind/field`, an item of a list `kind/field/layer`, and one of an object `kind/field/key`.
+    """
     return {
         f"{line['kind']}/{field}{name}": float(number)
         for field, value in line.items()

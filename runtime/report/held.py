@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.report.run_record import RunRecord, clip, floats
-from runtime.watch.answers import curves_of, encoded, finite, last_load, load_map, shares_of
+from runtime.watch.answers import curves_of, encoded, finite_values, last_load, load_map, shares_of
 from runtime.watch.load_file import LAST_RECORDS
 from runtime.watch.watched_run import WatchedRun
 
@@ -22,7 +22,7 @@ MIN_COLUMNS = 16  # Layers are left out, from the last one on, until each map ha
 MAX_CELLS = 2**20  # of the heat maps of all layers: 7 MB in base64, as a cell has a code, a load and a bias (5 bytes)
 MAX_SOURCES = 4  # with a curve in the chart of held-out loss by source
 MAX_OWN_POINTS = 240  # of a curve in a chart that the live page does not have
-_OF_THE_RUN = ("step", "latest", "mean", "last_eval")
+_SUMMARY_FIELDS = ("step", "latest", "mean", "last_eval")  # those that the charts use
 COLOURS = ("blue", "orange", "green", "pink")
 
 
@@ -33,7 +33,7 @@ def held_json(record: RunRecord) -> str:
     while run.is_behind:
         run.poll()
     held = {
-        "run": {name: value for name, value in run.summary().items() if name in _OF_THE_RUN},
+        "run": {name: value for name, value in run.summary().items() if name in _SUMMARY_FIELDS},
         "curves": _curves(run),
         "charts": list(_own_charts(record)),
         **_loads(record, run),
@@ -46,12 +46,8 @@ def _curves(run: WatchedRun) -> dict[str, Any]:
     names = run.metrics.names
     num = min(MAX_SPANS, MAX_NUMBERS // (3 * max(len(names), 1)))
     answer = curves_of(run.metrics.spans(names, 0, run.metrics.last_step, num), names)
-    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if _has_value(each["mean"])}
+    answer["curves"] = {name: _slim(each) for name, each in answer["curves"].items() if set(each["mean"]) - {None}}
     return answer
-
-
-def _has_value(values: list[float | None]) -> bool:
-    return any(value is not None for value in values)
 
 
 def _slim(curve: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
@@ -64,8 +60,12 @@ def _loads(record: RunRecord, run: WatchedRun) -> dict[str, Any]:
     layout, steps = record.history.layout, record.history.steps
     num_experts = np.cumsum(layout.num_experts)
     num_layers = int((num_experts * MIN_COLUMNS <= MAX_CELLS).sum())
-    facts = {"layers": [name[:200] for name in layout.names[:num_layers]], "balance": run.facts()["balance"]}
-    found: dict[str, Any] = {"facts": {**facts, "settings": {"balance.law": record.law}}}
+    facts = {
+        "layers": [name[:200] for name in layout.names[:num_layers]],
+        "settings": {"balance.law": record.law},
+        **{name: value for name, value in run.facts().items() if name in ("balance", "own_metrics")},
+    }
+    found: dict[str, Any] = {"facts": facts}
     if not num_layers or not len(steps):
         return found | {"layers": [], "first_load": None, "last_load": None}
     columns = min(MAX_COLUMNS, MAX_CELLS // int(num_experts[num_layers - 1]))
@@ -80,10 +80,10 @@ def _layer(run: WatchedRun, layer: int, columns: int) -> dict[str, Any] | None:
     found = run.load.columns(layer, 0, run.metrics.last_step, columns, with_bias=True)
     if found is None:
         return None
-    return {**load_map(found), "share": _halves(shares_of(found)), "bias": _halves(found.bias)}
+    return {**load_map(found), "share": _float16_text(shares_of(found)), "bias": _float16_text(found.bias)}
 
 
-def _halves(values: NDArray[Any]) -> str:
+def _float16_text(values: NDArray[Any]) -> str:
     """Numbers as float16 in base64: three digits, as many as a chart shows."""
     return encoded(np.nan_to_num(values).clip(-65504, 65504).astype("<f2"))  # 65504: the largest float16
 
@@ -106,7 +106,7 @@ def _bits_per_source(record: RunRecord) -> Iterator[dict[str, Any]]:
             "note": "compression of text that training never saw; comparable between tokenizers",
             "lines": [{"label": clip(name), "colour": COLOURS[n], "points": True} for n, name in enumerate(names)],
             "steps": [line["step"] for line in evals],
-            "curves": [{"mean": _plain(floats(bits.get(name) for bits in per_source))} for name in names],
+            "curves": [{"mean": finite_values(floats(bits.get(name) for bits in per_source))} for name in names],
         }
 
 
@@ -124,9 +124,9 @@ def _bias_spread(record: RunRecord) -> dict[str, Any]:
         ],
         "steps": record.history.steps[sample].tolist(),
         "curves": [
-            {"mean": _plain(middle), "low": _plain(low), "high": _plain(high)},
-            {"mean": _plain(lowest)},
-            {"mean": _plain(highest)},
+            {"mean": finite_values(middle), "low": finite_values(low), "high": finite_values(high)},
+            {"mean": finite_values(lowest)},
+            {"mean": finite_values(highest)},
         ],
     }
 
@@ -134,7 +134,3 @@ def _bias_spread(record: RunRecord) -> dict[str, Any]:
 def _sample(num: int) -> NDArray[np.int64]:
     """At most MAX_OWN_POINTS indices below `num`, evenly spaced, the first and the last among them."""
     return np.unique(np.linspace(0, num - 1, min(num, MAX_OWN_POINTS)).astype(np.int64))
-
-
-def _plain(values: NDArray[np.float64]) -> list[float | None]:
-    return [finite(value) for value in values.tolist()]

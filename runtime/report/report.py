@@ -18,7 +18,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write report.html into a run directory, finished or not, and return its path.
 
     Raises:
-        ValueError: there is no run in `run_dir`.
+        InvalidValue: there is no run in `run_dir`, or one of its files is damaged.
     """
     record = RunRecord.read(run_dir)
     target = record.path / REPORT
@@ -54,10 +54,10 @@ def _title(record: RunRecord) -> str:
 
 def _summary(record: RunRecord) -> str:
     done = f"{record.steps[-1]}" if record.train else "0"
-    of = f" of {record.total_steps}" if record.total_steps else ""
+    total = f" of {record.total_steps}" if record.total_steps else ""
     layout = record.history.layout
     experts = "no MoE layer"
     if layout.names:
         sizes = sorted(set(layout.num_experts))
         experts = f"{len(layout.names)} MoE layers of {' or '.join(map(str, sizes))} experts"
-    return f"Step {done}{of}, {experts}" + (f", balance.law {record.law}" if record.law else "")
+    return f"Step {done}{total}, {experts}" + (f", balance.law {record.law}" if record.law else "")

@@ -152,17 +152,17 @@ def _config_rows(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _event_rows(events: list[Line]) -> list[list[str]]:
     """Rows of the table of events: all, or of more than MAX_EVENTS the first and the last ones."""
-    told = [n for n, event in enumerate(events) if any(event.get(name) for name in STACKS)][-MAX_STACKS:]
-    rows = [_event(event, events[0], has_stacks=n in told) for n, event in enumerate(events)]
+    with_stacks = [n for n, event in enumerate(events) if any(event.get(name) for name in STACKS)][-MAX_STACKS:]
+    rows = [_event(event, events[0], shows_stacks=n in with_stacks) for n, event in enumerate(events)]
     if (num_left_out := len(rows) - MAX_EVENTS) <= 0:
         return rows
     gap = [_td(""), _td(""), _td(""), _td(f"{num_left_out:,} events more; all are in events.jsonl", "text")]
     return [*rows[:NUM_FIRST_EVENTS], gap, *rows[NUM_FIRST_EVENTS - MAX_EVENTS :]]
 
 
-def _event(event: Line, first: Line, *, has_stacks: bool) -> list[str]:
+def _event(event: Line, first: Line, *, shows_stacks: bool) -> list[str]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-    folded = "".join(_folded(name, event[name]) for name in STACKS if has_stacks and event.get(name))
+    folded = "".join(_folded(name, event[name]) for name in STACKS if shows_stacks and event.get(name))
     words = _text(event_text(event)[:MAX_EVENT_CHARACTERS])
     return [
         _td(when, "nowrap"),

@@ -16,7 +16,7 @@ from runtime.runs.run_dir import CONFIG_FILE
 from runtime.settings.yaml_text import load_yaml, read_bounded
 from runtime.terminal.quantities import duration, milliseconds, percent, short, three_digits
 from workers.record.record_lines import Line
-from workers.record.run_log import METRICS, LoadHistory, read_events, read_load_history, read_metrics
+from workers.record.run_log import EVENTS, METRICS, LoadHistory, read_events, read_load_history, read_metrics
 
 MAX_VIO_DEFINITION = "MaxVio = max(load) / mean(load) − 1 over the experts of a layer"
 MAX_GAPS = 5  # listed by name
@@ -34,6 +34,7 @@ PARTS = {  # of a step: seconds of the training thread that do not overlap, so t
     "bias_update_s": "bias update",
     "control_wait_s": "control wait",
 }
+EVENT_NUMBERS = {"recovered": ("step", "total_s"), "bias_repaired": ("step",)}  # fields of events that are needed
 MAX_NUMBER = 2**53  # A larger count is damage. Sums over many steps of smaller ones fit into int64.
 
 
@@ -50,12 +51,15 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a run directory, also while the run goes on. Raises ValueError if there is none."""
+        """Read a run directory, also while the run goes on. Raises InvalidValue if there is none, or a damaged file."""
         path = Path(path)
         train, evals = read_metrics(path)
         for line in train + evals:
             _check_numbers(path, line)
-        return cls(path, _read_config(path / CONFIG_FILE), train, evals, read_events(path), read_load_history(path))
+        for event in (events := read_events(path)):
+            for name in EVENT_NUMBERS.get(event["event"], ()):
+                _check_number(path / EVENTS, f"{name} of an event {event['event']}", event.get(name))
+        return cls(path, _read_config(path / CONFIG_FILE), train, evals, events, read_load_history(path))
 
     @property
     def name(self) -> str:
@@ -105,9 +109,9 @@ class RunRecord:
     def missing_steps(self) -> list[range]:
         """Steps before the last one that the metrics or the load history lack."""
         last = int(self.steps.max(initial=0))
-        whole = np.intersect1d(self.steps, self.history.steps)
+        in_both = np.intersect1d(self.steps, self.history.steps)
         # If the run was killed between writing its two files, its last line has no record. That is not a gap.
-        known = [0, *whole[whole < last].tolist(), last]
+        known = [0, *in_both[in_both < last].tolist(), last]
         return [range(before + 1, after) for before, after in pairwise(known) if after > before + 1]
 
     @property
@@ -124,14 +128,16 @@ class RunRecord:
 def _check_numbers(path: Path, line: Line) -> None:
     """Raise InvalidValue if a field that is drawn or summed is not a number, or is too large."""
     for name in NUMBERS:
-        value = line.get(name)
-        is_count = name in ASSIGNMENT_FIELDS
-        if value is not None and not (isinstance(value, int if is_count else int | float) and abs(value) < MAX_NUMBER):
-            raise InvalidValue(
-                f"{path / METRICS} is damaged: {name} of step {line['step']} is {value!r:.40}; restore it from a copy"
-            )
+        if line.get(name) is not None:
+            field = f"{name} of step {line['step']}"
+            _check_number(path / METRICS, field, line[name], is_count=name in ASSIGNMENT_FIELDS)
     if line["kind"] == "train" and not isinstance(line.get("max_vio_batch_per_layer"), list):
         raise InvalidValue(f"{path / METRICS} is damaged: step {line['step']} has no list max_vio_batch_per_layer")
+
+
+def _check_number(file: Path, name: str, value: Any, *, is_count: bool = False) -> None:
+    if type(value) not in ((int,) if is_count else (int, float)) or not abs(value) < MAX_NUMBER:
+        raise InvalidValue(f"{file} is damaged: {name} is {value!r:.40}; restore it from a copy")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Events of a run as text, for the terminal and the report, with rounded figures and units."""
 
+import json
 import string
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -8,7 +9,7 @@ from typing import Any
 from runtime.terminal.quantities import byte_size, duration, milliseconds, three_digits
 
 # The clauses of each kind of event. A clause is left out if the event lacks one of its fields. Fields that occur in no
-# clause follow with their names, so that only the fields in _UNSAID are hidden.
+# clause are added at the end, as "name value"; only those in _UNSAID are hidden.
 _CLAUSES: dict[str, tuple[str, ...]] = {
     "started": (
         "step {step}",
@@ -69,18 +70,25 @@ _FLAGS = {"from_memory": "from the workers' memory"}
 # Fields of many lines, which the report folds. `trace` is that of a bug: the terminal shows it. `diagnosis` describes a
 # failure: the terminal leaves it out, since an error that ends the run is printed at the end.
 STACKS = ("diagnosis", "trace")
-_OF_ANY_LINE = {"time", "event", *STACKS}
+_COMMON_FIELDS = {"time", "event", *STACKS}
 
 
 def event_text(line: Mapping[str, Any]) -> str:
-    """The text of an event, without its kind and time."""
+    """The text of an event, without its kind and time. An event that no run of ours writes is shown as JSON."""
+    try:
+        return _words(line)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
+        return json.dumps({name: value for name, value in line.items() if name not in STACKS}, default=str)
+
+
+def _words(line: Mapping[str, Any]) -> str:
     kind, covered, clauses = str(line["event"]), set[str](), list[str]()
     for clause in _CLAUSES.get(kind, ()):
         fields = {name for _, name, _, _ in string.Formatter().parse(clause) if name}
         if all(line.get(name) is not None for name in fields):
             clauses.append(clause.format_map({name: _shown(name, line[name]) for name in fields}))
         covered |= fields
-    rest = [name for name in line if name not in covered | _UNSAID.get(kind, set()) | _OF_ANY_LINE]
+    rest = [name for name in line if name not in covered | _UNSAID.get(kind, set()) | _COMMON_FIELDS]
     return "; ".join([*clauses, *(f"{name.replace('_', ' ')} {_shown(name, line[name])}" for name in rest)])
 
 
@@ -94,7 +102,7 @@ def _shown(name: str, value: Any) -> str:
     if value is True and name in _FLAGS:
         return _FLAGS[name]
     if isinstance(value, Mapping):
-        return _OF_SECTIONS[name](value) if name in _OF_SECTIONS else _pairs(value, of_seconds=name == "seconds")
+        return _SECTION_TEXTS[name](value) if name in _SECTION_TEXTS else _pairs(value, in_seconds=name == "seconds")
     if isinstance(value, list | tuple):
         is_map = name == "rank_map" and value and isinstance(value[0], Mapping)
         return _ranks(value) if is_map else ", ".join(_shown(name, each) for each in value)
@@ -102,12 +110,8 @@ def _shown(name: str, value: Any) -> str:
     return _number(name, value) if is_number else str(value)
 
 
-def _pairs(values: Mapping[str, Any], *, of_seconds: bool) -> str:
-    return ", ".join(f"{name} {_shown('_s' if of_seconds else name, value)}" for name, value in values.items())
-
-
-def _exchange(values: Mapping[str, Any]) -> str:
-    return f"exchange {values['exchange']} ({values['reason']})"
+def _pairs(values: Mapping[str, Any], *, in_seconds: bool) -> str:
+    return ", ".join(f"{name} {_shown('_s' if in_seconds else name, value)}" for name, value in values.items())
 
 
 def _law(values: Mapping[str, Any]) -> str:
@@ -115,7 +119,7 @@ def _law(values: Mapping[str, Any]) -> str:
     return f"law {values['law']}" + ("" if rate is None else f" with rate {rate:g}")
 
 
-_OF_SECTIONS = {"exchange": _exchange, "balance": _law}
+_SECTION_TEXTS = {"exchange": "exchange {exchange} ({reason})".format_map, "balance": _law}
 
 
 def _number(name: str, value: Any) -> str:
@@ -130,9 +134,9 @@ def _ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     """The nodes of the ranks; neighbouring ranks on one node are one item."""
     parts = []
     for node, neighbours in groupby(rows, lambda row: row["node"]):
-        of_node = list(neighbours)
-        first, last = of_node[0]["rank"], of_node[-1]["rank"]
-        devices = ", ".join(dict.fromkeys(str(row["device"]) for row in of_node))
+        node_rows = list(neighbours)
+        first, last = node_rows[0]["rank"], node_rows[-1]["rank"]
+        devices = ", ".join(dict.fromkeys(str(row["device"]) for row in node_rows))
         who = f"rank {first}" if first == last else f"ranks {first} to {last}"
         parts.append(f"{who} on {node} ({devices})")
     return ", ".join(parts)

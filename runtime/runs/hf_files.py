@@ -16,7 +16,7 @@ KEPT = "kept.safetensors"  # tensors of a part of the model that we do not train
 # Files of tokenizer, chat template and generation settings. Code (*.py) is not copied: an export would pass it on to
 # people who load the model and run it.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_LARGEST_BYTES = 100 * 2**20
+_MAX_BYTES = 100 * 2**20  # Larger files are not settings.
 
 
 def keep_files(source: ModelDirectory, run_dir: Path) -> None:
@@ -24,7 +24,7 @@ def keep_files(source: ModelDirectory, run_dir: Path) -> None:
     folder = run_dir / HF_FOLDER
     folder.mkdir()
     for file in sorted(source.folder.iterdir()):
-        if file.suffix in _SUFFIXES and file.name != INDEX and file.is_file() and file.stat().st_size < _LARGEST_BYTES:
+        if file.suffix in _SUFFIXES and file.name != INDEX and file.is_file() and file.stat().st_size < _MAX_BYTES:
             shutil.copyfile(file, folder / file.name)
     dtypes = {stack_of(name): DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()}
     (folder / DTYPES).write_text(json.dumps(dtypes, indent=0) + "\n")

@@ -77,6 +77,7 @@ def _read_digest(path: Path) -> str | None:
 
 
 def _copy_of(name: str | None, run_dir: Path) -> str | None:
+    """The run's own copy of the file that a setting names; None if there is none."""
     if name is None:
         return None
     # An imported run has its tokenizer in the folder of the import.

@@ -17,7 +17,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest one, verified file by file.
 
     Raises:
-        ValueError: there is none, or none of that step; the message names the steps that there are.
+        InvalidValue: there is none, or none of that step; the message names the steps that there are.
         CheckpointCorrupt: it is damaged; the message names the newest intact one before it.
     """
     path = checkpoint_of(run_dir, step)

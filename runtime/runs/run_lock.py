@@ -76,20 +76,20 @@ class Owner:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"pid {self.pid} on {self.host} since {since} ({self.command})"
 
-    def is_near(self) -> bool:
+    def is_local(self) -> bool:
         """Whether its pid can be looked up here: it is of this boot of this machine and of this pid namespace."""
         return self.boot_id == _boot_id() and self.pid_namespace == _pid_namespace()
 
-    def is_gone(self, file: os.stat_result) -> bool | None:
-        """Whether the process has ended; None if this host cannot tell. file: status of the lock file."""
-        if file.st_ino != self.inode:
+    def is_gone(self, status: os.stat_result) -> bool | None:
+        """Whether the process has ended; None if this host cannot tell. status: that of its lock file."""
+        if status.st_ino != self.inode:
             return True
-        if self.is_near():
+        if self.is_local():
             found = process_of(self.pid)
             return found is None or found.started != self.started or not found.alive
         # The owner was on this host, and a reboot ended it. If it is on another host of the same name and lives, it has
         # renewed the file since our boot.
-        rebooted = self.host == socket.gethostname() and self.boot_id != _boot_id() and file.st_mtime < _boot_time()
+        rebooted = self.host == socket.gethostname() and self.boot_id != _boot_id() and status.st_mtime < _boot_time()
         return True if rebooted else None
 
 
@@ -144,7 +144,7 @@ class RunLock:
 def hold(run_dir: Path, say: Callable[[str], None]) -> Iterator[RunLock]:
     """Own an existing run directory within the block.
 
-    say: called with a message if it takes LEASE_S, because the last owner was on another host.
+    say: called with a message if it may take LEASE_S, since this host cannot tell whether the last owner still lives.
 
     Raises:
         InvalidValue: another process owns the directory; the message names it.
@@ -260,10 +260,10 @@ def _wait_until_gone(run_dir: Path, path: Path, say: Callable[[str], None]) -> N
         f"{run_dir} was held by {owner or 'a process that left no name'}; looking for {LEASE_S:.0f} s whether it still "
         "lives"
     )
-    first, until = _bytes(path), time.monotonic() + LEASE_S
+    first, until = _content_of(path), time.monotonic() + LEASE_S
     while time.monotonic() < until:
         time.sleep(min(BEAT_S / 4, LEASE_S / 4))
-        if (now := _bytes(path)) is None:
+        if (now := _content_of(path)) is None:
             return
         if now != first:
             raise _owned(run_dir, owner)
@@ -272,7 +272,7 @@ def _wait_until_gone(run_dir: Path, path: Path, say: Callable[[str], None]) -> N
 def _owned(run_dir: Path, owner: Owner | None) -> InvalidValue:
     if owner is None:
         return InvalidValue(f"{run_dir} is being written by another process; wait for its end")
-    stop = f"trimtab stop {run_dir}" if owner.is_near() else f"ssh {owner.host} kill {owner.pid}"
+    stop = f"trimtab stop {run_dir}" if owner.is_local() else f"ssh {owner.host} kill {owner.pid}"
     return InvalidValue(
         f"{run_dir} is being written by {owner}; wait for its end, or stop it, which saves its state, with: {stop}"
     )
@@ -301,7 +301,7 @@ def _content(owner: Owner, beat: int) -> bytes:
     return json.dumps({**asdict(owner), "beat": f"{beat:012d}"}).encode() + b"\n"
 
 
-def _bytes(path: Path) -> bytes | None:
+def _content_of(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -322,13 +322,13 @@ def _is_gone(path: Path) -> bool | None:
     if _is_flocked(path):
         return False
     try:
-        file = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return True
     owner = _read(path)
     if owner is None:
         return None if path.exists() else True  # A new owner removes the files of earlier ones.
-    return owner.is_gone(file)
+    return owner.is_gone(status)
 
 
 def _is_flocked(path: Path) -> bool:

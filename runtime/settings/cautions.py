@@ -18,7 +18,10 @@ RISEN = 1.1  # The loss has risen if the mean of a window is above this multiple
 
 
 def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
-    """Sentences about doubtful settings. is_imported: whether the run was made by `trimtab import`."""
+    """Warnings, a sentence each, about settings that are allowed and rarely meant.
+
+    is_imported: whether the run was made by `trimtab import`.
+    """
     again = "import it again" if is_imported else "start a new run"
     warnings = []
     if is_imported and not config.data.path:
@@ -48,7 +51,10 @@ def cautions(config: TrainConfig, *, is_imported: bool) -> list[str]:
 
 
 class TrainingWarnings:
-    """Watches the training lines of a run, and reports each kind of trouble once."""
+    """Watches the training lines of a run, and reports each kind of trouble once.
+
+    law: what balances the load, the law or an auxiliary loss; "none" if nothing does.
+    """
 
     def __init__(self, law: str) -> None:
         self._law = law
@@ -69,7 +75,7 @@ class TrainingWarnings:
     def _mean(self, field: str) -> float:
         """Mean over the window; NaN if a step lacks the number."""
         values = [line.get(field) for line in self._lines]
-        return math.nan if None in values else math.fsum(values) / WINDOW  # type: ignore[arg-type] # no None is left
+        return math.fsum(math.nan if value is None else value for value in values) / WINDOW
 
     def _loss(self) -> str:
         if not any(math.isfinite(line.get("loss") or math.nan) for line in self._lines):

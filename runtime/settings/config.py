@@ -73,7 +73,7 @@ class RunBalanceConfig(BalanceConfig):
             )
 
     @property
-    def of_law(self) -> BalanceConfig:
+    def law_config(self) -> BalanceConfig:
         """The settings of the law, on which all ranks must agree."""
         return BalanceConfig(**{each.name: getattr(self, each.name) for each in fields(BalanceConfig)})
 
@@ -124,7 +124,7 @@ def cross_check(config: TrainConfig) -> None:
     """Check the rules between sections, before anything starts. Reads the tokenizer file, if there is one.
 
     Raises:
-        ValueError: names the settings, their values, the rule between them and a way out.
+        InvalidValue: names the settings, their values, the rule between them and a way out.
     """
     world_size = config.cluster.num_workers
     check_pipeline(config)
@@ -200,7 +200,10 @@ def feasible_sizes(config: TrainConfig) -> tuple[int, ...]:
 
 
 def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool:
-    """adapts: whether the EP size and others may adapt to the number of workers, as in a gang that lost ranks."""
+    """Whether `cross_check` accepts the run with this number of workers.
+
+    adapts: whether parallel.ep_size and others may adapt to the number, as in a gang that lost ranks.
+    """
     cluster = replace(config.cluster, num_workers=num_workers, min_workers=0, max_workers=0)
     try:
         parallel = config.parallel.resized_to(num_workers) if adapts else config.parallel
@@ -213,7 +216,7 @@ def _is_feasible(config: TrainConfig, num_workers: int, *, adapts: bool) -> bool
 def on_gpus(
     config: TrainConfig, chosen: Collection[str], count_gpus: Callable[[ClusterConfig], int] | None = None
 ) -> TrainConfig:
-    """Settings for the GPUs there are: a worker for each, as far as the other settings allow, in bf16.
+    """Fit the settings to the GPUs there are: a worker for each, as far as the other settings allow, in bf16.
 
     chosen: names of settings that must stay. count_gpus: counts the GPUs of a joined cluster; None: no cluster is
     asked. Without a GPU, and with `device cpu`, the settings are returned as they are.
@@ -237,12 +240,12 @@ def on_gpus(
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool = False) -> None:
-    """Refuse settings that contradict the checkpoint of a run, or its position in the data.
+    """Refuse to change a setting of FIXED_SETTINGS when a run resumes.
 
     text_may_move: whether the text may have another path, since it is compared by its digest.
 
     Raises:
-        ValueError: names each such setting with both values.
+        InvalidValue: names each such setting with both values.
     """
     before, after = flatten(saved), flatten(wanted)
     free = {*FREE_SETTINGS, *(PLACES_OF_TEXT if text_may_move else ())}
@@ -255,20 +258,18 @@ def check_resume(saved: TrainConfig, wanted: TrainConfig, *, text_may_move: bool
         raise InvalidValue(f"a resumed run must keep {', '.join(changed)}; leave it as it was, or start a new run")
 
 
-def check_same_model(model: ModelConfig, of_files: ModelConfig, place: str) -> None:
-    """Refuse settings of a model that contradict its weights. Raises ValueError.
+def check_same_model(model: ModelConfig, stored: ModelConfig, place: str) -> None:
+    """Raise InvalidValue if the settings of a model contradict those of its weights, which are `stored` in `place`.
 
     A run may choose only adapters, recompute, and max_seq_len up to that of the weights.
     """
-    if replace(of_files, max_seq_len=model.max_seq_len, recompute=model.recompute, lora=model.lora) != model:
+    if replace(stored, max_seq_len=model.max_seq_len, recompute=model.recompute, lora=model.lora) != model:
         raise InvalidValue(
             f"the settings model.* are those of {place}; only model.max_seq_len, model.recompute and model.lora.* can "
             "be others"
         )
-    if model.max_seq_len > of_files.max_seq_len:
-        raise InvalidValue(
-            f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({of_files.max_seq_len})"
-        )
+    if model.max_seq_len > stored.max_seq_len:
+        raise InvalidValue(f"model.max_seq_len ({model.max_seq_len}) is more than {place} knows ({stored.max_seq_len})")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,7 @@ SHORT_OPTIONS = {
 }
 DRY_RUN, WATCH = "--dry-run", "--watch"
 NO_SETTINGS = ("config", "resume", "init", "step", "help", "help-all")  # options that are no settings
-MAX_CHARS_OF_NO_TEXT = 40  # of a value for a setting that takes a number or a choice, see `_checked_text`
+MAX_NON_TEXT_CHARS = 40  # of a value for a setting that takes a number or a choice, see `_checked_text`
 VALUES_IF_BARE = {"--balance.record": "1"}
 FORMER_VALUES = {("model.recompute", True): "full", ("model.recompute", False): "none"}  # in config.yaml of older runs
 
@@ -77,7 +77,7 @@ def parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], 
 
 
 def _parse_train(arguments: Sequence[str], count_gpus: Callable[[ClusterConfig], int] | None) -> TrainRequest:
-    arguments = _fill_in([_lengthen(argument) for argument in arguments])
+    arguments = _with_values([_with_long_name(argument) for argument in arguments])
     import_named(arguments)
     try:
         source = vars(_source_parser().parse_known_args(arguments)[0])
@@ -137,16 +137,16 @@ def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     """Override settings by options of a command line; rules between sections are not checked yet.
 
     Raises:
-        ValueError: wrong usage or configuration, with the way out.
+        InvalidValue: wrong usage or configuration, with the way out.
     """
-    return _parse_options([_lengthen(argument) for argument in arguments], config)
+    return _parse_options([_with_long_name(argument) for argument in arguments], config)
 
 
 def load_config(name: str) -> TrainConfig:
     """Load a preset by name or a YAML file by path. What the file leaves out has the value of the preset `small`.
 
     Raises:
-        ValueError: it is missing, unreadable or wrong; names the file.
+        InvalidValue: it is missing, unreadable or wrong; names the file.
     """
     base = _base_preset()
     return base if name == BASE_PRESET else config_from_yaml_file(_find_config(name), base, is_trusted=True)
@@ -192,7 +192,7 @@ def config_from_yaml(text: str, base: TrainConfig | None = None, *, is_trusted: 
     is_trusted: the user gave the text, so that modules which it names are imported. Else `check_consent` guards that.
 
     Raises:
-        ValueError: not YAML, an unknown setting, a value of the wrong type or out of range.
+        InvalidValue: not YAML, an unknown setting, a value of the wrong type or out of range.
     """
     values = load_yaml(text)
     if not isinstance(values, Mapping):
@@ -235,19 +235,19 @@ def _answer_help(arguments: Sequence[str], config_name: str | None, resume_name:
     if asked is None:
         return
     named = [word for word in arguments[asked + 1 : asked + 2] if not word.startswith("-")]
-    file = None if resume_name is None else find_run(resume_name) / CONFIG_FILE
+    file = None if resume_name is None else find_run(resume_name, _runs_dir_of(arguments)) / CONFIG_FILE
     defaults = load_config(config_name or BASE_PRESET) if file is None else config_from_yaml_file(file)
     presets = ", ".join(sorted(_find_presets()))
     sys.stdout.write(train_help.help_text([arguments[asked], *named], defaults, presets))
     raise SystemExit(0)
 
 
-def _lengthen(argument: str) -> str:
+def _with_long_name(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return SHORT_OPTIONS.get(option, option) + equals + value
 
 
-def _fill_in(arguments: Sequence[str]) -> list[str]:
+def _with_values(arguments: Sequence[str]) -> list[str]:
     """Give the options of VALUES_IF_BARE their default value if they have none: the parser demands one."""
     filled = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
@@ -271,7 +271,7 @@ def _source_parser() -> argparse.ArgumentParser:
 def _runs_dir_of(arguments: Sequence[str]) -> str | None:
     """The folder of runs that options name, in which --resume looks for its run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--run.dir", dest="runs_dir")
+    parser.add_argument("--run.dir", dest="runs_dir", nargs="?")  # `_parse_options` refuses the option without a value
     runs_dir: str | None = parser.parse_known_args(arguments)[0].runs_dir
     return runs_dir
 
@@ -308,14 +308,15 @@ def _setting_types(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
-    """Settings of a YAML document by dotted name. Raises ValueError for one that does not exist."""
+    """Settings of a YAML document by dotted name. Raises InvalidValue for one that does not exist."""
     hints = get_type_hints(section)
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise InvalidValue(f"unknown setting {key}{_suggest(key)}")
+            raise InvalidValue(f"unknown setting {key:.60}{_suggest(key)}")
         if not is_dataclass(hints[name]):
+            # Only booleans: 1 equals True as a key, and was never a value.
             known = FORMER_VALUES.get((key, value), value) if isinstance(value, bool) else value
             flat[key] = _checked_text(key, known, hints[name])
         elif isinstance(value, Mapping):
@@ -326,19 +327,19 @@ def _flatten_known(values: Mapping[Any, Any], section: Any = TrainConfig, prefix
 
 
 def _checked_text(key: str, value: Any, hint: Any) -> Any:
-    """The value. Raises ValueError for a long text, alone or in a list, where a number or a choice is expected.
+    """The value. Raises InvalidValue for a long text, alone or in a list, where a number or a choice is expected.
 
     The parser would read such a text as YAML in spite of its mode. Aliases in it could make its error message huge.
     """
     if hint is not str and str not in get_args(hint):
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > MAX_CHARS_OF_NO_TEXT:
+            if isinstance(text, str) and len(text) > MAX_NON_TEXT_CHARS:
                 raise InvalidValue(f"{key} is {text!r:.60}...; it must be {_describe(hint)}")
     return value
 
 
 def _explain(error: argparse.ArgumentError) -> str:
-    """Turn the parser's message into one of ours, with the value, the rule and a way out."""
+    """Turn the message of jsonargparse into one of ours, with the value, the rule and a way out."""
     message = " ".join(str(error).split())
     if unknown := re.match(r"unrecognized arguments: --([\w.-]+)", message):
         return f"unknown option --{unknown[1]}{_suggest(unknown[1], '--')}"
@@ -349,7 +350,7 @@ def _explain(error: argparse.ArgumentError) -> str:
     if hint is None:
         return f"--{place[1]} is a section: give its settings one by one, as in --{place[1]}.SETTING VALUE"
     given = re.split(r"(?:Got|Given) value: ", message)[-1]
-    return f"{place[1]} is {given!r}; it must be {_describe(hint)}"
+    return f"{place[1]} is {given!r:.60}; it must be {_describe(hint)}"
 
 
 def _describe(hint: Any) -> str:

@@ -52,7 +52,7 @@ class ParameterCounts:
         largest_dense: of the largest dense tensor.
         dense_shapes: shape of every dense tensor.
         matrix_shapes: shapes of the hidden matrices among them, which an optimizer such as Muon treats differently.
-        root: of embedding, last norm and head: the unit of sharding that is no block.
+        root: of embedding, last norm and head, which `fully_shard` gathers together as the root module.
         largest_block: of the dense parameters of the largest block.
         expert_vectors: of the biases of routed experts.
     """
@@ -73,8 +73,8 @@ class ParameterCounts:
         """Elements of the dense hidden matrices."""
         return sum(map(prod, self.matrix_shapes))
 
-    def of_rank(self, config: ModelConfig, ep_size: int) -> int:
-        """Expert parameters of the rank that holds most experts."""
+    def experts_per_rank(self, config: ModelConfig, ep_size: int) -> int:
+        """Elements of the routed experts of the rank that holds most experts."""
         num_experts = config.moe.num_experts
         return self.experts * max(ExpertPlacement(num_experts, ep_size).num_local_experts) // num_experts
 
@@ -94,10 +94,10 @@ def count_parameters(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trained_only
     }
-    of_experts = {name: prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes}
+    expert_sizes = {name: prod(shapes.pop(name)) for name in expert_parameters(model) if name in shapes}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     parameters = dict(model.named_parameters())
-    units: dict[str, int] = defaultdict(int)  # by unit of `fully_shard`, whose parameters are gathered together
+    units: dict[str, int] = defaultdict(int)  # by module that `fully_shard` gathers at once; "" is the root
     for name, size in sizes.items():
         first, second, *_ = name.split(".")
         units[f"{first}.{second}" if first == "layers" else "mtp" if first == "mtp" else ""] += size
@@ -105,7 +105,7 @@ def count_parameters(
     head = linear.pop("lm_head", 0)
     return ParameterCounts(
         dense=sum(sizes.values()),
-        experts=sum(of_experts.values()),
+        experts=sum(expert_sizes.values()),
         cast=_cast(linear),
         head=head,
         largest_dense=max(sizes.values(), default=0),
@@ -113,7 +113,7 @@ def count_parameters(
         matrix_shapes=tuple(shape for name, shape in shapes.items() if is_hidden_matrix(name, parameters[name])),
         root=units.pop("", 0),
         largest_block=max(units.values(), default=0),
-        expert_vectors=sum(size for name, size in of_experts.items() if not is_hidden_matrix(name, parameters[name])),
+        expert_vectors=sum(size for name, size in expert_sizes.items() if not is_hidden_matrix(name, parameters[name])),
     )
 
 
@@ -161,5 +161,5 @@ def records_bytes(config: TrainConfig) -> int:
     layers = config.model.num_moe_layers
     # A line of metrics.jsonl has 0.9 KB, and 20 bytes for the number of each layer. load/ has, for each expert, a count
     # of 8 bytes, a bias of 4, and for some laws a statistic.
-    of_step = 1000 + 20 * layers + 16 * layers * config.model.moe.num_experts
-    return config.run.steps * of_step + recorded_scores_bytes(config)
+    step_bytes = 1000 + 20 * layers + 16 * layers * config.model.moe.num_experts
+    return config.run.steps * step_bytes + recorded_scores_bytes(config)

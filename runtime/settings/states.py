@@ -14,7 +14,7 @@ from workers.training.optimizer import PIECE_BYTES, PIECES_AT_ONCE
 
 
 class Held(NamedTuple):
-    """Numbers of elements, or of their bytes: in dense parameters, and in routed experts."""
+    """A number for dense parameters, and one for routed experts: of elements, of bytes, or of ranks that share them."""
 
     dense: int
     experts: int
@@ -32,7 +32,9 @@ COPIES = "copies of hot experts and their gradients"
 
 def whole_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
     """Elements of all parameters that a rank computes with, on the rank with the most experts."""
-    return Held(counts.dense, counts.of_rank(config.model, config.parallel.resolve(config.cluster.num_workers)))
+    return Held(
+        counts.dense, counts.experts_per_rank(config.model, config.parallel.resolve(config.cluster.num_workers))
+    )
 
 
 def own_elements(config: TrainConfig, counts: ParameterCounts) -> Held:
@@ -84,7 +86,7 @@ def state_bytes(
     if config.parallel.shard != "none" and config.cluster.num_workers > 1:
         states[GATHERED] = _gathered(config, counts)
     if config.parallel.expert_copies and config.parallel.resolve(config.cluster.num_workers) > 1:
-        states[COPIES] = Held(0, _of_copies(config, counts) + _of_copies(config, trained)).times(FP32)
+        states[COPIES] = Held(0, _copied_elements(config, counts) + _copied_elements(config, trained)).times(FP32)
     return states
 
 
@@ -106,22 +108,19 @@ def _optimizer_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
 def _pieces(config: TrainConfig, trained: ParameterCounts) -> Held:
     """Most bytes of offloaded optimizer state on the device at once, counted for the kind of the largest parameter."""
     optimizer, own = config.optim.entry, own_elements(config, trained)
-    matrices = set(trained.matrix_shapes)
-    dense = (
-        optimizer.state_bytes(*(rows, 0) if shape in matrices else (0, rows))
-        for shape in trained.dense_shapes
-        for rows in (own_rows([shape], config),)
-    )
-    of_layer = own.experts // max(config.model.num_moe_layers, 1)
+    matrices, num_own = set(trained.matrix_shapes), {shape: own_rows([shape], config) for shape in trained.dense_shapes}
+    dense = [
+        optimizer.state_bytes(num, 0) if shape in matrices else optimizer.state_bytes(0, num)
+        for shape, num in num_own.items()
+    ]
+    layer = own.experts // max(config.model.num_moe_layers, 1)
     # The largest tensor of a layer's experts is gate and up together, two thirds of them. Of adapters it may be all.
-    largest = Held(
-        max(dense, default=0), optimizer.state_bytes(of_layer if config.model.lora.rank else of_layer * 2 // 3, 0)
-    )
+    largest = Held(max(dense, default=0), optimizer.state_bytes(layer if config.model.lora.rank else layer * 2 // 3, 0))
     size = min(PIECES_AT_ONCE * max(PIECE_BYTES, *largest), sum(_optimizer_bytes(config, trained)))
     return Held(size, 0) if largest.dense > largest.experts else Held(0, size)
 
 
-def _of_copies(config: TrainConfig, counts: ParameterCounts) -> int:
+def _copied_elements(config: TrainConfig, counts: ParameterCounts) -> int:
     """Elements of the copies of experts that a rank may hold, in all layers."""
     return config.parallel.expert_copies * counts.experts // config.model.moe.num_experts
 
@@ -165,7 +164,7 @@ def training_bytes(config: TrainConfig) -> int:
     if pipeline.size == 1:
         return _training_bytes(config, model)
     parts = [tuple(pipeline.layers_of(pp_rank, model.num_layers)) for pp_rank in range(pipeline.size)]
-    return max(_training_bytes(of_stage(config, layers), model, layers) for layers in parts)
+    return max(_training_bytes(stage_config(config, layers), model, layers) for layers in parts)
 
 
 def _training_bytes(config: TrainConfig, model: ModelConfig, layers: tuple[range, ...] | None = None) -> int:
@@ -173,7 +172,7 @@ def _training_bytes(config: TrainConfig, model: ModelConfig, layers: tuple[range
     return sum(map(sum, state_bytes(config, counts, trained).values())) + sum(host_bytes(config, trained))
 
 
-def of_stage(config: TrainConfig, layers: tuple[range, ...]) -> TrainConfig:
+def stage_config(config: TrainConfig, layers: tuple[range, ...]) -> TrainConfig:
     """The settings of a smaller run without a pipeline: its model is the layers of one pipeline rank.
 
     Embedding, last norm and head are on some stages only; `count_parameters` with `layers` knows on which.

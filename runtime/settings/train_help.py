@@ -14,7 +14,7 @@ from runtime.settings.config import FINE_TUNING_LR, TrainConfig, flatten
 
 OPTIONS = ("-h", "--help", "--help-all")
 _USAGE = "trimtab train [--config FILE] [--SECTION.SETTING VALUE ...] | {--resume,--init} RUN [--step N] [...]"
-_FIRST = {
+_SHORT_HELP = {
     "--config FILE": "preset or YAML file: {presets} (small)",
     "--resume RUN": "go on with a run: its name or directory",
     "--init RUN": "a new run with the weights of that one: fine-tuning",
@@ -57,19 +57,20 @@ def help_text(request: list[str], defaults: TrainConfig, presets: str) -> str:
     if named and named[0] not in sections:
         raise InvalidValue(f"{option} {named[0]}: there is no such section; choose from {', '.join(sections)}")
     if option != "--help-all" and not named:
-        return _first(defaults, presets, sections)
+        return _short_help(defaults, presets, sections)
     return settings_parser(defaults, presets, named or sections).format_help()
 
 
-def _first(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
+def _short_help(defaults: TrainConfig, presets: str, sections: list[str]) -> str:
     values = {key: _shown(value) for key, value in flatten(defaults).items()}
-    width = max(map(len, _FIRST)) + 2
-    lines = [f"  {option:{width}}{_filled(words, values, presets)}" for option, words in _FIRST.items()]
+    width = max(map(len, _SHORT_HELP)) + 2
+    lines = [f"  {option:{width}}{_filled(words, values, presets)}" for option, words in _SHORT_HELP.items()]
     more = f"all settings: --help-all; those of a section: --help {' | '.join(sections)}"
     return "\n".join([f"usage: {_USAGE}", "Train a model, or go on with a run.", "", *lines, "", _EXAMPLES, more, ""])
 
 
 def _filled(words: str, values: Mapping[str, str], presets: str) -> str:
+    """Replace the {setting} of a text by its value. `str.format` would read the dots of its name as attributes."""
     before, brace, rest = words.partition("{")
     if not brace:
         return words
@@ -126,6 +127,7 @@ def _metavar(hint: Any) -> str:
         names = [name for each in hint.__metadata__ if isinstance(each, Registry) for name in each.choices]
     if names:
         return "{" + ",".join(map(str, names)) + "}"
+    # `int | None` is shown as int.
     hint = next((each for each in get_args(hint) if get_origin(hint) is UnionType and each is not type(None)), hint)
     if get_origin(hint) is tuple:
         return "[A,B]"

@@ -46,7 +46,7 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            _refuse(event, f"*{event.anchor} refers to another part of the file (an alias); write its value here again")
+            _refuse(event, f"*{event.anchor:.60} refers to another part of the file (an alias); write its value again")
         if (tag := getattr(event, "tag", None)) is not None:
             _refuse(event, f"the tag {tag:.60} asks for a type; leave it out, plain values are enough")
         if self._depth == MAX_DEPTH:
@@ -70,7 +70,7 @@ class _PlainLoader(yaml.SafeLoader):
                 _refuse(key, f"{key.value!r:.60} is not a name; put it in quotes if it is meant as text")
             line = key.start_mark.line + 1
             if key.value in lines:
-                _refuse(key, f"{key.value} stands here and in line {lines[key.value]}; leave one out")
+                _refuse(key, f"{key.value:.60} stands here and in line {lines[key.value]}; leave one out")
             lines[key.value] = line
         return node
 

@@ -65,9 +65,9 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self._stop_now: int | None = None
-        self._presses, self._last_s = 0, -ECHO_S
+        self.number: int | None = None  # of the first signal
+        self._stop_now: int | None = None  # number of the second signal
+        self._presses, self._last_s = 0, -ECHO_S  # without echoes; time of the last one (monotonic)
         self._before: dict[signal.Signals, Any] = {}
 
     @property

@@ -17,7 +17,7 @@ GONE = (errno.EIO, errno.EPIPE)  # a write to a closed terminal; to a pipe witho
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within the block, drop output to a closed terminal or pipe instead of raising: a training must not end by it."""
+    """Within the block, drop output to a closed terminal or pipe instead of raising: it must not end a training run."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
@@ -43,7 +43,7 @@ class _LastingFile(io.FileIO):
 
 
 def _lasting(stream: TextIO) -> TextIO:
-    """Wrap a stream so that it drops such output. A stream without a file descriptor, as in a test, is returned."""
+    """Wrap a stream so that it drops such output. One without a file descriptor, as in a test, is returned as it is."""
     try:
         number = stream.fileno()
     except (OSError, AttributeError):  # io.UnsupportedOperation is an OSError

@@ -26,9 +26,9 @@ class NewText:
         self._prompts = prompts
         self._out = out
         self._status: Status | None = console.status("loading the model") if out is None else None
-        # Tokens before `_shown` are on the screen. Those from `_known` on are decoded together: a tokenizer may decode
-        # a token differently, for example without its leading space, if it comes first.
-        self._known, self._shown = 0, 0
+        # Tokens before `_num_shown` are on the screen. Those from `_first_decoded` on are decoded together: a tokenizer
+        # may decode a token differently, for example without its leading space, if it comes first.
+        self._first_decoded, self._num_shown = 0, 0
 
     def __enter__(self) -> Self:
         if self._status is not None:
@@ -73,9 +73,9 @@ class NewText:
         A character may take several tokens. Text that ends in an unfinished character waits for the next token, unless
         `is_last`.
         """
-        before = self._tokenizer.decode(ids[self._known : self._shown])
-        text = self._tokenizer.decode(ids[self._known :])
+        before = self._tokenizer.decode(ids[self._first_decoded : self._num_shown])
+        text = self._tokenizer.decode(ids[self._first_decoded :])
         if is_last or (len(text) > len(before) and not text.endswith(UNFINISHED)):
             out.write(text[len(before) :])
             out.flush()
-            self._known, self._shown = self._shown, len(ids)
+            self._first_decoded, self._num_shown = self._num_shown, len(ids)

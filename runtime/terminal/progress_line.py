@@ -9,12 +9,12 @@ _ERASE_LINE = "\r\x1b[K"
 
 
 class ProgressLine:
-    """Writes progress to a stream. A context manager, which leaves a clean line on the terminal.
+    """Writes progress to a stream. A context manager, which erases the line at its end.
 
-    It writes plain characters, where rich would draw from a thread that disturbs what is timed, and would leave the
-    cursor of a killed process hidden.
+    It does not use rich, whose drawing thread disturbs what is timed, and which leaves the cursor hidden if the process
+    is killed.
 
-    stream: None writes nothing, for all ranks but one.
+    stream: None writes nothing, as on all ranks but one.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

@@ -18,6 +18,6 @@ def new_table(
     """
     options = {"box": None, "pad_edge": False, "header_style": "bold", "padding": (0, 2, 0, 0)} | options
     table = Table(**options)
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number in left else "right", no_wrap=number not in wrap)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index in left else "right", no_wrap=index not in wrap)
     return table

@@ -17,22 +17,22 @@ from runtime.watch.watched_run import WatchedRun
 def curves_of(spans: Spans, names: Sequence[str]) -> dict[str, Any]:
     """Curves by name: the least, greatest and mean value in every span of steps. spans: with a column for each name."""
     each = {
-        name: {"low": _column(spans.low, n), "high": _column(spans.high, n), "mean": _column(spans.mean, n)}
-        for n, name in enumerate(names)
+        name: {kind: finite_values(getattr(spans, kind)[:, index]) for kind in ("low", "high", "mean")}
+        for index, name in enumerate(names)
     }
     return {"first": spans.first.tolist(), "last": spans.last.tolist(), "curves": each}
 
 
 def load_map(found: LoadColumns) -> dict[str, Any]:
     """The load of a layer as a heat map: a code for each expert of each span of steps."""
-    how = {"num_records": found.num_records, "num_read": found.num_read}
-    return {"steps": found.steps.tolist(), "codes": encoded(codes_of(shares_of(found))), **how}
+    read = {"num_records": found.num_records, "num_read": found.num_read}
+    return {"steps": found.steps.tolist(), "codes": encoded(codes_of(shares_of(found))), **read}
 
 
 def expert_curves(found: LoadColumns, expert: int) -> dict[str, Any]:
     """Load, as a multiple of the mean of the layer, and bias of one expert."""
-    bias = [finite(value) for value in found.bias[:, expert].tolist()]
-    return {"steps": found.steps.tolist(), "load": shares_of(found)[:, expert].round(4).tolist(), "bias": bias}
+    bias, load = finite_values(found.bias[:, expert]), shares_of(found)[:, expert].round(4).tolist()
+    return {"steps": found.steps.tolist(), "load": load, "bias": bias}
 
 
 def last_load(run: WatchedRun, until: int | None = None) -> dict[str, Any] | None:
@@ -52,12 +52,12 @@ def last_load(run: WatchedRun, until: int | None = None) -> dict[str, Any] | Non
             "dead": int((share_E == 0).sum()),
             "bias": [finite(float(bias_E.min())), finite(float(bias_E.max()))],
         })  # fmt: skip
-    how = {"first": found.first, "last": found.last, "num": found.num}
-    return {**how, "layers": layers, **most_and_least(found, layout)}
+    span = {"first": found.first, "last": found.last, "num": found.num}
+    return {**span, "layers": layers, **most_and_least(found, layout)}
 
 
 def shares_of(found: LoadColumns) -> NDArray[np.float64]:
-    """(C, E): load as a multiple of the mean of the layer."""
+    """(C, E): load as a multiple of the mean of the layer; 0 where the layer has no load."""
     shares: NDArray[np.float64] = found.counts / np.maximum(found.counts.mean(1, keepdims=True), 1e-9)
     return shares
 
@@ -68,10 +68,11 @@ def encoded(values: NDArray[Any]) -> str:
 
 
 def finite(value: float) -> float | None:
-    """The number with seven digits, or None for NaN and infinity, which JSON lacks."""
-    # Seven digits are more than a chart shows. The mean of a thousand steps would have seventeen, and cost the bytes.
+    """The number rounded to seven digits, or None for NaN and infinity, which JSON lacks."""
+    # Seven digits are more than a chart shows. Unrounded, a mean has seventeen: answers would be twice as long.
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def _column(values: NDArray[np.float64], number: int) -> list[float | None]:
-    return [finite(value) for value in values[:, number].tolist()]
+def finite_values(values: NDArray[Any]) -> list[float | None]:
+    """`finite` of each value."""
+    return [finite(value) for value in values.tolist()]

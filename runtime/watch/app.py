@@ -21,30 +21,37 @@ from runtime.watch.exposition import CONTENT_TYPE, exposition
 from runtime.watch.follower import Turns
 from runtime.watch.watched_run import WatchedRun
 
-LOOK_S = 0.5  # between two looks of the stream for something new
-KEEP_ALIVE_S = 15.0
+LOOK_S = 0.5  # how often the stream looks for news
+KEEP_ALIVE_S = 15.0  # After so long without news a comment is sent, so that no proxy closes the stream.
+# Of one answer.
 MAX_SPANS = 2_000
 MAX_COLUMNS = 512
 MAX_CURVES = 1_024
 _LAST_STEP = 2**53
-_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
+_MEDIA_TYPES = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
+    "txt": "text/plain",
+}
 
 
 def make_app(
     runs: Sequence[WatchedRun], turns: Turns | None = None, *, is_ending: Callable[[], bool] = lambda: False
 ) -> Starlette:
-    """The application, without its guard. is_ending: whether the server is shutting down, so that streams must end."""
+    """The application, without its guard. is_ending: called by streams; once it returns True they end."""
     api = _Api(runs, is_ending)
     static = _static_files()
 
     turns = turns or Turns()
 
-    def undisturbed(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        def answer_alone(request: Request) -> Response:
+    def holding_up_reads(answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answer_first(request: Request) -> Response:
             with turns.asking():
                 return answer(request)
 
-        return answer_alone
+        return answer_first
 
     async def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
@@ -58,13 +65,13 @@ def make_app(
         Route("/static/{name}", page),
         Route("/api/runs", api.runs),
         Route("/api/runs/{run:int}", api.facts),
-        Route("/api/runs/{run:int}/curves", undisturbed(api.curves)),
+        Route("/api/runs/{run:int}/curves", holding_up_reads(api.curves)),
         Route("/api/runs/{run:int}/events", api.events),
         Route("/api/runs/{run:int}/now", api.now),
-        Route("/api/runs/{run:int}/load", undisturbed(api.load)),
-        Route("/api/runs/{run:int}/last_load", undisturbed(api.last_load)),
-        Route("/api/runs/{run:int}/expert", undisturbed(api.expert)),
-        Route("/api/runs/{run:int}/samples", undisturbed(api.samples)),
+        Route("/api/runs/{run:int}/load", holding_up_reads(api.load)),
+        Route("/api/runs/{run:int}/last_load", holding_up_reads(api.last_load)),
+        Route("/api/runs/{run:int}/expert", holding_up_reads(api.expert)),
+        Route("/api/runs/{run:int}/samples", holding_up_reads(api.samples)),
         Route("/api/stream", api.stream),
         Route("/metrics", api.metrics),
     ]
@@ -88,11 +95,11 @@ class _Api:
         metrics = self._run(request).metrics
         names = request.query_params.get("names", "").split(",")[:MAX_CURVES]
         first, last = _window(request, metrics.last_step)
-        spans = metrics.spans(names, first, last, _whole(request, "num", 400, 1, MAX_SPANS))
+        spans = metrics.spans(names, first, last, _int_parameter(request, "num", 400, 1, MAX_SPANS))
         return _json(curves_of(spans, names))
 
     def events(self, request: Request) -> Response:
-        return _json(self._run(request).events.since(_whole(request, "since", 0, 0, _LAST_STEP)))
+        return _json(self._run(request).events.since(_int_parameter(request, "since", 0, 0, _LAST_STEP)))
 
     def now(self, request: Request) -> Response:
         """The present activity of each rank."""
@@ -102,16 +109,16 @@ class _Api:
         """The load of a layer as a heat map: expert by span of steps."""
         run = self._run(request)
         first, last = _window(request, run.metrics.last_step)
-        found = run.load.columns(_layer(request), first, last, _whole(request, "num", 256, 1, MAX_COLUMNS))
+        found = run.load.columns(_layer(request), first, last, _int_parameter(request, "num", 256, 1, MAX_COLUMNS))
         return _json(found and load_map(found))
 
     def expert(self, request: Request) -> Response:
         """Load, as a multiple of the mean of the layer, and bias of one expert."""
         run = self._run(request)
         first, last = _window(request, run.metrics.last_step)
-        num = _whole(request, "num", 256, 1, MAX_COLUMNS)
+        num = _int_parameter(request, "num", 256, 1, MAX_COLUMNS)
         found = run.load.columns(_layer(request), first, last, num, with_bias=True)
-        expert = _whole(request, "expert", 0, 0, _LAST_STEP)
+        expert = _int_parameter(request, "expert", 0, 0, _LAST_STEP)
         if found is None or expert >= found.counts.shape[1]:
             return _json(None)
         return _json(expert_curves(found, expert))
@@ -122,8 +129,8 @@ class _Api:
 
     def samples(self, request: Request) -> Response:
         """The texts that were continued at a step, by default the last one, and the experts of a layer."""
-        step = _whole(request, "step", _LAST_STEP, 0, _LAST_STEP)
-        return _json(self._run(request).samples.at(step, _layer(request)))
+        step = _int_parameter(request, "step", _LAST_STEP, 0, _LAST_STEP)
+        return _json(self._run(request).samples.at_step(step, _layer(request)))
 
     async def stream(self, request: Request) -> Response:
         """Server-sent events: the summary of a run whenever there is something new."""
@@ -135,11 +142,11 @@ class _Api:
     async def _news(self) -> AsyncIterator[str]:
         seen, quiet_s = [-1] * len(self._runs), 0.0
         while not self._is_ending():
-            for number, run in enumerate(self._runs):
-                if run.stamp != seen[number]:
-                    seen[number], quiet_s = run.stamp, 0.0
+            for index, run in enumerate(self._runs):
+                if run.stamp != seen[index]:
+                    seen[index], quiet_s = run.stamp, 0.0
                     summary = await asyncio.to_thread(run.summary)
-                    yield f"data: {_dumped({'run': number, **summary})}\n\n"
+                    yield f"data: {_dumped({'run': index, **summary})}\n\n"
             if quiet_s >= KEEP_ALIVE_S:
                 quiet_s = 0.0
                 yield ": still here\n\n"
@@ -147,19 +154,20 @@ class _Api:
             await asyncio.sleep(LOOK_S)
 
     def _run(self, request: Request) -> WatchedRun:
-        number: int = request.path_params["run"]
-        if number >= len(self._runs):
+        index: int = request.path_params["run"]
+        if index >= len(self._runs):
             raise HTTPException(404)
-        return self._runs[number]
+        return self._runs[index]
 
 
 def _static_files() -> dict[str, tuple[bytes, str]]:
     folder = files("runtime.watch") / "static"
-    names = [each.name for each in folder.iterdir() if each.name.rpartition(".")[2] in _KINDS]
-    return {name: ((folder / name).read_bytes(), _KINDS[name.rpartition(".")[2]]) for name in names}
+    names = [each.name for each in folder.iterdir() if each.name.rpartition(".")[2] in _MEDIA_TYPES]
+    return {name: ((folder / name).read_bytes(), _MEDIA_TYPES[name.rpartition(".")[2]]) for name in names}
 
 
-def _whole(request: Request, name: str, default: int, low: int, high: int) -> int:
+def _int_parameter(request: Request, name: str, default: int, low: int, high: int) -> int:
+    """A query parameter that is a whole number from `low` to `high`. Any other text is answered by 400."""
     text = request.query_params.get(name)
     if text is None:
         return default
@@ -169,11 +177,12 @@ def _whole(request: Request, name: str, default: int, low: int, high: int) -> in
 
 
 def _window(request: Request, last_step: int) -> tuple[int, int]:
-    return _whole(request, "first", 0, 0, _LAST_STEP), _whole(request, "last", last_step, 0, _LAST_STEP)
+    """First and last step that a request asks for; by default all steps."""
+    return _int_parameter(request, "first", 0, 0, _LAST_STEP), _int_parameter(request, "last", last_step, 0, _LAST_STEP)
 
 
 def _layer(request: Request) -> int:
-    return _whole(request, "layer", 0, 0, 2**20)
+    return _int_parameter(request, "layer", 0, 0, 2**20)
 
 
 def _dumped(value: Any) -> str:

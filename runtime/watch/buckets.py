@@ -28,26 +28,26 @@ class Spans(NamedTuple):
     high: Floats
     mean: Floats
 
-    def then(self, later: "Spans") -> "Spans":
+    def followed_by(self, later: "Spans") -> "Spans":
         """These spans, followed by those of later steps."""
         first, last = np.concatenate([self.first, later.first]), np.concatenate([self.last, later.last])
         low, high, mean = (np.concatenate(pair) for pair in zip(self[2:], later[2:], strict=True))
         return Spans(first, last, low, high, mean)
 
     @classmethod
-    def none(cls, num_curves: int) -> Self:
-        """No span."""
+    def empty(cls, num_curves: int) -> Self:
+        """Curves without a span."""
         steps, values = np.zeros(0, np.int64), np.zeros((0, num_curves))
         return cls(steps, steps, values, values, values)
 
 
 class _Sums(NamedTuple):
-    """What can be merged when two buckets become one; (B, S) each. Only sums need more digits than float32 has."""
+    """What a bucket keeps of the values of each curve; (B, S) each. Two buckets become one by merging these."""
 
-    low: NDArray[Any]  # float32
-    high: NDArray[Any]  # float32
-    total: NDArray[Any]  # float64
-    num: NDArray[Any]  # int32
+    low: NDArray[Any]  # float32; NaN without a value
+    high: NDArray[Any]  # float32; NaN without a value
+    total: NDArray[Any]  # float64: the sum needs more digits than float32 has
+    num: NDArray[Any]  # int32: number of values
 
 
 class Buckets:
@@ -77,12 +77,12 @@ class Buckets:
         """
         begin, end = max(first, 0) // self.width, min(last // self.width + 1, self._used)
         if begin >= end:
-            return Spans.none(len(curves))
-        per = -(-(end - begin) // num)
-        starts = np.arange(0, end - begin, per)
+            return Spans.empty(len(curves))
+        buckets_per_span = -(-(end - begin) // num)
+        starts = np.arange(0, end - begin, buckets_per_span)
         sums = _reduced(_Sums(*(each[begin:end, curves] for each in self._sums)), starts)
         firsts = (begin + starts) * self.width
-        lasts = np.minimum(firsts + per * self.width, end * self.width) - 1
+        lasts = np.minimum(firsts + buckets_per_span * self.width, end * self.width) - 1
         return _as_spans(firsts, lasts, sums)
 
     def _make_room(self, step: int) -> None:
@@ -109,11 +109,11 @@ def spans_of(steps: Steps, values: Floats, first: int, last: int, num: int) -> S
     inside = (steps >= first) & (steps <= last)
     steps, values = steps[inside], values[inside]
     if not steps.size:
-        return Spans.none(values.shape[1])
-    per = -(-(int(steps[-1] - steps[0]) + 1) // num)
-    where, sums = _summed((steps - steps[0]) // per, values)
-    firsts = steps[0] + where * per
-    return _as_spans(firsts, np.minimum(firsts + per - 1, steps[-1]), sums)
+        return Spans.empty(values.shape[1])
+    width = -(-(int(steps[-1] - steps[0]) + 1) // num)
+    where, sums = _summed((steps - steps[0]) // width, values)
+    firsts = steps[0] + where * width
+    return _as_spans(firsts, np.minimum(firsts + width - 1, steps[-1]), sums)
 
 
 def _empty(num: int, num_curves: int) -> _Sums:
@@ -123,7 +123,7 @@ def _empty(num: int, num_curves: int) -> _Sums:
 
 
 def _summed(places: Steps, values: Floats) -> tuple[Steps, _Sums]:
-    """Sums over equal neighbours of `places`, and the place of each."""
+    """Merge points of the same place. places: (n,), sorted. Returns each place once, and the sums of its points."""
     starts = np.flatnonzero(np.diff(places, prepend=places[0] - 1))
     known = np.isfinite(values)
     values = np.where(known, values, np.nan)
@@ -134,6 +134,7 @@ def _summed(places: Steps, values: Floats) -> tuple[Steps, _Sums]:
 
 
 def _reduced(sums: _Sums, starts: NDArray[np.int64]) -> _Sums:
+    """Merge rows: row i of the result covers the rows from starts[i] to before starts[i + 1]."""
     return _Sums(
         np.fmin.reduceat(sums.low, starts, 0),
         np.fmax.reduceat(sums.high, starts, 0),

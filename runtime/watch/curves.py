@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,11 @@ REST = "other_s"  # time of a step outside of its phases: attention, dense layer
 FIELDS = (
     "loss", "aux_loss", "z_loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tflops_per_s", "mfu",
     "max_vio_batch", "max_vio_floor", "max_vio_computation_batch", "dead_experts", "bias_min", "bias_max",
-    *PHASES, REST, "sent_bytes", "val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_held_out",
+    *PHASES, REST, "sent_bytes", "tokens_routed", "tokens_sent", "tokens_received", "tokens_returned", "bias_version",
+    "val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_held_out", "max_vio_held_out_in_mix", "eval_s",
 )  # fmt: skip
-MAX_OTHER_FIELDS = 32  # fields that are not in FIELDS, such as a user's own metrics
+MAX_OWN_METRICS = 32  # numbers that are not in FIELDS: metrics that the user added (docs/how-to-add.md)
+MAX_NAME_CHARACTERS = 63
 MAX_LAYERS = 512
 _MAX_NUMBER = 1e300
 _NOT_CURVES = {"step", "time", "kind"}
@@ -32,36 +34,34 @@ class Table(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The curves of a run: the fields `plain` of a line, then MaxVio of each MoE layer."""
+    """The curves of a run: FIELDS, then the user's own metrics, then MaxVio of each MoE layer."""
 
-    plain: tuple[str, ...]
+    own_metrics: tuple[str, ...]
     num_layers: int
 
     @classmethod
     def in_lines(cls, lines: Iterable[Line]) -> "Curves":
-        """The known fields, and the others that these lines have."""
-        others: dict[str, None] = {}
+        """The curves of these lines: their numbers that are not in FIELDS are the own metrics."""
+        own: dict[str, None] = {}  # a set that keeps the order
         num_layers = 0
         for line in lines:
-            others |= dict.fromkeys(name for name, value in line.items() if is_number(value))
+            own |= dict.fromkeys(name for name, value in line.items() if is_number(value) and _is_own(name))
             if isinstance(each := line.get(PER_LAYER), list):
                 num_layers = max(num_layers, len(each))
-        own = [name for name in others if name not in FIELDS and name not in _NOT_CURVES and len(name) < 64]
-        return cls((*FIELDS, *own[:MAX_OTHER_FIELDS]), min(num_layers, MAX_LAYERS))
+        return cls(tuple(own)[:MAX_OWN_METRICS], min(num_layers, MAX_LAYERS))
 
     @property
     def names(self) -> tuple[str, ...]:
         """In the order of the columns; a layer's as `max_vio_batch_per_layer.0`."""
-        return (*self.plain, *(f"{PER_LAYER}.{number}" for number in range(self.num_layers)))
+        return (*FIELDS, *self.own_metrics, *(f"{PER_LAYER}.{layer}" for layer in range(self.num_layers)))
 
     def table(self, lines: Sequence[Line]) -> Table:
         """The lines as rows."""
-        steps = np.fromiter((line["step"] for line in lines), np.int64, len(lines))
         values = np.array([self._row(line) for line in lines], np.float64)
-        return Table(steps, values.reshape(len(lines), len(self.plain) + self.num_layers))
+        return Table(_steps(lines), values.reshape(len(lines), len(self.names)))
 
     def _row(self, line: Line) -> list[float]:
-        row = [_float(line.get(name)) for name in self.plain]
+        row = [_float(line.get(name)) for name in (*FIELDS, *self.own_metrics)]
         row[_REST_COLUMN] = rest_s(line)
         layers = line.get(PER_LAYER)
         values = [_float(value) for value in layers[: self.num_layers]] if isinstance(layers, list) else []
@@ -73,9 +73,18 @@ _REST_COLUMN = FIELDS.index(REST)
 
 def table_of(lines: Sequence[Line], names: Sequence[str]) -> Table:
     """The lines as rows of the named curves only."""
-    steps = np.fromiter((line["step"] for line in lines), np.int64, len(lines))
     values = np.array([[_value(line, name) for name in names] for line in lines], np.float64)
-    return Table(steps, values.reshape(len(lines), len(names)))
+    return Table(_steps(lines), values.reshape(len(lines), len(names)))
+
+
+def _steps(lines: Sequence[Line]) -> NDArray[np.int64]:
+    return np.fromiter((line["step"] for line in lines), np.int64, len(lines))
+
+
+def _is_own(name: str) -> bool:
+    """Whether a number of this name is a user's own metric. With "," a request could not name it (`askCurves`)."""
+    is_known = name in FIELDS or name in _NOT_CURVES or name.startswith(PER_LAYER)
+    return not is_known and "," not in name and len(name) <= MAX_NAME_CHARACTERS
 
 
 def _value(line: Line, name: str) -> float:
@@ -84,8 +93,8 @@ def _value(line: Line, name: str) -> float:
     layers = line.get(PER_LAYER) if name.startswith(f"{PER_LAYER}.") else None
     if not isinstance(layers, list):
         return _float(line.get(name))
-    number = int(name.removeprefix(f"{PER_LAYER}."))
-    return _float(layers[number]) if number < len(layers) else math.nan
+    layer = int(name.removeprefix(f"{PER_LAYER}."))
+    return _float(layers[layer]) if layer < len(layers) else math.nan
 
 
 def parsed(text: bytes) -> Line | None:
@@ -117,8 +126,8 @@ def rest_s(line: Line) -> float:
     return _float(line.get("step_s")) - sum(_float(line.get(name)) for name in PHASES)
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for an int or a float that can be drawn; False for a bool, NaN, infinity and what is larger than 1e300."""
     return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 

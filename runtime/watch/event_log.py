@@ -1,6 +1,5 @@
 """Reads events.jsonl of a run: the state of the run, its ranks, and its last events as text."""
 
-import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ _STATES = {
     "gave_up": "failed",
 }
 _WITHIN_A_RECOVERY = {"resumed", "interrupted"}
-_KINDS = {"failed": "bad", "gave_up": "bad", "finished": "good", "recovered": "good"}
+_VERDICTS = {"failed": "bad", "gave_up": "bad", "finished": "good", "recovered": "good"}
 _WARNINGS = {
     "recovering", "moving", "warning", "record_hole", "checkpoint_failed", "checkpoint_waits", "bias_repaired",
     "coordinator_lost", "memory_checkpoint_failed", "memory_checkpoint_unusable", "interrupted",
@@ -49,7 +48,7 @@ class EventLog(LineFile):
         self.start: Line = {}  # the last event that began or resumed training: its ranks, exchange and law
 
     def since(self, number: int) -> list[dict[str, Any]]:
-        """The kept events from `number` on, each with its number, time, kind and text."""
+        """The kept events from `number` on, as answers to the page: see `_as_answered`."""
         return [event for event in list(self._shown) if event["number"] >= number]
 
     def _take(self, offset: int, text: bytes) -> None:
@@ -64,7 +63,7 @@ class EventLog(LineFile):
         self.num_failures += name == "failed"
         if name in ("started", "resumed"):
             self.start = event
-        self._shown.append(_shown(self.num, event))
+        self._shown.append(_as_answered(self.num, event))
         self.num += 1
         self.last_time = float(event["time"])
 
@@ -74,12 +73,12 @@ def _parsed(text: bytes) -> Line | None:
     if event is None or not isinstance(event.get("event"), str):
         return None
     time = event.get("time")
-    return plain(event) if is_number(time) and 0 <= time < MAX_TIME else None  # type: ignore[operator]
+    return plain(event) if is_number(time) and 0 <= time < MAX_TIME else None
 
 
-def _shown(number: int, event: Line) -> dict[str, Any]:
+def _as_answered(number: int, event: Line) -> dict[str, Any]:
     name = event["event"]
-    verdict = _KINDS.get(name, "warn" if name in _WARNINGS else "plain")
+    verdict = _VERDICTS.get(name, "warn" if name in _WARNINGS else "plain")
     step = event.get("step")
     return {
         "number": number,
@@ -87,14 +86,6 @@ def _shown(number: int, event: Line) -> dict[str, Any]:
         "event": name[:64].replace("_", " "),
         "verdict": verdict,
         "step": step if type(step) is int else None,
-        "text": _text(event)[:MAX_TEXT_CHARACTERS],
+        "text": event_text(event)[:MAX_TEXT_CHARACTERS],
         "stacks": "\n".join(str(event[each]) for each in STACKS if event.get(each))[:MAX_STACK_CHARACTERS],
     }
-
-
-def _text(event: Line) -> str:
-    try:
-        return event_text(event)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
-        # The file may come from anybody: an event that no run of ours writes is shown as JSON.
-        return json.dumps({name: value for name, value in event.items() if name not in STACKS})

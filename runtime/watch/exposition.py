@@ -40,8 +40,8 @@ def exposition(runs: Sequence[WatchedRun]) -> str:
 
 
 def _values(pairs: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    for name, kind, help_text, where in _VALUES:
-        found = [(label, value) for label, summary in pairs if (value := _at(summary, where)) is not None]
+    for name, kind, help_text, keys in _VALUES:
+        found = [(label, value) for label, summary in pairs if (value := _value_at(summary, keys)) is not None]
         if found:
             yield f"# HELP trimtab_{name} {help_text}"
             yield f"# TYPE trimtab_{name} {kind}"
@@ -55,9 +55,9 @@ def _states(pairs: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
         yield from (f'trimtab_state{{{label},state="{state}"}} {int(summary["state"] == state)}' for state in STATES)
 
 
-def _at(summary: dict[str, Any], where: tuple[str, ...]) -> float | int | None:
+def _value_at(summary: dict[str, Any], keys: tuple[str, ...]) -> float | int | None:
     value: Any = summary
-    for name in where:
+    for name in keys:
         value = value.get(name) if isinstance(value, dict) else None
     return value if type(value) in (int, float) and math.isfinite(value) else None
 

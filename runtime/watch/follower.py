@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Turns:
-    """Lets the reading pause while a request is answered: both would be slow if they took turns with the GIL."""
+    """Lets the reading pause while a request is answered: both would be slow if they competed for the GIL."""
 
     def __init__(self) -> None:
         self._changed, self._num_asking = threading.Condition(), 0

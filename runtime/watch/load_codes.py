@@ -7,7 +7,7 @@ from dispatch.layout import LoadLayout
 from runtime.watch.load_file import LastLoad
 
 LOAD_RANGE = 4.0  # colours saturate at a quarter and at four times the mean load, as in the report
-NUM_NAMED = 8
+NUM_NAMED = 8  # experts in each list of `most_and_least`
 
 
 def codes_of(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -22,16 +22,16 @@ def codes_of(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def most_and_least(found: LastLoad, layout: LoadLayout) -> dict[str, list[dict[str, float | int]]]:
-    """The NUM_NAMED experts with the most and with the least load of all layers, over the mean of their layer."""
+    """The experts of all layers with the most and with the least load, over the mean of their layer."""
     shares = np.concatenate(found.shares(layout))
     layer_of = np.repeat(np.arange(len(layout.names)), layout.num_experts)
     starts = np.array([where.start for where in layout.slices])
     order = np.argsort(shares, kind="stable")
 
-    def named(places: NDArray[np.int64]) -> list[dict[str, float | int]]:
+    def named(indices: NDArray[np.int64]) -> list[dict[str, float | int]]:
         return [
             {"layer": int(layer_of[n]), "expert": int(n - starts[layer_of[n]]), "load": round(float(shares[n]), 4)}
-            for n in places
+            for n in indices
         ]
 
     return {"most": named(order[::-1][:NUM_NAMED]), "least": named(order[:NUM_NAMED])}

@@ -1,6 +1,6 @@
 """The load of every expert through time, read from load/history.bin for each request: nothing of it is kept in memory.
 
-The file of a run of 1,000,000 steps × 61 layers × 256 experts has 187 GB. So a column of a heat map sums at most
+The file of a run of 1,000,000 steps × 61 layers × 256 experts is 187 GB large. So a column of a heat map sums at most
 RECORDS_A_COLUMN records of the steps that it covers, evenly spaced; for a window of few steps these are all. E experts
 of a layer; N experts of all layers; C columns.
 """
@@ -46,6 +46,7 @@ class LastLoad(NamedTuple):
     """The load of all layers over the last records, one layer after the other."""
 
     first: int
+    """Step of the first record, and `last` of the last one."""
     last: int
     num: int
     """Records that are summed."""
@@ -89,10 +90,10 @@ class LoadFile:
             end = 0 if records is None else records.num if until is None else records.find(until + 1)
             if records is None or not end:
                 return None
-            everything = slice(0, records.layout.total)
+            all_experts = slice(0, records.layout.total)
             numbers = range(max(0, end - LAST_RECORDS), end)
-            counts = sum((records.counts(number, everything) for number in numbers), np.zeros(1, np.int64))
-            bias = records.bias(end - 1, everything)
+            counts = sum((records.counts(number, all_experts) for number in numbers), np.zeros(1, np.int64))
+            bias = records.bias(end - 1, all_experts)
             return LastLoad(records.step(numbers[0]), records.step(numbers[-1]), len(numbers), counts, bias)
 
     @contextmanager
@@ -103,7 +104,10 @@ class LoadFile:
 
 
 class _Records:
-    """The records of an open file by their number, in order of steps. Each method reads only what it returns."""
+    """The records of an open file by their number, in order of steps. Each method reads only what it returns.
+
+    `experts` is a slice of the experts of all layers, such as one of `layout.slices`.
+    """
 
     def __init__(self, fd: int, layout: LoadLayout) -> None:
         self.layout, self._fd = layout, fd
@@ -113,12 +117,12 @@ class _Records:
     def step(self, number: int) -> int:
         return int(self._read(number, 0, _COUNT, 1)[0])
 
-    def counts(self, number: int, where: slice) -> NDArray[np.int64]:
-        return self._read(number, _STEP_BYTES + where.start * _COUNT.itemsize, _COUNT, where.stop - where.start)
+    def counts(self, number: int, experts: slice) -> NDArray[np.int64]:
+        return self._read(number, _STEP_BYTES + experts.start * _COUNT.itemsize, _COUNT, experts.stop - experts.start)
 
-    def bias(self, number: int, where: slice) -> NDArray[np.float32]:
-        start = _STEP_BYTES + self.layout.total * _COUNT.itemsize + where.start * _BIAS.itemsize
-        return self._read(number, start, _BIAS, where.stop - where.start)
+    def bias(self, number: int, experts: slice) -> NDArray[np.float32]:
+        start = _STEP_BYTES + self.layout.total * _COUNT.itemsize + experts.start * _BIAS.itemsize
+        return self._read(number, start, _BIAS, experts.stop - experts.start)
 
     def find(self, step: int) -> int:
         """The number of the first record of `step` or a later one."""
@@ -131,15 +135,15 @@ class _Records:
         return np.frombuffer(raw.ljust(num_bytes, b"\0"), item)
 
 
-def _columns(records: _Records, where: slice, begin: int, end: int, num: int, *, with_bias: bool) -> LoadColumns:
+def _columns(records: _Records, experts: slice, begin: int, end: int, num: int, *, with_bias: bool) -> LoadColumns:
     edges = np.linspace(begin, end, min(num, end - begin) + 1).astype(np.int64)
     steps, counts, bias, num_read = [], [], [], 0
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         numbers = _spread_over(start, stop, RECORDS_A_COLUMN)
         num_read += len(numbers)
         steps.append(records.step(start))
-        counts.append(sum((records.counts(number, where) for number in numbers[1:]), records.counts(start, where)))
-        bias.append(records.bias(start, where if with_bias else slice(0, 0)))
+        counts.append(sum((records.counts(number, experts) for number in numbers[1:]), records.counts(start, experts)))
+        bias.append(records.bias(start, experts if with_bias else slice(0, 0)))
     return LoadColumns(np.array(steps), np.array(counts), np.array(bias), end - begin, num_read)
 
 

@@ -36,10 +36,11 @@ class Metrics:
         self._lock = threading.Lock()
         self._waiting: list[Line] = []  # lines kept until a training line shows which curves there are
         self._curves = Curves((), 0)
-        self._column: dict[str, int] = {}
+        self._column: dict[str, int] = {}  # by name of a curve; empty before the curves are known
         self._buckets = Buckets(0)
-        self._spread = self._curves.table([])
+        self._spread = self._curves.table([])  # evenly spaced lines; none once the whole file has been read
         self._index: list[tuple[int, int]] = []  # step and offset of every INDEX_EVERY-th line
+        # Lines read from the beginning, the last step among them, and the file's size when its end was last read.
         self._num_lines = self._read_step = self._end_seen = 0
         self.latest: Line = {}  # training line of the last step
         self.recent: deque[Line] = deque(maxlen=RECENT)
@@ -49,7 +50,12 @@ class Metrics:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the curves; () before the first training step."""
-        return self._curves.names
+        return tuple(self._column)
+
+    @property
+    def own_metrics(self) -> tuple[str, ...]:
+        """The names of the curves of metrics that the user added."""
+        return self._curves.own_metrics
 
     @property
     def share_read(self) -> float:
@@ -71,13 +77,13 @@ class Metrics:
         found = parsed_all(text for _, text in lines)
         if not self._column:
             self._waiting += found
-            if not _show_the_curves(self._waiting):
+            if not _suffice_for_curves(self._waiting):
                 return bool(found)
             found, self._waiting = self._waiting, []
-            self._begin(found)
-        self._remember(lines)
+            self._choose_curves(found)
+        self._index_lines(lines)
         self._add(found)
-        self._look_at_the_end()
+        self._read_the_end()
         return bool(lines)
 
     def spans(self, names: Sequence[str], first: int, last: int, num: int) -> Spans:
@@ -95,7 +101,7 @@ class Metrics:
             found = self._exact(first, min(last, read_step), num, [name for name in names if name in self._column])
         if last > read_step:
             later = spans_of(spread.steps, spread.values[:, known], max(first, read_step + 1), last, num)
-            found = found.then(later)
+            found = found.followed_by(later)
         return _with_unknown(found, columns)
 
     def _exact(self, first: int, last: int, num: int, names: list[str]) -> Spans:
@@ -112,7 +118,7 @@ class Metrics:
         raw = read_between(self._path, start, min(stop, start + _MAX_EXACT_BYTES))
         return parsed_all(raw.split(b"\n"))
 
-    def _begin(self, lines: list[Line]) -> None:
+    def _choose_curves(self, lines: list[Line]) -> None:
         """Choose the curves, and read the evenly spaced lines of a long file."""
         if not self._tail.is_at_end:
             lines = parsed_all(spread_lines(self._path, NUM_SPREAD))
@@ -124,7 +130,7 @@ class Metrics:
             self._buckets = Buckets(len(curves.names))
             self._spread = curves.table([] if self._tail.is_at_end else lines)
 
-    def _remember(self, lines: list[tuple[int, bytes]]) -> None:
+    def _index_lines(self, lines: list[tuple[int, bytes]]) -> None:
         for offset, text in lines:
             if self._num_lines % INDEX_EVERY == 0 and (line := parsed(text)) is not None:
                 with self._lock:
@@ -140,7 +146,7 @@ class Metrics:
             self._read_step = max(self._read_step, int(steps.max()))
         self._note(lines)
 
-    def _look_at_the_end(self) -> None:
+    def _read_the_end(self) -> None:
         """Read the last lines of a long file: the page shows the present before all of the past has been read."""
         if self._tail.is_at_end:
             self._spread = self._curves.table([])
@@ -167,7 +173,8 @@ class Metrics:
             self.last_eval = line
 
 
-def _show_the_curves(lines: list[Line]) -> bool:
+def _suffice_for_curves(lines: list[Line]) -> bool:
+    """Whether the curves can be chosen by these lines: a training line is among them, or too many to wait longer."""
     return len(lines) >= _MAX_WAITING or any(line["kind"] == "train" for line in lines)
 
 

@@ -26,19 +26,20 @@ class SampleFile(LineFile):
         self._places: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by step: where its lines start and stop
         self.num = 0
 
-    def at(self, step: int | None, layer: int) -> dict[str, Any] | None:
-        """The samples of a step, with the experts of one layer. A step without samples gives those of the last step.
+    def at_step(self, step: int | None, layer: int) -> dict[str, Any] | None:
+        """The samples of a step, with the experts of one layer. None, and a step without samples, take the last step.
 
         Returns:
             `steps`, all that are kept; `step`, that of the samples; `layers`, their names; `samples`, each with
             `tokens`, `num_prompt_tokens`, and `experts`, which has a list of expert ids or None for each token. None if
             there are no samples.
         """
-        places = {at: list(each) for at, each in list(self._places.items())}
+        places = {key: list(each) for key, each in list(self._places.items())}
         if not places:
             return None
         shown = max(places) if step not in places else step
-        found = [line for place in places[shown] if (line := self._read(place)) is not None]
+        texts = (read_between(self._path, *place) for place in places[shown])
+        found = [line for text in texts if (line := _parsed(text)) is not None]
         names = list(_experts(found[0]))[:MAX_LAYERS] if found else []
         name = names[layer] if layer < len(names) else None
         samples = [_sample(line, name) for line in found]
@@ -54,9 +55,6 @@ class SampleFile(LineFile):
             self._places[step].append(place)
         if len(self._places) > MAX_STEPS:
             del self._places[min(self._places)]
-
-    def _read(self, place: tuple[int, int]) -> Line | None:
-        return _parsed(read_between(self._path, *place))
 
 
 def _parsed(text: bytes) -> Line | None:

@@ -30,7 +30,7 @@ def serve(
     port: int,
     token: str | None,
     tell_url: Callable[[str], None],
-    lasts_as: BinaryIO | None = None,
+    until_eof: BinaryIO | None = None,
 ) -> None:
     """Serve the page of these runs until Ctrl-C, SIGTERM or SIGHUP. The signal is raised again at the end.
 
@@ -38,7 +38,7 @@ def serve(
         port: 0 takes a free one.
         token: None makes a new one.
         tell_url: called with the URL, which holds the token, once the server listens.
-        lasts_as: a stream; serving ends when the stream does.
+        until_eof: a stream that is read; serving ends when it ends.
     Raises:
         InvalidValue: the address is not one of this machine, or the port is taken.
     """
@@ -62,14 +62,15 @@ def serve(
     )
     server = uvicorn.Server(config)
     with listening, Follower(runs, turns):
-        tell_url(f"http://{_host(address)}:{port}/?token={token}")
-        if lasts_as is not None:
-            threading.Thread(target=_end_with, args=(lasts_as, server), name="end of input", daemon=True).start()
+        host = f"[{address}]" if ":" in address else address
+        tell_url(f"http://{host}:{port}/?token={token}")
+        if until_eof is not None:
+            threading.Thread(target=_stop_at_eof, args=(until_eof, server), name="end of input", daemon=True).start()
         with _hangup_ends(server):
             server.run(sockets=[listening])
 
 
-def _end_with(stream: BinaryIO, server: uvicorn.Server) -> None:
+def _stop_at_eof(stream: BinaryIO, server: uvicorn.Server) -> None:
     stream.read()
     server.should_exit = True
 
@@ -105,7 +106,3 @@ def _listen(address: str, port: int) -> socket.socket:
         ) from error
     listening.listen()
     return listening
-
-
-def _host(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

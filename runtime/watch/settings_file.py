@@ -31,7 +31,7 @@ class SettingsFile:
             self.flat, self.trouble = {}, str(error)
         return True
 
-    def number(self, name: str) -> int | None:
+    def positive_int(self, name: str) -> int | None:
         """A setting that is a whole number above 0; None for any other value."""
         value = self.flat.get(name)
         return value if type(value) is int and 0 < value < 2**53 else None

@@ -27,15 +27,15 @@ def last_lines(path: Path, num: int) -> list[bytes]:
 
 
 def _lines(fd: int, size: int, num: int) -> Iterator[bytes]:
-    ends = _lines_before(fd, size, _NUM_LAST)
-    end = size - sum(len(line) + 1 for line in ends)
-    seen = -1
-    for number in range(num):
-        start, line = _line_after(fd, end * number // num)
-        if line is not None and seen < start < end:
-            seen = start
+    last = _lines_before(fd, size, _NUM_LAST)
+    end = size - sum(len(line) + 1 for line in last)
+    previous = -1
+    for index in range(num):
+        start, line = _line_after(fd, end * index // num)
+        if line is not None and previous < start < end:  # Two offsets may lie in the same line.
+            previous = start
             yield line
-    yield from ends
+    yield from last
 
 
 def _line_after(fd: int, offset: int) -> tuple[int, bytes | None]:

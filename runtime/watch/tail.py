@@ -8,8 +8,8 @@ from runtime.watch.regular_file import opened
 
 CHUNK_BYTES = 2**20  # read at once: some hundred lines, so that requests are answered between two chunks
 MAX_LINE_BYTES = 2**23  # A longer line is skipped. An event with stacks has a hundredth of that.
-# Of what was read last, and compared at the next read. A run that resumes cuts its files, which may have grown to the
-# same size again before they are read.
+# The end of what was read is kept, and compared at the next read: a run that resumes cuts its files, and these may have
+# grown to the same size again before they are read.
 _REMEMBERED_BYTES = 256
 
 
@@ -21,7 +21,7 @@ class Tail:
     """A reader of the lines that are appended to a file. A file that does not exist yet has no lines."""
 
     def __init__(self, path: Path) -> None:
-        self.offset = 0  # of the first byte that no returned line has
+        self.offset = 0  # of the first byte behind the lines that were returned
         self.size = 0  # of the file, when it was last looked at
         self._path, self._inode, self._last = path, 0, b""
 

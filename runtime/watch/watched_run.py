@@ -97,7 +97,7 @@ class WatchedRun:
         return is_new
 
     def glance(self) -> dict[str, Any]:
-        """The summary of all events and of the end of the metrics, for a command that reads the run only once."""
+        """The summary after all events and the last metrics were read, for a command that reads the run only once."""
         self.poll()
         while not self.events.is_at_end:
             self.poll()
@@ -114,7 +114,7 @@ class WatchedRun:
     def summary(self) -> dict[str, Any]:
         """The numbers of the head of the page. They are sent at every change, so curves are not among them."""
         recent = list(self.metrics.recent)
-        state, total = self.state(), self._files.settings.number("run.steps")
+        state, total = self.state(), self._files.settings.positive_int("run.steps")
         pace = pace_s(recent)
         left = max(total - self.metrics.last_step, 0) if total else None
         return {
@@ -143,6 +143,7 @@ class WatchedRun:
         return {
             "name": self.name,
             "curves": self.metrics.names,
+            "own_metrics": self.metrics.own_metrics,
             "settings": self._files.settings.flat,
             "settings_trouble": self._files.settings.trouble,
             "layers": list(layout.names) if layout else [],
@@ -157,7 +158,7 @@ class WatchedRun:
 def _last_sign(run_dir: Path) -> float | None:
     """Unix time at which the owner of the directory last renewed its lock; None if there is no lock.
 
-    Only looks at modification times: unlike `run_lock.owner_of` it opens no lock file.
+    It only looks at modification times: `run_lock.owner_of` opens lock files, which may come from anybody.
     """
     times = []
     for path in run_dir.glob(f"{PREFIX}*"):

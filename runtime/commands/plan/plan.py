@@ -26,8 +26,8 @@ from runtime.settings.states import (
     gathered_expert_bytes,
     host_bytes,
     num_owners,
-    of_stage,
     own_elements,
+    stage_config,
     state_bytes,
     whole_elements,
 )
@@ -115,7 +115,7 @@ def plan_of_stage(subject: Subject, stage: PlanStage) -> Plan:
 def _plan_of_layers(subject: Subject, layers: tuple[range, ...]) -> Plan:
     model = subject.config.model
     counts, trained = (count_parameters(model, trained_only=only, layers=layers) for only in (False, True))
-    return _plan(replace(subject, config=of_stage(subject.config, layers)), counts, trained, in_stages=True)
+    return _plan(replace(subject, config=stage_config(subject.config, layers)), counts, trained, in_stages=True)
 
 
 def _plan(subject: Subject, counts: ParameterCounts, trained: ParameterCounts, *, in_stages: bool = False) -> Plan:

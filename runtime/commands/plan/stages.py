@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from runtime.commands.plan.activations import AT_LOSS, FP32, HEAD, Parts, total
 from runtime.settings.config import TrainConfig
-from runtime.settings.states import of_stage, own_rows
+from runtime.settings.states import own_rows, stage_config
 from workers.distributed.pipeline import PipelineConfig
 
 MESSAGES, OUTPUTS = "messages of other stages", "outputs of stages"
@@ -31,7 +31,7 @@ class PlanStage:
     @property
     def alone(self) -> TrainConfig:
         """The settings of a run that has these ranks and layers alone."""
-        return of_stage(self.config, self.layers)
+        return stage_config(self.config, self.layers)
 
     @property
     def has_head(self) -> bool:

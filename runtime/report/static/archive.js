@@ -1,4 +1,4 @@
-// Takes the place of the live page's api.js in a report: it answers from the numbers that the file holds.
+// Replaces the live page's api.js in a report: the same functions, which answer from the numbers in the file instead.
 
 export const held = JSON.parse(document.getElementById("held").textContent);
 

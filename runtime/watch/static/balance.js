@@ -1,4 +1,4 @@
-// Who gets the tokens: load by expert through time, layer by layer.
+// The view Balance: the load of each expert through time, layer by layer, and what follows from it.
 
 import { ask, askCurves } from "./api.js";
 import { Chart } from "./chart.js";
@@ -10,6 +10,7 @@ import { chartGrid, NUM_SPANS, zoom } from "./parts.js";
 export const TITLE = "Balance";
 
 const NUM_COLUMNS = 256;
+// Heat maps of all layers at a moment, each with the request for its load. A report has others.
 const MOMENTS = [{ path: "last_load", title: "All layers now" }];
 
 export function make(root, context) {
@@ -21,15 +22,15 @@ export function make(root, context) {
   const state = { load: null };
   const map = new HeatMap({
     title: "Load of each expert through time", note: "Click an expert to see its load and bias below.",
-    told: (row, column) => toldCell(state.load, row, column), onPick: (row) => pick(row),
+    textOf: (row, column) => cellText(state.load, row, column), onPick: (row) => pick(row),
   });
   const moments = (context.moments ?? MOMENTS).map((each) => ({ ...each, rows: null }));
   const mapOf = (moment) => new HeatMap({
-    title: moment.title, note: "", told: (row, column) => toldNow(moment.rows, context, row, column),
+    title: moment.title, note: "", textOf: (row, column) => lastLoadText(moment.rows, context, row, column),
     onPick: (row, column) => { chosen.layer = row; layer.value = String(row); pick(column); },
   });
   moments.forEach((each) => { each.map = mapOf(each); });
-  const one = [
+  const expertCharts = [
     new Chart({ ...zoom(context), title: "Load of the chosen expert", lines: [{ label: "load", colour: "blue" }, { label: "mean of the layer", colour: "grey", dash: [6, 4] }] }),
     new Chart({ ...zoom(context), title: "Bias of the chosen expert", lines: [{ label: "bias", colour: "orange" }] }),
   ];
@@ -38,7 +39,7 @@ export function make(root, context) {
   const layers = el("div", { class: "bars" });
   const extremes = el("div", {});
   root.append(cards, el("div", { class: "controls" }, el("label", {}, "Layer ", layer), el("label", {}, "Expert ", expert), legend()),
-    map.figure, el("div", { class: "charts" }, ...[...one, imbalance].map((chart) => chart.figure)), ...moments.map((each) => each.map.figure),
+    map.figure, el("div", { class: "charts" }, ...[...expertCharts, imbalance].map((chart) => chart.figure)), ...moments.map((each) => each.map.figure),
     el("h2", { text: "MaxVio of each layer" }), el("p", { class: "note", text: "Over the last steps that were recorded; the mark is what chance alone would show over as many." }), layers,
     el("h2", { text: "Experts that stand out" }), extremes, el("h2", { text: "Through time" }));
   const grid = chartGrid(root, context, [
@@ -64,10 +65,10 @@ export function make(root, context) {
 
   async function drawExpert() {
     const found = await ask(`runs/${context.run}/expert`, { ...chosen, num: NUM_COLUMNS, ...context.window.parameters });
-    one.forEach((chart) => { chart.figure.hidden = !found; });
+    expertCharts.forEach((chart) => { chart.figure.hidden = !found; });
     if (!found) return;
-    one[0].draw(found.steps, found.steps, [{ mean: found.load }, { mean: found.load.map(() => 1) }]);
-    one[1].draw(found.steps, found.steps, [{ mean: found.bias }]);
+    expertCharts[0].draw(found.steps, found.steps, [{ mean: found.load }, { mean: found.load.map(() => 1) }]);
+    expertCharts[1].draw(found.steps, found.steps, [{ mean: found.bias }]);
   }
 
   async function drawLayer() {
@@ -106,7 +107,7 @@ export function make(root, context) {
       fillLayers(layer, context, facts);
       await Promise.all([drawMap(), drawExpert(), drawLayer(), drawMoments(), grid.draw()]);
     },
-    leave() { grid.leave(); [...one, imbalance].forEach((chart) => chart.leave()); },
+    leave() { grid.leave(); [...expertCharts, imbalance].forEach((chart) => chart.leave()); },
   };
 }
 
@@ -117,14 +118,14 @@ function fillLayers(select, context, facts) {
   select.replaceChildren(...facts.layers.map((name, number) => el("option", { value: number, text: name })));
 }
 
-function toldCell(load, row, column) {
+function cellText(load, row, column) {
   if (!load) return "";
   const next = load.steps[column + 1], first = load.steps[column];
   const where = next === undefined || next === first + 1 ? `step ${count(first)}` : `steps ${count(first)} to ${count(next - 1)}`;
   return `${load.name}, expert ${row}, ${where}: ${digits(loadOf(load.codes[column * load.rows + row]))} × the mean load`;
 }
 
-function toldNow(rows, context, row, column) {
+function lastLoadText(rows, context, row, column) {
   const code = rows?.[row]?.[column];
   return code === undefined ? "" : `${layerName(context, row)}, expert ${column}: ${digits(loadOf(code))} × the mean load`;
 }
@@ -148,10 +149,10 @@ function layerBars(context, { layers, num }) {
   const floor = (context.runs[context.run].mean.max_vio_floor ?? 0) / Math.sqrt(num);
   const most = Math.max(...layers.map((each) => each.max_vio ?? 0), floor * 1.2, 1e-9);
   return layers.map((each, number) => {
-    const at = (floor / most) * 100;
+    const x = (floor / most) * 100;
     const bar = svg("svg", { viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" },
       svg("rect", { width: ((each.max_vio ?? 0) / most) * 100, height: 1 }),
-      svg("line", { x1: at, x2: at, y1: 0, y2: 1, "vector-effect": "non-scaling-stroke" }));
+      svg("line", { x1: x, x2: x, y1: 0, y2: 1, "vector-effect": "non-scaling-stroke" }));
     return el("div", { class: "bar" }, el("span", { text: layerName(context, number) }), el("div", { class: "track" }, bar),
       el("span", { class: "number", text: `${digits(each.max_vio)}; ${each.dead} dead; bias ${digits(each.bias[0])} to ${digits(each.bias[1])}` }));
   });

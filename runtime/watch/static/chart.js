@@ -7,11 +7,12 @@ const HEIGHT = 185;
 
 export class Chart {
   /**
-   * title, note: texts. lines: [{ label, colour, band, points, dash }]. show: a number as text.
-   * onWindow(first, last): a window was drawn with the pointer; onWhole(): it was given up by a double click.
+   * title, note: texts. lines: [{ label, colour, band, points, dash }]; band: whether least and greatest values are
+   * drawn around the line, points: whether each value is drawn as a point. show(value): a number as text.
+   * onWindow(first, last): a window was drawn with the pointer; onWhole(): a double click asks for all steps.
    */
-  constructor({ title, lines, note = "", show = digits, log = false, height = HEIGHT, onWindow, onWhole }) {
-    Object.assign(this, { title, lines, note, show, log, height, onWindow, onWhole });
+  constructor({ title, lines, note = "", show = digits, onWindow, onWhole }) {
+    Object.assign(this, { title, lines, note, show, onWindow, onWhole });
     this.place = el("div", { class: "plot", role: "img", "aria-label": title });
     this.caption = el("figcaption", { text: note });
     const keys = lines.length > 1 ? el("div", { class: "keys" }, ...lines.map(key)) : null;
@@ -39,7 +40,7 @@ export class Chart {
 
   resize() {
     const width = this.place.clientWidth;
-    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: this.height });
+    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });
   }
 
   build() {
@@ -51,34 +52,34 @@ export class Chart {
     }
     this.plot = new uPlot({
       width: this.place.clientWidth,
-      height: this.height,
+      height: HEIGHT,
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => this.onWhole?.() } },
-      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? undefined : padded } },
+      scales: { x: { time: false }, y: { range: padded } },
       axes: [axis({ size: 30, values: (_, ticks) => ticks.map((step) => (!Number.isInteger(step) ? "" : step < 1000 ? String(step) : short(step))) }),
         axis({ size: 66, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.show(value))) })],
       series,
       bands,
-      hooks: { setSelect: [(plot) => this.selected(plot)], setCursor: [(plot) => this.told(plot.cursor.idx)] },
+      hooks: { setSelect: [(plot) => this.selected(plot)], setCursor: [(plot) => this.tellValues(plot.cursor.idx)] },
     }, this.data, this.place);
   }
 
   selected(plot) {
     const { left, width } = plot.select;
     if (width < 4) return;
-    const [first, last] = [left, left + width].map((at) => Math.round(plot.posToVal(at, "x")));
+    const [first, last] = [left, left + width].map((x) => Math.round(plot.posToVal(x, "x")));
     plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
     this.onWindow?.(Math.max(first, 0), Math.max(last, first + 1));
   }
 
   /** The values under the pointer, below the chart. */
-  told(number) {
-    if (number === null || number === undefined) return setText(this.caption, this.note);
-    const [first, last] = [this.first[number], this.last[number]];
+  tellValues(index) {
+    if (index === null || index === undefined) return setText(this.caption, this.note);
+    const [first, last] = [this.first[index], this.last[index]];
     const where = first === last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
     let column = 1;
     const values = this.lines.map((line) => {
-      const [mean, high, low] = [0, 1, 2].map((n) => this.data[column + n]?.[number]);
+      const [mean, high, low] = [0, 1, 2].map((n) => this.data[column + n]?.[index]);
       column += line.band ? 3 : 1;
       const range = line.band && low !== high ? ` (${this.show(low)} to ${this.show(high)})` : "";
       return mean === null || mean === undefined ? null : `${line.label} ${this.show(mean)}${range}`;
@@ -101,7 +102,7 @@ export class Chart {
   }
 }
 
-/** Exponential mean of the values before; strength from 0, none, to below 1. What is null stays so. */
+/** Exponential moving average of the values. strength: the weight of the mean before, from 0 to below 1. Null stays null. */
 export function smoothed(values, strength) {
   let mean = 0, weight = 0;
   return values.map((value) => {
@@ -116,15 +117,15 @@ const key = (line) => el("span", { class: line.colour, text: line.label });
 
 function stroke(line, chart) {
   return {
-    stroke: colour(line.colour), width: line.width ?? 1.8, dash: line.dash, spanGaps: !line.points,
-    gaps: (plot, number) => untrained(plot, number, chart.first),
+    stroke: colour(line.colour), width: 1.8, dash: line.dash, spanGaps: !line.points,
+    gaps: (plot, series) => gapOfUntrained(plot, series, chart.first),
     points: { show: line.points ?? false, size: 6, fill: colour(line.colour) },
   };
 }
 
-/** From the evaluation of the untrained model to the next one: a straight line would run where the loss never was. */
-function untrained(plot, number, first) {
-  const [start, next] = [...plot.data[0].keys()].filter((n) => (plot.data[number][n] ?? null) !== null);
+/** The gap of a line, in pixels, between the evaluation of the untrained model and the next one: a line there would show losses that never were. */
+function gapOfUntrained(plot, series, first) {
+  const [start, next] = [...plot.data[0].keys()].filter((n) => (plot.data[series][n] ?? null) !== null);
   if (next === undefined || first[start] !== 0) return [];
   return [[start, next].map((n) => plot.valToPos(plot.data[0][n], "x", true))];
 }

@@ -1,4 +1,4 @@
-// Where the ranks are, and what has gone wrong and come back.
+// The view Cluster: failures and recoveries, the ranks, and the times of rank 0.
 
 import { ask } from "./api.js";
 import { card, el, table } from "./dom.js";

@@ -1,4 +1,4 @@
-// Runs over each other, and where their settings differ.
+// The view Compare: the curves of several runs in one chart, and the settings in which they differ.
 
 import { askCurves } from "./api.js";
 import { Chart, smoothed } from "./chart.js";
@@ -48,7 +48,7 @@ export function make(root, context) {
   };
 }
 
-/** Runs have other steps: each curve is empty where only others have a point. */
+/** Runs have different steps: a curve is null at a step where only other runs have a value. */
 function drawTogether(chart, found, name, smoothing) {
   const middles = found.map((each) => each.first.map((step, n) => Math.round((step + each.last[n]) / 2)));
   const known = found.map((each, n) => {

@@ -12,6 +12,7 @@ export const decoded = (text) => Uint8Array.from(atob(text), (letter) => letter.
 /** The load that a byte stands for, as a multiple of the mean. */
 export const loadOf = (code) => (code === 0 ? 0 : LOAD_RANGE ** ((code - 128) / 127));
 
+/** The colour of a byte, [red, green, blue]. */
 function mixed(code) {
   if (code === 0) return DEAD;
   const height = (code - 128) / 127;
@@ -26,15 +27,15 @@ export function palette() {
   return Array.from({ length: 256 }, (_, code) => mixed(code));
 }
 
-/** Draw rows × columns; at(row, column) is the byte of a cell, or undefined for none. */
-export function drawCells(canvas, rows, columns, at) {
+/** Draw rows × columns; codeAt(row, column) is the byte of a cell, or undefined for none. */
+export function drawCells(canvas, rows, columns, codeAt) {
   canvas.width = Math.max(columns, 1);
   canvas.height = Math.max(rows, 1);
   const context = canvas.getContext("2d"), colours = palette();
   const image = context.createImageData(canvas.width, canvas.height);
   for (let row = 0; row < rows; row += 1) {
     for (let column = 0; column < columns; column += 1) {
-      const code = at(row, column);
+      const code = codeAt(row, column);
       if (code !== undefined) image.data.set([...colours[code], 255], (row * columns + column) * 4);
     }
   }
@@ -52,24 +53,25 @@ export function legend() {
 }
 
 export class HeatMap {
-  /** told(row, column): the text for a cell. onPick(row, column): a cell was clicked. */
-  constructor({ title, note, told, onPick }) {
-    Object.assign(this, { title, note, told, onPick });
+  /** textOf(row, column): the text for a cell. onPick(row, column): a cell was clicked. */
+  constructor({ title, note, textOf, onPick }) {
+    Object.assign(this, { title, note, textOf, onPick });
     this.canvas = el("canvas", { class: "map", role: "img", "aria-label": title });
     this.axis = el("div", { class: "axis", "aria-hidden": "true" });
     this.caption = el("figcaption", { text: note });
     this.figure = el("figure", { class: "wide", "data-chart": title }, el("header", {}, el("h3", { text: title })), this.canvas, this.axis, this.caption);
-    this.canvas.addEventListener("pointermove", (event) => setText(this.caption, this.told(...this.cell(event))));
+    this.canvas.addEventListener("pointermove", (event) => setText(this.caption, this.textOf(...this.cell(event))));
     this.canvas.addEventListener("pointerleave", () => setText(this.caption, this.note));
     this.canvas.addEventListener("click", (event) => this.onPick?.(...this.cell(event)));
   }
 
-  draw(rows, columns, at, ends, description, height) {
+  /** codeAt: see drawCells. ends: the texts below the left and the right edge. description: for a screen reader. */
+  draw(rows, columns, codeAt, ends, description, height) {
     Object.assign(this, { rows, columns });
     this.canvas.style.height = `${height}px`;
     this.canvas.setAttribute("aria-label", `${this.title}. ${description}`);
     this.axis.replaceChildren(...ends.map((text) => el("span", { text })));
-    drawCells(this.canvas, rows, columns, at);
+    drawCells(this.canvas, rows, columns, codeAt);
   }
 
   cell(event) {

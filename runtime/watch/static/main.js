@@ -47,7 +47,7 @@ async function draw() {
   if (isStale) redraw();
 }
 
-/** Ask for the facts of a run, which change seldom: again only after an event, a first step or a first sample. */
+/** Ask for the facts of a run (settings, layers, ranks); again only after an event, the first step or the first sample. */
 async function learn(run, number) {
   const sign = `${run.epoch} ${run.num_events} ${run.num_samples > 0} ${run.step > 0} ${run.total_steps}`;
   if (context.facts[number]?.sign !== sign) context.facts[number] = { ...(await ask(`runs/${number}`)), sign };

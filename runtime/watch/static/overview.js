@@ -1,4 +1,4 @@
-// Is it learning, is it balanced, is it fast, is it healthy?
+// The view Overview: loss, imbalance, speed and health at a glance, the curves, the time of a step, the last events.
 
 import { askCurves } from "./api.js";
 import { smoothed } from "./chart.js";
@@ -36,6 +36,7 @@ export function make(root, context) {
       glance.replaceChildren(...glanceCards(run, other));
       more.replaceChildren(...moreCards(run, other));
       phases.replaceChildren(...bars(run.mean));
+      grid.add(chartsOf(context)); // charts of the run's own metrics: `make` may run before the facts are here
       await Promise.all([grid.draw(), events.draw(context)]);
     },
     leave: grid.leave,
@@ -49,10 +50,10 @@ export function smoothingChoice(context) {
   return el("label", {}, "Smoothing ", select);
 }
 
-/** The charts of a run, for a grid. */
+/** The charts of a run, for a grid; at the end one for each metric that the user added (docs/how-to-add.md). */
 export function chartsOf(context) {
   const smooth = (curve) => ({ ...curve, mean: smoothed(curve.mean, context.smoothing) });
-  return [
+  const charts = [
     { title: "Loss", names: ["loss", "val_loss"], note: "nats per token; the band is from the least to the greatest step", smooth,
       lines: [{ label: "training", colour: "blue", band: true }, { label: "held out", colour: "orange", points: true }] },
     { title: "Held-out bits per byte", names: ["val_bits_per_byte"], lines: [{ label: "bits per byte", colour: "orange", points: true }] },
@@ -64,6 +65,9 @@ export function chartsOf(context) {
     { title: "Time of a step", names: ["step_s"], show: milliseconds, smooth, lines: [{ label: "step", colour: "green", band: true }] },
     { title: "MFU", names: ["mfu"], show: percent, smooth, lines: [{ label: "MFU", colour: "green", band: true }] },
   ];
+  const drawn = charts.flatMap(({ names }) => names), own = context.facts[context.run]?.own_metrics ?? [];
+  const plain = (name) => ({ title: name, names: [name], lines: [{ label: name, colour: "blue", band: true }] });
+  return [...charts, ...own.filter((name) => !drawn.includes(name)).map(plain)];
 }
 
 /** The other runs that the figures can be held against. */
@@ -81,9 +85,9 @@ function offerOthers(label, select, context) {
 /** Means of another run over the same steps as those of this one; null without one. */
 async function figuresOf(other, number, run) {
   if (!other) return null;
-  const recent = { first: Math.max(1, run.step - RECENT + 1), last: run.step }, held = run.last_eval.step ?? 0;
+  const recent = { first: Math.max(1, run.step - RECENT + 1), last: run.step }, evalStep = run.last_eval.step ?? 0;
   const [means, evaluation] = await Promise.all([askCurves(number, COMPARED, recent, 1),
-    askCurves(number, ["val_bits_per_byte"], { first: held, last: held }, 1)]);
+    askCurves(number, ["val_bits_per_byte"], { first: evalStep, last: evalStep }, 1)]);
   const values = Object.entries({ ...means.curves, ...evaluation.curves }).map(([name, curve]) => [name, curve.mean[0]]);
   return { name: other.name, ...Object.fromEntries(values) };
 }
@@ -104,7 +108,7 @@ function glanceCards(run, other) {
   const isBetter = last.step > first.step ? last.val_bits_per_byte < first.val_bits_per_byte : null;
   const held = last.step > first.step ? `at step ${last.step}; ${digits(first.val_bits_per_byte)} at step ${first.step}` : `at step ${last.step}`;
   const trouble = run.num_failures ? `${counted(run.num_failures, "failure")}, ${counted(run.num_recoveries, "recovery", "recoveries")}` : "no failure so far";
-  const healthy = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
+  const verdict = { failed: "bad", gone: "bad", recovering: "warn" }[run.state] ?? (run.num_failures > run.num_recoveries ? "warn" : "good");
   return [
     card("Loss", digits(mean.loss), joined(last.val_bits_per_byte === undefined ? `${digits(latest.loss)} now` :
       `held out: ${digits(last.val_bits_per_byte)} bits/byte ${held}`, versus(other, "loss", mean.loss, digits),
@@ -115,7 +119,7 @@ function glanceCards(run, other) {
     versus(other, "max_vio_batch", mean.max_vio_batch, digits))),
     card("Tokens per second", short(mean.tokens_per_s), joined(`${milliseconds(mean.step_s)} a step`,
       mean.mfu === undefined ? "" : `MFU ${percent(mean.mfu)}`, versus(other, "tokens_per_s", mean.tokens_per_s, short))),
-    card("Health", run.state, trouble, healthy),
+    card("Health", run.state, trouble, verdict),
   ];
 }
 

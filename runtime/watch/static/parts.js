@@ -1,4 +1,4 @@
-// What several views have in common.
+// Parts of several views: grids of charts, tables of events.
 
 import { ask, askCurves } from "./api.js";
 import { Chart } from "./chart.js";
@@ -10,21 +10,36 @@ export const NUM_SPANS = 400;
 /** For a chart: a window that is drawn on it becomes that of all charts. */
 export const zoom = (context) => ({ onWindow: (first, last) => context.window.set([first, last]), onWhole: () => context.window.set(null) });
 
-/** A grid of charts whose curves come with one request. charts: [{ ...options of Chart, names }]. */
+/**
+ * A grid of charts whose curves come with one request. charts: [{ ...options of Chart, names, smooth }]; names: the
+ * curve of each line. smooth(curve): the curve as it is drawn, for lines without points; left out, as it was recorded.
+ */
 export function chartGrid(root, context, charts) {
-  const made = charts.map((each) => ({ names: each.names, smooth: each.smooth, chart: new Chart({ ...each, ...zoom(context) }) }));
-  root.append(el("div", { class: "charts" }, ...made.map(({ chart }) => chart.figure)));
-  const names = [...new Set(made.flatMap((each) => each.names))];
+  const made = new Map(), box = el("div", { class: "charts" }); // made: the charts by the names of their curves
+  root.append(box);
+
+  /** Add those of these charts that the grid does not have yet. */
+  function add(more) {
+    for (const { names, smooth, ...options } of more.filter((each) => !made.has(each.names.join()))) {
+      const chart = new Chart({ ...options, ...zoom(context) });
+      made.set(names.join(), { names, smooth, chart });
+      box.append(chart.figure);
+    }
+  }
+
+  add(charts);
   return {
+    add,
     async draw() {
-      const found = await askCurves(context.run, names, context.window.parameters, NUM_SPANS);
-      for (const { names: own, chart, smooth } of made) {
-        const curves = own.map((name) => found.curves[name]);
+      const all = [...new Set([...made.values()].flatMap(({ names }) => names))];
+      const found = await askCurves(context.run, all, context.window.parameters, NUM_SPANS);
+      for (const { names, chart, smooth } of made.values()) {
+        const curves = names.map((name) => found.curves[name]);
         chart.figure.hidden = curves.every((curve) => curve.mean.every((value) => value === null));
         if (!chart.figure.hidden) chart.draw(found.first, found.last, curves.map((curve, n) => (smooth && !chart.lines[n].points ? smooth(curve) : curve)));
       }
     },
-    leave() { made.forEach(({ chart }) => chart.leave()); },
+    leave() { [...made.values()].forEach(({ chart }) => chart.leave()); },
   };
 }
 

@@ -1,4 +1,4 @@
-// What goes in, and what comes out: the text that a run reads, and its samples by the experts that took each token.
+// The view Text: the text that a run reads, and its samples, each token in the colour of its expert.
 
 import { ask } from "./api.js";
 import { card, el, setText, table } from "./dom.js";

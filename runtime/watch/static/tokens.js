@@ -44,19 +44,19 @@ function followPointer(text, tokens, tell) {
 
 /** One stop of the Tab key for a text; within it the arrow keys, Home and End. */
 function followKeys(text, tokens, tell) {
-  let at = 0;
-  const go = (to) => {
-    at = Math.min(Math.max(to, 0), tokens.length - 1);
-    tokens.forEach((each, n) => { each.tabIndex = n === at ? 0 : -1; each.setAttribute("aria-selected", String(n === at)); });
+  let chosen = 0;
+  const choose = (index) => {
+    chosen = Math.min(Math.max(index, 0), tokens.length - 1);
+    tokens.forEach((each, n) => { each.tabIndex = n === chosen ? 0 : -1; each.setAttribute("aria-selected", String(n === chosen)); });
   };
   text.addEventListener("keydown", (event) => {
-    const to = { ArrowRight: at + 1, ArrowDown: at + 10, ArrowLeft: at - 1, ArrowUp: at - 10, Home: 0, End: tokens.length - 1 }[event.key];
-    if (to === undefined) return;
+    const index = { ArrowRight: chosen + 1, ArrowDown: chosen + 10, ArrowLeft: chosen - 1, ArrowUp: chosen - 10, Home: 0, End: tokens.length - 1 }[event.key];
+    if (index === undefined) return;
     event.preventDefault();
-    go(to);
-    tokens[at].focus();
+    choose(index);
+    tokens[chosen].focus();
   });
-  text.addEventListener("focusin", (event) => { const to = tokens.indexOf(event.target); if (to >= 0) { go(to); tell(to); } });
+  text.addEventListener("focusin", (event) => { const index = tokens.indexOf(event.target); if (index >= 0) { choose(index); tell(index); } });
   if (tokens.length) tokens[0].tabIndex = 0;
 }
 

@@ -6,14 +6,15 @@ import { count } from "./format.js";
 export class StepWindow {
   /** lastStep(): returns the run's last step. changed(): called when the charts must be drawn again. */
   constructor(root, { lastStep, changed }) {
+    // part: [first, last] if a fixed part is shown; newest: how many last steps are shown and followed, or 0.
     Object.assign(this, { lastStep, changed, part: null, newest: 0 });
     this.range = el("span", { class: "range" });
     const button = (text, label, act) => el("button", { type: "button", "aria-label": label, title: label, onclick: act, text });
     this.whole = button("All", "Show all steps", () => this.set(null));
-    this.ends = [1000, 100].map((steps) => [steps, button(`Last ${count(steps)}`, `Show the last ${steps} steps`, () => this.follow(steps))]);
+    this.lastButtons = [1000, 100].map((steps) => [steps, button(`Last ${count(steps)}`, `Show the last ${steps} steps`, () => this.follow(steps))]);
     this.moves = [button("−", "Zoom out", () => this.zoom(2)), button("+", "Zoom in", () => this.zoom(0.5)),
       button("←", "Earlier steps", () => this.move(-0.5)), button("→", "Later steps", () => this.move(0.5))];
-    root.append(this.whole, ...this.ends.map(([, each]) => each), ...this.moves, this.range);
+    root.append(this.whole, ...this.lastButtons.map(([, each]) => each), ...this.moves, this.range);
     this.tell();
   }
 
@@ -53,6 +54,6 @@ export class StepWindow {
     const { first = 0, last = this.lastStep() } = this.parameters;
     setText(this.range, `steps ${count(first)} to ${count(last)}`);
     this.whole.setAttribute("aria-pressed", String(!this.part && !this.newest));
-    for (const [steps, each] of this.ends) each.setAttribute("aria-pressed", String(this.newest === steps));
+    for (const [steps, each] of this.lastButtons) each.setAttribute("aria-pressed", String(this.newest === steps));
   }
 }

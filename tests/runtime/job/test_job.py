@@ -29,6 +29,7 @@ from runtime.settings.config import TrainConfig, flatten
 from runtime.settings.config_file import config_from_yaml_file, load_config, parse_train
 from runtime.settings.size import records_bytes
 from runtime.terminal.new_text import NewText
+from runtime.watch.curves import Curves
 from tests.workers.data.test_tokenizer import write_tokenizer
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt, list_checkpoints
 from workers.checkpoints.tensor_reader import TensorReader
@@ -134,6 +135,7 @@ def test_every_documented_field_is_in_every_line(run_dir):
     for line in (train[0], train[-1], evals[0]):
         missing = [name for name in line if f"`{name}`" not in text]
         assert missing == [], "documented in docs/run-directory.md"
+    assert Curves.in_lines(train + evals).own_metrics == ()
     required = """step loss lr grad_norm step_s tokens_per_s max_vio_batch max_vio_floor tokens_routed tokens_received
         tokens_returned control_wait_s bias_version bias_checksum"""
     assert set(required.split()) <= train[0].keys()

@@ -9,7 +9,7 @@ import pytest
 from runtime.report import held
 from runtime.report.held import held_json
 from runtime.report.run_record import RunRecord
-from tests.synthetic_run import SyntheticRun, make_run
+from tests.synthetic_run import SyntheticRun, add_metric, make_run
 from workers.record.run_log import read_load_history, read_metrics
 
 
@@ -19,7 +19,9 @@ def held_of(run: Path) -> dict:
 
 def test_a_short_run_is_held_step_by_step(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SyntheticRun(steps=60, skipped_steps=(4,)))
-    found, (train, evals) = held_of(run)["curves"], read_metrics(run)
+    add_metric(run, "of_the_user", 2.5)
+    all_held, (train, evals) = held_of(run), read_metrics(run)
+    found = all_held["curves"]
     assert found["first"] == found["last"] == list(range(61))  # step 0 was evaluated
     for name in ("loss", "grad_norm", "max_vio_floor"):
         values = [None, *(line[name] for line in train)]
@@ -29,6 +31,8 @@ def test_a_short_run_is_held_step_by_step(tmp_path: Path) -> None:
     assert found["curves"]["max_vio_batch_per_layer.2"]["mean"][7] == pytest.approx(
         train[6]["max_vio_batch_per_layer"][2], rel=1e-6
     )
+    assert all_held["facts"]["own_metrics"] == ["of_the_user"]
+    assert found["curves"]["of_the_user"]["mean"] == [None] + [2.5] * 60
     assert found["curves"]["val_loss"]["mean"][20] == pytest.approx(evals[1]["val_loss"])
 
 

@@ -300,7 +300,9 @@ def test_a_full_disk_costs_the_report_and_says_how_to_get_it(tmp_path: Path) -> 
         ("config.yaml", lambda _: "run: [1,\n"),
         ("events.jsonl", lambda text: text + '{"event": "started"}\n'),
         ("events.jsonl", lambda text: text + '{"event": "started", "time": 1e300}\n'),
+        ("events.jsonl", lambda text: text + '{"event": "recovered", "time": 1, "step": 3}\n'),
         ("metrics.jsonl", lambda text: text + '{"step": 61}\n'),
+        ("metrics.jsonl", lambda text: re.sub(r'"loss": [\d.]+', '"loss": true', text)),
         ("metrics.jsonl", lambda text: re.sub(r'"tokens_routed": \d+', '"tokens_routed": 1e30', text)),
     ],
 )
@@ -316,6 +318,7 @@ def test_a_layer_is_called_as_the_run_calls_it_and_a_planted_link_is_not_followe
     run = make_run(tmp_path / "run", SyntheticRun(steps=3))
     layout = run / "load/layout.json"
     layout.write_text(layout.read_text().replace("layers.1.moe", r"$\\frac{1$"))
+    append_event(run, "started", rank_map=[{"rank": 0}])  # an event that no run of ours writes
     victim = tmp_path / "victim"
     victim.write_text("mine")
     for name in ("report.tmp", "report.html"):
@@ -323,6 +326,7 @@ def test_a_layer_is_called_as_the_run_calls_it_and_a_planted_link_is_not_followe
     page = write_report(run)
     assert victim.read_text() == "mine" and not page.is_symlink()
     assert Page(page).held["facts"]["layers"][0] == r"$\frac{1$"
+    assert "rank_map&quot;: [{&quot;rank&quot;: 0}]" in page.read_text()
 
 
 def test_missing_steps_stand_beside_the_lost_tokens(tmp_path: Path) -> None:

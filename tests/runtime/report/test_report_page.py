@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 from runtime.report.report import write_report
 from tests.runtime.watch.browser import NEEDS_CHROMIUM, browser, drag_over_second_quarter, opened
 from tests.runtime.watch.test_browser import HOSTILE, label_of, serious_faults
-from tests.synthetic_run import SyntheticRun, make_run
+from tests.synthetic_run import SyntheticRun, add_metric, make_run
 from workers.record.run_log import append_event, read_load_history, read_metrics
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
@@ -29,6 +29,7 @@ def chromium() -> Iterator[Browser]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "plays", SyntheticRun(steps=200, total_steps=200))
     append_event(run, "failed", reason="a rank was lost", diagnosis="a stack\n" * 50)
+    add_metric(run, "of_the_user", 2.5)
     return write_report(run)
 
 
@@ -51,6 +52,7 @@ def test_a_report_has_no_serious_fault_and_no_complaint(
         assert serious_faults(watched) == []
         assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
         assert watched.page.locator("figure .uplot").count() >= 15
+        assert "of_the_user: 2.50 at the end" in label_of(watched.page, "of_the_user")
         assert watched.complaints == []
 
 

@@ -188,6 +188,8 @@ def test_options_override_the_file_and_short_forms_work() -> None:
         (["--step", "3"], "--step (3) chooses a checkpoint of --resume RUN or --init RUN, which is missing"),
         (["--resume", "x", "--config", "tiny"], "--config cannot be given with it"),
         (["--resume", "no-such-run"], "there is no run 'no-such-run'"),
+        (["--resume", "no-such-run", "--run.dir"], "there is no run 'no-such-run'"),
+        (["--steps", "m" * 1000], f"run.steps is '{'m' * 59}; it must be a whole number"),
     ],
 )
 def test_wrong_option_is_refused_with_way_out(arguments: list[str], message: str) -> None:
@@ -561,6 +563,9 @@ def test_every_command_looks_for_a_name_in_the_folder_that_the_environment_names
     assert find_run("mine") == tmp_path / "shared" / "mine"
     assert parse_train(["--resume", "mine"]).resume == tmp_path / "shared" / "mine"
     assert parse_train(["--resume", "mine", "--run.dir", "elsewhere"]).resume == Path("elsewhere/mine")
+    (tmp_path / "elsewhere" / "mine").rename(tmp_path / "elsewhere" / "theirs")
+    with pytest.raises(SystemExit):
+        parse_train(["--resume", "theirs", "--run.dir", "elsewhere", "--help"])
     assert parse_train(["--name", "new"]).config.run.dir == str(tmp_path / "shared")
     assert parse_train(["--run.dir", "here"]).config.run.dir == "here"
     # What import makes is found by the same name, and a path stays a path.

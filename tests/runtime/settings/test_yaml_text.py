@@ -22,6 +22,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]\n", r"line 1: \*a refers to another part"),
         ("run: {steps: 3, steps: 5}\n", "line 1: steps stands here and in line 1; leave one out"),
         ("run:\n  steps: 3\n  seed: 1\n  steps: 5\n", "line 4: steps stands here and in line 2"),
+        ("a: &" + "x" * 900 + " [*" + "x" * 900 + "]\n", r"line 1: \*x{60} refers to another part"),
+        ("x" * 900 + ": 1\n" + "x" * 900 + ": 2\n", "line 2: x{60} stands here"),
         ("a: 1\nb: !!int ''\n", "line 2: the tag .*int asks for a type"),
         ("[" * 60000, "line 1: more than 32 values are nested"),
         ("a: " + "1:" * 20000 + "1", "has 40001 digits, and at most 100 are read"),
@@ -46,6 +48,7 @@ def test_a_hostile_document_is_refused_soon_with_its_line(text: str, message: st
         ("data: {{mix: ['{bomb}']}}", "data.mix is '{{a0: "),
         ("balance: {{options: '{bomb}'}}", "balance.options is"),
         ("run: {{name: '{deep}'}}", "nested too deep"),
+        ("x" * 900 + ": 1", "unknown setting x{60}; see"),
     ],
 )
 def test_a_text_that_would_be_read_as_yaml_again_is_not(text: str, message: str) -> None:

@@ -27,7 +27,7 @@ from tests.runtime.watch.browser import (
     served,
 )
 from tests.runtime.watch.text_run import LAYERS, add_text, make_text_run, sample
-from tests.synthetic_run import SyntheticRun, make_run
+from tests.synthetic_run import SyntheticRun, add_metric, make_run
 from workers.record.run_log import append_event, read_events, read_metrics
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
@@ -36,6 +36,7 @@ HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 SAMPLES = ('--run.sample_prompts=["12 green", "x, y"]', "--run.sample_tokens=8")
 WAIT_S = 120.0
 START_S = 240.0  # of a run, on a machine that does other things too
+OWN_METRIC = "a_metric_that_the_user_added_with_the_longest_name_that_is_drawn"[:63]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,7 @@ def test_the_page_shows_a_run_begin_lose_a_worker_come_back_and_end(chromium: Br
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     made = add_text(make_run(folder / "runs" / "one", SyntheticRun(steps=200, total_steps=200)))
+    add_metric(made, OWN_METRIC, 2.5)
     make_text_run(folder / "runs" / "texts")
     append_event(made, "failed", reason="a rank was lost", diagnosis="a stack\n" * 50)
     make_run(folder / "runs" / "two", SyntheticRun(steps=90, total_steps=200, law="none", seed=1))
@@ -157,6 +159,11 @@ def test_a_window_is_chosen_by_the_pointer_and_by_the_keyboard(chromium: Browser
         page.focus("text=Last 100")
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 101 to 200'")
+        # A chart for the metric that the user has added, after those that every run has.
+        wait_for(page, lambda: label_of(page, OWN_METRIC).startswith(f"{OWN_METRIC}, steps 101 to 200. "))
+        assert f"{OWN_METRIC}: 2.50 at the end" in label_of(page, OWN_METRIC)
+        titles = page.locator("figure[data-chart] h3").all_inner_texts()
+        assert (titles[0], titles[-2:], len(titles)) == ("Loss", ["MFU", OWN_METRIC], 9)
         page.focus('button[aria-label="Show all steps"]')
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#window .range').textContent === 'steps 0 to 200'")
@@ -179,6 +186,7 @@ def test_the_figures_of_a_run_stand_beside_those_of_another_at_the_same_steps(ch
         assert found and float(found[1]) == pytest.approx(mean[1], rel=0.01)
         assert float(found[2]) == pytest.approx(float(percent), abs=0.6)
         assert "one: " in page.inner_text('section[aria-label="Figures"]')
+        assert page.locator("figure[data-chart]").count() == 8  # no metric of the user's own
         assert serious_faults(watched) == [] and watched.complaints == []
 
 

@@ -118,6 +118,7 @@ def test_damaged_and_hostile_lines_are_passed_over(tmp_path: Path) -> None:
         {**good, "step": 2, "loss": "<script>"},
         {**good, "step": 3, "loss": 1e308, "lr": True, "max_vio_batch_per_layer": "abc"},
         {**good, "step": 4, "loss": 10**400, "max_vio_batch_per_layer": [None, "x", 1.5] * 1000},
+        {**good, "step": 2, "loss": None, "a,b": 1.0, "max_vio_batch_per_layer.x": 1.0, "x" * 64: 1.0},
         {**good, "step": 5, **{f"own_{number}": 1.0 for number in range(1000)}},
     ]
     bad = [b"{", b"[]", b"[" * 10_000, b"\xff\xfe", b'{"kind": "train", "step": -1, "time": 1}', b"null",
@@ -128,6 +129,7 @@ def test_damaged_and_hostile_lines_are_passed_over(tmp_path: Path) -> None:
     spans = reader.spans(["loss", "lr"], 0, 100, 100)
     assert spans.first.tolist() == [1, 5]
     assert reader.last_step == 5
+    assert reader.own_metrics == tuple(f"own_{number}" for number in range(32))
     assert len(reader.names) < 700
 
 

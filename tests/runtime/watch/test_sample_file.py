@@ -24,7 +24,7 @@ def polled(path: Path) -> SampleFile:
 def test_the_samples_of_a_step_come_with_the_experts_of_a_layer(path: Path) -> None:
     samples = polled(path)
     assert samples.num == 8
-    found = samples.at(20, 2)
+    found = samples.at_step(20, 2)
     assert found is not None
     assert (found["steps"], found["step"], found["layers"]) == ([0, 20, 40, 60], 20, list(LAYERS))
     for number, shown in enumerate(found["samples"]):
@@ -36,7 +36,7 @@ def test_the_samples_of_a_step_come_with_the_experts_of_a_layer(path: Path) -> N
 def test_without_a_step_or_with_one_of_none_the_last_one_is_shown(path: Path) -> None:
     samples = polled(path)
     for step in (None, 21):
-        found = samples.at(step, 0)
+        found = samples.at_step(step, 0)
         assert found is not None and found["step"] == 60
 
 
@@ -48,7 +48,7 @@ def test_samples_of_later_steps_are_read_as_they_come(path: Path) -> None:
         assert not samples.poll()  # not whole yet
         file.write("\n")
     assert samples.poll()
-    found = samples.at(None, 0)
+    found = samples.at_step(None, 0)
     assert found is not None and (found["step"], len(found["samples"])) == (80, 1)
     path.write_text(json.dumps(sample(0, 0)) + "\n")  # the run has resumed from an earlier step
     with pytest.raises(Rewritten):
@@ -57,7 +57,7 @@ def test_samples_of_later_steps_are_read_as_they_come(path: Path) -> None:
 
 def test_a_run_without_samples_has_none(tmp_path: Path) -> None:
     samples = polled(tmp_path / "samples.jsonl")
-    assert (samples.num, samples.at(None, 0)) == (0, None)
+    assert (samples.num, samples.at_step(None, 0)) == (0, None)
 
 
 HOSTILE = [
@@ -74,7 +74,7 @@ HOSTILE = [
 def test_hostile_samples_are_cut_to_what_a_page_can_show(tmp_path: Path, odd: dict) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"step": 1, "sample": 0, **odd}) + "\n")
-    found = polled(path).at(None, 0)
+    found = polled(path).at_step(None, 0)
     assert found is not None
     [shown] = found["samples"]
     assert len(json.dumps(found, allow_nan=False)) < 1e6
@@ -92,6 +92,6 @@ def test_lines_that_are_no_samples_are_passed_over_and_a_long_file_is_kept_in_pa
     bad = ["nonsense", "[" * 9999, "[]", '{"step": -1, "sample": 0}', '{"step": 1e9, "sample": 0}', '{"sample": 1}', ""]
     good = [json.dumps({"step": step, "sample": number}) for step in range(6) for number in range(4)]
     (tmp_path / "samples.jsonl").write_text("\n".join([*bad, *good]) + "\n")
-    found = polled(tmp_path / "samples.jsonl").at(None, 0)
+    found = polled(tmp_path / "samples.jsonl").at_step(None, 0)
     assert found is not None
     assert (found["steps"], len(found["samples"])) == ([3, 4, 5], 2)

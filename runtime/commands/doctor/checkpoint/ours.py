@@ -92,7 +92,7 @@ def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, 
             config = config_from_yaml_file(run_file)
         except InvalidValue as error:
             return None, None, [Damage(file=CONFIG_FILE, problem=str(error))]
-        law = None if config.freezes_router else config.balance.of_law  # no law moves the bias of a frozen router
+        law = None if config.freezes_router else config.balance.law_config  # no law moves the bias of a frozen router
         return config, law, _other_model(config.model, told or {})
     if told is None:
         problem = "does not tell the model, nor does a run"

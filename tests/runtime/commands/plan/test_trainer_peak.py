@@ -13,7 +13,7 @@ from runtime.commands.plan.activations import MicroBatch, peak_bytes, saved_byte
 from runtime.commands.plan.stages import MESSAGES, PlanStage, stages_of
 from runtime.settings.config import TrainConfig
 from runtime.settings.size import count_parameters
-from runtime.settings.states import GATHERED, of_stage, state_bytes
+from runtime.settings.states import GATHERED, stage_config, state_bytes
 from tests.ranks import run_ranks
 from tests.workers.training_gang import join_worker, make_spec
 from workers.distributed.parallel import ParallelConfig, Shard
@@ -148,7 +148,7 @@ def stage_peak(stage: PlanStage, num_sequences: int) -> float:
     batch = micro_batch(alone.model, num_sequences)
     by_stage = []
     for layers in stage.layers:
-        model = of_stage(stage.config, (layers,)).model
+        model = stage_config(stage.config, (layers,)).model
         by_stage.append(saved_bytes(model, batch, count_parameters(stage.config.model, layers=(layers,)).cast))
     saved = stage.saved(by_stage) | {MESSAGES: stage.input_gradient_bytes}
     states = state_bytes(alone, counts, counts)
