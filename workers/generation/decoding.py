@@ -117,7 +117,7 @@ class DecodingBatch:
                 rows.append(row)
         if len(rows) < len(self.running):
             self.running = [self.running[row] for row in rows]
-            self._cache.keep(rows)
+            self._cache.keep_rows(rows)
 
     def _start_over(self) -> None:
         """Cut the sequences that are too long for the model, and empty the cache, so that all are read again.
