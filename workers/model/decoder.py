@@ -53,10 +53,10 @@ class Block(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """Map x (B, S, hidden) to the same shape. Arguments as of `GroupedQueryAttention` and `MoELayer.forward`."""
-        attend = _checkpointed(self._attend) if self.recompute == "attention" else self._attend
-        x = x + attend(x, rotary, attn_mask, cache)
-        feed = _checkpointed(self._feed_forward) if self.recompute == "experts" and self.has_moe else self._feed_forward
-        return x + feed(x, token_mask, routing)
+        x = x + _checkpointed(self._attend, self.recompute == "attention")(x, rotary, attn_mask, cache)
+        feed_forward = _checkpointed(self._feed_forward, self.recompute == "experts" and self.has_moe)
+        y: Tensor = x + feed_forward(x, token_mask, routing)
+        return y
 
     def _attend(
         self, x: Tensor, rotary: Tensor | None, attn_mask: AttentionMask, cache: KeyValueCache | None
@@ -70,11 +70,11 @@ class Block(nn.Module):
         return self.post_ffn_norm(y) if self.post_norms else y
 
 
-def _checkpointed(part: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function under activation checkpointing: only its inputs are kept for backward."""
+def _checkpointed(part: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+    """The same function, if enabled under activation checkpointing: only its inputs are kept for backward."""
     # A function and not a wrapper module, which would change parameter names (torchtitan #3861). No layer draws random
     # numbers, so the state of the generator need not be kept.
-    return partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False) if enabled else part
 
 
 class NextTokenBlock(nn.Module):
@@ -198,19 +198,16 @@ class Decoder(nn.Module):
         """
         x = self._embed(token_ids)
         rotary, attn_mask = self._rotary_and_mask(x, token_mask, positions, cache, document_starts, context)
-        window_mask = self._window_mask(x, attn_mask, positions, cache) if self.config.sliding_window else None
-        num_dense, num_blocks = self.config.num_dense_layers, self.config.num_layers + (next_ids is not None)
-        block_routings = by_block(routings, num_dense, num_blocks - num_dense)
-        layers, masks = range(self.config.num_layers), (attn_mask, window_mask)
-        normed = self._run_blocks(layers, x, rotary, token_mask, masks, cache, block_routings)
+        layers, num_dense = range(self.config.num_layers), self.config.num_dense_layers
+        block_routings = by_block(routings, num_dense, len(layers) + (next_ids is not None) - num_dense)
+        normed = self._run_blocks(layers, x, rotary, attn_mask, token_mask, positions, cache, block_routings)
         predicted = self._predict(normed if logits_at is None else _select_positions(normed, logits_at), targets)
         if next_ids is None:
             return predicted
         # Attention of the MTP layer is causal over whole rows, as the settings refuse it with packed documents. With
         # `context` it still needs `attn_mask`, by which keys and values are gathered from the ranks that share rows.
         mtp_mask = attn_mask if context is not None else None
-        mtp, next_embedded = self._maybe_checkpointed(self.mtp), self.token_embedding(next_ids)
-        mtp_normed = mtp(normed, next_embedded, rotary, mtp_mask, block_routings[-1])
+        mtp_normed = self._run_mtp(normed, next_ids, rotary, mtp_mask, block_routings[-1])
         if targets is not None and further_targets is None:
             further_targets = after_next(targets)
         return predicted, self._predict(mtp_normed, further_targets)
@@ -229,9 +226,7 @@ class Decoder(nn.Module):
         """
         x = self._embed(x) if layers.start == 0 else x
         rotary, attn_mask = self._rotary_and_mask(x, None, None, None, document_starts, None)
-        window_mask = self._window_mask(x, attn_mask, None, None) if self.config.sliding_window else None
-        routings = [None] * self.config.num_layers
-        return self._run_blocks(layers, x, rotary, None, (attn_mask, window_mask), None, routings)
+        return self._run_blocks(layers, x, rotary, attn_mask, None, None, None, [None] * self.config.num_layers)
 
     def loss(self, normed: Tensor, targets: Tensor) -> TokenLoss:
         """The loss of targets (B, S), from the normalised output of the last layer."""
@@ -242,8 +237,7 @@ class Decoder(nn.Module):
 
         Collective, as `forward`.
         """
-        rotary = self._rotary_table(normed, normed.shape[1])
-        mtp_normed = self._maybe_checkpointed(self.mtp)(normed, self.token_embedding(next_ids), rotary, None, None)
+        mtp_normed = self._run_mtp(normed, next_ids, self._rotary_table(normed, normed.shape[1]), None, None)
         return self.loss(mtp_normed, after_next(next_ids))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
@@ -255,22 +249,27 @@ class Decoder(nn.Module):
         layers: range,
         x: Tensor,
         rotary: Tensor,
+        attn_mask: AttentionMask,
         token_mask: Tensor | None,
-        masks: tuple[AttentionMask, AttentionMask],
+        positions: Tensor | None,
         cache: KeyValueCache | None,
         routings: Sequence[Routing | None],
     ) -> Tensor:
-        """Run layers, and the last norm after the last one. masks: of blocks without and with a window."""
+        """Run layers, and the last norm after the last one. attn_mask: of blocks without a window."""
+        window_mask = self._window_mask(x, attn_mask, positions, cache) if self.config.sliding_window else None
         rotates_all = self.config.rotate_full_attention or not self.config.sliding_window
         for index in layers:
-            block = self._maybe_checkpointed(self.layers.get_submodule(str(index)))
+            block = _checkpointed(self.layers.get_submodule(str(index)), self.config.recompute == "full")
             has_window = self.config.has_window(index)
-            block_rotary = rotary if has_window or rotates_all else None
-            x = block(x, block_rotary, token_mask, masks[has_window], cache, routings[index])
+            block_rotary, mask = rotary if has_window or rotates_all else None, window_mask if has_window else attn_mask
+            x = block(x, block_rotary, token_mask, mask, cache, routings[index])
         return self.norm(x) if layers.stop == self.config.num_layers else x
 
-    def _maybe_checkpointed(self, block: nn.Module) -> Callable[..., Any]:
-        return _checkpointed(block) if self.config.recompute == "full" else block
+    def _run_mtp(self, normed: Tensor, next_ids: Tensor, *arguments: Any) -> Tensor:
+        """The MTP layer's output. arguments: further ones of `NextTokenBlock.forward`."""
+        mtp = _checkpointed(self.mtp, self.config.recompute == "full")
+        y: Tensor = mtp(normed, self.token_embedding(next_ids), *arguments)
+        return y
 
     def _rotary_and_mask(
         self,
