@@ -12,8 +12,9 @@ from workers.model.lora import LoraConfig
 
 Recompute = Literal["none", "attention", "experts", "full"]
 # Settings that latent attention does not have.
-GROUPED_QUERY_ONLY = tuple(
-    ["qkv_bias", "out_bias", "attention_sinks", "attention_gate", "query_key_norm", "clip_qkv", "partial_rotary_factor"]
+GROUPED_QUERY_ONLY = (
+    *("qkv_bias", "out_bias", "attention_sinks", "attention_gate", "query_key_norm", "clip_qkv"),
+    "partial_rotary_factor",
 )
 
 
