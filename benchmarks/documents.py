@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.paired import Step, compare_steps
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from workers.model.attention import Documents, visible, within_window
-from workers.model.attention.attend import Seen, attend
+from workers.model.attention import Documents, causal_mask, limit_to_window
+from workers.model.attention.attend import AttentionMask, attend
 from workers.model.decoder import Decoder
 from workers.model.init import init_weights
 from workers.model.model_config import ModelConfig
@@ -50,10 +50,10 @@ def _attention(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     sinks = torch.zeros(HEADS, requires_grad=True) if has_sinks else None
 
-    def step(seen: Seen) -> None:
-        attend(*leaves, seen, sinks=sinks).sum().backward()
+    def step(attn_mask: AttentionMask) -> None:
+        attend(*leaves, attn_mask, sinks=sinks).sum().backward()
 
-    return lambda: step(_mask(starts, window)), lambda: step(Documents.of(starts).within(window))
+    return lambda: step(_mask(starts, window)), lambda: step(Documents.from_starts(starts).with_window(window))
 
 
 def _model(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
@@ -79,7 +79,7 @@ def _model(starts: Tensor, window: int, has_sinks: bool) -> tuple[Step, Step]:
 
     def by_mask() -> None:
         # The decoder makes `Documents` for its attention itself; here it gets a mask of the whole row in their place.
-        with patch.object(Documents, "of", lambda starts, _context: _mask(starts, 0)):
+        with patch.object(Documents, "from_starts", lambda starts, _context: _mask(starts, 0)):
             by_documents()
 
     return by_mask, by_documents
@@ -94,8 +94,8 @@ def _drawn_starts(seq_len: int, number: int) -> Tensor:
 
 def _mask(starts: Tensor, window: int) -> Tensor:
     places = torch.arange(starts.shape[1]).unsqueeze(0)
-    seen = visible(places, places, torch.ones_like(starts, dtype=torch.bool)) & (places >= starts.unsqueeze(2))
-    return within_window(seen, places, places, window) if window else seen
+    seen = causal_mask(places, places, torch.ones_like(starts, dtype=torch.bool)) & (places >= starts.unsqueeze(2))
+    return limit_to_window(seen, places, places, window) if window else seen
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def generate(
     shown = prompts
     if before is not None:
         template = load_template(config.data.chat_template, config.data.tokenizer)
-        prompts = [template.asking([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+        prompts = [template.render_prompt([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
         shown = [""] * len(prompts)
     _warn_of_long_prompts(prompts, tokenizer, config.model.max_seq_len, console)
     # Tokens can be shown as they come in this process alone: ranks of Ray could not call `new.add` for each of them.

@@ -28,7 +28,7 @@ from pathlib import Path
 from cluster.machine.processes import PROC, process_of
 from dispatch.errors import InvalidValue
 from runtime.runs.run_dir import CONFIG_FILE
-from workers.record.run_fence import RunDirectoryLost, RunFence, lost
+from workers.record.run_fence import RunDirectoryLost, RunFence, directory_lost
 from workers.record.run_log import EVENTS
 
 PREFIX = "run.lock."
@@ -111,7 +111,7 @@ class RunLock:
         try:
             self.fence.check()
             if _newest(self.path.parent) != self.path:
-                raise lost(self.path.parent, "another process took it over")
+                raise directory_lost(self.path.parent, "another process took it over")
         except RunDirectoryLost as error:
             self._lost = error
             raise

@@ -136,11 +136,6 @@ def cross_check(config: TrainConfig) -> None:
             f"model.num_dense_layers ({config.model.num_dense_layers}) equals model.num_layers: nothing is left to "
             "balance; lower it, so that at least one layer is a mixture of experts"
         )
-    if config.model.attention == "latent" and (config.model.query_key_norm != "none" or config.model.clip_qkv):
-        raise InvalidValue(
-            f"model.query_key_norm ({config.model.query_key_norm}) and model.clip_qkv ({config.model.clip_qkv}) have "
-            "no effect on latent attention; leave them out, or set --model.attention grouped_query"
-        )
     ExpertPlacement(config.model.moe.num_experts, ep_size)  # raises where a rank would hold no expert
     _check_adapters(config)
     _check_trains(config)

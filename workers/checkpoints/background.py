@@ -15,7 +15,7 @@ POLL_S = 0.02
 
 
 class Background(Generic[T]):
-    """Runs one job at a time on a thread. All ranks must start and take a collective job at the same steps.
+    """Runs one job at a time on a thread. A collective job must be started on all ranks, and at the same step.
 
     The threads are daemons: a job that is stuck in a collective does not keep the process alive.
     """
@@ -25,10 +25,10 @@ class Background(Generic[T]):
         self._job: futures.Future[T] | None = None
 
     def start(self, job: Callable[[], T]) -> None:
-        """Begin a job. The one before must have been taken."""
+        """Start a job. `take` must have returned the result of the job before."""
         if self._job is not None:
             raise RuntimeError(f"{self._name}: the job before was not taken")
-        self._job = run_beside(self._name, job)
+        self._job = run_on_thread(self._name, job)
 
     def take(self) -> T | None:
         """Return the job's result, once; None if there is no job or it still runs. Raises what the job raised."""
@@ -40,8 +40,8 @@ class Background(Generic[T]):
     def wait_on_all(self, group: dist.ProcessGroup) -> None:
         """Wait until the jobs of all ranks have ended; `take` still returns the result. Collective over `group`, gloo.
 
-        Raises RuntimeError at once where a rank leaves `group`. That is why it does not simply wait for the job: jobs
-        that wait for each other in their own group keep its connections open, and may notice only by their time-out.
+        Raises RuntimeError as soon as a rank leaves `group`. To wait for the job alone would take longer: jobs that
+        wait for each other in a group of their own keep its connections open, and may fail only by its time-out.
         """
         while True:
             all_done = torch.tensor([int(self._job is None or self._job.done())])
@@ -52,13 +52,13 @@ class Background(Generic[T]):
                 futures.wait([self._job], POLL_S)
 
     def abandon(self, wait_s: float) -> bool:
-        """Wait a while for a running job, then drop it and whatever it raises. Returns whether it has ended."""
+        """Wait at most `wait_s` for a running job, then drop it and what it raises. Returns whether it has ended."""
         job, self._job = self._job, None
         return job is None or not futures.wait([job], wait_s).not_done
 
 
-def run_beside(name: str, job: Callable[[], T]) -> futures.Future[T]:
-    """Begin a job on a daemon thread of this name."""
+def run_on_thread(name: str, job: Callable[[], T]) -> futures.Future[T]:
+    """Start a job on a daemon thread of this name."""
     outcome: futures.Future[T] = futures.Future()
     threading.Thread(target=_run, args=(job, outcome), name=name, daemon=True).start()
     return outcome

@@ -1,8 +1,8 @@
 """Save and load the state of a gang as one checkpoint that any number of ranks can read.
 
 Tensors are stored in the format of torch.distributed.checkpoint (DCP): a tensor that several ranks hold is written
-once, by the rank with least to write so far. A checkpoint is complete or it is not there: it is written under another
-name, verified, and then renamed.
+once, by the rank that has the fewest bytes to write so far. A checkpoint is complete or it is not there: it is written
+under another name, verified, and then renamed.
 """
 
 import errno
@@ -46,11 +46,11 @@ from workers.distributed import agreement
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 
-# torch.save's frame around one tensor (1.6 KB) and its entry in the index.
+# What torch.save adds to one tensor (1.6 KB), and its entry in the index.
 _OVERHEAD_BYTES = 4096
 
 # Errors after which the same write may succeed later: when somebody has made room, or has mended the disk.
-_MAY_PASS = frozenset(
+_RETRYABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EFBIG}
 )
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskRefused, CheckpointCorrupt)}
@@ -76,9 +76,9 @@ def save(
         extra: JSON values, the same on all ranks; those of rank 0 are written.
         group: gloo group of all ranks; None for a process on its own.
         keep: complete checkpoints that stay, this one included. Later steps than `step` are left alone.
-        world_size: of the run that had this state, where it differs from that of `group`. Random generator states are
-            read again only by as many ranks.
-        make_room: called on rank 0 with the bytes that the disk lacks, before anything is written.
+        world_size: of the run that had this state, where it differs from that of `group`. `load` reads the states of
+            random generators only on as many ranks.
+        make_room: called on rank 0 before anything is written, if space is missing, with the number of missing bytes.
 
     Raises:
         DiskRefused: on all ranks, where the disk is full or fails.
@@ -89,9 +89,9 @@ def save(
     if keep < 1:
         raise ValueError(f"keep ({keep}) must be at least 1: the checkpoint that was just written stays")
     final = checkpoint_path(root, step)
-    rank, num_ranks = _place(group)
+    rank, num_ranks = _rank_and_size(group)
     # The name is random: a save of an earlier gang that failed may still run somewhere and remove its own leftovers.
-    partial = final.with_name(f".{final.name}.{_name_of_rank_0(group)}.partial")
+    partial = final.with_name(f".{final.name}.{_shared_random_name(group)}.partial")
     held = all_gather_specs(tensors, group)
     specs = _merge(held)
     if gaps := _expert_gaps(specs):
@@ -143,7 +143,7 @@ def load(
     """
     manifest, index = _open_or_offer_previous(path, group)
     saved = _specs_of_index(index)
-    same_ranks = manifest.world_size == _place(group)[1]
+    same_ranks = manifest.world_size == _rank_and_size(group)[1]
     mine = {name: t for name, t in tensors.items() if _section(name) != "random" or (same_ranks and name in saved)}
     _check_fit(path, saved, _merge(all_gather_specs(mine, group)), sections)
     _together(group, f"reading {path}", lambda: read_tensors(path, index, mine))
@@ -164,7 +164,7 @@ def _open_or_offer_previous(path: Path, group: Group) -> tuple[Manifest, Metadat
 
 def _open(path: Path, group: Group) -> tuple[Manifest, Metadata]:
     """Check all that can be checked without loading tensors. The ranks divide the hashing of the files among them."""
-    rank, world_size = _place(group)
+    rank, world_size = _rank_and_size(group)
 
     def check_share() -> Manifest:
         if not path.is_dir():
@@ -215,7 +215,7 @@ def _prepare(
 def _finish(
     partial: Path, final: Path, manifest: Manifest, specs: Mapping[str, TensorSpec], pieces: Sequence[Piece]
 ) -> None:
-    """Write index and manifest, check all against what the ranks wrote, give the folder its final name. On rank 0."""
+    """Check the files that all ranks wrote, write index and manifest, and rename the folder. On rank 0 alone."""
     unseen = [name for name, (size, _) in manifest.files.items() if _size(partial / name) != size]
     if unseen:
         raise CheckpointError(
@@ -224,7 +224,7 @@ def _finish(
         )
     write_index(partial, specs, pieces)
     manifest = replace(manifest, files={**manifest.files, INDEX: digest(partial / INDEX)})
-    written = _specs_of_index(read_index(partial, manifest.files, own=True))
+    written = _specs_of_index(read_index(partial, manifest.files, is_trusted=True))
     if written != specs:
         wrong = sorted(name for name in written.keys() | specs.keys() if written.get(name) != specs.get(name))
         raise CheckpointError(f"{len(wrong)} tensors are not in {partial} as the ranks had them, such as {wrong[0]}")
@@ -298,12 +298,11 @@ def _section(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _place(group: Group) -> tuple[int, int]:
-    """Rank and world size."""
+def _rank_and_size(group: Group) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def _name_of_rank_0(group: Group) -> str:
+def _shared_random_name(group: Group) -> str:
     """A random name, the same on all ranks. Collective."""
     return all_gather_values(secrets.token_hex(4), group, str)[0]
 
@@ -320,18 +319,18 @@ def _read_written(value: Any) -> WrittenShare:
 
 
 def _together(group: Group, doing: str, work: Callable[[], T]) -> T:
-    """Run local `work`. If it fails on any rank, raise the same CheckpointError on all. Collective.
+    """Run `work`, which is not collective. If it fails on any rank, raise the same CheckpointError on all. Collective.
 
     A bug is raised as it is on the rank that hit it, and as PeerFailed on the others.
     """
-    rank = _place(group)[0]
+    rank = _rank_and_size(group)[0]
 
     def explain(error: Exception) -> CheckpointError | None:
         if isinstance(error, CheckpointError):
             return error
         if not isinstance(error, OSError):
             return None
-        kind = DiskRefused if error.errno in _MAY_PASS else CheckpointError
+        kind = DiskRefused if error.errno in _RETRYABLE else CheckpointError
         return kind(f"{doing} failed on rank {rank}: {type(error).__name__}: {error}")
 
     return agreement.together(group, doing, work, kinds=_KINDS, explain=explain)

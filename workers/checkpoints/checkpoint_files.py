@@ -36,7 +36,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class DiskRefused(CheckpointError):
-    """The disk is full or failed: the same write may succeed when there is space."""
+    """The disk is full or failed: the same write may succeed when there is space or the disk is mended."""
 
 
 class CheckpointCorrupt(CheckpointError):
@@ -82,7 +82,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint folder, from its name. ValueError where it is not one."""
+    """The step of a checkpoint folder, from its name. Raises InvalidValue for another name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise InvalidValue(f"{path} is not a checkpoint folder: its name must be step_ and at least 8 digits")
@@ -90,7 +90,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints that were completed, ascending, damaged ones among them: to skip these would hide the damage."""
+    """The completed checkpoints by step, ascending. Damaged ones are listed too: to skip them would hide the damage."""
     return sorted((path for path in root.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
@@ -121,7 +121,7 @@ def discard(path: Path) -> None:
 
 
 def enough_to_remove(root: Path, missing_bytes: int) -> list[Path]:
-    """The oldest checkpoints that together free so many bytes; empty if all but the newest are not enough."""
+    """The oldest checkpoints that have at least `missing_bytes` together; empty if all but the newest have fewer."""
     paths: list[Path] = []
     for path in list_checkpoints(root)[:-1]:
         paths.append(path)
@@ -132,7 +132,7 @@ def enough_to_remove(root: Path, missing_bytes: int) -> list[Path]:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest under a checksum of its own and force the folder to disk."""
+    """Write the manifest with its own checksum, and force file and folder to the disk."""
     try:
         # Through JSON and back, as a reader will see it: all keys are strings then, and the checksums agree.
         body = json.loads(json.dumps(asdict(manifest), allow_nan=False))

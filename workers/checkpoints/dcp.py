@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from workers.checkpoints.background import run_beside
+from workers.checkpoints.background import run_on_thread
 from workers.checkpoints.checkpoint_files import CheckpointCorrupt
 from workers.checkpoints.shares import TensorSpec
 from workers.checkpoints.slices import Slice
 
-# torch's writer may raise a RuntimeError that hides the error of the system. If it failed with less than this free, the
-# disk was full.
+# torch's writer may raise a RuntimeError that hides the OSError. If fewer bytes than this are free then, the disk was
+# full.
 _FULL_BYTES = 1 << 20
 _WRITER_MARKS = ("PytorchStreamWriter", "inline_container")  # in texts of errors of that writer
 
@@ -69,7 +69,7 @@ def write_share(folder: Path, share: Mapping[str, Tensor], rank: int) -> Written
     parts = _divide_into_files(share)
     outcomes = [
         # The names that DCP's writer gives.
-        run_beside("checkpoint file", partial(_write_file, folder / f"__{rank}_{number}.distcp", part))
+        run_on_thread("checkpoint file", partial(_write_file, folder / f"__{rank}_{number}.distcp", part))
         for number, part in enumerate(parts)
     ]
     futures.wait(outcomes)
@@ -98,7 +98,7 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> WrittenShare:
             hashing = _HashingStream(stream)
             for key, tensor in tensors.items():
                 offset = hashing.num_bytes
-                torch.save(_own_copy(tensor.detach()), cast(BinaryIO, hashing))
+                torch.save(_copy_to_host(tensor.detach()), cast(BinaryIO, hashing))
                 pieces.append((key, file.name, offset, hashing.num_bytes - offset))
             stream.flush()
             os.fsync(stream.fileno())
@@ -107,13 +107,13 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> WrittenShare:
     return WrittenShare(pieces, {file.name: (hashing.num_bytes, hashing.sha256.hexdigest())})
 
 
-def _own_copy(tensor: Tensor) -> Tensor:
+def _copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, since of a view torch would save the whole storage."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 class _HashingStream:
-    """Hands bytes on to a file and hashes them: to read them back from the disk would take as long as to write them."""
+    """Writes bytes to a file and hashes them: to read them back from the disk would take as long as to write them."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -164,7 +164,7 @@ def read_tensors(folder: Path, index: Metadata, tensors: Mapping[str, Tensor]) -
 
 
 def _system_error(error: RuntimeError, folder: Path) -> Exception:
-    """The error of the system behind an error of torch's writer; `error` itself where the disk is not the cause."""
+    """The OSError behind an error of torch's writer; `error` itself where the disk is not the cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

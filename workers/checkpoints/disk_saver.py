@@ -38,9 +38,12 @@ class DiskSaver:
 
     Args:
         root: the checkpoints folder of the run.
-        tell: records an event; does nothing on other ranks than 0.
+        tell: records an event, given its name and fields; does nothing on other ranks than 0.
         sync_records: forces the records of the run to the disk. The thread that writes calls it. It must not refer to
             process groups, which the thread would keep open.
+    Attributes:
+        saved_step: the newest step that is known to be on the disk; None before the first.
+        total_blocked_s: for how long saving has made the training wait, over the run.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class DiskSaver:
         self.total_blocked_s = 0.0
 
     def save(self, live: Snapshot) -> None:
-        """Start to save a step. If the disk refuses, record an event and let the training go on.
+        """Start to save a step. If an earlier save has failed, record an event and let the training go on.
 
         Raises:
             RuntimeError: a rank is gone.
@@ -95,7 +98,7 @@ class DiskSaver:
     def save_last(self, live: Snapshot, give_up: threading.Event) -> None:
         """Save and wait for the end. If the disk is full, remove older checkpoints, and try again until there is room.
 
-        It gives up when `give_up` is set once more on any rank, or after run.full_disk_wait_s.
+        It gives up when `give_up`, which is cleared first, is set again on any rank, or after run.full_disk_wait_s.
 
         Raises:
             CheckpointError: on all ranks.

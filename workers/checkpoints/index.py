@@ -31,7 +31,7 @@ _INDEX_TYPES = frozenset(
 
 
 # What an unpickler and our checks raise for a file that is not an index.
-_NO_INDEX = (
+_INVALID_INDEX = (
     pickle.UnpicklingError,
     EOFError,
     AttributeError,
@@ -58,29 +58,30 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_index(path: Path, files: dict[str, tuple[int, str]], *, own: bool = False) -> Metadata:
+def read_index(path: Path, files: dict[str, tuple[int, str]], *, is_trusted: bool = False) -> Metadata:
     """DCP's index of a checkpoint. Raises CheckpointCorrupt unless it has only tensors that lie in `files`.
 
-    own: this process has just written the index, and need not check it for malice.
+    files: size and sha256 by name, from the manifest. is_trusted: this process has just written the index, and need
+        not check it for malice.
     """
     try:
         raw = (path / INDEX).read_bytes()
-        if not own:
-            _check_claims(raw)
+        if not is_trusted:
+            _check_allocations(raw)
         index = _IndexUnpickler(io.BytesIO(raw)).load()
         if not isinstance(index, Metadata):
             raise TypeError(f"it holds a {type(index).__name__}")
         refused = _refused_entries(index, files)
     except FileNotFoundError:
         raise CheckpointCorrupt(path, INDEX, "is missing") from None
-    except _NO_INDEX as error:
+    except _INVALID_INDEX as error:
         raise CheckpointCorrupt(path, INDEX, f"is not an index of tensors ({error})") from error
     if refused:
         raise CheckpointCorrupt(path, INDEX, f"has entries that are not tensors in this folder: {refused[:3]}")
     return index
 
 
-def _check_claims(raw: bytes) -> None:
+def _check_allocations(raw: bytes) -> None:
     """Refuse a pickle that would make the unpickler allocate more memory than the file has bytes.
 
     The unpickler believes the lengths and numbers in the file. The check takes as long as the reading itself, a few
@@ -92,19 +93,19 @@ def _check_claims(raw: bytes) -> None:
 
 
 def _refused_entries(index: Metadata, files: dict[str, tuple[int, str]]) -> list[str]:
-    stored = {place: info.length for place, info in index.storage_data.items() if _lies_in(info, files)}
-    refused = [name for name, entry in index.state_dict_metadata.items() if not _is_whole(name, entry, stored)]
-    refused += [place.fqn for place in index.storage_data.keys() - stored.keys()]
+    lengths = {chunk: info.length for chunk, info in index.storage_data.items() if _lies_in(info, files)}
+    refused = [name for name, entry in index.state_dict_metadata.items() if not _is_complete(name, entry, lengths)]
+    refused += [chunk.fqn for chunk in index.storage_data.keys() - lengths.keys()]
     # A name that is not a string is not printed: its repr may be endless.
     return [name[:200] if type(name) is str else f"a {type(name).__name__}" for name in refused]
 
 
-def _is_whole(name: str, entry: Any, stored: dict[MetadataIndex, int]) -> bool:
-    """Whether the chunks of a tensor are all there. DCP itself reads the chunks that are listed, and misses none."""
+def _is_complete(name: str, entry: Any, length_by_chunk: dict[MetadataIndex, int]) -> bool:
+    """Whether the chunks of a tensor are all there. DCP does not check: it reads the chunks that are listed."""
     if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
         return False
     num_bytes = [chunk.sizes.numel() * entry.properties.dtype.itemsize for chunk in entry.chunks]
-    lengths = [stored.get(MetadataIndex(name, chunk.offsets), -1) for chunk in entry.chunks]
+    lengths = [length_by_chunk.get(MetadataIndex(name, chunk.offsets), -1) for chunk in entry.chunks]
     # DCP does not compress: a chunk that claims more bytes than are stored would only make a reader allocate them.
     fits = all(0 <= claimed <= length for claimed, length in zip(num_bytes, lengths, strict=True))
     return fits and sum(num_bytes) == entry.size.numel() * entry.properties.dtype.itemsize

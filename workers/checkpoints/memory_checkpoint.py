@@ -1,9 +1,9 @@
 """Checkpoints in the memory of the ranks: the loss of a node costs a few steps, not those since the last one on disk.
 
 Every rank keeps two shares of a step (see workers.checkpoints.shares): its own, and that of a rank on another node,
-whose partner it is. The part of the partner's share that it holds itself, such as dense parameters, it copies from its
-own live tensors; only what it lacks, such as experts and random state, is sent. There are buffers for two steps, so
-that one step is always complete while the next is being taken.
+whose partner it is. Of that other share it copies what it holds itself, such as dense parameters, from its own live
+tensors; only what it lacks, such as experts and random state, is sent. There are buffers for two steps, so that one
+step is always complete while the next one is copied.
 """
 
 import zlib
@@ -36,10 +36,10 @@ class HeldShare(NamedTuple):
 def newest_recoverable(holdings_by_worker: Iterable[Sequence[HeldShare]]) -> int | None:
     """The newest step of which these processes together hold the shares of all ranks; None without any. Pure."""
     owners: dict[tuple[int, int], set[int]] = {}
-    for shard in chain.from_iterable(holdings_by_worker):
-        owners.setdefault((shard.step, shard.world_size), set()).add(shard.owner)
-    whole = [step for (step, world_size), found in owners.items() if found == set(range(world_size))]
-    return max(whole, default=None)
+    for share in chain.from_iterable(holdings_by_worker):
+        owners.setdefault((share.step, share.world_size), set()).add(share.owner)
+    complete = [step for (step, world_size), ranks in owners.items() if ranks == set(range(world_size))]
+    return max(complete, default=None)
 
 
 def partner_shift(nodes: Sequence[int], period: int) -> int:
@@ -57,6 +57,7 @@ def partner_shift(nodes: Sequence[int], period: int) -> int:
         nodes = range(len(nodes))
 
     def num_apart(shift: int) -> int:
+        """How many ranks then have a partner on another node."""
         return sum(node != nodes[(rank + shift) % len(nodes)] for rank, node in enumerate(nodes))
 
     return max(range(1, len(nodes)), key=lambda shift: (num_apart(shift), shift % period == 0, -shift))
@@ -64,7 +65,7 @@ def partner_shift(nodes: Sequence[int], period: int) -> int:
 
 @dataclass
 class _Kept:
-    """Two shares of one step. `crc_of_owner`: crc32 of each block, set when both are complete; empty until then."""
+    """Two shares of one step. crc_of_owner: crc32 of each block by its rank, set when both are complete, else empty."""
 
     own: TensorBlock
     partners: TensorBlock
@@ -87,20 +88,20 @@ class MemoryCheckpoints:
         self._layout: tuple[Any, ...] = ()
         self._rank = self._world_size = 0
         self._shift = 1
-        self._travels: tuple[int, int] = (0, 0)  # bytes sent to the partner, and received
+        self._transfer_bytes: tuple[int, int] = (0, 0)  # sent to the partner, and received
 
     def open(self, rank: int, staging: Staging, shift: int) -> None:
         """Allocate buffers for a new gang and drop the checkpoints of the one before. Not collective.
 
         Args:
-            staging: knows the shares. shift: from `partner_shift`.
+            staging: its `divide` was called. shift: from `partner_shift`.
         """
         shares, holds, device = staging.shares, staging.holds, staging.device
         self._rank, self._world_size, self._shift = rank, len(shares), shift
         to, source = self._neighbours
-        own, sent_bytes = _travelling_first(shares[rank], holds[to])
-        partners, received_bytes = _travelling_first(shares[source], holds[rank])
-        self._travels = (sent_bytes, received_bytes)
+        own, sent_bytes = _sent_first(shares[rank], holds[to])
+        partners, received_bytes = _sent_first(shares[source], holds[rank])
+        self._transfer_bytes = (sent_bytes, received_bytes)
         layout = (tuple(own.items()), tuple(partners.items()), device)
         # A thread of a gang that failed may still wait in its last exchange: it keeps the old blocks, and we make new
         # ones.
@@ -117,18 +118,19 @@ class MemoryCheckpoints:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is taken for checkpoints in this process."""
+        """Memory that this process uses for checkpoints."""
         return sum(block.bytes.numel() for kept in self._kept for block in (kept.own, kept.partners))
 
     @property
     def sent_bytes(self) -> int:
         """What this rank sends to its partner each time."""
-        return self._travels[0]
+        return self._transfer_bytes[0]
 
     def keep(self, live: Snapshot, staging: Staging, group: dist.ProcessGroup) -> None:
         """Copy the state of a step, and exchange it with the partners on a thread while the training goes on.
 
-        The exchange before must have been taken. Collective over `group`, gloo, which must be for this alone.
+        `take` must have been called after the exchange before. Collective over `group`, gloo, which must be used for
+        nothing else.
         """
         kept = next(kept for kept in self._kept if kept is not self._newest)
         kept.crc_of_owner, kept.step, kept.extra = {}, live.step, dict(live.extra)
@@ -137,7 +139,7 @@ class MemoryCheckpoints:
         self._background.start(lambda: self._exchange(kept, group))
 
     def finish(self, group: dist.ProcessGroup) -> None:
-        """Wait for the exchange under way on all ranks, together; it is still to be taken. Collective over `group`."""
+        """Wait until the exchange has ended on all ranks; `take` must still be called. Collective over `group`."""
         self._background.wait_on_all(group)
 
     def take(self) -> None:
@@ -167,16 +169,16 @@ class MemoryCheckpoints:
 
         A share that was changed since it was kept is left out.
         """
-        shards: list[HeldShare] = []
+        shares: list[HeldShare] = []
         tensors: dict[str, Tensor] = {}
         extra: dict[str, Any] = {}
         for kept in (kept for kept in self._kept if kept.step == step and kept.crc_of_owner):
             extra = kept.extra
             for owner, block in self._blocks(kept).items():
                 if _crc32(block.bytes) == kept.crc_of_owner[owner]:
-                    shards.append(HeldShare(step, owner, self._world_size))
+                    shares.append(HeldShare(step, owner, self._world_size))
                     tensors |= block.tensors
-        return shards, tensors, extra
+        return shares, tensors, extra
 
     @property
     def _neighbours(self) -> tuple[int, int]:
@@ -191,22 +193,23 @@ class MemoryCheckpoints:
         for block in self._blocks(kept).values():
             block.wait()
         to, source = self._neighbours
-        sent_bytes, received_bytes = self._travels
+        sent_bytes, received_bytes = self._transfer_bytes
         outgoing, incoming = kept.own.bytes[:sent_bytes], kept.partners.bytes[:received_bytes]
         # A header goes first, with step, size and checksum: data of another step must not be taken for this one's.
-        sent = _crc32(outgoing)
-        header = torch.tensor([kept.step, sent_bytes, sent])
-        theirs = torch.zeros_like(header)
-        _swap(header, theirs, to, source, group)
-        _swap(outgoing, incoming, to, source, group)
-        received = _crc32(incoming)
-        right = theirs.tolist() == [kept.step, received_bytes, received]
-        if right:
-            sums = _crc32(kept.own.bytes[sent_bytes:], sent), _crc32(kept.partners.bytes[received_bytes:], received)
-            kept.crc_of_owner = dict(zip(self._blocks(kept), sums, strict=True))
-        all_right = torch.tensor([int(right)])
-        dist.all_reduce(all_right, dist.ReduceOp.MIN, group=group)
-        if not all_right.item():
+        sent_crc = _crc32(outgoing)
+        header = torch.tensor([kept.step, sent_bytes, sent_crc])
+        received_header = torch.zeros_like(header)
+        _exchange_tensors(header, received_header, to, source, group)
+        _exchange_tensors(outgoing, incoming, to, source, group)
+        received_crc = _crc32(incoming)
+        is_intact = received_header.tolist() == [kept.step, received_bytes, received_crc]
+        if is_intact:
+            own_crc = _crc32(kept.own.bytes[sent_bytes:], sent_crc)
+            partners_crc = _crc32(kept.partners.bytes[received_bytes:], received_crc)
+            kept.crc_of_owner = dict(zip(self._blocks(kept), (own_crc, partners_crc), strict=True))
+        all_intact = torch.tensor([int(is_intact)])
+        dist.all_reduce(all_intact, dist.ReduceOp.MIN, group=group)
+        if not all_intact.item():
             kept.crc_of_owner = {}
             raise CheckpointError(f"what a rank received of step {kept.step} is not what was sent (crc32 differs)")
         return kept
@@ -220,11 +223,11 @@ def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.Pro
 
     Collective. The group may have another size than the gang that had this state.
     """
-    shards, tensors, extra = memory.read(step)
-    gathered = all_gather_values((shards, extra), group, _read_held)
-    held = [shards for shards, _ in gathered]
+    shares, tensors, extra = memory.read(step)
+    gathered = all_gather_values((shares, extra), group, _read_held)
+    held = [shares for shares, _ in gathered]
     if newest_recoverable(held) != step:
-        names = [f"rank {shard.owner} of {shard.world_size}" for shard in sorted({*chain.from_iterable(held)})]
+        names = [f"rank {share.owner} of {share.world_size}" for share in sorted({*chain.from_iterable(held)})]
         raise CheckpointError(
             f"step {step} is not whole in the memory of these processes: they have {', '.join(names) or 'nothing'}"
         )
@@ -233,25 +236,26 @@ def write_held(memory: MemoryCheckpoints, step: int, root: Path, group: dist.Pro
 
 
 def _read_held(value: Any) -> tuple[list[HeldShare], dict[str, Any]]:
-    shards, extra = value
-    if type(extra) is not dict or any(type(number) is not int for shard in shards for number in shard):
+    shares, extra = value
+    if type(extra) is not dict or any(type(number) is not int for share in shares for number in share):
         raise TypeError("held shares and the extra values are expected")
-    return [HeldShare(*shard) for shard in shards], extra
+    return [HeldShare(*share) for share in shares], extra
 
 
-def _travelling_first(
+def _sent_first(
     share: Mapping[str, TensorSpec], partner_holds: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, TensorSpec], int]:
     """The share in the order of its block, and how many bytes of it are sent.
 
     What the partner lacks comes first in the block, so that it can be sent in one piece.
     """
-    travels = {name: share[name] for name in sorted(share.keys() - partner_holds.keys())}
-    stays = {name: share[name] for name in sorted(share.keys() & partner_holds.keys())}
-    return {**travels, **stays}, block_bytes(travels)
+    sent = {name: share[name] for name in sorted(share.keys() - partner_holds.keys())}
+    copied = {name: share[name] for name in sorted(share.keys() & partner_holds.keys())}
+    return {**sent, **copied}, block_bytes(sent)
 
 
-def _swap(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.ProcessGroup) -> None:
+def _exchange_tensors(outgoing: Tensor, incoming: Tensor, to: int, source: int, group: dist.ProcessGroup) -> None:
+    """Send to one rank and receive from another. An empty tensor is not sent: both sides know its size."""
     works = [dist.isend(outgoing, to, group)] if outgoing.numel() else []
     works += [dist.irecv(incoming, source, group)] if incoming.numel() else []
     for work in works:

@@ -1,7 +1,8 @@
 """Divides the training state among the ranks for saving: every tensor belongs to the share of exactly one rank.
 
-Dense parameters are held by every rank, experts by some: each name is saved by one of its holders, the one with least
-so far, and copied into one block that a thread can write or send while the training changes the original.
+Dense parameters are held by every rank, experts by some. Each name is saved by the one of its holders that has the
+fewest bytes so far. It copies its share into one block, which a thread can write or send while the training changes the
+original tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values alone."""
+        """Bytes of the values, without alignment."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -84,7 +85,7 @@ def _aligned(spec: TensorSpec) -> int:
 
 
 class TensorBlock:
-    """One host buffer for some tensors: filled again and again, and sent or written as a whole.
+    """One buffer in host memory for some tensors: filled again and again, and sent or written as a whole.
 
     Attributes:
         tensors: by name, views of the block; they change with the next `fill`.
@@ -98,16 +99,17 @@ class TensorBlock:
         self.tensors: dict[str, Tensor] = {}
         start = 0
         for name, spec in specs.items():
-            place = self.bytes[start : start + spec.num_bytes]
-            self.tensors[name] = place.view(spec.dtype).view(spec.shape)
+            raw = self.bytes[start : start + spec.num_bytes]
+            self.tensors[name] = raw.view(spec.dtype).view(spec.shape)
             start += _aligned(spec)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, live: Mapping[str, Tensor], stream: torch.cuda.Stream | None = None) -> torch.cuda.Event | None:
         """Copy the current values of those tensors of the block that are in `live`.
 
-        On a GPU this only starts the copies, on `stream`, after all kernels started before, and returns the event of
-        their end. A stream that changes the live tensors must wait for it; call `wait` before the block is read.
+        On a GPU this only starts the copies on `stream`, after all kernels that were launched before, and returns an
+        event that is recorded after them. A stream that changes the live tensors must wait for this event; call `wait`
+        before the block is read.
         """
         names = self.tensors.keys() & live.keys()
         if stream is None or self._copied is None:

@@ -16,7 +16,7 @@ _KEY = re.compile(r"(?P<name>.+)\[(?P<first>\d+):(?P<stop>\d+)\]")
 
 
 class Slice(NamedTuple):
-    """Rows of a tensor; `stop` is None for all of them."""
+    """The rows `first` to `stop` - 1 of a tensor; `stop` is None for the whole tensor."""
 
     name: str
     first: int = 0
@@ -30,7 +30,7 @@ class Slice(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name, with the rows where they are not all."""
+        """The name, and for a slice its rows, as the module says."""
         return self.name if self.stop is None else f"{self.name}[{self.first}:{self.stop}]"
 
 
@@ -44,19 +44,19 @@ def whole_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     for key, spec in specs.items():
         part = Slice.of_key(key)
         parts.setdefault(part.name, []).append((part, spec))
-    return {name: _joined(name, sorted(of_name, key=_first_row)) for name, of_name in parts.items()}
+    return {name: _join(name, sorted(slices, key=_first_row)) for name, slices in parts.items()}
 
 
-def _joined(name: str, parts: Iterable[tuple[Slice, TensorSpec]]) -> TensorSpec:
+def _join(name: str, parts: Iterable[tuple[Slice, TensorSpec]]) -> TensorSpec:
     (first, spec), *others = parts
     if first.stop is None and not others:
         return spec
     num_rows = 0
-    for part, of_part in [(first, spec), *others]:
+    for part, part_spec in [(first, spec), *others]:
         rows = (part.stop or 0) - part.first
-        fits = of_part.dtype == spec.dtype and of_part.shape == (rows, *spec.shape[1:])
+        fits = part_spec.dtype == spec.dtype and part_spec.shape == (rows, *spec.shape[1:])
         if part.stop is None or part.first != num_rows or not fits:
-            raise ValueError(f"the slices of {name} make no tensor: {part.key} is {of_part}, after {num_rows} rows")
+            raise ValueError(f"the slices of {name} make no tensor: {part.key} is {part_spec}, after {num_rows} rows")
         num_rows = part.stop
     return TensorSpec((num_rows, *spec.shape[1:]), spec.dtype)
 

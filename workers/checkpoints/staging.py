@@ -25,10 +25,13 @@ class Snapshot:
 
 
 class Staging:
-    """Knows the share of each rank, and copies without making the training wait for the device.
+    """Knows the share of each rank, and copies tensors without making the training wait for the device.
 
-    On a GPU the copies run on a stream of their own, beside the next forward and backward; the optimizer's next step
-    waits for them on the device. Bias and law state need no further wait: they are written after the optimizer step.
+    On a GPU the copies run on their own stream, beside the next forward and backward; the optimizer's next step waits
+    for them on the device. Bias and law state need no further wait: they are changed after the optimizer step.
+
+    Attributes:
+        holds, shares: shape and dtype of what each rank holds and of what is in its share; empty before `divide`.
     """
 
     def __init__(self, groups: RankGroups, optimizer: torch.optim.Optimizer) -> None:
@@ -40,7 +43,7 @@ class Staging:
         self._copies: list[torch.cuda.Event] = []
         if groups.device.type == "cuda":
             self._stream = torch.cuda.Stream(groups.device)
-            optimizer.register_step_pre_hook(lambda *_: self._hold_update())
+            optimizer.register_step_pre_hook(lambda *_: self._wait_for_copies())
 
     def divide(self, tensors: Mapping[str, Tensor]) -> None:
         """Agree on the shares, once: what a rank holds does not change in a run. Collective over checkpoint_group."""
@@ -53,7 +56,8 @@ class Staging:
         if (copied := block.fill(tensors, self._stream)) is not None:
             self._copies.append(copied)
 
-    def _hold_update(self) -> None:
+    def _wait_for_copies(self) -> None:
+        """Before the optimizer step: make its stream wait, not the host."""
         for copied in self._copies:
             torch.cuda.current_stream(self.device).wait_event(copied)
         self._copies.clear()

@@ -38,8 +38,8 @@ def canonical_state(
 ) -> dict[str, Tensor]:
     """What this rank holds of the model and its optimizer, as views by canonical name.
 
-    initial_state: makes the state that the optimizer would make for a parameter in its first step. An optimizer without
-    steps gets it here, so that there is something to load into; an optimizer that has stepped does not need it.
+    initial_state: makes the state that the optimizer would make for a parameter in its first step. An optimizer that
+        has made no step gets this state here, so that there is something to load into; None where it has made one.
 
     Raises:
         ValueError: the optimizer updates a parameter that is not the model's, or the model has state that is no tensor.
@@ -68,7 +68,7 @@ def canonical_name(name: str) -> str:
 def _parts(
     name: str, value: Tensor, expert_ids: Mapping[str, range], like: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What this rank holds of a tensor, by name: single experts, a slice or all of it.
+    """What this rank holds of a tensor, by key: single experts, a slice or all of it.
 
     like: for optimizer state, its parameter. State in host memory (workers.training.offload) is a plain tensor of this
     rank's rows: only the parameter knows which rows these are.
@@ -124,7 +124,7 @@ def missing_experts(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def law_tensors(state: LawState) -> dict[str, Tensor]:
-    """The balancing law's state, to save or, from `Law.initial_state()`, to load into."""
+    """The tensors of the balancing law's state: of a current state to save, of `Law.initial_state()` to load into."""
     return {"law.bias": state.bias_N} | {f"law.extras.{name}": value for name, value in state.extras.items()}
 
 

@@ -16,11 +16,11 @@ from workers.checkpoints.index import read_index
 class TensorReader:
     """Reads single tensors of a checkpoint. Its files are verified when the reader is made.
 
-    shapes, dtypes: by canonical name. places: file and offset of each tensor, for readers that keep the disk's order.
+    shapes, dtypes: by canonical name. places: file and offset of each tensor, for callers that read in this order.
 
     Args:
         path: the folder of the checkpoint.
-        manifest: given where the caller has verified all files already: they are then not verified again.
+        manifest: given where the caller has already verified all files, which are then not verified again.
     Raises:
         CheckpointCorrupt: a file is damaged, as `workers.checkpoints.checkpoint.verify` finds it.
     """

@@ -1,7 +1,7 @@
 """Conversations as training text: read from JSON lines, rendered by a chat template, with the learned parts marked.
 
-A line is one of three kinds. Of {"messages": [{"role": ..., "content": ...}, ...]} the assistant's turns are learned,
-of {"prompt": ..., "completion": ...} the completion, and of {"text": ...} all.
+A line is one of three kinds. Of {"messages": [{"role": ..., "content": ...}, ...]} the assistant's turns are learned
+(have a loss), of {"prompt": ..., "completion": ...} the completion, and of {"text": ...} all.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from dispatch.errors import InvalidValue
 from workers.data.chat_rendering import ASSISTANT
 from workers.data.text import Document, read_pieces
-from workers.data.tokenizer import SETTINGS_FILE, read_settings
+from workers.data.tokenizer import SETTINGS_FILE, read_settings, special_token
 
 TEMPLATE_FILE = "chat_template.jinja"
 # For models that bring no template.
@@ -26,7 +26,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Limits for one conversation, which takes milliseconds and a few times its own size.
+# Limits for one conversation, whose rendering takes milliseconds, and memory of a few times its own size.
 MAX_CPU_S = 5.0
 MAX_BYTES = 2**30
 RENDERING = (
@@ -49,8 +49,12 @@ class ChatTemplate:
     A template comes with a model and is not trusted. It runs in Jinja's sandbox, in its own process, whose memory and
     whose processor time for each conversation are bounded.
 
+    Args:
+        source: the text of the template.
+        place: where it comes from, for errors.
+        special_tokens: variables of the template, such as eos_token, by name.
     Raises:
-        ValueError: the template is not valid.
+        InvalidValue: the template is not valid.
     """
 
     def __init__(
@@ -72,42 +76,42 @@ class ChatTemplate:
             stdout=subprocess.PIPE,
         )
         weakref.finalize(self, _end, self._process)
-        self._questions, self._answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
+        self._requests, self._answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
         first = {"source": source, "special_tokens": tokens, "max_bytes": max_bytes, "max_cpu_s": max_cpu_s}
-        if problem := self._ask(first).get("error"):
+        if problem := self._request(first).get("error"):
             problem = f"the chat template of {place} is not valid: {problem}"
             raise InvalidValue(f"{problem}; give another by --data.chat_template FILE")
 
     def pieces(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
         """The text of a conversation, cut where the learned parts begin and end.
 
-        A learned part is what an assistant's turn adds to the text up to its request (add_generation_prompt): it has
-        the token that ends the turn, but not the header.
+        A learned part is an assistant's turn without its header, which the template writes for add_generation_prompt;
+        the token that ends the turn is learned too.
 
         Raises:
-            ValueError: the template refuses the messages, takes too much time or memory, or changes the text of earlier
-                turns when later ones follow.
+            InvalidValue: the template refuses the messages, takes too much time or memory, or changes the text of
+                earlier turns when later ones follow.
         """
-        answer = self._ask(messages)
-        if problem := answer.get("error"):
-            raise InvalidValue(f"the chat template refuses these messages: {problem}")
-        return [Piece(text, is_learned) for text, is_learned in answer["pieces"]]
+        return [Piece(text, is_learned) for text, is_learned in self._render(messages)["pieces"]]
 
-    def asking(self, messages: Sequence[dict[str, Any]]) -> str:
+    def render_prompt(self, messages: Sequence[dict[str, Any]]) -> str:
         """The text of a conversation up to where the assistant is to write (add_generation_prompt).
 
         Raises:
-            ValueError: the template refuses the messages, or takes too much time or memory.
+            InvalidValue: the template refuses the messages, or takes too much time or memory.
         """
-        answer = self._ask({"asks": messages})
+        return str(self._render({"asks": messages})["text"])
+
+    def _render(self, request: object) -> dict[str, Any]:
+        answer = self._request(request)
         if problem := answer.get("error"):
             raise InvalidValue(f"the chat template refuses these messages: {problem}")
-        return str(answer["text"])
+        return answer
 
-    def _ask(self, question: object) -> dict[str, Any]:
+    def _request(self, request: object) -> dict[str, Any]:
         try:
-            self._questions.write(json.dumps(question).encode() + b"\n")
-            self._questions.flush()
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
         except BrokenPipeError:
             pass  # the process has ended; `_why_it_ended` says why
         answer = self._answers.readline()
@@ -131,11 +135,12 @@ def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
     """The template of data.chat_template, or the one beside the tokenizer's file, or PLAIN_TEMPLATE.
 
     Raises:
-        ValueError: a file cannot be read, or its template is not valid.
+        InvalidValue: a file cannot be read, or its template is not valid.
     """
     folder = None if tokenizer is None else Path(tokenizer).expanduser().parent
     settings = {} if folder is None else read_settings(folder / SETTINGS_FILE)
-    tokens = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    names = ("bos_token", "eos_token")
+    tokens = {name: token for name in names if (token := special_token(settings, name))}
     file = Path(path).expanduser() if path else folder and folder / TEMPLATE_FILE
     if path or (file and file.is_file()):
         try:
@@ -143,8 +148,9 @@ def load_template(path: str | None, tokenizer: str | None) -> ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidValue(f"data.chat_template {file} cannot be read: {error}") from error
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {each["name"]: each["template"] for each in template}.get("default")
+    if isinstance(template, list):  # several, each an object with name and template
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
     if template:
         return ChatTemplate(template, str(folder), tokens)
     return ChatTemplate(PLAIN_TEMPLATE, "Trimtab", tokens)
@@ -154,7 +160,7 @@ def read_conversations(document: Document, template: ChatTemplate) -> Iterator[l
     """The conversations of a file, or of a part of it, line by line; empty lines are skipped.
 
     Raises:
-        ValueError: a line is none of the three kinds; the message names file and line.
+        InvalidValue: a line is none of the three kinds; the message names file and line.
     """
     for index, line in enumerate(_lines(document)):
         if line.strip():
@@ -212,7 +218,3 @@ def _lines(document: Document) -> Iterator[bytes]:
 def _lines_before(document: Document) -> int:
     with document.file.path.open("rb") as stream:
         return stream.read(document.start).count(b"\n")
-
-
-def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)

@@ -20,11 +20,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ASSISTANT = "assistant"
-MAX_ERROR_LETTERS = 1000
+MAX_ERROR_CHARACTERS = 1000
 
 
 def serve() -> None:
-    """Compile the template in the first line of stdin, and answer each further line.
+    """Compile the template in the first line of stdin, and answer each line after it.
 
     The answer to the first line is {}; to a conversation it is {"pieces": [[text, is_learned], ...]}, and to
     {"asks": conversation} it is {"text": ...}. Instead of any of them there may be {"error": reason}. The kernel ends
@@ -62,7 +62,7 @@ def _guarded(answer: Callable[[str], dict[str, Any]], line: str, max_bytes: int)
     except MemoryError:
         return json.dumps({"error": f"it took more than {max_bytes >> 20} MB of memory"})
     except Exception as error:  # noqa: BLE001 - The template is a program of others, and this is its boundary.
-        return json.dumps({"error": _reason(error)[:MAX_ERROR_LETTERS]})
+        return json.dumps({"error": _reason(error)[:MAX_ERROR_CHARACTERS]})
 
 
 def _pieces(
@@ -73,19 +73,19 @@ def _pieces(
     def render(count: int, *, asks: bool = False) -> str:
         return template.render(messages=messages[:count], add_generation_prompt=asks, **special_tokens)
 
-    whole, done, pieces = render(len(messages)), "", []
+    full_text, done, pieces = render(len(messages)), "", []  # done: the text that is in `pieces`
     for index, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
         asked, answered = render(index, asks=True), render(index + 1)
-        if not (asked.startswith(done) and answered.startswith(asked) and whole.startswith(answered)):
+        if not (asked.startswith(done) and answered.startswith(asked) and full_text.startswith(answered)):
             raise _RefusedError(
                 f"it does not write message {index + 1} as a continuation of those before it, so that what is learned "
                 "cannot be told; give another by --data.chat_template FILE"
             )
         pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
         done = answered
-    return [*pieces, (whole[len(done) :], False)]
+    return [*pieces, (full_text[len(done) :], False)]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

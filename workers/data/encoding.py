@@ -16,7 +16,7 @@ class Encoded:
     """A part of a stream of tokens.
 
     flags: TARGET and FIRST of each token (workers.data.shards). num_text_bytes: UTF-8 bytes of the tokens' text.
-    num_read: bytes of the file that were read for them.
+    num_read: bytes of the file that were read since the part before.
     """
 
     ids: IdArray
@@ -36,7 +36,7 @@ class DocumentEncoder:
         """The tokens of a file, or of a part of it, piece by piece.
 
         Args:
-            hash_piece: given the bytes of the file as they are read.
+            hash_piece: called with the bytes of the file, each once and in order, as they are read.
         """
         if self.template is None:
             yield from self._encode_text(document, hash_piece)
@@ -59,9 +59,9 @@ class DocumentEncoder:
     def _encode_conversation(self, pieces: Sequence[Piece]) -> Encoded:
         """Encode a conversation as one text, as the model reads it. A token is learned if its first character is."""
         text = "".join(piece.text for piece in pieces)
-        ids, places = self.tokenizer.encode_with_places(text)
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
         ends = np.cumsum([len(piece.text) for piece in pieces])
-        is_learned = np.array([piece.is_learned for piece in pieces])[np.searchsorted(ends, places, side="right")]
+        is_learned = np.array([piece.is_learned for piece in pieces])[np.searchsorted(ends, offsets, side="right")]
         if self.tokenizer.eod_id not in ids[is_learned]:
             # The model must learn the token that ends generation. Most templates write it after each answer; where no
             # answer has it, it is added at the end.

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from dispatch.errors import InvalidValue
 
-# PARTS is also the period after which the counts of the steps repeat. The offset of step s is s * STRIDE modulo PARTS:
+# Shares are multiples of 1 / PARTS, and the counts of the steps repeat after PARTS steps. The offset of step s is
+# s * STRIDE modulo PARTS:
 # it takes each value once in a period, as the two numbers have no common factor. Of all strides 633 keeps the sums
 # within a period closest to the exact shares: off by 2 sequences at most for one share of 0.01 to 0.99 (619, near the
 # golden section, is off by 12).
@@ -53,11 +54,11 @@ class MixSchedule:
             raise InvalidValue(f"data.mix_after {list(self.after)} needs data.mix, the weights before the shift")
 
     def weights_at(self, step: int) -> tuple[float, ...]:
-        """The weights that draw a step, counted from 1; empty without a mix."""
+        """The weights of a step, counted from 1; empty without a mix."""
         return self.after if self.shift_at and step >= self.shift_at else self.before
 
     def check_sources(self, names: Sequence[str]) -> None:
-        """Refuse weights that are not one a source. Raises ValueError."""
+        """Raise InvalidValue unless there is one weight for each source, or no weights."""
         for setting, weights in (("data.mix", self.before), ("data.mix_after", self.after)):
             if weights and len(weights) != len(names):
                 raise InvalidValue(
@@ -74,36 +75,36 @@ class MixCounts:
         self._after = _Shares(schedule.after or schedule.before, global_batch_size)
         self._shift = schedule.shift_at - 1 if schedule.shift_at else None
 
-    def of_step(self, step: int) -> IndexArray:
+    def counts_at(self, step: int) -> IndexArray:
         """Sequences of each source in a step: (num_sources,), whose sum is the batch size.
 
-        In each step exactly the shares where these are whole numbers of sequences.
+        A share that is a whole number of sequences is exact in every step.
         """
         is_before = self._shift is None or step < self._shift
-        return self._before.of_step(step) if is_before else self._after.of_step(step)
+        return self._before.counts_at(step) if is_before else self._after.counts_at(step)
 
-    def until(self, step: int) -> IndexArray:
+    def counts_before(self, step: int) -> IndexArray:
         """Sequences of each source in all steps before `step`: (num_sources,)."""
-        if self._shift is None or step <= self._shift:
-            return self._before.until(step)
-        return self._before.until(self._shift) + self._after.until(step) - self._after.until(self._shift)
+        before, after, shift = self._before.counts_before, self._after.counts_before, self._shift
+        return before(step) if shift is None or step <= shift else before(shift) + after(step) - after(shift)
 
 
 class _Shares:
-    """Systematic sampling: of the interval [0, 1), divided by the shares, sequence j of B takes the source at a point.
+    """Systematic sampling by fixed shares.
 
-    The point is (j + offset / PARTS) / B, with an offset that differs from step to step.
+    The interval [0, 1) is divided among the sources by their shares. Sequence j of B in a batch is of the source in
+    whose interval the point (j + offset / PARTS) / B lies; the offset differs from step to step.
     """
 
     def __init__(self, weights: tuple[float, ...], global_batch_size: int) -> None:
         # (num_sources + 1,): where each source's interval begins, in units of 1 / (PARTS * B), in which the points are
         # the whole numbers PARTS * j + offset.
-        self._edges = np.concatenate([[0], np.cumsum(_in_parts(weights))]) * global_batch_size
+        self._edges = np.concatenate([[0], np.cumsum(_round_shares(weights))]) * global_batch_size
 
-    def of_step(self, step: int) -> IndexArray:
+    def counts_at(self, step: int) -> IndexArray:
         return self._count([step])
 
-    def until(self, step: int) -> IndexArray:
+    def counts_before(self, step: int) -> IndexArray:
         # Over a whole period the offsets are 0 to PARTS - 1. The sum of ceil((x - offset) / PARTS), the points below an
         # edge x, over these offsets is x itself.
         num_periods, rest = divmod(step, PARTS)
@@ -117,8 +118,8 @@ class _Shares:
         return counts
 
 
-def _in_parts(weights: tuple[float, ...]) -> IndexArray:
-    """Weights as whole numbers that add up to PARTS: rounded down, the rest to the largest remainders."""
+def _round_shares(weights: tuple[float, ...]) -> IndexArray:
+    """Shares as whole numbers of 1 / PARTS: rounded down, and what then lacks goes to the largest remainders."""
     exact = np.array(weights, dtype=np.float64) * (PARTS / math.fsum(weights))
     parts = np.floor(exact).astype(np.int64)
     for source in np.argsort(parts - exact, kind="stable")[: PARTS - int(parts.sum())]:

@@ -54,7 +54,7 @@ def prepare_dataset(config: DataConfig, progress: Progress | None = None) -> Dat
     Raises:
         DataChanged: a file was added, removed or changed since the tokens were made.
         DataDamaged: the prepared files are not those that were written.
-        ValueError: text or tokenizer are missing or unusable, or the disk is full or not writable.
+        InvalidValue: text or tokenizer are missing or unusable, or the disk is full or not writable.
     """
     cache_dir = Path(config.cache_dir).expanduser().resolve()
     try:
@@ -83,12 +83,12 @@ def reopen_dataset(config: DataConfig, digest: str, progress: Progress | None = 
     Raises:
         DataChanged: the text gives other tokens.
         TextMissing: neither the text nor tokens of that digest are there.
-        ValueError: as of `prepare_dataset`.
+        InvalidValue: as of `prepare_dataset`.
     """
     cache_dir = Path(config.cache_dir).expanduser().resolve()
     prepared = None if config.rebuild else _find_prepared(cache_dir, digest)
     try:
-        if prepared is not None and _holds(prepared, find_sources(config)):
+        if prepared is not None and _is_made_from(prepared, find_sources(config)):
             return prepared
         dataset = prepare_dataset(config, progress)
     except TextMissing as error:
@@ -118,8 +118,8 @@ def _find_prepared(cache_dir: Path, digest: str) -> Dataset | None:
     return None
 
 
-def _holds(dataset: Dataset, sources: tuple[TextSource, ...]) -> bool:
-    """Whether prepared tokens are those of these sources: of files with the same names and content."""
+def _is_made_from(dataset: Dataset, sources: tuple[TextSource, ...]) -> bool:
+    """Whether the tokens were made from these sources: from files with the same names and content."""
     if len(sources) != len(dataset.meta.sources):
         return False
     try:
@@ -130,7 +130,7 @@ def _holds(dataset: Dataset, sources: tuple[TextSource, ...]) -> bool:
 
 
 def check_free_space(needed_bytes: int, free_bytes: int, folder: Path) -> None:
-    """Refuse to begin if the token files would fill the disk."""
+    """Raise InvalidValue if the token files need more bytes than are free."""
     if needed_bytes > free_bytes:
         numbers = f"need up to {needed_bytes / 1e6:.1f} MB under {folder}, where {free_bytes / 1e6:.1f} MB are free"
         raise InvalidValue(f"the tokens {numbers}; free some space or choose another disk with --data.cache_dir")
@@ -181,9 +181,9 @@ def _build(
     num_bytes = sum(file.num_bytes for source in sources for file in source.files)
     num_files = sum(len(source.files) for source in sources)
     # At most a token for each byte, and one to end each document; a source's only file becomes two documents.
-    most_tokens = num_bytes + num_files + len(sources)
+    max_tokens = num_bytes + num_files + len(sources)
     token_bytes = token_dtype(encoder.tokenizer.vocab_size).itemsize + config.has_documents
-    needed_bytes = most_tokens * token_bytes + SPARE_BYTES
+    needed_bytes = max_tokens * token_bytes + SPARE_BYTES
     check_free_space(needed_bytes, shutil.disk_usage(folder.parent).free, folder.parent)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
@@ -218,7 +218,7 @@ def _write(
 
 
 class _Writer:
-    """Appends documents to the streams of their splits. streams: by file name; flags are written if they have one."""
+    """Appends documents to the files of their splits. streams: the open files by name, with or without flags."""
 
     def __init__(
         self, streams: Mapping[str, BinaryIO], encoder: DocumentEncoder, report: Callable[[int], None]

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     Attributes:
         input_ids: int64 (B, S).
         targets: int64 (B, S), -100 where none is learned.
-        document_starts: int64 (B, S), where in its row each token's document begins; None where a row is one document.
+        document_starts: int64 (B, S), the index in its row at which each token's document begins; None where a row is
+            one document.
     """
 
     input_ids: Tensor
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[IndexArray], *, has_documents: bool) -> "Batch":
-        """Stack what `Windows.read` gives of each sequence."""
+        """Stack the windows of sequences. rows: int64 (3, S) each, from `Windows.read`."""
         ids, targets, starts = torch.from_numpy(np.stack(rows)).unbind(1)
         return cls(ids.contiguous(), targets.contiguous(), starts.contiguous() if has_documents else None)
 
@@ -79,7 +80,7 @@ class Sampler:
             for stream, stream_flags, name in zip(dataset.val, flags, dataset.source_names, strict=True)
         ]
         self._mix, self._mixed_train = self._open_mix(dataset, mix or MixSchedule())
-        # By source: the epoch that was drawn from last, and its windows. Kept for speed, never needed.
+        # By source: the epoch that was drawn from last, and the order of its windows. A cache, no state of a run.
         self._orders: dict[int, tuple[int, IndexArray]] = {}
 
     def batch(self, step: int, rank: int, world_size: int, micro: int = 0, num_micro: int = 1) -> Batch:
@@ -149,25 +150,25 @@ class Sampler:
         ]
         return MixCounts(mix, self._global_batch_size), by_source
 
-    def _draw(self, step: int, places: range) -> list[tuple[Windows, int]]:
-        """The windows at these indices of the step's global batch: each as its stream and its number there."""
+    def _draw(self, step: int, indices: range) -> list[tuple[Windows, int]]:
+        """The sequences at these indices of the step's global batch: for each the windows of its stream, and which."""
         if self._mix is not None:
-            return self._draw_mixed(self._mix, step, places)
-        numbers = [step * self._global_batch_size + place for place in places]
+            return self._draw_mixed(self._mix, step, indices)
+        numbers = [step * self._global_batch_size + index for index in indices]
         return [(self._train, self._window(number, self.num_windows)) for number in numbers]
 
-    def _draw_mixed(self, mix: MixCounts, step: int, places: range) -> list[tuple[Windows, int]]:
-        counts, before = mix.of_step(step), mix.until(step)
+    def _draw_mixed(self, mix: MixCounts, step: int, indices: range) -> list[tuple[Windows, int]]:
+        counts, before = mix.counts_at(step), mix.counts_before(step)
         # (B,) each: the source of a sequence, and its number among all sequences that the run draws of this source.
         sources = np.repeat(np.arange(len(counts)), counts)
         numbers = np.concatenate([start + np.arange(count) for start, count in zip(before, counts, strict=True)])
         # Shuffled, since otherwise a rank or a micro-batch would hold one source only.
         order = _permutation(self._global_batch_size, self._seed, step, stream=1)
         drawn = []
-        for place in order[places.start : places.stop]:
-            source = int(sources[place])
+        for index in order[indices.start : indices.stop]:
+            source = int(sources[index])
             windows = self._mixed_train[source]
-            drawn.append((windows, self._window(int(numbers[place]), len(windows), source)))
+            drawn.append((windows, self._window(int(numbers[index]), len(windows), source)))
         return drawn
 
     def _window(self, number: int, num_windows: int, source: int = _ALL_SOURCES) -> int:
@@ -194,7 +195,7 @@ class Sampler:
 
 
 def _permutation(size: int, seed: int, epoch: int, *, stream: int) -> IndexArray:
-    """A random order of `size` things. stream: keeps orders apart that have the same seed and epoch."""
+    """A random order of range(size). stream: makes orders of the same seed and epoch independent of each other."""
     # Raw Philox numbers are sorted, since numpy promises to keep their stream. Generator.permutation may change with
     # numpy's version, and would change the data of a resumed run.
     key = np.array([seed, epoch + (stream << 48)], dtype=np.uint64)
@@ -203,7 +204,10 @@ def _permutation(size: int, seed: int, epoch: int, *, stream: int) -> IndexArray
 
 
 def _cut(tokens: TokenArray, flags: FlagArray | None, seq_len: int, what: str) -> Windows:
-    """The windows of a stream, by whole documents where it has flags. Raises ValueError where it is too short."""
+    """The windows of a stream, by whole documents where it has flags. Raises InvalidValue where it is too short.
+
+    what: names the stream in the error.
+    """
     if len(tokens) <= seq_len:
         raise InvalidValue(
             f"{what} has {len(tokens)} tokens, but one sequence needs {seq_len + 1}; "

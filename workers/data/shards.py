@@ -21,7 +21,7 @@ REBUILD = "prepare the text again with --data.rebuild true"
 
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 FlagArray = npt.NDArray[np.uint8]
-# Flags of a token, kept where documents matter: its prediction is learned; it is the first of its document.
+# Flags of a token: it is learned as a target; it is the first of its document.
 TARGET, FIRST = 1, 2
 
 
@@ -142,7 +142,7 @@ class Dataset:
 
     @property
     def train_by_source(self) -> tuple[TokenArray, ...]:
-        """The part of `train` that each source brought, in the order of `source_names`."""
+        """The part of `train` that comes from each source, in the order of `source_names`."""
         return tuple(np.split(self.train, self._train_bounds))
 
     @property
@@ -156,7 +156,7 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, that of the end of a document among them."""
+        """Number of token ids, including that of the end of a document."""
         return self.meta.vocab_size
 
     @property
@@ -231,9 +231,9 @@ def _map_shard(
     meta: DatasetMeta,
     split: Split,
     dtype: np.dtype[Any],
-    name_of: Callable[[Split], str] = shard_name,
+    file_name: Callable[[Split], str] = shard_name,
 ) -> npt.NDArray[Any]:
-    path = folder / name_of(split)
+    path = folder / file_name(split)
     num_tokens = sum(getattr(source, split).num_tokens for source in meta.sources)
     stamp = next((shard for shard in meta.shards if shard.name == path.name), None)
     if stamp is None or stamp.num_bytes != num_tokens * dtype.itemsize:

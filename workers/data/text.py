@@ -61,13 +61,15 @@ class DataConfig:
         if isinstance(self.path, str):  # `--data.path one.txt` needs no brackets
             object.__setattr__(self, "path", (self.path,))
         if not all(self.path):
-            raise InvalidValue(f"data.path {self.path!r} holds an empty name; give a file or folder, or leave it out")
+            raise InvalidValue(
+                f"data.path {self.path!r:.60} holds an empty name; give a file or folder, or leave it out"
+            )
         if not 0 < self.val_fraction <= 0.5:
             raise InvalidValue(
                 f"data.val_fraction ({self.val_fraction}) must be above 0 and at most 0.5; 0.05 is usual"
             )
         if self.format not in ("text", "chat"):
-            raise InvalidValue(f"data.format is {self.format!r}; it must be text or chat")
+            raise InvalidValue(f"data.format is {self.format!r:.60}; it must be text or chat")
         if self.chat_template and self.format != "chat":
             raise InvalidValue(f"data.chat_template {self.chat_template} is for data.format chat, not {self.format}")
         _ = self.mix_schedule  # which checks itself
@@ -119,7 +121,7 @@ def find_sources(config: DataConfig) -> tuple[TextSource, ...]:
 
     Raises:
         TextMissing: a path does not exist.
-        ValueError: a path is empty, or two paths share a file.
+        InvalidValue: a path is empty, or two paths share a file.
     """
     if not config.path:
         return _find_plays(), _find_stdlib()
@@ -145,19 +147,19 @@ def split_documents(sources: Sequence[TextSource], val_fraction: float) -> list[
     cut at the end of a line. Each split gets at least one document.
 
     Raises:
-        ValueError: the only file of a source is too short to be cut, or another source has the same text; or the files
-            of a source are copies of each other or of those of other sources, so that a split would be empty.
+        InvalidValue: the only file of a source is too short to be cut, or another source has the same text; or the
+            files of a source are copies of each other or of those of other sources, so that a split would be empty.
     """
-    twins = _find_twins(sources)
+    copies = _find_copies(sources)
     splits: dict[str | Path, Split | None] = {}
-    return [_split_source(source, val_fraction, twins, splits) for source in sources]
+    return [_split_source(source, val_fraction, copies, splits) for source in sources]
 
 
 def read_pieces(document: Document, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
     """Yield a document's bytes in pieces of valid UTF-8 that end with a line where they can.
 
     Raises:
-        ValueError: the file is shorter than when it was listed, or is not text.
+        InvalidValue: the file is shorter than when it was listed, or is not text.
     """
     path, position, rest = document.file.path, document.start, b""
     with path.open("rb") as stream:
@@ -196,7 +198,7 @@ def _make_source(
     if not root.exists():
         raise TextMissing(f"{root} does not exist; give a text file or a folder of text files with --data.path")
     paths = _walk(root, suffixes, left_out) if root.is_dir() else [root]
-    files = [_look_at(path, root) for path in paths]
+    files = [_stat(path, root) for path in paths]
     # Empty files are left out, such as markers of packages; but a source must have text.
     files = sorted((file for file in files if file.num_bytes), key=lambda file: file.name)
     if not files:
@@ -218,7 +220,7 @@ def _raise(error: OSError) -> None:
     raise error  # os.walk by itself skips a folder that it cannot read
 
 
-def _look_at(path: Path, root: Path) -> SourceFile:
+def _stat(path: Path, root: Path) -> SourceFile:
     status = path.stat()
     name = path.name if path == root else path.relative_to(root).as_posix()
     return SourceFile(path, name, status.st_size, status.st_mtime_ns)
@@ -235,7 +237,7 @@ def _refuse_shared_files(sources: list[TextSource]) -> None:
                 raise InvalidValue(f"{file.path} belongs to two sources of --data.path, {both}; give each file once")
 
 
-def _find_twins(sources: Sequence[TextSource]) -> dict[Path, str]:
+def _find_copies(sources: Sequence[TextSource]) -> dict[Path, str]:
     """The files whose text another file has too: sha256 by path."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     for file in itertools.chain.from_iterable(source.files for source in sources):
@@ -249,29 +251,30 @@ def _find_twins(sources: Sequence[TextSource]) -> dict[Path, str]:
 
 
 def _split_source(
-    source: TextSource, val_fraction: float, twins: Mapping[Path, str], splits: dict[str | Path, Split | None]
+    source: TextSource, val_fraction: float, copies: Mapping[Path, str], splits: dict[str | Path, Split | None]
 ) -> list[Document]:
     """Divide the documents of one source.
 
-    splits: the split of each text, by its digest if several files have it, else by its path; None: the text was cut.
-    The texts of this source are added to it.
+    copies: from `_find_copies`.
+    splits: the split of each text, by its digest if several files have it, else by its path; None: the text was cut
+        into both. The texts of this source are added to it.
     """
     known = set(splits)
     if len(source.files) == 1:
         (file,) = source.files
-        text = twins.get(file.path, file.path)
+        text = copies.get(file.path, file.path)
         if splits.setdefault(text, None) is not None:
-            raise _cut_and_whole(file.path)
+            raise _copy_of_cut_file(file.path)
         cut = _find_cut(file, val_fraction)
         train = Document(file, 0, cut, "train", is_copy=text in known)
         return [train, replace(train, start=cut, stop=file.num_bytes, split="val")]
-    texts = {file: twins.get(file.path, file.path) for file in source.files}
+    texts = {file: copies.get(file.path, file.path) for file in source.files}
     _choose_held_out(texts, val_fraction, splits)
     documents = []
     for file, text in texts.items():
         split = splits[text]
         if split is None:
-            raise _cut_and_whole(file.path)
+            raise _copy_of_cut_file(file.path)
         documents.append(Document(file, 0, file.num_bytes, split, is_copy=text in known))
         known.add(text)
     missing = set(get_args(Split)) - {document.split for document in documents}
@@ -295,19 +298,19 @@ def _choose_held_out(
     for file in sorted(texts, key=lambda file: _name_hash(file.name)):
         sizes[texts[file]] += file.num_bytes
     room = val_fraction * sizes.total() - sum(size for text, size in sizes.items() if splits.get(text) == "val")
-    own = [text for text in sizes if text not in splits]
-    for text in own:
+    new = [text for text in sizes if text not in splits]
+    for text in new:
         splits[text] = "val" if sizes[text] <= room else "train"
         room -= sizes[text] * (splits[text] == "val")
-    if len(sizes) > 1 and own and not any(splits[text] == "val" for text in sizes):
-        splits[min(own, key=lambda text: sizes[text])] = "val"
+    if len(sizes) > 1 and new and not any(splits[text] == "val" for text in sizes):
+        splits[min(new, key=lambda text: sizes[text])] = "val"
 
 
 def _name_hash(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
-def _cut_and_whole(path: Path) -> InvalidValue:
+def _copy_of_cut_file(path: Path) -> InvalidValue:
     return InvalidValue(
         f"{path} holds the same text as the only file of another source, which is divided into training and "
         "validation; give the text once"
@@ -315,6 +318,7 @@ def _cut_and_whole(path: Path) -> InvalidValue:
 
 
 def _find_cut(file: SourceFile, val_fraction: float) -> int:
+    """The offset at which the held-out part of a source's only file begins."""
     target = round(file.num_bytes * (1 - val_fraction))
     # The cut may move back to the end of a line, but not so far that the held-out part grows by more than half: the
     # last line may be a very long one.
@@ -331,13 +335,13 @@ def _find_cut(file: SourceFile, val_fraction: float) -> int:
 
 
 def _end_of_text(piece: bytes, limit: int) -> int:
-    """The last place up to `limit` where a line ends; if none does, where a character ends."""
+    """The last index up to `limit` where a line ends; if none does, where a character ends."""
     line_end = piece.rfind(b"\n", 0, limit) + 1
     if line_end:
         return line_end
     # In UTF-8 a byte 10xxxxxx continues a character, of four bytes at most: more such bytes are not text.
-    least = max(0, limit - 3)
-    while least < limit < len(piece) and piece[limit] & 0xC0 == 0x80:
+    min_limit = max(0, limit - 3)
+    while min_limit < limit < len(piece) and piece[limit] & 0xC0 == 0x80:
         limit -= 1
     return limit
 

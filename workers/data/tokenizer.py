@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> IdArray:
         """Ids of `text` (bytes are UTF-8), without an end-of-document token."""
 
-    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+    def encode_with_offsets(self, text: str) -> tuple[IdArray, IdArray]:
         """The ids as of `encode`, and for each the index in `text` of the character at which it begins."""
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -56,7 +56,7 @@ class ByteTokenizer:
         raw = text.encode() if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8)
 
-    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+    def encode_with_offsets(self, text: str) -> tuple[IdArray, IdArray]:
         num_bytes = [len(character.encode()) for character in text]
         return self.encode(text), np.repeat(np.arange(len(text)), num_bytes)
 
@@ -65,7 +65,7 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A file of Hugging Face's `tokenizers`. eod_id: its token for the end of a document; None adds an id for it."""
+    """A tokenizer of Hugging Face's `tokenizers`. eod_id: its token that ends a document; None adds an id for it."""
 
     eod_is_added: bool
 
@@ -82,7 +82,7 @@ class HuggingFaceTokenizer:
         string = text.decode() if isinstance(text, bytes) else text
         return np.array(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.uint32)
 
-    def encode_with_places(self, text: str) -> tuple[IdArray, IdArray]:
+    def encode_with_offsets(self, text: str) -> tuple[IdArray, IdArray]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32), np.array(
             [start for start, _ in encoding.offsets], dtype=np.int64
@@ -99,7 +99,7 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     model's configuration there. A model that was trained already knows this token, and has no embedding for a new id.
 
     Raises:
-        ValueError: the file is missing or is no tokenizer file, or the package `tokenizers` is not installed.
+        InvalidValue: the file is missing or is no tokenizer file, or the package `tokenizers` is not installed.
     """
     if path is None:
         return ByteTokenizer()
@@ -117,19 +117,19 @@ def load_tokenizer(path: str | None) -> Tokenizer:
     except Exception as error:  # the package raises bare Exception or ValueError for every kind of bad file
         raise InvalidValue(f"data.tokenizer {file} holds no tokenizer ({error}); {GIVE_A_FILE}") from error
     name = f"{file.name}:{hashlib.sha256(raw).hexdigest()[:16]}"
-    end_token = _end_token(file.with_name(SETTINGS_FILE))
+    end_token = special_token(read_settings(file.with_name(SETTINGS_FILE)), "eos_token")
     if end_token is None:
         eod_id = _end_id(file.parent)
         known = eod_id is not None and tokenizer.id_to_token(eod_id) is not None
         return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}" if known else name, eod_id if known else None)
     eod_id = tokenizer.token_to_id(end_token)
     if eod_id is None:
-        raise InvalidValue(f"{file} has no token {end_token!r}, which {SETTINGS_FILE} beside it names as eos_token")
+        raise InvalidValue(f"{file} has no token {end_token!r:.60}, which {SETTINGS_FILE} beside it names as eos_token")
     return HuggingFaceTokenizer(tokenizer, f"{name}:{eod_id}", eod_id)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer_config.json; nothing where there is no such file. Raises ValueError for another."""
+    """The object in a JSON file; empty if there is no such file. Raises InvalidValue if it holds anything else."""
     if not path.is_file():
         return {}
     try:
@@ -141,9 +141,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _end_token(path: Path) -> str | None:
-    """The eos_token of a tokenizer_config.json; None where there is no such file or it names none."""
-    token = read_settings(path).get("eos_token")
+def special_token(settings: dict[str, Any], name: str) -> str | None:
+    """A token such as eos_token of a tokenizer_config.json, where it is a text or an object; None if it is neither."""
+    token = settings.get(name)
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

@@ -54,8 +54,8 @@ class DocumentWindows:
     """Windows of whole documents: of as many consecutive ones as fit.
 
     A document is never split, unless it is longer than a window: then it is cut into pieces of seq_len tokens. The rest
-    of a window is filled with the tokens that follow in the stream, without targets, as these are learned in the next
-    window: so every sequence is full, and no padding is routed. The first token of a document is never a target.
+    of a window is filled with the tokens that follow in the stream, so that no padding is routed; these have no
+    targets, as they are learned in the next window. The first token of a document is never a target.
     """
 
     def __init__(self, tokens: TokenArray, flags: FlagArray, seq_len: int) -> None:
@@ -66,24 +66,24 @@ class DocumentWindows:
         return len(self._bounds) - 1
 
     def read(self, window: int) -> IndexArray:
-        places = self._bounds[window] + np.arange(self._seq_len + 1)
-        tokens = self._tokens.take(places, mode="wrap").astype(np.int64)  # after the end the stream begins again
-        is_first = self._flags.take(places[:-1], mode="wrap") & FIRST > 0
+        indices = self._bounds[window] + np.arange(self._seq_len + 1)
+        tokens = self._tokens.take(indices, mode="wrap").astype(np.int64)  # after the end the stream begins again
+        is_first = self._flags.take(indices[:-1], mode="wrap") & FIRST > 0
         starts = np.maximum.accumulate(np.where(is_first, np.arange(self._seq_len), 0))
-        return np.stack([tokens[:-1], np.where(self._counts(window), tokens[1:], NO_TARGET), starts])
+        return np.stack([tokens[:-1], np.where(self._is_learned(window), tokens[1:], NO_TARGET), starts])
 
     def num_targets(self, window: int) -> int:
-        return int(self._counts(window).sum())
+        return int(self._is_learned(window).sum())
 
-    def _counts(self, window: int) -> npt.NDArray[np.bool_]:
-        """Which of the S targets are learned."""
+    def _is_learned(self, window: int) -> npt.NDArray[np.bool_]:
+        """Which of the S targets are learned, bool (S,)."""
         start, stop = self._bounds[window], self._bounds[window + 1]
         flags = self._flags.take(np.arange(start + 1, start + self._seq_len + 1), mode="wrap")
         # The target of a window's last token is the first token after the window. Inside a long document that token is
         # learned; after a whole document, or at the end of the stream, it is the first of another document.
-        own = np.arange(self._seq_len) < stop - start
-        counts: npt.NDArray[np.bool_] = own & (flags & TARGET > 0) & (flags & FIRST == 0)
-        return counts
+        is_inside = np.arange(self._seq_len) < stop - start
+        is_learned: npt.NDArray[np.bool_] = is_inside & (flags & TARGET > 0) & (flags & FIRST == 0)
+        return is_learned
 
 
 def _pieces(flags: FlagArray, seq_len: int) -> IndexArray:

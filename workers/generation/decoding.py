@@ -32,8 +32,9 @@ OnRead = Callable[[Sequence[TokenSpan]], None]
 class DecodingSequence:
     """A prompt and the tokens that were generated for it.
 
-    ids: of both. new_ids: of the generated tokens. first: index in ids of the token at position 0 of the model's input;
-    above 0 once the text is longer than the model reads. num_cached: tokens from `first` on that the cache holds.
+    ids: token ids of both. new_ids: of the generated tokens. first: index in ids of the token at position 0 of the
+    model's input; above 0 once the text is longer than the model reads. num_cached: tokens from `first` on that the
+    cache holds.
     """
 
     index: int
@@ -54,8 +55,9 @@ class DecodingBatch:
 
     Args:
         sequences: each of one token or more.
-        max_new_tokens: after so many tokens a sequence ends. It ends earlier at eod_id, which is not added to it.
-        max_seq_len: longest sequence that the model reads. A longer one goes on from its last max_seq_len / 2 tokens.
+        max_new_tokens: a sequence ends after so many new tokens, or earlier at eod_id, which is not added to it.
+        max_seq_len: longest sequence that the model reads. Of a longer one the last max_seq_len / 2 tokens are read
+            again, and it is continued from these.
         on_token: called with each token that is added.
         on_read: called with the tokens that each forward reads.
     """
@@ -79,8 +81,11 @@ class DecodingBatch:
         self.num_prompt_tokens = sum(len(sequence.unread) for sequence in sequences)
         self._cache = self._empty_cache()
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of the next `Decoder.forward`: whole sequences at first, then the one new token of each."""
+    def next_inputs(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of the next `Decoder.forward`: whole sequences at first, then the one new token of each.
+
+        Calls on_read, and counts these tokens as cached.
+        """
         if any(len(each.ids) - each.first > self._max_seq_len for each in self.running):
             self._start_over()
         unread = [sequence.unread for sequence in self.running]
@@ -117,12 +122,12 @@ class DecodingBatch:
                 rows.append(row)
         if len(rows) < len(self.running):
             self.running = [self.running[row] for row in rows]
-            self._cache.keep(rows)
+            self._cache.keep_rows(rows)
 
     def _start_over(self) -> None:
         """Cut the sequences that are too long for the model, and empty the cache, so that all are read again.
 
-        All of them: either every row of a batch reads its whole sequence, or every row reads one new token.
+        Those that are short enough too: a forward reads either whole sequences or one new token in all its rows.
         """
         for sequence in self.running:
             if len(sequence.ids) - sequence.first > self._max_seq_len:

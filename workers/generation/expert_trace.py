@@ -19,7 +19,7 @@ ExpertsOfTokens = dict[int, list[int]]
 
 
 class ExpertTrace:
-    """A context that notes the choices of the routers, by hooks. Give its `on_read` to `generate`.
+    """A context manager that records the choices of routers by forward hooks. Give its `on_read` to `generate`.
 
     A text that becomes too long for the model is partly read again: the choices of the first reading are kept.
     """
@@ -32,28 +32,28 @@ class ExpertTrace:
 
     def __enter__(self) -> Self:
         for name, router in self._routers.items():
-            self._stack.callback(router.register_forward_hook(self._noter(name)).remove)
+            self._stack.callback(router.register_forward_hook(self._make_hook(name)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def on_read(self, spans: Sequence[TokenSpan]) -> None:
-        """Take the places of the tokens that the next forward reads."""
+        """Take the spans that the next forward reads."""
         self._spans = spans
 
     def by_sequence(self) -> dict[int, dict[str, ExpertsOfTokens]]:
         """The experts of all tokens that were read: by sequence, by router. Waits for the device."""
-        found: dict[int, dict[str, ExpertsOfTokens]] = defaultdict(lambda: defaultdict(dict))
+        experts: dict[int, dict[str, ExpertsOfTokens]] = defaultdict(lambda: defaultdict(dict))
         for name, spans, ids_BSK in self._chosen:
             for span, ids_SK in zip(spans, ids_BSK.tolist(), strict=True):
-                for place, ids in enumerate(ids_SK[: span.num_tokens], span.first):
-                    found[span.sequence][name].setdefault(place, ids)
-        return found
+                for index, ids in enumerate(ids_SK[: span.num_tokens], span.first):
+                    experts[span.sequence][name].setdefault(index, ids)
+        return experts
 
-    def _noter(self, name: str) -> Any:
-        def note(_router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
+    def _make_hook(self, name: str) -> Any:
+        def record(_router: Router, _inputs: object, choice: tuple[Tensor, Tensor]) -> None:
             if self._spans:  # none where this rank only computes experts for tokens of other ranks
                 self._chosen.append((name, self._spans, choice[0].unflatten(0, (len(self._spans), -1))))
 
-        return note
+        return record

@@ -1,5 +1,6 @@
 """Text from a trained model, under the same routing and exchange as in training; no token is dropped."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -35,15 +36,15 @@ class SamplingConfig:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.temperature < 0:
-            raise InvalidValue(f"temperature ({self.temperature}) must be at least 0; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise InvalidValue(f"temperature ({self.temperature}) must be at least 0 and finite; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise InvalidValue(f"top_p ({self.top_p}) must be above 0 and at most 1")
 
 
 @dataclass
 class Speed:
-    """Tokens that this rank read and generated, and the seconds that it took, with waiting for other ranks.
+    """Tokens that this rank read and generated, and the seconds that it took, including waits for other ranks.
 
     prompt_tokens: read in the first forward of each batch. new_tokens: chosen in the forwards after it.
     """
@@ -95,7 +96,7 @@ def generate(
 ) -> Generated:
     """Continue this rank's share of the prompts, every world_size-th. A prompt has one token or more.
 
-    on_token, on_read: as of DecodingBatch. Leaves the model in training mode.
+    on_token, on_read: as of DecodingBatch. autocast: entered around all forwards. Leaves the model in training mode.
 
     Collective: all ranks make the same number of forwards. A rank whose prompts are finished, or that has none, takes
     part with an empty batch, so that its experts serve the others.
@@ -133,7 +134,7 @@ def _continue(
     speed.prompt_tokens += batch.num_prompt_tokens
     prefilled = False
     while _any_rank(bool(batch.running), groups):
-        logits = model(**batch.inputs(groups.device))
+        logits = model(**batch.next_inputs(groups.device))
         speed.new_tokens += prefilled * len(batch.running)
         batch.append(_choose_all(logits, batch.running, sampling))
         if not prefilled:

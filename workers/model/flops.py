@@ -44,10 +44,10 @@ def linear_weights(model: nn.Module) -> int:
 def train_flops_per_token(model: Decoder, num_linear: int | None = None) -> int:
     """FLOPs of forward and backward that one token costs, as PaLM counts them (arXiv 2204.02311, appendix B).
 
-    Six for each weight that the token is multiplied with (of routed experts, those of its top-k), and the scores of
+    Six for each weight that the token is multiplied with (of routed experts, those of its top-k), and those of
     attention over `max_seq_len` tokens, masked ones too. Recomputed activations are not counted again.
 
-    num_linear: `linear_weights` of the whole model, where `model` is a stage of a pipeline.
+    num_linear: `linear_weights` of the whole model, where `model` is a stage of a pipeline; None: those of `model`.
     """
     config = model.config
     weights = linear_weights(model) if num_linear is None else num_linear
@@ -66,7 +66,7 @@ def train_flops_per_token(model: Decoder, num_linear: int | None = None) -> int:
 class ModelFlops:
     """Converts the speed of a run from tokens/s to FLOP/s.
 
-    per_token: FLOPs of a token. peak_per_s: FLOP/s of a rank's device at most, None where it is not known.
+    per_token: FLOPs of a token. peak_per_s: FLOP/s of a rank's device by its data sheet, None where it is not known.
     """
 
     per_token: int

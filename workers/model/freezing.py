@@ -6,7 +6,7 @@ from torch import nn
 
 from dispatch.errors import InvalidValue
 
-# A parameter belongs to the part of the first word in its name that is a key here.
+# The first word in a parameter's name that is a key here says to which part the parameter belongs.
 PARTS = {
     "token_embedding": "embedding",
     "lm_head": "embedding",
@@ -20,14 +20,14 @@ NAMES = tuple(dict.fromkeys([*PARTS.values(), "norms"]))
 
 
 def check_parts(parts: Iterable[str]) -> None:
-    """Refuse names that are no part of a model. Raises InvalidValue."""
+    """Raise InvalidValue for names that are no part of a model."""
     unknown = sorted(set(parts) - set(NAMES))
     if unknown:
         raise InvalidValue(f"optim.freeze names {', '.join(unknown)}; the parts of a model are {', '.join(NAMES)}")
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of this name belongs to; the name itself if it belongs to none, and always trains."""
+    """The part that a parameter of this name belongs to; the name itself for none: such a parameter always trains."""
     if name.rpartition(".")[0].endswith("norm"):
         return "norms"
     return next((PARTS[word] for word in name.split(".") if word in PARTS), name)
@@ -44,7 +44,7 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     The bias of a frozen router stays too (`Router.steers_bias`).
 
     Raises:
-        ValueError: nothing is left to train.
+        InvalidValue: a name is no part of a model, or nothing is left to train.
     """
     check_parts(parts)
     for name, parameter in model.named_parameters():

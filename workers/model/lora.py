@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen model trains by products of narrow matrices beside its weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): narrow matrices are trained, whose products are added to frozen weights.
 
 A matrix W becomes W + scale * B A, with A (rank, in), B (out, rank) and scale = alpha / rank. A parameter that packs
 several matrices, such as queries, keys and values, or gate and up, has one A for all of them.
@@ -8,6 +8,7 @@ Shapes: L local experts, R rank, H hidden, F ffn_hidden, G = 2F.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,10 @@ class LoraConfig:
 
 
 def gathers_experts_narrow(dtype: str, lora: LoraConfig) -> bool:
-    """Whether sharded experts are gathered in bfloat16: half the bytes, and the bits that a cast after it would give.
+    """Whether sharded experts are gathered in bfloat16: half the bytes, and the same values as a cast after the gather.
 
-    Adapters are added to experts in fp32. dtype: `run.dtype`. Dense weights: workers.training.narrow_gather.
+    Not where experts have adapters, which are added to fp32 weights. dtype: `run.dtype`. For dense weights see
+    workers.training.narrow_gather.
     """
     return dtype == "bfloat16" and not lora.adapts_experts
 
@@ -75,7 +77,7 @@ class LoraLinear(nn.Linear):
 
 
 class LoraExperts(Experts):
-    """The experts of a rank, each with adapters of its own: they lie with the experts, so that none is exchanged.
+    """The experts of a rank, each with adapters of its own. An adapter is on the rank of its expert: none is exchanged.
 
     gate_up_proj_lora_A is (L, R, H) and gate_up_proj_lora_B (L, G, R); those of down_proj are (L, R, F) and (L, H, R).
     """
@@ -87,11 +89,11 @@ class LoraExperts(Experts):
     lora_scale: float
 
     def stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The weights with the adapters added, so that every kernel for plain experts serves.
+        """The weights with the adapters added, so that every kernel for plain experts can be used.
 
-        It costs R / (rows of an expert) more operations than the experts have. Each layer keeps the sums for backward,
-        3 L H F elements in the compute dtype, unless model.recompute is on, and its backward holds their gradient for a
-        moment. The frozen base weights never have gradients or moments.
+        This adds a share of R / (rows of an expert) to the operations of the experts. Each layer keeps the sums for
+        backward, 3 L H F elements in the compute dtype, unless model.recompute is on, and its backward holds their
+        gradient for a moment. The frozen base weights never have gradients or optimizer state.
         """
         # In fp32: in bf16 the small product of the adapters would be rounded away beside the weight.
         with torch.autocast(self.gate_up_proj.device.type, enabled=False):
@@ -111,7 +113,7 @@ def effective_weight(linear: nn.Linear) -> Tensor:
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze a model and give the matrices of its blocks adapters, which add nothing until B is no longer zero."""
+    """Freeze a model and give adapters to the matrices of its blocks. B is zero, so that they add nothing at first."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, module in model.named_modules():
@@ -136,7 +138,7 @@ def _adapt(module: nn.Module, config: LoraConfig) -> None:
     elif isinstance(module, nn.Linear):
         _register(module, "", module.weight, config.rank)
         module.__class__ = LoraLinear
-    module.lora_scale = config.scale  # type: ignore[assignment]  # of nn.Module only tensors and modules are expected
+    cast(LoraExperts | LoraLinear, module).lora_scale = config.scale
 
 
 def _register(module: nn.Module, prefix: str, weight: Tensor, rank: int) -> None:
@@ -153,11 +155,11 @@ def is_adapter(name: str) -> bool:
 
 
 def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state by canonical name without its adapters: what an imported checkpoint has."""
+    """A state by canonical name without its adapters, which an imported checkpoint does not have."""
     return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
 
 def adapter_names(name: str) -> tuple[str, str]:
-    """Names of A and B beside the matrix of this canonical name, whether it has an adapter or not."""
-    base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
+    """The names that A and B of this matrix have, or would have if it had an adapter."""
+    base = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
     return f"{base}lora_A", f"{base}lora_B"

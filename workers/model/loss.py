@@ -15,7 +15,7 @@ MAX_LOGITS = 1 << 27
 
 
 class TokenLoss(NamedTuple):
-    """Losses in nats, at least fp32. total: the sum, a scalar with gradient. of_token: of each token, without."""
+    """Losses in nats, at least fp32. total: their sum, a scalar with gradient. of_token: of each token, detached."""
 
     total: Tensor
     of_token: Tensor
@@ -36,7 +36,7 @@ def linear_cross_entropy(x: Tensor, weight_VH: Tensor, targets: Tensor, max_logi
     Returns losses shaped like targets, 0 where a target is -100, and their sum. Divide the sum by the number of targets
     of the global batch before backward: gradients are then summed over micro-batches and ranks without further scaling.
     """
-    # Asked before `apply`: inside the forward of a torch.autograd.Function gradients are always off.
+    # Known only before `apply`: inside the forward of a torch.autograd.Function gradients are always off.
     with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight_VH.requires_grad)
     chunk = _chunk(len(weight_VH), max_logits)
     total, of_token_T = _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VH, targets.flatten(), chunk, with_gradients)
@@ -44,17 +44,17 @@ def linear_cross_entropy(x: Tensor, weight_VH: Tensor, targets: Tensor, max_logi
 
 
 def logits_at_once(num_tokens: int, vocab_size: int) -> int:
-    """Elements of the logits that exist at once in the loss of so many tokens."""
+    """How many elements of the logits exist at once while the loss of `num_tokens` tokens is computed."""
     return min(num_tokens, _chunk(vocab_size, MAX_LOGITS)) * vocab_size
 
 
 def after_next(targets: Tensor) -> Tensor:
-    """Targets of the MTP layer from those of the decoder, (B, S): one token further; -100 for the last, not known."""
+    """Targets of the MTP layer, from those of the decoder (B, S): shifted by one token; the last is unknown, -100."""
     return F.pad(targets[:, 1:], (0, 1), value=-100)
 
 
 def _chunk(vocab_size: int, max_logits: int) -> int:
-    """The tokens of a chunk."""
+    """The number of tokens whose logits exist at once."""
     return max(1, max_logits // vocab_size)
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 def meta_device() -> Iterator[None]:
     """A context in which modules are built on the meta device, without drawing weights.
 
-    torch would call its random functions on the meta device too. They do nothing there, but the first call imports
+    Modules would call `torch.nn.init` on the meta device too. It does nothing there, but the first call imports
     `torch._dynamo`, which takes a second.
     """
     with torch.device("meta"), _NoInit():

@@ -11,6 +11,11 @@ from workers.model.attention import GroupedQueryAttention, LatentAttention, Late
 from workers.model.lora import LoraConfig
 
 Recompute = Literal["none", "attention", "experts", "full"]
+# Settings that latent attention does not have.
+GROUPED_QUERY_ONLY = (
+    *("qkv_bias", "out_bias", "attention_sinks", "attention_gate", "query_key_norm", "clip_qkv"),
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class ModelConfig:
     attention_gate: bool = False
     """Whether a sigmoid of the token gates what attention hands to its output projection (Trinity)."""
     sliding_window: int = 0
-    """Tokens that a token attends to, itself and those before it; 0 for all. All scores are computed either way."""
+    """Tokens that a token attends to, itself and those before it; 0 for all."""
     full_attention_every: int = 0
     """Every so many blocks, one is without the window; 0 for none."""
     rotate_full_attention: bool = True
@@ -130,11 +135,12 @@ class ModelConfig:
                 f"sliding_window ({self.sliding_window}) must be 0 with latent attention or num_mtp_layers: only "
                 "grouped queries of the decoder's own blocks have a window"
             )
-        if self.attention == "latent" and (self.out_bias or self.attention_sinks):
-            raise InvalidValue(
-                f"out_bias ({self.out_bias}) and attention_sinks ({self.attention_sinks}) must be off with latent "
-                "attention: only grouped queries have them"
-            )
+        for name in GROUPED_QUERY_ONLY if self.attention == "latent" else ():
+            if getattr(self, name) != getattr(ModelConfig, name):
+                raise InvalidValue(
+                    f"{name} ({getattr(self, name)}) has no effect on latent attention; leave it out, or set attention "
+                    "to grouped_query"
+                )
         if not self.clip_qkv >= 0:
             raise InvalidValue(f"clip_qkv ({self.clip_qkv}) must be at least 0; 0 turns it off")
 

@@ -8,7 +8,7 @@ from workers.record.atomic_file import write_atomically
 
 
 class AppendFile:
-    """A file that is only appended to. Bytes that the disk does not take are kept in memory and written later.
+    """A file that is only appended to. Bytes that cannot be written are kept in memory and written later.
 
     Unbuffered: a reader sees every write at once, and when the process is killed no written byte is lost. It has the
     methods `write`, `flush` and `close` of a binary file.
@@ -26,7 +26,7 @@ class AppendFile:
         return len(self._backlog)
 
     def is_in_place(self) -> bool:
-        """Whether its path still leads to this file."""
+        """Whether the file at its path is still the one that is open."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self._fd))
         except FileNotFoundError:
@@ -67,7 +67,7 @@ class AppendFile:
 
 
 def move_tail(path: Path, aside: Path, offset: int, *, num_lost_bytes: int = 0) -> None:
-    """Move the bytes of `path` from `offset` on to the end of `aside`; the last `num_lost_bytes` are dropped.
+    """Append the bytes of `path` from `offset` on to `aside`, and cut `path` there; drop the last `num_lost_bytes`.
 
     `path` is cut only after `aside` is on the disk: a crash in between leaves the bytes in both files.
     """

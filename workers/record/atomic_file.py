@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content`, a text in UTF-8, to a new file beside `path` and rename it: readers see the old or the new one.
+    """Write `content` to a new file beside `path` and rename it: readers see the old or the new file. Texts are UTF-8.
 
     The name of the new file is random, and it must not exist yet: a symbolic link that somebody has put there is never
     followed. An OSError names `path`.

@@ -37,17 +37,18 @@ def find_holes(run: Path, step: int) -> list[Hole]:
     lines = sort_lines((run / METRICS).read_bytes(), step)
     metrics = Hole(METRICS, tuple(lines.bad), _missing(lines.steps, 1, step))
     history = Hole(HISTORY, (), _missing(read_load_history(run).steps.tolist(), 1, step))
-    samples = Hole(SAMPLES, damaged_samples(run, step), ())  # no step must have any: run.sample_prompts may change
+    samples = Hole(SAMPLES, damaged_samples(run, step), ())  # no step need have any: run.sample_prompts may change
     holes = [metrics, history, _hole_in_statistics(run / STATISTICS, step), samples]
     return [hole for hole in holes if hole.lines or hole.steps]
 
 
 def new_holes(run: Path, holes: Iterable[Hole]) -> list[Hole]:
-    """The holes that no event of the run reports yet."""
+    """The holes that no event of the run reports yet. Damaged lines are always new: resuming moves them aside."""
     path = run / EVENTS
     lines = [line for _, line in complete_lines(path.read_bytes())] if path.exists() else []
-    told = [_known(line) for line in lines if line and line.get("event") == "record_hole"]
-    return [hole for hole in holes if hole.lines or (hole.file, ranges(hole.steps)) not in told]
+    events = [line for line in lines if line and line.get("event") == "record_hole"]
+    reported = {(str(event.get("file")), str(event.get("steps"))) for event in events}
+    return [hole for hole in holes if hole.lines or (hole.file, ranges(hole.steps)) not in reported]
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -59,10 +60,6 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
-
-
-def _known(line: Line) -> tuple[str, str]:
-    return str(line.get("file")), str(line.get("steps"))
 
 
 def _missing(steps: Iterable[int], first: int, last: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ HEADER = struct.Struct("<qIII")  # step, tag, bytes that follow, crc32 of them
 
 
 class RecordPlace(NamedTuple):
-    """Where a record is in its file. offset: of the content, after the header. tag: its meaning differs by file."""
+    """Where a record is in its file. offset: of the content, after the header. tag: its meaning depends on the file."""
 
     step: int
     tag: int
@@ -29,7 +29,7 @@ class RecordPlace(NamedTuple):
 
 
 def pack_record(step: int, tag: int, content: bytes) -> bytes:
-    """A record as it lies in a file."""
+    """The bytes of a record: header and content."""
     return HEADER.pack(step, tag, len(content), zlib.crc32(content)) + content
 
 

@@ -22,7 +22,7 @@ class SortedLines(NamedTuple):
 
 
 def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
-    """Offset and content of each line that ends in a newline, which a torn last line does not; None for no object."""
+    """Offset and JSON object of each line; None for a line without one. A last line without a newline is left out."""
     offset = 0
     for text in raw.split(b"\n")[:-1]:
         yield offset, parse_line(text)
@@ -30,7 +30,7 @@ def complete_lines(raw: bytes) -> Iterator[tuple[int, Line | None]]:
 
 
 def parse_line(text: bytes) -> Line | None:
-    """The JSON object that a line holds; None if it holds anything else."""
+    """The JSON object in a line; None if the line holds anything else."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -39,7 +39,7 @@ def parse_line(text: bytes) -> Line | None:
 
 
 def is_sound(line: Line) -> bool:
-    """Whether a line of metrics.jsonl has a known kind and a step."""
+    """Whether a line of metrics.jsonl has a known kind and a valid step."""
     step = line.get("step")
     return line.get("kind") in ("train", "eval") and type(step) is int and 0 <= step <= MAX_STEP
 

@@ -31,14 +31,14 @@ class RunFence:
             token = json.loads(self.lock_file.read_bytes())["token"]
         except FileNotFoundError:
             what = "its lock file was removed" if run_dir.is_dir() else "it was removed or renamed"
-            raise lost(run_dir, f"{what}, or another process took the run over") from None
+            raise directory_lost(run_dir, f"{what}, or another process took the run over") from None
         except (ValueError, OSError):
             return  # read while it was being renewed, or the file system fails: no sign that it is another run's
         if token != self.token:
-            raise lost(run_dir, "it is another run's")
+            raise directory_lost(run_dir, "it is another run's")
 
 
-def lost(run_dir: Path, what: str) -> RunDirectoryLost:
+def directory_lost(run_dir: Path, what: str) -> RunDirectoryLost:
     """The error for a directory that is no longer the run's."""
     return RunDirectoryLost(
         f"the run directory {run_dir} is no longer this run's ({what}); the run stops and writes no more. If the "

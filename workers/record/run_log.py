@@ -19,7 +19,7 @@ from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
 from workers.record.append_file import AppendFile, keep_lines, keep_parts
 from workers.record.record_lines import Line, complete_lines, is_sound, sort_lines
-from workers.record.run_fence import RunFence, lost
+from workers.record.run_fence import RunFence, directory_lost
 from workers.record.sample_log import SAMPLES, cut_back_samples
 from workers.record.statistic_log import STATISTICS, cut_back_statistics, pack_statistic
 
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class LoadHistory(NamedTuple):
-    """Load and bias of every recorded step. S steps; N experts of all MoE layers, one layer after the other."""
+    """Load and bias of every recorded step. Shapes: S steps; N experts of all MoE layers, layer by layer."""
 
     steps: NDArray[np.int64]
     """(S,), increasing, counted from 1."""
@@ -65,13 +65,13 @@ class RunLog:
     ) -> None:
         """Start the records of a run, or go on with them after `resume_step` optimizer steps.
 
-        has_statistic: the law counts more than the load, and `load` is called with that too. has_samples: `samples`
-        will be called. fence: tells whether the directory still belongs to this run; None where it has no lock.
+        has_statistic: whether `load` will be called with a statistic. has_samples: whether `samples` will be called.
+        fence: checks that the directory still belongs to this run; None where it has no lock.
 
         Resuming moves all lines and records after `resume_step` to *.superseded files, so that no step occurs twice.
 
         Raises:
-            ValueError: the directory already holds a run (without resume_step), or one of another model (with it).
+            InvalidValue: the directory already holds a run (without resume_step), or one of another model (with it).
         """
         if resume_step is None:
             if (path / METRICS).exists():
@@ -137,7 +137,7 @@ class RunLog:
         if self._fence is not None:
             self._fence.check()
         if not self._metrics.is_in_place():
-            raise lost(self._path, f"{METRICS} was removed or replaced")
+            raise directory_lost(self._path, f"{METRICS} was removed or replaced")
 
     def close(self) -> None:
         """Close the files. Records that a full disk still does not take are lost, with a warning. May be repeated."""
@@ -220,8 +220,8 @@ def read_events(path: str | Path) -> list[Line]:
 
 
 def _is_event(line: Line) -> bool:
-    seconds = line.get("time")
-    return isinstance(line.get("event"), str) and isinstance(seconds, int | float) and 0 <= seconds < MAX_TIME
+    seconds: Any = line.get("time")
+    return isinstance(line.get("event"), str) and type(seconds) in (int, float) and 0 <= seconds < MAX_TIME
 
 
 def read_load_history(path: str | Path) -> LoadHistory:
@@ -243,7 +243,7 @@ def read_load_history(path: str | Path) -> LoadHistory:
     return LoadHistory(records["step"], records["counts"], records["bias"], layout)
 
 
-def _without(run_dir: Path, name: str) -> InvalidValue:
+def _no_run(run_dir: Path, name: str) -> InvalidValue:
     return InvalidValue(
         f"{run_dir} has no {name}: it is no run, or one that has not begun to train; give the folder of a run, as "
         "runs/NAME"
@@ -252,9 +252,12 @@ def _without(run_dir: Path, name: str) -> InvalidValue:
 
 def _read_layout(path: Path) -> LoadLayout:
     if not (path / LAYOUT).exists():
-        raise _without(path, LAYOUT)
-    stored = json.loads((path / LAYOUT).read_text())
-    return LoadLayout(*(tuple(stored[field]) for field in ("names", "num_experts", "balanced")))
+        raise _no_run(path, LAYOUT)
+    try:
+        stored = json.loads((path / LAYOUT).read_text())
+        return LoadLayout(*(tuple(stored[field]) for field in ("names", "num_experts", "balanced")))
+    except (ValueError, LookupError, TypeError) as error:
+        raise InvalidValue(f"{path / LAYOUT} is damaged ({error!r:.60}); restore it from a copy") from error
 
 
 def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
@@ -263,7 +266,7 @@ def _record_dtype(layout: LoadLayout) -> np.dtype[np.void]:
 
 def _read_lines(path: Path, is_sound: Callable[[Line], bool]) -> list[Line]:
     if not path.exists():
-        raise _without(path.parent, path.name)
+        raise _no_run(path.parent, path.name)
     lines = []
     for number, (_, line) in enumerate(complete_lines(path.read_bytes()), 1):
         if line is None or not is_sound(line):
@@ -282,15 +285,15 @@ def _cut_back(path: Path, layout: LoadLayout, step: int) -> None:
     raw = (path / METRICS).read_bytes()
     keep_lines(path / METRICS, raw, sort_lines(raw, step).kept)
     raw = (path / EVENTS).read_bytes()
-    whole = [offset for offset, line in complete_lines(raw) if line is not None]
-    keep_lines(path / EVENTS, raw, [(offset, raw.index(b"\n", offset) + 1) for offset in whole])
+    sound = [offset for offset, line in complete_lines(raw) if line is not None]
+    keep_lines(path / EVENTS, raw, [(offset, raw.index(b"\n", offset) + 1) for offset in sound])
     dtype = _record_dtype(layout)
     steps = read_load_history(path).steps
     kept = [number * dtype.itemsize for number in np.flatnonzero(steps <= step).tolist()]
     # The incomplete record that a crash may leave at the end is dropped: it would shift all records that follow it.
-    lost = (path / HISTORY).stat().st_size % dtype.itemsize
-    aside = path / "load" / "history.superseded.bin"
-    keep_parts(path / HISTORY, aside, [(start, start + dtype.itemsize) for start in kept], num_lost_bytes=lost)
+    num_lost_bytes = (path / HISTORY).stat().st_size % dtype.itemsize
+    parts = [(start, start + dtype.itemsize) for start in kept]
+    keep_parts(path / HISTORY, path / "load" / "history.superseded.bin", parts, num_lost_bytes=num_lost_bytes)
     cut_back_statistics(path, step)
     cut_back_samples(path, step)
 

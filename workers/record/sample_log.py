@@ -9,7 +9,7 @@ SAMPLES = "samples.jsonl"
 
 
 def is_sample(line: Line) -> bool:
-    """Whether a line of samples.jsonl says which text it is, and of which step."""
+    """Whether a line of samples.jsonl has a valid step and the index of its prompt, `sample`."""
     step, sample = line.get("step"), line.get("sample")
     return type(step) is int and 0 <= step <= MAX_STEP and type(sample) is int and sample >= 0
 

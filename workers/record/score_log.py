@@ -38,8 +38,8 @@ class ScoreShape:
 class ScoreLog:
     """Writes the scores of this rank's routers during the forward, in every `every`-th step.
 
-    While the disk is full, the scores of whole steps are left out, and `on_warning` is called. If the folder cannot be
-    made, nothing is recorded. At most the scores of one layer and micro-batch are in memory.
+    While the disk is full, steps are left out, and `on_warning` is called. If the folder cannot be made, nothing is
+    recorded. At most the scores of one layer and micro-batch are in memory.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ScoreLog:
         every: int,
         on_warning: Callable[[str], None],
     ) -> None:
-        """Make the files of a start whose first step is `first_step`."""
+        """Make the folder and the file for a start, or a resume, of the run whose first step is `first_step`."""
         self._folder, self._rank, self._every = run_dir / SCORES / f"from_{first_step:08d}", rank, every
         self._on_warning = on_warning
         self._num_layers = len(shape.names)
@@ -128,7 +128,7 @@ def pack_scores(scores_TE: Tensor) -> bytes:
 
 
 def set_aside_later_scores(run_dir: Path, step: int) -> None:
-    """Rename the folders of starts after `step`, since a resumed run trains their steps again. Nothing is deleted."""
+    """Rename the folders whose first step is after `step`: a resumed run trains these steps again. Deletes nothing."""
     for folder in sorted((run_dir / SCORES).glob("from_" + "[0-9]" * 8)):
         if int(folder.name.removeprefix("from_")) > step:
             number = 1

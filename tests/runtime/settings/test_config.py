@@ -29,6 +29,7 @@ from runtime.settings.config_file import (
 from runtime.settings.size import recorded_scores_bytes
 from workers.distributed.parallel import ParallelConfig
 from workers.model.freezing import NAMES
+from workers.model.model_config import GROUPED_QUERY_ONLY
 
 PRESETS = ("tiny", "small", "compare", "paper-1b")
 
@@ -240,7 +241,8 @@ def test_every_setting_reaches_the_effective_configuration(monkeypatch: pytest.M
     others = {key: another_value(key, hint, base[key]) for key, hint in hints.items()}
     assert not [key for key in others if others[key] == base[key]]
     # They exclude the latent attention, or the sharding, of the others.
-    names = ("model.sliding_window", "model.out_bias", "model.attention_sinks", "parallel.expert_copies")
+    grouped_query_only = [f"model.{name}" for name in GROUPED_QUERY_ONLY]
+    names = (*grouped_query_only, "model.sliding_window", "parallel.expert_copies")
     alone = {name: others.pop(name) for name in names}
     for changed in (others, alone):
         arguments = [part for key, value in changed.items() for part in (f"--{key}", as_option(value))]
@@ -272,10 +274,7 @@ def as_option(value: Any) -> str:
         ({"model__moe__num_experts": 1, "model__moe__top_k": 1}, r"ep_size \(2\) must be .* num_experts \(1\)"),
         ({"optim__freeze": NAMES}, r"optim.freeze \(embedding, .*\) leaves nothing to train; name fewer parts"),
         ({"model__num_dense_layers": 4}, r"model.num_dense_layers \(4\) equals model.num_layers"),
-        (
-            {"model__attention": "latent", "model__clip_qkv": 2.0},
-            r"model.clip_qkv \(2.0\) have no effect on latent attention",
-        ),
+        ({"model__attention": "latent", "model__clip_qkv": 2.0}, r"clip_qkv \(2.0\) has no effect on latent attention"),
         (
             {"model__vocab_size": 200},
             r"model.vocab_size \(200\) is smaller .* \(257\); set --model.vocab_size 257",

@@ -122,7 +122,7 @@ def test_the_other_node_has_the_whole_step(tmp_path, ep_size):
 
 def _die_in_payload_of_step_4(spec):
     """Rank 3: has said how much comes, and is gone."""
-    real, calls = memory_checkpoint._swap, []
+    real, calls = memory_checkpoint._exchange_tensors, []
 
     def swap(*args):
         calls.append(args)
@@ -130,7 +130,7 @@ def _die_in_payload_of_step_4(spec):
             os._exit(17)
         real(*args)
 
-    memory_checkpoint._swap = swap
+    memory_checkpoint._exchange_tensors = swap
     join_worker(spec, 3, 4, "gang").train()
 
 
@@ -172,7 +172,7 @@ def test_a_death_in_the_middle_of_an_exchange_leaves_the_step_before(tmp_path):
 
 
 def _tear_step_4_on_rank_1(rank, world_size, spec):
-    real, calls = memory_checkpoint._swap, []
+    real, calls = memory_checkpoint._exchange_tensors, []
 
     def swap(outgoing, incoming, *args):
         real(outgoing, incoming, *args)
@@ -180,7 +180,7 @@ def _tear_step_4_on_rank_1(rank, world_size, spec):
         if rank == 1 and len(calls) == 4:
             incoming[0] += 1
 
-    memory_checkpoint._swap = swap
+    memory_checkpoint._exchange_tensors = swap
     worker = join_worker(spec, rank, world_size, "torn")
     places, room = set(), set()
     keep = worker._memory.keep

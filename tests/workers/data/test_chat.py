@@ -74,6 +74,13 @@ def test_the_models_own_template_is_taken_from_beside_its_tokenizer(tmp_path: Pa
     assert load_template(str(tmp_path / "mine.jinja"), str(tokenizer)).pieces(TURNS[1:3])[0].text.startswith("<|user|>")
 
 
+def test_malformed_entries_of_the_tokenizers_settings_are_left_out(tmp_path: Path) -> None:
+    settings = {"bos_token": {"lstrip": False}, "chat_template": [3, {"name": "tool"}], "eos_token": "<e>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = load_template(None, str(tmp_path / "tokenizer.json"))
+    assert template.name == ChatTemplate(PLAIN_TEMPLATE, "", {"eos_token": "<e>"}).name
+
+
 def test_templates_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ValueError, match=r"chat template of there is not valid: .*--data.chat_template FILE"):
         ChatTemplate("{% for %}", "there")
@@ -153,7 +160,7 @@ def test_ids_and_what_is_learned_equal_those_of_transformers(tmp_path: Path) -> 
     learned = [mask for each in expected for mask in each["assistant_masks"]]
     assert (dataset.train_flags & TARGET).tolist() == learned
     assert 0 < sum(learned) < len(learned)
-    asking = load_template(None, str(tmp_path / "model" / "tokenizer.json")).asking(TURNS[:2])
+    asking = load_template(None, str(tmp_path / "model" / "tokenizer.json")).render_prompt(TURNS[:2])
     assert asking == theirs.apply_chat_template(TURNS[:2], tokenize=False, add_generation_prompt=True)
 
 

@@ -167,7 +167,7 @@ def test_shares_that_divide_the_batch_are_exact_in_every_batch() -> None:
 def test_other_shares_are_exact_within_one_sequence_and_over_the_period() -> None:
     counts = MixCounts(MixSchedule((0.55, 0.33, 0.12)), 7)
     exact = np.array([0.55, 0.33, 0.12]) * 7
-    steps = np.array([counts.of_step(step) for step in range(1000)])
+    steps = np.array([counts.counts_at(step) for step in range(1000)])
     assert (steps.sum(1) == 7).all()
     assert (steps >= np.floor(exact)).all() and (steps <= np.ceil(exact)).all()
     assert (steps.sum(0) == [3850, 2310, 840]).all()
@@ -178,8 +178,8 @@ def test_counts_before_a_step_are_the_sum_of_all_steps_before() -> None:
     counts = MixCounts(MixSchedule((0.55, 0.33, 0.12), (0.1, 0.2, 0.7), shift_at=1205), 7)
     total = np.zeros(3, dtype=np.int64)
     for step in range(2600):  # over the shift and two periods
-        assert (counts.until(step) == total).all(), step
-        total += counts.of_step(step)
+        assert (counts.counts_before(step) == total).all(), step
+        total += counts.counts_at(step)
 
 
 def test_each_source_has_epochs_of_its_own_and_loses_no_window() -> None:

@@ -34,7 +34,7 @@ def _batched(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> t
     batch = DecodingBatch(sequences, max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, eod_id=EOD)
     num_read = []
     while batch.running:
-        inputs = batch.inputs(CPU)
+        inputs = batch.next_inputs(CPU)
         num_read.append(int(inputs["token_mask"].sum()))
         batch.append(_best(model(**inputs)))
     return [sequence.new_ids for sequence in sequences], num_read
@@ -73,7 +73,7 @@ def test_each_step_reads_one_token_of_every_unfinished_sequence() -> None:
 
 
 def test_an_empty_batch_reads_nothing() -> None:
-    inputs = DecodingBatch([], max_new_tokens=5, max_seq_len=16, eod_id=EOD).inputs(CPU)
+    inputs = DecodingBatch([], max_new_tokens=5, max_seq_len=16, eod_id=EOD).next_inputs(CPU)
     assert not inputs["token_mask"].any()
     assert build().eval()(**inputs).shape == (0, 11)
 
@@ -81,10 +81,10 @@ def test_an_empty_batch_reads_nothing() -> None:
 def test_a_sequence_ends_at_the_end_of_a_document_or_at_its_last_token() -> None:
     first, second, third = sequences = [_sequence(0, [1]), _sequence(1, [2, 3]), _sequence(2, [4])]
     batch = DecodingBatch(sequences, max_new_tokens=2, max_seq_len=16, eod_id=EOD)
-    batch.inputs(CPU)
+    batch.next_inputs(CPU)
     batch.append([5, EOD, 6])
     assert batch.running == [first, third]
-    inputs = batch.inputs(CPU)
+    inputs = batch.next_inputs(CPU)
     assert inputs["token_ids"].tolist() == [[5], [6]]
     assert inputs["positions"].tolist() == [[1], [1]]
     batch.append([EOD, 7])
@@ -102,3 +102,9 @@ def _sampled(rank: int, world_size: int, seed: int) -> list[int]:
 def test_every_seed_that_a_run_may_have_samples(seed: int) -> None:
     (new_ids,) = run_ranks(1, _sampled, seed)
     assert new_ids
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_a_temperature_that_is_no_number_of_at_least_0_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="must be at least 0 and finite; 0 is greedy"):
+        SamplingConfig(temperature=temperature)

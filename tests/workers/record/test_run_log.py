@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dispatch.errors import InvalidValue
 from dispatch.layout import LoadLayout
 from workers.record.run_fence import RunDirectoryLost
 from workers.record.run_log import RunLog, read_events, read_load_history, read_metrics
@@ -92,6 +93,20 @@ def test_a_line_or_record_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
         os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 3)
     assert steps_of(tmp_path) == [1]
     assert read_load_history(tmp_path).steps.tolist() == [1]
+
+
+@pytest.mark.parametrize("damaged", ["[]", "{", '{"names": [], "num_experts": 3, "balanced": []}'])
+def test_a_damaged_layout_is_named(damaged: str, tmp_path: Path) -> None:
+    new_log(tmp_path).close()
+    (tmp_path / "load" / "layout.json").write_text(damaged)
+    with pytest.raises(InvalidValue, match=r"layout\.json is damaged"):
+        read_load_history(tmp_path)
+
+
+def test_an_event_whose_time_is_true_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "started", "time": true}\n')
+    with pytest.raises(InvalidValue, match=r"events\.jsonl, line 1 is damaged"):
+        read_events(tmp_path)
 
 
 def test_a_damaged_line_before_the_last_is_named(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from workers.training.muon import newton_schulz
 from workers.training.optimizer import OptimConfig, build_optimizer
 
 STEPS, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 4, 2, 2, 6
-LATENT = {"attention": "latent", "latent": LatentConfig(kv_rank=4), "out_bias": False, "attention_sinks": False}
+LATENT = {"attention": "latent", "latent": LatentConfig(kv_rank=4), "query_key_norm": "none"}
+LATENT |= dict.fromkeys(("qkv_bias", "out_bias", "attention_sinks", "attention_gate"), False)
 CONFIG = OptimConfig(name="muon", lr=0.02, weight_decay=0.5, beta1=0.8, options={"momentum": 0.9})
 ADAMW = ("token_embedding", "lm_head", "router", "norm", "token_gate", "bias", "sinks")
 

@@ -1,16 +1,16 @@
 """Self-attention, one file a kind, and what all kinds share.
 
 `grouped_query` and `latent` (multi-head latent attention) are the kinds; begin with `grouped_query`. `rotary` has the
-rotary positions and their stretching by YaRN, `attend` the scores and the kernel that serves them, `documents` and
-`mask` which tokens see which, `sinks` the score of no token, `cache` the keys and values that generation keeps.
+rotary positions and their stretching by YaRN. `attend` computes attention and chooses the kernel; `documents` and
+`mask` say which tokens see which; `sinks` has attention sinks; `cache` is the key-value cache of generation.
 """
 
-from workers.model.attention.attend import Seen
+from workers.model.attention.attend import AttentionMask
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.documents import Documents
 from workers.model.attention.grouped_query import GroupedQueryAttention
 from workers.model.attention.latent import LatentAttention, LatentConfig
-from workers.model.attention.mask import positions_of, visible, within_window
+from workers.model.attention.mask import causal_mask, limit_to_window, positions_of
 from workers.model.attention.rotary import YarnConfig, rotary_table, rotate
 
 __all__ = [
@@ -19,11 +19,11 @@ __all__ = [
     "KeyValueCache",
     "LatentAttention",
     "LatentConfig",
-    "Seen",
+    "AttentionMask",
     "YarnConfig",
     "positions_of",
-    "visible",
-    "within_window",
+    "causal_mask",
+    "limit_to_window",
     "rotary_table",
     "rotate",
 ]

@@ -26,21 +26,21 @@ class Cut(NamedTuple):
     Attributes:
         parts: the number of tokens of each part.
         blocks: the parts that are this rank's queries, in order.
-        seen: for each block, the range of parts whose keys it sees: its own, and the part of `num_before` tokens
+        key_parts: for each block, the range of parts whose keys it sees: its own, and the part of `num_before` tokens
             before it.
     """
 
     parts: list[int]
     blocks: list[Block]
-    seen: list[range]
+    key_parts: list[range]
 
     @property
-    def alike(self) -> dict[Block, list[int]]:
-        """For each size of block, its indices in `blocks`: blocks of one size are computed together."""
-        found = defaultdict(list)
-        for place, block in enumerate(self.blocks):
-            found[block].append(place)
-        return found
+    def indices_by_block(self) -> dict[Block, list[int]]:
+        """For each size of block, its indices in `blocks`: blocks of one size are computed in one call."""
+        indices = defaultdict(list)
+        for index, block in enumerate(self.blocks):
+            indices[block].append(index)
+        return indices
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Documents:
     context: Context | None = None
 
     @classmethod
-    def of(cls, document_starts: Tensor, context: Context | None = None) -> "Documents":
+    def from_starts(cls, document_starts: Tensor, context: Context | None = None) -> "Documents":
         """From int64 (B, S), the index in its row at which the document of each token begins. Waits for the device."""
         seq_len = document_starts.shape[1]
-        places = torch.arange(seq_len, device=document_starts.device)
-        firsts = (document_starts == places).flatten().nonzero().flatten()
+        columns = torch.arange(seq_len, device=document_starts.device)
+        firsts = (document_starts == columns).flatten().nonzero().flatten()
         offsets = torch.cat([firsts, firsts.new_tensor([document_starts.numel()])])
         return cls(offsets.int(), tuple(offsets.diff().tolist()), seq_len, context=context)
 
@@ -76,44 +76,46 @@ class Documents:
         offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * seq_len
         return cls(offsets, (seq_len,) * num_rows, seq_len)
 
-    def within(self, window: int) -> "Documents":
+    def with_window(self, window: int) -> "Documents":
         """The same documents under a window."""
         return replace(self, window=window)
 
     @cached_property
-    def by_window(self) -> Cut:
-        """Blocks of a window's tokens at most, so that a mask of one is small."""
+    def window_cut(self) -> Cut:
+        """Blocks of a window's tokens at most, so that a mask of one is small; without a window as `document_cut`."""
         return self._cut(self.window)
 
     @cached_property
-    def by_document(self) -> Cut:
+    def document_cut(self) -> Cut:
         """A block for each document that this rank has tokens of."""
         return self._cut(0)
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor, int, int]:
-        """Offsets of the queries of `by_document` and of the keys that they see, and the most of each in a block."""
+    def sequence_arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seq_q, cu_seq_k, max_q and max_k of torch's `varlen_attn` for the blocks of `document_cut`."""
         # Computed once for all layers: a copy from pageable memory can make the host wait for the device.
-        blocks = self.by_document.blocks
+        blocks = self.document_cut.blocks
         counts = [block.num_tokens for block in blocks], [sum(block) for block in blocks]
-        of_queries, of_keys = (
+        query_offsets, key_offsets = (
             torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=self.offsets.device) for each in counts
         )
-        return of_queries, of_keys, max(counts[0]), max(counts[1])
+        return query_offsets, key_offsets, max(counts[0]), max(counts[1])
 
-    def _cut(self, most: int) -> Cut:
+    def _cut(self, max_tokens: int) -> Cut:
+        """Cut every document. max_tokens: of a block; 0 for no limit."""
         cut = Cut([], [], [])
         for first, end in self._spans():
-            begin, stop = self._own(first), self._own(end)
+            begin, stop = self._clamp_to_rank(first), self._clamp_to_rank(end)
             if begin == stop:
                 cut.parts.append(end - first)
                 continue
-            near = min(begin - first, self.window or begin - first)
-            cut.parts.extend(filter(None, (begin - near - first, near)))
-            step = most or stop - begin
+            # Tokens of the document on ranks before this one, as many of them as the first block sees.
+            num_before = min(begin - first, self.window or begin - first)
+            cut.parts.extend(filter(None, (begin - num_before - first, num_before)))
+            step = max_tokens or stop - begin
             for start in range(begin, stop, step):
-                block = Block(min(step, stop - start), near if start == begin else step)
-                cut.seen.append(range(len(cut.parts) - (block.num_before > 0), len(cut.parts) + 1))
+                block = Block(min(step, stop - start), num_before if start == begin else step)
+                cut.key_parts.append(range(len(cut.parts) - (block.num_before > 0), len(cut.parts) + 1))
                 cut.parts.append(block.num_tokens)
                 cut.blocks.append(block)
             cut.parts.extend(filter(None, (end - stop,)))
@@ -126,15 +128,15 @@ class Documents:
             yield first, first + length
             first = (first + length) % self.seq_len
 
-    def _own(self, place: int) -> int:
-        """An index in a row, moved to the nearest one in this rank's tokens, or to their end."""
+    def _clamp_to_rank(self, index: int) -> int:
+        """The index in a row, clamped to the range of this rank's tokens, whose end is included."""
         chunk = self.context.chunk(self.seq_len) if self.context else range(self.seq_len)
-        return min(max(place, chunk.start), chunk.stop)
+        return min(max(index, chunk.start), chunk.stop)
 
-    def mask_of(self, block: Block) -> Tensor | None:
+    def block_mask(self, block: Block) -> Tensor | None:
         """The mask of a block, bool (queries, keys before + own keys); None for causal order alone."""
         tokens, before = block
         if not before and tokens <= (self.window or tokens):
             return None
-        seen = torch.ones(tokens, before + tokens, dtype=torch.bool, device=self.offsets.device).tril(before)
-        return seen.triu(before - self.window + 1) if self.window else seen
+        mask = torch.ones(tokens, before + tokens, dtype=torch.bool, device=self.offsets.device).tril(before)
+        return mask.triu(before - self.window + 1) if self.window else mask

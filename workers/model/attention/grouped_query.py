@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from workers.model.attention.attend import Seen, attend, of_whole_rows
+from workers.model.attention.attend import AttentionMask, attend, gather_rows
 from workers.model.attention.cache import KeyValueCache
 from workers.model.attention.rotary import rotate
 
@@ -24,7 +24,7 @@ class GroupedQueryAttention(nn.Module):
         head_dim: width of a head, hidden / num_heads by default.
         bias: whether queries, keys and values have one.
         out_bias: whether `out_proj` has one.
-        sinks: whether each head has a learned score of no token, which takes a share of the attention (gpt-oss).
+        sinks: whether each head has an attention sink: a learned score that stands for no token (gpt-oss).
         gate: whether a sigmoid of the token gates each element of the output, before `out_proj`.
         norm: RMSNorm of queries and keys before they are rotated: none, of each head (Qwen3), or of all heads
             together (OLMoE).
@@ -64,16 +64,17 @@ class GroupedQueryAttention(nn.Module):
         self.out_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=out_bias)
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, seen: Seen = None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotary: Tensor | None, attn_mask: AttentionMask = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Attend within each sequence to this and earlier positions.
 
         Args:
             x: (B, S, hidden).
-            rotary: `rotary_table` of the S positions, for all dimensions of a head or its first; None rotates nothing.
-            seen: bool (B, 1, S, K) of `visible`, or the documents that fill the rows; None: each token sees itself and
-                all before it.
-            cache: keeps rotated keys and values; these tokens then see those of the K places filled so far too.
+            rotary: `rotary_table` of the S positions, for all dimensions of a head or its first ones; None rotates
+                nothing.
+            attn_mask: bool (B, 1, S, K) from `causal_mask`, or the documents that fill the rows; None: each token sees
+                itself and all tokens before it.
+            cache: keeps the rotated keys and values. The tokens then also see those that it has from earlier calls.
         """
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv_proj(x).view(*x.shape[:-1], num_rotated + self.num_kv_heads, self.head_dim)
@@ -85,9 +86,9 @@ class GroupedQueryAttention(nn.Module):
         rotated = rotated if rotary is None else rotate(rotated, rotary)
         queries, keys = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
-            keys, values = cache.put(self, keys, values)
-        keys, values = of_whole_rows(seen, keys, values)
-        outputs = attend(queries, keys, values, seen, scale=self.scale, sinks=self.sinks).flatten(2)
+            keys, values = cache.update(self, keys, values)
+        keys, values = gather_rows(attn_mask, keys, values)
+        outputs = attend(queries, keys, values, attn_mask, scale=self.scale, sinks=self.sinks).flatten(2)
         y: Tensor = self.out_proj(outputs if self.gate_proj is None else outputs * self.gate_proj(x).sigmoid())
         return y
 

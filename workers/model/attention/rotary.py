@@ -26,7 +26,7 @@ class YarnConfig:
     magnitude: float = 1.0
     """Factor on rotated queries and keys (attention_factor of Hugging Face)."""
     score_factor: float = 1.0
-    """Factor on the attention scores besides (mscale squared in DeepSeek-V3)."""
+    """One more factor on the attention scores (mscale squared in DeepSeek-V3)."""
 
     def __post_init__(self) -> None:
         if not self.factor >= 1 or self.original_max_seq_len < 1:
@@ -48,7 +48,7 @@ def rotary_table(
     dtype: torch.dtype,
     yarn: YarnConfig | None = None,
 ) -> Tensor:
-    """Unit complex numbers exp(i * position * theta^(-2j / head_dim)), in the shape of the positions and head_dim / 2.
+    """Complex numbers exp(i * position * theta^(-2j / head_dim)): (B, S, head_dim / 2), or without B.
 
     complex128 for float64, otherwise complex64. The table is made in every forward, since `to_empty` would erase a
     buffer, and a cast of the model would cast it. The angles are float64, since fp32 is off by 0.004 rad at position
@@ -56,12 +56,13 @@ def rotary_table(
 
     Args:
         positions: int64 (B, S), or the number of positions S, which then count from 0: the table is (S, head_dim / 2).
-        yarn: slows some of the frequencies, and gives the numbers its magnitude instead of 1.
+        dtype: of the tensor that is to be rotated.
+        yarn: lowers some of the frequencies, and multiplies all numbers by its magnitude.
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     frequencies = theta**-exponents
     if yarn is not None and yarn.factor > 1:
-        frequencies = _slowed(frequencies, head_dim, theta, yarn)
+        frequencies = _yarn_frequencies(frequencies, head_dim, theta, yarn)
     if isinstance(positions, int):
         positions = torch.arange(positions, device=device)
     angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
@@ -71,11 +72,11 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (x[2j], x[2j + 1]) of every head by its position; x (B, S, heads, head_dim), result in x's dtype.
+    """Rotate each pair (x[2j], x[2j + 1]) of every head by its position; x is (B, S, heads, head_dim).
 
-    Dimensions of a head beyond those that the table has angles for stay as they are. Neighbours form a pair, as in
-    DeepSeek-V3. Complex multiplication is one pass: 0.4 ms forward and backward, where two halves with cos and sin, as
-    in Llama, take 2.1 ms (8 x 256 x 8 heads x 32, one CPU thread).
+    The result has the dtype of x. Dimensions of a head beyond those that the table has angles for stay as they are.
+    Neighbours form a pair, as in DeepSeek-V3. Complex multiplication is one pass: 0.4 ms forward and backward, where
+    two halves with cos and sin, as in Llama, take 2.1 ms (8 x 256 x 8 heads x 32, one CPU thread).
     """
     num_rotated = 2 * table.shape[-1]
     if num_rotated < x.shape[-1]:
@@ -84,10 +85,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table.unsqueeze(-2)).flatten(-2).to(x.dtype)
 
 
-def _slowed(frequencies: Tensor, head_dim: int, theta: float, yarn: YarnConfig) -> Tensor:
+def _yarn_frequencies(frequencies: Tensor, head_dim: int, theta: float, yarn: YarnConfig) -> Tensor:
     """YaRN: keep the frequencies of dimensions that rotate often, divide those that rotate seldom by the factor."""
 
     def dimension(turns: float) -> float:
+        """The (fractional) dimension that turns so often over the original length."""
         wavelength = yarn.original_max_seq_len / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
@@ -97,5 +99,5 @@ def _slowed(frequencies: Tensor, head_dim: int, theta: float, yarn: YarnConfig) 
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = torch.arange(head_dim // 2, device=frequencies.device, dtype=torch.float64)
     # 0.001 against 0/0 where both bounds meet, as in the paper's code: a trained model expects the same.
-    slow_share = ((ramp - low) / ((high - low) or 0.001)).clamp(0, 1)
-    return frequencies * (1 - slow_share) + frequencies / yarn.factor * slow_share
+    divided_share = ((ramp - low) / ((high - low) or 0.001)).clamp(0, 1)
+    return frequencies * (1 - divided_share) + frequencies / yarn.factor * divided_share

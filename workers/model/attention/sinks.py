@@ -1,28 +1,28 @@
-"""Attention sinks: a learned score of each head that stands for no token, and takes a share of the attention."""
+"""Attention sinks: one more score in each head's softmax, learned, that belongs to no token."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.model.attention.mask import scores_mask
+from workers.model.attention.mask import sdpa_mask
 
-# One more dimension would do, but fused kernels want heads of a multiple of 16 bytes.
+# Dimensions added to queries and keys. One would do, but fused kernels want heads of a multiple of 16 bytes.
 SINK_DIMS = 8
 
 
 def attend_with_sinks(
     queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention whose softmax has one more score in each row, that of the head's sink, with a value of zero.
+    """Attention whose softmax has one more score in each row, that of the head's sink, whose value is zero.
 
-    The sink is one more key, before the others. Queries and keys get a further dimension: there the sink's key is 1,
-    all other keys are 0, and a query holds the sink's score. So fused kernels can be used, and no matrix of scores is
+    The sink is one more key, before the others. Queries and keys get one more dimension, in which the sink's key is 1,
+    all other keys are 0, and each query is the sink's score. So fused kernels can be used, and no matrix of scores is
     made (gpt-oss, arXiv 2508.10925, section 2.3).
 
     Args:
         queries: (B, heads, S, head_dim).
         keys, values: (B, kv_heads, K, head_dim).
-        sinks: (heads,), scores as they are after `scale`.
+        sinks: (heads,), scores to which `scale` is not applied.
         mask: bool (B or 1, 1, S, K) or (S, K); None for causal order alone, where S = K.
         scale: factor on the scores.
     Returns:
@@ -38,5 +38,5 @@ def attend_with_sinks(
         queries = F.pad(queries, (0, 0, 1, 0))
     else:
         mask = F.pad(mask, (1, 0), value=True)
-    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **scores_mask(mask))
+    attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True, **sdpa_mask(mask))
     return attended[:, :, mask is None :, :head_dim]

@@ -1,8 +1,9 @@
 """Model families of Hugging Face, each one small file that maps names and shapes to those of our decoder.
 
 Begin with `mixtral`, the smallest, and `base.Family`, which says what a family declares; docs/models.md shows how to
-add one. `settings` reads config.json strictly, `shapes` has what most families say there, `nearest` words what is
-refused, `stacks` names experts that lie in one tensor. `workers.model.hugging_face` reads and writes the files.
+add one. `settings` reads config.json strictly, `shapes` reads the settings that most families have, `nearest` names the
+nearest family in the error for a model of none, `stacks` names the experts in a tensor that holds all of a layer.
+`workers.model.hugging_face` reads and writes the files.
 """
 
 from importlib import import_module
@@ -14,7 +15,7 @@ from workers.model.families.settings import Settings
 
 __all__ = ["FAMILIES", "Family", "Part", "Settings", "family_of"]
 
-# Each has its file in this folder: a new family is one more name here.
+# The files of this folder that declare a FAMILY: a new family is one more name here.
 _NAMES = (
     "afmoe",
     "deepseek_v3",
@@ -42,7 +43,7 @@ def family_of(settings: Settings) -> Family:
     """The family of a config.json.
 
     Raises:
-        InvalidValue: it is of no family here; the error names the nearest, and what differs.
+        InvalidValue: no family supports it; the error names the nearest family, and what differs.
     """
     model_type, architectures = settings.values.get("model_type"), settings.values.get("architectures") or []
     family: Family | None = FAMILIES.get(str(model_type))
@@ -52,8 +53,8 @@ def family_of(settings: Settings) -> Family:
         or (architectures and not {family.architecture, *family.other_architectures} & set(map(str, architectures)))
     ):
         raise InvalidValue(
-            f"{settings.where}: model_type {model_type!r} with architectures {architectures} is not supported; "
-            f"supported are {', '.join(FAMILIES)}; {describe_nearest(settings, FAMILIES.values())}; docs/models.md "
-            "shows how to add a family"
+            f"{settings.where}: model_type {model_type!r:.60} with architectures {architectures!r:.60} is not "
+            f"supported; supported are {', '.join(FAMILIES)}; {describe_nearest(settings, FAMILIES.values())}; "
+            "docs/models.md shows how to add a family"
         )
     return family

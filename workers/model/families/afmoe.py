@@ -1,4 +1,4 @@
-"""Trinity (AFMoE): sigmoid router with a selection bias, gated attention, inputs and outputs of both parts normalised.
+"""Trinity (AFMoE): sigmoid router with a selection bias, gated attention, RMSNorm before and after each sublayer.
 
 Most layers have a window; those without it do not rotate queries and keys.
 """

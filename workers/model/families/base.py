@@ -18,16 +18,18 @@ from workers.model.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a Hugging Face checkpoint: the rows `first_row` and following of one of our tensors, bit for bit.
+    """One tensor of a Hugging Face checkpoint, and the rows of one of our tensors that have the same values.
 
     Rotary positions rotate pairs of dimensions. Hugging Face pairs dimension i of a head with i + head_dim / 2, we pair
     neighbours (`workers.model.attention.rotate`). The scores are the same if the rows of queries and keys are reordered
     accordingly, for which `head_dim` is given.
 
+    name: of their tensor, and shape: its shape.
+    target: the name of our tensor, whose rows `first_row` and following this part fills.
     head_dim: rows of a head, whose first rotary_dim are stored as two halves; 0 where rows keep their order.
     rotary_dim: rows of a head that are rotated; 0 for all.
     is_copy: the tensor repeats that of another part. It may be missing; if it is there, it must be equal.
-    num_items: where this part is an item of a stack (`stacks`), the items of that stack; else 0.
+    num_items: where this part is an item of a stack (`stacks`), the number of items of that stack; else 0.
     is_transposed: theirs is (in, out) and ours (out, in).
     is_interleaved: theirs alternates between rows of the first and of the second half of ours, as gpt-oss does with
         gate and up.
@@ -77,16 +79,21 @@ class Part:
         rows = rows.t() if self.is_transposed else rows
         return self._reorder(rows, lambda rotated: rotated.unflatten(1, (-1, 2)))
 
-    def _reorder(self, rows: Tensor, pairs_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def _reorder(self, rows: Tensor, split_pairs: Callable[[Tensor], Tensor]) -> Tensor:
+        """Reorder the rotated rows of each head. split_pairs: maps (heads, rotary_dim, ...) to (heads, m, n, ...).
+
+        The result has the rows in the order of the transposed (n, m).
+        """
         if not self.head_dim:
             return rows
         heads = rows.unflatten(0, (-1, self.head_dim))
         rotary_dim = self.rotary_dim or self.head_dim
-        rotated = pairs_of(heads[:, :rotary_dim]).transpose(1, 2).flatten(1, 2)
+        rotated = split_pairs(heads[:, :rotary_dim]).transpose(1, 2).flatten(1, 2)
         return torch.cat([rotated, heads[:, rotary_dim:]], dim=1).flatten(0, 1)
 
 
-PartsOf = Callable[[ModelConfig, str, str], Iterator[Part]]
+# Makes the parts of one layer, from the prefixes of their names and of ours.
+MakeParts = Callable[[ModelConfig, str, str], Iterator[Part]]
 
 
 def grouped_query_parts(config: ModelConfig, theirs: str, ours: str, *, halves: bool = True) -> Iterator[Part]:
@@ -95,22 +102,22 @@ def grouped_query_parts(config: ModelConfig, theirs: str, ours: str, *, halves: 
     halves: whether theirs pairs the halves of a head in rotary positions; False if it pairs neighbours, as we do.
     """
     head_dim = config.head_width
-    turning: dict[str, Any] = {"head_dim": head_dim, "rotary_dim": config.rotary_dim} if halves else {}
-    columns: dict[str, tuple[int, ...]] = {"weight": (config.hidden,)} | ({"bias": ()} if config.qkv_bias else {})
-    for kind, width in columns.items():
+    order: dict[str, Any] = {"head_dim": head_dim, "rotary_dim": config.rotary_dim} if halves else {}
+    kinds: dict[str, tuple[int, ...]] = {"weight": (config.hidden,)} | ({"bias": ()} if config.qkv_bias else {})
+    for kind, width in kinds.items():
         first_row = 0
         for name, heads in (
             ("q_proj", config.num_heads),
             ("k_proj", config.num_kv_heads),
             ("v_proj", config.num_kv_heads),
         ):
-            shape, order = (heads * head_dim, *width), {} if name == "v_proj" else turning
-            yield Part(f"{theirs}.{name}.{kind}", f"{ours}.qkv_proj.{kind}", shape, first_row, **order)
+            shape, row_order = (heads * head_dim, *width), {} if name == "v_proj" else order
+            yield Part(f"{theirs}.{name}.{kind}", f"{ours}.qkv_proj.{kind}", shape, first_row, **row_order)
             first_row += shape[0]
     if config.query_key_norm != "none":
         for name, norm, heads in (("q", "query", config.num_heads), ("k", "key", config.num_kv_heads)):
             rows = head_dim * (1 if config.query_key_norm == "head" else heads)
-            yield Part(f"{theirs}.{name}_norm.weight", f"{ours}.{norm}_norm.weight", (rows,), **turning)
+            yield Part(f"{theirs}.{name}_norm.weight", f"{ours}.{norm}_norm.weight", (rows,), **order)
     shape = (config.hidden, config.num_heads * head_dim)
     if config.attention_gate:
         yield Part(f"{theirs}.gate_proj.weight", f"{ours}.gate_proj.weight", shape[::-1])
@@ -132,8 +139,8 @@ def feed_forward_parts(config: ModelConfig, theirs: str, ours: str, ffn_hidden: 
 class MoEParts:
     """The tensors of a MoE layer, by the names that the family has in its files.
 
-    block: of the layer. gate: of the router. bias: of the selection bias, which has bias_axes axes; empty where the
-    family has none. shared: of the shared experts. projections: of a routed expert's gate, up and down.
+    block: name of the layer. gate: of the router. bias: of the selection bias, which has bias_axes axes; empty where
+    the family has none. shared: of the shared experts. projections: of a routed expert's gate, up and down.
     has_stacks: whether one tensor holds all experts of a layer.
     """
 
@@ -182,13 +189,13 @@ class Family:
     """A kind of model of Hugging Face, chosen by `model_type` and `architectures` of its config.json.
 
     read_config: makes our settings from theirs; max_seq_len is then the longest that the model supports.
-    moe_parts, attention_parts: make the parts of one layer, given the prefixes of their names and of ours.
-    mtp_parts: makes the parts of a multi-token-prediction layer that a plain layer does not have; None for no such
-        layer.
-    norms: our names of the norms of a layer, by theirs.
+    moe_parts, attention_parts: make the parts of one layer.
+    mtp_parts: makes the parts that the multi-token-prediction layer has besides those of any layer; None for a family
+        without such a layer.
     other_architectures: further names of the architecture for the same model.
     prefix: of all names, where the model is a part of a larger one, whose other tensors are kept as they are.
-    left_out: prefix of tensors that import ignores, as transformers does; {num_layers} is filled in.
+    left_out: prefix of tensors that import ignores, as transformers does; {num_layers} is filled in. Empty for none.
+    norms: our names of the norms of a layer, by theirs.
     modules: names of modules in transformers 5, by their names in the files, where they differ.
     """
 
@@ -196,8 +203,8 @@ class Family:
     architecture: str
     read_config: Callable[[Settings], ModelConfig]
     moe_parts: MoEParts
-    attention_parts: PartsOf = grouped_query_parts
-    mtp_parts: PartsOf | None = None
+    attention_parts: MakeParts = grouped_query_parts
+    mtp_parts: MakeParts | None = None
     other_architectures: tuple[str, ...] = ()
     prefix: str = ""
     left_out: str = ""
@@ -214,7 +221,7 @@ class Family:
         return bool(self.moe_parts.bias)
 
     def parts(self, config: ModelConfig) -> Iterator[Part]:
-        """All tensors of a checkpoint, in the order in which they are used."""
+        """All parts of a checkpoint, in the order in which the model uses their tensors."""
         parts = self._parts(config)
         return (replace(part, name=self.prefix + part.name) for part in parts) if self.prefix else parts
 

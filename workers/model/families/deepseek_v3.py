@@ -21,7 +21,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 def latent_shape(settings: Settings, *, norm_eps: float, query_rank: int) -> dict[str, Any]:
-    """Everything but the experts; the defaults are those of the family in transformers."""
+    """All settings but those of the experts. norm_eps, query_rank: defaults of the family in transformers."""
     settings.expect("attention_bias", False)
     settings.expect("rope_interleave", True, None)
     shape = decoder_shape(settings, rope_theta=1e4, norm_eps=norm_eps)
@@ -42,7 +42,7 @@ def latent_shape(settings: Settings, *, norm_eps: float, query_rank: int) -> dic
 
 
 def mtp_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
-    """What the multi-token-prediction layer adds to a layer; it brings copies of the shared embedding and output."""
+    """The parts that only the multi-token-prediction layer has, with copies of embedding and output projection."""
     width, vocabulary = (config.hidden,), (config.vocab_size, config.hidden)
     yield Part(f"{theirs}.embed_tokens.weight", "token_embedding.weight", vocabulary, is_copy=True)
     yield Part(f"{theirs}.enorm.weight", f"{ours}.token_norm.weight", width)
@@ -54,7 +54,7 @@ def mtp_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
 
 
 def attention_parts(config: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
-    """Both latent projections with their norms, the projections from them, and the output."""
+    """The projections to the latents, their norms, the projections from the latents, and the output projection."""
     sizes, heads, hidden = config.latent, config.num_heads, config.hidden
     query_shape = (heads * (sizes.nope_dim + sizes.rope_dim), sizes.query_rank or hidden)
     if sizes.query_rank:

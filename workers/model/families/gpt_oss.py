@@ -1,6 +1,6 @@
 """gpt-oss (arXiv 2508.10925): sinks and biases in attention, a window in every second layer, biased clamped experts.
 
-The bias of the gate is a weight of the model. It has no selection bias.
+The router has a bias in its linear layer, which is trained like any weight, and no selection bias.
 """
 
 from collections.abc import Iterator

@@ -16,7 +16,7 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("shared_intermediate_size", 0)
     settings.expect("router_jitter_noise", 0.0)
     heads = grouped_query_shape(settings, narrow=False)
-    # Files on the hub give the number of rotated dimensions (rotary_dim), those of transformers their share.
+    # Files on the hub give the number of rotated dimensions (rotary_dim), those that transformers writes their share.
     rotary_dim = settings.integer("rotary_dim", default=heads["head_dim"], null=heads["head_dim"])
     return ModelConfig(
         **decoder_shape(settings, rope_theta=5e6, norm_eps=1e-6),

@@ -10,11 +10,11 @@ from workers.model.model_config import ModelConfig
 def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a MixtralConfig."""
     shape = decoder_shape(settings, rope_theta=1e6, norm_eps=1e-5)
-    longest = shape["max_seq_len"]
-    window = settings.integer("sliding_window", default=longest, null=longest, maximum=MAX_POSITIONS)
+    max_seq_len = shape["max_seq_len"]
+    window = settings.integer("sliding_window", default=max_seq_len, null=max_seq_len, maximum=MAX_POSITIONS)
     return ModelConfig(
         **shape,
-        sliding_window=window if window < longest else 0,  # a wider one reaches every token
+        sliding_window=window if window < max_seq_len else 0,  # a wider one reaches every token
         **grouped_query_shape(settings),
         num_dense_layers=0,
         moe=MoEConfig(

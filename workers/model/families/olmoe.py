@@ -1,4 +1,4 @@
-"""OLMoE (arXiv 2409.02060): normalised queries and keys, softmax router whose weights are as they are."""
+"""OLMoE (arXiv 2409.02060): normalised queries and keys, softmax router whose weights are not normalised by default."""
 
 from dispatch.config import MoEConfig
 from workers.model.families.base import Family, MoEParts

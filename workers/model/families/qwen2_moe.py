@@ -12,7 +12,7 @@ def read_config(settings: Settings) -> ModelConfig:
     """Our settings from those of a Qwen2MoeConfig."""
     settings.expect("use_sliding_window", False)
     settings.expect("decoder_sparse_step", 1)
-    ffn_hidden, shared = (settings.integer(f"{of}_intermediate_size") for of in ("moe", "shared_expert"))
+    ffn_hidden, shared = map(settings.integer, ("moe_intermediate_size", "shared_expert_intermediate_size"))
     if not ffn_hidden or not shared or shared % ffn_hidden:
         raise InvalidValue(
             f"{settings.where}: shared_expert_intermediate_size is {shared}, and only a multiple of "

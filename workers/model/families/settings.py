@@ -91,7 +91,8 @@ class Settings:
     def yarn(self, *, scales_scores: bool) -> YarnConfig:
         """How rotary positions are stretched: not at all, or by YaRN (arXiv 2309.00071).
 
-        scales_scores: the square of mscale_all_dim's factor multiplies attention scores, as in DeepSeek-V3.
+        scales_scores: whether the square of the factor from mscale_all_dim multiplies attention scores, as in
+            DeepSeek-V3.
         """
         rope = self._rope()
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -117,9 +118,9 @@ class Settings:
         rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
             raise InvalidValue(f"{self.where}: rope scaling is {rope!r:.60}; it must hold names and values")
-        if of_some := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
             raise InvalidValue(
-                f"{self.where}: rope scaling has settings for {of_some[0]!r:.60}; only one for all layers is supported"
+                f"{self.where}: rope scaling has settings for {nested[0]!r:.60}; only one for all layers is supported"
             )
         return rope
 
@@ -127,10 +128,10 @@ class Settings:
         for name in names:
             if self.values.get(name) is not None:
                 return self.values[name]
-        is_there = any(name in self.values for name in names)
-        value = null if is_there else default
+        is_present = any(name in self.values for name in names)
+        value = null if is_present else default
         if value is None:
-            raise InvalidValue(f"{self.where}: {' or '.join(names)} is {'null' if is_there else 'missing'}")
+            raise InvalidValue(f"{self.where}: {' or '.join(names)} is {'null' if is_present else 'missing'}")
         return value
 
 

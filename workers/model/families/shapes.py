@@ -1,4 +1,4 @@
-"""Reads the settings that most families name alike in config.json, as arguments of ModelConfig and MoEConfig."""
+"""Reads the settings that have the same names in most families' config.json, as arguments of our configs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from workers.model.families.settings import MAX_LAYERS, MAX_POSITIONS, Settings
 
 
 def decoder_shape(settings: Settings, *, rope_theta: float, norm_eps: float, tied: bool = False) -> dict[str, Any]:
-    """Sizes, rotary angles, norms and embeddings; the defaults are those of the family in transformers."""
+    """Sizes, rotary angles, norms and embeddings. rope_theta, norm_eps, tied: the family's defaults in transformers."""
     settings.expect("hidden_act", "silu")
     return {
         "vocab_size": settings.integer("vocab_size"),
@@ -24,7 +24,7 @@ def decoder_shape(settings: Settings, *, rope_theta: float, norm_eps: float, tie
 
 
 def grouped_query_shape(settings: Settings, *, narrow: bool = True) -> dict[str, Any]:
-    """Key heads and their width. narrow: the width is hidden / heads by default; otherwise it must be given."""
+    """Number and width of key heads. narrow: the width is hidden / heads by default; otherwise it must be given."""
     num_heads = settings.integer("num_attention_heads", minimum=1)
     width = settings.integer("hidden_size") // num_heads
     return {
@@ -34,14 +34,17 @@ def grouped_query_shape(settings: Settings, *, narrow: bool = True) -> dict[str,
 
 
 def first_dense(settings: Settings, dense: object, name: str) -> int:
-    """The number of dense layers, from a list of their indices. Raises ValueError unless these are the first layers."""
+    """The number of dense layers, from the list of their indices, which the setting `name` has.
+
+    Raises InvalidValue unless these are the first layers.
+    """
     if not isinstance(dense, list) or set(map(str, dense)) != set(map(str, range(len(dense)))):
         raise InvalidValue(f"{settings.where}: {name} is {dense!r:.60}, and only the first layers can be dense")
     return len(dense)
 
 
 def dense_by_type(settings: Settings, *, default: int) -> int:
-    """The number of dense layers by mlp_layer_types. Raises ValueError as `first_dense`, and for a wrong length."""
+    """The number of dense layers by mlp_layer_types, or `default`. Raises InvalidValue as `first_dense`."""
     types = settings.values.get("mlp_layer_types")
     if types is None:
         return default
@@ -54,7 +57,7 @@ def dense_by_type(settings: Settings, *, default: int) -> int:
 
 
 def check_full_attention(settings: Settings) -> None:
-    """Refuse layers whose attention has a window, by name."""
+    """Raise InvalidValue if the attention of a layer has a window."""
     num_layers = settings.integer("num_hidden_layers", maximum=MAX_LAYERS)
     # As transformers does where layer_types is missing: layers from max_window_layers on have a window.
     first = settings.integer("max_window_layers", default=num_layers, null=num_layers)
@@ -71,8 +74,9 @@ _KINDS = ("full_attention", "sliding_attention")
 def _layer_types(settings: Settings) -> list[str]:
     """The kind of attention of each layer; empty where config.json does not have it."""
     kinds = settings.values.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind not in _KINDS for kind in kinds):
-        rule = f"it must have {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
+    num_layers = settings.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    if not isinstance(kinds, list) or any(kind not in _KINDS for kind in kinds) or len(kinds) not in (0, num_layers):
+        rule = f"it must have {_KINDS[0]!r} or {_KINDS[1]!r} for each of num_hidden_layers ({num_layers})"
         raise InvalidValue(f"{settings.where}: layer_types is {kinds!r:.60}; {rule}")
     return kinds
 
@@ -100,8 +104,8 @@ def v3_router(
     normalize: bool = True,
     route_scale: float = 1.0,
 ) -> MoEConfig:
-    """A layer of experts with the router of DeepSeek-V3; the defaults are those of the family in transformers."""
-    settings.expect("scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 has the name of the method here
+    """A MoE layer with the router of DeepSeek-V3. The arguments are the family's defaults in transformers."""
+    settings.expect("scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 has the name of the top-k method here
     settings.expect("topk_method", "noaux_tc")
     return MoEConfig(
         num_experts=settings.integer("n_routed_experts", "num_experts", "num_local_experts"),

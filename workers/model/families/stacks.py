@@ -1,4 +1,4 @@
-"""Names of experts in tensors that hold all experts of a layer, as those of gpt-oss: expert 3 is the item STACK[3]."""
+"""Names for single experts in a stack, a tensor that holds all experts of a layer (gpt-oss): expert 3 is STACK[3]."""
 
 
 def item_name(stack: str, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Writes the adapters of a checkpoint: added to their weights, or by themselves as PEFT reads them."""
+"""Exports the adapters of a checkpoint: added to their weights (`MergedReader`), or as files of PEFT."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -56,14 +56,14 @@ def write_adapter(folder: Path, family: Family, config: ModelConfig, reader: Ten
             "themselves; give --merged"
         )
     adapted = [
-        replace(part, name=_as_module(part.name, family))
+        replace(part, name=_module_name(part.name, family))
         for part in family.parts(config)
         if adapter_names(f"model.{part.target}")[0] in reader.shapes
     ]
-    of_experts = [part for part in adapted if ".experts." in part.target]
-    linear = [part for part in adapted if ".experts." not in part.target]
-    tensors = {**dict(_linear(linear, reader)), **dict(_experts(of_experts, reader))}
-    modules, parameters = _targets(linear, of_experts)
+    expert_parts = [part for part in adapted if ".experts." in part.target]
+    linear_parts = [part for part in adapted if ".experts." not in part.target]
+    tensors = {**dict(_linear_adapters(linear_parts, reader)), **dict(_expert_adapters(expert_parts, reader))}
+    modules, parameters = _targets(linear_parts, expert_parts)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -80,29 +80,30 @@ def write_adapter(folder: Path, family: Family, config: ModelConfig, reader: Ten
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _as_module(name: str, family: Family) -> str:
+def _module_name(name: str, family: Family) -> str:
+    """The name in transformers 5 of the tensor that has this name in the files."""
     return ".".join(family.modules.get(word, word) for word in name.split("."))
 
 
-def _targets(linear: Iterable[Part], of_experts: Iterable[Part]) -> tuple[list[str], list[str]]:
-    """Names of modules and of parameters, as PEFT looks for them: by the end of a name.
+def _targets(linear_parts: Iterable[Part], expert_parts: Iterable[Part]) -> tuple[list[str], list[str]]:
+    """PEFT's target_modules and target_parameters: the ends of the names that have adapters.
 
-    PEFT 0.21 takes a module gate_proj, up_proj or down_proj for that of an expert, wherever it is (its
-    `_convert_peft_config_moe`): these are named by their weights.
+    PEFT 0.21 takes any module gate_proj, up_proj or down_proj for that of an expert (its `_convert_peft_config_moe`):
+    such modules are named by their weights, among target_parameters.
     """
     modules, parameters = set(), set()
-    for part in linear:
+    for part in linear_parts:
         within_layer = part.name.split(".", 3)[3]  # model.layers.N.
         module = within_layer.removesuffix(".weight")
         if module.endswith((".gate_proj", ".up_proj", ".down_proj")):
             parameters.add(within_layer)
         else:
             modules.add(module)
-    parameters |= {f"mlp.experts.{part.target.rpartition('.')[2]}" for part in of_experts}
+    parameters |= {f"mlp.experts.{part.target.rpartition('.')[2]}" for part in expert_parts}
     return sorted(modules), sorted(parameters)
 
 
-def _linear(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+def _linear_adapters(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
     """A and B of each of their matrices; matrices that we pack in one parameter have the same A."""
     for part in parts:
         lora_a, lora_b = reader.read(adapter_names(f"model.{part.target}")).values()
@@ -111,19 +112,18 @@ def _linear(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, 
         yield f"{name}.lora_B.weight", part.to_theirs(part.rows_of(lora_b)).clone()
 
 
-def _experts(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+def _expert_adapters(parts: Iterable[Part], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
     """For all experts of a layer, A (experts x rank, in) and B (out, rank x experts), where the expert varies fastest.
 
     PEFT wraps the two parameters of the module one after the other, gate_up_proj first: hence `.base_layer`.
     """
-    stacks: dict[str, dict[str, None]] = {}  # our names in the order of the experts, once each
+    targets_by_stack: dict[str, dict[str, None]] = {}  # our names in the order of the experts, once each
     for part in parts:
         layer, kind = part.name.split(".")[2], part.target.rpartition(".")[2]
         inner = ".base_layer" if kind == "gate_up_proj" else ""
-        stacks.setdefault(f"base_model.model.model.layers.{layer}.mlp.experts{inner}", {})[f"model.{part.target}"] = (
-            None
-        )
-    for name, targets in stacks.items():
+        stack = f"base_model.model.model.layers.{layer}.mlp.experts{inner}"
+        targets_by_stack.setdefault(stack, {})[f"model.{part.target}"] = None
+    for name, targets in targets_by_stack.items():
         pairs = [reader.read(adapter_names(target)).values() for target in targets]
         all_a, all_b = zip(*pairs, strict=True)
         yield f"{name}.lora_A.weight", torch.cat(all_a)

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,11 +18,11 @@ BLOCK_BYTES = 16 * 2**20
 
 @torch.no_grad()
 def fill(state: Mapping[str, Tensor], source: ModelDirectory) -> None:
-    """Fill each tensor of `state` whose section is model, and nothing else.
+    """Fill the tensors of `state` in the section model; those of other sections stay as they are.
 
     Args:
         state: of `canonical_state`, fp32.
-        source: its files are read in rows of at most BLOCK_BYTES.
+        source: its files are read in blocks of rows, of about BLOCK_BYTES.
 
     Raises:
         SourceError: a tensor holds a NaN or an infinity, or its bytes do not match its digest; names file and tensor.
@@ -38,34 +37,35 @@ def fill(state: Mapping[str, Tensor], source: ModelDirectory) -> None:
 def _fill_part(target: Tensor, part: Part, source: ModelDirectory) -> None:
     stored = source.tensors[part.name]
     scale = source.tensors.get(part.name + SCALE_SUFFIX)
-    scales = None if scale is None else _whole(scale)
+    scales = None if scale is None else _read_checked(scale)
     # Blocks of rows must hold whole heads, whose rows are reordered, and whole blocks of fp8, which share a scale.
     step = math.lcm(part.head_dim or 1, source.block[0] if source.block and scales is not None else 1)
     for first, rows in _blocks(stored, step):
-        wide = rows.float() if scales is None else _dequantised(rows, scales, first, source.block or (1, 1))
-        if not bool(wide.isfinite().all()):
+        values = rows.float() if scales is None else _dequantise_fp8(rows, scales, first, source.block or (1, 1))
+        if not bool(values.isfinite().all()):
             raise SourceError(f"{stored.file}: {part.name} holds a NaN or an infinity in rows {first} and following")
-        place = target[first : first + len(rows)]
-        if part.is_copy and not torch.equal(place, wide):
+        target_rows = target[first : first + len(rows)]
+        if part.is_copy and not torch.equal(target_rows, values):
             raise SourceError(f"{stored.file}: {part.name} is not equal to what fills {part.target}, which it copies")
-        place.copy_(part.to_ours(wide))
+        target_rows.copy_(part.to_ours(values))
 
 
 def _fill_item(target: Tensor, part: Part, source: ModelDirectory) -> None:
-    """Fill an item of a stack, as a whole: its rows may be our columns."""
+    """Fill an item of a stack, not in blocks of rows: it may be transposed, so that its rows are our columns."""
     stored = source.tensors[part.name]
-    rows = _whole(stored)
+    rows = _read_checked(stored)
     if stored.dtype == torch.uint8:
-        wide = dequantise(rows, _whole(source.tensors[with_suffix(part.name, SCALES_SUFFIX)]))
+        values = dequantise(rows, _read_checked(source.tensors[with_suffix(part.name, SCALES_SUFFIX)]))
         part = replace(part, is_transposed=False)  # in MXFP4 the matrix is stored as (out, in), as ours
     else:
-        wide = rows.float()
-    if not bool(wide.isfinite().all()):
+        values = rows.float()
+    if not bool(values.isfinite().all()):
         raise SourceError(f"{stored.file}: {part.name} holds a NaN or an infinity")
-    target.copy_(part.to_ours(wide))
+    target.copy_(part.to_ours(values))
 
 
-def _whole(stored: StoredTensor) -> Tensor:
+def _read_checked(stored: StoredTensor) -> Tensor:
+    """The whole tensor, compared with its digest."""
     return torch.cat([rows for _, rows in _blocks(stored, 1)])
 
 
@@ -74,11 +74,10 @@ def _blocks(stored: StoredTensor, step: int) -> Iterator[tuple[int, Tensor]]:
     num_rows, row_bytes = stored.shape[0], stored.num_bytes // max(1, stored.shape[0])
     rows_at_once = max(1, BLOCK_BYTES // max(1, row_bytes) // step) * step
     digest = hashlib.sha256() if stored.sha256 else None
-    with stored.file.open("rb", buffering=0) as file:
+    with stored.file.open("rb") as file:
         file.seek(stored.start)
         for first in range(0, num_rows, rows_at_once):
-            raw = torch.empty(min(rows_at_once, num_rows - first) * row_bytes, dtype=torch.uint8)
-            _read_into(raw, file, stored)
+            raw = stored.read_bytes(file, min(rows_at_once, num_rows - first) * row_bytes)
             if digest is not None:
                 digest.update(raw.numpy().data)
             yield first, raw.view(stored.dtype).view(-1, *stored.shape[1:])
@@ -86,16 +85,7 @@ def _blocks(stored: StoredTensor, step: int) -> Iterator[tuple[int, Tensor]]:
         raise SourceError(f"{stored.file}: {stored.name} is not what was exported (its sha256 differs); fetch it again")
 
 
-def _read_into(raw: Tensor, file: BinaryIO, stored: StoredTensor) -> None:
-    view = raw.numpy().data
-    while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]  # of a raw file
-        if not count:
-            raise SourceError(f"{stored.file} ended within {stored.name}; did it change while it was read?")
-        view = view[count:]
-
-
-def _dequantised(rows: Tensor, scales: Tensor, first_row: int, block: tuple[int, int]) -> Tensor:
+def _dequantise_fp8(rows: Tensor, scales: Tensor, first_row: int, block: tuple[int, int]) -> Tensor:
     """Rows of fp8 times the scale of their block, in fp32 (DeepSeek-V3, section 3.3). first_row begins a block."""
-    of_rows = scales[first_row // block[0] :].repeat_interleave(block[0], 0)[: rows.shape[0]]
-    return rows.float() * of_rows.repeat_interleave(block[1], 1)[:, : rows.shape[1]]
+    row_scales = scales[first_row // block[0] :].repeat_interleave(block[0], 0)[: rows.shape[0]]
+    return rows.float() * row_scales.repeat_interleave(block[1], 1)[:, : rows.shape[1]]

@@ -1,4 +1,4 @@
-"""One rank's part of an import: read its shard of a directory of Hugging Face, and save it as a checkpoint."""
+"""One rank's part of an import: it reads its shard of a Hugging Face directory, and saves it as a checkpoint."""
 
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -42,10 +42,11 @@ class ImportedShard:
 def import_shard(folder: Path, run_dir: Path, config: ModelConfig, rank: int, world_size: int) -> ImportedShard:
     """Read this rank's experts and its share of the dense tensors, and save them as step 0 of `run_dir`, as fp32.
 
-    config: that of the directory, with the run's own max_seq_len and recompute.
+    config: read from the directory, with the run's own max_seq_len and recompute.
 
     Raises:
-        SourceError, OSError: on every rank alike, for what one of them found.
+        SourceError: on all ranks, where one of them cannot read its shard.
+        CheckpointError: on all ranks, where one of them cannot save it.
 
     Collective: every rank runs in a process of its own, and meets the others over the file RENDEZVOUS in run_dir.
     """
@@ -101,7 +102,7 @@ def _empty_shard(config: ModelConfig, group: dist.ProcessGroup) -> tuple[dict[st
 
 
 def _extra(config: ModelConfig, layout: LoadLayout) -> dict[str, Any]:
-    """Extra values of the checkpoint. `imported` says that it has no optimizer state and no position in the data."""
+    """Extra values of the checkpoint. `imported`: it has no optimizer state and no position in the data."""
     return {"step": 0, "imported": True, "load_since_eval": [0] * layout.total, "model": asdict(config)}
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Key in the metadata of a file under which export writes the sha256 of each tensor, and import compares them.
 DIGESTS = "sha256"
-SCALE_SUFFIX = "_scale_inv"  # of the tensor with the scales of one in blocks of fp8
+SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a tensor in fp8
 MXFP4: Final = "mxfp4"
 
 _DTYPES = {
@@ -63,12 +64,17 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The whole tensor, in the dtype in which it is stored."""
-        data = torch.empty(self.num_bytes, dtype=torch.uint8)
+        """The whole tensor, in the dtype in which it is stored. Its digest is not compared."""
         with self.file.open("rb") as file:
             file.seek(self.start)
-            file.readinto(data.numpy().data)
-        return data.view(self.dtype).view(self.shape)
+            return self.read_bytes(file, self.num_bytes).view(self.dtype).view(self.shape)
+
+    def read_bytes(self, file: BufferedReader, num_bytes: int) -> Tensor:
+        """The next bytes of `file`, uint8 (num_bytes,). Raises SourceError where the file ends before."""
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        if file.readinto(data.numpy().data) != num_bytes:
+            raise SourceError(f"{self.file} ended within {self.name}; did it change while it was read?")
+        return data
 
     def items(self, stack: str) -> dict[str, "StoredTensor"]:
         """The items of this stack, one for each expert, by name. stack: the name that the family has for the stack."""
@@ -85,7 +91,7 @@ class ModelDirectory:
     """A checked directory of a supported family.
 
     tensors: by name; instead of a stack of experts it has the items of the stack.
-    block: of tensors in fp8, the rows and columns that share a scale; None where there are none.
+    block: of tensors in fp8, the numbers of rows and columns that share a scale; None without such tensors.
     num_left_out: how many tensors of the files are not in `tensors`, since the family ignores them.
     kept: tensors of another part of the model, such as a vision tower, which an export copies as they are.
     """
@@ -101,11 +107,11 @@ class ModelDirectory:
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors the files have, without those that are left out."""
+        """How many of the files' tensors are in `tensors`; a stack counts once."""
         return len(set(map(stack_of, self.tensors)))
 
     def parts(self) -> list[Part]:
-        """The parts of all tensors but the scales of fp8."""
+        """The parts of the model, by which its tensors are read."""
         return list(self.family.parts(self.config))
 
 
@@ -114,29 +120,32 @@ def open_source(folder: Path) -> ModelDirectory:
 
     Raises:
         SourceError: a file or a tensor is missing, damaged or unexpected, or has a wrong shape or dtype; names both.
-        ValueError: the model is not supported, or the package safetensors is missing.
+        InvalidValue: the model is not supported, or the package safetensors is missing.
     """
     settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(settings)
-    quantised = _quantisation(settings, family)
+    quantisation = _quantisation(settings, family)
     stored = _open_files(folder)
     others = {name: tensor for name, tensor in stored.items() if not name.startswith(family.prefix)}
-    text = {name: tensor for name, tensor in stored.items() if name not in others}
-    tensors = _with_items(text, family, is_mxfp4=quantised == MXFP4)
+    language_model = {name: tensor for name, tensor in stored.items() if name not in others}
+    tensors = _split_stacks(language_model, family, is_mxfp4=quantisation == MXFP4)
     config = family.read_config(settings)
-    block = None if quantised == MXFP4 else quantised
+    block = None if quantisation == MXFP4 else quantisation
     _check_counts(config, len(tensors), folder)
     if not any(name.startswith(f"{family.prefix}model.layers.{config.num_layers}.") for name in tensors):
         config = replace(config, num_mtp_layers=0)  # transformers writes the setting without the layer
-    prefix = family.left_out.format(num_layers=config.num_layers)
-    kept = {name: tensor for name, tensor in tensors.items() if not prefix or not name.startswith(prefix)}
-    source = ModelDirectory(folder, family, config, settings, kept, block, len(tensors) - len(kept), others)
+    left_out = family.left_out.format(num_layers=config.num_layers)
+    used = {name: tensor for name, tensor in tensors.items() if not left_out or not name.startswith(left_out)}
+    source = ModelDirectory(folder, family, config, settings, used, block, len(tensors) - len(used), others)
     _check_parts(source)
     return source
 
 
 def _check_counts(config: ModelConfig, num_tensors: int, folder: Path) -> None:
-    """Refuse more layers or experts than the files have tensors: to list the names of all parts could take forever."""
+    """Refuse a config.json of more layers and experts than the files have tensors.
+
+    It may be malicious: to list the names of all its parts could take forever.
+    """
     num_moe_layers = max(1, config.num_layers - config.num_dense_layers)
     num_needed = config.num_layers + num_moe_layers * config.moe.num_experts
     if num_needed > num_tensors:
@@ -170,11 +179,10 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
-            raise SourceError(f"{folder / INDEX} points to {file_name!r}; it must name a file beside it")
+            raise SourceError(f"{folder / INDEX} points to {file_name!r:.60}; it must name a file beside it")
         for tensor in read_header(folder / file_name):
-            if weight_map.get(tensor.name) != file_name:
-                told = weight_map.get(tensor.name, "no file")
-                raise SourceError(f"{tensor.file} holds {tensor.name}, but {INDEX} names {told} for it")
+            if (indexed := weight_map.get(tensor.name, "no file")) != file_name:
+                raise SourceError(f"{tensor.file} holds {tensor.name}, but {INDEX} names {indexed} for it")
             tensors[tensor.name] = tensor
     for name, file_name in weight_map.items():
         if name not in tensors:
@@ -216,18 +224,18 @@ def _stored(
     return StoredTensor(name, path, dtype, tuple(entry["shape"]), data_start + entry["data_offsets"][0], digests)
 
 
-def _with_items(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4: bool) -> dict[str, StoredTensor]:
+def _split_stacks(tensors: Mapping[str, StoredTensor], family: Family, *, is_mxfp4: bool) -> dict[str, StoredTensor]:
     """The tensors by name, each stack of experts replaced by its items.
 
     In MXFP4 a tensor of blocks gets the name of the weight that it encodes.
     """
-    found: dict[str, StoredTensor] = {}
+    split: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         stack = name.removesuffix(BLOCKS_SUFFIX) if is_mxfp4 else name
         if stack != name and stack in tensors:
             raise SourceError(f"{tensor.file} holds {name}, and {tensors[stack].file} holds {stack}: one is too many")
-        found |= tensor.items(stack) if family.is_stack(name) and tensor.shape else {name: tensor}
-    return found
+        split |= tensor.items(stack) if family.is_stack(name) and tensor.shape else {name: tensor}
+    return split
 
 
 def _quantisation(settings: Settings, family: Family) -> tuple[int, int] | Literal["mxfp4"] | None:
@@ -251,7 +259,7 @@ def _quantisation(settings: Settings, family: Family) -> tuple[int, int] | Liter
     inner.expect("fmt", "e4m3", "float8_e4m3fn")
     block = quantization.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise SourceError(f"{inner.where}: weight_block_size is {block!r}; it must be two whole numbers above 0")
+        raise SourceError(f"{inner.where}: weight_block_size is {block!r:.60}; it must be two whole numbers above 0")
     return block[0], block[1]
 
 

@@ -25,14 +25,14 @@ def write_weights(
     max_file_bytes: int,
     kept: Path | None = None,
 ) -> None:
-    """Write all parts into `folder`, an index too where there are several files.
+    """Write all parts into `folder`, and an index where there are several files.
 
     Args:
         folder: exists and is empty.
         dtypes: what each tensor is stored as, by its name in the files.
         reader: reads our tensors.
-        max_file_bytes: of the tensors of a file; a larger tensor has a file of its own.
-        kept: a further file of weights, which is copied as it is.
+        max_file_bytes: of the tensors in one file; a larger tensor has a file of its own.
+        kept: one more file of weights, which is copied as it is.
     """
     files = _plan(parts, dtypes, max_file_bytes)
     num_files = len(files) + (kept is not None)
@@ -63,15 +63,16 @@ def moved_biases(reader: TensorReader) -> list[str]:
 
 
 def _plan(parts: Iterable[Part], dtypes: Mapping[str, torch.dtype], max_file_bytes: int) -> list[list[Part]]:
+    """The parts of each file; the items of a stack are in one file."""
     files: list[list[Part]] = [[]]
     size = 0
     for _, group in itertools.groupby(parts, lambda part: part.file_name):
-        together = list(group)
-        num_bytes = sum(_num_bytes(part, dtypes) for part in together)
+        stack = list(group)
+        num_bytes = sum(_num_bytes(part, dtypes) for part in stack)
         if files[-1] and size + num_bytes > max_file_bytes:
             files.append([])
             size = 0
-        files[-1] += together
+        files[-1] += stack
         size += num_bytes
     return files
 
@@ -84,14 +85,14 @@ def _tensors(
     parts: Iterable[Part], dtypes: Mapping[str, torch.dtype], reader: TensorReader
 ) -> Iterator[tuple[Part, Tensor]]:
     for target, group in itertools.groupby(parts, lambda part: f"model.{part.target}"):
-        whole = reader.read([target])[target]
+        tensor = reader.read([target])[target]
         for part in group:
-            rows = part.to_theirs(part.rows_of(whole))
+            rows = part.to_theirs(part.rows_of(tensor))
             yield part, stored_as(rows, dtypes[part.file_name], target).contiguous().clone()
 
 
 def stored_as(rows: Tensor, dtype: torch.dtype, target: str) -> Tensor:
-    """Cast to `dtype`; but a selection bias, known by `target`, our name, only if the cast does not round it."""
+    """Cast to `dtype`, but a selection bias only if the cast does not round it. target: our name of the tensor."""
     narrow = rows.to(dtype)
     # In bf16 a bias would lose steps of 0.001, by which it moves (Megatron-LM #1482).
     return rows if target.endswith(BIAS) and not torch.equal(narrow.to(rows.dtype), rows) else narrow
@@ -101,13 +102,13 @@ def _save(path: Path, tensors: Iterable[tuple[Part, Tensor]]) -> list[str]:
     """Write one file; returns the names of its tensors."""
     from safetensors.torch import save_file
 
-    digests, whole = {}, dict[str, Tensor]()
+    digests, tensors_by_name = {}, dict[str, Tensor]()
     for part, tensor in tensors:
         digests[part.name] = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
         if part.num_items:
-            stack = whole.setdefault(part.file_name, tensor.new_empty(part.num_items, *part.shape))
+            stack = tensors_by_name.setdefault(part.file_name, tensor.new_empty(part.num_items, *part.shape))
             stack[part.item].copy_(tensor)
         else:
-            whole[part.name] = tensor
-    save_file(whole, path, metadata={"format": "pt", DIGESTS: json.dumps(digests)})
-    return list(whole)
+            tensors_by_name[part.name] = tensor
+    save_file(tensors_by_name, path, metadata={"format": "pt", DIGESTS: json.dumps(digests)})
+    return list(tensors_by_name)

@@ -55,7 +55,7 @@ def _check_chat(run_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str])
     reply, speed = capsys.readouterr()
     assert "prefill 4 tokens" in speed  # system, user, user, and what asks for a reply
     messages = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w4 w5"}]
-    assert (asked := template.asking(messages)) == "w3 w4 w5 w9"
+    assert (asked := template.render_prompt(messages)) == "w3 w4 w5 w9"
     assert main([*given, "--prompt", asked]) == 0
     assert capsys.readouterr().out == asked + reply and reply.strip()
     assert main([*given, "--system", "w3", "--prompt", "w4"]) == 2

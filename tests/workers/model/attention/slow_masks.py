@@ -34,7 +34,7 @@ def starts_of(*rows: list[int]) -> Tensor:
 def whole_masks() -> Iterator[None]:
     """In it a model takes the mask for the documents of a row."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Documents, "of", lambda starts, _context: mask_of_documents(starts))
+        patch.setattr(Documents, "from_starts", lambda starts, _context: mask_of_documents(starts))
         yield
 
 

@@ -43,8 +43,8 @@ def test_places_beyond_the_last_token_change_nothing(kind: str) -> None:
     assert token_ids.shape[1] == 7  # read with 4, 4, 7 and 7 places
     widths = []
     cache = KeyValueCache(7, width_step=4)
-    put = cache.put
-    cache.put = lambda layer, *new: widths.append((seen := put(layer, *new))[0].shape[1]) or seen
+    update = cache.update
+    cache.update = lambda layer, *new: widths.append((kept := update(layer, *new))[0].shape[1]) or kept
     actual = _piecewise(model, token_ids, [3, 4, 5], cache)
     torch.testing.assert_close(actual, model(token_ids), rtol=1e-12, atol=1e-12)
     assert set(widths) == {4, 7}
@@ -75,7 +75,7 @@ def test_padding_is_overwritten_and_rows_can_leave() -> None:
     mask = torch.arange(4) < lengths.unsqueeze(1)
     with torch.no_grad():
         model(token_ids[:, :4], token_mask=mask, cache=cache)
-        cache.keep([0, 2])
+        cache.keep_rows([0, 2])
         actual = model(
             torch.stack([token_ids[0, 3:4], token_ids[2, 1:2]]), positions=lengths[[0, 2], None], cache=cache
         )
@@ -91,5 +91,5 @@ def test_only_the_wanted_logits_are_computed() -> None:
 
 
 def test_a_position_beyond_the_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="position 6 is beyond the 6 places of the cache"):
+    with pytest.raises(ValueError, match="position 6 is beyond the 6 slots of the cache"):
         _piecewise(_model("latent"), tokens(), [], KeyValueCache(6))

@@ -63,7 +63,7 @@ def outputs_and_gradients(function: Callable[..., Tensor], leaves: list[Tensor])
 @pytest.mark.parametrize("rows", ROWS)
 def test_outputs_and_gradients_are_those_of_the_mask(rows: str, kind: str) -> None:
     starts, window = starts_of(*ROWS[rows]), KINDS[kind][0]
-    documents, mask = Documents.of(starts).within(window), under_window(mask_of_documents(starts), window)
+    documents, mask = Documents.from_starts(starts).with_window(window), under_window(mask_of_documents(starts), window)
 
     def by(seen: Documents | Tensor) -> Callable[..., Tensor]:
         return lambda q, k, v, sinks=None: attend(q, k, v, seen, scale=0.4, sinks=sinks)
@@ -73,30 +73,30 @@ def test_outputs_and_gradients_are_those_of_the_mask(rows: str, kind: str) -> No
 
 
 def test_blocks_are_documents_or_windows_of_them() -> None:
-    documents = Documents.of(starts_of([5, 2, 1], [8]))
+    documents = Documents.from_starts(starts_of([5, 2, 1], [8]))
     assert documents.lengths == (5, 2, 1, 8)
     assert documents.offsets.tolist() == [0, 5, 7, 8, 16]
-    assert documents.by_window.blocks == [Block(5, 0), Block(2, 0), Block(1, 0), Block(8, 0)]
-    near = documents.within(3).by_window
+    assert documents.window_cut.blocks == [Block(5, 0), Block(2, 0), Block(1, 0), Block(8, 0)]
+    near = documents.with_window(3).window_cut
     assert near.blocks == [(3, 0), (2, 3), (2, 0), (1, 0), (3, 0), (3, 3), (2, 3)]
     assert near.parts == [3, 2, 2, 1, 3, 3, 2]
-    assert [list(each) for each in near.seen] == [[0], [0, 1], [2], [3], [4], [4, 5], [5, 6]]
-    assert near.alike[Block(2, 3)] == [1, 6]
+    assert [list(each) for each in near.key_parts] == [[0], [0, 1], [2], [3], [4], [4, 5], [5, 6]]
+    assert near.indices_by_block[Block(2, 3)] == [1, 6]
     assert Documents.whole_rows(2, 8, torch.device("cpu")).lengths == (8, 8)
 
 
 def test_a_rank_sees_its_documents_from_their_beginning_or_from_a_window_before() -> None:
     # Places 4 to 7 of rows of 8:  a a a b | b b c c  and  a a a a | a a a a
     second = Context(1, 2, None)  # type: ignore[arg-type]
-    documents = Documents.of(starts_of([3, 3, 2], [8]), second)
-    cut = documents.by_document
+    documents = Documents.from_starts(starts_of([3, 3, 2], [8]), second)
+    cut = documents.document_cut
     assert cut.parts == [3, 1, 2, 2, 4, 4]
     assert cut.blocks == [(2, 1), (2, 0), (4, 4)]
-    assert [list(each) for each in cut.seen] == [[1, 2], [3], [4, 5]]
-    near = documents.within(3).by_window
+    assert [list(each) for each in cut.key_parts] == [[1, 2], [3], [4, 5]]
+    near = documents.with_window(3).window_cut
     assert near.parts == [3, 1, 2, 2, 1, 3, 3, 1]
     assert near.blocks == [(2, 1), (2, 0), (3, 3), (1, 3)]
-    assert [list(each) for each in near.seen] == [[1, 2], [3], [5, 6], [6, 7]]
+    assert [list(each) for each in near.key_parts] == [[1, 2], [3], [5, 6], [6, 7]]
 
 
 # --- the kernel of CUDA ------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def slow_varlen(
 @pytest.mark.parametrize("kind", [kind for kind, (_, has_sinks, *_) in KINDS.items() if not has_sinks])
 def test_one_kernel_for_all_documents_gives_the_same(kind: str) -> None:
     starts = starts_of(*ROWS["many, some of one length"])
-    documents = Documents.of(starts).within(KINDS[kind][0])
+    documents = Documents.from_starts(starts).with_window(KINDS[kind][0])
     leaves = inputs(starts, kind)
     found = outputs_and_gradients(lambda q, k, v: attend_by_varlen(q, k, v, documents, None, slow_varlen), leaves)
     expect_equal(found, outputs_and_gradients(lambda q, k, v: attend(q, k, v, documents), leaves))
@@ -145,7 +145,7 @@ def test_one_kernel_for_all_documents_gives_the_same(kind: str) -> None:
 
 def test_the_kernel_of_this_torch_takes_what_it_is_given() -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
-    documents = Documents.of(starts_of([5, 2, 1], [8])).within(3)
+    documents = Documents.from_starts(starts_of([5, 2, 1], [8])).with_window(3)
     with FakeTensorMode(allow_non_fake_inputs=True):  # it checks arguments and shapes, and computes nothing
         queries, keys = (torch.empty(2, 8, heads, 8, requires_grad=True) for heads in (HEADS, KV_HEADS))
         y = attend_by_varlen(queries, keys, keys, documents, None, varlen)
@@ -164,7 +164,7 @@ def test_the_kernel_gets_what_autocast_would_make_of_its_inputs() -> None:
     starts = starts_of([4, 4])
     queries, keys, values = (each.float() for each in inputs(starts, "plain"))
     with torch.autocast("cpu", torch.bfloat16):
-        attend_by_varlen(queries, keys, values, Documents.of(starts), None, note)
+        attend_by_varlen(queries, keys, values, Documents.from_starts(starts), None, note)
     assert seen_dtypes == [torch.bfloat16] * 3
 
 

@@ -68,13 +68,13 @@ def test_a_model_learns_what_one_process_learns(name: str, world_size: int) -> N
 def attends(rank: int, world_size: int, kind: str, starts: Tensor) -> None:
     """Blocks by one kernel give what they give in turns, each rank with its own queries."""
     context = Context(rank, world_size, dist.group.WORLD)
-    documents, there = (Documents.of(starts, each).within(KINDS[kind][0]) for each in (None, context))
+    documents, there = (Documents.from_starts(starts, each).with_window(KINDS[kind][0]) for each in (None, context))
     leaves = inputs(starts, kind)
     wanted = attend(*leaves, documents)
     mine = context.part(leaves[0])
     found = attend_by_varlen(mine, leaves[1], leaves[2], there, None, slow_varlen)
     torch.testing.assert_close(found, context.part(wanted), rtol=1e-10, atol=1e-12)
-    assert there.places is there.places  # brought to the device once for all layers
+    assert there.sequence_arguments is there.sequence_arguments  # brought to the device once for all layers
 
 
 @pytest.mark.parametrize("kind", ["plain", "window", "latent widths"])

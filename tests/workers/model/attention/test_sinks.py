@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.model.attention import GroupedQueryAttention, KeyValueCache, rotary_table, visible
+from workers.model.attention import GroupedQueryAttention, KeyValueCache, causal_mask, rotary_table
 from workers.model.attention.sinks import attend_with_sinks
 
 BATCH, HEADS, KV_HEADS, PLACES, WIDTH = 2, 4, 2, 7, 6
@@ -65,5 +65,5 @@ def test_one_query_of_a_cache_sees_the_keys_before_it() -> None:
             seen = cache.begin(positions[:, here])
             y = attention(x[:, here], table[:, here], seen, cache)
             torch.testing.assert_close(y, expected[:, here], rtol=1e-12, atol=1e-12)
-    mask = visible(positions, positions, torch.ones(2, 5, dtype=torch.bool))
+    mask = causal_mask(positions, positions, torch.ones(2, 5, dtype=torch.bool))
     torch.testing.assert_close(attention(x, table, mask), expected, rtol=1e-12, atol=1e-12)

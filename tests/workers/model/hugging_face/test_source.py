@@ -1,6 +1,8 @@
 """Directories that are damaged or not supported: the file and the tensor are named, and nothing is half imported."""
 
 import json
+import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -238,3 +240,11 @@ def test_weights_packed_in_4_bits_are_refused_with_the_reason(tmp_path: Path) ->
         )
         with pytest.raises(SourceError, match=message):
             open_source(folder)
+
+
+def test_a_file_that_was_cut_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    source = open_source(write_directory(tmp_path, "mixtral"))
+    last = max(source.tensors.values(), key=lambda stored: (stored.file, stored.start))
+    os.truncate(last.file, last.file.stat().st_size - 1)
+    with pytest.raises(SourceError, match=f"ended within {re.escape(last.name)}"):
+        last.read()
