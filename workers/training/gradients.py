@@ -73,7 +73,7 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
         # Each replica holds all rows once, so the sum over all ranks counts a row once for each replica; an expert with
         # one holder counts once. Summed over the world and not over one replica: all ranks must get the same bits, and
         # two replicas may add in different orders.
-        num_replicas = groups.replicas.num if groups.replicas else 1
+        num_replicas = groups.replicas.num_replicas if groups.replicas else 1
         total = of_dense / num_replicas + of_experts / min(num_replicas, groups.edp_size)
         groups.tracker.run(dist.all_reduce, total, group=groups.world_group)
         return float(total.sqrt())

@@ -66,7 +66,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
     """The meshes of dense parameters and of experts; None for experts that have one holder in each replica."""
     if (replicas := groups.replicas) is not None:
-        is_shared = groups.edp_size > replicas.num
+        is_shared = groups.edp_size > replicas.num_replicas
         return _with_names(replicas.dense), _with_names(replicas.experts) if is_shared else None
     dense = DeviceMesh.from_group(groups.stage_group, groups.device.type, mesh_dim_names=("dense",))
     if groups.edp_size == 1:

@@ -60,7 +60,7 @@ def of_whole_rows(seen: Seen, first: Tensor, second: Tensor) -> tuple[Tensor, Te
         return first, second
     # Cast before they travel, which halves the bytes under autocast: attention would cast them anyway.
     together = torch.cat([first, second], dim=-1).to(_compute_dtype(first))
-    whole = seen.context.whole(together, seen.seq_len)
+    whole = seen.context.gather_tokens(together, seen.seq_len)
     return whole[..., : first.shape[-1]], whole[..., first.shape[-1] :]
 
 
