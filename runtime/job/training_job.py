@@ -57,7 +57,7 @@ class TrainingJob:
         self._num_seen, self._told_to_stop = 0, False
         self._saving: tuple[float, int] | None = None  # start (monotonic) and estimated bytes of the last checkpoint
 
-    def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
+    def prepare_attempt(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
         ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
         seconds = {"ray_s": self._launched.ray_s, "gang_s": gang.startup_s["total"]}
         start = {"rank_map": ranks, "exchange": asdict(exchange), **seconds}
