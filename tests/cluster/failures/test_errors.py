@@ -132,7 +132,7 @@ def test_errors_of_ray_and_of_nodes_survive_pickling() -> None:
 
 def test_a_broken_connection_of_a_quick_call_is_no_error_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Failure.from_error(RuntimeError("Connection closed by peer"))
-    monkeypatch.setattr("cluster.failures.calls.ray.get", lambda call, timeout: broken)
+    monkeypatch.setattr("cluster.failures.calls.ray.get", lambda _call, **_: broken)
     with pytest.raises(GangFailed) as caught:
         control(Member(rank=1, actor=MagicMock()), "progress", timeout_s=1.0)
     assert caught.value.first.collateral and not caught.value.first.is_own_error
