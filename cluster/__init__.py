@@ -1,6 +1,7 @@
 """Where ranks run: start or join Ray, place the workers, watch them, and replace those that are lost.
 
-Begin with `gang`: it places the actors, joins them and keeps a run going after failures. `failures` finds out which
-rank failed first or holds up the others. `ray` starts or joins Ray for a driver, `nodes` makes machines into a Ray
-cluster, `machine` has processes, tokens and signals of this machine. `config` has the settings, without Ray and torch.
+Begin with `gang`: it places the actors, joins them and recovers a run from failures (`gang.supervisor`). `failures`
+detects them: it finds out which rank failed first or holds up the others. `ray` starts or joins Ray for a driver,
+`nodes` makes machines into a Ray cluster, `machine` has processes, tokens and signals of this machine. `config` has the
+settings, without Ray and torch.
 """

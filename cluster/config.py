@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,11 +65,12 @@ class ClusterConfig:
         if self.threads_per_worker < 0:
             raise InvalidValue(f"cluster.threads_per_worker ({self.threads_per_worker}) must be 0 (automatic) or more")
         if self.device not in ("auto", "cpu", "cuda"):
-            raise InvalidValue(f"cluster.device ({self.device!r}) must be auto, cpu or cuda")
-        if self.cpus_per_worker <= 0:
-            raise InvalidValue(f"cluster.cpus_per_worker ({self.cpus_per_worker}) must be above 0")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise InvalidValue(f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be 0 or more")
+            raise InvalidValue(f"cluster.device ({self.device!r:.60}) must be auto, cpu or cuda")
+        # Comparisons in this order refuse NaN too.
+        if not 0 < self.cpus_per_worker < math.inf:
+            raise InvalidValue(f"cluster.cpus_per_worker ({self.cpus_per_worker}) must be above 0 and finite")
+        if not 0 <= (self.gpus_per_worker or 0.0) < math.inf:
+            raise InvalidValue(f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be at least 0 and finite")
         if self.device == "cpu" and self.gpus_per_worker:
             raise InvalidValue(
                 f"cluster.gpus_per_worker ({self.gpus_per_worker}) must be 0 when cluster.device is cpu; leave it empty"
@@ -84,8 +86,8 @@ class ClusterConfig:
             "replace_timeout_s",
             "grow_every_s",
         ):
-            if getattr(self, name) <= 0:
-                raise InvalidValue(f"cluster.{name} ({getattr(self, name)}) must be above 0 seconds")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidValue(f"cluster.{name} ({getattr(self, name)}) must be above 0 seconds and finite")
 
     def _check_bounds(self) -> None:
         if self.max_restarts < 0:

@@ -42,7 +42,7 @@ class JoinsGang(Protocol):
     """The one method that the actor itself calls on a worker; `call` and `control` reach the others by name."""
 
     def join(self, *, rank: int, world_size: int, store: Store, timeout_s: float, nodes: tuple[int, ...]) -> object:
-        """nodes: the index of each rank's machine, by rank."""
+        """Join a gang as `rank`. nodes: the index of each rank's machine, by rank."""
         ...
 
 
@@ -50,15 +50,15 @@ class JoinsGang(Protocol):
 class WorkerLocation:
     """Where Ray has placed an actor.
 
-    gpu_ids: those that Ray assigned to it. num_cores: as of `usable_cores`. interface: the network interface that its
-    collectives listen on. transport: the environment variables of NCCL, gloo and torch in effect there. import_s:
-    seconds to import torch and to build the worker. stack_file: descriptor, in that process, of the file to which it
-    writes its stacks on SIGUSR1; -1 where there is none.
+    gpu_ids: those that Ray assigned to it, indices or UUIDs. num_cores: from `usable_cores`. interface: the network
+    interface that its collectives listen on. transport: the environment variables of NCCL, gloo and torch in effect
+    there. import_s: seconds to import torch and to build the worker. stack_file: descriptor, in that process, of the
+    file to which it writes its stacks on SIGUSR1; -1 where there is none.
     """
 
     node_id: str
     ip: str
-    gpu_ids: tuple[int, ...]
+    gpu_ids: tuple[int | str, ...]
     pid: int
     num_cores: int
     interface: str = ""
@@ -71,7 +71,7 @@ class WorkerLocation:
 class Failure:
     """An exception on its way to the driver: as text, and as `error` if it survives pickling.
 
-    collateral: whether it only says that another rank is gone.
+    collateral: true where it is only the consequence of another rank's end (`is_collateral`).
     """
 
     message: str
@@ -81,7 +81,7 @@ class Failure:
     error: Exception | None
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
+    def from_error(cls, error: Exception) -> Failure:
         trace = "".join(traceback.format_exception(error))  # With the causes: wrapped transport errors count too.
         return cls(
             message=f"{type(error).__name__}: {error}",
@@ -100,7 +100,7 @@ def _guarded(method: Callable[P, T]) -> Callable[P, T | Failure]:
         try:
             return method(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 The process boundary.
-            return Failure.of(error)
+            return Failure.from_error(error)
 
     return call
 
@@ -123,7 +123,7 @@ class WorkerActor:
 
         context = ray.get_runtime_context()
         ip = ray.util.get_node_ip_address()
-        gpu_ids = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", []))
+        gpu_ids = parse_gpu_ids(context.get_accelerator_ids().get("GPU", []))
         # Ray leaves CUDA_VISIBLE_DEVICES as it is for an actor without a GPU, and for all actors if
         # RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set: torch would then see the GPUs of other actors. Set here,
         # device 0 of this process is the first GPU that Ray gave it.
@@ -188,6 +188,12 @@ class WorkerActor:
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
+def parse_gpu_ids(texts: Sequence[str]) -> tuple[int | str, ...]:
+    """The ids that Ray gives an actor, in order. Where CUDA_VISIBLE_DEVICES names UUIDs (also of MIG), so does Ray."""
+    in_order = sorted(map(str, texts), key=lambda text: (len(text), text))  # Ray keeps them in a set; 2 before 10
+    return tuple(int(text) if text.isdecimal() else text for text in in_order)
+
+
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and the quota of its container where there is one (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -205,9 +211,9 @@ def _write_stacks_on_signal() -> int:
     """
     if not hasattr(os, "memfd_create"):  # macOS, which has no /proc either to read the file through
         return -1
-    number = os.memfd_create("stacks")
-    faulthandler.register(signal.SIGUSR1, number, all_threads=True)
-    return number
+    descriptor = os.memfd_create("stacks")
+    faulthandler.register(signal.SIGUSR1, descriptor, all_threads=True)
+    return descriptor
 
 
 def _survives_pickling(error: Exception) -> bool:

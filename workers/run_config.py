@@ -11,7 +11,7 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")  # see runtime/loggers
 # Bounds on samples, which config.yaml and the lines of samples.jsonl hold.
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_SAMPLE_TOKENS = 16, 500, 512
 MAX_TEMPERATURE = 100.0
-MAX_BATCH = 2**24  # sequences; every rank draws the order of the whole batch
+MAX_BATCH = 2**24  # sequences; bounds the memory of a rank, as each draws the order of the whole batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +73,18 @@ class RunConfig:
             )
         periods = ("eval_every", "checkpoint_every", "memory_checkpoint_every")
         for name in ("seed", "micro_batch_size", *periods, "full_disk_wait_s"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # this form also refuses NaN
                 raise InvalidValue(f"run.{name} ({getattr(self, name)}) must be 0 or more")
         if self.dtype not in ("float32", "bfloat16"):
-            raise InvalidValue(f"run.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+            raise InvalidValue(f"run.dtype is {self.dtype!r:.60}; it must be float32 or bfloat16")
         self._check_loggers()
         self._check_samples()
         if self.on_bias_mismatch not in ("stop", "repair"):
-            raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r}; it must be stop or repair")
+            raise InvalidValue(f"run.on_bias_mismatch is {self.on_bias_mismatch!r:.60}; it must be stop or repair")
         if self.name is not None and not _is_plain(self.name):
             raise InvalidValue(
-                f"run.name {self.name!r} must be a plain directory name, without a slash, a control character, or a "
-                "leading dot or dash; where the runs lie is run.dir"
+                f"run.name {self.name!r:.60} must be a plain directory name, without a slash, a control character, or "
+                "a leading dot or dash; where the runs lie is run.dir"
             )
         if self.name is not None and len(self.name.encode()) > MAX_NAME_BYTES:
             raise InvalidValue(f"run.name {self.name[:20]!r}... must have at most {MAX_NAME_BYTES} bytes")
@@ -92,7 +92,7 @@ class RunConfig:
     def _check_loggers(self) -> None:
         unknown = [name for name in self.log_to if name not in LOGGERS]
         if unknown or len(set(self.log_to)) < len(self.log_to):
-            what = f"names {unknown[0]!r}" if unknown else f"({', '.join(self.log_to)}) names one twice"
+            what = f"names {unknown[0]!r:.60}" if unknown else f"({', '.join(self.log_to)}) names one twice"
             raise InvalidValue(f"run.log_to {what}; it can name {', '.join(LOGGERS)}, each once, as in [wandb]")
 
     def _check_samples(self) -> None:
@@ -115,7 +115,7 @@ class RunConfig:
     def sequences_per_rank(self, world_size: int, context: int = 1) -> int:
         """Sequences of the global batch for each rank, or for each group of `context` ranks that share sequences.
 
-        Raises ValueError where the ranks do not divide the batch.
+        Raises InvalidValue where the batch cannot be divided evenly.
         """
         num_shares = world_size // context
         if self.global_batch_size % num_shares:
@@ -128,7 +128,7 @@ class RunConfig:
         return self.global_batch_size // num_shares
 
     def num_micro_batches(self, world_size: int, context: int = 1) -> int:
-        """Forward and backward passes of one step on each rank. Raises ValueError where they would be uneven."""
+        """Forward and backward passes of one step on each rank. Raises InvalidValue where they would be uneven."""
         share = self.sequences_per_rank(world_size, context)
         micro_batch_size = self.micro_batch_size or share
         if share % micro_batch_size:
@@ -141,7 +141,7 @@ class RunConfig:
         return share // micro_batch_size
 
     def sequences_at_once(self, world_size: int) -> int:
-        """Sequences of a micro-batch on each rank. Raises ValueError as `num_micro_batches`."""
+        """Sequences of a micro-batch on each rank. Raises InvalidValue as `num_micro_batches`."""
         return self.sequences_per_rank(world_size) // self.num_micro_batches(world_size)
 
 

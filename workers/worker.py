@@ -53,7 +53,7 @@ class Worker:
         self._spec = spec
         self._lines: list[dict[str, Any]] = []
         self._num_dropped = 0  # lines that the driver has and that are no longer in _lines
-        self._last_activity: dict[str, Activity] = {}  # when this rank left its last gang
+        self._last_activity: dict[str, Activity] = {}  # at the moment when this rank left its last gang
         self._stop_requested = threading.Event()
         self._memory = MemoryCheckpoints()
         self._nodes: tuple[int, ...] = ()
@@ -98,7 +98,7 @@ class Worker:
             ranks_per_node=choice.ranks_per_node,
         )
         if groups.device.type == "cpu" and spec.parallel.shard != "none":
-            give_back_large_blocks()  # for runs that are short of memory only: fresh pages cost 15 % of a step
+            give_back_large_blocks()  # only for runs that shard to save memory: fresh pages cost 15 % of a step
         self._joined = build_rank(spec, groups)
 
     def train(
@@ -108,9 +108,10 @@ class Worker:
 
         Args:
             resume_from: a complete checkpoint; None starts from the initial weights.
-            start: what the record says of this start: the rank map and whatever else the launcher knows.
-            again: the run failed and goes on by itself. Then a damaged checkpoint is replaced by the intact one before
-                it, and without a checkpoint the run starts over, with its records set aside.
+            start: further fields of the event `started` or `resumed`, such as the rank map.
+            again: the run goes on after a failure, without a user's choice. Then the intact checkpoint before it is
+                loaded in place of a damaged one, and without a checkpoint the run starts over, with its records set
+                aside.
 
         A rank that fails breaks its connections, so that the others need not wait for it until their time-out.
         """
@@ -131,8 +132,8 @@ class Worker:
             done = self._load_run(run, resume_from, fall_back=again) if resume_from else 0
             load_s = time.monotonic() - begun
             has_records = (self._spec.run_dir / METRICS).exists()
-            # Records up to step `kept` stay. A run that begins at step 0 keeps none (-1), as it makes the evaluation of
-            # step 0 again. None: there are no records yet.
+            # Records up to step `kept` stay. A run that starts over at step 0 keeps none (-1), not even the evaluation
+            # of step 0, which it makes again. None: there are no records yet.
             kept = done or (-1 if has_records and (again or resume_from is not None) else None)
             with self._open_log(kept) as log, self._open_scores(done) as scores:
                 if log is not None:
@@ -154,13 +155,13 @@ class Worker:
 
     def evaluate(self, checkpoint_path: Path, num_sequences: int | None) -> Evaluation:
         """Measure a checkpoint on the held-out text; None reads all of it."""
-        return self._load(checkpoint_path).evaluate(num_sequences)
+        return self._load_weights(checkpoint_path).evaluate(num_sequences)
 
     def generate(
         self, checkpoint_path: Path, prompts: list[str], sampling: SamplingConfig, on_token: OnToken | None = None
     ) -> Continuations:
         """Continue this rank's share of the prompts. on_token: called with each new token."""
-        state, tokenizer = self._load(checkpoint_path), load_tokenizer(self._spec.tokenizer)
+        state, tokenizer = self._load_weights(checkpoint_path), load_tokenizer(self._spec.tokenizer)
         generated = generate(
             state.model,
             encode_prompts(tokenizer, prompts),
@@ -270,7 +271,7 @@ class Worker:
     def _warn(self, text: str) -> None:
         self._lines.append({"event": "warning", "text": text})
 
-    def _load(self, path: Path) -> RankState:
+    def _load_weights(self, path: Path) -> RankState:
         state = self._state
         state.load_weights(path)
         return state

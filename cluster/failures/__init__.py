@@ -1,4 +1,6 @@
-"""Which rank failed first, and which rank holds up the others. What is done about it: `cluster.gang.supervisor`.
+"""Detects failures: which rank failed first, and which rank holds up the others.
+
+Nothing here recovers from a failure: `cluster.gang.supervisor` does.
 
 Begin with `calls.call_all`, which waits for one call on every rank. If the gang fails, it raises `errors.GangFailed`,
 which lists the failures of all ranks, the cause first. `activity_watch` asks the ranks for their activity while they

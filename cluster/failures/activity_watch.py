@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 Answers = dict[int, tuple[Answer, float]]  # by rank: its last answer, and time.monotonic() when that came
 
 ASK_EVERY_S = 1.0
-ANSWER_S = 2.0  # Longest wait for the answers of ranks that may hang. All are asked at once.
+ANSWER_S = 2.0  # Longest wait for the answers of all ranks, which are asked at once: some may hang.
 
 
 class ActivityWatch:
     """Keeps the last activity of every rank, and looks for a stall when a collective has lasted longer than its bound.
 
-    It does not wait while all ranks answer. A worker without a method `activity` is never blamed.
+    `look` does not wait for answers unless a collective is overdue. A worker without a method `activity` is never
+    blamed.
 
     Args:
         bound_s: longest wait of a collective (`cluster.collective_timeout_s`).
@@ -68,10 +69,10 @@ class ActivityWatch:
 
     def last_seen(self, rank: int) -> str:
         """Last known activity of a rank, as the end of a sentence; empty if it never answered."""
-        answer, at = self._answers.get(rank, (None, 0.0))
+        answer, answered = self._answers.get(rank, (None, 0.0))
         if not answer:
             return ""
-        return f"; last seen {time.monotonic() - at:.1f} s ago in {_place_in_step(answer)}"
+        return f"; last seen {time.monotonic() - answered:.1f} s ago in {_place_in_step(answer)}"
 
     def places(self) -> str:
         """Current activity of all ranks that still answer, as the end of a sentence."""
@@ -86,7 +87,7 @@ class ActivityWatch:
         self._asked = {rank: (self._ask(member), began) for rank, member in self._members.items()}
         self._take(ANSWER_S)
         latest = {rank: self._answers.get(rank, (None, 0.0)) for rank in self._members}
-        return {rank: answer if at >= began else None for rank, (answer, at) in latest.items()}
+        return {rank: answer if answered >= began else None for rank, (answer, answered) in latest.items()}
 
     def _ask(self, member: Member) -> ray.ObjectRef[Any]:
         call: Any = member.actor.control.options(concurrency_group=CONTROL_GROUP).remote("activity")
@@ -106,12 +107,12 @@ class ActivityWatch:
                 self._answers[rank] = ({} if isinstance(answer, Failure) else answer), time.monotonic()
 
 
-def seen_in(answers: Answers) -> dict[int, tuple[Activity, float]]:
+def training_activities(answers: Answers) -> dict[int, tuple[Activity, float]]:
     """By rank, the activity of the training thread in the last answer, and that answer's age in seconds."""
     now = time.monotonic()
     return {
-        rank: (answer["training"], now - at)
-        for rank, (answer, at) in sorted(answers.items())
+        rank: (answer["training"], now - answered)
+        for rank, (answer, answered) in sorted(answers.items())
         if answer and "training" in answer
     }
 

@@ -1,4 +1,4 @@
-"""Waits for one call on every rank; if the gang fails, tells the cause from its consequences."""
+"""Waits for one call on every rank. If the gang fails, it tells the rank that caused it from those that only follow."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ GRACE_S = 1.0
 # Time from the first sign that Ray has died, for the ranks to make a last step and save it. It must end well before
 # Ray's client aborts the driver, which is after 60 s, and closing the run takes some seconds.
 SAVED_BY_S = 40.0
-# Share of the bound. A wait that torch's own time-out has ended lasted at least this much by the activity of its rank:
-# the two clocks start at different moments.
-ALMOST = 0.9
+# A wait of at least this share of the bound counts as overdue where torch's own time-out, which is the same bound, has
+# ended it: torch and the activity of a rank begin to count at different moments.
+TIMED_OUT_SHARE = 0.9
 
 
 def call_all(
@@ -48,8 +48,8 @@ def call_all(
     """Wait for `calls`, one for each member, and return their results by rank.
 
     Args:
-        on_poll: called about every `poll_s` while all ranks answer. A WorkerUnreachable that it raises is ignored: the
-            call of that rank fails too, and is explained here.
+        on_poll: called about every `poll_s` while all ranks answer. A WorkerUnreachable that it raises is ignored,
+            since the call of that rank in `calls` fails too.
         check_ray: called about every `poll_s`; raises RayDied.
         on_ray_died: asks the ranks to save and to end their calls. They get SAVED_BY_S for that, since workers may
             outlive Ray. Without it RayDied is raised at once.
@@ -89,7 +89,7 @@ def call_all(
     if failures or pending:
         # If all failures only lost a connection or timed out, the cause may be a rank that hangs and has not failed.
         if watch is not None and stall is None and failures and all(failure.collateral for failure in failures):
-            stall = watch.judge(ALMOST * bound_s)
+            stall = watch.judge(TIMED_OUT_SHARE * bound_s)
         if stall is None:
             unfinished = _failures_of_unfinished(list(pending.values()), limit_s)
             raise GangFailed(method, _with_last_activity(cause_first([*failures, *unfinished]), watch))
@@ -179,15 +179,17 @@ def _outcome(member: Member, call: ray.ObjectRef[Any]) -> Any:
         return member.failed("died", _text_of_death(error), time_s=time.time())
     except Exception as error:  # noqa: BLE001 The process boundary: such as a result that does not unpickle here.
         return member.failed("error", f"{type(error).__name__}: {error}", time_s=time.time())
-    if not isinstance(value, Failure):
-        return value
+    return _raised(member, value) if isinstance(value, Failure) else value
+
+
+def _raised(member: Member, failure: Failure) -> WorkerFailure:
     return member.failed(
         "error",
-        value.message,
-        trace=value.trace,
-        collateral=value.collateral,
-        time_s=value.time_s,
-        error=value.error,
+        failure.message,
+        trace=failure.trace,
+        collateral=failure.collateral,
+        time_s=failure.time_s,
+        error=failure.error,
     )
 
 
@@ -216,7 +218,7 @@ def _failures_of_unfinished(members: Sequence[Member], limit_s: float) -> list[W
 
 
 def succeeded(call: ray.ObjectRef[Any]) -> bool:
-    """Whether a call has returned, and not a Failure. Does not wait."""
+    """True if a call has returned a result that is no Failure. Does not wait."""
     try:
         return not isinstance(ray.get(call, timeout=0), Failure)
     except RayError:
@@ -239,6 +241,5 @@ def control(member: Member, method: str, *args: Any, timeout_s: float) -> Any:
     except RayError as error:
         raise GangFailed(method, (member.failed("error", str(error), time_s=time.time()),)) from error
     if isinstance(value, Failure):
-        outcome = member.failed("error", value.message, trace=value.trace, time_s=value.time_s, error=value.error)
-        raise GangFailed(method, (outcome,)) from value.error
+        raise GangFailed(method, (_raised(member, value),)) from value.error
     return value

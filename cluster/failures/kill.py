@@ -18,8 +18,8 @@ def kill_process(place: WorkerLocation) -> None:
     three machines, that request to a stopped process failed instead. The process kept its resources, and the
     replacement waited for them in vain.
     """
-    here = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-    ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=here).remote(place.pid)
+    same_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=same_node).remote(place.pid)
 
 
 def _kill(pid: int) -> None:

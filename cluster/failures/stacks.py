@@ -38,11 +38,11 @@ def wait_for_stacks(members: Sequence[Member], timeout_s: float) -> list[ray.Obj
 def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: float) -> dict[int, str]:
     """Stacks by rank; "" for a rank whose stack cannot be had. Takes at most `timeout_s` plus NODE_TASK_S.
 
-    silent: ranks that have just not answered another call. These are not asked themselves, only their nodes.
+    silent: ranks that did not answer another call just now. Only a task on their node is asked for their stacks.
     """
     stacks = dict.fromkeys((member.rank for member in members), "")
-    able = [member for member in members if member.rank not in silent]
-    for member, answer in zip(able, wait_for_stacks(able, timeout_s), strict=True):
+    asked = [member for member in members if member.rank not in silent]
+    for member, answer in zip(asked, wait_for_stacks(asked, timeout_s), strict=True):
         with contextlib.suppress(RayError):
             stacks[member.rank] = "" if answer is None else ray.get(answer)
     calls = {_ask_node(member): member.rank for member in members if not stacks[member.rank] and member.node_id}
@@ -54,8 +54,8 @@ def stacks_of(members: Sequence[Member], silent: Collection[int], timeout_s: flo
 
 
 def _ask_node(member: Member) -> Any:
-    here = NodeAffinitySchedulingStrategy(member.node_id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(_stacks_of_process).options(scheduling_strategy=here)
+    same_node = NodeAffinitySchedulingStrategy(member.node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(_stacks_of_process).options(scheduling_strategy=same_node)
     return task.remote(member.pid, member.stack_file)
 
 

@@ -16,9 +16,9 @@ Answer = Mapping[str, Activity] | None  # by thread; None: no answer came
 
 # Phases in the order of a step. Of two ranks that wait for each other in different collectives, the one that is further
 # on in the step has left out a collective.
-_ORDER = (*MOE_PHASES, *(f"backward {phase}" for phase in MOE_PHASES), "gradients", "gradient norm", "bias update")
+_PHASES = (*MOE_PHASES, *(f"backward {phase}" for phase in MOE_PHASES), "gradients", "gradient norm", "bias update")
 _SHOWN_RANKS = 16
-_SAME_STALL = 0.5  # A wait of at least this share of the bound belongs to the same stall as an overdue one.
+_SAME_STALL_SHARE = 0.5  # A wait of at least this share of the bound belongs to the same stall as an overdue one.
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def find_stall(
     overdue = sorted((w for w in waits if w.collective.waited_s >= bound_s), key=lambda w: -w.collective.waited_s)
     if not overdue:
         return None
-    wait, missing = _to_blame(overdue, waits, answers, bound_s)
+    wait, missing = _choose_wait(overdue, waits, answers, bound_s)
     same = [w for w in waits if (w.collective.group, w.collective.index) == _key(wait)]
     c = wait.collective
     silent = tuple(rank for rank, answer in answers.items() if answer is None)
@@ -97,24 +97,24 @@ def _is_behind(answer: Answer, thread: str, collective: Collective) -> bool:
     return thread in answer and answer[thread].started.get(collective.group, 0) < collective.index
 
 
-def _to_blame(
+def _choose_wait(
     overdue: Sequence[_Wait], waits: Sequence[_Wait], answers: Mapping[int, Answer], bound_s: float
 ) -> tuple[_Wait, tuple[int, ...]]:
-    """Choose the wait to report and the ranks to blame: those that wait for nobody, if there are any."""
+    """Choose the wait to report and the ranks to blame for it: those that wait for nobody, if there are any."""
     waiting = {wait.rank for wait in waits}
     for wait in overdue:
         if free := tuple(rank for rank in wait.blockers if rank not in waiting):
             return wait, free
-    # Every blocker waits itself. So some ranks, usually few, left out a collective, and wait in a later one for the
-    # many, who wait for them in the earlier one. Blame the smallest set of blockers. The waits of the many may have
-    # begun later than the overdue one, so that they are not overdue themselves yet.
-    old = [wait for wait in waits if wait.collective.waited_s > _SAME_STALL * bound_s]
+    # Every blocker waits too. So some ranks, usually few, left out a collective and wait in a later one for the other
+    # ranks, which wait for them in the earlier one. Blame the smallest set of blockers. Waits that began later than the
+    # overdue one need not be overdue yet: all that belong to the same stall are compared.
+    old = [wait for wait in waits if wait.collective.waited_s > _SAME_STALL_SHARE * bound_s]
     if not any(wait.blockers for wait in old):
         return overdue[0], ()
     crosswise = [replace(wait, blockers=wait.blockers or _in_another_place(wait, answers)) for wait in old]
     wait = min(
         (wait for wait in crosswise if wait.blockers),
-        key=lambda w: (len(w.blockers), w.collective.step, _order(w.collective.phase)),
+        key=lambda w: (len(w.blockers), w.collective.step, _phase_index(w.collective.phase)),
     )
     return wait, wait.blockers
 
@@ -126,9 +126,9 @@ def _in_another_place(wait: _Wait, answers: Mapping[int, Answer]) -> tuple[int, 
     return tuple(member for member, place in places.items() if place not in (None, places[wait.rank]))
 
 
-def _order(phase: str) -> int:
+def _phase_index(phase: str) -> int:
     name = phase.partition(",")[0]
-    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+    return _PHASES.index(name) if name in _PHASES else len(_PHASES)
 
 
 def _key(wait: _Wait) -> tuple[str, int]:
@@ -144,9 +144,9 @@ def _state(answer: Answer, wait: _Wait, last_seen: str) -> str:
     if own is None:
         return f"has been in {activity} for {activity.phase_s:.1f} s"
     text = f"waits itself in {own}, for {own.waited_s:.1f} s"
-    here = wait.collective
-    ahead = (own.step, _order(own.phase)) > (here.step, _order(here.phase))
-    return text + (f": it left out {here}" if ahead else "")
+    missed = wait.collective
+    ahead = (own.step, _phase_index(own.phase)) > (missed.step, _phase_index(missed.phase))
+    return text + (f": it left out {missed}" if ahead else "")
 
 
 def _divergence(wait: _Wait, answers: Mapping[int, Answer]) -> list[str]:

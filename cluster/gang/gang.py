@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig
-from cluster.failures.activity_watch import Answers, seen_in
+from cluster.failures.activity_watch import Answers, training_activities
 from cluster.failures.calls import call_all, control, succeeded
 from cluster.failures.errors import GangFailed
 from cluster.failures.kill import kill_process
@@ -164,7 +164,7 @@ class Gang:
 
     def seen(self) -> dict[int, tuple[Activity, float]]:
         """By rank, the activity of the training thread in the last answer during `run`, and that answer's age in s."""
-        return seen_in(self._answers)
+        return training_activities(self._answers)
 
     def control(self, rank: int, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
         """Call a quick method of one rank's worker, also while `run` is busy.
@@ -284,8 +284,8 @@ class Gang:
     def _kept_bundles(self, failed: GangFailed) -> list[int]:
         """Bundles of the processes that may join again, in rank order: neither dead, nor silent, nor blamed for a hang.
 
-        A process that is still running may wait in a collective for one that is lost. Its call fails once that one is
-        killed. If it does not within LEAVE_S, `_leave` leaves it out.
+        A process that still runs may wait in a collective for a lost one. Its call fails once the lost process is
+        killed; if that takes longer than LEAVE_S, `_leave` does not return its bundle.
         """
         if any(place.gpu_ids for place in self._places.values()):
             return []

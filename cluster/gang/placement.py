@@ -142,9 +142,10 @@ def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:
     from its rank, so the same machines must give the same ranks again: hence addresses.
     """
 
-    def key(index: int) -> tuple[int, int, tuple[int, ...], int]:
+    def key(index: int) -> tuple[int, int, list[tuple[int, str]], int]:
         address = ip_address(places[index].ip)
-        return address.version, int(address), places[index].gpu_ids, index
+        gpus = [(len(text), text) for text in map(str, places[index].gpu_ids)]  # 2 before 10; UUIDs as text
+        return address.version, int(address), gpus, index
 
     in_whole_groups, rest = [], []
     for _, on_node in groupby(sorted(range(len(places)), key=key), lambda index: places[index].ip):
@@ -162,6 +163,6 @@ def node_of_ranks(ips: Sequence[str]) -> tuple[int, ...]:
 
 
 def threads_of(places: Sequence[WorkerLocation], threads_per_worker: int) -> list[int]:
-    """Compute threads of each worker: as set, or its node's cores divided by the workers there, at least 1."""
-    num_on_node = Counter(place.node_id for place in places)
-    return [threads_per_worker or max(1, place.num_cores // num_on_node[place.node_id]) for place in places]
+    """Compute threads of each worker: as set, or its machine's cores divided by the workers there, at least 1."""
+    num_on_machine = Counter(place.ip for place in places)  # by address as in `node_of_ranks`: it may run two Ray nodes
+    return [threads_per_worker or max(1, place.num_cores // num_on_machine[place.ip]) for place in places]

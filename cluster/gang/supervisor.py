@@ -1,4 +1,7 @@
-"""Keeps a run going: lets the gang train, forms it again after a failure, and grows it when the cluster has room."""
+"""Keeps a run going: lets the gang train, recovers it from failures, and grows it when the cluster has room.
+
+`cluster.failures` detects the failures, and `policy.decide` chooses what to do about one.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,14 @@ class Recovery:
 class Job(Protocol):
     """What a supervisor keeps going and reports to. `runtime.job.training_job` implements it."""
 
-    def arguments(self, gang: Gang, recovery: Recovery | None) -> tuple[Any, ...]:
-        """Arguments of the workers' method `train`, to go on from the newest state.
+    def prepare_attempt(self, gang: Gang, recovery: Recovery | None) -> tuple[Any, ...]:
+        """Get ready to go on from the newest state, and return the arguments of the workers' method `train` for that.
 
-        May call the workers first, for their checkpoints in memory. recovery: None in the first attempt.
+        After a failure all ranks are asked for their checkpoints in memory, and write the newest one to the disk if it
+        is newer than those there. recovery: None in the first attempt.
 
         Raises:
-            GangFailed: such a call failed.
+            GangFailed: a rank failed meanwhile.
         """
         ...
 
@@ -133,7 +137,7 @@ class Supervisor:
             recovery = Recovery(since=self._since, seconds=self._downtime_s | self._gang.startup_s)
         self._pending_resize = None
         self._request_capacity()
-        arguments = self._job.arguments(self._gang, recovery)
+        arguments = self._job.prepare_attempt(self._gang, recovery)
         return self._gang.run(
             "train", *arguments, poll_s=POLL_S, on_poll=self._poll, on_ray_died=self._save_and_stop, keep=True
         )

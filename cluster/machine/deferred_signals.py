@@ -23,20 +23,22 @@ def stop_signals_deferred() -> Iterator[None]:
         return
     received: list[int] = []
     # None: a handler that was not set in Python. A signal that is ignored stays so: nohup ignores SIGHUP on purpose.
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handlers = {number: each for number, each in handlers.items() if each not in (None, signal.SIG_IGN)}
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    handlers = {signum: each for signum, each in handlers.items() if each not in (None, signal.SIG_IGN)}
 
-    def defer(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    def restore() -> None:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
-    for number in handlers:
-        signal.signal(number, defer)
+    def defer(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        restore()
+
+    for signum in handlers:
+        signal.signal(signum, defer)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore()
     if received:
         signal.raise_signal(received[0])

@@ -61,7 +61,7 @@ def ray_folder() -> Path:
     """The folder below which Ray keeps logs and sockets: RAY_TMPDIR, else /tmp. TMPDIR may be too long for sockets.
 
     Raises:
-        ValueError: RAY_TMPDIR names no folder.
+        InvalidValue: RAY_TMPDIR names no folder.
     """
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp").absolute()  # noqa: S108 A private folder is made in it.
     if not folder.is_dir():
@@ -83,10 +83,10 @@ def check_room_for_sockets(folder: Path, longest_name: str) -> None:
 def nodes_folder() -> Path:
     """Return the folder of this user's nodes, made if it is missing; only this user may read or write it.
 
-    On this machine's own disk, since processes are of one machine.
+    It must be on this machine's own disk, as the process ids in it are of this machine.
 
     Raises:
-        ValueError: somebody else made it.
+        InvalidValue: somebody else made it.
     """
     folder = _nodes_path()
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -103,7 +103,7 @@ def node_folder(address: str) -> Path:
     """The folder in which the node with this IP address keeps its state, log, sockets and Ray's session.
 
     Raises:
-        ValueError: its path is too long for sockets.
+        InvalidValue: its path is too long for sockets.
     """
     folder = nodes_folder() / address
     check_room_for_sockets(folder, DASHBOARD_SOCKET)

@@ -1,4 +1,4 @@
-"""Processes of this machine, known by number and start time: a number may be reused by somebody else's process."""
+"""Processes of this machine, known by pid and start time: a pid may be reused by somebody else's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """One process. `started`, in clock ticks since boot, tells it from a later process with the same number."""
+    """One process. `started`, in clock ticks since boot, tells it from a later process with the same pid."""
 
     pid: int
     started: int
@@ -36,7 +36,7 @@ class _Stat:
 
 
 def process_of(pid: int) -> Process | None:
-    """The process that has this number now; None if there is none."""
+    """The process that has this pid now; None if there is none."""
     found = _stat(pid)
     return None if found is None else found.process
 
@@ -44,8 +44,8 @@ def process_of(pid: int) -> Process | None:
 def family(leader: Process) -> list[Process]:
     """Living processes of the session that `leader` opened, and all their descendants, also in other sessions.
 
-    Members of a session may outlive its leader. As long as there is one, the kernel does not reuse the leader's number.
-    So a process with that number and another start time means that no member is left.
+    Members of a session may outlive its leader. As long as there is one, the kernel does not reuse the leader's pid.
+    So a process with that pid and another start time means that no member is left.
     """
     everybody = [stat for pid in _pids() if (stat := _stat(pid)) is not None]
     if any(stat.process.pid == leader.pid and stat.process != leader for stat in everybody):
@@ -81,9 +81,9 @@ def wait_gone(processes: Iterable[Process], limit_s: float) -> list[Process]:
     return left
 
 
-def _signal(process: Process, number: signal.Signals) -> None:
+def _signal(process: Process, signum: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, number)
+        os.kill(process.pid, signum)
 
 
 def _pids() -> list[int]:

@@ -27,7 +27,7 @@ def ensure_token(path: Path) -> Path:
     """Make the token file, readable by its owner alone, unless there is a good one. Returns `path`.
 
     Raises:
-        ValueError: the file that is there cannot serve, or none can be made.
+        InvalidValue: the file that is there cannot serve, or none can be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -46,7 +46,7 @@ def check_token(path: Path) -> None:
     """Refuse a token file that is missing, readable by others, or too short to be a secret.
 
     Raises:
-        ValueError: names the file, what is wrong and what to do.
+        InvalidValue: names the file, what is wrong and what to do.
     """
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()

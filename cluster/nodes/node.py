@@ -49,7 +49,7 @@ class NodeFailed(UserError, RuntimeError):
 class AlreadyRunning(InvalidValue):
     """A node runs already where this one would. same: it has the address and the role that were asked for."""
 
-    def __init__(self, node: NodeState, *, same: bool) -> None:
+    def __init__(self, node: NodeState, same: bool) -> None:
         super().__init__(node, same)
         self.node = node
         self.same = same
@@ -88,7 +88,7 @@ class NodeOptions:
     def __post_init__(self) -> None:
         if not _is_ipv4(self.address):
             raise InvalidValue(
-                f"the address of a node ({self.address!r}) must be an IPv4 address of this machine that the others "
+                f"the address of a node ({self.address!r:.60}) must be an IPv4 address of this machine that the others "
                 "reach it by, such as 10.0.0.1; see `ip -4 -br address`"
             )
         for name in ("port", "dashboard_port"):
@@ -119,12 +119,12 @@ def start(options: NodeOptions, on_wait: Callable[[str], None] = lambda _: None)
 
     Raises:
         AlreadyRunning: a node of this machine has that address, or is the head of another cluster.
-        ValueError: the token file, an address or a port cannot be used.
+        InvalidValue: the token file, an address or a port cannot be used.
         ClusterUnreachable: no head answers, or it refuses the token.
         NodeFailed: Ray ended, or was not usable within START_LIMIT_S; nothing is left of it then.
     """
     _check_free(options)
-    _check_token(options)
+    _prepare_token(options)
     for crashed in read_nodes():
         if crashed.address == options.address:
             stop(crashed)
@@ -185,7 +185,7 @@ def local_address_to(head: str) -> str:
     """The address of this machine from which packets to HOST:PORT leave. Sends nothing.
 
     Raises:
-        ValueError: it is no HOST:PORT, there is no route, or the host name is unknown.
+        InvalidValue: it is no HOST:PORT, there is no route, or the host name is unknown.
     """
     address = host_and_port(head)
     try:
@@ -243,7 +243,7 @@ def _log_of(node: NodeState) -> str:
 def _check_free(options: NodeOptions) -> None:
     for node in live_nodes():
         if node.address == options.address or (node.is_head and options.head is None):
-            raise AlreadyRunning(node, same=node.address == options.address and node.is_head == (options.head is None))
+            raise AlreadyRunning(node, node.address == options.address and node.is_head == (options.head is None))
     if options.head is not None:
         check_answers(options.head)
         return
@@ -252,7 +252,8 @@ def _check_free(options: NodeOptions) -> None:
     _check_port("127.0.0.1", options.dashboard_port)
 
 
-def _check_token(options: NodeOptions) -> None:
+def _prepare_token(options: NodeOptions) -> None:
+    """Make or check the token of a new head; check with its head that a joining node has the cluster's token."""
     if options.head is None:
         if options.token_file is not None:
             ensure_token(options.token_file)

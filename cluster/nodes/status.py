@@ -54,18 +54,18 @@ class ClusterStatus:
 
 
 def read_status(access: Access) -> ClusterStatus:
-    """Ask the head; takes milliseconds beside the import of Ray. Call `check_access` first."""
+    """Ask the head, which takes milliseconds, apart from the import of Ray. Call `check_access` first."""
     with _global_state(access) as state:
         table, actors, jobs = state.node_table(), state.actor_table(None, None, None), state.job_table()
         available = state.available_resources_per_node()
     by_node: dict[str, dict[str, Counter[str]]] = {}
     for actor in actors.values():
         if actor["State"] == "ALIVE":
-            of_job = by_node.setdefault(actor["Address"]["NodeID"], {}).setdefault(actor["JobID"], Counter())
-            of_job[actor["Name"] or actor["ActorClassName"]] += 1
+            job_actors = by_node.setdefault(actor["Address"]["NodeID"], {}).setdefault(actor["JobID"], Counter())
+            job_actors[actor["Name"] or actor["ActorClassName"]] += 1
     nodes = (_node(row, available.get(row["NodeID"], {}), by_node.get(row["NodeID"], {})) for row in table)
     return ClusterStatus(
-        nodes=tuple(sorted(nodes, key=lambda node: (not node.is_head, not node.alive, _by_number(node.address)))),
+        nodes=tuple(sorted(nodes, key=lambda node: (not node.is_head, not node.alive, _octets(node.address)))),
         jobs=tuple(_job(row) for row in jobs if not row["IsDead"] and not _is_rays_own(row)),
     )
 
@@ -118,5 +118,5 @@ def _global_state(access: Access) -> Iterator[Any]:
             state.disconnect()
 
 
-def _by_number(address: str) -> tuple[int, ...]:
+def _octets(address: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdecimal() else 0 for part in address.split("."))

@@ -32,7 +32,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 # Workers have the priority that they have under torchrun; with Ray's niceness of 15 they wait for all else.
 WORKER_PRIORITY = {"RAY_worker_niceness": "0"}
 LOG_LINES = 15
-COMPLAINT = re.compile(r"\[[-\d]+ [\d:,]+ [WECF] ")  # [date time,ms severity pid thread]
+COMPLAINT = re.compile(r"\[[-\d]+ [\d:,]+ [WECF] ")  # [date time,ms severity pid thread], warnings and worse
 
 
 class RayNotStarted(UserError, RuntimeError):
@@ -41,7 +41,7 @@ class RayNotStarted(UserError, RuntimeError):
 
 @contextmanager
 def local_ray(config: ClusterConfig) -> Iterator[None]:
-    """Start a Ray and connect to it. It ends with the block, or with this process.
+    """Start a Ray for this process and connect to it. It ends with the `with` block, or with this process.
 
     Raises:
         RayNotStarted: it failed to start, or took longer than `start_timeout_s`.

@@ -31,7 +31,7 @@ class TokenRefused(ClusterUnreachable):
     """The cluster demands a token, and this process has none or another."""
 
 
-def check_answers(address: str, timeout_s: float = 3.0) -> None:
+def check_answers(address: str, timeout_s: float = ANSWER_LIMIT_S) -> None:
     """Check that something listens at HOST:PORT. Ray itself would retry for half a minute.
 
     Raises:
@@ -55,7 +55,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
         raise InvalidValue(
-            f'the address of a Ray head ({address!r}) must be HOST:PORT, with a port from 1 to 65535, or "auto"'
+            f'the address of a Ray head ({address!r:.60}) must be HOST:PORT, with a port from 1 to 65535, or "auto"'
         )
     return host, int(port)
 

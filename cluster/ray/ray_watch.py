@@ -24,8 +24,11 @@ class RayDied(UserError, RuntimeError):
     """
 
     def __init__(self, reason: str, since: float) -> None:
-        super().__init__(reason)
-        self.since = since
+        super().__init__(reason, since)  # as given, so that it survives pickling
+        self.reason, self.since = reason, since
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class RayWatch:
@@ -71,7 +74,7 @@ class RayWatch:
     def check(self) -> None:
         """Raise RayDied if Ray has died. Takes some 50 us, and every PROBE_EVERY_S a connection to a joined head."""
         if self._head is not None and time.monotonic() >= self._next_probe:
-            self.can_be_asked()
+            self._probe(self._head)
         if (reason := self.reason) is not None:
             raise RayDied(reason, time.monotonic() if self._silent_since is None else self._silent_since)
 

@@ -58,7 +58,7 @@ class TrainingJob:
         self._num_lines, self._told_to_stop = 0, False  # lines of progress that rank 0 of this gang has handed over
         self._saving: tuple[float, int] | None = None  # the checkpoint under way: see `_save_progress`
 
-    def arguments(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
+    def prepare_attempt(self, gang: "Gang", recovery: "Recovery | None") -> tuple[Any, ...]:
         ranks, exchange = rank_map(self._config, gang), exchange_of(self._config, gang)
         seconds = {"ray_s": self._launched.ray_s, "gang_s": gang.startup_s["total"]}
         start = {"rank_map": ranks, "exchange": asdict(exchange), **seconds}

@@ -13,6 +13,10 @@ from cluster.config import ClusterConfig
         ({"device": "cpu", "gpus_per_worker": 1}, r"must be 0 when cluster\.device is cpu; leave it empty"),
         ({"device": "cuda", "gpus_per_worker": 0}, r"must be above 0 when cluster\.device is cuda"),
         ({"device": "tpu"}, r"cluster\.device \('tpu'\) must be auto, cpu or cuda"),
+        ({"start_timeout_s": float("nan")}, r"cluster\.start_timeout_s \(nan\) must be above 0 seconds and finite"),
+        ({"cpus_per_worker": float("nan")}, r"cluster\.cpus_per_worker \(nan\) must be above 0 and finite"),
+        ({"gpus_per_worker": float("inf")}, r"cluster\.gpus_per_worker \(inf\) must be at least 0 and finite"),
+        ({"device": "t" * 1000}, r"cluster\.device \('t{59}\) must be"),
         ({"collective_timeout_s": 0}, r"cluster\.collective_timeout_s \(0\) must be above 0 seconds"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_step_waits_for_the_device_to_plan_exchanges_and_to_report_and_nowhere
         "dispatch/balance.py read_counts": 1,
         "dispatch/balance.py read_bias": 1,
         "workers/training/gradients.py global_grad_norm": 1,  # a step whose gradient is not finite is skipped
-        "workers/training/summed_metrics.py sums_of_rank": 1,
+        "workers/training/summed_metrics.py values_to_sum": 1,
         "dispatch/diagnosis/meter.py take": 2,
     }
     for steps in ("2", "4"):

@@ -3,7 +3,7 @@
 import os
 import pickle
 
-from workers.actor import Failure, WorkerActor, usable_cores
+from workers.actor import Failure, WorkerActor, parse_gpu_ids, usable_cores
 
 
 class NeedsKeyword(Exception):
@@ -15,7 +15,7 @@ def raised(error: Exception, cause: Exception | None = None) -> Failure:
     try:
         raise error from cause
     except Exception as caught:  # noqa: BLE001
-        return Failure.of(caught)
+        return Failure.from_error(caught)
 
 
 def test_an_exception_travels_as_itself_if_pickling_keeps_it_and_as_text_always():
@@ -40,6 +40,11 @@ def test_calls_return_what_the_method_returns_or_the_failure_also_for_a_method_t
     assert actor.call("get", "a") == actor.control("get", "a") == 1
     assert actor.call("pop", "b").message == "KeyError: 'b'"
     assert "AttributeError" in actor.call("train").message
+
+
+def test_gpus_are_in_order_and_may_be_named_by_uuid():
+    assert parse_gpu_ids(["10", "2"]) == (2, 10)
+    assert parse_gpu_ids(["MIG-b", "MIG-a"]) == ("MIG-a", "MIG-b")  # as Ray gives them where CUDA_VISIBLE_DEVICES does
 
 
 def test_usable_cores_are_at_least_one_and_no_more_than_the_machine_has():

@@ -1,4 +1,4 @@
-"""Rank 0's part of the control path: gets the next bias from the coordinator or, while that is away, computes it here.
+"""Rank 0's part of the control path: asks the coordinator for the next bias, and computes it while that is away.
 
 Both ways give the same bits, because a law is a pure function and each report names the state it starts from. So no
 update is lost, and no bias differs, when the coordinator dies, restarts, answers late or repeats itself.
@@ -58,7 +58,7 @@ class Leader:
         self._law_checksum = law_checksum(law.config, law.layout)
         self._max_bytes = max_message_bytes(law)
         self._coordinator = coordinator
-        # A coordinator starts without a state: a seed in the first report spares it to ask for one (NeedState).
+        # A coordinator starts without a state. With a seed in the first report it need not ask for one (NeedState).
         self._send_seed = True
         self._lost_since: int | None = None  # step
         self._told_of_bug = False  # whether a bug was reported since the coordinator was lost
@@ -69,7 +69,7 @@ class Leader:
         """Return the state that follows `base` under the global counts of `step`, and events about the coordinator.
 
         Raises:
-            ValueError: the law itself refuses load or state. Never because of the coordinator.
+            ValueError: the law itself refuses load or state; never because of what the coordinator does.
         """
         if self._coordinator is None or self._steps_until_retry:
             self._steps_until_retry = max(0, self._steps_until_retry - 1)
@@ -101,7 +101,7 @@ class Leader:
         if isinstance(answer, Refusal):
             raise BadAnswer(f"the coordinator refused the report: {answer.reason}")
         if not isinstance(answer, BiasUpdate) or (answer.step, answer.version) != (step, base.version + 1):
-            raise BadAnswer(f"the coordinator answered another report: {answer}")
+            raise BadAnswer(f"the coordinator answered another report: {answer!s:.300}")
         if not self.law.fits(answer.state):
             raise BadAnswer("the coordinator answered with the state of another law")
         return answer

@@ -9,10 +9,10 @@ Shapes: N experts of all MoE layers, M counts of the law (see dispatch.laws.Law)
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Literal, Self
 
 import torch
@@ -32,13 +32,15 @@ from workers.control.wire import (
     WireError,
     mail_bytes,
     read_mail,
+    time_until,
     tree_all_reduce,
     write_mail,
 )
 from workers.distributed.collateral import is_collateral
 
 _NUM_SLOTS = 4  # numbers that ranks compare: step, version, checksum of the law state, checksum of the live bias
-_GRACE_S = 1.0  # so much later than the control thread, whose error names the cause, the training thread gives up
+# The control thread's own time-out error names the cause, so the training thread waits this much longer for it.
+_GRACE_S = 1.0
 
 OnBiasMismatch = Literal["stop", "repair"]
 
@@ -47,11 +49,11 @@ OnBiasMismatch = Literal["stop", "repair"]
 class StepControl:
     """The result of a step's control path: equal on all ranks but for the seconds and the events.
 
-    counts_M, sums, floats, maxima: over all ranks. stop: some rank asked to stop. bias_N, bias_version, bias_checksum:
-    the bias that routed this step. odd_ranks: ranks that routed it by another bias, and were repaired. wait_s: how long
-    finish_step waited. bias_update_s: seconds of the training thread, to prepare the round and to write the bias.
-    round_s: seconds of the control thread, by phase; "coordinator" is on rank 0 only, while the others wait in
-    "broadcast". events: about the coordinator and repairs, on rank 0 only.
+    counts_M, sums, floats, maxima: what the ranks gave `begin_step`, reduced over all of them. stop: some rank asked to
+    stop. bias_N, bias_version, bias_checksum: the bias that routed this step. odd_ranks: ranks that routed it by
+    another bias, and were repaired. wait_s: how long finish_step waited. bias_update_s: seconds of the training thread,
+    to prepare the round and to write the bias. round_s: seconds of the control thread, by phase; "coordinator" is on
+    rank 0 only, while the others wait in "broadcast". events: about the coordinator and repairs, on rank 0 only.
     """
 
     step: int
@@ -107,9 +109,10 @@ class ControlLoop:
     Args:
         group: gloo over all ranks; its rank 0 leads.
         read_bias: a copy of this rank's live bias, fp32 (N,) on the CPU.
-        write_state: sets what the routers need of a law state, in place.
+        write_state: copies a law state, or what the routers need of it, into the routers in place.
         coordinator: for rank 0, see Leader; None applies the law there. Other ranks do not use it.
-        timeout_s: for the round of one step, from begin_step on; more than twice the coordinator's own time-out.
+        timeout_s: for the round of one step, from begin_step on; more than twice the time-out of a call to the
+            coordinator, which may be called twice in a step.
         on_bias_mismatch: what happens where the bias in a rank's model is not that of its law state: "stop" raises on
             all ranks; "repair" writes it again. Ranks whose law states differ stop in either case.
         tracker: where the control thread notes its phase and its collectives; a new one if not given.
@@ -153,11 +156,14 @@ class ControlLoop:
         Args:
             step: at least 0.
             counts_M: of this rank, int64 (M,) on the CPU.
-            sums, floats, maxima: int64, float64, int64, on the CPU, of any length that is the same on all ranks; for
-                the sum, the sum and the largest over all ranks.
+            sums: int64, to be summed over all ranks.
+            floats: float64, to be summed over all ranks.
+            maxima: int64, of which the largest over all ranks is taken, element by element.
 
-        Collective: every rank must call it with the same step. The tensors are copied, never modified. Reads the live
-        bias, which waits for the device.
+        All tensors have one dimension, lie on the CPU and have the same length on all ranks. They are copied, never
+        modified. Reads the live bias, which waits for the device.
+
+        Collective: every rank must call it with the same step.
         """
         began = time.perf_counter()
         self._check_usable()
@@ -181,8 +187,8 @@ class ControlLoop:
         """Wait for the control of the step; after the optimizer step, before the next forward.
 
         apply: set the new bias. False where the optimizer skipped the step: a bias must not move without the weights
-            that caused the load. Nor is it set where a rank routed the step by another bias, since the load is then of
-            two biases: all ranks write the bias of the step again.
+            that caused the load. Where `odd_ranks` is not empty the new bias is not set either, since the load comes
+            from two different biases: all ranks write the bias of the step again.
 
         Raises:
             ControlTimeout, BiasDiverged, ControlError: on every rank that still takes part, within `timeout_s` of
@@ -287,7 +293,7 @@ class ControlRound:
         self._mail = torch.zeros(mail_bytes(leader.law), dtype=torch.uint8)
 
     def run(self, given: RoundInput) -> _Outcome:
-        """The next state, and what finish_step returns. Collective: every rank must call it for the same step.
+        """Return the next state, and what finish_step returns. Collective: every rank must call it for the same step.
 
         Raises:
             ControlTimeout: a rank did not come by the deadline. ControlError: a rank is gone.
@@ -321,7 +327,11 @@ class ControlRound:
         )
 
     def _pack(self, given: RoundInput) -> tuple[Tensor, list[int]]:
-        """All integers to be summed, in one vector. Each rank fills its own row of slots: the sum has all rows."""
+        """Concatenate all integers to be summed; returns them and the length of each part.
+
+        The slots are a table with a row for each rank. A rank fills its own row and leaves zeros in the others, so that
+        the sum over ranks is an all-gather of the rows.
+        """
         slots = torch.zeros(self._world_size, _NUM_SLOTS, dtype=torch.int64)
         slots[self._rank] = torch.tensor([given.step, given.base.version, given.base.checksum, given.live_checksum])
         parts = [given.counts_M, slots.flatten(), given.sums, torch.tensor([int(given.stop_requested)])]
@@ -330,8 +340,12 @@ class ControlRound:
     def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> tuple[int, ...]:
         """Return the ranks whose live bias must be repaired; raise where repairing is not wanted or possible."""
         # Every rank sees the same rows, so all raise or none does, and all name the same ranks.
-        if odd := tuple(rank for rank, row in enumerate(rows) if row[:3] != rows[0][:3]):
-            shown = [f"rank {r} step {rows[r][0]} version {rows[r][1]} state {rows[r][2]:08x}" for r in (0, *odd[:8])]
+        # What most ranks hold; of equally many, what the lowest rank holds.
+        common = Counter(tuple(row[:3]) for row in rows).most_common(1)[0][0]
+        same = [tuple(row[:3]) == common for row in rows]
+        if odd := tuple(rank for rank, is_same in enumerate(same) if not is_same):
+            ranks = (same.index(True), *odd[:8])
+            shown = [f"rank {r} step {rows[r][0]} version {rows[r][1]} state {rows[r][2]:08x}" for r in ranks]
             raise BiasDiverged(given.step, "verify", f"ranks hold different law states: {', '.join(shown)}", odd)
         expected = bias_checksum(given.base.state.bias_N)
         odd = tuple(rank for rank, row in enumerate(rows) if row[3] != expected)
@@ -368,12 +382,11 @@ class ControlRound:
             raise NoUpdate(given.step, "coordinator", f"rank 0 has no update: {message.reason}") from cause
         expected = (given.step, given.base.version + 1)
         if not isinstance(message, BiasUpdate) or (message.step, message.version) != expected:
-            raise ControlError(given.step, "verify", f"rank {self._rank} received another message: {message}")
+            raise ControlError(given.step, "verify", f"rank {self._rank} received another message: {message!s:.300}")
         return message
 
     def _finish(self, collective: PendingCollective, given: RoundInput) -> None:
-        # At least a millisecond, because torch reads 0 as "no limit".
-        collective.wait(timedelta(seconds=max(given.deadline - time.monotonic(), 0.001)))
+        collective.wait(time_until(given.deadline))
 
     @contextmanager
     def _in_phase(self, given: RoundInput, phase: str) -> Iterator[None]:
@@ -381,6 +394,7 @@ class ControlRound:
         self._tracker.set_phase(f"bias update, {phase}")
         try:
             yield
+            # Not after an error: the driver reads the phase that failed.
             self._tracker.set_phase("idle")
             self._seconds[phase] = time.perf_counter() - began
         except CollectiveTimeout as error:

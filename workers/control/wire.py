@@ -1,4 +1,4 @@
-"""What travels on the control path: sums over ranks along a tree, and messages.
+"""What travels on the control path: reductions over ranks along a tree, and messages.
 
 Messages are msgpack with a strict schema, raw little-endian tensors and size limits, without pickle.
 
@@ -127,7 +127,8 @@ def max_message_bytes(law: Law) -> int:
 
 def encode(message: Message) -> bytes:
     """Serialise a message; equal messages give equal bytes."""
-    kind, write, _ = next(entry for entry in _SCHEMA if type(message).__name__ == entry[0])
+    kind = type(message).__name__
+    write, _ = _SCHEMA[kind]
     return sealed(bytes(msgpack.packb({"protocol": PROTOCOL_VERSION, "kind": kind, **write(message)})))
 
 
@@ -156,9 +157,9 @@ def decode(raw: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
     if not isinstance(fields, dict) or fields.pop("protocol", None) != PROTOCOL_VERSION:
         raise WireError(f"not a message of protocol {PROTOCOL_VERSION}; run one version of trimtab on all machines")
     kind = fields.pop("kind", None)
-    read = next((entry[2] for entry in _SCHEMA if entry[0] == kind), None)
-    if read is None:
-        raise WireError(f"unknown kind of message {kind!r}")
+    if not isinstance(kind, str) or kind not in _SCHEMA:
+        raise WireError(f"unknown kind of message {kind!r:.60}")
+    _, read = _SCHEMA[kind]
     try:
         return read(fields)
     except (TypeError, KeyError, ValueError) as error:
@@ -218,7 +219,7 @@ def _read_seed(fields: dict[str, Any] | None) -> Seed | None:
     module = fields["config"].get("module")
     if module is not None and module not in sys.modules:
         # A message must not make a process import code: the modules are named where the process is started.
-        raise WireError(f"the law's module {module!r} is not loaded here")
+        raise WireError(f"the law's module {module!r:.60} is not loaded here")
     return Seed(
         config=BalanceConfig(**fields["config"]),
         layout=_read_layout(fields["layout"]),
@@ -267,7 +268,7 @@ def _read_refusal(fields: dict[str, Any]) -> Refusal:
 def _check(fields: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
     """Refuse anything but exactly these fields of exactly these types (a bool is no int), integers in [0, 2**63)."""
     if fields.keys() != kinds.keys():
-        raise WireError(f"fields are {sorted(fields)}, they must be {sorted(kinds)}")
+        raise WireError(f"fields are {sorted(fields)!s:.300}, they must be {sorted(kinds)}")
     for name, kind in kinds.items():
         value = fields[name]
         if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
@@ -276,16 +277,17 @@ def _check(fields: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
             raise WireError(f"{name} ({value}) is out of range")
 
 
-_SCHEMA: tuple[tuple[str, Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Message]], ...] = (
-    ("LoadReport", _write_report, _read_report),
-    ("BiasUpdate", _write_update, _read_update),
-    ("NeedState", asdict, _read_need),
-    ("Refusal", lambda refusal: {"reason": refusal.reason[:_MAX_REASON_CHARS]}, _read_refusal),
-)
+# By class of the message: what makes its fields, and what makes the message from fields.
+_SCHEMA: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Message]]] = {
+    "LoadReport": (_write_report, _read_report),
+    "BiasUpdate": (_write_update, _read_update),
+    "NeedState": (asdict, _read_need),
+    "Refusal": (lambda refusal: {"reason": refusal.reason[:_MAX_REASON_CHARS]}, _read_refusal),
+}
 
 
 def tree_all_reduce(sums: Sequence[Tensor], maxima: Tensor, *, group: dist.ProcessGroup, async_op: bool) -> "Reduction":
-    """Sum tensors, and take the largest of others, over all ranks of a gloo group, in place.
+    """Reduce tensors over all ranks of a gloo group in place: `sums` by their sum, `maxima` by the largest.
 
     Args:
         sums, maxima: contiguous, on the CPU, int64 or float64, of shapes and dtypes that are the same on all ranks. A
@@ -311,47 +313,56 @@ class Reduction:
         self._is_done = False
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Make the hops of this rank. Raises RuntimeError where a neighbour does not come in time or is gone."""
+        """Exchange this rank's messages with its neighbours in the tree; afterwards the tensors hold the totals.
+
+        Raises RuntimeError where a neighbour does not come in time or is gone.
+        """
         self._deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
-        whole = torch.cat([tensor.flatten().view(torch.uint8) for tensor in self._tensors])
-        parts = self._parts(whole)
-        children, parent = _relatives(self._rank, self._world_size)
-        theirs = torch.empty_like(whole)
+        packed = torch.cat([tensor.flatten().view(torch.uint8) for tensor in self._tensors])
+        parts = self._parts(packed)
+        children, parent = _children_and_parent(self._rank, self._world_size)
+        received = torch.empty_like(packed)
         for child in children:
-            self._receive(theirs, child)
-            for index, (mine, other) in enumerate(zip(parts, self._parts(theirs), strict=True)):
+            self._receive(received, child)
+            for index, (mine, other) in enumerate(zip(parts, self._parts(received), strict=True)):
                 mine.add_(other) if index < self._num_sums else torch.maximum(mine, other, out=mine)
         if parent is not None:
-            self._finish([self._send(whole, parent)])
-            self._receive(whole, parent)
+            self._finish([self._send(packed, parent)])
+            self._receive(packed, parent)
         # The child with the largest subtree first, as it has the most hops still to make.
-        self._finish([self._send(whole, child) for child in reversed(children)])
+        self._finish([self._send(packed, child) for child in reversed(children)])
         for tensor, part in zip(self._tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
         self._is_done = True
 
     def is_completed(self) -> bool:
-        """Whether the totals are there."""
+        """True once `wait` has returned; before it nothing is sent."""
         return self._is_done
 
-    def _parts(self, whole: Tensor) -> list[Tensor]:
-        return [part.view(tensor.dtype) for part, tensor in zip(whole.split(self._sizes), self._tensors, strict=True)]
+    def _parts(self, packed: Tensor) -> list[Tensor]:
+        """Views of the tensors' elements in a packed message."""
+        return [part.view(tensor.dtype) for part, tensor in zip(packed.split(self._sizes), self._tensors, strict=True)]
 
-    def _send(self, whole: Tensor, rank: int) -> Any:
-        return dist.isend(whole, group=self._group, group_dst=rank, tag=_TREE_TAG)
+    def _send(self, packed: Tensor, rank: int) -> Any:
+        return dist.isend(packed, group=self._group, group_dst=rank, tag=_TREE_TAG)
 
-    def _receive(self, whole: Tensor, rank: int) -> None:
-        self._finish([dist.irecv(whole, group=self._group, group_src=rank, tag=_TREE_TAG)])
+    def _receive(self, packed: Tensor, rank: int) -> None:
+        self._finish([dist.irecv(packed, group=self._group, group_src=rank, tag=_TREE_TAG)])
 
     def _finish(self, works: Sequence[Any]) -> None:
         for work in works:
             if self._deadline is None:
                 work.wait()
-            else:  # at least a millisecond, because torch reads 0 as "no limit"
-                work.wait(timedelta(seconds=max(self._deadline - time.monotonic(), 0.001)))
+            else:
+                work.wait(time_until(self._deadline))
 
 
-def _relatives(rank: int, world_size: int) -> tuple[list[int], int | None]:
+def time_until(deadline: float) -> timedelta:
+    """The time left until time.monotonic() is `deadline`; at least 1 ms, as torch takes a time-out of 0 as no limit."""
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
+def _children_and_parent(rank: int, world_size: int) -> tuple[list[int], int | None]:
     """The children of a rank, the one with the smallest subtree first, and its parent; None for rank 0."""
     children, bit = [], 1
     while bit < world_size and not rank & bit:

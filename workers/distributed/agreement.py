@@ -9,12 +9,16 @@ from dispatch.errors import UserError
 from dispatch.values import all_gather_values
 
 T = TypeVar("T")
-# What a rank tells the others of its error: the name of the error's kind, "" for a bug, and the arguments to make it.
-_Told = tuple[str, list[str | None]]
+# An error as it is sent to the other ranks: its class, by name in `kinds`, and the arguments of its constructor. For a
+# bug: "" and its text.
+_SentError = tuple[str, list[str | None]]
 
 
 class PeerFailed(RuntimeError):
-    """Another rank hit a bug in work that all ranks do together. `ranks`: which one, whose error has the traceback."""
+    """Another rank hit a bug in work that all ranks do together.
+
+    ranks: that rank alone. The error that it raised itself has the traceback.
+    """
 
     def __init__(self, doing: str, rank: int, text: str) -> None:
         super().__init__(doing, rank, text)
@@ -47,13 +51,13 @@ def together(
     Collective over `group`; `work` must not be.
     """
     failure: Exception | None = None
-    told: _Told | None = None
+    sent: _SentError | None = None
     try:
         result = work()
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
-        failure, told = _explained(error, explain, kinds)
-    heard = all_gather_values(told, group, _read_told)
-    failed = [(kind, args, rank) for rank, each in enumerate(heard) if each is not None for kind, args in [each]]
+        failure, sent = _explained(error, explain, kinds)
+    errors = all_gather_values(sent, group, _read_error)
+    failed = [(*error, rank) for rank, error in enumerate(errors) if error is not None]
     if not failed:
         return result
     # Bugs come first: they would still be there after the user has mended the other errors.
@@ -65,7 +69,7 @@ def together(
 
 def _explained(
     error: Exception, explain: Callable[[Exception], UserError | None], kinds: Mapping[str, type[UserError]]
-) -> tuple[Exception, _Told]:
+) -> tuple[Exception, _SentError]:
     explained = explain(error)
     if explained is None or type(explained).__name__ not in kinds:
         return error, ("", [f"{type(error).__name__}: {error}"])
@@ -74,10 +78,10 @@ def _explained(
     return explained, (type(explained).__name__, [None if arg is None else str(arg) for arg in explained.args])
 
 
-def _read_told(value: Any) -> _Told | None:
+def _read_error(value: Any) -> _SentError | None:
     if value is None:
         return None
     kind, args = value
     if type(kind) is not str or not args or not all(arg is None or type(arg) is str for arg in args):
-        raise TypeError("a kind of error and its arguments are expected")
+        raise TypeError("the name of an error and its arguments are expected")
     return kind, args

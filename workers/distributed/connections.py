@@ -41,21 +41,22 @@ class Connections:
     listeners: frozenset[Address] = frozenset()
 
     @classmethod
-    def since(cls, before: frozenset[Address], group: dist.ProcessGroup) -> Self:
-        """The connections of the gloo groups that were formed after the call of `listening()` that returned `before`.
+    def formed_since(cls, before: frozenset[Address], group: dist.ProcessGroup) -> Self:
+        """The connections of the gloo groups formed since an earlier call of `listening()`, which returned `before`.
 
-        Nothing else in this process may have begun to listen meanwhile. Collective over `group`, gloo.
+        Nothing else in this process may have begun to listen meanwhile. Collective over `group`, which must be gloo.
         """
-        mine = sorted(listening() - before)
-        return cls(frozenset(chain.from_iterable(all_gather_values(mine, group, _read_addresses))))
+        own_listeners = sorted(listening() - before)
+        return cls(frozenset(chain.from_iterable(all_gather_values(own_listeners, group, _read_addresses))))
 
     def abort(self) -> None:
-        """Shut down this rank's ends; from any thread. What waits for them, on any rank, raises RuntimeError."""
+        """Shut these connections down, from any thread: operations on them raise RuntimeError, on other ranks too."""
         for each in psutil.Process().net_connections("tcp"):
             # A connection has the address of a listener at the end that accepted it, here or on the other rank.
             if each.status == psutil.CONN_ESTABLISHED and not self.listeners.isdisjoint({each.laddr, each.raddr}):
-                # OSError: closed meanwhile, here or by the other end. A duplicate of the descriptor, since closing
-                # gloo's own would free its number for another file while gloo still uses it.
+                # OSError: the connection was closed meanwhile, at either end. `socket` closes the descriptor that it is
+                # given: it gets a duplicate, as closing gloo's own would free its number for another file while gloo
+                # still uses it.
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
@@ -72,8 +73,8 @@ class Connections:
 def refuse_strangers(before: frozenset[Address], store: Store, rank: int, world_size: int) -> None:
     """Check that every connection to the gloo groups comes from a rank of the gang.
 
-    The ranks compare their connections through `store`, since a stranger could lie in a group that it has joined. Call
-    it before any use of the groups: a stranger could make the first use fail or hang, and nobody would know why.
+    The ranks compare their connections through `store`: in a group, a stranger could send false answers. Call it before
+    any use of the groups: a stranger could make the first use fail or hang, and nobody would know why.
 
     Args:
         before: what `listening()` returned before the groups were formed.
@@ -84,19 +85,19 @@ def refuse_strangers(before: frozenset[Address], store: Store, rank: int, world_
     Collective. It cannot tell a connection that took a rank's place from one that is merely open.
     """
     listeners = listening() - before
-    held = psutil.Process().net_connections("tcp")
-    # Also connections that are no longer established: a stranger that has closed its end may have sent before.
-    ends = [(each.laddr, each.raddr) for each in held if each.status != psutil.CONN_LISTEN]
+    connections = psutil.Process().net_connections("tcp")
+    # Connections that are no longer established count too: a stranger may have sent something before it closed its end.
+    ends = [(each.laddr, each.raddr) for each in connections if each.status != psutil.CONN_LISTEN]
     accepted = [end for end in ends if end[0] in listeners]
     made = [local for local, _ in ends if local not in listeners]
     store.set(f"connections/{rank}", json.dumps([accepted, made]))
-    told = [json.loads(store.get(f"connections/{each}")) for each in range(world_size)]
-    of_ranks = {tuple(local) for _, made in told for local in made}
-    for taker, (accepted, _) in enumerate(told):
+    by_rank = [json.loads(store.get(f"connections/{each}")) for each in range(world_size)]
+    made_by_ranks = {tuple(local) for _, made in by_rank for local in made}
+    for acceptor, (accepted, _) in enumerate(by_rank):
         for (ip, port), stranger in accepted:
-            if tuple(stranger) not in of_ranks:
+            if tuple(stranger) not in made_by_ranks:
                 raise StrangerConnected(
-                    f"{stranger[0]} port {stranger[1]} is connected to rank {taker} at {ip} port {port}, where only"
+                    f"{stranger[0]} port {stranger[1]} is connected to rank {acceptor} at {ip} port {port}, where only"
                     " ranks of this gang may be; a stranger could send false tensors, so the gang does not start. Find"
                     " that process (ss -tnp), keep it from the ports of this machine, and start again"
                 )

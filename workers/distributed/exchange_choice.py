@@ -1,4 +1,7 @@
-"""Chooses the exchange of the tokens by which ranks share a node. The driver and every rank come to the same choice."""
+"""Chooses the exchange for `parallel.exchange auto`, from which ranks share a node; checks one that is set.
+
+The driver and every rank come to the same choice.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,24 +26,24 @@ class ExchangeChoice:
 def choose_exchange(
     config: ParallelConfig, nodes: Sequence[int], world_size: int, *, num_experts: int, hidden: int, top_k: int
 ) -> ExchangeChoice:
-    """The exchange for these ranks.
+    """The exchange for these ranks: as set, or for `auto` the one that is expected to take the least time.
 
     Args:
         nodes: the index of each rank's machine, by rank; empty where it is not known.
     Raises:
-        ValueError: the setting asks for an exchange by nodes, but the ranks are placed so that it cannot work.
+        InvalidValue: the setting asks for an exchange by nodes, but the ranks are placed so that it cannot work.
     """
     BACKENDS.check(config.exchange, config.module)  # imports the module in a worker, which got the settings by pickle
     ep_size = config.resolve(world_size)
     if ep_size == 1:
         return ExchangeChoice(config.exchange, 0, "nothing travels: every rank holds all experts")
     ranks_per_node = config.ranks_per_node or placed_ranks_per_node(nodes, ep_size)
-    where = _describe(nodes, ep_size) + (f"; ranks_per_node {ranks_per_node} as set" if config.ranks_per_node else "")
+    layout = _describe(nodes, ep_size) + (f"; ranks_per_node {ranks_per_node} as set" if config.ranks_per_node else "")
     needs_nodes = config.backend is not None and config.backend.needs_nodes
     if needs_nodes and not ranks_per_node:
         raise InvalidValue(
             f"parallel.exchange {config.exchange} needs expert-parallel groups over several nodes with equally many "
-            f"ranks on each, more than one, but here is {where}; take --parallel.exchange auto, place the workers "
+            f"ranks on each, more than one, but here is {layout}; take --parallel.exchange auto, place the workers "
             "otherwise, or say how many neighbouring ranks count as a node by --parallel.ranks_per_node"
         )
     placement = ExpertPlacement(num_experts, ep_size)
@@ -48,11 +51,11 @@ def choose_exchange(
     if exchange == "auto":
         exchange = cheapest_exchange(placement, ranks_per_node or 1, hidden=hidden, top_k=top_k)
     else:
-        where = f"as set; {where}"
+        layout = f"as set; {layout}"
     config.check_takes_copies(exchange)
     costs = wire_costs(placement, ranks_per_node or 1, hidden=hidden, top_k=top_k)
-    of_nodes = ranks_per_node if BACKENDS[exchange].needs_nodes else 0
-    return ExchangeChoice(exchange, of_nodes, where + _expectation(costs))
+    used_per_node = ranks_per_node if BACKENDS[exchange].needs_nodes else 0
+    return ExchangeChoice(exchange, used_per_node, layout + _expectation(costs))
 
 
 def _expectation(costs: Mapping[str, WireCost]) -> str:

@@ -14,7 +14,7 @@ CONTROL_GROUP = "ctl"
 class Mailbox:
     """One rank's copy of the values of all ranks, by epoch of the gang and by key. May be used from any thread.
 
-    Other ranks may write before this one begins to join, so values of later epochs are kept too.
+    Other ranks may write before this one calls `open` for their epoch, so values of later epochs are kept too.
     """
 
     def __init__(self) -> None:

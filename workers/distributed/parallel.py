@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -72,10 +72,10 @@ class ParallelConfig:
         BACKENDS.check(self.exchange, self.module)
         if self.payload not in get_args(Payload):
             raise InvalidValue(
-                f"parallel.payload is {self.payload!r}; it must be one of {', '.join(get_args(Payload))}"
+                f"parallel.payload is {self.payload!r:.60}; it must be one of {', '.join(get_args(Payload))}"
             )
         if self.shard not in get_args(Shard):
-            raise InvalidValue(f"parallel.shard is {self.shard!r}; it must be one of {', '.join(get_args(Shard))}")
+            raise InvalidValue(f"parallel.shard is {self.shard!r:.60}; it must be one of {', '.join(get_args(Shard))}")
         if self.replicate < 1:
             raise InvalidValue(f"parallel.replicate ({self.replicate}) must be at least 1; 1 shards over all ranks")
         if self.replicate > 1 and self.shard == "none":
@@ -147,17 +147,17 @@ class ParallelConfig:
         return None if self.exchange == "auto" else BACKENDS.find(self.exchange, self.module)
 
     def ep_size_of(self, world_size: int) -> int:
-        """The EP size of a gang of this size, whatever size the settings were made for."""
+        """The EP size of a gang of this size, which may differ from the size that the settings were made for."""
         return self.resized_to(world_size).resolve(world_size)
 
     def resolve(self, world_size: int) -> int:
-        """The EP size for so many ranks. Raises InvalidValue where it or another of these settings does not fit."""
+        """The EP size for so many ranks. Raises InvalidValue unless all of these settings fit that number of ranks."""
         num_ranks = self.pipeline.ranks_per_stage(world_size)
         ep_size = self.ep_size or num_ranks
         if num_ranks % ep_size:
-            of_stage = " of a pipeline stage" if self.pipeline.size > 1 else ""
+            scope = " of a pipeline stage" if self.pipeline.size > 1 else ""
             raise InvalidValue(
-                f"parallel.ep_size ({ep_size}) must divide the number of workers{of_stage} ({num_ranks}); "
+                f"parallel.ep_size ({ep_size}) must divide the number of workers{scope} ({num_ranks}); "
                 f"use one of {[size for size in range(1, num_ranks + 1) if num_ranks % size == 0]}"
             )
         if self.ranks_per_node and ep_size % self.ranks_per_node:
@@ -182,7 +182,7 @@ class RankGroups:
     expert shard. control_group is gloo over all ranks, also on GPU machines: its small messages take CPU tensors and
     never queue behind token traffic. checkpoint_group and memory_group are like it, one for each thread that makes
     collectives beside the training, since collectives of one group must have the same order on all ranks. nodes: the
-    groups of an exchange by nodes, if the run has one. replicas: the meshes of sharded states, where these are
+    groups of the exchange `node`, if the run has it. replicas: the meshes of sharded states, where these are
     replicated. pipeline: this rank's place in a pipeline, if there is one; the EP and EDP groups are then inside a
     stage. context: this rank's place among the ranks that share its sequences, if any do. connections: those of the
     gloo groups. tracker: where the training thread notes what it is doing, and starts its collectives.
@@ -245,7 +245,7 @@ def join_groups(
     exchange tokens. The stages of a pipeline, which send least, are the outer one.
 
     Args:
-        ranks_per_node: for the node groups of an exchange by nodes; 0 forms none.
+        ranks_per_node: size of the node groups of the exchange `node`; 0 forms none.
 
     Raises:
         StrangerConnected: on all ranks, where a process that is no rank is connected to a group.
@@ -259,10 +259,10 @@ def join_groups(
     _form_default_group(rank, world_size, store, device, timeout)
     ep_size = config.resolve(world_size)
     pp_size, edp_size = config.pipeline.size, world_size // config.pipeline.size // ep_size
-    of_stages = {"pp": pp_size} if pp_size > 1 else {}
-    mesh = _mesh(device, of_stages | {"edp": edp_size, "ep": ep_size}, timeout)
+    stage_dim = {"pp": pp_size} if pp_size > 1 else {}
+    mesh = _mesh(device, stage_dim | {"edp": edp_size, "ep": ep_size}, timeout)
     replicas = make_replica_groups(config.replicate, world_size, ep_size, device.type, pp_size)
-    _bound(replicas.groups if replicas else [], timeout)
+    _set_timeouts(replicas.groups if replicas else [], timeout)
     tracker = ActivityTracker()
     context = _join_context(config.context, world_size, device, timeout, tracker) if config.context > 1 else None
     nodes = make_node_groups(mesh.get_group("ep"), ranks_per_node, timeout) if ranks_per_node else None
@@ -276,7 +276,7 @@ def join_groups(
         edp_rank=mesh.get_local_rank("edp"),
         edp_size=edp_size,
         device=device,
-        world_group=dist.group.WORLD or _no_group(),
+        world_group=cast(dist.ProcessGroup, dist.group.WORLD),
         ep_group=mesh.get_group("ep"),
         edp_group=mesh.get_group("edp"),
         control_group=dist.new_group(backend="gloo", timeout=control_timeout),
@@ -289,18 +289,18 @@ def join_groups(
         memory_group=dist.new_group(backend="gloo", timeout=control_timeout),
     )
     refuse_strangers(before_gloo, store, rank, world_size)  # before any group is used
-    _exercise(groups)
-    return replace(groups, connections=Connections.since(before, groups.control_group))
+    _use_each(groups)
+    return replace(groups, connections=Connections.formed_since(before, groups.control_group))
 
 
 def _mesh(device: torch.device, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
     """Form a mesh of all ranks, whose dimensions have these names and sizes. Collective."""
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    _bound(mesh.get_all_groups(), timeout)
+    _set_timeouts(mesh.get_all_groups(), timeout)
     return mesh
 
 
-def _bound(groups: Iterable[dist.ProcessGroup], timeout: timedelta) -> None:
+def _set_timeouts(groups: Iterable[dist.ProcessGroup], timeout: timedelta) -> None:
     for group in groups:
         _set_pg_timeout(timeout, group)  # a mesh gives its groups torch's default, half an hour
 
@@ -347,16 +347,17 @@ def local_device(choice: str) -> torch.device:
     return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
 
 
-def _exercise(groups: RankGroups) -> None:
-    # torch makes communicators at their first use: here, so that a wrong network fails at the start and not in a step.
-    of_tokens = [groups.world_group, groups.ep_group, groups.edp_group]
-    of_tokens += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
-    of_tokens += groups.replicas.groups if groups.replicas else []
-    of_tokens += [groups.pipeline.group, groups.pipeline.stage_group] if groups.pipeline else []
-    of_tokens += [groups.context.group] if groups.context else []
-    pairs = [(group, groups.device) for group in of_tokens]
-    on_host = (groups.control_group, groups.checkpoint_group, groups.memory_group)
-    for group, device in [*pairs, *((group, torch.device("cpu")) for group in on_host)]:
+def _use_each(groups: RankGroups) -> None:
+    # torch makes communicators at their first use: they are made here, so that a wrong network fails at the start and
+    # not in a step.
+    device_groups = [groups.world_group, groups.ep_group, groups.edp_group]
+    device_groups += [groups.nodes.network_group, groups.nodes.local_group] if groups.nodes else []
+    device_groups += groups.replicas.groups if groups.replicas else []
+    device_groups += [groups.pipeline.group, groups.pipeline.stage_group] if groups.pipeline else []
+    device_groups += [groups.context.group] if groups.context else []
+    cpu_groups = [groups.control_group, groups.checkpoint_group, groups.memory_group]
+    placed = [(group, groups.device) for group in device_groups]
+    for group, device in [*placed, *((group, torch.device("cpu")) for group in cpu_groups)]:
         size = dist.get_world_size(group)
         ones = torch.ones(size, device=device)
         dist.all_reduce(ones, group=group)
@@ -364,7 +365,3 @@ def _exercise(groups: RankGroups) -> None:
         dist.all_to_all_single(received, ones, group=group)
         if not bool((received == size).all()):
             raise RuntimeError(f"rank {groups.rank}: a process group of {size} ranks returned {received.tolist()}")
-
-
-def _no_group() -> dist.ProcessGroup:
-    raise RuntimeError("torch.distributed has no default group after init_process_group")

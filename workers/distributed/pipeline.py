@@ -37,7 +37,7 @@ class PipelineConfig:
             )
         if self.schedule not in get_args(PipelineSchedule):
             raise InvalidValue(
-                f"parallel.pipeline.schedule is {self.schedule!r}; it must be one of "
+                f"parallel.pipeline.schedule is {self.schedule!r:.60}; it must be one of "
                 f"{', '.join(get_args(PipelineSchedule))}"
             )
         if self.stages_per_rank < 2:
@@ -70,27 +70,28 @@ class PipelineConfig:
         return world_size // self.size
 
     def in_flight(self, pp_rank: int, num_micro: int) -> set[tuple[int, ...]]:
-        """How many micro-batches wait for their backward in each stage of a rank, at every moment after a forward.
+        """Which numbers of micro-batches wait for their backward on a rank, each as a tuple by stage of that rank.
 
-        A set, since the numbers repeat. `trimtab plan` takes the combination that needs most memory.
+        One tuple for every moment after a forward; equal ones count once. `trimtab plan` takes the tuple that needs
+        most memory.
         """
         if self.schedule == "1f1b":
             return {(min(num_micro, self.size - pp_rank),)}
-        # As torch's ScheduleInterleaved1F1B: a stage takes the micro-batches of a round before the next stage does, and
-        # so many forwards come before the first backward.
-        num_local, of_round = self.stages_per_rank, num_micro // max(1, num_micro // self.size)
+        # As torch's ScheduleInterleaved1F1B: a stage takes all `round_size` micro-batches of a round before the next
+        # stage of the rank does, and `warm_up` forwards come before the first backward.
+        num_local, round_size = self.stages_per_rank, num_micro // max(1, num_micro // self.size)
         num_forwards = num_local * num_micro
-        warm_up = min(num_forwards, (num_local - 1) * of_round + 2 * (self.size - 1 - pp_rank))
+        warm_up = min(num_forwards, (num_local - 1) * round_size + 2 * (self.size - 1 - pp_rank))
         held, found = [0] * num_local, set()
         for forward in range(num_forwards):
-            held[forward // of_round % num_local] += 1
+            held[forward // round_size % num_local] += 1
             found.add(tuple(held))
             if forward >= warm_up:
-                held[-1 - (forward - warm_up) // of_round % num_local] -= 1
+                held[-1 - (forward - warm_up) // round_size % num_local] -= 1
         return found
 
     def check_micro_batches(self, num_micro: int) -> None:
-        """Raises InvalidValue where the schedule cannot run with so many micro-batches a step."""
+        """Raise InvalidValue where the schedule cannot run with so many micro-batches a step."""
         if self.size == 1:
             return
         way_out = "set another --run.micro_batch_size or --run.global_batch_size"

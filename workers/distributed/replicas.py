@@ -10,7 +10,7 @@ from dispatch.errors import InvalidValue
 
 @dataclass(frozen=True)
 class ReplicaGroups:
-    """One rank's groups where states are replicated `num` times.
+    """One rank's groups where states are replicated `num_replicas` times.
 
     Neighbouring ranks, which share a node where they fit, form a group that holds everything once. World 8, EP 2, two
     replicas, expert shards A and B:
@@ -18,13 +18,14 @@ class ReplicaGroups:
         group 0: ranks 0 1 2 3, with experts  A B A B
         group 1: ranks 4 5 6 7, with experts  A B A B
 
-    Dense parameters are sharded over the four ranks of a group, A over ranks 0 and 2 and again over 4 and 6.
+    Dense parameters are sharded over the four ranks of a group; the experts A over ranks 0 and 2, and again over 4 and
+    6.
 
     dense: the mesh (replicate, shard) over all ranks, with a pipeline over those of this rank's stage. experts: the
     mesh (replicate, shard) over the ranks with the same experts as this one.
     """
 
-    num: int
+    num_replicas: int
     dense: DeviceMesh
     experts: DeviceMesh
 
@@ -59,20 +60,21 @@ def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
 
 
 def replica_counts(world_size: int, ep_size: int) -> list[int]:
-    """The possible numbers of replicas: of equally many ranks, at least two, with equally many holders of each expert.
+    """The possible values of `parallel.replicate`.
 
-    Where an expert has one holder (ep_size is world_size), only the number of ranks counts.
+    All replicas must have the same number of ranks, at least two, and the same number of holders of each expert. Where
+    an expert has one holder (ep_size is world_size), only the number of ranks counts.
     """
-    of_experts = world_size // ep_size
+    num_holders = world_size // ep_size  # ranks with the same experts
     return [
         num
         for num in range(1, max(1, world_size // 2) + 1)
-        if world_size % num == 0 and (of_experts == 1 or of_experts % num == 0)
+        if world_size % num == 0 and (num_holders == 1 or num_holders % num == 0)
     ]
 
 
 def check_replicas(num: int, world_size: int, ep_size: int) -> None:
-    """Raises InvalidValue where `replica_counts` lacks it."""
+    """Raise InvalidValue unless `num` is one of `replica_counts`."""
     if num not in (possible := replica_counts(world_size, ep_size)):
         raise InvalidValue(
             f"parallel.replicate ({num}) must divide the number of workers ({world_size}) into groups of at least two, "

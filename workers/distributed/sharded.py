@@ -20,8 +20,8 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
     num_rows, group = tensor.shape[0], _shard_group(tensor)
-    rows_of_rank = -(-num_rows // group.size())
-    return tensor.to_local(), min(group.rank() * rows_of_rank, num_rows)
+    rows_per_rank = -(-num_rows // group.size())
+    return tensor.to_local(), min(group.rank() * rows_per_rank, num_rows)
 
 
 @torch.no_grad()
@@ -33,19 +33,19 @@ def all_rows(rows: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return rows
     num_rows, group = like.shape[0], _shard_group(like)
-    rows_of_rank = -(-num_rows // group.size())
-    own = rows.new_zeros(rows_of_rank, *rows.shape[1:])  # padded: an all-gather takes equally much of each rank
-    own[: len(rows)] = rows
-    whole = rows.new_empty(group.size() * rows_of_rank, *rows.shape[1:])
-    gather_into(whole, own, group)
-    return whole[:num_rows]  # only the last ranks lack rows, so all padding is at the end
+    rows_per_rank = -(-num_rows // group.size())
+    padded = rows.new_zeros(rows_per_rank, *rows.shape[1:])  # an all-gather takes equally much of each rank
+    padded[: len(rows)] = rows
+    gathered = rows.new_empty(group.size() * rows_per_rank, *rows.shape[1:])
+    gather_into(gathered, padded, group)
+    return gathered[:num_rows]  # only the last ranks lack rows, so all padding is at the end
 
 
-def gather_into(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """Fill `whole` with `own` of each rank, one after the other. Collective."""
+def gather_into(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `gathered` with each rank's `own`, in rank order, on the current stream. Collective."""
     # torch 2.13 calls it all_gather_single, and warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(whole, own, group=group)
+    gather(gathered, own, group=group)
 
 
 def _shard_group(tensor: DTensor) -> dist.ProcessGroup:

@@ -28,7 +28,7 @@ def adamw_bf16(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     beta2 0.95, but 8.7 % at 0.999. Rounded to nearest, a mean square would stop following its gradients where the
     change of a step is less than half of bf16's last bit.
 
-    A run repeated has the same bits; with another EP size or sharding the random bits are other ones.
+    A repeated run has the same bits. Another EP size or sharding draws other random numbers.
     """
     return AdamWBf16(
         decay_groups(model, config),
@@ -44,18 +44,19 @@ class AdamWBf16(torch.optim.Optimizer):
         """Update every parameter that has a gradient. No closure is called."""
         generators: dict[torch.device, tuple[torch.Generator, int]] = {}
         parameters = [(each, group) for group in self.param_groups for each in group["params"]]
-        for number, (parameter, group) in enumerate(parameters):
+        for index, (parameter, group) in enumerate(parameters):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state.update(bf16_moments(parameter))
-            if parameter.device not in generators:  # `int` makes the host wait for the device: once, not each time
+            # All parameters are at the same step. `int` makes the host wait for the device: once, not each time.
+            if parameter.device not in generators:
                 generators[parameter.device] = torch.Generator(parameter.device), int(state["step"])
             generator, step = generators[parameter.device]
-            # Seeded by step and number of the parameter: ranks that hold the same parameter must round alike, however
+            # Seeded by step and index of the parameter: ranks that hold the same parameter must round alike, however
             # many random numbers their experts took before, and a resumed run must round as it would have.
-            generator.manual_seed(step * len(parameters) + number)
+            generator.manual_seed(step * len(parameters) + index)
             _update(parameter, state, group, generator)
 
 

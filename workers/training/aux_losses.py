@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatch.balance import routers_of
-from dispatch.diagnosis.activity_tracker import in_backward
+from dispatch.diagnosis.activity_tracker import ActivityTracker, in_backward
 from dispatch.errors import InvalidValue
 from dispatch.routing.router import Router
 from dispatch.routing.selection import count_by_expert, ordered_topk
@@ -44,7 +44,7 @@ class AuxLossConfig:
 
     def __post_init__(self) -> None:
         if self.loss not in ("none", "switch", "global_batch", "sequence"):
-            raise InvalidValue(f"aux.loss is {self.loss!r}; it must be none, switch, global_batch or sequence")
+            raise InvalidValue(f"aux.loss is {self.loss!r:.60}; it must be none, switch, global_batch or sequence")
         for name in ("alpha", "z_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -77,13 +77,13 @@ def sums_by_unit(probs_TE: Tensor, counted_T: Tensor | None, num_units: int) -> 
     """
     if counted_T is not None:
         probs_TE = probs_TE.masked_fill(~counted_T.unsqueeze(1), 0.0)
-    sums_UE: Tensor = probs_TE.unflatten(0, _runs(len(probs_TE), num_units)).sum(1)
+    sums_UE: Tensor = probs_TE.unflatten(0, (num_units, _unit_length(len(probs_TE), num_units))).sum(1)
     return sums_UE
 
 
 def counts_by_unit(topk_ids_TK: Tensor, num_experts: int, counted_T: Tensor | None, num_units: int) -> Tensor:
     """c_ui, int64 (U, E): how many counted tokens of each unit chose each expert."""
-    num_units, length = _runs(len(topk_ids_TK), num_units)
+    length = _unit_length(len(topk_ids_TK), num_units)
     unit_T = torch.arange(num_units, device=topk_ids_TK.device).repeat_interleave(length)
     counted_TK = None if counted_T is None else counted_T.unsqueeze(1).expand_as(topk_ids_TK)
     cells_TK = topk_ids_TK + unit_T.unsqueeze(1) * num_experts
@@ -103,7 +103,7 @@ def balance_loss_sum(counts_UE: Tensor, sums_UE: Tensor) -> Tensor:
 def z_loss_sum(logits_TE: Tensor, counted_T: Tensor | None) -> Tensor:
     """The sum over tokens of logsumexp(logits)^2, a scalar: divide it by the tokens of the global batch.
 
-    Of the logits also where the score is a sigmoid: there it keeps both ends of the sigmoid away.
+    It is of the logits also where the score is a sigmoid, which it keeps away from saturation at either end.
     """
     squares_T = logits_TE.logsumexp(-1).square()
     return (squares_T if counted_T is None else squares_T.masked_fill(~counted_T, 0.0)).sum()
@@ -129,8 +129,8 @@ class RouterObserver:
     def __call__(self, logits_TE: Tensor, topk_ids_TK: Tensor, token_mask_T: Tensor | None, num_sequences: int) -> None:
         """Collect the terms of one forward with gradients."""
         terms = self._terms(logits_TE, topk_ids_TK, token_mask_T, num_sequences)
-        # Recompute must make the same tensors, as torch compares what it saves with what the forward saved; but the
-        # loss is made of those of the forward.
+        # Activation recompute, in backward, must compute the terms too, as torch compares the tensors that it saves
+        # with those that the forward saved. The loss takes only the terms of the forward.
         if not in_backward():
             self.taken.append(terms)
 
@@ -158,7 +158,8 @@ class AuxLosses:
     """The auxiliary losses of all routers of a model that train; frozen routers have none.
 
     Call `begin_step` before the first forward of an optimizer step and `take` after each forward that trains, on every
-    rank of `group` together. `group=None` means this process alone. Works under non-reentrant activation recompute.
+    rank of `group` together; `tracker` starts its collectives. `group=None` means this process alone. Works under
+    non-reentrant activation recompute.
 
     What each loss is, exactly:
     - switch: units are the micro-batches of a rank, so it depends by definition on how the batch is divided.
@@ -175,8 +176,14 @@ class AuxLosses:
     and averaged over layers.
     """
 
-    def __init__(self, model: nn.Module, config: AuxLossConfig, group: dist.ProcessGroup | None = None) -> None:
-        self.config, self.group = config, group
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AuxLossConfig,
+        group: dist.ProcessGroup | None = None,
+        tracker: ActivityTracker | None = None,
+    ) -> None:
+        self.config, self.group, self._tracker = config, group, tracker or ActivityTracker()
         routers: Mapping[str, Router] = routers_of(model)
         learning = [name for name, router in routers.items() if router.steers_bias and config.active]
         self._observers = {name: RouterObserver(config, routers[name]) for name in learning}
@@ -201,7 +208,7 @@ class AuxLosses:
         Raises:
             RuntimeError: there was no forward with gradients since the last call.
         """
-        layers = [_one_terms(name, observer) for name, observer in self._observers.items()]
+        layers = [_take_terms(name, observer) for name, observer in self._observers.items()]
         if not layers:
             return torch.zeros(())
         counts = [layer.counts_UE for layer in layers]
@@ -217,12 +224,13 @@ class AuxLosses:
     def _counts_of_step(self, counts: Sequence[Tensor]) -> list[Tensor]:
         counts_N = torch.cat([each.sum(0) for each in counts])
         if self.group is not None:
-            dist.all_reduce(counts_N, group=self.group)
+            self._tracker.run(dist.all_reduce, counts_N, group=self.group)
         self._counts_N = counts_N if self._counts_N is None else self._counts_N + counts_N
         return [each.unsqueeze(0) for each in self._counts_N.split([each.shape[1] for each in counts])]
 
 
-def _one_terms(name: str, observer: RouterObserver) -> RouterTerms:
+def _take_terms(name: str, observer: RouterObserver) -> RouterTerms:
+    """Empty the observer; returns the terms of all its forwards as those of one."""
     if not observer.taken:
         raise RuntimeError(
             f"{name} has had no forward with gradients since the last take(): call it once after each forward that "
@@ -237,5 +245,5 @@ def _one_terms(name: str, observer: RouterObserver) -> RouterTerms:
     )
 
 
-def _runs(num_tokens: int, num_units: int) -> tuple[int, int]:
-    return num_units, num_tokens // max(num_units, 1)
+def _unit_length(num_tokens: int, num_units: int) -> int:
+    return num_tokens // max(num_units, 1)  # no units: no tokens

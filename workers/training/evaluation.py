@@ -112,9 +112,10 @@ def _loss(
 ) -> TokenLoss | None:
     if pipeline is not None:
         return pipeline.evaluate(shared)
-    given = {"document_starts": shared.document_starts, "context": context}
     with autocast:
-        loss: TokenLoss = model(shared.input_ids, targets=shared.targets, **given)
+        loss: TokenLoss = model(
+            shared.input_ids, targets=shared.targets, document_starts=shared.document_starts, context=context
+        )
     return loss
 
 

@@ -55,27 +55,27 @@ class ExpertCopying:
         self._load_N += load_N
         placed = None
         if step % self._config.copies_every == 0:
-            placed = self._place([self._load_N[where].tolist() for where in self._layout.slices])
+            placed = self._place([self._load_N[experts].tolist() for experts in self._layout.slices])
             self._load_N.zero_()
         # All layers start sending before any is waited for.
         for pending in [each for layer in self._layers for each in layer.send_weights()]:
             pending.wait()
         return placed
 
-    def _place(self, loads_LE: Sequence[Sequence[int]]) -> CopiesPlaced | None:
+    def _place(self, load_by_layer: Sequence[Sequence[int]]) -> CopiesPlaced | None:
         before = [layer.placed for layer in self._layers]
         after = [
             place_copies(
-                loads_E, now.placement.ep_size, self._config.expert_copies, ranks_per_node=self._ranks_per_node
+                load_E, copies.placement.ep_size, self._config.expert_copies, ranks_per_node=self._ranks_per_node
             )
-            for loads_E, now in zip(loads_LE, before, strict=True)
+            for load_E, copies in zip(load_by_layer, before, strict=True)
         ]
         if after == before:
             return None
         for layer, copies in zip(self._layers, after, strict=True):
             layer.place(copies)
         return CopiesPlaced(
-            sum(each.num_copies for each in after), _busiest(before, loads_LE), _busiest(after, loads_LE)
+            sum(each.num_copies for each in after), _imbalance(before, load_by_layer), _imbalance(after, load_by_layer)
         )
 
 
@@ -89,6 +89,6 @@ def expert_copying(
     return ExpertCopying(model, layout, config, ranks_per_node)
 
 
-def _busiest(copies: Sequence[ExpertCopies], loads_LE: Sequence[Sequence[int]]) -> float:
+def _imbalance(copies: Sequence[ExpertCopies], load_by_layer: Sequence[Sequence[int]]) -> float:
     """The busiest rank's load over the mean load, averaged over layers."""
-    return sum(each.busiest(loads_E) for each, loads_E in zip(copies, loads_LE, strict=True)) / len(copies)
+    return sum(each.busiest(load_E) for each, load_E in zip(copies, load_by_layer, strict=True)) / len(copies)

@@ -43,13 +43,13 @@ class Fault:
     rank: int
     """The global rank."""
     step: int
-    """The optimizer step, from 1."""
+    """The optimizer step, from 1; 0 is the evaluation before the first step."""
     phase: str
-    """Where: one of PHASES. At its first entry in the step, or the first in `layer`."""
+    """One of PHASES. The fault happens when the rank first enters it in this step, in `layer` if that is given."""
     action: Action
     """kill: SIGKILL to itself. stop: SIGSTOP to itself. sleep. hold: sleep until there is a file `faults/<number>.go`
-    in the run directory. raise: PlannedFault. skip: leave the phase out, of a dispatch the whole layer; here the phase
-    may also be "step". lie: hand other splits to an exchange than were announced."""
+    in the run directory. raise: PlannedFault. skip: leave the phase out; for dispatch the whole layer. The phase of a
+    skip may also be "step". lie: pass other splits to the all-to-all than the other ranks were told."""
     layer: str | None = None
     """The MoE layer by name; empty for any."""
     amount: float = 0.0
@@ -58,10 +58,11 @@ class Fault:
     def __post_init__(self) -> None:
         allowed = {"skip": _CAN_SKIP, "lie": _CAN_LIE}.get(self.action, PHASES)
         if self.action not in get_args(Action):
-            raise InvalidValue(f"a fault's action ({self.action!r}) must be one of {', '.join(get_args(Action))}")
+            raise InvalidValue(f"a fault's action ({self.action!r:.60}) must be one of {', '.join(get_args(Action))}")
         if self.phase not in allowed:
             raise InvalidValue(
-                f"a fault's phase ({self.phase!r}) must be, for the action {self.action}, one of {', '.join(allowed)}"
+                f"a fault's phase ({self.phase!r:.60}) must be, for the action {self.action}, one of "
+                f"{', '.join(allowed)}"
             )
         if self.rank < 0 or self.step < 0:
             raise InvalidValue(f"a fault's rank ({self.rank}) and step ({self.step}) must be 0 or more")
@@ -76,7 +77,7 @@ def planned_faults(environment: Mapping[str, str]) -> tuple[Fault, ...]:
     """The plan that `environment` names; empty without one.
 
     Raises:
-        ValueError: the file is not there, or is not such a plan.
+        InvalidValue: the file is not there, or is not such a plan.
     """
     path = environment.get(FAULTS_VARIABLE)
     if not path:

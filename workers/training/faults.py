@@ -98,12 +98,12 @@ def install(plan: FaultPlan, trainer: Trainer, control_tracker: ActivityTracker)
     tracker = trainer.groups.tracker
     for each in (tracker, control_tracker):
         act_at_phases(plan, each)
-    _replace(tracker, "start", lambda start: _lie(plan, tracker, start))
-    _replace(tracker, "run", lambda run: _leave_out_gradients(plan, tracker, run))
+    _wrap_method(tracker, "start", lambda start: _lie(plan, tracker, start))
+    _wrap_method(tracker, "run", lambda run: _leave_out_gradients(plan, tracker, run))
     for layer in trainer.model.modules():
         if isinstance(layer, MoELayer):
             _leave_out_layer(plan, tracker, layer)
-    _replace(trainer, "step", lambda step: _leave_out_step(plan, tracker, step))
+    _wrap_method(trainer, "step", lambda step: _leave_out_step(plan, tracker, step))
     _leave_out_bias_update(plan, control_tracker, trainer.control)
 
 
@@ -117,11 +117,11 @@ def act_at_phases(plan: FaultPlan, tracker: ActivityTracker) -> None:
 
         return set_phase_and_act
 
-    _replace(tracker, "set_phase", wrap)
+    _wrap_method(tracker, "set_phase", wrap)
 
 
-def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Wrap a method of this one object."""
+def _wrap_method(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of this one object by what `wrap` makes of it."""
     setattr(owner, name, wrap(getattr(owner, name)))
 
 
@@ -129,7 +129,7 @@ def _lie(plan: FaultPlan, tracker: ActivityTracker, start: Callable[..., Any]) -
     def start_lying(op: Any, *args: Any, group: Any, splits: Splits | None = None) -> Any:
         amount = 0 if splits is None else plan.fires("lie", tracker.phase, tracker)
         if splits is not None and amount:
-            other = 1 if splits.announced[0] == 0 else 0  # any rank but this one, whose own place is 0
+            other = 1 if splits.announced[0] == 0 else 0  # another rank: this one announces 0 rows to itself
             sent = [max(0, rows + amount * (rank == other)) for rank, rows in enumerate(splits.announced)]
             args, splits = (*args[:-1], sent), replace(splits, sent=sent)
         return start(op, *args, group=group, splits=splits)
@@ -158,7 +158,7 @@ def _leave_out_layer(plan: FaultPlan, tracker: ActivityTracker, layer: MoELayer)
 
         return forward_or_zeros
 
-    _replace(layer, "forward", wrap)
+    _wrap_method(layer, "forward", wrap)
 
 
 def _leave_out_step(plan: FaultPlan, tracker: ActivityTracker, step: Callable[..., Any]) -> Callable[..., Any]:

@@ -67,19 +67,19 @@ def global_grad_norm(model: nn.Module, groups: RankGroups) -> float:
     if groups.pipeline is not None and groups.pipeline.rank > 0:  # the first stage counts the shared embedding
         shared = dict(model.named_parameters()).get(SHARED_EMBEDDING)
         dense = [parameter for parameter in dense if parameter is not shared]
-    of_dense, of_experts = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
-    # Asked of frozen parameters too: all ranks must take the same branch, and other stages may freeze other parts.
+    dense_sum, expert_sum = _sum_of_squares(dense, groups.device), _sum_of_squares(experts, groups.device)
+    # Frozen parameters are looked at too: all ranks must take the same branch, and other stages may freeze other parts.
     if any(map(is_sharded, model.parameters())):
         # Each replica holds all rows once, so the sum over all ranks counts a row once for each replica; an expert with
         # one holder counts once. Summed over the world and not over one replica: all ranks must get the same bits, and
         # two replicas may add in different orders.
-        num_replicas = groups.replicas.num if groups.replicas else 1
-        total = of_dense / num_replicas + of_experts / min(num_replicas, groups.edp_size)
+        num_replicas = groups.replicas.num_replicas if groups.replicas else 1
+        total = dense_sum / num_replicas + expert_sum / min(num_replicas, groups.edp_size)
         groups.tracker.run(dist.all_reduce, total, group=groups.world_group)
         return float(total.sqrt())
     if groups.ep_size > 1:
-        groups.tracker.run(dist.all_reduce, of_experts, group=groups.ep_group)
-    total = of_dense + of_experts
+        groups.tracker.run(dist.all_reduce, expert_sum, group=groups.ep_group)
+    total = dense_sum + expert_sum
     if groups.pipeline is not None:
         groups.tracker.run(dist.all_reduce, total, group=groups.pipeline.group)
     return float(total.sqrt())
@@ -126,5 +126,5 @@ def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) ->
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients that there are, each as this rank's rows."""
+    """This rank's rows of each gradient; parameters without one are left out."""
     return [local_rows(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]

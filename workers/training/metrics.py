@@ -68,7 +68,7 @@ def eval_line(
         "max_vio_global_per_layer": per_layer if load_since_eval_N.any() else None,
         # A layer that only training runs (multi-token prediction) has no held-out load.
         "max_vio_held_out": _mean(
-            [vio for vio, where in zip(held_out, layout.slices, strict=True) if load_N[where].any()]
+            [vio for vio, experts in zip(held_out, layout.slices, strict=True) if load_N[experts].any()]
         ),
         "max_vio_held_out_per_layer": held_out,
         "max_vio_held_out_in_mix": _mean(_max_vio_in_mix(evaluation.load_SN, mix, layout)) if mix else None,
@@ -79,11 +79,12 @@ def eval_line(
 def _max_vio_in_mix(load_SN: Tensor, mix: tuple[float, ...], layout: LoadLayout) -> list[float]:
     """MaxVio of each layer as it would be if the sources (S) had these shares of the held-out tokens.
 
-    A source without held-out tokens counts as empty.
+    A source without held-out tokens adds no load. Layers without any load are left out.
     """
     shares_SN = load_SN.double() / load_SN.sum(1, keepdim=True).clamp_min(1)
     load_N = (torch.tensor(mix, dtype=torch.float64).unsqueeze(1) * shares_SN).sum(0)
-    return [float(load_N[where].max() / load_N[where].mean()) - 1 for where in layout.slices if load_N[where].any()]
+    loads = [load_N[experts] for experts in layout.slices]
+    return [float(load_E.max() / load_E.mean()) - 1 for load_E in loads if load_E.any()]
 
 
 def _mean(values: list[float]) -> float:

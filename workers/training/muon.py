@@ -24,8 +24,8 @@ A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST_NORM = 1e-7  # against 0/0 for a matrix of zeros
 # Moonlight, section 2.2: the root mean square of a full-rank update is then 0.2, about that of AdamW's update.
 UPDATE_RMS = 0.2
-# Elements of a stack of experts that are updated together (at least one expert). It bounds the temporary memory of a
-# step, about 20 bytes an element.
+# A stack of experts is updated in parts of at most so many elements, and at least one expert. That bounds the temporary
+# memory of a step, about 20 bytes an element.
 MAX_ELEMENTS_AT_ONCE = 2**25
 
 
@@ -68,7 +68,7 @@ def muon(
         {**group, "params": [each for each in group["params"] if each not in is_matrix]}
         for group in decay_groups(model, config)
     ]
-    of_matrices = {
+    matrix_group = {
         "params": matrices,
         "weight_decay": config.weight_decay,
         "momentum": momentum,
@@ -76,7 +76,7 @@ def muon(
         "nesterov": bool(nesterov),
     }
     defaults = {"lr": config.lr, "beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
-    return Muon(of_matrices, others, packed_rows(model), defaults)
+    return Muon(matrix_group, others, packed_rows(model), defaults)
 
 
 def packed_rows(model: nn.Module) -> dict[Tensor, list[int]]:
@@ -89,8 +89,8 @@ def packed_rows(model: nn.Module) -> dict[Tensor, list[int]]:
         if isinstance(module, Experts):
             packed[module.gate_up_proj] = [module.gate_up_proj.shape[-2] // 2] * 2
         elif isinstance(module, GroupedQueryAttention):
-            of_keys = module.num_kv_heads * module.head_dim
-            packed[module.qkv_proj.weight] = [module.num_heads * module.head_dim, of_keys, of_keys]
+            key_rows = module.num_kv_heads * module.head_dim
+            packed[module.qkv_proj.weight] = [module.num_heads * module.head_dim, key_rows, key_rows]
     return packed
 
 
@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         matrices: the group of the hidden matrices, with weight_decay, momentum, ns_steps and nesterov.
         others: groups with weight_decay.
-        packed: as of `packed_rows`.
+        packed: what `packed_rows` returns.
         defaults: lr, beta1, beta2 and eps.
     """
 
@@ -149,8 +149,8 @@ class Muon(torch.optim.Optimizer):
         """The update, before the learning rate, of the rows or experts in `direction`."""
         is_stack = parameter.ndim > 2
         narrow = direction.to(_iteration_dtype(direction))
-        whole = narrow if is_stack else all_rows(narrow, parameter)
-        parts = whole.split(self.packed.get(parameter, whole.shape[-2]), dim=-2)
+        matrices = narrow if is_stack else all_rows(narrow, parameter)
+        parts = matrices.split(self.packed.get(parameter, matrices.shape[-2]), dim=-2)
         update = torch.cat([_scaled(newton_schulz(part, num_steps), direction.dtype) for part in parts], dim=-2)
         first = local_rows(parameter)[1]
         return update if is_stack else update[first : first + len(direction)]

@@ -6,7 +6,7 @@ is updated and goes back, on two streams beside that of the update. On a CPU the
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 
 import torch
@@ -17,7 +17,7 @@ from workers.distributed.sharded import local_rows
 State = dict[str, Tensor]
 
 
-def in_host_memory(state: State) -> State:
+def move_to_host(state: State) -> State:
     """The same state with this rank's rows of each tensor on the host, pinned where they come from CUDA.
 
     Tensors without dimensions stay on the device: they take no memory, and torch's fused AdamW wants `step` there.
@@ -30,7 +30,7 @@ class HostStates:
 
     Args:
         initial_state: makes the state of a parameter of this name, on the host already (`OptimConfig.initial_state`).
-        piece_bytes: most state that comes to the device at once; a parameter with more is a piece by itself.
+        piece_bytes: largest size of a piece; a parameter with more state is a piece by itself.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class HostStates:
         gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         for parameter in gradients:
             parameter.grad = None
-        pieces = list(self._pieces(gradients))
+        pieces = self._pieces(gradients)
         try:
             self._update(pieces, gradients)
         finally:
@@ -84,22 +84,24 @@ class HostStates:
         for parameter in piece.states:
             parameter.grad = None
 
-    def _pieces(self, parameters: Iterable[Tensor]) -> "Iterator[_Piece]":
-        """Consecutive parameters in the optimizer's order: an optimizer may gather, in the same order on all ranks."""
-        states: dict[Tensor, State] = {}
+    def _pieces(self, parameters: Iterable[Tensor]) -> "list[_Piece]":
+        """Divide the states of the parameters into pieces; parameters without state get the initial one.
+
+        In the optimizer's order, which is the same on all ranks: an optimizer may gather parameters as it goes.
+        """
+        pieces: list[dict[Tensor, State]] = [{}]
         size = 0
         for parameter in parameters:
             state = self._optimizer.state[parameter]
             if not state:
                 state.update(self._initial_state(self._names[parameter], parameter))
             num_bytes = sum(each.nbytes for each in state.values() if _moves(each))
-            if states and size + num_bytes > self._piece_bytes:
-                yield _Piece(states)
-                states, size = {}, 0
-            states[parameter] = state
+            if pieces[-1] and size + num_bytes > self._piece_bytes:
+                pieces.append({})
+                size = 0
+            pieces[-1][parameter] = state
             size += num_bytes
-        if states:
-            yield _Piece(states)
+        return [_Piece(states) for states in pieces if states]
 
 
 class _Piece:
@@ -117,7 +119,7 @@ class _Piece:
 
     def wait(self, copies: "_Copies") -> None:
         """Let kernels that are started from now on see the state."""
-        copies.hold_device(self._arrived)
+        copies.wait_on_device(self._arrived)
 
     def send_back(self, copies: "_Copies") -> None:
         """Start the copies to the host, after the update."""
@@ -135,7 +137,7 @@ class _Piece:
 
     def _copy_in(self) -> None:
         for (parameter, state), on_host in zip(self.states.items(), self._on_host, strict=True):
-            state.update({key: on_device(value, parameter) for key, value in on_host.items()})
+            state.update({key: copy_to_device(value, parameter) for key, value in on_host.items()})
 
     def _copy_out(self) -> None:
         for state, on_host in zip(self.states.values(), self._on_host, strict=True):
@@ -165,17 +167,17 @@ class _Copies:
         ended.record(self._stream)
         return ended
 
-    def hold_device(self, event: torch.cuda.Event | None) -> None:
+    def wait_on_device(self, event: torch.cuda.Event | None) -> None:
         """Let kernels that are started from now on wait for an event."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
-def on_device(on_host: Tensor, parameter: Tensor) -> Tensor:
-    """A copy on the parameter's device, sharded like the parameter if it has as many rows as this rank has of that.
+def copy_to_device(on_host: Tensor, parameter: Tensor) -> Tensor:
+    """Copy state to the device of its parameter; state of the shape of this rank's rows becomes a DTensor like that.
 
-    It is allocated on one stream and used on others. That needs no `record_stream`: `_Piece.leave` waits for the last
-    use before it frees the copy.
+    The copy is allocated on one stream and used on others. That needs no `record_stream`: `_Piece.leave` waits for the
+    last use before it frees the copy.
     """
     rows = local_rows(parameter)[0]
     like = parameter if rows.shape == on_host.shape else torch.empty_like(on_host, device=rows.device)
@@ -194,11 +196,11 @@ def _copy_on_host(value: Tensor) -> Tensor:
 
 def _pin(on_host: Tensor) -> None:
     """Page-lock a tensor in place: `pin_memory` rounds each block up to a power of two (pytorch #150517)."""
-    runtime, place = torch.cuda.cudart(), on_host.data_ptr()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(place, on_host.nbytes, 0)))
-    # When the storage is freed and not the tensor: parts of a checkpoint are views of the storage. Not at exit, as CUDA
-    # may be shut down before.
-    weakref.finalize(on_host.untyped_storage(), runtime.cudaHostUnregister, place).atexit = False
+    runtime, address = torch.cuda.cudart(), on_host.data_ptr()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(address, on_host.nbytes, 0)))
+    # Unlocked when the storage is freed and not the tensor: parts of a checkpoint are views of the storage. Not at
+    # exit, as CUDA may be shut down before.
+    weakref.finalize(on_host.untyped_storage(), runtime.cudaHostUnregister, address).atexit = False
 
 
 def _moves(value: object) -> bool:

@@ -13,7 +13,7 @@ from dispatch.registry import Registry, checked_options, options_of
 from workers.model.freezing import check_parts, part_of
 
 Build = TypeVar("Build", bound=Callable[..., torch.optim.Optimizer])
-State = Callable[[Tensor], dict[str, Tensor]]  # makes the state of a parameter, by the optimizer's own keys
+MakeState = Callable[[Tensor], dict[str, Tensor]]  # from a parameter, its state by the optimizer's own keys
 Offload = Literal["none", "states"]
 # Bytes of offloaded state that come to the device at once. A copy of 256 MiB takes about 5 ms over PCIe 5, so that the
 # time to start it does not count.
@@ -26,8 +26,8 @@ class OptimizerEntry:
     """An optimizer as registered, see `register_optimizer`. options: its constants by name, with their defaults."""
 
     build: Callable[..., torch.optim.Optimizer]
-    of_matrix: State
-    of_other: State
+    initial_matrix_state: MakeState
+    initial_other_state: MakeState
     state_label: str
     gathers_matrices: bool
     check: Callable[..., None] | None
@@ -35,17 +35,19 @@ class OptimizerEntry:
 
     def initial_state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
         """What the optimizer holds of the parameter of this name before its first step."""
-        return self.of_matrix(parameter) if is_hidden_matrix(name, parameter) else self.of_other(parameter)
+        make = self.initial_matrix_state if is_hidden_matrix(name, parameter) else self.initial_other_state
+        return make(parameter)
 
     def state_bytes(self, num_in_matrices: int, num_other: int) -> int:
         """Bytes of state for so many fp32 elements of hidden matrices, and of all other parameters."""
-        return num_in_matrices * _bytes_an_element(self.of_matrix) + num_other * _bytes_an_element(self.of_other)
+        matrix_bytes, other_bytes = map(_bytes_an_element, (self.initial_matrix_state, self.initial_other_state))
+        return num_in_matrices * matrix_bytes + num_other * other_bytes
 
 
-def _bytes_an_element(state: State) -> int:
+def _bytes_an_element(make_state: MakeState) -> int:
     """Bytes of state for each element of an fp32 matrix, so large that scalars such as `step` round to nothing."""
     matrix = torch.empty(1024, 1024, dtype=torch.float32, device="meta")
-    return sum(each.nbytes for each in state(matrix).values()) // matrix.numel()
+    return sum(each.nbytes for each in make_state(matrix).values()) // matrix.numel()
 
 
 # Each with the module that registers it.
@@ -62,8 +64,8 @@ OPTIMIZERS: Registry[OptimizerEntry] = Registry(
 def register_optimizer(
     name: str,
     *,
-    initial_state: State,
-    matrix_state: State | None = None,
+    initial_state: MakeState,
+    matrix_state: MakeState | None = None,
     state_label: str = "optimizer state",
     gathers_matrices: bool = False,
     check: Callable[..., None] | None = None,
@@ -92,8 +94,8 @@ def register_optimizer(
     def register(build: Build) -> Build:
         entry = OptimizerEntry(
             build=build,
-            of_matrix=matrix_state or initial_state,
-            of_other=initial_state,
+            initial_matrix_state=matrix_state or initial_state,
+            initial_other_state=initial_state,
             state_label=state_label,
             gathers_matrices=gathers_matrices,
             check=check,
@@ -147,7 +149,8 @@ class OptimConfig:
         if self.entry.check is not None:
             self.entry.check(**{**self.entry.options, **options})
         if self.offload not in get_args(Offload):
-            raise InvalidValue(f"optim.offload is {self.offload!r}; it must be one of {', '.join(get_args(Offload))}")
+            choices = ", ".join(get_args(Offload))
+            raise InvalidValue(f"optim.offload is {self.offload!r:.60}; it must be one of {choices}")
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidValue(f"{name} ({getattr(self, name)}) must be above 0 and finite")
@@ -172,9 +175,9 @@ class OptimConfig:
         if self.offload == "none":
             return state
         # Imported here, as it takes half a second (DTensor), which the driver, who only reads settings, can do without.
-        from workers.training.offload import in_host_memory
+        from workers.training.offload import move_to_host
 
-        return in_host_memory(state)
+        return move_to_host(state)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -193,10 +196,10 @@ def _decays(name: str, parameter: Tensor) -> bool:
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: matrices with weight decay, vectors without."""
-    trainable = [(_decays(*named), named[1]) for named in model.named_parameters() if named[1].requires_grad]
+    trainable = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     return [
-        {"params": [parameter for decays, parameter in trainable if decays], "weight_decay": config.weight_decay},
-        {"params": [parameter for decays, parameter in trainable if not decays], "weight_decay": 0.0},
+        {"params": [each for name, each in trainable if _decays(name, each)], "weight_decay": config.weight_decay},
+        {"params": [each for name, each in trainable if not _decays(name, each)], "weight_decay": 0.0},
     ]
 
 

@@ -31,6 +31,6 @@ def own_part(batch: Batch, context: Context | None) -> OwnPart:
         return OwnPart(*batch)
     starts = torch.zeros_like(batch.input_ids) if batch.document_starts is None else batch.document_starts
     # Shifted before the cut: the token after the last one of this part is the first one of another rank's part.
-    of_tokens = (batch.input_ids, batch.targets, after_next(batch.targets))
-    ids, targets, further = (context.part(each).contiguous() for each in of_tokens)
+    by_token = (batch.input_ids, batch.targets, after_next(batch.targets))
+    ids, targets, further = (context.local_tokens(each).contiguous() for each in by_token)
     return OwnPart(ids, targets, starts, further)

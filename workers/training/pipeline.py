@@ -116,21 +116,21 @@ class Pipeline:
         return int(total)
 
     def busiest_rows(self, rows: Sequence[int]) -> Tensor:
-        """This rank's `Reading.busiest_rows` of a step, placed among those of all stages; the others' places are 0.
+        """Arrange this rank's `Reading.busiest_rows` of a step by micro-batch and MoE layer of the whole model.
 
-        int64 (number of micro-batches x number of MoE layers,). The order in which this rank made its forwards says
-        which micro-batch and which layer each number is of.
+        Returns int64 (number of micro-batches x number of MoE layers,), with 0 for the layers of other ranks. The order
+        in which this rank made its forwards says which micro-batch and which layer each number is of.
         """
-        config, left = self._model.config, iter(rows)
+        config, remaining = self._model.config, iter(rows)
         placed = torch.zeros(self._num_micro, config.num_moe_layers, dtype=torch.int64)
         num_passes = dict.fromkeys(self._forwards, 0)
         for layers in self._forwards:
             micro = num_passes[layers]  # each stage makes its forwards in the order of the micro-batches
             for layer in layers:
                 if layer >= config.num_dense_layers:
-                    placed[micro, layer - config.num_dense_layers] = next(left)
+                    placed[micro, layer - config.num_dense_layers] = next(remaining)
             if config.num_mtp_layers and layers.stop == config.num_layers:
-                placed[micro, -1] = next(left)
+                placed[micro, -1] = next(remaining)
             num_passes[layers] += 1
         return placed.flatten()
 
@@ -139,20 +139,21 @@ class Pipeline:
 
         Collective over the pipeline.
         """
-        sent = []
+        sent, loss = [], None
         for stage in self._stages:
             x = batch.input_ids if stage.is_first else self._receive(stage, batch.input_ids)
             with self._autocast():
                 x = self._model.run_layers(stage.layers, x, document_starts=batch.document_starts)
                 if stage.is_last:
-                    return self._model.loss(x, batch.targets)
+                    loss = self._model.loss(x, batch.targets)
+                    break
             stage.note_sent("activations", stage.stage_index + 1)
             # `x` is kept with its work handle: its memory must not be reused before it has left.
             sent.append((dist.isend(x, stage.rank_of(stage.stage_index + 1), group=self._place.group), x))
         for work, _ in sent:
             if work is not None:
                 work.wait()
-        return None
+        return loss
 
     def _receive(self, stage: "TrackedStage", input_ids: Tensor) -> Tensor:
         x = _example_activation(self._model, len(input_ids), input_ids.device)

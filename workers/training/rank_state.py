@@ -131,8 +131,8 @@ class RankState:
         """What this rank holds of the model, and of its optimizer where one is given, by canonical name."""
         # With a pipeline, routers of other stages are not in `model`, but every rank holds and loads their biases.
         biases = {f"model.{name}.expert_bias_E": router.expert_bias_E for name, router in self.routers.items()}
-        of_stages = biases if self.pipeline is not None else {}
-        return of_stages | canonical_state(self.model, optimizer, self.spec.optim.initial_state)
+        pipeline_biases = biases if self.pipeline is not None else {}
+        return pipeline_biases | canonical_state(self.model, optimizer, self.spec.optim.initial_state)
 
     def load_weights(self, path: Path) -> None:
         """Read the model of a checkpoint. An imported one has no adapters: these stay as drawn. Collective."""
@@ -176,8 +176,8 @@ def build_rank(spec: WorkerSpec, groups: RankGroups) -> RankState:
 
         frozen = freezes_router(spec.optim.freeze, spec.model.lora.rank)
         routers = routers_of_all(routers, spec.model, groups.device, frozen=frozen)
-        autocast_once = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
-        pipeline = Pipeline(model, spec.parallel, groups, spec.run, autocast_once, spec.optim.mtp_weight)
+        forward_autocast = partial(autocast, spec.run.dtype, groups.device, cache_enabled=False)
+        pipeline = Pipeline(model, spec.parallel, groups, spec.run, forward_autocast, spec.optim.mtp_weight)
     law = Law(spec.balance, layout_of(routers))
     attach_law(routers, law)  # evaluation and generation need it too: the law says how the bias enters the choice
     state = RankState(

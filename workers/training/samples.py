@@ -44,9 +44,9 @@ class SampleTaker:
                 on_read=trace.on_read,
             )
         chosen = trace.by_sequence()
-        mine = [self._sample(index, new_ids, chosen[index]) for index, new_ids in generated.new_ids.items()]
-        of_all = all_gather_values(mine, state.groups.control_group, list_of(dict))
-        return sorted((sample for part in of_all for sample in part), key=lambda sample: int(sample["sample"]))
+        own = [self._sample(index, new_ids, chosen[index]) for index, new_ids in generated.new_ids.items()]
+        by_rank = all_gather_values(own, state.groups.control_group, list_of(dict))
+        return sorted((sample for samples in by_rank for sample in samples), key=lambda sample: int(sample["sample"]))
 
     def _sample(self, index: int, new_ids: list[int], chosen: dict[str, dict[int, list[int]]]) -> Sample:
         prompt_ids = self._prompt_ids[index]
@@ -57,5 +57,5 @@ class SampleTaker:
             "prompt": self._run.sample_prompts[index],
             "tokens": pieces,
             "num_prompt_tokens": len(prompt_ids),
-            "experts": {name: [ids.get(place) for place in range(num_tokens)] for name, ids in chosen.items()},
+            "experts": {name: [ids.get(position) for position in range(num_tokens)] for name, ids in chosen.items()},
         }

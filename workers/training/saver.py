@@ -16,8 +16,8 @@ from workers.distributed.parallel import RankGroups
 from workers.run_config import RunConfig
 from workers.training.step import TrainingDiverged
 
-# A model diverges on all ranks at the same step, so that a checkpoint that is being written can still be completed.
-# Seconds that the ranks wait for it.
+# How long the ranks wait for a checkpoint that is being written when the model diverges. It can be completed then,
+# since all ranks notice the divergence at the same step.
 LAST_WRITE_S = 30.0
 
 

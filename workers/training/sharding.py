@@ -30,20 +30,20 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
     """
     if shard == "none" or groups.dp_size == 1:
         return
-    dense, of_experts = _meshes(groups)
+    dense_mesh, expert_mesh = _meshes(groups)
     options: dict[str, Any] = {
-        "mesh": dense,
+        "mesh": dense_mesh,
         "reshard_after_forward": shard == "full",
         # Experts with one holder in each replica cannot be divided. In an FSDP unit they would be copied at every use.
-        "ignored_params": set(expert_parameters(model).values()) if of_experts is None else None,
+        "ignored_params": set(expert_parameters(model).values()) if expert_mesh is None else None,
     }
-    if of_experts is not None:
+    if expert_mesh is not None:
         narrow = torch.bfloat16 if gathers_experts_narrow(dtype, model.config.lora) else None
         # Reduced in fp32: in bfloat16 a sum over ranks would round away small contributions.
         policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
         # Before the blocks: fully_shard leaves parameters of nested units to these.
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
-            fully_shard(experts, mesh=of_experts, reshard_after_forward=shard == "full", mp_policy=policy)
+            fully_shard(experts, mesh=expert_mesh, reshard_after_forward=shard == "full", mp_policy=policy)
     units = [*model.layers, *_mtp(model)]
     for unit in units:
         fully_shard(unit, **options)
@@ -58,7 +58,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
             module.set_force_sum_reduction_for_comms(True)
     if dtype == "bfloat16":
         for unit in (*units, model):
-            gather_narrow(unit, dense.size(dense.ndim - 1))
+            gather_narrow(unit, dense_mesh.size(dense_mesh.ndim - 1))
     _prefetch(model)
     register_fsdp_forward_method(model, "run_layers")  # stages of a pipeline call it in place of `forward`
 
@@ -66,7 +66,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
 def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
     """The meshes of dense parameters and of experts; None for experts that have one holder in each replica."""
     if (replicas := groups.replicas) is not None:
-        is_shared = groups.edp_size > replicas.num
+        is_shared = groups.edp_size > replicas.num_replicas
         return _with_names(replicas.dense), _with_names(replicas.experts) if is_shared else None
     dense = DeviceMesh.from_group(groups.stage_group, groups.device.type, mesh_dim_names=("dense",))
     if groups.edp_size == 1:
@@ -88,7 +88,7 @@ def _with_names(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
-    """Say before a backward pass what FSDP does in it. is_last: it is that of the step's last micro-batch.
+    """Tell FSDP before a backward pass what to communicate in it. is_last: it is that of the step's last micro-batch.
 
     With shard `optimizer` weights are gathered and gradients reduced once a step, in the last backward pass; with
     `full` in each. In both, replicas add their sums in the last one.

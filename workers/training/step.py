@@ -27,7 +27,7 @@ from workers.training.offload import HostStates
 from workers.training.optimizer import PIECE_BYTES, OptimConfig
 from workers.training.own_part import OwnPart, own_part
 from workers.training.sharding import set_sync
-from workers.training.summed_metrics import RankStep, over_ranks, sums_of_rank
+from workers.training.summed_metrics import RankStep, metrics_from_sums, values_to_sum
 
 if TYPE_CHECKING:
     from workers.training.pipeline import Pipeline
@@ -93,7 +93,9 @@ class Trainer:
         if self.optim.offload == "states":
             host_states = HostStates(self.model, self.optimizer, self.optim.initial_state, PIECE_BYTES)
             self.update_weights = host_states.step
-        self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group) if self.aux.active else None
+        self.aux_losses = None
+        if self.aux.active:
+            self.aux_losses = AuxLosses(self.model, self.aux, self.groups.world_group, self.groups.tracker)
 
     def step(self, step: int, *, stop_requested: bool = False) -> StepResult:
         """Forward and backward over all micro-batches, one optimizer update, one bias update.
@@ -123,7 +125,7 @@ class Trainer:
         forward, backward = measured.moved, self.meter.take()
         return StepResult(
             step=step,
-            summed=over_ranks(measured, control.sums, control.floats),
+            summed=metrics_from_sums(measured, control.sums, control.floats),
             lr=lr,
             grad_norm=grad_norm,
             skipped=not finite,
@@ -212,7 +214,7 @@ class Trainer:
             num_targets=num_targets,
             num_tokens=self.num_step_tokens,
         )
-        sums, floats = sums_of_rank(measured)
+        sums, floats = values_to_sum(measured)
         rows = measured.moved.busiest_rows
         maxima = torch.tensor(rows, dtype=torch.int64) if self.pipeline is None else self.pipeline.busiest_rows(rows)
         self.control.begin_step(

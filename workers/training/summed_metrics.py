@@ -34,12 +34,12 @@ class RankStep:
 class SummedMetric:
     """A value of every rank, written to metrics.jsonl as its sum over all ranks.
 
-    of_rank: a rank's value, a whole number or a float64 scalar tensor; None where there is nothing to show, which must
-    then be so on all ranks. per: what the sum is divided by; None leaves the sum as it is.
+    value: returns a rank's value, an int or a float64 scalar tensor; None where there is nothing to show, which must
+    then be so on all ranks. per: returns what the sum is divided by; None leaves the sum as it is.
     """
 
     name: str
-    of_rank: Callable[[RankStep], int | Tensor | None]
+    value: Callable[[RankStep], int | Tensor | None]
     per: Callable[[RankStep], int] | None = None
 
 
@@ -55,34 +55,34 @@ SUMMED_METRICS = [
 ]
 
 
-def sums_of_rank(rank: RankStep) -> tuple[Tensor, Tensor]:
-    """This rank's whole numbers, int64, and its other values, float64, both on the CPU. Waits for the device once.
+def values_to_sum(rank: RankStep) -> tuple[Tensor, Tensor]:
+    """This rank's integers, int64, and its other values, float64, both on the CPU. Waits for the device once.
 
-    Two vectors, since float64 holds whole numbers up to 2^53 only.
+    Two vectors, since float64 holds integers up to 2^53 only.
     """
-    whole, others = _by_kind(rank)
-    floats = torch.stack([value.to(rank.nll_sum.device) for value in others.values()]).cpu()
-    return torch.tensor(list(whole.values()), dtype=torch.int64), floats
+    ints, floats = _by_dtype(rank)
+    stacked = torch.stack([value.to(rank.nll_sum.device) for value in floats.values()]).cpu()
+    return torch.tensor(list(ints.values()), dtype=torch.int64), stacked
 
 
-def over_ranks(rank: RankStep, whole: Tensor, others: Tensor) -> dict[str, float | None]:
-    """The metrics by name, from the sums over all ranks of what `sums_of_rank` returned for the same `rank`."""
-    names = [name for values in _by_kind(rank) for name in values]
-    sums = dict(zip(names, [*whole.tolist(), *others.tolist()], strict=True))
+def metrics_from_sums(rank: RankStep, ints: Tensor, floats: Tensor) -> dict[str, float | None]:
+    """The metrics by name, from the sums over all ranks of what `values_to_sum` returned for the same `rank`."""
+    names = [name for values in _by_dtype(rank) for name in values]
+    sums = dict(zip(names, [*ints.tolist(), *floats.tolist()], strict=True))
     shares = {each.name: sums[each.name] / each.per(rank) for each in SUMMED_METRICS if each.per and each.name in sums}
     return {each.name: None for each in SUMMED_METRICS} | sums | shares
 
 
-def _by_kind(rank: RankStep) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The whole numbers of this rank and its other values, by name, without metrics that have nothing to show."""
-    whole: dict[str, int] = {}
-    others: dict[str, Tensor] = {}
+def _by_dtype(rank: RankStep) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The integers of this rank and its other values, by name, without metrics that have nothing to show."""
+    ints: dict[str, int] = {}
+    floats: dict[str, Tensor] = {}
     for each in SUMMED_METRICS:
-        value = each.of_rank(rank)
-        if isinstance(value, int):
-            whole[each.name] = value
+        value = each.value(rank)
+        if type(value) is int:  # a bool is none
+            ints[each.name] = value
         elif isinstance(value, Tensor):
-            others[each.name] = value
+            floats[each.name] = value
         elif value is not None:
-            raise TypeError(f"metric {each.name!r} is {value!r}; it must be an int, a float64 tensor () or None")
-    return whole, others
+            raise TypeError(f"metric {each.name!r} is {value!r:.60}; it must be an int, a float64 tensor () or None")
+    return ints, floats

@@ -65,7 +65,7 @@ class TrainingRun:
 
         Raises:
             CheckpointCorrupt, CheckpointError: on every rank.
-            ValueError: the checkpoint was trained on other text.
+            InvalidValue: the checkpoint was trained on other text.
         """
         if read_manifest(path).extra.get("imported"):
             return self._load_imported(path)

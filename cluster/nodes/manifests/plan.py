@@ -30,13 +30,15 @@ class ManifestPlan:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
             raise InvalidValue(
-                f"the name ({self.name!r}) must be 1 to 40 small letters, digits and hyphens, as Kubernetes wants it"
+                f"the name ({self.name!r:.60}) must be 1 to 40 small letters, digits and hyphens, as Kubernetes asks"
             )
         for field, low in (("num_nodes", 1), ("gpus_per_node", 0), ("cpus_per_node", 1), ("memory_gib_per_node", 4)):
             if getattr(self, field) < low:
                 raise InvalidValue(f"{field} ({getattr(self, field)}) must be at least {low}")
         if not re.fullmatch(r"/[\w./-]+", self.shared_dir):
-            raise InvalidValue(f"shared_dir ({self.shared_dir!r}) must be an absolute path of letters, digits and ./_-")
+            raise InvalidValue(
+                f"shared_dir ({self.shared_dir!r:.60}) must be an absolute path of letters, digits and ./_-"
+            )
 
     @property
     def workers_per_node(self) -> int:

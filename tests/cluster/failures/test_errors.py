@@ -1,13 +1,23 @@
-"""The order of failures: pure, without Ray."""
+"""Failures and their order: without a running Ray."""
 
 import pickle
 from dataclasses import replace
+from unittest.mock import MagicMock
 
+import pytest
+
+from cluster.failures.calls import control
 from cluster.failures.errors import GangFailed, WorkerFailure, cause_first
+from cluster.failures.member import Member
 from cluster.gang.placement import ClusterTooSmall
 from cluster.gang.supervisor import GaveUp, _details
+from cluster.machine.node_state import NodeState
+from cluster.machine.processes import Process
+from cluster.nodes.node import AlreadyRunning
+from cluster.ray.ray_watch import RayDied
 from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverged, WrongSplits
 from dispatch.errors import InvalidValue, UserError
+from workers.actor import Failure
 from workers.checkpoints.checkpoint_files import DiskRefused
 from workers.control.errors import ControlTimeout
 from workers.distributed.connections import StrangerConnected
@@ -103,3 +113,26 @@ def test_the_colours_of_rays_texts_do_not_reach_our_messages():
         Member(rank=0, actor=None).failed("died", message).message
         == "creation task, ray::WorkerActor.__init__() failed"
     )
+
+
+def test_errors_of_ray_and_of_nodes_survive_pickling() -> None:
+    died = pickle.loads(pickle.dumps(RayDied("the head is silent", 7.0)))
+    assert (str(died), died.since) == ("the head is silent", 7.0)
+    node = NodeState(
+        address="10.0.0.2",
+        gcs_address="10.0.0.1:6379",
+        is_head=False,
+        dashboard=None,
+        token_file=None,
+        leader=Process(1, 2),
+    )
+    running = pickle.loads(pickle.dumps(AlreadyRunning(node, True)))
+    assert running.node == node and running.same
+
+
+def test_a_broken_connection_of_a_quick_call_is_no_error_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Failure.from_error(RuntimeError("Connection closed by peer"))
+    monkeypatch.setattr("cluster.failures.calls.ray.get", lambda _call, **_: broken)
+    with pytest.raises(GangFailed) as caught:
+        control(Member(rank=1, actor=MagicMock()), "progress", timeout_s=1.0)
+    assert caught.value.first.collateral and not caught.value.first.is_own_error

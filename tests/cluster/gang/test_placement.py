@@ -19,7 +19,7 @@ from workers.actor import WorkerLocation
 JOINED = ClusterConfig(address="10.0.0.1:6379", num_workers=4, cpus_per_worker=2.0)
 
 
-def place(ip: str, gpu: int | None = None, *, num_cores: int = 8) -> WorkerLocation:
+def place(ip: str, gpu: int | str | None = None, *, num_cores: int = 8) -> WorkerLocation:
     gpu_ids = () if gpu is None else (gpu,)
     return WorkerLocation(node_id=f"node of {ip}", ip=ip, gpu_ids=gpu_ids, pid=1, num_cores=num_cores)
 
@@ -28,6 +28,7 @@ def test_ranks_follow_addresses_as_numbers_then_gpus_whatever_the_bundle_order()
     places = [place("10.0.0.10", 0), place("10.0.0.9", 10), place("10.0.0.9", 2), place("10.0.0.10", 1)]
     # As text 10.0.0.10 would precede 10.0.0.9, and GPU 10 GPU 2.
     assert rank_order(places) == [2, 1, 0, 3]
+    assert rank_order([place("10.0.0.9", "MIG-b"), place("10.0.0.9", "MIG-a")]) == [1, 0]
     shuffled = [places[i] for i in (3, 1, 0, 2)]
     assert [shuffled[b] for b in rank_order(shuffled)] == [places[b] for b in rank_order(places)]
 
@@ -60,6 +61,8 @@ def test_workers_that_share_a_node_share_its_cores():
     assert threads_of(places, 0) == [3, 3, 2]
     assert threads_of(places, 5) == [5, 5, 5]
     assert threads_of([place("10.0.0.1", num_cores=2)] * 3, 0) == [1, 1, 1]
+    two_ray_nodes = [place("10.0.0.1"), replace(place("10.0.0.1"), node_id="another node of the machine")]
+    assert threads_of(two_ray_nodes, 0) == [4, 4]
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,7 @@ def test_deep_ep_is_not_asked_for_where_nothing_travels_nor_here_on_a_joined_clu
         ({"sample_prompts": ("\udce4",)}, "prompt 1 of run.sample_prompts is not UTF-8"),
         ({"sample_tokens": 0}, r"run.sample_tokens \(0\) must be 1 to 512"),
         ({"sample_temperature": -0.1}, r"run.sample_temperature \(-0.1\) must be 0 to 100"),
+        ({"full_disk_wait_s": float("nan")}, r"run.full_disk_wait_s \(nan\) must be 0 or more"),
         ({"sample_temperature": float("nan")}, r"run.sample_temperature \(nan\) must be 0 to 100"),
         ({"sample_tokens": 513}, r"run.sample_tokens \(513\) must be 1 to 512"),
         ({"on_bias_mismatch": "ignore"}, r"run.on_bias_mismatch is 'ignore'; it must be stop or repair"),

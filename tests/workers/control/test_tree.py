@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from workers.control.wire import Reduction, _relatives, tree_all_reduce
+from workers.control.wire import Reduction, _children_and_parent, tree_all_reduce
 
 NUM_COUNTS, NUM_FLOATS, NUM_MAXIMA = 1001, 3, 2
 NUM_BYTES = 8 * (NUM_COUNTS + NUM_FLOATS + NUM_MAXIMA)
@@ -53,8 +53,8 @@ def test_a_tree_of_any_size_reaches_every_rank_once_within_its_hops() -> None:
     for world_size in range(1, 70):
         depth = dict.fromkeys(range(world_size), 0)
         for rank in range(world_size):
-            children, parent = _relatives(rank, world_size)
-            assert all(_relatives(child, world_size)[1] == rank for child in children)
+            children, parent = _children_and_parent(rank, world_size)
+            assert all(_children_and_parent(child, world_size)[1] == rank for child in children)
             assert parent is None if rank == 0 else parent in range(rank)
             depth[rank] = 0 if parent is None else depth[parent] + 1
         assert max(depth.values()) <= (world_size - 1).bit_length()

@@ -96,6 +96,7 @@ def test_short_messages_come_back() -> None:
         (_sealed([1]), "protocol"),
         (_sealed({"protocol": PROTOCOL_VERSION, "kind": "Hello"}), "unknown kind of message 'Hello'"),
         (_sealed({"protocol": PROTOCOL_VERSION, "kind": ["x"]}), "unknown kind"),
+        (_sealed({"protocol": PROTOCOL_VERSION, "kind": "K" * 1000}), "unknown kind of message 'K{59}$"),
         (_sealed(msgpack.ExtType(3, b"x")), "not a msgpack message"),
         (_bend(_report(), protocol=1), "one version of trimtab"),
         (_bend(_report(), extra=1), "fields are"),

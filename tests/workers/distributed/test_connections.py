@@ -14,7 +14,7 @@ from workers.distributed.connections import Connections, listening
 def _wait_for_each_other(rank: int, world_size: int) -> float:
     before = listening()
     groups = [dist.new_group() for _ in range(world_size)]
-    connections = Connections.since(before, groups[0])
+    connections = Connections.formed_since(before, groups[0])
     waiting: Background[object] = Background("waits")
     # Each in a group that no other comes to: none of them would ever close its own.
     waiting.start(lambda: dist.all_reduce(torch.ones(1), group=groups[rank]))
@@ -39,7 +39,7 @@ def test_one_rank_that_breaks_its_connections_frees_all_that_wait_for_it():
 def _fail_together(rank: int, world_size: int) -> str:
     before = listening()
     group = dist.new_group()
-    connections = Connections.since(before, group)
+    connections = Connections.formed_since(before, group)
     with pytest.raises((RuntimeError, KeyError)) as caught, connections.aborted_on_error():
         if rank == 0:
             raise KeyError("its own")

@@ -19,12 +19,12 @@ def test_places_are_runs_of_one_length_but_the_last() -> None:
 def gathers(rank: int, world_size: int) -> None:
     context = Context(rank, world_size, dist.group.WORLD)
     whole = torch.arange(14.0).view(1, 7, 2).requires_grad_()
-    gathered = context.whole(context.part(whole), 7)
+    gathered = context.gather_tokens(context.local_tokens(whole), 7)
     assert torch.equal(gathered, whole)
     # A rank weighs a place by its own number: its gradient is summed over the ranks.
     (gathered * (rank + 1)).sum().backward()
     expected = torch.zeros(1, 7, 2)
-    context.part(expected).fill_(sum(range(1, world_size + 1)))
+    context.local_tokens(expected).fill_(sum(range(1, world_size + 1)))
     assert torch.equal(whole.grad, expected)
 
 

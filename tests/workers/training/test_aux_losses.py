@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from dispatch.config import MoEConfig, RouterConfig
+from dispatch.diagnosis.activity_tracker import ActivityTracker
 from dispatch.exchange.local import LocalDispatcher
 from dispatch.layer import MoELayer
 from dispatch.routing.router import Router
@@ -179,9 +180,11 @@ def _global_batch_of(rank, world_size, probs_TE, shares):
     import torch.distributed as dist
 
     router = _gate(6, 2)
-    aux = AuxLosses(router, AuxLossConfig(loss="global_batch", alpha=1.0), dist.group.WORLD if world_size > 1 else None)
+    config, tracker = AuxLossConfig(loss="global_batch", alpha=1.0), ActivityTracker()
+    aux = AuxLosses(router, config, dist.group.WORLD if world_size > 1 else None, tracker)
     router(probs_TE.split(shares)[rank].log())
     loss = aux.take() / len(probs_TE)
+    assert sum(tracker.read().started.values()) == (world_size > 1)  # or the driver could not explain a hang in it
     loss.backward()
     dist.all_reduce(router.weight.grad)
     dist.all_reduce(loss.detach())

@@ -110,7 +110,7 @@ def bytes_of_units(rank: int, world_size: int, config: ModelConfig) -> list[tupl
     found = []
     for unit in [*model.layers, model]:
         narrow, wide = 0, 0
-        for module, name in narrow_gather._places(unit):
+        for module, name in narrow_gather._sharded_parameters(unit):
             parameter = getattr(module, name)
             size = -(-parameter.shape[0] // world_size) * parameter[0].numel()
             is_narrow = isinstance(module, nn.Linear) and name == "weight"
@@ -129,12 +129,12 @@ def test_a_unit_sends_two_bytes_of_each_matmul_weight_and_four_of_others() -> No
 
 
 def lay_out_otherwise(rank: int, world_size: int) -> None:
-    places: Any = narrow_gather._places
-    narrow_gather._places = lambda unit: reversed(list(places(unit)))
+    places: Any = narrow_gather._sharded_parameters
+    narrow_gather._sharded_parameters = lambda unit: reversed(list(places(unit)))
     try:
         build(rank, world_size, EVERYTHING, 1).unshard()  # type: ignore[operator]
     finally:
-        narrow_gather._places = places
+        narrow_gather._sharded_parameters = places
 
 
 def test_another_order_of_parameters_is_noticed() -> None:

@@ -103,7 +103,7 @@ def small_model() -> Decoder:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_pieces_at_most_are_on_the_device(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = most = 0
-    original = offload.on_device
+    original = offload.copy_to_device
 
     def counted(on_host: Tensor, parameter: Tensor) -> Tensor:
         nonlocal alive, most
@@ -116,7 +116,7 @@ def test_two_pieces_at_most_are_on_the_device(optimizer: str, monkeypatch: pytes
         nonlocal alive
         alive -= num_bytes
 
-    monkeypatch.setattr(offload, "on_device", counted)
+    monkeypatch.setattr(offload, "copy_to_device", counted)
     model, optim = small_model(), OptimConfig(name=optimizer, offload="states")
     updates = build_optimizer(model, optim)
     HostStates(model, updates, optim.initial_state, PIECE_BYTES).step()

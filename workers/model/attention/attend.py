@@ -63,7 +63,7 @@ def gather_rows(attn_mask: AttentionMask, first: Tensor, second: Tensor) -> tupl
         return first, second
     # Cast before they travel, which halves the bytes under autocast: attention would cast them anyway.
     concatenated = torch.cat([first, second], dim=-1).to(_compute_dtype(first))
-    gathered = attn_mask.context.whole(concatenated, attn_mask.seq_len)
+    gathered = attn_mask.context.gather_tokens(concatenated, attn_mask.seq_len)
     return gathered[..., : first.shape[-1]], gathered[..., first.shape[-1] :]
 
 

@@ -36,7 +36,7 @@ def learn(model: Decoder, ids: Tensor, starts: Tensor, context: Context | None) 
     targets = ids.roll(-1, 1)
     given = {"input_ids": ids, "targets": targets, "further_targets": after_next(targets)}
     if context is not None:
-        given = {name: context.part(each) for name, each in given.items()}
+        given = {name: context.local_tokens(each) for name, each in given.items()}
     ids, has_mtp = given.pop("input_ids"), model.config.num_mtp_layers > 0
     further = {"next_ids": given["targets"]} if has_mtp else {}
     predicted = model(ids, document_starts=starts, context=context, **given, **further)
@@ -71,9 +71,9 @@ def attends(rank: int, world_size: int, kind: str, starts: Tensor) -> None:
     documents, there = (Documents.from_starts(starts, each).with_window(KINDS[kind][0]) for each in (None, context))
     leaves = inputs(starts, kind)
     wanted = attend(*leaves, documents)
-    mine = context.part(leaves[0])
+    mine = context.local_tokens(leaves[0])
     found = attend_by_varlen(mine, leaves[1], leaves[2], there, None, slow_varlen)
-    torch.testing.assert_close(found, context.part(wanted), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, context.local_tokens(wanted), rtol=1e-10, atol=1e-12)
     assert there.sequence_arguments is there.sequence_arguments  # brought to the device once for all layers
 
 
