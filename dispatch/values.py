@@ -33,8 +33,8 @@ def all_gather_values(
     Args:
         value: made of None, bool, int, float, str, list, tuple and dict with str keys; tuples arrive as lists.
         group: of any backend; None for a process on its own.
-        read: checks and converts a received value; raises one of _UNEXPECTED for a value that it does not expect.
-
+        read: checks and converts a received value; raises a TypeError, ValueError, KeyError or AttributeError for one
+            that it does not expect.
     Raises:
         BadValue: a value is larger than `max_bytes`, is no JSON, or `read` refuses it. All ranks raise it.
 
@@ -114,7 +114,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def host_lists(*tensors: Tensor) -> list[Any]:
-    """The tensors, of one dtype and device, as nested lists. Waits for the device once, since they go as one copy."""
+    """The tensors, of one dtype and device, as nested lists. One copy to the host: it waits for the device once."""
     host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     parts = host.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]

@@ -15,8 +15,8 @@ from dispatch.exchange.dispatcher import DispatchHandle
 from dispatch.exchange.row_map import RowMap
 from dispatch.experts.grouped_matmul import Groups, takes_grouped_mm
 
-# Where torch has no grouped matmul, one kernel computes up to this many rows, those of one prompt's tokens; it reads a
-# matrix for each row. For more rows there is a matmul for each expert, which reads each matrix once.
+# Where torch has no grouped matmul, one kernel computes up to this many rows, such as those of a short prompt; it
+# reads a matrix for each row. For more rows there is a matmul for each expert, which reads each matrix once.
 FEW_ROWS = 64
 
 
@@ -49,7 +49,7 @@ def fused_swiglu(
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """Keeps gate and up, as they are before the activation, for backward, which computes the rest again."""
+    """What `fused_swiglu` computes. Keeps only gate and up, before the activation; backward recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -81,7 +81,7 @@ class FusedSwiGLU(torch.autograd.Function):
             gate_up_RG,
         )
         ctx.counts_L, ctx.meter, ctx.has_overwritten = counts_L, meter, False
-        return rows.sum_of(_down(weighted_swiglu(gate_up_RG, row_weights_R), down_LHF, groups))
+        return rows.sum_no_grad(_down(weighted_swiglu(gate_up_RG, row_weights_R), down_LHF, groups))
 
     @staticmethod
     @once_differentiable
@@ -99,35 +99,35 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
     rows, groups, wanted = RowMap(*maps), Groups(ctx.counts_L, ends_L), ctx.needs_input_grad
     if ctx.has_overwritten:  # a second backward through a graph that was retained
         gate_up_RG = _gate_up(arrived_QH, gate_up_LGH, rows, groups)
-    grad_out_RH = rows.copy_of(grad_sums_QH)
+    grad_out_RH = rows.copy_no_grad(grad_sums_QH)
     inner_RF = groups.mm(grad_out_RH, down_LHF)
     # In place, which saves 3F elements a row: the gradient of inner is overwritten with inner, gate and up with theirs.
     ctx.has_overwritten = True
     grad_row_weights_R = weighted_swiglu_backward_(gate_up_RG, row_weights_R, inner_RF)
     grad_down_LHF = groups.outer(grad_out_RH, inner_RF) if wanted[3] else None
     del grad_out_RH, inner_RF  # before rows of the same size are made below
-    grad_gate_up_LGH = groups.outer(gate_up_RG, rows.copy_of(arrived_QH)) if wanted[2] else None
-    grad_arrived_QH = rows.sum_of(groups.mm(gate_up_RG, gate_up_LGH)) if wanted[0] else None
+    grad_gate_up_LGH = groups.outer(gate_up_RG, rows.copy_no_grad(arrived_QH)) if wanted[2] else None
+    grad_arrived_QH = rows.sum_no_grad(groups.mm(gate_up_RG, gate_up_LGH)) if wanted[0] else None
     return grad_arrived_QH, grad_row_weights_R.to(row_weights_R.dtype), grad_gate_up_LGH, grad_down_LHF
 
 
 def _gate_up(arrived_QH: Tensor, gate_up_LGH: Tensor, rows: RowMap, groups: Groups) -> Tensor:
     """Gate and up of every expert row before the activation, (R, G)."""
-    if _are_few(len(rows.source_of_copy_A), arrived_QH, gate_up_LGH.shape[1]):
+    if _is_few(len(rows.source_of_copy_A), arrived_QH, gate_up_LGH.shape[1]):
         from dispatch.kernels.few_rows import few_rows_mm
 
         return few_rows_mm(arrived_QH, rows.source_of_copy_A, groups.ends_L, gate_up_LGH)
-    return groups.mm(rows.copy_of(arrived_QH), gate_up_LGH.transpose(1, 2))
+    return groups.mm(rows.copy_no_grad(arrived_QH), gate_up_LGH.transpose(1, 2))
 
 
 def _down(inner_RF: Tensor, down_LHF: Tensor, groups: Groups) -> Tensor:
     """The outputs of every expert row, (R, H)."""
-    if _are_few(len(inner_RF), inner_RF, down_LHF.shape[1]):
+    if _is_few(len(inner_RF), inner_RF, down_LHF.shape[1]):
         from dispatch.kernels.few_rows import few_rows_mm
 
         return few_rows_mm(inner_RF, None, groups.ends_L, down_LHF)
     return groups.mm(inner_RF, down_LHF.transpose(1, 2))
 
 
-def _are_few(num_rows: int, rows: Tensor, other_width: int) -> bool:
+def _is_few(num_rows: int, rows: Tensor, other_width: int) -> bool:
     return num_rows <= FEW_ROWS and not takes_grouped_mm(rows, other_width)

@@ -20,8 +20,8 @@ from dispatch.experts.looped import weighted_swiglu, weighted_swiglu_backward
 SMALL_BYTES = 2 * 2**20
 
 
-def few_enough(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
-    """Whether to compute all experts at once: on GPUs to launch few kernels, on CPUs where copies of rows are cheap."""
+def use_grouped(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
+    """Whether to use `grouped_swiglu`: on CUDA wherever torch can, on CPUs where copies of the rows stay in cache."""
     row_bytes = arrived_QH.shape[1] * arrived_QH.element_size()
     return takes_grouped_mm(arrived_QH, ffn_hidden) and (arrived_QH.is_cuda or num_rows * row_bytes <= SMALL_BYTES)
 

@@ -25,7 +25,7 @@ class WeightGrads:
     _written: set[tuple[int, int]] = field(default_factory=set)
 
     def share(self, gate_up_LGH: Tensor, down_LHF: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights for the chunks to use. Their backward runs after that of all chunks and returns the sums."""
+        """The weights for the chunks to use. Their backward, after that of all chunks, returns the gradients' sums."""
         shared: tuple[Tensor, Tensor] = _Share.apply(gate_up_LGH, down_LHF, self)
         return shared
 
@@ -41,9 +41,10 @@ class WeightGrads:
             self._written.add((which, expert))
 
     def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
-        """The sums, and what autograd brought itself (from the grouped path); zero for an expert without rows.
+        """Return the sums, and begin new ones for the next backward through the same graph.
 
-        The next backward through the same graph starts anew.
+        by_autograd: the gradients that the grouped and fused paths return through autograd, None from the looped one;
+        they are added. An expert without rows gets zero.
         """
         if not self._stacks:
             pairs = zip(weights, by_autograd, strict=True)
