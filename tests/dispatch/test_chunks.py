@@ -152,6 +152,15 @@ def test_impossible_schedules_are_refused(settings, words):
         ScheduleConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3, 2, dtype=torch.bool), torch.ones(1, dtype=torch.bool), torch.ones(2, 3)]
+)
+def test_a_token_mask_of_another_shape_or_dtype_is_refused(mask):
+    layer = MoELayer(HIDDEN, CONFIG, LocalDispatcher(NUM_EXPERTS))
+    with pytest.raises(ValueError, match=r"token_mask is .*; it must be torch.bool \(2, 3\)"):
+        layer(torch.randn(2, 3, HIDDEN), mask)
+
+
 def test_a_layer_is_refused_on_a_dispatcher_of_another_size():
     config = MoEConfig(num_experts=8, top_k=2, ffn_hidden=4)
     dispatcher = LocalDispatcher(8)
