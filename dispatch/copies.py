@@ -71,7 +71,7 @@ class LayerCopies:
                 self._sum(own, self._layer.experts.joined.get(name))
 
     def _routes_of(self, copies: ExpertCopies) -> "_Routes":
-        return _Routes.of(copies, self._plain.ep_rank, next(self._layer.experts.parameters()).device)
+        return _Routes.for_rank(copies, self._plain.ep_rank, next(self._layer.experts.parameters()).device)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._layer.experts.named_parameters(recurse=False)) if self.placed.holders else []
@@ -112,7 +112,7 @@ class _Routes:
     received_P: list[int]
 
     @classmethod
-    def of(cls, copies: ExpertCopies, ep_rank: int, device: torch.device) -> "_Routes":
+    def for_rank(cls, copies: ExpertCopies, ep_rank: int, device: torch.device) -> "_Routes":
         """The routes of one rank."""
         owned_P = [copies.placement.owned_by(rank) for rank in range(copies.placement.ep_size)]
         own, held = owned_P[ep_rank], copies.copies_on(ep_rank)

@@ -83,11 +83,8 @@ def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
 def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
     """A tensor as a value to send, in base64: for tests and measurements, too slow for training."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return (
-        str(tensor.dtype).removeprefix("torch."),
-        tuple(tensor.shape),
-        base64.b64encode(raw.numpy().tobytes()).decode(),
-    )
+    text = base64.b64encode(raw.numpy().tobytes()).decode()
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), text
 
 
 def read_tensor(value: Any) -> torch.Tensor:

@@ -40,12 +40,12 @@ def in_backward() -> bool:
 class PendingCollective:
     """A collective that a tracker has started.
 
-    what: its description, in which only `read` fills in `waited_s`. began_at, failed_at: seconds of time.monotonic;
-    failed_at is 0 unless `wait` raised.
+    collective: its description, in which only `read` fills in `waited_s`. began_at, failed_at: seconds of
+    time.monotonic; failed_at is 0 unless `wait` raised.
     """
 
     tracker: ActivityTracker
-    what: Collective
+    collective: Collective
     began_at: float
     work: Any = None
     args: tuple[Any, ...] = ()  # the backend reads and writes these tensors until the end
@@ -81,17 +81,17 @@ class PendingCollective:
 
     def read(self, now: float) -> Collective:
         """A copy for another process, with the seconds that it has waited until `now` (of time.monotonic)."""
-        return replace(self.what, waited_s=(self.failed_at or now) - self.began_at)
+        return replace(self.collective, waited_s=(self.failed_at or now) - self.began_at)
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
         self.failed_at = time.monotonic()
         if not any(text in str(error) for text in _TIMED_OUT):
-            error.add_note(f"in {self.what} ({self.what.op})")
+            error.add_note(f"in {self.collective} ({self.collective.op})")
             return error
         return CollectiveTimeout(
-            step=self.what.step,
-            layer=self.what.layer,
-            phase=self.what.phase,
+            step=self.collective.step,
+            layer=self.collective.layer,
+            phase=self.collective.phase,
             waited_s=self.failed_at - self.began_at,
             missing_ranks=None,
             setting="the time-out of its process group",
@@ -197,13 +197,13 @@ class ActivityTracker:
         """The error for ranks at different places. places: place number by global rank."""
         ranks_by_place = {p: sorted(rank for rank in places if places[rank] == p) for p in sorted({*places.values()})}
         # Where most ranks are. Of equals `max` takes the first: a rank ahead of others has left out a layer.
-        usual = max(ranks_by_place, key=lambda place: len(ranks_by_place[place]))
-        step, layer = self._step_and_layer(usual)
-        odd = sorted(places.keys() - ranks_by_place[usual])
+        common_place = max(ranks_by_place, key=lambda place: len(ranks_by_place[place]))
+        step, layer = self._step_and_layer(common_place)
+        diverged = sorted(places.keys() - ranks_by_place[common_place])
         details = "; ".join(
             f"{ranks_text(ranks)} at {self._place_text(place)}" for place, ranks in ranks_by_place.items()
         )
-        return RanksDiverged(step=step, layer=layer, phase=self.phase, ranks=odd, details=details)
+        return RanksDiverged(step=step, layer=layer, phase=self.phase, ranks=diverged, details=details)
 
     def _step_and_layer(self, place: int) -> tuple[int, str]:
         step, layer = divmod(place, _PLACES_PER_STEP)
@@ -239,7 +239,7 @@ class ActivityTracker:
 
     def _note(self, op: str, name: str, members: tuple[int, ...], splits: Splits | None) -> PendingCollective:
         index = self._started[name] = self._started.get(name, 0) + 1
-        what = Collective(
+        collective = Collective(
             op=op,
             group=name,
             index=index,
@@ -250,8 +250,8 @@ class ActivityTracker:
             waited_s=0.0,
             splits=splits,
         )
-        started = PendingCollective(self, what, time.monotonic())
+        started = PendingCollective(self, collective, time.monotonic())
         # A new list each time, never changed in place: another thread may be reading the old one.
         self._open = [*self._open, started]
-        self._recent.append(what)
+        self._recent.append(collective)
         return started

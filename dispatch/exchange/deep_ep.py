@@ -185,17 +185,14 @@ class DeepEPDispatcher(Dispatcher):
         """See `Dispatcher.max_rows_and_tokens`. One reduction, of each chunk's rows by expert and tokens by rank."""
         # The sum over ranks gives each expert's rows. For the tokens each rank fills a column of its own, so that the
         # same sum gives the tokens of every rank, whose maximum is wanted.
-        tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(self._ep_size)] for plan in plans]
+        ep_size = self.placement.ep_size
+        tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(ep_size)] for plan in plans]
         rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
         sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
         self.meter.tracker.run(dist.all_reduce, sizes_CX, group=self.ep_group)
-        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (self._ep_size, -1))
+        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (ep_size, -1))
         rows, num_tokens = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()]).tolist()
         return rows, num_tokens
-
-    @property
-    def _ep_size(self) -> int:
-        return self.placement.ep_size
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
         """See `Dispatcher.start_dispatch`. Waits for the device, and for the other ranks, to learn the sizes.

@@ -38,7 +38,7 @@ class DispatchHandle(Generic[StateT]):
     @functools.cached_property
     def expert_rows(self) -> RowMap:
         """Which arrived row each expert row is a copy of, for experts that want one tensor of all their rows."""
-        return RowMap.of(self.sources_R, self.num_arrived)
+        return RowMap.from_sources(self.sources_R, self.num_arrived)
 
 
 @dataclass(frozen=True)

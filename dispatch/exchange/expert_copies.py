@@ -78,18 +78,15 @@ class ExpertCopies:
     def physical_ids(self, ep_rank: int) -> list[list[int]]:
         """The physical expert that computes each expert (E), for each share of the rank's tokens (G)."""
         firsts = [0, *accumulate(self.num_physical)]
-        ids_of_owners = [
-            physical_id
-            for first, num in zip(firsts, self.placement.num_local_experts, strict=False)
-            for physical_id in range(first, first + num)
-        ]
-        ids_GE = [list(ids_of_owners) for _ in range(self.shares_per_rank)]
+        num_own = self.placement.num_local_experts
+        owners = chain.from_iterable(range(first, first + num) for first, num in zip(firsts, num_own, strict=False))
+        owner_ids_E = list(owners)
+        ids_GE = [list(owner_ids_E) for _ in range(self.shares_per_rank)]
         for expert, holder_S in self.holders.items():
             for share, ids_E in enumerate(ids_GE):
                 holder = holder_S[ep_rank * self.shares_per_rank + share]
                 if expert not in self.placement.owned_by(holder):
-                    num_own = self.placement.num_local_experts[holder]
-                    ids_E[expert] = firsts[holder] + num_own + self._copies_P[holder].index(expert)
+                    ids_E[expert] = firsts[holder] + num_own[holder] + self._copies_P[holder].index(expert)
         return ids_GE
 
     def rank_loads(self, loads_E: Sequence[int]) -> list[int]:

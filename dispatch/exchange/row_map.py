@@ -30,7 +30,7 @@ class RowMap:
     first_S: Tensor
 
     @classmethod
-    def of(cls, source_of_copy_A: Tensor, num_sources: int) -> "RowMap":
+    def from_sources(cls, source_of_copy_A: Tensor, num_sources: int) -> "RowMap":
         """From source_of_copy_A alone; the copies of a source are summed in the order in which they lie."""
         counts_S = torch.zeros(num_sources, dtype=torch.int64, device=source_of_copy_A.device)
         counts_S.scatter_add_(0, source_of_copy_A, torch.ones_like(source_of_copy_A))

@@ -33,7 +33,7 @@ def grouped_swiglu(
 
     One grouped matmul for each projection computes all experts. bf16 or, on CPUs, fp32.
     """
-    groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
+    groups = Groups.from_counts(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
     rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_up_RG = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=groups.ends_L)
     inner_RF = WeightedSwiGLU.apply(gate_up_RG, handle.row_weights_R, buffer_pool)

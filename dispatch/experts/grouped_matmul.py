@@ -25,7 +25,7 @@ class Groups:
     ends_L: Tensor
 
     @classmethod
-    def of(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
+    def from_counts(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
         """From counts on the host. Does not wait for the device."""
         return cls(counts_L, to_device(torch.tensor([*itertools.accumulate(counts_L)], dtype=torch.int32), device))
 

@@ -248,8 +248,6 @@ def _unpack(packed: Any) -> Tensor:
     dtype, raw = packed
     if dtype not in _WIRE_DTYPES or not isinstance(raw, bytes) or len(raw) % int(dtype[2]):
         raise ValueError(f"law state has dtype {dtype!r}; it must be one of {', '.join(_WIRE_DTYPES)} with whole items")
-    return (
-        torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype])
-        if raw
-        else torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
-    )
+    if not raw:  # torch makes no tensor of an empty buffer
+        return torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
+    return torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype])

@@ -65,11 +65,6 @@ class LawEntry:
     multiplies: bool
     group_limited: bool
 
-    @property
-    def summary(self) -> str:
-        """First line of the rule's docstring."""
-        return (self.rule.__doc__ or "").partition("\n")[0]
-
 
 LAWS: Registry[LawEntry] = Registry("balance.law")
 

@@ -98,12 +98,7 @@ def adapter_of(name: str) -> Adapter:
     def build(case: Case, weights: Mapping[str, Tensor], group: dist.ProcessGroup) -> LayerUnderTest:
         config, nodes = case.config, nodes_of(group) if variant.ranks_per_node else None
         dispatcher = make_dispatcher(
-            config.num_experts,
-            group,
-            hidden=case.hidden,
-            top_k=config.top_k,
-            exchange=variant.exchange,
-            nodes=nodes,
+            config.num_experts, group, hidden=case.hidden, top_k=config.top_k, exchange=variant.exchange, nodes=nodes
         )
         return layer_under_test(case, weights, dispatcher, variant.schedule)
 

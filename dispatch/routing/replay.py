@@ -135,8 +135,8 @@ def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
             hook.remove()
 
 
-def by_block(routings: Sequence[Routing | None] | None, num_dense: int, num_moe: int) -> list[Routing | None]:
-    """A routing, or None, for each block of a decoder: None for the dense blocks, which come first.
+def routing_by_block(routings: Sequence[Routing | None] | None, num_dense: int, num_moe: int) -> list[Routing | None]:
+    """The routing, or None, of each block of a decoder; None for the dense blocks, which come first.
 
     Raises:
         InvalidValue: `routings` has not as many entries as there are MoE layers.

@@ -68,7 +68,9 @@ def _order_on_ranks(rank, world_size, overlap):
         lambda self, *a, c=exchange.SplitSizes.all_to_all_into: noted("s", c, self, *a)
     )
     wait = PendingCollective.wait
-    PendingCollective.wait = lambda self: noted("w", wait, self) if self.what.splits else wait(self)  # only of rows
+    PendingCollective.wait = lambda self: (
+        noted("w", wait, self) if self.collective.splits else wait(self)
+    )  # only of rows
     schedule = ScheduleConfig(num_chunks=2, overlap=overlap)
     layer = MoELayer(HIDDEN, CONFIG, KINDS["rank"](NUM_EXPERTS, dist.group.WORLD), schedule)
     hear_experts(layer, events)

@@ -16,7 +16,7 @@ from dispatch.config import ScheduleConfig
 from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
-from dispatch.routing.replay import Routing, by_block
+from dispatch.routing.replay import Routing, routing_by_block
 from workers.distributed.context import Context
 from workers.model.attention import Documents, KeyValueCache, Seen, rotary_table, visible, within_window
 from workers.model.lora import add_adapters
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         rotary, seen = self._places(x, token_mask, positions, cache, document_starts, context)
         near = self._near(x, seen, positions, cache) if self.config.sliding_window else None
         num_dense, num_blocks = self.config.num_dense_layers, self.config.num_layers + (next_ids is not None)
-        given = by_block(routings, num_dense, num_blocks - num_dense)
+        given = routing_by_block(routings, num_dense, num_blocks - num_dense)
         whole = range(self.config.num_layers)
         normed = self._through(whole, x, rotary, token_mask, (seen, near), cache, given)
         predicted = self._head(normed if logits_at is None else _taken(normed, logits_at), targets)
