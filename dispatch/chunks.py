@@ -27,7 +27,7 @@ def run_experts(
     """The weighted outputs of the routed experts plus the outputs of the shared experts: (T, H), in the dtype of x.
 
     shared_experts: computes the shared experts' outputs, (T, H); returns None in a layer without shared experts. It is
-    called while rows travel.
+    called while rows travel, if the schedule overlaps.
 
     Collective over the EP group, in backward too.
     """
@@ -48,6 +48,7 @@ def run_experts(
 
     # The experts call the exchange, and not the other way round: a hook on them, such as FSDP's, surrounds all chunks.
     y_TH: Tensor = experts(x_TH, topk_weights_TK, layer_call)
+    # The busiest expert's rows, summed over chunks.
     dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))
     return y_TH
 

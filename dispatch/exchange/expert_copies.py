@@ -213,7 +213,7 @@ def _holders(quota: Mapping[int, int], owners: ExpertCopies, ranks_per_node: int
     left = {rank: quota[rank] for rank in sorted(quota)}
     ranks = [share // owners.shares_per_rank for share in range(owners.num_shares)]
     holder_S = [-1] * len(ranks)
-    for size in (1, ranks_per_node, owners.placement.ep_size):  # of a block of neighbours: the rank, its node, all
+    for size in (1, ranks_per_node, owners.placement.ep_size):  # neighbouring ranks: the rank, its node, all
         for share, rank in enumerate(ranks):
             near = [other for other, num_left in left.items() if num_left and other // size == rank // size]
             if holder_S[share] < 0 and near:

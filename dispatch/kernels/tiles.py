@@ -1,7 +1,6 @@
 """What every kernel launch needs: tiles of 16 bytes for each thread, the dtype of sums, the current device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -27,11 +26,6 @@ def row_tile(width: int, element_bytes: int) -> tuple[int, int]:
     return columns_of_warp * num_warps, num_warps
 
 
-@contextmanager
-def current_device(tensor: Tensor) -> Iterator[None]:
+def current_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Make the tensor's CUDA device the current one, on which Triton launches whatever the device of its arguments."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
