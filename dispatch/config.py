@@ -38,6 +38,8 @@ class RouterConfig:
                 f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add "
                 "experts"
             )
+        if not 0 < self.route_scale < math.inf:
+            raise InvalidValue(f"route_scale ({self.route_scale}) must be above 0 and finite; 1 leaves the weights")
         if self.num_groups < 1:
             raise InvalidValue(f"num_groups ({self.num_groups}) must be at least 1, which is routing without groups")
         if self.num_groups > 1:

@@ -50,9 +50,17 @@ def test_negative_biased_scores_stay_inside_the_chosen_groups():  # B17
     assert all(len({expert // 4 for expert in row}) == 2 for row in ids.tolist())
 
 
-def test_no_groups_is_one_group():
-    with pytest.raises(InvalidValue, match=r"num_groups \(0\) must be at least 1"):
-        RouterConfig(num_groups=0)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_groups": 0}, r"num_groups \(0\) must be at least 1"),
+        ({"route_scale": 0.0}, r"route_scale \(0.0\) must be above 0"),
+        ({"route_scale": float("nan")}, r"route_scale \(nan\) must be above 0 and finite"),
+    ],
+)
+def test_impossible_routing_is_refused(values, words):
+    with pytest.raises(InvalidValue, match=words):
+        RouterConfig(**values)
 
 
 @st.composite
