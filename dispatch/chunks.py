@@ -48,8 +48,7 @@ def run_experts(
 
     # The experts call the exchange, and not the other way round: a hook on them, such as FSDP's, surrounds all chunks.
     y_TH: Tensor = experts(x_TH, topk_weights_TK, layer_call)
-    # The busiest expert's rows, summed over chunks.
-    dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))
+    dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))  # each expert's rows, summed over chunks
     return y_TH
 
 

@@ -89,10 +89,8 @@ class MoELayer(nn.Module):
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
         if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool):
-            raise ValueError(
-                f"token_mask is {token_mask.dtype} {tuple(token_mask.shape)}; it must be torch.bool "
-                f"{tuple(x.shape[:-1])}, the shape of x without its last dimension"
-            )
+            got = f"{token_mask.dtype} {tuple(token_mask.shape)}"
+            raise ValueError(f"token_mask is {got}; it must be torch.bool {tuple(x.shape[:-1])}, one entry a token")
         # Layers share a dispatcher, so each call notes its layer, for the messages of errors and hangs.
         self.dispatcher.meter.tracker.layer = self.name
         x_TH = x.reshape(-1, self.hidden)

@@ -90,9 +90,5 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     The gradient of every other parameter must be summed over all ranks, that of an expert only over its replicas.
     """
-    return {
-        name: parameter
-        for prefix, module in model.named_modules()
-        if isinstance(module, Experts)
-        for name, parameter in module.named_parameters(prefix, recurse=False)
-    }
+    experts = {prefix: module for prefix, module in model.named_modules() if isinstance(module, Experts)}
+    return {name: each for prefix in experts for name, each in experts[prefix].named_parameters(prefix, recurse=False)}

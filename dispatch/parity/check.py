@@ -149,9 +149,9 @@ def _mapped(change: Callable[[Any], Any], by_case: Mapping[str, Measured]) -> di
 def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
     weights, batches = _draw(case, ep_size, dtype, seed)
     exact = {name: weight.double() for name, weight in weights.items()}
-    together = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.grad_output_TH for b in batches]))
+    global_batch = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.grad_output_TH for b in batches]))
     optimizers = PRECISIONS[dtype].optimizers
-    return measure(lambda: slow_layer(case, exact), case, together, len(together.x_TH), None, optimizers)
+    return measure(lambda: slow_layer(case, exact), case, global_batch, len(global_batch.x_TH), None, optimizers)
 
 
 def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Tensor], list[CaseInputs]]:
