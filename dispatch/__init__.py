@@ -9,7 +9,7 @@ one process.
 
 from typing import TYPE_CHECKING
 
-from dispatch.public import lazily
+from dispatch.public import lazy_getattr
 
 if TYPE_CHECKING:
     from dispatch.balance import LossFreeBalancer
@@ -43,7 +43,7 @@ __all__ = [
     "recorded_routing",
 ]
 
-__getattr__ = lazily(
+__getattr__ = lazy_getattr(
     __name__,
     {
         "MoELayer": "dispatch.layer",

@@ -1,11 +1,12 @@
-"""Counts of all routers as one vector, one bias vector back to the routers, and `LossFreeBalancer` around both.
+"""Reads the counts of all routers as one vector and writes one bias vector back; `LossFreeBalancer` does both.
 
-How the bias moves is a law: `dispatch.laws.rules`. `trimtab train` applies it in `workers.control`.
+A law (`dispatch.laws.rules`) turns counts into the next bias. `trimtab train` applies it in `workers.control`.
 
 All MoE layers of a model travel as one flat vector, so that a step costs one small reduction whatever the number of
 layers, and layers may have different numbers of experts or balancing off.
 
-Shapes: N = sum of num_experts over the MoE layers of the model, in module order. N is 0 in a model without MoE layers.
+Shapes: N = sum of num_experts over the MoE layers of the model, in module order; 0 without MoE layers. E experts of one
+layer, W integers per expert of the law's statistic (0 without one), M = N (1 + W) counts.
 """
 
 import zlib
@@ -51,7 +52,7 @@ def attach_law(routers: Mapping[str, Router], law: Law) -> None:
 
 
 def check_groups(config: BalanceConfig, num_groups: int, place: str) -> None:
-    """Refuse a law that cannot balance group-limited routing. Raises InvalidValue, which names `place`."""
+    """Raise InvalidValue if the law cannot balance group-limited routing. place: the layer or setting to name in it."""
     if num_groups > 1 and not config.entry.group_limited:
         raise InvalidValue(
             f"balance.law {config.law!r} cannot balance {place}, whose choice is limited to groups (num_groups "
@@ -69,7 +70,7 @@ def read_counts(routers: Mapping[str, Router]) -> Tensor:
 
 
 def _counts(routers: Mapping[str, Router]) -> Tensor:
-    """The same, on the device of the routers, without waiting for it."""
+    """As `read_counts`, but on the device of the routers, without waiting for it; needs at least one router."""
     loads = [router.tokens_per_expert_E for router in routers.values()]
     statistics = [router.statistic_EW.flatten() for router in routers.values()]
     return torch.cat([*loads, *statistics])
@@ -114,7 +115,7 @@ def write_bias(routers: Mapping[str, Router], bias_N: Tensor) -> None:
 
 
 def _set(buffers: Sequence[Tensor], values: Tensor) -> None:
-    """Set the buffers, in place, to consecutive parts of `values`, by one copy to the device without waiting for it."""
+    """Set the buffers, in place, to consecutive parts of `values`: one copy to the device, which is not waited for."""
     if buffers:
         on_device = to_device(values, buffers[0].device).split([buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, on_device, strict=True):

@@ -1,6 +1,6 @@
 """In which order a layer exchanges and computes the chunks of its batch, and how it keeps within memory.
 
-Shapes: T tokens of this rank (may be 0), H hidden, K top-k, Q rows that arrive (may be 0).
+Shapes: T tokens of this rank (may be 0), H hidden, K top-k, Q rows that arrive (may be 0), C chunks, L local experts.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ def run_experts(
     """The weighted outputs of the routed experts plus the outputs of the shared experts: (T, H), in the dtype of x.
 
     shared_experts: computes the shared experts' outputs, (T, H); returns None in a layer without shared experts. It is
-    called while rows travel.
+    called while rows travel, if the schedule overlaps.
 
     Collective over the EP group, in backward too.
     """
     plans, in_rounds = _plan(topk_ids_TK, dispatcher, schedule)
     sizes = [len(plan.topk_ids_TK) for plan in plans]
-    counts_CL: list[list[int]] = []  # rows of each local expert, by chunk; some exchanges learn them with the rows
+    counts_CL: list[list[int]] = []  # rows of each local expert; DeepEP learns them only when rows leave, not in `plan`
 
     def layer_call(x_TH: Tensor, topk_weights_TK: Tensor, compute: Compute) -> Tensor:
         def counted(arrived_QH: Tensor, handle: DispatchHandle[Any]) -> Tensor:
@@ -48,7 +48,7 @@ def run_experts(
 
     # The experts call the exchange, and not the other way round: a hook on them, such as FSDP's, surrounds all chunks.
     y_TH: Tensor = experts(x_TH, topk_weights_TK, layer_call)
-    dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))
+    dispatcher.meter.note_rows(max(map(sum, zip(*counts_CL, strict=True))))  # each expert's rows, summed over chunks
     return y_TH
 
 
@@ -58,17 +58,17 @@ _Outputs = tuple[list[Tensor], Tensor | None]  # of the routed experts by chunk,
 
 
 def _plan(topk_ids_TK: Tensor, dispatcher: Dispatcher, schedule: ScheduleConfig) -> tuple[list[ChunkPlan], bool]:
-    """The chunks; True where they must be processed in rounds, for no rank to hold more than max_rows."""
+    """The chunks, and whether they must run one after the other with recompute, so that no rank exceeds max_rows."""
     plans = dispatcher.plan(topk_ids_TK, schedule.num_chunks)
     if not schedule.max_rows:
         return plans, False
     rows, tokens = dispatcher.max_rows_and_tokens(plans)
     in_rounds = rows > schedule.max_rows
-    # Chunks have equally many tokens but not equally many rows on a rank, so the first number may be too low. A chunk
+    # A loop, since chunks of equally many tokens do not bring equally many rows: one may still exceed max_rows. A chunk
     # of one token per rank cannot be cut further, even where it brings more than max_rows.
     while rows > schedule.max_rows and tokens > 1:
-        enough = len(plans) * -(-rows // schedule.max_rows)
-        plans = dispatcher.plan(topk_ids_TK, min(enough, len(plans) * tokens))
+        num_chunks = len(plans) * -(-rows // schedule.max_rows)
+        plans = dispatcher.plan(topk_ids_TK, min(num_chunks, len(plans) * tokens))
         rows, tokens = dispatcher.max_rows_and_tokens(plans)
     return plans, in_rounds
 

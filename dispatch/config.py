@@ -36,8 +36,12 @@ class RouterConfig:
         if not 1 <= self.top_k <= self.num_experts:
             raise InvalidValue(
                 f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts}); lower top_k or add "
-                f"experts"
+                "experts"
             )
+        if not 0 < self.route_scale < math.inf:
+            raise InvalidValue(f"route_scale ({self.route_scale}) must be above 0 and finite; 1 leaves the weights")
+        if self.num_groups < 1:
+            raise InvalidValue(f"num_groups ({self.num_groups}) must be at least 1, which is routing without groups")
         if self.num_groups > 1:
             self._check_groups()
 
@@ -109,7 +113,7 @@ class MoEConfig(RouterConfig):
 
     @property
     def has_plain_experts(self) -> bool:
-        """Whether routed experts are SwiGLU without biases, which all kernels know."""
+        """Whether routed experts are plain SwiGLU without biases, the only kind that the fused kernels compute."""
         return not self.expert_biases and not self.swiglu_limit
 
 
@@ -117,7 +121,7 @@ class MoEConfig(RouterConfig):
 class ScheduleConfig:
     """How an MoE layer orders exchange and computation, and how it bounds its memory.
 
-    Results depend on it only by rounding, since a matmul of other rows may sum in another order. All ranks of an EP
+    Results depend on it only by rounding: a matmul may sum in another order when it gets fewer rows. All ranks of an EP
     group must use the same values.
 
     Raises:

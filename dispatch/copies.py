@@ -23,21 +23,23 @@ class LayerCopies:
 
     Args:
         layer: its dispatcher must be an `AllToAllDispatcher`; `place` replaces it.
+    Raises:
+        ValueError: the dispatcher is of another class.
     """
 
     def __init__(self, layer: MoELayer) -> None:
         if not isinstance(layer.dispatcher, AllToAllDispatcher):
             kind = type(layer.dispatcher).__name__
             raise ValueError(f"{kind} cannot send rows to copies; use an AllToAllDispatcher, or one derived from it")
-        self._layer, self._plain = layer, layer.dispatcher
-        self.placed, self._are_new = ExpertCopies(self._plain.placement), False
+        self._layer, self._plain = layer, layer.dispatcher  # the dispatcher without copies
+        self.placed, self._copies_are_new = ExpertCopies(self._plain.placement), False
         self._routes = self._routes_of(self.placed)
 
     def place(self, copies: ExpertCopies) -> None:
         """Let the layer use these copies from now on; they have no weights until `send_weights`."""
         if copies == self.placed:
             return
-        self.placed, self._are_new = copies, True
+        self.placed, self._copies_are_new = copies, True
         self._routes = self._routes_of(copies)
         self._layer.dispatcher = self._plain.with_copies(copies) if copies.holders else self._plain
         experts, num_copies = self._layer.experts, sum(self._routes.received_P)
@@ -47,19 +49,19 @@ class LayerCopies:
         experts.joined = {name: JoinedRows(parameter, num_copies) for name, parameter in parameters}
 
     def send_weights(self) -> list[PendingCollective]:
-        """Start to send the owners' weights to the copies; wait for the results before the next forward.
+        """Start to send the owners' weights to the copies; wait for every returned collective before the next forward.
 
-        Frozen weights travel only once after `place`: in fine-tuning they are nearly all weights.
+        Frozen weights, nearly all of a model in fine-tuning, travel only in the first call after `place`.
         """
         pending = []
         for name, own in self._parameters():
-            if not (own.requires_grad or self._are_new):
+            if not (own.requires_grad or self._copies_are_new):
                 continue
             mine = self._layer.experts.joined.get(name)
             received = _no_rows(own) if mine is None else mine.copies.detach()
             rows = own.detach()[self._routes.sent]
             pending.append(self._start(received, rows, self._routes.received_P, self._routes.sent_P))
-        self._are_new = False
+        self._copies_are_new = False
         return pending
 
     def sum_gradients(self) -> None:
@@ -69,7 +71,7 @@ class LayerCopies:
                 self._sum(own, self._layer.experts.joined.get(name))
 
     def _routes_of(self, copies: ExpertCopies) -> "_Routes":
-        return _Routes.of(copies, self._plain.ep_rank, next(self._layer.experts.parameters()).device)
+        return _Routes.for_rank(copies, self._plain.ep_rank, next(self._layer.experts.parameters()).device)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._layer.experts.named_parameters(recurse=False)) if self.placed.holders else []
@@ -83,8 +85,8 @@ class LayerCopies:
             own.grad = torch.zeros_like(own)
         # Rank by rank: several ranks may hold a copy of one expert, and on CUDA one call would add their rows in any
         # order. A sum in a fixed order gives the same bits every time.
-        for places, rows in zip(routes.sent.split(routes.sent_P), received.split(routes.sent_P), strict=True):
-            own.grad.index_add_(0, places, rows)
+        for local_ids, rows in zip(routes.sent.split(routes.sent_P), received.split(routes.sent_P), strict=True):
+            own.grad.index_add_(0, local_ids, rows)
 
     def _start(
         self, received: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
@@ -98,11 +100,11 @@ class LayerCopies:
 
 @dataclass(frozen=True)
 class _Routes:
-    """Which rows of a rank's stacked experts go to which ranks, and how many come from each.
+    """Which of a rank's own experts it sends to which ranks, and how many copies it receives from each.
 
-    sent: int64, the local ids of the experts to send, first those that rank 0 holds copies of, by expert, then those of
-    rank 1, and so on; on the device, once for all steps. sent_P, received_P: how many go to each rank, and come from
-    each. Rows arrive in order of rank, and so of expert, which is the order of the copies.
+    sent: int64, local ids of the experts to send: those that rank 0 has copies of, by id, then those for rank 1, and so
+    on; on the device, once for all steps. sent_P, received_P: how many experts go to each rank, and come from each.
+    Experts arrive in order of rank, and so of id, which is the order of `ExpertCopies.copies_on`.
     """
 
     sent: Tensor
@@ -110,7 +112,7 @@ class _Routes:
     received_P: list[int]
 
     @classmethod
-    def of(cls, copies: ExpertCopies, ep_rank: int, device: torch.device) -> "_Routes":
+    def for_rank(cls, copies: ExpertCopies, ep_rank: int, device: torch.device) -> "_Routes":
         """The routes of one rank."""
         owned_P = [copies.placement.owned_by(rank) for rank in range(copies.placement.ep_size)]
         own, held = owned_P[ep_rank], copies.copies_on(ep_rank)
@@ -118,7 +120,7 @@ class _Routes:
             [expert - own.start for expert in copies.copies_on(rank) if expert in own] for rank in range(len(owned_P))
         ]
         return cls(
-            sent=torch.tensor([place for places in sent for place in places], dtype=torch.int64, device=device),
+            sent=torch.tensor([local_id for ids in sent for local_id in ids], dtype=torch.int64, device=device),
             sent_P=list(map(len, sent)),
             received_P=[sum(expert in ids for expert in held) for ids in owned_P],
         )

@@ -79,15 +79,19 @@ class MoELayer(nn.Module):
                 travel and experts compute in the autocast dtype. The number of tokens may be 0 and differ by rank.
             token_mask: (...) bool, the shape of x without its last dimension; False marks padding, which is computed
                 but not counted in the load. None counts every token.
-            routing: experts to take in place of the router's choice, which then counts nothing.
+            routing: experts to use in place of the router's choice; the router then counts nothing.
         Returns:
             The shape of x, in the compute dtype: the autocast dtype under autocast, else the dtype of x.
         Raises:
-            ValueError: the last dimension of x is not `hidden`, or `routing` does not fit.
+            ValueError: the last dimension of x is not `hidden`, or token_mask has another shape or dtype.
+            InvalidValue: `routing` does not fit, see `Routing`.
         """
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x has width {x.shape[-1]}, the layer was built for hidden {self.hidden}")
-        # Layers share a dispatcher, so each call says whose rows it exchanges: errors and hangs name that layer.
+        if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool):
+            got = f"{token_mask.dtype} {tuple(token_mask.shape)}"
+            raise ValueError(f"token_mask is {got}; it must be torch.bool {tuple(x.shape[:-1])}, one entry a token")
+        # Layers share a dispatcher, so each call notes its layer, for the messages of errors and hangs.
         self.dispatcher.meter.tracker.layer = self.name
         x_TH = x.reshape(-1, self.hidden)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
@@ -110,10 +114,10 @@ class MoELayer(nn.Module):
 
 
 def name_layers(model: nn.Module, tracker: ActivityTracker) -> None:
-    """Tell the MoE layers of a model their names, and the tracker their order, so that errors name the layer.
+    """Tell the MoE layers of a model their names, and the tracker their order.
 
-    Without these names an error does not say which layer it is of, and a rank that skips a layer is noticed only later,
-    where a collective hangs or fails.
+    Errors then name the layer, and a rank that skips a layer is noticed at the next exchange. Without it the skip shows
+    only later, where a collective hangs or fails.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     for name, layer in layers.items():

@@ -29,6 +29,6 @@ class LoadLayout:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where each layer lies in the vector."""
+        """The slice of the vector that has each layer's experts."""
         ends = list(accumulate(self.num_experts))
         return tuple(slice(end - size, end) for end, size in zip(ends, self.num_experts, strict=True))

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -17,30 +17,34 @@ class Registry(Mapping[str, EntryT]):
     Args:
         setting: the setting, such as "balance.law". The setting `module` of the same section names a Python module of
             the user's own that registers further entries.
-        ours: for each name that comes with Trimtab the module that registers it; imported when first needed.
-        besides: values of the setting that name no entry, such as "auto".
+        builtin: for each name that comes with Trimtab the module that registers it; imported when first needed.
+        other_choices: values of the setting that name no entry, such as "auto".
     """
 
-    def __init__(self, setting: str, ours: Mapping[str, str] | None = None, besides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, setting: str, builtin: Mapping[str, str] | None = None, other_choices: tuple[str, ...] = ()
+    ) -> None:
         self.setting, self.module_setting = setting, f"{setting.partition('.')[0]}.module"
-        self.ours, self.besides = dict(ours or {}), besides
+        self.builtin, self.other_choices = dict(builtin or {}), other_choices
         self._entries: dict[str, EntryT] = {}
-        self._makers: dict[str, str] = {}
+        self._makers: dict[str, str] = {}  # by name of the entry: the qualified name of what was registered
 
     @property
     def choices(self) -> list[str]:
         """All values of the setting."""
-        return [*self.besides, *self]
+        return [*self.other_choices, *self]
 
     def register(self, name: str, entry: EntryT, made_by: Callable[..., Any]) -> None:
-        """Add an entry. made_by: the registered function or class; if its module is imported again, it replaces itself.
+        """Add an entry. made_by: the decorated function or class; if its module is imported again, it replaces itself.
 
         Raises:
-            InvalidValue: something else has this name.
+            InvalidValue: another function or class has this name, or it is one of `other_choices`.
         """
         maker = f"{made_by.__module__}.{made_by.__qualname__}"
+        if name in self.other_choices:
+            raise InvalidValue(f"{self.setting} {name!r} has a meaning of its own; choose another name")
         known = self._makers.setdefault(name, maker)
-        if known != maker or name in self.besides:
+        if known != maker:
             raise InvalidValue(f"{self.setting} {name!r} is registered already, by {known}; choose another name")
         self._entries[name] = entry
 
@@ -49,35 +53,35 @@ class Registry(Mapping[str, EntryT]):
         del self._entries[name], self._makers[name]
 
     def check(self, value: str, module: str | None) -> None:
-        """Import the user's module, where the settings name one, and refuse a value that names nothing.
+        """Import the user's module, where the settings name one, and check that the value is a choice.
 
         Raises:
-            InvalidValue: the module cannot be imported, or neither it nor Trimtab knows the value.
+            InvalidValue: the module cannot be imported, or neither it nor Trimtab registers the value.
         """
         if module:
             import_module(self.module_setting, module)
         if value not in self.choices:
             raise InvalidValue(
-                f"{self.setting} is {value!r}; it must be one of {', '.join(self.choices)}, or come with "
+                f"{self.setting} is {value!r:.60}; it must be one of {', '.join(self.choices)}, or come with "
                 f"{self.module_setting}"
             )
 
     def find(self, name: str, module: str | None) -> EntryT:
-        """The entry of a name that `check` has passed, maybe in another process: then it imports the user's module."""
+        """The entry of a name that `check` accepted. Imports the user's module where only another process has yet."""
         if name not in self and module:
             import_module(self.module_setting, module)
         return self[name]
 
     def __getitem__(self, name: str) -> EntryT:
-        if name not in self._entries and name in self.ours:
-            importlib.import_module(self.ours[name])
+        if name not in self._entries and name in self.builtin:
+            importlib.import_module(self.builtin[name])
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self.ours, **self._entries})
+        return iter({**self.builtin, **self._entries})
 
     def __len__(self) -> int:
-        return len({**self.ours, **self._entries})
+        return len({**self.builtin, **self._entries})
 
     def __hash__(self) -> int:  # Mapping has none, but Annotated[str, LAWS] must be hashable
         return id(self)
@@ -89,7 +93,7 @@ def import_module(setting: str, name: str) -> None:
         importlib.import_module(name)
     except (ImportError, ValueError) as error:
         raise InvalidValue(
-            f"{setting} {name!r} cannot be imported: {error}; install it, or put its folder on PYTHONPATH"
+            f"{setting} {name!r:.60} cannot be imported: {error}; install it, or put its folder on PYTHONPATH"
         ) from error
 
 
@@ -110,16 +114,16 @@ def checked_options(
         InvalidValue: an option is not known, or not a finite number.
     """
     if not isinstance(given, Mapping):
-        raise InvalidValue(f"{setting} is {given!r}; it must hold names and numbers, as {{beta: 0.9}}")
+        raise InvalidValue(f"{setting} is {given!r:.60}; it must hold names and numbers, as {{beta: 0.9}}")
     for name, value in given.items():
         if name not in known:
             listing = f"knows {', '.join(sorted(known))}" if known else "has no options"
-            raise InvalidValue(f"{setting} has {name!r}, but {owner} {listing}")
+            raise InvalidValue(f"{setting} has {name!r:.60}, but {owner} {listing}")
         if not is_number(value):
-            raise InvalidValue(f"{setting}.{name} ({value!r}) must be a finite number; default {known[name]}")
+            raise InvalidValue(f"{setting}.{name} ({value!r:.60}) must be a finite number; default {known[name]}")
     return {name: float(given[name]) for name in sorted(given)}
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a finite int or float, and no bool."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type] # narrowed by the first half
+    """Whether the value is an int or float, and no bool, that is finite as a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type] # a number here

@@ -33,8 +33,8 @@ def all_gather_values(
     Args:
         value: made of None, bool, int, float, str, list, tuple and dict with str keys; tuples arrive as lists.
         group: of any backend; None for a process on its own.
-        read: checks and converts a received value; raises one of _UNEXPECTED for a value that it does not expect.
-
+        read: checks and converts a received value; raises a TypeError, ValueError, KeyError or AttributeError for one
+            that it does not expect.
     Raises:
         BadValue: a value is larger than `max_bytes`, is no JSON, or `read` refuses it. All ranks raise it.
 
@@ -83,11 +83,8 @@ def list_of(kind: type[T]) -> Callable[[Any], list[T]]:
 def tensor_value(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
     """A tensor as a value to send, in base64: for tests and measurements, too slow for training."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return (
-        str(tensor.dtype).removeprefix("torch."),
-        tuple(tensor.shape),
-        base64.b64encode(raw.numpy().tobytes()).decode(),
-    )
+    text = base64.b64encode(raw.numpy().tobytes()).decode()
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), text
 
 
 def read_tensor(value: Any) -> torch.Tensor:
@@ -114,7 +111,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def host_lists(*tensors: Tensor) -> list[Any]:
-    """The tensors, of one dtype and device, as nested lists. Waits for the device once, since they go as one copy."""
+    """The tensors, of one dtype and device, as nested lists. One copy to the host: it waits for the device once."""
     host = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     parts = host.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]

@@ -7,7 +7,7 @@ tools, and `terminal` writes for people. The names in `__all__` are public: they
 
 from typing import TYPE_CHECKING
 
-from dispatch.public import lazily
+from dispatch.public import lazy_getattr
 
 if TYPE_CHECKING:
     from runtime.commands.replay.score_trace import read_scores
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_metrics", "read_events", "read_load_history", "read_scores", "stream_weights"]
 
-__getattr__ = lazily(
+__getattr__ = lazy_getattr(
     __name__,
     {
         "read_metrics": "workers.record.run_log",

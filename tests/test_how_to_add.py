@@ -118,7 +118,7 @@ def test_the_settings_know_what_a_module_registers_and_refuse_before_anything_st
 
 
 def test_one_line_makes_the_name_of_a_part_ours(monkeypatch):
-    monkeypatch.setitem(BACKENDS.ours, "plain", "examples.my_exchange")
+    monkeypatch.setitem(BACKENDS.builtin, "plain", "examples.my_exchange")
     assert ParallelConfig(exchange="plain").backend.automatic is False
     BACKENDS.forget("plain")
     sys.modules.pop("examples.my_exchange")

@@ -49,8 +49,8 @@ class Activity:
     """What one thread of a rank is doing. Survives pickling.
 
     step, layer, phase: where it is; phase_s: for how many seconds. waits_in: the oldest collective that it has started
-    and that has not ended. started: the number of collectives that it has started, by group. recent: where the last
-    ones were started, by group and index. memory_bytes: the memory of its process; 0 where it was not measured.
+    and that has not ended. started: the number of collectives that it has started, by group. recent: step, phase and
+    layer, as text, of the last ones, by group and index. memory_bytes: of its process; 0 where it was not measured.
     """
 
     step: int

@@ -1,14 +1,14 @@
 """Tracks what a rank is doing: its phase and its collectives in flight, so that the driver can explain a hang.
 
-A thread that hangs cannot say where. So each thread that starts collectives writes its place into an `ActivityTracker`,
-and other threads `read` it for the driver, which compares the ranks. There is no lock, which would cost time in every
-phase: only one thread writes, and it replaces values instead of changing them.
+A thread that hangs cannot say where. So each thread that starts collectives writes its step, layer and phase into an
+`ActivityTracker`, and other threads `read` it for the driver, which compares the ranks. There is no lock, which would
+cost time in every phase: only one thread writes, and it replaces values instead of changing them.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from dispatch.diagnosis.collective_errors import CollectiveTimeout, RanksDiverge
 
 _IN_BACKWARD = {phase: f"backward {phase}" for phase in MOE_PHASES}
 _WITH_LAYER = frozenset([*MOE_PHASES, *_IN_BACKWARD.values()])
-_LAYERS = 1 << 20  # a step's part of a place number; more than any model has layers
+_PLACES_PER_STEP = 1 << 20  # place numbers of one step: 0 outside MoE layers, then one for each layer of the model
 # Texts of gloo and NCCL. gloo has a second one, "Application timeout", for a collective between two ranks of which
 # another collective has timed out before.
 _TIMED_OUT = ("timed out", "Timed out", "timeout")
@@ -38,14 +38,18 @@ def in_backward() -> bool:
 
 @dataclass(eq=False, slots=True)
 class PendingCollective:
-    """A collective that a tracker has started. what: its description, in which only `read` fills in `waited_s`."""
+    """A collective that a tracker has started.
+
+    collective: its description, in which only `read` fills in `waited_s`. began_at, failed_at: seconds of
+    time.monotonic; failed_at is 0 unless `wait` raised.
+    """
 
     tracker: ActivityTracker
-    what: Collective
-    began: float
+    collective: Collective
+    began_at: float
     work: Any = None
     args: tuple[Any, ...] = ()  # the backend reads and writes these tensors until the end
-    failed: float = 0.0
+    failed_at: float = 0.0
     waited_for: bool = False
     ended: bool = False
 
@@ -72,23 +76,23 @@ class PendingCollective:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not ended, or ended in an error: then it stays open, to show where this rank failed."""
-        return not self.ended and (self.work is None or bool(self.failed) or not self.work.is_completed())
+        """Whether it has not ended. One that failed stays open, to show where this rank failed."""
+        return not self.ended and (self.work is None or bool(self.failed_at) or not self.work.is_completed())
 
     def read(self, now: float) -> Collective:
         """A copy for another process, with the seconds that it has waited until `now` (of time.monotonic)."""
-        return replace(self.what, waited_s=(self.failed or now) - self.began)
+        return replace(self.collective, waited_s=(self.failed_at or now) - self.began_at)
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
-        self.failed = time.monotonic()
+        self.failed_at = time.monotonic()
         if not any(text in str(error) for text in _TIMED_OUT):
-            error.add_note(f"in {self.what} ({self.what.op})")
+            error.add_note(f"in {self.collective} ({self.collective.op})")
             return error
         return CollectiveTimeout(
-            step=self.what.step,
-            layer=self.what.layer,
-            phase=self.what.phase,
-            waited_s=self.failed - self.began,
+            step=self.collective.step,
+            layer=self.collective.layer,
+            phase=self.collective.phase,
+            waited_s=self.failed_at - self.began_at,
             missing_ranks=None,
             setting="the time-out of its process group",
         )
@@ -96,9 +100,10 @@ class PendingCollective:
 
 @dataclass(eq=False)
 class ActivityTracker:
-    """Where one thread of a rank is, and its collectives in flight. Every collective of a step is started by it.
+    """Step, layer and phase of one thread of a rank, and its collectives in flight. It starts every collective.
 
-    layers: the names of the model's MoE layers, in order (`dispatch.layer.name_layers`).
+    layers: the names of the model's MoE layers, in order (`dispatch.layer.name_layers`). since: when the phase began,
+    in seconds of time.monotonic.
     """
 
     layers: tuple[str, ...] = ()
@@ -119,7 +124,7 @@ class ActivityTracker:
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
-        """Enter a phase and return to the one before. After an exception the phase stays, to show where it was."""
+        """Enter a phase and return to the one before. After an exception the phase stays, to show where it happened."""
         before = self.phase
         self.set_phase(phase)
         yield
@@ -166,7 +171,8 @@ class ActivityTracker:
     def note_message(self, op: str, name: str, members: tuple[int, int]) -> PendingCollective:
         """Note a message between two ranks that the caller starts itself; call `end` on the result when it is done.
 
-        name: the same on both ranks, which must note the messages of this name in the same order.
+        name: stands for the group's name; the same on both ranks, which must note its messages in the same order.
+        members: the global ranks of sender and receiver.
         """
         self.close_ended()
         return self._note(op, name, members, None)
@@ -174,37 +180,38 @@ class ActivityTracker:
     @property
     def place_number(self) -> int:
         """Step and MoE layer as one int64: equal on all ranks that are at the same step and layer."""
-        return self.step * _LAYERS + (self.layers.index(self.layer) + 1 if self.layer in self.layers else 0)
+        return self.step * _PLACES_PER_STEP + (self.layers.index(self.layer) + 1 if self.layer in self.layers else 0)
 
-    def check_met(self, places: list[int], groups: list[dist.ProcessGroup]) -> None:
+    def check_same_place(self, places: list[int], groups: list[dist.ProcessGroup]) -> None:
         """Raise RanksDiverged unless all ranks are at this rank's step and layer.
 
-        places: the place numbers of the members of `groups`, group by group.
+        places: `place_number` of each member of `groups`, group by group.
         """
         mine = self.place_number
         if all(place == mine for place in places):
             return
         ranks = [rank for group in groups for rank in dist.get_process_group_ranks(group)]
-        raise self._diverged(dict(zip(ranks, places, strict=True)))
+        raise self._diverged(dict(zip(ranks, places, strict=True)))  # a rank of two groups has one place
 
-    def _diverged(self, place_of: dict[int, int]) -> RanksDiverged:
-        counts = Counter(place_of.values()).most_common()
-        # Without a majority the ranks that are behind are taken to be right: leaving out a layer brings a rank ahead.
-        usual = min(place for place, count in counts if count == counts[0][1])
-        text_of = {place: self._text_of(place) for place, _ in counts}
-        where = "; ".join(
-            f"{ranks_text(sorted(rank for rank, at in place_of.items() if at == place))} at {text}"
-            for place, text in sorted(text_of.items())
+    def _diverged(self, places: dict[int, int]) -> RanksDiverged:
+        """The error for ranks at different places. places: place number by global rank."""
+        ranks_by_place = {p: sorted(rank for rank in places if places[rank] == p) for p in sorted({*places.values()})}
+        # Where most ranks are. Of equals `max` takes the first: a rank ahead of others has left out a layer.
+        common_place = max(ranks_by_place, key=lambda place: len(ranks_by_place[place]))
+        step, layer = self._step_and_layer(common_place)
+        diverged = sorted(places.keys() - ranks_by_place[common_place])
+        details = "; ".join(
+            f"{ranks_text(ranks)} at {self._place_text(place)}" for place, ranks in ranks_by_place.items()
         )
-        odd = sorted(rank for rank, place in place_of.items() if place != usual)
-        step, layer = divmod(usual, _LAYERS)
-        return RanksDiverged(
-            step=step, layer=self.layers[layer - 1] if layer else "", phase=self.phase, ranks=odd, details=where
-        )
+        return RanksDiverged(step=step, layer=layer, phase=self.phase, ranks=diverged, details=details)
 
-    def _text_of(self, place: int) -> str:
-        step, layer = divmod(place, _LAYERS)
-        return place_text(step, self.phase, self.layers[layer - 1] if layer else "")
+    def _step_and_layer(self, place: int) -> tuple[int, str]:
+        step, layer = divmod(place, _PLACES_PER_STEP)
+        return step, self.layers[layer - 1] if layer else ""
+
+    def _place_text(self, place: int) -> str:
+        step, layer = self._step_and_layer(place)
+        return place_text(step, self.phase, layer)
 
     def close_ended(self) -> None:
         """Drop the collectives that were waited for and have ended: torch's work handles keep their tensors alive."""
@@ -232,7 +239,7 @@ class ActivityTracker:
 
     def _note(self, op: str, name: str, members: tuple[int, ...], splits: Splits | None) -> PendingCollective:
         index = self._started[name] = self._started.get(name, 0) + 1
-        what = Collective(
+        collective = Collective(
             op=op,
             group=name,
             index=index,
@@ -243,8 +250,8 @@ class ActivityTracker:
             waited_s=0.0,
             splits=splits,
         )
-        started = PendingCollective(self, what, time.monotonic())
+        started = PendingCollective(self, collective, time.monotonic())
         # A new list each time, never changed in place: another thread may be reading the old one.
         self._open = [*self._open, started]
-        self._recent.append(what)
+        self._recent.append(collective)
         return started

@@ -12,8 +12,8 @@ def place_text(step: int, phase: str, layer: str) -> str:
     return f"step {step}, {where}" if step else where
 
 
-class _OfKeywords(RuntimeError):
-    """An error that is built from keyword arguments and keeps each as an attribute; it is pickled as these.
+class _KeywordError(RuntimeError):
+    """An error that is built from keyword arguments, keeps each as an attribute, and is pickled by them.
 
     By default pickle would call the class with `args`, positionally, which these classes do not take.
     """
@@ -22,7 +22,7 @@ class _OfKeywords(RuntimeError):
         return _build, (type(self), vars(self).copy())
 
 
-class CollectiveTimeout(_OfKeywords):
+class CollectiveTimeout(_KeywordError):
     """A collective did not end within its bound.
 
     step, layer, phase: where the waiting ranks are; layer is "" outside MoE layers. waited_s: seconds so far.
@@ -56,7 +56,7 @@ class CollectiveTimeout(_OfKeywords):
         return f"{text}\n{self.details}" if self.details else text
 
 
-class WrongSplits(_OfKeywords):
+class WrongSplits(_KeywordError):
     """A rank was about to send other numbers of rows than it had announced; nothing was sent.
 
     announced, sent: the rows to each rank of the group, 0 to itself.
@@ -77,7 +77,7 @@ class WrongSplits(_OfKeywords):
         )
 
 
-class RanksDiverged(_OfKeywords):
+class RanksDiverged(_KeywordError):
     """Ranks met in one exchange at different steps or layers: one of them left out a layer or a step.
 
     ranks: global ranks that are not where most are; where there is no majority, those that are ahead.

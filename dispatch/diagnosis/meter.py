@@ -77,8 +77,8 @@ class Meter:
     def count(self, **assignments: int) -> None:
         """Add to routed, sent, received or returned. A recompute repeats assignments, so that it counts nothing."""
         if not in_backward():
-            for name, number in assignments.items():
-                self._counts[name] += number
+            for name, count in assignments.items():
+                self._counts[name] += count
 
     def note_message(self, message: Message, link: str) -> None:
         """Count the bytes of a message, and append it to `messages` if that is a list."""

@@ -23,6 +23,7 @@ from dispatch.exchange.dispatcher import (
     PendingCombine,
     PendingDispatch,
     check_shapes,
+    state_of_kind,
 )
 from dispatch.exchange.exchange_group import ExchangeGroup, order_by_expert
 from dispatch.exchange.payload import Payload
@@ -68,15 +69,15 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
         chunks = self.physical_ids(topk_ids_TK).tensor_split(num_chunks)
         with self.meter.span("dispatch", topk_ids_TK.device):
             *splits, counts_CL, places = host_lists(*self._exchange_sizes(chunks))
-            self.meter.tracker.check_met(places, [group.process_group for group in self.groups])
-        # `splits` has a table of input splits and one of output splits for each group, both with a line for each chunk.
-        # A plan has the two lines of its chunk as a pair, for each group.
+            self.meter.tracker.check_same_place(places, [group.process_group for group in self.groups])
+        # `splits` has a table of input splits and one of output splits for each group, both with a row for each chunk.
+        # A plan has the pair of rows of its chunk, for each group.
         by_group = [zip(sent, received, strict=True) for sent, received in zip(splits[::2], splits[1::2], strict=True)]
         by_chunk = zip(chunks, counts_CL, zip(*by_group, strict=True), strict=True)
         return [ChunkPlan(*each, self.meter.tracker.layer) for each in by_chunk]
 
     def _exchange_sizes(self, chunks: Sequence[Tensor]) -> list[Tensor]:
-        """What `plan` needs on the host, still on the device, so that the host waits for it only once.
+        """What `plan` needs on the host, as tensors on the device, so that `plan` copies and waits only once.
 
         For each group the rows to each rank (C, P) and from each rank (C, P); then the assignments of each local expert
         (C, L); last the places of the ranks of all groups, see `ExchangeGroup.exchange_sizes`.
@@ -88,9 +89,9 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
 
     def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
         """See `Dispatcher.max_rows_and_tokens`."""
-        most = torch.tensor(super().max_rows_and_tokens(plans), device=plans[0].topk_ids_TK.device)
-        self.meter.tracker.run(dist.all_reduce, most, dist.ReduceOp.MAX, group=self.ep_group)
-        rows, tokens = most.tolist()
+        maxima = torch.tensor(super().max_rows_and_tokens(plans), device=plans[0].topk_ids_TK.device)
+        self.meter.tracker.run(dist.all_reduce, maxima, dist.ReduceOp.MAX, group=self.ep_group)
+        rows, tokens = maxima.tolist()
         return rows, tokens
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
@@ -120,10 +121,8 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[_Exchanges]) -> PendingCombine[PendingRows]:
         """See `Dispatcher.start_combine`. The exchanges are made in the opposite order."""
-        if not isinstance(handle.combine_state, tuple):
-            raise ValueError("another kind of dispatcher made this handle; combine with the dispatcher that made it")
+        first, *others = state_of_kind(handle, tuple)
         self.meter.count(returned=len(handle.row_weights_R))
-        first, *others = handle.combine_state
         for exchange in reversed(others):
             (sums_QH,) = exchange.start_combine(sums_QH).finish()
         return PendingCombine(first.start_combine(sums_QH))

@@ -1,4 +1,4 @@
-"""Memory of large CPU tensors, handed out again instead of back to the system. It limits nothing.
+"""Memory of large CPU tensors, reused instead of given back to the system. It limits nothing.
 
 No expert has a capacity and no token is dropped: buffers have the size of the rows that come. `ScheduleConfig.max_rows`
 bounds how many rows a rank holds at once.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_LEAST_BYTES = 1 << 18  # smaller tensors come from glibc's free lists, which is as fast
+_MIN_BYTES = 1 << 18  # smaller tensors come from glibc's free lists, which is as fast
 # Sizes are rounded up to a multiple of this, large ones to a sixteenth of their power of two, so that the next batch,
 # which has a few rows more or less, finds a block that fits.
 _GRANULE = 1 << 16
@@ -40,23 +40,23 @@ class BufferPool:
     _num_takes: int = 0
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`torch.empty` on the device of `like` and, unless given, in its dtype."""
+        """`torch.empty` on the device of `like`; dtype: None for that of `like`. Large CPU tensors reuse a block."""
         dtype = dtype or like.dtype
         num_bytes = dtype.itemsize * math.prod(shape)
         # Deterministic mode fills uninitialised memory with NaN, to show who reads it: only torch.empty does that.
-        if like.device.type != "cpu" or num_bytes < _LEAST_BYTES or torch.are_deterministic_algorithms_enabled():
+        if like.device.type != "cpu" or num_bytes < _MIN_BYTES or torch.are_deterministic_algorithms_enabled():
             return like.new_empty(shape, dtype=dtype)
         tensor: Tensor = torch.empty(0, dtype=dtype).set_(self._take(num_bytes), 0, shape)  # type: ignore[call-overload]
         return tensor
 
     def zeros(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`torch.zeros`, likewise."""
+        """As `empty`, filled with zeros."""
         return self.empty(*shape, like=like, dtype=dtype).zero_()
 
     def _take(self, num_bytes: int) -> torch.UntypedStorage:
         self._num_takes += 1
         self._blocks = [block for block in self._blocks if self._num_takes - block.last_use < _IDLE_TAKES]
-        near = [b for b in self._blocks if 0.75 * num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes and _free(b)]
+        near = [b for b in self._blocks if 0.75 * num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes and _is_free(b)]
         fitting = [block for block in near if block.storage.nbytes() >= num_bytes]
         if fitting:
             block = min(fitting, key=lambda b: b.storage.nbytes())
@@ -70,7 +70,7 @@ class BufferPool:
         return block.storage
 
 
-def _free(block: _Block) -> bool:
+def _is_free(block: _Block) -> bool:
     # A storage has two counts of references. Python's: all Python references to a storage are to one object, and 2 of
     # them are the block's and the argument of getrefcount.
     if sys.getrefcount(block.storage) > 2:

@@ -27,6 +27,7 @@ from dispatch.exchange.dispatcher import (
     PendingCombine,
     PendingDispatch,
     check_shapes,
+    state_of_kind,
 )
 from dispatch.exchange.exchange_group import order_by_expert
 from dispatch.exchange.placement import ExpertPlacement
@@ -39,7 +40,7 @@ from dispatch.routing.selection import count_by_expert
 EP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # DeepEP has settings for these numbers of ranks only
 MAX_TOP_K = 32  # the lanes of a warp copy the ids of a row, one id each
 MAX_LOCAL_EXPERTS = 128  # one thread each
-NODE_RANKS = 8  # with at most this many ranks, DeepEP takes all to share a node
+NODE_RANKS = 8  # DeepEP assumes that a group of at most this many ranks is on one node
 # (multiple of, at most) for the elements of a bf16 row. Inside a node a bulk copy takes half a row, in 16-byte words;
 # between nodes it takes a whole row, in units of 512 bytes. A row must fit into the shared memory of a warp.
 HIDDEN_IN_NODE, HIDDEN_BETWEEN_NODES = (16, 8176), (256, 7936)
@@ -98,42 +99,43 @@ def open_buffer(ep_group: dist.ProcessGroup, hidden: int) -> Any:
 
 @dataclass(frozen=True)
 class DeepEPExchange:
-    """Sends rows the way that a chunk's first dispatch has gone, or back.
+    """Re-dispatches or combines with the cached handle of a chunk's first dispatch.
 
-    handle: DeepEP's record of that way. ids_QK: local expert ids, -1 where another rank has the expert; not to be read
-    before the rows have arrived. counts_L: rows of each local expert. sizes: how many rows went to other ranks, and
-    came from them, int64 on the device.
+    handle: as `Buffer.dispatch` returned it. ids_QK: local expert ids, -1 where another rank has the expert; not to be
+    read before the rows have arrived. counts_L: rows of each local expert. num_sent, num_received: rows that this rank
+    sent to other ranks and received from them, int64 scalars on the device, for the meter.
     """
 
     buffer: Any
     handle: Any
     ids_QK: Tensor
     counts_L: list[int]
-    sizes: tuple[Tensor, Tensor]
+    num_sent: Tensor
+    num_received: Tensor
     meter: Meter
     link: LinkKind
 
     @torch.no_grad()
-    def send(self, rows_TH: Tensor) -> list[Arriving]:
-        """Start to send rows to where their tokens went: rows_QH. The sizes are known, so the host does not wait."""
+    def dispatch(self, rows_TH: Tensor) -> list[Arriving]:
+        """Start a dispatch with the cached handle: rows_QH. The sizes are known, so the host does not wait."""
         rows_TH = rows_TH.contiguous()
         rows_QH, *_, event = self.buffer.dispatch(rows_TH, handle=self.handle, async_finish=True)
-        self.count_bytes(self.sizes[0], rows_TH)
+        self.count_bytes(self.num_sent, rows_TH)
         return [(rows_QH, partial(_wait, event, (rows_TH,)))]
 
     @torch.no_grad()
-    def send_back(self, rows_QH: Tensor, weights_QK: Tensor | None = None) -> list[Arriving]:
-        """Start to return rows, which are summed by token: y_TH; with weights also their sums by token, (T, K)."""
+    def combine(self, rows_QH: Tensor, weights_QK: Tensor | None = None) -> list[Arriving]:
+        """Start a combine: the sum of each token's rows, y_TH; with weights also their sum for each token, (T, K)."""
         sent = tuple(tensor.contiguous() for tensor in (rows_QH, weights_QK) if tensor is not None)
         y_TH, sums_TK, event = self.buffer.combine(
             sent[0], self.handle, topk_weights=None if weights_QK is None else sent[1], async_finish=True
         )
-        self.count_bytes(self.sizes[1], *sent)
+        self.count_bytes(self.num_received, *sent)
         arriving: list[Arriving] = [(y_TH, partial(_wait, event, sent))]
         return arriving if weights_QK is None else [*arriving, (sums_TK, None)]
 
     def count_bytes(self, num_rows: Tensor, *tensors: Tensor) -> None:
-        """Count that `num_rows` rows of the tensors go to other ranks."""
+        """Count `num_rows` rows of each of the tensors as bytes sent to other ranks."""
         row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
         self.meter.count_bytes(num_rows * row_bytes, self.link)
 
@@ -146,10 +148,10 @@ class DeepEPDispatcher(Dispatcher):
     """Sends one row for each (token, rank); DeepEP carries and sums the rows on a CUDA stream of its own.
 
     The host waits for the device once for each chunk, in `start_dispatch`, and nowhere else: DeepEP learns how many
-    rows will arrive only when they leave, so that `plan` only cuts the batch. Backward does not wait, since its rows go
-    ways that are known. Rows must be bf16 and weights fp32.
+    rows will arrive only when they leave, so that `plan` only cuts the batch. Backward does not wait, since it uses the
+    cached handle. Rows must be bf16 and weights fp32.
 
-    buffer: a `deep_ep.Buffer`; opened if not given. All layers of a model share one dispatcher, and with it the buffer.
+    buffer: a `deep_ep.Buffer`; None opens one. All layers of a model share one dispatcher, and with it the buffer.
 
     Raises:
         InvalidValue: DeepEP has no kernel for these sizes, or cannot work here; before any communication.
@@ -169,7 +171,8 @@ class DeepEPDispatcher(Dispatcher):
         self.placement = ExpertPlacement(self.num_experts, ep_size)
         self.ep_rank = dist.get_rank(self.ep_group)
         self.link: LinkKind = "node" if ep_size <= NODE_RANKS else "network"
-        self.buffer = self.buffer or open_buffer(self.ep_group, self.hidden)
+        if self.buffer is None:
+            self.buffer = open_buffer(self.ep_group, self.hidden)
 
     def plan(self, topk_ids_TK: Tensor, num_chunks: int = 1) -> list[ChunkPlan]:
         """See `Dispatcher.plan`; it is not collective, waits for nothing and has no counts."""
@@ -182,26 +185,24 @@ class DeepEPDispatcher(Dispatcher):
         """See `Dispatcher.max_rows_and_tokens`. One reduction, of each chunk's rows by expert and tokens by rank."""
         # The sum over ranks gives each expert's rows. For the tokens each rank fills a column of its own, so that the
         # same sum gives the tokens of every rank, whose maximum is wanted.
-        tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(self._ep_size)] for plan in plans]
+        ep_size = self.placement.ep_size
+        tokens = [[len(plan.topk_ids_TK) * (rank == self.ep_rank) for rank in range(ep_size)] for plan in plans]
         rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
         sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
         self.meter.tracker.run(dist.all_reduce, sizes_CX, group=self.ep_group)
-        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (self._ep_size, -1))
-        most = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()])
-        rows, num_tokens = most.tolist()
+        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (ep_size, -1))
+        rows, num_tokens = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()]).tolist()
         return rows, num_tokens
-
-    @property
-    def _ep_size(self) -> int:
-        return self.placement.ep_size
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
         """See `Dispatcher.start_dispatch`. Waits for the device, and for the other ranks, to learn the sizes.
 
         Raises:
-            ValueError: also where rows are not bf16 or weights not fp32.
+            ValueError: also where rows are not bf16 or not `hidden` wide, or weights are not fp32.
         """
         check_shapes(x_TH, plan.topk_ids_TK, topk_weights_TK)
+        if x_TH.shape[1] != self.hidden:
+            raise ValueError(f"x has width {x_TH.shape[1]}, the dispatcher was made for hidden {self.hidden}")
         if (x_TH.dtype, topk_weights_TK.dtype) != (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"exchange 'deep_ep' takes bfloat16 rows and float32 weights, not {x_TH.dtype} and "
@@ -216,7 +217,7 @@ class DeepEPDispatcher(Dispatcher):
             span=partial(self.meter.span, "dispatch", x_TH.device),
             send=lambda *_: arriving,  # already sent by `_first_dispatch`, which alone learns the sizes
             receive=_unchanged,
-            send_gradients=exchange.send_back,
+            send_gradients=exchange.combine,
             receive_gradients=_unchanged,
         )
         return PendingDispatch(plan, (rows, exchange))
@@ -239,10 +240,10 @@ class DeepEPDispatcher(Dispatcher):
             topk_weights=weights_TK,
             async_finish=True,
         )
-        own = per_rank_P[self.ep_rank].to(torch.int64)
-        sizes = per_rank_P.sum() - own, len(rows_QH) - own
-        exchange = DeepEPExchange(self.buffer, handle, ids_QK, counts_L, sizes, self.meter, self.link)
-        exchange.count_bytes(sizes[0], *sent)
+        staying = per_rank_P[self.ep_rank].to(torch.int64)
+        num_sent, num_received = per_rank_P.sum() - staying, len(rows_QH) - staying
+        exchange = DeepEPExchange(self.buffer, handle, ids_QK, counts_L, num_sent, num_received, self.meter, self.link)
+        exchange.count_bytes(num_sent, *sent)
         return exchange, [(rows_QH, partial(_wait, event, sent)), (weights_QK, None)]
 
     def finish_dispatch(self, pending: PendingDispatch[_Started]) -> tuple[Tensor, DispatchHandle[DeepEPExchange]]:
@@ -258,22 +259,16 @@ class DeepEPDispatcher(Dispatcher):
         return rows_QH, DispatchHandle(exchange.counts_L, sources_R, weights_R, len(rows_QH), exchange)
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[DeepEPExchange]) -> PendingCombine[PendingRows]:
-        """See `Dispatcher.start_combine`.
-
-        Raises:
-            ValueError: another kind of dispatcher made the handle.
-        """
-        exchange = handle.combine_state
-        if not isinstance(exchange, DeepEPExchange):
-            raise ValueError("another kind of dispatcher made this handle; combine with the dispatcher that made it")
+        """See `Dispatcher.start_combine`."""
+        exchange = state_of_kind(handle, DeepEPExchange)
         self.meter.count(returned=len(handle.row_weights_R))
         return PendingCombine(
             PendingRows.start(
                 sums_QH,
                 span=partial(self.meter.span, "combine", sums_QH.device),
-                send=exchange.send_back,
+                send=exchange.combine,
                 receive=_unchanged,
-                send_gradients=exchange.send,
+                send_gradients=exchange.dispatch,
                 receive_gradients=_unchanged,
             )
         )
@@ -289,7 +284,7 @@ def _unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wait(event: Any, _sent: tuple[Tensor, ...]) -> None:
-    """Let the current stream wait for the event. The sent tensors are an argument only to live until then."""
+    """Let the current stream wait for the event. The sent tensors are an argument only to stay alive until then."""
     event.current_stream_wait()
 
 

@@ -38,7 +38,7 @@ class DispatchHandle(Generic[StateT]):
     @functools.cached_property
     def expert_rows(self) -> RowMap:
         """Which arrived row each expert row is a copy of, for experts that want one tensor of all their rows."""
-        return RowMap.of(self.sources_R, self.num_arrived)
+        return RowMap.from_sources(self.sources_R, self.num_arrived)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PendingCombine(Generic[StateT]):
 
 
 class Dispatcher(Protocol):
-    """One way to send tokens to their experts and back, in halves, so that a layer can compute while rows travel.
+    """Sends tokens to their experts and back. Each way has a start and a finish, to compute while rows travel.
 
     A layer calls `plan`, then for each chunk `start_dispatch`, `finish_dispatch`, the experts, `start_combine` and
     `finish_combine`. `dispatch` and `combine` do the same at once. Each call is collective over the EP group, in
@@ -83,9 +83,9 @@ class Dispatcher(Protocol):
     placement: ExpertPlacement
     ep_rank: int
     top_k: int | None = None
-    """Experts of a token that the exchange was chosen for; None if it fits any number."""
+    """Set by `make_dispatcher`: the experts of a token that the exchange was chosen for; None if it fits any number."""
     exchange: str = "none"
-    """The name that `make_dispatcher` chose it by; "none" where nothing is sent."""
+    """Set by `make_dispatcher`: the name of the exchange; "none" where nothing is sent."""
     meter: Meter
     buffer_pool: BufferPool
 
@@ -101,10 +101,10 @@ class Dispatcher(Protocol):
         ...
 
     def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
-        """Return the most expert rows and the most tokens that one of the chunks has on any rank.
+        """Return the most expert rows and the most tokens that a chunk has on a rank: maxima over chunks and ranks.
 
-        The same on all ranks. It costs a reduction and waits for the device; only `ScheduleConfig.max_rows` needs it.
-        This base method returns this rank's numbers, which dispatchers of several ranks reduce.
+        It costs a reduction and waits for the device; only `ScheduleConfig.max_rows` needs it. This base method returns
+        the maxima over chunks of this rank alone, which dispatchers of several ranks reduce.
         """
         rows = max(sum(plan.tokens_per_local_expert_L) for plan in plans)
         return rows, max(len(plan.topk_ids_TK) for plan in plans)
@@ -126,7 +126,11 @@ class Dispatcher(Protocol):
         ...
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> PendingCombine[Any]:
-        """Start to send back the sum of the local experts' outputs for each arrived row: (Q, H)."""
+        """Start to send back the sum of the local experts' outputs for each arrived row: (Q, H).
+
+        Raises:
+            ValueError: another kind of dispatcher made the handle.
+        """
         ...
 
     def finish_combine(self, pending: PendingCombine[Any]) -> Tensor:
@@ -144,6 +148,13 @@ class Dispatcher(Protocol):
     def combine(self, sums_QH: Tensor, handle: DispatchHandle[Any]) -> Tensor:
         """Send back and wait: (T, H)."""
         return self.finish_combine(self.start_combine(sums_QH, handle))
+
+
+def state_of_kind(handle: DispatchHandle[StateT], kind: type) -> StateT:
+    """The handle's combine_state. Raises ValueError if it is of another kind: another kind of dispatcher made it."""
+    if not isinstance(handle.combine_state, kind):
+        raise ValueError("another kind of dispatcher made this handle; combine with the dispatcher that made it")
+    return handle.combine_state
 
 
 def check_shapes(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:

@@ -54,32 +54,32 @@ class ExchangeGroup:
 
     @property
     def blank(self) -> int:
-        """An id that is blank for every receiver: no rank has so many experts."""
+        """A local expert id that is blank for every receiver: no rank has so many experts."""
         return max(self.num_experts_P)
 
     def count(self, chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """For every chunk the rows to each rank (C, P) and the assignments of each expert (C, E); int64, on device."""
         num_experts = sum(self.num_experts_P)
-        # All blank ids count as one expert more, which is left out.
+        # All blank ids are counted as one extra expert, whose count is dropped.
         counts_CE = torch.stack(
             [count_by_expert(ids_TK.clamp(max=num_experts), num_experts + 1)[:num_experts] for ids_TK in chunks]
         )
         return torch.stack([self.needs(ids_TK).sum(0) for ids_TK in chunks]), counts_CE
 
     def needs(self, ids_TK: Tensor) -> Tensor:
-        """Which token needs which rank, bool (T, P)."""
+        """Whether each token has an expert on each rank, bool (T, P)."""
         num_ranks = len(self.num_experts_P)
         needs_TP = torch.zeros(len(ids_TK), num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
         return needs_TP.scatter_(1, self.owners(ids_TK), True)[:, :num_ranks]
 
     def exchange_sizes(self, sizes_CPX: Tensor, counts_CE: Tensor) -> tuple[Tensor, Tensor]:
-        """Send each rank X integers for each chunk and the counts of its experts, and receive this rank's.
+        """Send each rank X integers for each chunk and the counts of its experts, and receive the same from each.
 
         Args:
-            sizes_CPX: int64, for each chunk and rank what this rank has to tell it.
+            sizes_CPX: int64, the X integers for each chunk and rank.
             counts_CE: int64, assignments of each expert, of which each rank gets those of its own experts.
         Returns:
-            What every rank sent here, int64 (P, C, X + L), and the place (step and layer) that every rank is in, (P,).
+            What every rank sent here, int64 (P, C, X + L), and the `ActivityTracker.place_number` of every rank, (P,).
             Without the places a rank that left out a layer would read the sizes of one layer as those of another.
 
         Collective.
@@ -131,7 +131,7 @@ class ExchangeGroup:
         )
 
     def ids_for_receiver(self, ids_SW: Tensor, rank_S: Tensor) -> Tensor:
-        """The ids of each leaving row in its receiver's numbers, blank where another rank holds the expert."""
+        """The ids of each leaving row as its receiver's local expert ids, blank where another rank has the expert."""
         local_SW = ids_SW - self._tables_on(ids_SW.device).first_P[rank_S].unsqueeze(1)
         is_receivers_SW = self.owners(ids_SW) == rank_S.unsqueeze(1)
         return local_SW.masked_fill(~is_receivers_SW, self.blank).to(id_dtype(self.blank))

@@ -19,9 +19,9 @@ from dispatch.exchange.placement import ExpertPlacement
 
 # Few ranks cut their tokens into several shares each: with one share for each of 2 ranks, only half of a hot expert's
 # tokens could be moved.
-_LEAST_SHARES = 16
-# Both divide the mean load of a rank. Copies send weights and gradients in every step, so that none are made where the
-# busiest rank is within a twentieth of the mean. The search ends within a 128th of the best level.
+_MIN_SHARES = 16
+# Both divide the mean load of a rank. Copies cost messages of weights and gradients in every step, so none are made
+# where the busiest rank is within a twentieth of the mean. The search ends within a 128th of the best level.
 _CLOSE_ENOUGH = 20
 _PRECISION = 128
 
@@ -40,7 +40,7 @@ class ExpertCopies:
     @property
     def shares_per_rank(self) -> int:
         """G: token t of a rank is in its share t % G."""
-        return -(-_LEAST_SHARES // self.placement.ep_size)
+        return -(-_MIN_SHARES // self.placement.ep_size)
 
     @property
     def num_shares(self) -> int:
@@ -78,18 +78,15 @@ class ExpertCopies:
     def physical_ids(self, ep_rank: int) -> list[list[int]]:
         """The physical expert that computes each expert (E), for each share of the rank's tokens (G)."""
         firsts = [0, *accumulate(self.num_physical)]
-        own = [
-            first + at
-            for first, num in zip(firsts, self.placement.num_local_experts, strict=False)
-            for at in range(num)
-        ]
-        ids_GE = [list(own) for _ in range(self.shares_per_rank)]
+        num_own = self.placement.num_local_experts
+        owners = chain.from_iterable(range(first, first + num) for first, num in zip(firsts, num_own, strict=False))
+        owner_ids_E = list(owners)
+        ids_GE = [list(owner_ids_E) for _ in range(self.shares_per_rank)]
         for expert, holder_S in self.holders.items():
             for share, ids_E in enumerate(ids_GE):
                 holder = holder_S[ep_rank * self.shares_per_rank + share]
                 if expert not in self.placement.owned_by(holder):
-                    num_own = self.placement.num_local_experts[holder]
-                    ids_E[expert] = firsts[holder] + num_own + self._copies_P[holder].index(expert)
+                    ids_E[expert] = firsts[holder] + num_own[holder] + self._copies_P[holder].index(expert)
         return ids_GE
 
     def rank_loads(self, loads_E: Sequence[int]) -> list[int]:
@@ -105,7 +102,8 @@ class ExpertCopies:
 
     def busiest(self, loads_E: Sequence[int]) -> float:
         """Load of the busiest rank over the mean of all ranks; 1 where there are no tokens."""
-        return max(self.rank_loads(loads_E)) / (total * self.shares_per_rank) if (total := sum(loads_E)) else 1.0
+        mean = sum(loads_E) * self.shares_per_rank  # in tokens times S, as `rank_loads`
+        return max(self.rank_loads(loads_E)) / mean if mean else 1.0
 
 
 def place_copies(
@@ -114,8 +112,8 @@ def place_copies(
     """Give hot experts copies on ranks with little load, so that the load of the busiest rank becomes small.
 
     A binary search for the lowest load (level) that no rank need exceed. Each level is tried by a greedy assignment:
-    the busiest rank gives tokens away first, in as few copies as it can. There are no copies where the owners alone are
-    even enough.
+    the busiest rank gives tokens away first, in as few copies as it can. It makes no copies where the load of the
+    busiest rank is close to the mean without them.
 
     Args:
         loads_E: tokens of each expert over all ranks, non-negative integers.
@@ -125,11 +123,11 @@ def place_copies(
     """
     owners = ExpertCopies(ExpertPlacement(len(loads_E), ep_size))
     quotas = _Search(tuple(map(int, loads_E)), owners, copies_per_rank).best()
-    nearest = {expert: _nearest(quotas[expert], owners, ranks_per_node) for expert in sorted(quotas)}
-    return ExpertCopies(owners.placement, nearest)
+    holders = {expert: _holders(quotas[expert], owners, ranks_per_node) for expert in sorted(quotas)}
+    return ExpertCopies(owners.placement, holders)
 
 
-_Quotas = dict[int, dict[int, int]]  # for each expert and rank: the number of shares that the rank computes, or 0
+_Quotas = dict[int, dict[int, int]]  # by expert and then rank: how many shares the rank computes, maybe 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class _Search:
 
 
 class _Rooms:
-    """How much more load each rank can take: of the ranks that can still hold a copy, by increasing room."""
+    """How much more load each rank can take, sorted, of the ranks that can hold one more copy."""
 
     def __init__(self, room_of_rank: Mapping[int, int], copies_per_rank: int) -> None:
         self._copies_left = dict.fromkeys(room_of_rank, copies_per_rank)
@@ -207,18 +205,18 @@ class _Rooms:
         return rank
 
 
-def _nearest(quota: Mapping[int, int], owners: ExpertCopies, ranks_per_node: int) -> tuple[int, ...]:
-    """Which rank computes an expert for each share, with as many shares for each rank as its quota.
+def _holders(quota: Mapping[int, int], owners: ExpertCopies, ranks_per_node: int) -> tuple[int, ...]:
+    """Which rank computes an expert for each share (S), with as many shares for each rank as its quota.
 
     The rank that the tokens of the share are on, if its quota allows; else a rank of the same node; else any rank.
     """
     left = {rank: quota[rank] for rank in sorted(quota)}
     ranks = [share // owners.shares_per_rank for share in range(owners.num_shares)]
-    holder = [-1] * len(ranks)
-    for size in (1, ranks_per_node, owners.placement.ep_size):  # ranks in one run of this many are near each other
+    holder_S = [-1] * len(ranks)
+    for size in (1, ranks_per_node, owners.placement.ep_size):  # neighbouring ranks: the rank, its node, all
         for share, rank in enumerate(ranks):
-            near = [each for each, quota in left.items() if quota and each // size == rank // size]
-            if holder[share] < 0 and near:
-                holder[share] = max(near, key=lambda each: (left[each], -each))
-                left[holder[share]] -= 1
-    return tuple(holder)
+            near = [other for other, num_left in left.items() if num_left and other // size == rank // size]
+            if holder_S[share] < 0 and near:
+                holder_S[share] = max(near, key=lambda other: (left[other], -other))
+                left[holder_S[share]] -= 1
+    return tuple(holder_S)

@@ -31,7 +31,7 @@ def make_dispatcher(
     meter: Meter | None = None,
     buffer_pool: BufferPool | None = None,
 ) -> Dispatcher:
-    """Build the dispatcher of an MoE layer: it holds the rule of which rank has which experts, and sends the rows.
+    """Build the dispatcher of an MoE layer: it knows which rank has which experts, and sends the rows.
 
     Every rank of the group must call it with the same values. With one rank nothing is sent, whatever `exchange` is.
 
@@ -51,9 +51,12 @@ def make_dispatcher(
         meter: measures phases and bytes; None for one of its own.
         buffer_pool: CPU buffers to use again; None for one of its own.
     Raises:
-        InvalidValue: `node` without `nodes`; `deep_ep` with `fp8`, or where DeepEP cannot run. It is also a ValueError.
+        InvalidValue: `top_k` is not in 1 to `num_experts`; `node` without `nodes`; `deep_ep` with `fp8`, or where
+            DeepEP cannot run. It is also a ValueError.
     """
     BACKENDS.check(exchange, None)
+    if not 1 <= top_k <= num_experts:
+        raise InvalidValue(f"top_k ({top_k}) must be between 1 and num_experts ({num_experts}); lower top_k")
     backend = BACKENDS.get(exchange)
     meter, buffer_pool, ep_size = meter or Meter(), buffer_pool or BufferPool(), dist.get_world_size(ep_group)
     dispatcher: Dispatcher
@@ -79,14 +82,17 @@ def make_dispatcher(
 
 @dataclass(frozen=True)
 class WireCost:
-    """Numbers, of any width, that a rank is expected to send for one token: over the network, and inside its node."""
+    """How many numbers a rank is expected to send for one token, over the network and inside its node.
+
+    Elements of rows, combine weights, their gradients and ids all count as one, whatever their bytes.
+    """
 
     network: float
     node: float
 
     @property
     def total(self) -> float:
-        """As if all went inside the node: a number over the network takes as long as NODE_OVER_NETWORK of them."""
+        """A number sent over the network counts as NODE_OVER_NETWORK numbers sent inside the node: it takes as long."""
         return self.network * NODE_OVER_NETWORK + self.node
 
 

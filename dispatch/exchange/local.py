@@ -16,6 +16,7 @@ from dispatch.exchange.dispatcher import (
     PendingCombine,
     PendingDispatch,
     check_shapes,
+    state_of_kind,
 )
 from dispatch.exchange.exchange_group import id_dtype, order_by_expert
 from dispatch.exchange.placement import ExpertPlacement
@@ -60,6 +61,7 @@ class LocalDispatcher(Dispatcher):
 
     def start_combine(self, sums_QH: Tensor, handle: DispatchHandle[None]) -> PendingCombine[Tensor]:
         """See `Dispatcher.start_combine`."""
+        state_of_kind(handle, type(None))
         self.meter.count(returned=len(handle.row_weights_R))
         return PendingCombine(sums_QH)
 

@@ -1,7 +1,7 @@
 """The exchange that knows which ranks share a node: a row crosses the network once for each node.
 
-Here are the two groups of ranks, and how many rows each exchange carries. `AllToAllDispatcher` moves the rows, through
-one group of `self.groups` after the other: over the network, then inside the node.
+This file makes the two groups of ranks and computes how many rows each exchange carries. `AllToAllDispatcher` moves the
+rows, through one group of `self.groups` after the other: over the network, then inside the node.
 
 Shapes: K top-k, C chunks, P EP ranks, N nodes, G ranks of a node, E experts, L local experts.
 """
@@ -24,8 +24,8 @@ from dispatch.exchange.registry import BackendContext, Hop, Spread, register_bac
 class NodeAwareDispatcher(AllToAllDispatcher):
     """Sends one row for each (token, node) over the network, then one for each (token, rank) inside the node.
 
-    The rank of the other node with the sender's local rank receives it, passes it on and sums what the ranks of its
-    node return.
+    A row goes first to the rank of the other node with the sender's local rank, which passes it on to the ranks of its
+    node and sums what they return.
     With routing limited to M nodes (`RouterConfig.num_groups` the nodes, `groups_kept` M) a token crosses the network
     at most M times (arXiv 2412.19437, section 2.1.2). Any number of nodes and of ranks per node.
     """
@@ -34,7 +34,8 @@ class NodeAwareDispatcher(AllToAllDispatcher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.ranks = ExchangeGroup(self.num_physical_P, self.ep_group, self.meter, self.buffer_pool)
+        # Only counts which ranks the tokens need; it sends nothing.
+        self.all_ranks = ExchangeGroup(self.num_physical_P, self.ep_group, self.meter, self.buffer_pool)
 
     def _make_groups(self) -> tuple[ExchangeGroup, ...]:
         size = dist.get_world_size(self.nodes.local_group)
@@ -51,12 +52,12 @@ class NodeAwareDispatcher(AllToAllDispatcher):
     def _exchange_sizes(self, chunks: Sequence[Tensor]) -> list[Tensor]:
         """As `AllToAllDispatcher._exchange_sizes`, for both groups.
 
-        A sender knows which ranks its tokens need in the end, so its message over the network also says what the
+        A sender knows the final ranks of its tokens, so its message over the network also says how many rows the
         exchange inside the node will carry. So the sizes of both are known before any row leaves, and reach the host in
         one copy.
         """
         network, local = self.groups
-        rows_CP, counts_CE = self.ranks.count(chunks)
+        rows_CP, counts_CE = self.all_ranks.count(chunks)
         rows_CN, _ = network.count(chunks)
         num_nodes, num_local = len(network.num_experts_P), len(local.num_experts_P)
         received_NCX, places_N = network.exchange_sizes(
@@ -80,10 +81,10 @@ def _over_nodes(spread: Spread) -> list[Hop]:
     if not 1 < ranks_per_node < len(spread.experts_P):
         return []
     across, inside = (num_nodes - 1) / num_nodes, (ranks_per_node - 1) / ranks_per_node
-    ids, most_N, most_P = spread.top_k, max(spread.experts_N), max(spread.experts_P)
+    top_k, ids_N, ids_P = spread.top_k, max(spread.experts_N), max(spread.experts_P)
     return [
-        Hop(rows=spread.nodes_per_token, network=across, node=0.0, ids_per_row=ids, num_ids=most_N),
-        Hop(rows=spread.ranks_per_token, network=0.0, node=inside, ids_per_row=ids, num_ids=most_P),
+        Hop(rows=spread.nodes_per_token, network=across, node=0.0, ids_per_row=top_k, num_ids=ids_N),
+        Hop(rows=spread.ranks_per_token, network=0.0, node=inside, ids_per_row=top_k, num_ids=ids_P),
     ]
 
 

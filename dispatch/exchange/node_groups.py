@@ -14,9 +14,9 @@ from dispatch.values import all_gather_values, list_of
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """The two groups of an EP rank.
+    """The two process groups through which an EP rank exchanges rows with `node`.
 
-    local_group: the ranks of its node. network_group: the ranks with its local rank, one of each node. EP ranks are
+    local_group: the ranks of its node. network_group: the ranks of all nodes that have its local rank. EP ranks are
     numbered node by node: rank r has local rank r % G in node r // G.
     """
 
@@ -50,12 +50,13 @@ def make_node_groups(ep_group: dist.ProcessGroup, ranks_per_node: int, timeout: 
     for members in sorted(set(map(tuple, all_ranks))):
         for start in range(0, len(members), ranks_per_node):
             _form("local", members[start : start + ranks_per_node], timeout, found)
-        for place in range(ranks_per_node):
-            _form("network", members[place::ranks_per_node], timeout, found)
+        for local_rank in range(ranks_per_node):
+            _form("network", members[local_rank::ranks_per_node], timeout, found)
     return NodeGroups(found["network"], found["local"])
 
 
 def _form(kind: str, members: tuple[int, ...], timeout: timedelta | None, found: dict[str, dist.ProcessGroup]) -> None:
+    """Form one group, with all ranks of the job; keep it in `found[kind]` where this rank is a member."""
     group = dist.new_group(list(members), timeout=timeout)
     if dist.get_rank() in members and group is not None:
         found[kind] = group

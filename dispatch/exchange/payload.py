@@ -27,6 +27,8 @@ def encode_fp8(rows_TH: Tensor) -> Tensor:
     As DeepSeek-V3 sends activations to their experts (arXiv 2412.19437, section 3.3). After `decode_fp8` an element x
     of a tile with largest magnitude m is off by at most max(|x| / 16, m / 458752): half a unit of 3 mantissa bits, or
     half the smallest subnormal 2^-9 times the scale m / 448. Codes travel as bytes, since gloo knows no fp8.
+
+    A tile with a NaN or an infinity arrives as NaN throughout: e4m3 has no infinity, and other elements have no scale.
     """
     num_rows, hidden = rows_TH.shape
     num_tiles = -(-hidden // TILE)
@@ -35,22 +37,24 @@ def encode_fp8(rows_TH: Tensor) -> Tensor:
     # bit may differ from the quotient of a CPU, and the codes would depend on the device.
     largest = tiles.abs().amax(2)
     scales = largest / largest.new_full((), _FP8_MAX)
-    scales = torch.where(scales > 0, scales, 1.0)  # 0 for a tile of zeros, or of numbers so small that it underflows
+    # 0 for a tile of zeros, or of numbers so small that it underflows. A NaN stays: it makes every element a NaN, where
+    # a scale of 1 would clamp the others to 448.
+    scales = torch.where(scales == 0, 1.0, scales)
     # Clamped: a scale that is a subnormal number is rounded so coarsely that a quotient may exceed 448, and not every
     # cast to e4m3 saturates: some give NaN.
     codes = (tiles / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).flatten(1)[:, :hidden]
-    return torch.cat([viewed_as(codes, torch.uint8), viewed_as(scales, torch.uint8)], 1)
+    return torch.cat([copy_viewed_as(codes, torch.uint8), copy_viewed_as(scales, torch.uint8)], 1)
 
 
 def decode_fp8(coded_TB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     """Rows in `dtype`, (T, H), from what `encode_fp8` made."""
-    codes = viewed_as(coded_TB[:, :hidden], _FP8).to(torch.promote_types(dtype, torch.float32))
-    scales = viewed_as(coded_TB[:, hidden:], torch.float32)
+    codes = copy_viewed_as(coded_TB[:, :hidden], _FP8).to(torch.promote_types(dtype, torch.float32))
+    scales = copy_viewed_as(coded_TB[:, hidden:], torch.float32)
     return (codes * scales.repeat_interleave(TILE, 1)[:, :hidden]).to(dtype)
 
 
-def viewed_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def copy_viewed_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of 2-D `rows` whose bytes are read as another dtype."""
-    # A clone and not contiguous(), which leaves one row, or none, of a wider tensor as it is: with its strides `view`
-    # refuses another dtype.
+    # A clone and not contiguous(), which does not copy a slice of at most one row: `view` with another dtype would
+    # refuse its strides.
     return rows.clone(memory_format=torch.contiguous_format).view(dtype)

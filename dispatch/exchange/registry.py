@@ -49,7 +49,8 @@ class BackendContext:
 class Spread:
     """Over how many ranks and nodes the experts of a token are spread, on average. Neighbouring ranks share a node.
 
-    experts_P, experts_N: the number of experts of each rank and of each node.
+    experts_P, experts_N: the number of experts of each rank and of each node. ranks_per_token, nodes_per_token: on how
+    many ranks and nodes a token has experts, on average.
     """
 
     experts_P: tuple[int, ...]
@@ -98,7 +99,7 @@ BACKENDS: Registry[Backend] = Registry(
         "node": "dispatch.exchange.node_aware",
         "deep_ep": "dispatch.exchange.deep_ep",
     },
-    besides=("auto",),
+    other_choices=("auto",),
 )
 
 Build = TypeVar("Build", bound=Callable[[BackendContext], "Dispatcher"])
@@ -123,7 +124,7 @@ def register_backend(
     Args:
         name: the value of `parallel.exchange`.
         hops: the all-to-alls that a row goes through, in order; empty where the exchange makes no sense, as one by
-            nodes on one node. `auto` and `trimtab plan` compute bytes from them.
+            nodes on one node. `auto` and `trimtab plan` compute the bytes sent from them.
         check: raises InvalidValue, with a way out, for a shape that the exchange cannot carry. It is called before a
             process starts, and again when the dispatcher is built.
         automatic: whether `auto` may choose it.

@@ -30,7 +30,7 @@ class RowMap:
     first_S: Tensor
 
     @classmethod
-    def of(cls, source_of_copy_A: Tensor, num_sources: int) -> "RowMap":
+    def from_sources(cls, source_of_copy_A: Tensor, num_sources: int) -> "RowMap":
         """From source_of_copy_A alone; the copies of a source are summed in the order in which they lie."""
         counts_S = torch.zeros(num_sources, dtype=torch.int64, device=source_of_copy_A.device)
         counts_S.scatter_add_(0, source_of_copy_A, torch.ones_like(source_of_copy_A))
@@ -38,24 +38,24 @@ class RowMap:
 
     def copy(self, rows_SH: Tensor) -> Tensor:
         """One row a copy, (A, H)."""
-        copies_AH: Tensor = _Linear.apply(rows_SH, self.copy_of, self.sum_of)
+        copies_AH: Tensor = _Linear.apply(rows_SH, self.copy_no_grad, self.sum_no_grad)
         return copies_AH
 
     def sum(self, copies_AH: Tensor) -> Tensor:
         """The sum of each source's copies, (S, H), in fixed order; zero for a source without one."""
-        sums_SH: Tensor = _Linear.apply(copies_AH, self.sum_of, self.copy_of)
+        sums_SH: Tensor = _Linear.apply(copies_AH, self.sum_no_grad, self.copy_no_grad)
         return sums_SH
 
-    def copy_of(self, rows_SH: Tensor) -> Tensor:
-        """What `copy` computes, without a gradient: for use inside an autograd function."""
+    def copy_no_grad(self, rows_SH: Tensor) -> Tensor:
+        """As `copy`, but autograd does not see it: for use inside an autograd function."""
         if use_triton(rows_SH):
             from dispatch.kernels.rows import copy_rows
 
             return copy_rows(rows_SH, self.copies_by_source_A, self.first_S)
         return rows_SH.index_select(0, self.source_of_copy_A)
 
-    def sum_of(self, copies_AH: Tensor) -> Tensor:
-        """What `sum` computes, without a gradient: for use inside an autograd function."""
+    def sum_no_grad(self, copies_AH: Tensor) -> Tensor:
+        """As `sum`, but autograd does not see it: for use inside an autograd function."""
         if use_triton(copies_AH):
             from dispatch.kernels.rows import sum_rows
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dispatch.diagnosis.activity import Splits
 from dispatch.diagnosis.meter import Message, Meter
 from dispatch.exchange.buffer_pool import BufferPool
-from dispatch.exchange.payload import Payload, decode_fp8, encode_fp8, viewed_as
+from dispatch.exchange.payload import Payload, copy_viewed_as, decode_fp8, encode_fp8
 from dispatch.exchange.row_map import RowMap
 
 LinkKind = Literal["node", "network"]
@@ -33,7 +33,7 @@ Receive = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many rows go to which rank of `group`, and come from it, over a kind of link.
+    """How many rows this rank sends to each rank of `group` and receives from it, and over which kind of link.
 
     input_splits, output_splits: length P, as host integers, which the backends take. On both sides rows lie in order of
     rank, but those that stay on this rank are last: they are copied once, straight to their place, where a backend
@@ -54,7 +54,7 @@ class SplitSizes:
 
     @property
     def num_sent(self) -> int:
-        """Rows that leave, S; those that stay are counted too."""
+        """S: the rows for all ranks, those that stay on this rank among them."""
         return sum(self.input_splits)
 
     @property
@@ -189,7 +189,7 @@ class TokenExchange:
     """Carries one chunk's tokens to the ranks of one group and the results back.
 
     rows: which token each leaving row is a copy of. slots: which row of combine weights goes with it. ids_SW: the
-    expert ids of these weights in the receiver's numbers. sizes: how many rows go to and come from each rank.
+    expert ids of these weights, as local ids of the receiver. sizes: how many rows go to and come from each rank.
     """
 
     rows: RowMap
@@ -221,7 +221,7 @@ class TokenExchange:
             sums_QH,
             span=self._span("combine"),
             send=lambda sums_QH: [self.sizes.reversed().all_to_all(sums_QH)],
-            receive=lambda returned_SH: (self.rows.sum_of(returned_SH),),
+            receive=lambda returned_SH: (self.rows.sum_no_grad(returned_SH),),
             send_gradients=lambda grad_TH: [self._send_copies(grad_TH)],
             receive_gradients=lambda grad_QH: (grad_QH,),
         )
@@ -240,7 +240,7 @@ class TokenExchange:
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, ids = slots.tensor_split([self.ids_SW.shape[1] * weight_dtype.itemsize], 1)
         rows_QH = decode_fp8(rows, hidden, dtype) if self.payload == "fp8" else rows
-        return rows_QH, viewed_as(weights, weight_dtype), viewed_as(ids, self.ids_SW.dtype)
+        return rows_QH, copy_viewed_as(weights, weight_dtype), copy_viewed_as(ids, self.ids_SW.dtype)
 
     def _send_dispatch_gradients(self, grad_QH: Tensor, grad_weights_QW: Tensor, _grad_ids: Tensor) -> list[Arriving]:
         # fp8 rows get uncoded gradients: rounding is treated as the identity (straight-through).
@@ -248,12 +248,12 @@ class TokenExchange:
         return [back.all_to_all(grad_weights_QW), back.all_to_all(grad_QH)]
 
     def _receive_dispatch_gradients(self, grad_weights_SW: Tensor, grad_rows_SH: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rows.sum_of(grad_rows_SH), self.slots.sum_of(grad_weights_SW)
+        return self.rows.sum_no_grad(grad_rows_SH), self.slots.sum_no_grad(grad_weights_SW)
 
     def _send_copies(self, rows_TX: Tensor) -> Arriving:
         """Start to send each token's row to each rank that needs it.
 
-        As `sizes.all_to_all(self.rows.copy_of(rows_TX))`, but a row that stays is copied once and not twice.
+        As `sizes.all_to_all(self.rows.copy_no_grad(rows_TX))`, but a row that stays is copied once and not twice.
         """
         sizes, source_S = self.sizes, self.rows.source_of_copy_A
         num_leaving = sizes.num_sent - sizes.num_staying

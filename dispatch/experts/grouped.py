@@ -20,8 +20,8 @@ from dispatch.experts.looped import weighted_swiglu, weighted_swiglu_backward
 SMALL_BYTES = 2 * 2**20
 
 
-def few_enough(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
-    """Whether to compute all experts at once: on GPUs to launch few kernels, on CPUs where copies of rows are cheap."""
+def use_grouped(arrived_QH: Tensor, num_rows: int, ffn_hidden: int) -> bool:
+    """Whether to use `grouped_swiglu`: on CUDA wherever torch can, on CPUs where copies of the rows stay in cache."""
     row_bytes = arrived_QH.shape[1] * arrived_QH.element_size()
     return takes_grouped_mm(arrived_QH, ffn_hidden) and (arrived_QH.is_cuda or num_rows * row_bytes <= SMALL_BYTES)
 
@@ -33,7 +33,7 @@ def grouped_swiglu(
 
     One grouped matmul for each projection computes all experts. bf16 or, on CPUs, fp32.
     """
-    groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
+    groups = Groups.from_counts(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
     rows_RH = handle.expert_rows.copy(arrived_QH)
     gate_up_RG = F.grouped_mm(rows_RH, gate_up_LGH.transpose(1, 2), offs=groups.ends_L)
     inner_RF = WeightedSwiGLU.apply(gate_up_RG, handle.row_weights_R, buffer_pool)

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from dispatch.values import to_device
 
-# torch's grouped matmul has a kernel for these generations (Hopper, Blackwell) and bf16. Elsewhere on CUDA it reads the
-# ends back to the host and loops, as `Groups` can without waiting.
-GENERATIONS = (9, 10)
+# On CUDA torch's grouped matmul has a kernel for bf16 and these major compute capabilities (Hopper, Blackwell). For
+# others it copies the ends to the host and loops; `Groups` loops without waiting, as it has the counts on the host.
+CAPABILITY_MAJORS = (9, 10)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """How many rows each expert has: on the host, and where they end as int32 on the device."""
+    """How many rows each expert has, on the host, and where they end, as int32 on the device."""
 
     counts_L: tuple[int, ...]
     ends_L: Tensor
 
     @classmethod
-    def of(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
+    def from_counts(cls, counts_L: tuple[int, ...], device: torch.device) -> "Groups":
         """From counts on the host. Does not wait for the device."""
         return cls(counts_L, to_device(torch.tensor([*itertools.accumulate(counts_L)], dtype=torch.int32), device))
 
@@ -59,10 +59,13 @@ class Groups:
 
 
 def takes_grouped_mm(rows_RA: Tensor, other_width: int) -> bool:
-    """Whether torch has a grouped matmul for these rows: widths in bytes are multiples of 16, and the dtype fits."""
+    """Whether torch has a grouped matmul for these rows: both widths are multiples of 16 bytes, and the dtype fits.
+
+    other_width: B, of the results in `Groups.mm`, of the right rows in `Groups.outer`.
+    """
     if any(width * rows_RA.element_size() % 16 for width in (rows_RA.shape[1], other_width)):
         return False
     if rows_RA.is_cuda:
-        generation, _ = torch.cuda.get_device_capability(rows_RA.device)
-        return rows_RA.dtype == torch.bfloat16 and generation in GENERATIONS
+        major, _ = torch.cuda.get_device_capability(rows_RA.device)
+        return rows_RA.dtype == torch.bfloat16 and major in CAPABILITY_MAJORS
     return rows_RA.dtype in (torch.float32, torch.bfloat16)

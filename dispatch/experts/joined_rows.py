@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class JoinedRows:
     """One parameter, (L, ...), and the rows of C copies behind it, in one block of memory.
 
-    The parameter becomes a view of the block's first L rows. copies: (C, ...), a view of the others, a leaf that
-    requires a gradient but is no parameter, so that neither the optimizer nor a checkpoint sees it. Its gradient adds
-    up in `copies.grad`, over micro-batches too, until `take_gradient`.
+    The parameter becomes a view of the block's first L rows. copies: (C, ...), a view of the other rows. It is a
+    leaf that requires a gradient if the parameter does, but no parameter: neither the optimizer nor a checkpoint sees
+    it. `copies.grad` accumulates, over micro-batches too, until `take_gradient`.
     """
 
     def __init__(self, own: nn.Parameter, num_copies: int) -> None:

@@ -40,8 +40,8 @@ class ExpertRows:
     runs: list[tuple[int, slice]]
 
     @classmethod
-    def of(cls, sources_R: Tensor, weights_R: Tensor, counts_L: tuple[int, ...], multiple: int) -> "ExpertRows":
-        """From the rows of all experts in order, `counts_L` of each. multiple: pad to multiples of it; 1 for none."""
+    def padded(cls, sources_R: Tensor, weights_R: Tensor, counts_L: tuple[int, ...], multiple: int) -> "ExpertRows":
+        """Pad the rows of all experts, `counts_L` of each, in order. multiple: pad to multiples of it; 1 for none."""
         sizes = [_padded(count, multiple) for count in counts_L]
         starts = [0, *itertools.accumulate(sizes)]
         runs = [
@@ -131,7 +131,7 @@ class LoopedSwiGLU(torch.autograd.Function):
         buffer_pool, (_, num_hidden, num_inner) = grads.buffer_pool, down_LHF.shape
         multiple = BF16_ROWS if arrived_QH.dtype == torch.bfloat16 and arrived_QH.device.type == "cpu" else 1
         # The weights in the dtype of the rows: elementwise work on mixed dtypes would copy each operand first.
-        rows = ExpertRows.of(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, multiple)
+        rows = ExpertRows.padded(sources_R, row_weights_R.to(arrived_QH.dtype), counts_L, multiple)
         gate_up_RG = buffer_pool.empty(len(rows.sources_R), 2 * num_inner, like=arrived_QH)
         x_nH, inner_nF = (buffer_pool.empty(rows.longest, size, like=arrived_QH) for size in (num_hidden, num_inner))
         sums = _Sums.zero(rows, arrived_QH, buffer_pool)

@@ -1,7 +1,7 @@
 """The experts of one rank as one stacked SwiGLU: two tensors, not L modules.
 
-Shapes: Q arrived rows (may be 0), R expert rows, a copy for each of its experts (may be 0), H hidden, F ffn_hidden,
-G = 2F, L local experts (where others have copies here: these behind them).
+Shapes: Q arrived rows (may be 0), R expert rows, a copy of an arrived row for each of its experts (may be 0), H hidden,
+F ffn_hidden, G = 2F, L local experts, followed by the copies of other ranks' experts if this rank has any.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from dispatch.diagnosis.meter import Meter
 from dispatch.exchange.buffer_pool import BufferPool
 from dispatch.exchange.dispatcher import DispatchHandle
 from dispatch.experts.fused import fused_swiglu
-from dispatch.experts.grouped import few_enough, grouped_swiglu
+from dispatch.experts.grouped import grouped_swiglu, use_grouped
 from dispatch.experts.joined_rows import JoinedParameters
 from dispatch.experts.looped import LoopedSwiGLU
 from dispatch.experts.weight_grads import ExpertWeights, WeightGrads
@@ -23,8 +23,8 @@ from dispatch.kernels.availability import use_triton
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
-Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # of arrived rows and their handle: the sums to send back
-LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # the exchanges around it: y_TH of x_TH and topk_weights_TK
+Compute = Callable[[Tensor, DispatchHandle[Any]], Tensor]  # (arrived_QH, handle) -> sums_QH, which combine sends back
+LayerCall = Callable[[Tensor, Tensor, Compute], Tensor]  # (x_TH, topk_weights_TK, compute) -> y_TH: the exchanges too
 
 
 class Experts(JoinedParameters):
@@ -77,7 +77,7 @@ class Experts(JoinedParameters):
         with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
             if use_triton(arrived_QH):
                 return fused_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, self.meter)
-            if few_enough(arrived_QH, len(handle.sources_R), self.down_proj.shape[2]):
+            if use_grouped(arrived_QH, len(handle.sources_R), self.down_proj.shape[2]):
                 return grouped_swiglu(arrived_QH, handle, gate_up_LGH, down_LHF, buffer_pool=self.buffer_pool)
             sums_QH: Tensor = LoopedSwiGLU.apply(
                 arrived_QH, handle.row_weights_R, gate_up_LGH, down_LHF, handle.sources_R, counts_L, grads, self.meter
@@ -90,5 +90,5 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     The gradient of every other parameter must be summed over all ranks, that of an expert only over its replicas.
     """
-    experts = [each for each in model.named_modules() if isinstance(each[1], Experts)]
-    return {name: each for prefix, module in experts for name, each in module.named_parameters(prefix, recurse=False)}
+    experts = {prefix: module for prefix, module in model.named_modules() if isinstance(module, Experts)}
+    return {name: each for prefix in experts for name, each in experts[prefix].named_parameters(prefix, recurse=False)}

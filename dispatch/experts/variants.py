@@ -74,7 +74,7 @@ class VariantExperts(Experts):
         weights = weights or self.weights(arrived_QH.dtype)
         if not isinstance(weights, _VariantWeights):
             raise TypeError(f"weights are {type(weights).__name__}; they must be those of `VariantExperts.weights`")
-        groups = Groups.of(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
+        groups = Groups.from_counts(tuple(handle.tokens_per_local_expert_L), arrived_QH.device)
         with torch.autocast(arrived_QH.device.type, enabled=False), self.meter.span("experts", arrived_QH.device):
             sums_QH: Tensor = _VariantSwiGLU.apply(
                 arrived_QH,
@@ -85,7 +85,7 @@ class VariantExperts(Experts):
                 weights.down_bias_LH,
                 handle.expert_rows,
                 groups,
-                Activation.of(self.config),
+                Activation.from_config(self.config),
                 self.meter,
             )
             return sums_QH
@@ -93,7 +93,7 @@ class VariantExperts(Experts):
 
 @dataclass(frozen=True)
 class Activation:
-    """(up + offset) * gate * sigmoid(slope * gate), where gate is clamped to at most `limit` and up to +-`limit`.
+    """(up + offset) * gate * sigmoid(slope * gate), with gate clamped to (-inf, limit] and up to [-limit, limit].
 
     SwiGLU has no limit, slope 1 and offset 0; gpt-oss (arXiv 2508.10925, section 2.2) 7, 1.702 and 1.
     """
@@ -103,7 +103,7 @@ class Activation:
     offset: float
 
     @classmethod
-    def of(cls, config: MoEConfig) -> "Activation":
+    def from_config(cls, config: MoEConfig) -> "Activation":
         """The activation that the settings ask for."""
         if not config.swiglu_limit:
             return cls(math.inf, 1.0, 0.0)
@@ -150,13 +150,13 @@ class _VariantSwiGLU(torch.autograd.Function):
         meter: Meter,
     ) -> Tensor:
         weights_R1 = row_weights_R.to(arrived_QH.dtype).unsqueeze(1)
-        gate_up_RG = groups.mm(rows.copy_of(arrived_QH), gate_up_LGH.transpose(1, 2))
+        gate_up_RG = groups.mm(rows.copy_no_grad(arrived_QH), gate_up_LGH.transpose(1, 2))
         _add_bias(gate_up_RG, gate_up_bias_LG, groups)
         out_RH = groups.mm(activation.forward(gate_up_RG), down_LHF.transpose(1, 2))
         _add_bias(out_RH, down_bias_LH, groups)
         ctx.save_for_backward(arrived_QH, row_weights_R, gate_up_LGH, down_LHF, down_bias_LH, gate_up_RG)
         ctx.rows, ctx.groups, ctx.activation, ctx.meter = rows, groups, activation, meter
-        return rows.sum_of(out_RH.mul_(weights_R1))
+        return rows.sum_no_grad(out_RH.mul_(weights_R1))
 
     @staticmethod
     @once_differentiable
@@ -168,10 +168,10 @@ class _VariantSwiGLU(torch.autograd.Function):
 def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of arrived rows, row weights, the two stacks of expert weights and their biases."""
     arrived_QH, row_weights_R, gate_up_LGH, down_LHF, down_bias_LH, gate_up_RG = ctx.saved_tensors
-    # `wanted` has an entry for each argument of forward: 0 arrived rows, 2 gate and up, 3 down, 4 and 5 their biases.
-    rows, groups, wanted = ctx.rows, ctx.groups, ctx.needs_input_grad
+    # needs_grad: an entry for each argument of forward: 0 arrived rows, 2 gate and up, 3 down, 4 and 5 their biases.
+    rows, groups, needs_grad = ctx.rows, ctx.groups, ctx.needs_input_grad
     weights_R1 = row_weights_R.to(arrived_QH.dtype).unsqueeze(1)
-    inner_RF, grad_out_RH = ctx.activation.forward(gate_up_RG), rows.copy_of(grad_sums_QH)
+    inner_RF, grad_out_RH = ctx.activation.forward(gate_up_RG), rows.copy_no_grad(grad_sums_QH)
     # The row weight multiplies an output, so its gradient is output . grad_out. As output = down(inner) + bias, that is
     # inner . down^T(grad_out) + bias . grad_out, and no output has to be computed again.
     grad_inner_RF = groups.mm(grad_out_RH, down_LHF)
@@ -180,12 +180,12 @@ def _backward(ctx: Any, grad_sums_QH: Tensor) -> tuple[Tensor | None, ...]:
         for expert, run in groups.runs:
             grad_weights_R[run] += (grad_out_RH[run] @ down_bias_LH[expert]).to(grad_weights_R.dtype)
     grad_out_RH.mul_(weights_R1)
-    grad_down_LHF = groups.outer(grad_out_RH, inner_RF) if wanted[3] else None
-    grad_down_bias_LH = _sum_by_expert(grad_out_RH, groups) if wanted[5] else None
+    grad_down_LHF = groups.outer(grad_out_RH, inner_RF) if needs_grad[3] else None
+    grad_down_bias_LH = _sum_by_expert(grad_out_RH, groups) if needs_grad[5] else None
     grad_gate_up_RG = ctx.activation.backward(gate_up_RG, grad_inner_RF.mul_(weights_R1))
-    grad_gate_up_LGH = groups.outer(grad_gate_up_RG, rows.copy_of(arrived_QH)) if wanted[2] else None
-    grad_gate_up_bias_LG = _sum_by_expert(grad_gate_up_RG, groups) if wanted[4] else None
-    grad_arrived_QH = rows.sum_of(groups.mm(grad_gate_up_RG, gate_up_LGH)) if wanted[0] else None
+    grad_gate_up_LGH = groups.outer(grad_gate_up_RG, rows.copy_no_grad(arrived_QH)) if needs_grad[2] else None
+    grad_gate_up_bias_LG = _sum_by_expert(grad_gate_up_RG, groups) if needs_grad[4] else None
+    grad_arrived_QH = rows.sum_no_grad(groups.mm(grad_gate_up_RG, gate_up_LGH)) if needs_grad[0] else None
     return grad_arrived_QH, grad_weights_R, grad_gate_up_LGH, grad_down_LHF, grad_gate_up_bias_LG, grad_down_bias_LH
 
 

@@ -25,34 +25,35 @@ class WeightGrads:
     _written: set[tuple[int, int]] = field(default_factory=set)
 
     def share(self, gate_up_LGH: Tensor, down_LHF: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights for the chunks to use. Their backward runs after that of all chunks and returns the sums."""
+        """The weights for the chunks to use. Their backward, after that of all chunks, returns the gradients' sums."""
         shared: tuple[Tensor, Tensor] = _Share.apply(gate_up_LGH, down_LHF, self)
         return shared
 
-    def add(self, which: int, expert: int, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> None:
-        """Add left @ right to the gradient of one expert in `weights[which]`: 0 is gate and up, 1 is down."""
+    def add(self, index: int, expert: int, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> None:
+        """Add left @ right to the gradient of one expert in `weights[index]`: 0 is gate and up, 1 is down."""
         if not self._stacks:
             self._stacks = tuple(self.buffer_pool.empty(*stack.shape, like=stack) for stack in weights)
-        target = self._stacks[which][expert]
-        if (which, expert) in self._written:
+        target = self._stacks[index][expert]
+        if (index, expert) in self._written:
             target.addmm_(left, right)
         else:
             torch.mm(left, right, out=target)
-            self._written.add((which, expert))
+            self._written.add((index, expert))
 
-    def take(self, weights: Sequence[Tensor], by_autograd: Sequence[Tensor | None]) -> list[Tensor]:
-        """The sums, and what autograd brought itself (from the grouped path); zero for an expert without rows.
+    def take(self, weights: Sequence[Tensor], autograd_grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the sums, and begin new ones for the next backward through the same graph.
 
-        The next backward through the same graph starts anew.
+        autograd_grads: what the grouped and fused experts return through autograd, None from the looped ones; they are
+        added. An expert without rows gets zero.
         """
         if not self._stacks:
-            pairs = zip(weights, by_autograd, strict=True)
+            pairs = zip(weights, autograd_grads, strict=True)
             return [torch.zeros_like(stack) if grad is None else grad for stack, grad in pairs]
         stacks, written = self._stacks, self._written
         self._stacks, self._written = (), set()
-        for which, (stack, grad) in enumerate(zip(stacks, by_autograd, strict=True)):
+        for index, (stack, grad) in enumerate(zip(stacks, autograd_grads, strict=True)):
             for expert in range(len(stack)):
-                if (which, expert) not in written:
+                if (index, expert) not in written:
                     stack[expert].zero_()
             if grad is not None:
                 stack.add_(grad)

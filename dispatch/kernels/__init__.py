@@ -5,7 +5,7 @@ few rows. `tiles` has the tile sizes that they share. All but `availability` imp
 CUDA builds and not with its CPU builds: import them only where `use_triton` holds.
 
 Rules that they share. Offsets of rows are int64: rows times width passes 2**31. Sizes that change with every batch are
-not specialized and nothing is tuned by them, or a step could compile. Widths are constants, so that the compiler knows
-how rows are aligned. A thread moves 16 bytes at once, which takes tiles of at least 512 bytes a warp. Rows lie on the
-first axis of the grid: the second ends at 65,535. An empty grid is an error, so that nothing is launched for no rows.
+not specialized and nothing is tuned by them: a training step would have to compile. Widths are constants, so that the
+compiler knows how rows are aligned. A thread moves 16 bytes at once, which takes tiles of at least 512 bytes a warp.
+Rows lie on the first axis of the grid: the second ends at 65,535. An empty grid is an error: for no rows, no launch.
 """

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.tiles import current_device, wide_dtype
+from dispatch.kernels.tiles import acc_dtype, current_device
 
 COLUMNS = 128  # of K at once
 OUTPUTS = 16  # of N in one program: a tile of 16 bytes or more a thread, for bf16 as for fp64
@@ -17,8 +17,8 @@ NUM_WARPS = 4
 def few_rows_mm(rows_QK: Tensor, sources_R: Tensor | None, ends_L: Tensor, weights_LNK: Tensor) -> Tensor:
     """Row sources_R[r] of rows_QK times the transposed matrix of the expert of r, (R, N).
 
-    sources_R: None if R = Q and row r is row r of rows_QK. ends_L: the rows r of expert e end before ends_L[e]. A
-    matrix is read once for each row of its expert, often from the cache, which is fast only for few rows.
+    sources_R: None if R = Q and row r is row r of rows_QK. ends_L: rows are in order of expert, those of expert e end
+    before ends_L[e]. A matrix is read once for each row of its expert, often from the cache: fast only for few rows.
     """
     num_rows = len(rows_QK) if sources_R is None else len(sources_R)
     num_experts, num_outputs, width = weights_LNK.shape
@@ -38,7 +38,7 @@ def few_rows_mm(rows_QK: Tensor, sources_R: Tensor | None, ends_L: Tensor, weigh
                 triton.next_power_of_2(num_experts),
                 OUTPUTS,
                 COLUMNS,
-                wide_dtype(rows_QK),
+                acc_dtype(rows_QK),
                 num_warps=NUM_WARPS,
             )
     return out_RN
@@ -58,7 +58,7 @@ def _mm(
     EXPERTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -68,12 +68,12 @@ def _mm(
     # The row's expert is the number of experts whose rows end at or before it.
     expert = tl.sum(((end <= row) & (expert_id < NUM_EXPERTS)).to(tl.int64), 0)
     matrix = weights + (expert * NUM_OUTPUTS + output)[:, None] * WIDTH
-    total = tl.zeros([OUTPUTS, COLUMNS], WIDE)
+    total = tl.zeros([OUTPUTS, COLUMNS], ACC_DTYPE)
     for start in range(0, WIDTH, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < WIDTH
-        here = (output < NUM_OUTPUTS)[:, None] & inside[None, :]
-        x = tl.load(rows + source * WIDTH + column, mask=inside, other=0.0).to(WIDE)
-        total += tl.load(matrix + column[None, :], mask=here, other=0.0).to(WIDE) * x[None, :]
+        mask = (output < NUM_OUTPUTS)[:, None] & inside[None, :]
+        x = tl.load(rows + source * WIDTH + column, mask=inside, other=0.0).to(ACC_DTYPE)
+        total += tl.load(matrix + column[None, :], mask=mask, other=0.0).to(ACC_DTYPE) * x[None, :]
     value = tl.sum(total, 1).to(out.dtype.element_ty)
     tl.store(out + row * NUM_OUTPUTS + output, value, mask=output < NUM_OUTPUTS)

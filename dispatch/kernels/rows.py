@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.tiles import current_device, row_tile, wide_dtype
+from dispatch.kernels.tiles import acc_dtype, current_device, row_tile
 
 COPIES_AT_ONCE = 8  # of one source, loaded together, so that a thread has several loads in flight
 
@@ -31,14 +31,14 @@ def sum_rows(copies_AH: Tensor, order_A: Tensor, first_S: Tensor) -> Tensor:
                 width,
                 block,
                 COPIES_AT_ONCE,
-                wide_dtype(copies_AH),
+                acc_dtype(copies_AH),
                 num_warps=num_warps,
             )
     return sums_SH
 
 
 def copy_rows(rows_SH: Tensor, order_A: Tensor, first_S: Tensor) -> Tensor:
-    """The copies of each source at their places, (A, H). Reads a source once, where a gather reads it for each copy."""
+    """The copies of all sources, (A, H). Reads a source once, where a gather reads it for each copy."""
     num_sources, width = rows_SH.shape
     copies_AH, block, num_warps = _prepare(rows_SH, len(order_A))
     if num_sources and len(order_A):
@@ -72,20 +72,21 @@ def _sum(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
 ):
     source = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     start = tl.load(first + source)
     end = tl.load(first + source + 1, mask=source + 1 < num_sources, other=num_copies)
-    total = tl.zeros([BLOCK], WIDE)  # sums in fp32, whatever the dtype of the rows, and rounds once at the end
+    total = tl.zeros([BLOCK], ACC_DTYPE)  # sums in fp32, whatever the dtype of the rows, and rounds once at the end
     # Not a for loop: Triton's interpreter takes no loop bounds that were loaded from memory.
     while start < end:
-        place = start + tl.arange(0, AT_ONCE)
-        copy = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
-        here = (place < end)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(copies + copy[:, None] * WIDTH + column[None, :], mask=here, other=0.0).to(WIDE), 0)
+        index = start + tl.arange(0, AT_ONCE)
+        copy = tl.load(order + index, mask=index < end, other=0).to(tl.int64)
+        mask = (index < end)[:, None] & inside[None, :]
+        tile = tl.load(copies + copy[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        total += tl.sum(tile.to(ACC_DTYPE), 0)
         start += AT_ONCE
     tl.store(sums + source * WIDTH + column, total.to(sums.dtype.element_ty), mask=inside)
 
@@ -95,10 +96,10 @@ def _copy(rows, order, first, copies, num_sources, num_copies, WIDTH: tl.constex
     source = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    place = tl.load(first + source)
+    index = tl.load(first + source)
     end = tl.load(first + source + 1, mask=source + 1 < num_sources, other=num_copies)
     row = tl.load(rows + source * WIDTH + column, mask=inside)
-    while place < end:
-        copy = tl.load(order + place).to(tl.int64)
+    while index < end:
+        copy = tl.load(order + index).to(tl.int64)
         tl.store(copies + copy * WIDTH + column, row, mask=inside)
-        place += 1
+        index += 1

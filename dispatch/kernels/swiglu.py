@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dispatch.kernels.tiles import current_device, wide_dtype
+from dispatch.kernels.tiles import acc_dtype, current_device
 
 NUM_WARPS = 4
 TILE = 1024  # elements: with 4 warps, 16 bytes of bf16 a thread; wider dtypes take two or four accesses
@@ -30,7 +30,7 @@ def weighted_swiglu(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
                 num_inner,
                 rows,
                 columns,
-                wide_dtype(gate_up_RG),
+                acc_dtype(gate_up_RG),
                 num_warps=NUM_WARPS,
             )
     return inner_RF
@@ -57,14 +57,14 @@ def weighted_swiglu_backward_(gate_up_RG: Tensor, weights_R: Tensor, grad_inner_
                 num_inner,
                 rows,
                 columns,
-                wide_dtype(gate_up_RG),
+                acc_dtype(gate_up_RG),
                 num_warps=NUM_WARPS,
             )
     return grad_weights_R
 
 
 def _sizes(gate_up_RG: Tensor) -> tuple[int, int, int, int]:
-    """R, F, and the rows and columns of a tile. If 64 divides F, the columns of a tile do too, and no lane is idle."""
+    """R, F, and the rows and columns of a tile. Where 64 divides F, so do the columns of a tile: no lane is idle."""
     num_rows, num_inner = len(gate_up_RG), gate_up_RG.shape[1] // 2
     power_of_two = num_inner & -num_inner  # the largest that divides F
     columns = min(256, triton.next_power_of_2(num_inner), max(64, power_of_two))
@@ -80,18 +80,18 @@ def _forward(
     NUM_INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    here = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
+    mask = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
     # Gate and up of a row lie NUM_INNER apart: two contiguous streams in, one out.
-    at = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
-    gate = tl.load(at, mask=here, other=0.0).to(WIDE)
-    up = tl.load(at + NUM_INNER, mask=here, other=0.0).to(WIDE)
-    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(WIDE)
+    gate_ptrs = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
+    up = tl.load(gate_ptrs + NUM_INNER, mask=mask, other=0.0).to(ACC_DTYPE)
+    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(ACC_DTYPE)
     value = gate * tl.sigmoid(gate) * up * weight[:, None]
-    tl.store(inner + row[:, None] * NUM_INNER + column[None, :], value.to(inner.dtype.element_ty), mask=here)
+    tl.store(inner + row[:, None] * NUM_INNER + column[None, :], value.to(inner.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -104,27 +104,27 @@ def _backward(
     NUM_INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
 ):
     # A program has whole rows, so that the sum for the weight stays in its registers: no atomics, a fixed order.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(WIDE)[:, None]
-    grad_weight = tl.zeros([ROWS, COLUMNS], WIDE)
+    weight = tl.load(weights + row, mask=row < num_rows, other=0.0).to(ACC_DTYPE)[:, None]
+    grad_weight = tl.zeros([ROWS, COLUMNS], ACC_DTYPE)
     for start in range(0, NUM_INNER, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        here = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
-        at_gate = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
-        at_inner = grad_inner + row[:, None] * NUM_INNER + column[None, :]
-        gate = tl.load(at_gate, mask=here, other=0.0).to(WIDE)
-        up = tl.load(at_gate + NUM_INNER, mask=here, other=0.0).to(WIDE)
-        grad = tl.load(at_inner, mask=here, other=0.0).to(WIDE)
+        mask = (row < num_rows)[:, None] & (column < NUM_INNER)[None, :]
+        gate_ptrs = gate_up + row[:, None] * (2 * NUM_INNER) + column[None, :]
+        grad_ptrs = grad_inner + row[:, None] * NUM_INNER + column[None, :]
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
+        up = tl.load(gate_ptrs + NUM_INNER, mask=mask, other=0.0).to(ACC_DTYPE)
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         grad_weight += grad * silu * up
         grad *= weight
         # Each element was read by the thread that now overwrites it.
         grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
-        tl.store(at_gate, grad_gate.to(gate_up.dtype.element_ty), mask=here)
-        tl.store(at_gate + NUM_INNER, (grad * silu).to(gate_up.dtype.element_ty), mask=here)
-        tl.store(at_inner, (silu * up * weight).to(grad_inner.dtype.element_ty), mask=here)
+        tl.store(gate_ptrs, grad_gate.to(gate_up.dtype.element_ty), mask=mask)
+        tl.store(gate_ptrs + NUM_INNER, (grad * silu).to(gate_up.dtype.element_ty), mask=mask)
+        tl.store(grad_ptrs, (silu * up * weight).to(grad_inner.dtype.element_ty), mask=mask)
     tl.store(grad_weights + row, tl.sum(grad_weight, 1), mask=row < num_rows)

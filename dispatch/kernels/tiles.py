@@ -1,7 +1,6 @@
 """What every kernel launch needs: tiles of 16 bytes for each thread, the dtype of sums, the current device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -12,13 +11,13 @@ WARP = 32
 ACCESS_BYTES = 16
 
 
-def wide_dtype(tensor: Tensor) -> tl.dtype:
-    """The dtype to compute in: fp64 for fp64, else fp32."""
+def acc_dtype(tensor: Tensor) -> tl.dtype:
+    """The dtype to compute and sum in: fp64 for fp64, else fp32."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def row_tile(width: int, element_bytes: int) -> tuple[int, int]:
-    """Columns of a row that one program computes, a power of two, and its warps, at most four: one access a thread.
+    """The columns of a row that one program computes, a power of two, and its warps, 1 to 4. A thread has one access.
 
     A thread then has the same columns of every row that it adds up, and threads need not exchange partial sums.
     """
@@ -27,11 +26,6 @@ def row_tile(width: int, element_bytes: int) -> tuple[int, int]:
     return columns_of_warp * num_warps, num_warps
 
 
-@contextmanager
-def current_device(tensor: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, whatever the device of its arguments."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+def current_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's CUDA device the current one, on which Triton launches whatever the device of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -56,15 +56,18 @@ class BalanceConfig:
         LAWS.check(self.law, self.module)
         if self.rate is not None and not (is_number(self.rate) and self.rate >= 0):
             raise InvalidValue(
-                f"balance.rate ({self.rate}) must be a finite number, at least 0; the law's own is {self.entry.rate}"
+                f"balance.rate ({self.rate!r:.60}) must be a finite number, at least 0; the law's own is "
+                f"{self.entry.rate}"
             )
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise InvalidValue(f"balance.schedule is {self.schedule!r}; it must be constant, linear or cosine")
+            raise InvalidValue(f"balance.schedule is {self.schedule!r:.60}; it must be constant, linear or cosine")
         if not (is_number(self.zero_last) and 0 <= self.zero_last <= 1):
-            raise InvalidValue(f"balance.zero_last ({self.zero_last}) must be between 0 and 1; 0.034 in DeepSeek-V3")
+            raise InvalidValue(
+                f"balance.zero_last ({self.zero_last!r:.60}) must be between 0 and 1; 0.034 in DeepSeek-V3"
+            )
         if type(self.horizon) is not int or self.horizon < 0:
             raise InvalidValue(
-                f"balance.horizon ({self.horizon}) must be a whole number of steps, 0 for those of the run"
+                f"balance.horizon ({self.horizon!r:.60}) must be a whole number of steps, 0 for those of the run"
             )
         options = checked_options("balance.options", f"law {self.law!r}", self.options, self.entry.options)
         object.__setattr__(self, "options", options)
@@ -122,12 +125,12 @@ class Law:
     """A balancing rule applied to the layers of one layout; see `dispatch.laws.register_law` for rules of your own.
 
     Raises:
-        ValueError: the config's rate depends on the length of the run, and its horizon is 0.
+        InvalidValue: the config's rate depends on the length of the run, and its horizon is 0.
     """
 
     def __init__(self, config: BalanceConfig, layout: LoadLayout) -> None:
         if config.needs_horizon and not config.horizon:
-            raise ValueError(
+            raise InvalidValue(
                 f"balance.schedule {config.schedule} with balance.zero_last {config.zero_last} needs the length of the "
                 "run: set balance.horizon to its number of steps"
             )
@@ -155,11 +158,11 @@ class Law:
     def fits(self, state: LawState) -> bool:
         """Whether the state belongs to this law on these layers: the same vectors by name, dtype and length."""
 
-        def form(of: LawState) -> tuple[Any, dict[str, Any]]:
-            extras = {name: (value.dtype, value.shape) for name, value in of.extras.items()}
-            return (of.bias_N.dtype, of.bias_N.shape), extras
+        def dtypes_and_shapes(state: LawState) -> dict[str, Any]:
+            tensors = {"": state.bias_N, **state.extras}
+            return {name: (value.dtype, value.shape) for name, value in tensors.items()}
 
-        return form(state) == form(self.initial_state())
+        return dtypes_and_shapes(state) == dtypes_and_shapes(self.initial_state())
 
     def check_state(self, state: LawState) -> None:
         """Refuse a state that this law cannot continue.
@@ -194,25 +197,22 @@ class Law:
             return state
         load_N, statistic_NW = counts_M[: self.layout.total], counts_M[self.layout.total :].view(-1, self._width or 1)
         bias_N, extras = state.bias_N.clone(), {name: value.clone() for name, value in state.extras.items()}
-        for layer, where in self._active(load_N):
-            load = LayerLoad(load_N[where], statistic_NW[where] if self._width else statistic_NW[:0])
+        for layer, experts in self._active(load_N):
+            load = LayerLoad(load_N[experts], statistic_NW[experts] if self._width else statistic_NW[:0])
+            parts = {name: experts if name in self.entry.per_expert else slice(layer, layer + 1) for name in extras}
             # Rules compute in float64; the state is rounded to fp32 once, below.
-            now = LayerState(
-                bias_N[where].double(), {name: extras[name][self._part(name, layer, where)].double() for name in extras}
-            )
-            after = self.entry.rule(load, now, rate, **self._options)
-            bias_N[where] = (_rescaled if self.entry.multiplies else _centred)(after.bias_E)
-            for name, value in extras.items():
-                value[self._part(name, layer, where)] = after.extras[name].float()
+            before = LayerState(bias_N[experts].double(), {name: extras[name][parts[name]].double() for name in extras})
+            after = self.entry.rule(load, before, rate, **self._options)
+            bias_N[experts] = (_rescaled if self.entry.multiplies else _centred)(after.bias_E)
+            for name, part in parts.items():
+                extras[name][part] = after.extras[name].float()
         return LawState(bias_N, extras)
 
     def _active(self, load_N: Tensor) -> Iterator[tuple[int, slice]]:
-        for layer, (where, balanced) in enumerate(zip(self.layout.slices, self.layout.balanced, strict=True)):
-            if balanced and bool(load_N[where].any()):
-                yield layer, where
-
-    def _part(self, name: str, layer: int, where: slice) -> slice:
-        return where if name in self.entry.per_expert else slice(layer, layer + 1)
+        """Each layer to update, and the slice of its experts."""
+        for layer, (experts, balanced) in enumerate(zip(self.layout.slices, self.layout.balanced, strict=True)):
+            if balanced and bool(load_N[experts].any()):
+                yield layer, experts
 
     def _check(self, counts_M: Tensor, state: LawState) -> None:
         if counts_M.dtype != torch.int64 or counts_M.shape != (self.num_counts,):
@@ -248,8 +248,6 @@ def _unpack(packed: Any) -> Tensor:
     dtype, raw = packed
     if dtype not in _WIRE_DTYPES or not isinstance(raw, bytes) or len(raw) % int(dtype[2]):
         raise ValueError(f"law state has dtype {dtype!r}; it must be one of {', '.join(_WIRE_DTYPES)} with whole items")
-    return (
-        torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype])
-        if raw
-        else torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
-    )
+    if not raw:  # torch makes no tensor of an empty buffer
+        return torch.zeros(0, dtype=_WIRE_DTYPES[dtype])
+    return torch.frombuffer(bytearray(raw), dtype=_WIRE_DTYPES[dtype])

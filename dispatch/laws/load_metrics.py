@@ -1,7 +1,4 @@
-"""How balanced a load is. Plain functions of integer counts.
-
-Source of MaxVio: arXiv 2408.15664, equation 4.
-"""
+"""How balanced a load is. Plain functions of integer counts."""
 
 import math
 
@@ -32,7 +29,7 @@ def max_vio(load_E: Tensor) -> float:
 
 def max_vio_per_layer(load_N: Tensor, layout: LoadLayout) -> list[float]:
     """MaxVio of each MoE layer, from the load vector of all."""
-    return [max_vio(load_N[where]) for where in layout.slices]
+    return [max_vio(load_N[experts]) for experts in layout.slices]
 
 
 def max_vio_floor(num_tokens: int, num_experts: int, top_k: int) -> float:

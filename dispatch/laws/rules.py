@@ -65,11 +65,6 @@ class LawEntry:
     multiplies: bool
     group_limited: bool
 
-    @property
-    def summary(self) -> str:
-        """First line of the rule's docstring."""
-        return (self.rule.__doc__ or "").partition("\n")[0]
-
 
 LAWS: Registry[LawEntry] = Registry("balance.law")
 
@@ -227,15 +222,15 @@ def adaptive(
         gain, noise = 1.0, size
     else:
         noise += 0.2 * (size - noise)  # an average over about five steps, as that of the slope below
-        known = math.sqrt(size * _mean_product(before_E, before_E))
-        correlation = _mean_product(lack_E, before_E) / known if known else 0.0
+        norm = math.sqrt(size * _mean_product(before_E, before_E))
+        correlation = _mean_product(lack_E, before_E) / norm if norm else 0.0
         # Without correlation gains fall as 1, 2/3, 1/2, 2/5, ..., as when one averages over more and more steps.
         gain = min(max(gain * (1 + correlation) / (1 + gain / 2), least_gain), 1.0)
     scale, next_scale = _scales(load, state)
-    slope_E, known_E = _slope(load, scale), state.extras["slope"]
+    slope_E, average_E = _slope(load, scale), state.extras["slope"]
     # One step's estimate of the slope is correlated with the noise of its load, since chance that gives an expert more
     # tokens also brings tokens near its cutoff. Therefore it is averaged over steps.
-    slope_E = slope_E if starts else known_E + 0.2 * (slope_E - known_E)
+    slope_E = slope_E if starts else average_E + 0.2 * (slope_E - average_E)
     step_E = _trusted(rate * gain * lack_E / _usable(slope_E, scale), next_scale)
     scalars = {STATISTIC_SCALE: _scalar(next_scale), "gain": _scalar(gain), "noise": _scalar(noise)}
     return state.moved_by(step_E, lack=lack_E, slope=slope_E, **scalars)

@@ -21,9 +21,9 @@ class Case:
     """One layer, and how its tokens are drawn.
 
     moe: settings that differ from the default layer. bias: pairs of an expert and its bias, which force where tokens
-    go. tokens: the numbers of tokens of four ranks; of fewer ranks the last numbers, of more the same again and again,
-    of a single rank their sum. workload: one of `dispatch.parity.workloads`, at `step`, in place of `tokens`; its
-    tokens are drawn so that they choose as it says.
+    go. tokens: how many tokens each of four ranks has. Fewer ranks take the last numbers, more ranks repeat them, and a
+    single rank takes their sum. workload: one of `dispatch.parity.workloads`, at `step`, instead of `tokens`;
+    its tokens are drawn so that they choose the experts of the workload.
     """
 
     name: str
@@ -112,7 +112,7 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
     """The batch of every rank; together they are the global batch. All values are exact in the dtype of the experts."""
     dtype, batches = weights["expert_gate"].dtype, []
     workload = _workload(case, ep_size, seed)
-    counts = workload.tokens_of_ranks() if workload else _num_tokens_of_ranks(case.tokens, ep_size)
+    counts = workload.tokens_of_ranks() if workload else _tokens_by_rank(case.tokens, ep_size)
     for rank, num_tokens in enumerate(counts):
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + rank)
         x_TH, grad_output_TH = torch.randn(2, num_tokens, case.hidden, generator=generator, dtype=torch.float64)
@@ -123,8 +123,9 @@ def draw_batches(case: Case, ep_size: int, weights: Mapping[str, Tensor], seed: 
     return batches
 
 
-def _num_tokens_of_ranks(of_four: tuple[int, ...], ep_size: int) -> list[int]:
-    return list((of_four * ep_size)[-ep_size:]) if ep_size > 1 else [sum(of_four)]
+def _tokens_by_rank(tokens: tuple[int, ...], ep_size: int) -> list[int]:
+    """The numbers of `Case.tokens` for this many ranks."""
+    return list((tokens * ep_size)[-ep_size:]) if ep_size > 1 else [sum(tokens)]
 
 
 def _workload(case: Case, ep_size: int, seed: int) -> Workload | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dispatch.parity.layers import Adapter, slow_layer
 from dispatch.parity.measure import COLUMNS, OPTIMIZERS, Measured, measure
 from dispatch.values import all_gather_values, read_tensor, tensor_value
 
-FLOOR = 1e-4
+FLOOR = 1e-4  # smaller elements are compared by their absolute error, see `Precision`
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,10 @@ def check(
         expected = _part(references[case.name], batches, rank, ExpertPlacement(case.config.num_experts, ep_size))
         num_tokens = sum(len(batch.x_TH) for batch in batches)
         for name, adapter in adapters.items():
-            measured = measure(
-                lambda a=adapter, c=case, w=weights: a(c, w, group),  # type: ignore[misc]
-                case,
-                batches[rank],
-                num_tokens,
-                group,
-                precision.optimizers,
-            )
+            build = partial(adapter, case, weights, group)
+            measured = measure(build, case, batches[rank], num_tokens, group, precision.optimizers)
             mine = compare(measured, expected, rank, precision)
-            rows.append(Row(case.name, name, precision, _of_all_ranks(mine, group)))
+            rows.append(Row(case.name, name, precision, _gathered(mine, group)))
     return rows
 
 
@@ -144,19 +139,19 @@ def _references(cases: Sequence[Case], group: dist.ProcessGroup, dtype: str, see
 
 
 def _mapped(change: Callable[[Any], Any], by_case: Mapping[str, Measured]) -> dict[str, Any]:
-    """The same with every tensor changed."""
+    """The results with `change` applied to every tensor."""
     return {
-        case: {column: {name: change(tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
-        for case, whole in by_case.items()
+        case: {column: {name: change(each) for name, each in tensors.items()} for column, tensors in measured.items()}
+        for case, measured in by_case.items()
     }
 
 
 def _reference(case: Case, ep_size: int, dtype: str, seed: int) -> Measured:
     weights, batches = _draw(case, ep_size, dtype, seed)
     exact = {name: weight.double() for name, weight in weights.items()}
-    together = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.grad_output_TH for b in batches]))
+    global_batch = CaseInputs(torch.cat([b.x_TH for b in batches]), torch.cat([b.grad_output_TH for b in batches]))
     optimizers = PRECISIONS[dtype].optimizers
-    return measure(lambda: slow_layer(case, exact), case, together, len(together.x_TH), None, optimizers)
+    return measure(lambda: slow_layer(case, exact), case, global_batch, len(global_batch.x_TH), None, optimizers)
 
 
 def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Tensor], list[CaseInputs]]:
@@ -164,8 +159,8 @@ def _draw(case: Case, ep_size: int, dtype: str, seed: int) -> tuple[dict[str, Te
     return weights, draw_batches(case, ep_size, weights, seed)
 
 
-def _part(whole: Measured, batches: Sequence[CaseInputs], rank: int, placement: ExpertPlacement) -> Measured:
-    """The part of the reference that this rank is compared with: its tokens, its experts, and all else whole."""
+def _part(reference: Measured, batches: Sequence[CaseInputs], rank: int, placement: ExpertPlacement) -> Measured:
+    """What this rank is compared with: the rows of its tokens, the weights of its experts, all other tensors entire."""
     first = sum(len(batch.x_TH) for batch in batches[:rank])
     tokens, ids = slice(first, first + len(batches[rank].x_TH)), placement.owned_by(rank)
 
@@ -174,9 +169,10 @@ def _part(whole: Measured, batches: Sequence[CaseInputs], rank: int, placement: 
             return tensor[tokens]
         return tensor[ids.start : ids.stop] if is_expert_weight(name) else tensor
 
-    return {column: {name: part(name, tensor) for name, tensor in tensors.items()} for column, tensors in whole.items()}
+    return {column: {name: part(name, each) for name, each in tensors.items()} for column, tensors in reference.items()}
 
 
-def _of_all_ranks(mine: Sequence[Deviation], group: dist.ProcessGroup) -> tuple[Deviation, ...]:
-    rows = all_gather_values([astuple(each) for each in mine], group, list)
-    return tuple(Deviation(*row) for of_rank in rows for row in of_rank)
+def _gathered(mine: Sequence[Deviation], group: dist.ProcessGroup) -> tuple[Deviation, ...]:
+    """The deviations of all ranks. Collective."""
+    rows_by_rank = all_gather_values([astuple(each) for each in mine], group, list)
+    return tuple(Deviation(*row) for rows in rows_by_rank for row in rows)

@@ -37,7 +37,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0 when all is equal and 1 when anything is off; leaves with 2 on wrong usage."""
+    """Run the command. Returns 0 when all is equal, 1 when anything differs or fails; exits with 2 on wrong usage."""
     parser = _parser()
     given = parser.parse_args(argv)
     if given.list:
@@ -70,10 +70,10 @@ def run_on_rank(group: dist.ProcessGroup, device: torch.device, options: Options
 
 
 def load_adapter(name: str) -> Adapter:
-    """The function that `package.module:function` names. Raises ValueError with what is missing."""
+    """The function that `package.module:function` names. Raises InvalidValue with what is missing."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise InvalidValue(f"--layer is {name!r}; it must be package.module:function")
+        raise InvalidValue(f"--layer is {name!r:.60}; it must be package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -57,7 +57,7 @@ def launch(
 
 def _rank_of_launcher(device: str, timeout: timedelta, fn: RankFunction[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    rank_device = _chosen(device, local_rank)
+    rank_device = _rank_device(device, local_rank)
     dist.init_process_group(_backend(device), timeout=timeout)
     try:
         return fn(_world(), rank_device, *args, **kwargs)
@@ -79,10 +79,10 @@ def _run_gang(world_size: int, *args: object) -> None:
 
 
 def _start_gang(world_size: int, *args: object) -> ProcessContext:
-    # A Ctrl-C in a terminal is sent to the ranks too. They inherit this block until they have set their handlers, so
-    # that they end without a traceback. And this process is interrupted only when it knows all ranks and can end them.
-    # As daemons they are ended by multiprocessing even if the interrupt comes before `_run_gang` waits for them.
-    resource_tracker.ensure_running()  # multiprocessing would start it now, and lift the block
+    # A Ctrl-C in a terminal is sent to the ranks too. SIGINT is blocked here, and the ranks inherit that until they
+    # have set their handlers, so that they end without a traceback. This process is interrupted only when it knows all
+    # ranks and can end them; as daemons they end even if the interrupt comes before `_run_gang` waits for them.
+    resource_tracker.ensure_running()  # else multiprocessing would start it below, and unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return cast(
@@ -105,7 +105,7 @@ def _spawned_rank(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-    rank_device = _chosen(device, rank)
+    rank_device = _rank_device(device, rank)
     dist.init_process_group(
         _backend(device), init_method=(folder / "store").as_uri(), rank=rank, world_size=world_size, timeout=timeout
     )
@@ -137,7 +137,8 @@ def _backend(device: str) -> str:
     return "nccl" if device == "cuda" else "gloo"
 
 
-def _chosen(device: str, local_rank: int) -> torch.device:
+def _rank_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank; a CUDA device also becomes the current one."""
     if device == "cpu":
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

@@ -57,7 +57,10 @@ Adapter: TypeAlias = Callable[[Case, Mapping[str, Tensor], dist.ProcessGroup], L
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """An exchange and a schedule for our layer; ranks_per_node is lowered to a divisor of the number of ranks."""
+    """An exchange and a schedule for our layer.
+
+    ranks_per_node: 0 for an exchange that needs no node groups; else lowered to a divisor of the number of ranks.
+    """
 
     exchange: str
     ranks_per_node: int = 0
@@ -95,12 +98,7 @@ def adapter_of(name: str) -> Adapter:
     def build(case: Case, weights: Mapping[str, Tensor], group: dist.ProcessGroup) -> LayerUnderTest:
         config, nodes = case.config, nodes_of(group) if variant.ranks_per_node else None
         dispatcher = make_dispatcher(
-            config.num_experts,
-            group,
-            hidden=case.hidden,
-            top_k=config.top_k,
-            exchange=variant.exchange,
-            nodes=nodes,
+            config.num_experts, group, hidden=case.hidden, top_k=config.top_k, exchange=variant.exchange, nodes=nodes
         )
         return layer_under_test(case, weights, dispatcher, variant.schedule)
 
@@ -134,7 +132,7 @@ def _read(layer: MoELayer, pick: Pick) -> dict[str, Tensor]:
 
 
 def _read_experts(experts: Experts, pick: Pick) -> dict[str, Tensor]:
-    """The weights of the experts. They are views, so that weights can also be written by them."""
+    """The weights of the experts, or their gradients, as views: initial weights are written through them."""
     gate, up = pick(experts.gate_up_proj).chunk(2, dim=1)
     return {"expert_gate": gate, "expert_up": up, "expert_down": pick(experts.down_proj)}
 
@@ -163,7 +161,7 @@ class SlowLayer(nn.Module):
 
 
 def slow_layer(case: Case, weights: Mapping[str, Tensor]) -> LayerUnderTest:
-    """The reference as a layer under test; `weights` of all experts, float64."""
+    """The reference as a layer under test. weights: those of all experts, in float64."""
     layer = SlowLayer(case, weights)
     return LayerUnderTest(
         module=layer,

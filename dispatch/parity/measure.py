@@ -32,7 +32,10 @@ def measure(
     group: dist.ProcessGroup | None,
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
 ) -> Measured:
-    """Run a layer on this rank's batch. Collective over `group`, which is None for one process with all tokens."""
+    """Run a layer on this rank's batch and return what is compared, by column of the report.
+
+    num_global_tokens: of the batches of all ranks. Collective over `group`; None for one process with all tokens.
+    """
     layer = build()
     for expert, value in case.bias:
         layer.expert_bias_E[expert] = value
@@ -69,8 +72,8 @@ def _backward(
     layer: LayerUnderTest, batch: CaseInputs, num_global_tokens: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of this rank's part of the mean over the global batch; sums dense gradients over ranks."""
-    of = layer.expert_parameters[0]
-    x_TH = batch.x_TH.to(of.device, of.dtype, copy=True).requires_grad_()
+    weight = layer.expert_parameters[0]
+    x_TH = batch.x_TH.to(weight.device, weight.dtype, copy=True).requires_grad_()
     y_TH = layer.module(x_TH)
     # Backward starts from the gradient of the outputs, not from a loss: in bf16 the loss, a sum, would be rounded.
     y_TH.backward((batch.grad_output_TH / num_global_tokens).to(y_TH.device, y_TH.dtype))
@@ -97,11 +100,11 @@ def _gradient_norm(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Te
     """Norm of all gradients of the model: those of the experts of all ranks, and all others once."""
     mine = {id(parameter) for parameter in layer.expert_parameters}
     squares = {parameter: _gradient(parameter).double().square().sum() for parameter in _trained(layer)}
-    of_experts = torch.stack([square for parameter, square in squares.items() if id(parameter) in mine]).sum()
+    expert_square = torch.stack([square for parameter, square in squares.items() if id(parameter) in mine]).sum()
     if group is not None:
-        dist.all_reduce(of_experts, group=group)
-    dense = [square for parameter, square in squares.items() if id(parameter) not in mine]
-    return (of_experts + torch.stack(dense).sum()).sqrt()
+        dist.all_reduce(expert_square, group=group)
+    dense_square = torch.stack([square for parameter, square in squares.items() if id(parameter) not in mine]).sum()
+    return (expert_square + dense_square).sqrt()
 
 
 def _take_load(layer: LayerUnderTest, group: dist.ProcessGroup | None) -> Tensor:
@@ -122,7 +125,7 @@ def _train(
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     num_steps: int,
 ) -> dict[str, Tensor]:
-    """Weights and bias after some steps on the same batch; the sign law moves the bias, from zero.
+    """Weights and bias after `num_steps` on the same batch. From the first update on, the bias is the sign law's.
 
     The parameters already have the gradients of the first step, and load_E is its load.
     """

@@ -11,18 +11,18 @@ from dispatch.config import RouterConfig
 
 
 def reference_choice(scores: list[float], bias: list[float], config: RouterConfig) -> list[int]:
-    """The expert ids that one token chooses, best first, of equal ones the lowest id first."""
+    """The expert ids that one token chooses, best first; ties go to the lowest id."""
     # In fp32, in which the router compares: in float64 other scores would be equal.
     biased = (torch.tensor(scores, dtype=torch.float32) + torch.tensor(bias, dtype=torch.float32)).tolist()
     size = config.num_experts // config.num_groups
     allowed = list(range(config.num_experts))
     if config.num_groups > 1:
         members = [allowed[group * size : (group + 1) * size] for group in range(config.num_groups)]
-        score_of_group = [
+        group_scores = [
             torch.tensor(sorted((biased[e] for e in group), reverse=True)[: config.scores_per_group]).sum().item()
             for group in members
         ]
-        best = sorted(range(config.num_groups), key=lambda group: (-score_of_group[group], group))
+        best = sorted(range(config.num_groups), key=lambda group: (-group_scores[group], group))
         allowed = [e for group in best[: config.groups_kept] for e in members[group]]
     return sorted(allowed, key=lambda e: (-biased[e], e))[: config.top_k]
 

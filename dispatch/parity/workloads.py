@@ -60,7 +60,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.name not in WORKLOADS:
-            raise InvalidValue(f"workload is {self.name!r}; it must be one of {', '.join(WORKLOADS)}")
+            raise InvalidValue(f"workload is {self.name!r:.60}; it must be one of {', '.join(WORKLOADS)}")
         if not 1 <= self.top_k <= self.num_experts:
             raise InvalidValue(f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts})")
         if self.num_tokens < 0:
@@ -131,19 +131,19 @@ class Workload:
         for rank, share in enumerate(shares):
             ids = self._placement.owned_by(rank)
             # An expert can take at most `full`, every token, so the hot one must take what the others cannot.
-            least = share - full * (len(ids) - 1)
-            self._add(heat, [hot[rank]], max(least, min(share, self._hot_share([hot[rank]], total))))
+            minimum = share - full * (len(ids) - 1)
+            self._add(heat, [hot[rank]], max(minimum, min(share, self._hot_share([hot[rank]], total))))
             self._add(heat, [e for e in ids if e != hot[rank]], share - heat[hot[rank]])
 
     def _hot_share(self, hot: Sequence[int], total: int) -> int:
         if not hot:
             return 0
         limit = self._max_skew(hot)
-        by_default = {"W2": limit, "W7": 0.95 * limit}.get(self.name, min(DEFAULT_SKEW, (1 + limit) / 2))
-        skew = by_default if self.skew is None else self.skew
+        default = {"W2": limit, "W7": 0.95 * limit}.get(self.name, min(DEFAULT_SKEW, (1 + limit) / 2))
+        skew = default if self.skew is None else self.skew
         # With a large top_k the other experts cannot take all the rest, since each can take at most every token.
-        least = total - self.num_experts * _GRAIN * (self.num_experts - len(hot))
-        return max(least, min(total, round(skew * len(hot) * total / self.num_experts)))
+        minimum = total - self.num_experts * _GRAIN * (self.num_experts - len(hot))
+        return max(minimum, min(total, round(skew * len(hot) * total / self.num_experts)))
 
     def _used_experts(self) -> list[int]:
         """In W5: every second expert of all ranks but the last; more only where top_k needs them."""
@@ -171,8 +171,8 @@ class Workload:
         starts_BE = torch.rand(num_blocks, size, generator=generator).argsort(1) * _GRAIN
         starts_BE += torch.randint(_GRAIN, (num_blocks, 1), generator=generator)
         points = (starts_BE.unsqueeze(2) + torch.arange(self.top_k) * full).flatten(1)
-        places = torch.searchsorted(ends_BE, points, right=True)
-        return order_BE.gather(1, places).view(-1, self.top_k)[:num_tokens]
+        positions = torch.searchsorted(ends_BE, points, right=True)
+        return order_BE.gather(1, positions).view(-1, self.top_k)[:num_tokens]
 
     def _orders(self, num_blocks: int, generator: torch.Generator) -> Tensor:
         """A random order of the experts for each block, (B, E); in W3 those of a rank stay side by side."""
@@ -190,7 +190,7 @@ def tokens_that_choose(topk_ids_TK: Tensor, router_weight_EH: Tensor, seed: int 
     below -1, so that a small bias changes at most the order of the chosen. Group-limited routing may choose otherwise.
 
     Raises:
-        ValueError: hidden is below num_experts, where no such tokens need exist.
+        InvalidValue: hidden is below num_experts, where no such tokens need exist.
     """
     (num_tokens, top_k), (num_experts, hidden) = topk_ids_TK.shape, router_weight_EH.shape
     if hidden < num_experts:
@@ -215,6 +215,6 @@ def _even(total: int, caps: Sequence[int]) -> list[int]:
     return shares
 
 
-def _generator(*of: object) -> torch.Generator:
+def _generator(*key: object) -> torch.Generator:
     # Not hash(), which differs from process to process.
-    return torch.Generator().manual_seed(zlib.crc32(repr(of).encode()))
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))

@@ -46,12 +46,13 @@ class Routing:
     topk_weights_TK: Tensor | None = None
 
     def check(self, shape: tuple[int, int], num_experts: int, place: str) -> None:
-        """Refuse ids or weights that a layer cannot route by. shape: (T, K) that the layer needs.
+        """Refuse ids or weights that a layer cannot route by. The host waits for the device once.
 
-        The host waits for the device once.
-
+        Args:
+            shape: the (T, K) that the layer needs.
+            place: the name of the layer, for errors.
         Raises:
-            InvalidValue: a wrong shape or dtype, an id out of range, or one expert twice for a token; names `place`.
+            InvalidValue: a wrong shape or dtype, an id out of range, or one expert twice for a token.
         """
         ids_TK, weights_TK = self.topk_ids_TK, self.topk_weights_TK
         for name, tensor in (("topk_ids_TK", ids_TK), ("topk_weights_TK", weights_TK)):
@@ -86,7 +87,7 @@ def _check_ids(ids_TK: Tensor, num_experts: int, place: str) -> None:
 
 
 def replay(router: Router, x_TH: Tensor, routing: Routing, place: str) -> tuple[Tensor, Tensor]:
-    """What `router` returns for these tokens, but by the experts of `routing`, and without counting anything.
+    """What `router` returns for these tokens, but for the experts that `routing` gives. Nothing is counted.
 
     place: the name of the layer, for errors. Raises InvalidValue, as `Routing.check`.
     """
@@ -134,8 +135,8 @@ def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
             hook.remove()
 
 
-def by_block(routings: Sequence[Routing | None] | None, num_dense: int, num_moe: int) -> list[Routing | None]:
-    """A routing, or None, for each block of a decoder: None for the dense blocks, which come first.
+def routing_by_block(routings: Sequence[Routing | None] | None, num_dense: int, num_moe: int) -> list[Routing | None]:
+    """The routing, or None, of each block of a decoder; None for the dense blocks, which come first.
 
     Raises:
         InvalidValue: `routings` has not as many entries as there are MoE layers.

@@ -15,7 +15,7 @@ from dispatch.routing.precision import KeepsWide
 from dispatch.routing.selection import CountInBackward, biased_scores, count_by_expert, ordered_topk
 from dispatch.routing.statistics import RouterChoice, Statistic
 
-# Called in each training forward with gradients, with logits_TE, topk_ids_TK, token_mask_T and the number of sequences.
+# (logits_TE, topk_ids_TK, token_mask_T, num_sequences): called in each training forward that has gradients enabled.
 Observer = Callable[[Tensor, Tensor, Tensor | None, int], None]
 
 
@@ -25,7 +25,7 @@ class Router(KeepsWide):
     The gate runs in fp32 (float64 in a float64 model), whatever the dtype of the activations or the autocast, since
     rounding to bf16 changes which experts are chosen. `expert_bias_E` is a persistent fp32 buffer that only
     `dispatch.balance.write_state` changes, once per optimizer step. `tokens_per_expert_E` counts the choices of
-    training forwards since the last reset, `statistic_EW` what the law counts besides (`dispatch.balance.attach_law`).
+    training forwards since the last reset, `statistic_EW` the law's statistic (`dispatch.balance.attach_law`).
     `on_scores` is called with the fp32 scores (T, E) of every training forward, but not of recomputes.
     Source: arXiv 2412.19437, equations 12 to 16.
     """
@@ -72,7 +72,7 @@ class Router(KeepsWide):
             buffer.zero_()
 
     def attach(self, statistic: Statistic | None, *, multiplies_bias: bool) -> None:
-        """Count `statistic` from now on. multiplies_bias: choose by score * (1 + bias) instead of score + bias."""
+        """Set what to count beside the load, None for nothing. multiplies_bias: choose by score * (1 + bias)."""
         self.statistic, self.multiplies_bias = statistic, multiplies_bias
         self.statistic_EW = self.tokens_per_expert_E.new_zeros(self.num_experts, statistic.width if statistic else 0)
 

@@ -68,7 +68,9 @@ def _order_on_ranks(rank, world_size, overlap):
         lambda self, *a, c=exchange.SplitSizes.all_to_all_into: noted("s", c, self, *a)
     )
     wait = PendingCollective.wait
-    PendingCollective.wait = lambda self: noted("w", wait, self) if self.what.splits else wait(self)  # only of rows
+    PendingCollective.wait = lambda self: (
+        noted("w", wait, self) if self.collective.splits else wait(self)
+    )  # only of rows
     schedule = ScheduleConfig(num_chunks=2, overlap=overlap)
     layer = MoELayer(HIDDEN, CONFIG, KINDS["rank"](NUM_EXPERTS, dist.group.WORLD), schedule)
     hear_experts(layer, events)
@@ -150,6 +152,15 @@ def test_a_batch_within_the_bound_is_not_cut():
 def test_impossible_schedules_are_refused(settings, words):
     with pytest.raises(ValueError, match=rf"{words} \((0|-1)\)"):
         ScheduleConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3, 2, dtype=torch.bool), torch.ones(1, dtype=torch.bool), torch.ones(2, 3)]
+)
+def test_a_token_mask_of_another_shape_or_dtype_is_refused(mask):
+    layer = MoELayer(HIDDEN, CONFIG, LocalDispatcher(NUM_EXPERTS))
+    with pytest.raises(ValueError, match=r"token_mask is .*; it must be torch.bool \(2, 3\)"):
+        layer(torch.randn(2, 3, HIDDEN), mask)
 
 
 def test_a_layer_is_refused_on_a_dispatcher_of_another_size():

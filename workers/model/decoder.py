@@ -16,7 +16,7 @@ from dispatch.config import ScheduleConfig
 from dispatch.exchange.dispatcher import Dispatcher
 from dispatch.experts.dense import SwiGLU
 from dispatch.layer import MoELayer
-from dispatch.routing.replay import Routing, by_block
+from dispatch.routing.replay import Routing, routing_by_block
 from workers.distributed.context import Context
 from workers.model.attention import AttentionMask, Documents, KeyValueCache, causal_mask, limit_to_window, rotary_table
 from workers.model.lora import add_adapters
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         x = self._embed(token_ids)
         rotary, attn_mask = self._rotary_and_mask(x, token_mask, positions, cache, document_starts, context)
         layers, num_dense = range(self.config.num_layers), self.config.num_dense_layers
-        block_routings = by_block(routings, num_dense, len(layers) + (next_ids is not None) - num_dense)
+        block_routings = routing_by_block(routings, num_dense, len(layers) + (next_ids is not None) - num_dense)
         normed = self._run_blocks(layers, x, rotary, attn_mask, token_mask, positions, cache, block_routings)
         predicted = self._predict(normed if logits_at is None else _select_positions(normed, logits_at), targets)
         if next_ids is None:

@@ -167,8 +167,9 @@ def _refused_on_ranks(rank, world_size):
     for refused in (
         lambda: make_dispatcher(8, group, hidden=HIDDEN, top_k=3, exchange="deep_ep"),
         lambda: make_dispatcher(8, group, hidden=HIDDEN, top_k=3, exchange="deep_ep", payload="fp8"),
-        lambda: make_dispatcher(9, group, hidden=24, top_k=33, exchange="deep_ep"),
+        lambda: make_dispatcher(65, group, hidden=24, top_k=33, exchange="deep_ep"),
         lambda: dispatcher.dispatch(torch.ones(1, HIDDEN), torch.arange(3).view(1, 3), torch.ones(1, 3)),
+        lambda: dispatcher.dispatch(torch.ones(1, 2 * HIDDEN), torch.arange(3).view(1, 3), torch.ones(1, 3)),
         lambda: dispatcher.combine(torch.ones(1, HIDDEN), foreign),
     ):
         with pytest.raises(ValueError) as caught:
@@ -178,11 +179,12 @@ def _refused_on_ranks(rank, world_size):
 
 
 def test_what_deep_ep_cannot_do_is_refused_with_a_way_out():
-    missing, payload, sizes, dtype, foreign = run_ranks(2, _refused_on_ranks)[0]
+    missing, payload, sizes, dtype, width, foreign = run_ranks(2, _refused_on_ranks)[0]
     assert "the package deep_ep (install it from github.com/deepseek-ai/DeepEP)" in missing
     assert "payload 'fp8' is not for exchange 'deep_ep'" in payload
-    assert "num_experts (9) must be a multiple of ep_size (2); top_k (33) must be at most 32; hidden (24)" in sizes
+    assert "num_experts (65) must be a multiple of ep_size (2); top_k (33) must be at most 32; hidden (24)" in sizes
     assert "takes bfloat16 rows and float32 weights, not torch.float32 and torch.float32" in dtype
+    assert width == "x has width 64, the dispatcher was made for hidden 32"
     assert "another kind of dispatcher made this handle" in foreign
 
 

@@ -1,14 +1,17 @@
 """What travels arrives: every assignment once, at its expert, and back. One launch a world size."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dispatch.errors import InvalidValue
 from dispatch.exchange.all_to_all import AllToAllDispatcher
 from dispatch.exchange.factory import make_dispatcher, places_needed
 from dispatch.exchange.local import LocalDispatcher
+from dispatch.exchange.registry import one_row_a_rank, register_backend
 from tests.dispatch.exchange.kinds import KINDS
 from tests.ranks import run_ranks
 
@@ -109,9 +112,23 @@ def _chosen_exchange(rank, world_size):
     return [dispatcher.per_assignment for dispatcher in chosen]
 
 
+def _impossible_top_k(_rank, _world_size):
+    with pytest.raises(InvalidValue, match=r"top_k \(5\) must be between 1 and num_experts \(4\)"):
+        make_dispatcher(num_experts=4, ep_group=dist.group.WORLD, hidden=8, top_k=5)
+
+
+def test_more_experts_a_token_than_there_are_is_refused_before_costs_are_compared():
+    run_ranks(2, _impossible_top_k)
+
+
 def test_auto_takes_the_exchange_with_fewer_bytes():
     expected = [False, False, True]
     assert run_ranks(2, _chosen_exchange) == [expected, expected]
+
+
+def test_no_exchange_can_be_called_auto():
+    with pytest.raises(InvalidValue, match=r"parallel\.exchange 'auto' has a meaning of its own"):
+        register_backend("auto", hops=one_row_a_rank)(lambda _context: LocalDispatcher(8))
 
 
 def test_ranks_that_a_token_needs_in_hand_worked_cases():
@@ -139,6 +156,13 @@ def test_identity_experts_with_equal_weights_restore_the_input():  # P3
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\(5, 4\).*\(6, 2\)"):
         LocalDispatcher(8).dispatch(torch.randn(5, 4), torch.zeros(6, 2, dtype=torch.int64), torch.zeros(6, 2))
+
+
+def test_one_rank_refuses_the_handle_of_another_kind_of_dispatcher():
+    dispatcher, x = LocalDispatcher(8), torch.randn(5, 4)
+    arrived, handle = dispatcher.dispatch(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    with pytest.raises(ValueError, match="another kind of dispatcher made this handle"):
+        dispatcher.combine(arrived, replace(handle, combine_state=()))
 
 
 @pytest.mark.parametrize(("num_experts", "weights"), [(256, [1.0, 4.0, 2.0, 3.0]), (257, [1.0, 4.0, 3.0, 2.0])])

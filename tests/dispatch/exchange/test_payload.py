@@ -1,5 +1,7 @@
 """Rows coded in fp8: the documented bound, and that nothing but the rows on their way out is coded."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +34,15 @@ def test_no_rows_and_one_row_are_coded_too(hidden):
     assert decode_fp8(encode_fp8(torch.empty(0, hidden)), hidden, torch.bfloat16).shape == (0, hidden)
     row = torch.full((1, hidden), 448.0)
     assert torch.equal(decode_fp8(encode_fp8(row), hidden, torch.float32), row)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_tile_that_is_not_finite_arrives_as_nan_and_never_as_other_numbers(bad):
+    rows = torch.full((1, 2 * TILE), 1000.0)
+    rows[0, 3] = bad
+    tile, other = decode_fp8(encode_fp8(rows), 2 * TILE, torch.float32).split(TILE, 1)
+    assert tile.isnan().all()
+    assert torch.equal(other, rows[:, TILE:])
 
 
 def _coded_on_ranks(rank, world_size):

@@ -18,13 +18,13 @@ from tests.dispatch.experts.plain_experts import plain_experts
 def test_runs_are_padded_with_weightless_copies_of_row_0_and_cut_when_long(monkeypatch):
     monkeypatch.setattr(looped_experts, "MAX_RUN", 8)
     sources, weights = torch.arange(1, 15), torch.arange(14.0) + 0.5
-    rows = ExpertRows.of(sources, weights, (3, 0, 11), multiple=4)
+    rows = ExpertRows.padded(sources, weights, (3, 0, 11), multiple=4)
     assert rows.runs == [(0, slice(0, 4)), (2, slice(4, 12)), (2, slice(12, 16))]
     assert rows.sources_R.tolist() == [1, 2, 3, 0, *range(4, 15), 0]
     assert rows.weights_R.tolist() == [0.5, 1.5, 2.5, 0, *(i + 0.5 for i in range(3, 14)), 0]
     assert torch.equal(rows.unpad(rows.sources_R), sources)
     assert rows.longest == 8
-    whole = ExpertRows.of(sources, weights, (4, 10, 0), multiple=1)
+    whole = ExpertRows.padded(sources, weights, (4, 10, 0), multiple=1)
     assert whole.real_rows is None
     assert whole.runs == [(0, slice(0, 4)), (1, slice(4, 12)), (1, slice(12, 14))]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dispatch.config import RouterConfig
+from dispatch.errors import InvalidValue
 from dispatch.laws import LAWS, BalanceConfig, Law, LawState, register_law
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import ordered_topk
@@ -255,7 +256,9 @@ def test_a_rate_of_zero_moves_nothing_at_all(name):
         ({"law": "sign", "options": {"beta": 1.0}}, "'sign' has no options"),
         ({"law": "smebu", "options": {"beta": math.nan}}, "beta.*finite"),
         ({"law": "smebu", "options": {"beta": True}}, "beta.*finite"),
+        ({"law": "smebu", "options": {"beta": 10**400}}, "beta.*finite"),  # larger than every float
         ({"options": 3}, "names and numbers"),
+        ({"law": "x" * 1000}, "^.{,300}$"),
         ({"schedule": "step"}, "'step'.*constant, linear or cosine"),
         ({"zero_last": 1.5}, r"1.5.*between 0 and 1"),
         ({"horizon": -1}, "-1.*whole number"),
@@ -269,7 +272,7 @@ def test_wrong_settings_are_named_with_the_way_out(settings, said):
 
 
 def test_a_schedule_without_a_length_is_refused_before_the_first_step():
-    with pytest.raises(ValueError, match=r"balance\.horizon"):
+    with pytest.raises(InvalidValue, match=r"balance\.horizon"):
         _law("sign", schedule="linear")
 
 

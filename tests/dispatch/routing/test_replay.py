@@ -15,7 +15,7 @@ from dispatch import BalanceConfig, LossFreeBalancer, MoEConfig, MoELayer, Routi
 from dispatch.errors import InvalidValue
 from dispatch.exchange.all_to_all import AllToAllDispatcher
 from dispatch.exchange.local import LocalDispatcher
-from dispatch.routing.replay import by_block
+from dispatch.routing.replay import routing_by_block
 from tests.ranks import run_ranks
 
 HIDDEN, NUM_EXPERTS, TOP_K = 8, 6, 3
@@ -201,7 +201,7 @@ def test_weights_of_another_shape_or_kind_and_too_few_routings_are_refused() -> 
         with pytest.raises(InvalidValue, match=re.escape(message)):
             layer_of(1)(x, routing=replace(routing, topk_weights_TK=weights))
     with pytest.raises(InvalidValue, match="routings has 1 entries; this forward calls 2 MoE layers"):
-        by_block([routing], num_dense=1, num_moe=2)
+        routing_by_block([routing], num_dense=1, num_moe=2)
 
 
 def test_the_place_of_a_wrong_routing_is_the_name_of_the_layer() -> None:

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatch.config import RouterConfig
+from dispatch.errors import InvalidValue
 from dispatch.parity.reference import reference_choice
 from dispatch.routing.selection import biased_scores, ordered_topk
 
@@ -47,6 +48,19 @@ def test_negative_biased_scores_stay_inside_the_chosen_groups():  # B17
     assert config.top_k == ids.shape[1]
     # Two groups of four hold exactly the eight chosen.
     assert all(len({expert // 4 for expert in row}) == 2 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_groups": 0}, r"num_groups \(0\) must be at least 1"),
+        ({"route_scale": 0.0}, r"route_scale \(0.0\) must be above 0"),
+        ({"route_scale": float("nan")}, r"route_scale \(nan\) must be above 0 and finite"),
+    ],
+)
+def test_impossible_routing_is_refused(values, words):
+    with pytest.raises(InvalidValue, match=words):
+        RouterConfig(**values)
 
 
 @st.composite

@@ -35,7 +35,7 @@ def _worker(module: ModuleType) -> None:
 
 def _ranks_of_a_command(launch: ModuleType) -> None:
     launch._spawned_rank = _on_device(launch._spawned_rank)
-    launch._chosen = lambda _device, _local_rank: importlib.import_module("torch").device("cuda", 0)
+    launch._rank_device = lambda _device, _local_rank: importlib.import_module("torch").device("cuda", 0)
 
 
 def _process_of_a_section(process: ModuleType) -> None:
