@@ -48,7 +48,7 @@ class TargetRun:
         """Begin the run. faults: the plan for its workers."""
         self._faults = "" if faults is None else str(faults)
         settings = {**_settings(self.testbed, preset.world_size), "run.seed": seed}
-        self._begin("train", *_words(settings), f"--name={self.name}", f"--steps={num_steps}")
+        self._begin("train", *_as_options(settings), f"--name={self.name}", f"--steps={num_steps}")
 
     def resume(self, step: int | None = None) -> None:
         """Resume the run by its name, from the newest checkpoint or that of `step`."""
@@ -63,18 +63,18 @@ class TargetRun:
         """Begin the run with one worker on a Ray that the driver starts and ends; nobody waits for its end."""
         options = {**_settings(self.testbed, world_size=1), "workers": 1}
         del options["cluster.address"]
-        self._begin("train", *_words(options), f"--name={self.name}", "--steps=5000")
+        self._begin("train", *_as_options(options), f"--name={self.name}", "--steps=5000")
 
     def second_start(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
         """Start a run of the same name on a machine while this one lives; its process, and what it prints."""
         log = self.testbed.folder / "second start.log"
         settings = {**_settings(self.testbed, world_size=1), "optim.lr": 0.01}
-        return self.testbed.start(["train", *_words(settings), f"--name={self.name}"], log, on=machine), log
+        return self.testbed.start(["train", *_as_options(settings), f"--name={self.name}"], log, index=machine), log
 
     def second_resume(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
         """Resume this run on a machine while it lives; as above."""
         log = self.testbed.folder / "second resume.log"
-        return self.testbed.start(["train", "--resume", str(self.run_dir)], log, on=machine), log
+        return self.testbed.start(["train", "--resume", str(self.run_dir)], log, index=machine), log
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> float:
         """Send a signal to its driver. Returns the time of it."""
@@ -159,7 +159,7 @@ class TargetRun:
         return lines[-1] if lines else "it said nothing"
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
+def _as_options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 

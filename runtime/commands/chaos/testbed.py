@@ -86,19 +86,24 @@ class Testbed:
         """
         what = f"trimtab {' '.join(arguments)} on {machine.name}"
         try:
-            done = machine.run(self._words(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
+            done = machine.run(self._command_line(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
         except subprocess.TimeoutExpired as error:
             raise TestbedFailed(f"{what}: not done after {COMMAND_S:g} s") from error
         if done.returncode:
             raise TestbedFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
     def start(
-        self, arguments: Sequence[str], output: Path, *, on: int = 0, variables: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        output: Path,
+        *,
+        index: int = 0,
+        variables: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a command of trimtab on a machine, the head if no other is named."""
-        machine = self.machines[on]
+        machine = self.machines[index]
         return machine.popen(
-            self._words(arguments), env={**self._environment(machine), **(variables or {})}, output=output
+            self._command_line(arguments), env={**self._environment(machine), **(variables or {})}, output=output
         )
 
     def disk(self, machine: Machine) -> Path:
@@ -106,7 +111,7 @@ class Testbed:
         # Not the disk of the machine, whose path is too long for Ray's sockets.
         return self.folder / str(machine.index)
 
-    def _words(self, arguments: Sequence[str]) -> list[str]:
+    def _command_line(self, arguments: Sequence[str]) -> list[str]:
         return ["env", f"--chdir={self.folder}", sys.executable, "-P", "-m", "runtime", *arguments]
 
     def _environment(self, machine: Machine) -> dict[str, str]:

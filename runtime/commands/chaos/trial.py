@@ -219,25 +219,25 @@ def revive(run: TargetRun) -> bool:
     """Start the run again if a trial has left it dead. Returns whether it lives."""
     if run.exit_code is None:
         return True
-    at = time.time()
+    since = time.time()
     run.resume()
     try:
-        run.wait(lambda: _first_step(run, at), "resuming", RECOVER_S)
+        run.wait(lambda: _first_step(run, since), "resuming", RECOVER_S)
     except Unfulfilled:
         return False
     return True
 
 
 def _resume(run: TargetRun, trial: Trial, step: int | None) -> None:
-    begun = time.time()
+    since = time.time()
     run.resume(step)
-    line = run.wait(lambda: _first_step(run, begun), "the first step after resuming", RECOVER_S)
-    resumed = run.events("resumed", begun)[0]
+    line = run.wait(lambda: _first_step(run, since), "the first step after resuming", RECOVER_S)
+    resumed = run.events("resumed", since)[0]
     trial.recovered_s = line["time"] - trial.struck
     ray_s, gang_s = resumed["ray_s"], resumed["gang_s"]
     trial.parts = {
-        "until resumed": begun - trial.struck,
-        "driver, load": resumed["time"] - begun - ray_s - gang_s,
+        "until resumed": since - trial.struck,
+        "driver, load": resumed["time"] - since - ray_s - gang_s,
         "Ray": ray_s,
         "workers": gang_s,
         "first step": line["time"] - resumed["time"],

@@ -203,8 +203,8 @@ def _gradient_bytes(
 def _replica_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
     """Bytes that a rank sends in a step to sum its rows of the gradients over the replicas."""
     own, num_replicas, num_ranks = own_elements(config, trained), config.parallel.replicate, config.cluster.num_workers
-    of_experts = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
-    return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, of_experts)))
+    num_expert_replicas = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
+    return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, num_expert_replicas)))
 
 
 def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
@@ -220,8 +220,8 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
     """What a rank computes at once under balanced load: the rank with most experts, on CUDA."""
     model, moe = config.model, config.model.moe
     sequences = config.sequences_per_rank // config.num_micro_batches
-    tokens, num_local = sequences * -(-model.max_seq_len // config.parallel.context), max(layout.of_ranks)
-    alone, spread = len(layout.of_ranks) == 1, spread_of(moe, layout)
+    tokens, num_local = sequences * -(-model.max_seq_len // config.parallel.context), max(layout.experts_per_rank)
+    alone, spread = len(layout.experts_per_rank) == 1, spread_of(moe, layout)
     # An exchange over nodes has no hops where one node holds all ranks; its rows then come as those of ranks.
     last = (BACKENDS[exchange].hops(spread) or one_row_a_rank(spread))[-1]
     is_bf16 = config.run.dtype == "bfloat16"
@@ -230,7 +230,7 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
         tokens=tokens,
         seq_len=model.max_seq_len,
         num_local_experts=num_local,
-        expert_rows=tokens * moe.top_k * len(layout.of_ranks) * num_local / moe.num_experts,
+        expert_rows=tokens * moe.top_k * len(layout.experts_per_rank) * num_local / moe.num_experts,
         arrived_rows=tokens * (1.0 if alone else last.rows),
         ids_per_row=moe.top_k if alone else last.ids_per_row,
         element_bytes=element_bytes,
@@ -288,8 +288,8 @@ def _bucket_bytes(config: TrainConfig, counts: ParameterCounts, batch: MicroBatc
 def ep_sizes(subject: Subject) -> list[int]:
     """How many ranks can share the experts: divisors of all ranks whose groups lie alike on their nodes."""
     world_size, size = subject.config.dp_size, subject.ranks_per_node
-    most = min(world_size, subject.config.model.moe.num_experts)
-    fitting = [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
+    max_ep_size = min(world_size, subject.config.model.moe.num_experts)
+    fitting = [ep for ep in range(1, max_ep_size + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
     return [ep for ep in fitting if subject.config.parallel.replicate in replica_counts(world_size, ep)]
 
 

@@ -52,9 +52,9 @@ class PlanStage:
         outputs = self.in_flight * self._activation_bytes / self.config.num_micro_batches
         return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes, OUTPUTS: outputs}
 
-    def scratch(self, of_micro_batch: Parts) -> Parts:
+    def scratch(self, scratch: Parts) -> Parts:
         """Scratch of a micro-batch, without that of the loss where the stage does not have the head."""
-        return of_micro_batch if self.has_head else of_micro_batch | {AT_LOSS: 0.0}
+        return scratch if self.has_head else scratch | {AT_LOSS: 0.0}
 
     @property
     def message_bytes(self) -> float:

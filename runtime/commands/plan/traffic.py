@@ -61,15 +61,17 @@ class Layout:
     ranks_per_node: int
 
     @property
-    def of_ranks(self) -> tuple[int, ...]:
+    def experts_per_rank(self) -> tuple[int, ...]:
         """Experts of each rank."""
         return self.placement.num_local_experts
 
     @property
-    def of_nodes(self) -> list[int]:
+    def experts_per_node(self) -> list[int]:
         """Experts of each node."""
         size = self.ranks_per_node
-        return [sum(self.of_ranks[start : start + size]) for start in range(0, len(self.of_ranks), size)]
+        return [
+            sum(self.experts_per_rank[start : start + size]) for start in range(0, len(self.experts_per_rank), size)
+        ]
 
 
 def exchange_traffic(
@@ -89,12 +91,12 @@ def exchange_traffic(
         for hop in hops:
             rows = Links(hop.network, hop.node).times(hop.rows)
             id_bytes = hop.ids_per_row * (FP32 + _id_bytes(hop.num_ids))
-            there = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
-            answer = element_bytes * config.hidden
+            dispatch_bytes = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
+            combine_bytes = element_bytes * config.hidden
             # A recompute ends with the last tensor that backward needs: the experts', so that it sends no answers.
-            again = there if config.recompute in ("experts", "full") else 0
-            forward += rows.times(there + answer)
-            backward += rows.times(2 * answer + FP32 * hop.ids_per_row + again)
+            recompute_bytes = dispatch_bytes if config.recompute in ("experts", "full") else 0
+            forward += rows.times(dispatch_bytes + combine_bytes)
+            backward += rows.times(2 * combine_bytes + FP32 * hop.ids_per_row + recompute_bytes)
         scale = config.num_moe_layers * num_tokens
         sent[exchange] = Traffic(forward.times(scale), backward.times(scale))
     return sent
@@ -103,12 +105,12 @@ def exchange_traffic(
 def spread_of(config: RouterConfig, layout: Layout) -> Spread:
     """Over how many ranks and nodes a token's experts lie."""
     return Spread(
-        experts_P=layout.of_ranks,
-        experts_N=tuple(layout.of_nodes),
+        experts_P=layout.experts_per_rank,
+        experts_N=tuple(layout.experts_per_node),
         ranks_per_node=layout.ranks_per_node,
         top_k=config.top_k,
-        ranks_per_token=places_per_token(layout.of_ranks, config),
-        nodes_per_token=places_per_token(layout.of_nodes, config),
+        ranks_per_token=places_per_token(layout.experts_per_rank, config),
+        nodes_per_token=places_per_token(layout.experts_per_node, config),
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, folder_to_write, number, run_of, whole
+from runtime.commands.options import add_run, float_in, folder_to_write, int_from, run_of
 
 HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
 
@@ -20,16 +20,20 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="SPEC",
         help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
     )
-    add("--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)")
+    add(
+        "--threshold",
+        type=float_in(0, 1e6),
+        help="MaxVio_batch that counts as balance (1.5 times the practical floor)",
+    )
     add(
         "--shift",
-        type=whole(1),
+        type=int_from(1),
         metavar="STEP",
         help="training step from which the text is another (as in data.shift_at)",
     )
     add(
         "--first",
-        type=whole(1),
+        type=int_from(1),
         metavar="STEP",
         help="training step at which the laws begin, without bias (the first)",
     )
@@ -37,12 +41,12 @@ def add_arguments(parser: CommandParser) -> None:
         "--copies",
         action="append",
         default=[],
-        type=whole(1),
+        type=int_from(1),
         metavar="N",
         help="say what up to N copies of hot experts on each rank would have taken off the busiest; again for more",
     )
-    add("--ranks", type=whole(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
-    add("--every", type=whole(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
+    add("--ranks", type=int_from(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
+    add("--every", type=int_from(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
     add("--out", type=folder_to_write, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dispatch.laws import BalanceConfig
 from runtime.commands.replay.figures import LawFigures, figures_of, steady_steps
 from runtime.commands.replay.floors import chance_floor, floor_by_step
-from runtime.commands.replay.play import Played, max_vio_by_step
+from runtime.commands.replay.play import SimulatedLaw, max_vio_by_step
 from runtime.commands.replay.trace import Trace
 
 BALANCED_AT = 1.5  # times the practical floor
@@ -69,7 +69,7 @@ class Comparison:
         }
 
 
-def compare(trace: Trace, played: Mapping[str, Played], threshold: float | None = None) -> Comparison:
+def compare(trace: Trace, simulated: Mapping[str, SimulatedLaw], threshold: float | None = None) -> Comparison:
     """Sum up what `play` gave. threshold: None for BALANCED_AT times the practical floor of each step."""
     steady = steady_steps(trace)
     floor_S, chance = floor_by_step(trace), chance_floor(trace)
@@ -83,7 +83,7 @@ def compare(trace: Trace, played: Mapping[str, Played], threshold: float | None 
             figures=figures_of(each, trace, threshold_S),
             max_vio_S=max_vio_by_step(each.counts, trace.layout.slices),
         )
-        for label, each in played.items()
+        for label, each in simulated.items()
     }
     return Comparison(
         name=trace.name,

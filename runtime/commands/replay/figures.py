@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.commands.replay.play import Played, max_vio_by_step
+from runtime.commands.replay.play import SimulatedLaw, max_vio_by_step
 from runtime.commands.replay.trace import Trace
 
 MEAN_OVER = 5  # steps that must be within the threshold on average
@@ -31,20 +31,20 @@ class LawFigures:
     regret: float
 
 
-def figures_of(played: Played, trace: Trace, threshold_S: NDArray[np.float64]) -> LawFigures:
+def figures_of(simulated: SimulatedLaw, trace: Trace, threshold_S: NDArray[np.float64]) -> LawFigures:
     """The figures of what `play` returned. threshold_S: (S,), MaxVio_batch that counts as balanced in each step."""
     slices, steps = trace.layout.slices, steady_steps(trace)
-    vio_S = max_vio_by_step(played.counts, slices)
+    vio_S = max_vio_by_step(simulated.counts, slices)
     steady = slice(steps[0] - trace.steps[0], steps[-1] + 1 - trace.steps[0])
     shift = steady.stop
     share_S = vio_S / threshold_S
-    load_1N = played.counts[steady].sum(0, keepdims=True)
+    load_1N = simulated.counts[steady].sum(0, keepdims=True)
     return LawFigures(
         balanced_after=first_balanced(share_S[:shift]),
         recovered_after=first_balanced(share_S[shift:]) if shift < len(vio_S) else None,
         max_vio_batch=float(vio_S[steady].mean()),
         max_vio_global=float(max_vio_by_step(load_1N, slices)[0]),
-        regret=float(played.regret[steady].mean()),
+        regret=float(simulated.regret[steady].mean()),
     )
 
 

@@ -13,7 +13,7 @@ from dispatch.laws import BalanceConfig, Law
 from dispatch.laws.load_metrics import max_vio, max_vio_floor
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
-from runtime.commands.replay.play import Player
+from runtime.commands.replay.play import LawSimulator
 from runtime.commands.replay.trace import Trace
 
 REACH = 6  # steps on either side whose scores a floor may see
@@ -78,7 +78,7 @@ def _balancing_bias(scores_TE: Tensor, router: RouterConfig) -> Tensor:
     else:
         config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(NUM_ROUNDS)]
     layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
-    player = Player(config[0], layout, router)
+    player = LawSimulator(config[0], layout, router)
     for round_, each in enumerate(config, 1):
         player.law = Law(each, layout)
         player.step(round_, [scores_TE])

@@ -21,7 +21,7 @@ from runtime.commands.replay.trace import Trace
 
 
 @dataclass(frozen=True)
-class Played:
+class SimulatedLaw:
     """What one law did on a trace."""
 
     config: BalanceConfig
@@ -30,7 +30,7 @@ class Played:
     regret: NDArray[np.float64]  # (S,), 1 - scores of the chosen / scores of the best, over all layers
 
 
-class Player:
+class LawSimulator:
     """One law on its way through a trace; `step` once for each step, in order."""
 
     def __init__(self, config: BalanceConfig, layout: LoadLayout, router: RouterConfig) -> None:
@@ -61,17 +61,17 @@ class Player:
         scale = torch.zeros(()) if scales is None else scales[layer]
         return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, router.top_k), bias_E, scale)
 
-    def played(self) -> Played:
+    def result(self) -> SimulatedLaw:
         """Return everything so far."""
         loads, biases, regrets = zip(*self._rows, strict=True)
-        return Played(
+        return SimulatedLaw(
             self.law.config, torch.stack(loads).numpy(), torch.stack(biases).numpy(), np.array(regrets, np.float64)
         )
 
 
-def play(
+def simulate_laws(
     trace: Trace, laws: Mapping[str, BalanceConfig], on_step: Callable[[int], None] = lambda _: None
-) -> dict[str, Played]:
+) -> dict[str, SimulatedLaw]:
     """Play all laws side by side: the scores of a step are read once. `on_step` hears of each step that is done.
 
     Raises:
@@ -82,13 +82,13 @@ def play(
             raise InvalidValue(
                 f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
             )
-    players = {label: Player(config, trace.layout, trace.router) for label, config in laws.items()}
+    players = {label: LawSimulator(config, trace.layout, trace.router) for label, config in laws.items()}
     for step in trace.steps:
         scores = trace.scores(step)
         for player in players.values():
             player.step(step, scores)
         on_step(step)
-    return {label: player.played() for label, player in players.items()}
+    return {label: player.result() for label, player in players.items()}
 
 
 def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDArray[np.float64]:

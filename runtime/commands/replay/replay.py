@@ -14,7 +14,7 @@ from runtime.commands.out import out_dir
 from runtime.commands.replay.chart import write_chart
 from runtime.commands.replay.comparison import Comparison, compare
 from runtime.commands.replay.history import Reproduction, reproduce_bias
-from runtime.commands.replay.play import Played, play
+from runtime.commands.replay.play import SimulatedLaw, simulate_laws
 from runtime.commands.replay.score_trace import NoScoresError, RecordedTrace
 from runtime.commands.replay.specs import parse_law
 from runtime.commands.replay.starts import read_starts
@@ -62,7 +62,7 @@ def replay(
         say(console, str(error))
         return _exit_code(reproduction)
     with one_thread():
-        comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
+        comparison = compare(trace, simulate_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out_dir(out or run), comparison, reproduction, trace):
         say(console, str(path))
@@ -86,7 +86,7 @@ def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
     return filled[0] == filled[1]
 
 
-def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
+def simulate_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, SimulatedLaw]:
     """`play` with a bar on the terminal."""
     num_steps = len(trace.steps)
     # A rate that falls over a run falls over the length of the trace here.
@@ -96,7 +96,7 @@ def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[
     }
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"playing {len(laws)} laws", total=num_steps)
-        return play(trace, laws, lambda step: progress.update(task, completed=step))
+        return simulate_laws(trace, laws, lambda step: progress.update(task, completed=step))
 
 
 @contextmanager

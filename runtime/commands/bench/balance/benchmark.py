@@ -12,7 +12,7 @@ from dispatch.errors import InvalidValue
 from runtime.commands.bench.balance.verdict import TUNED, Verdict, verdicts
 from runtime.commands.replay.chart import write_chart
 from runtime.commands.replay.comparison import Comparison, compare
-from runtime.commands.replay.replay import one_thread, play_with_progress
+from runtime.commands.replay.replay import one_thread, simulate_with_progress
 from runtime.commands.replay.score_trace import RecordedTrace
 from runtime.commands.replay.simulation import RouterSimulation
 from runtime.commands.replay.specs import parse_law
@@ -25,7 +25,7 @@ from runtime.terminal.tables import new_table
 
 BEST = "adaptive"
 # Laws at their own rates, but for smebu, whose published rate is meant for ten times the steps.
-OTHERS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
+DEFAULT_LAWS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
 
 
 def run_benchmark(
@@ -38,7 +38,7 @@ def run_benchmark(
     Raises:
         ValueError: a law or a run is wrong.
     """
-    chosen = {spec: parse_law(spec) for spec in (*OTHERS, *laws)}
+    chosen = {spec: parse_law(spec) for spec in (*DEFAULT_LAWS, *laws)}
     traces: list[Trace] = [RecordedTrace(find_run(name)) for name in runs]
     traces += [RecordedTrace(find_run(name), first=first) for name in runs if first is not None]
     shift = num_steps * 5 // 8
@@ -50,7 +50,7 @@ def run_benchmark(
     for trace in traces:
         fit = {spec: law for spec, law in chosen.items() if trace.router.num_groups == 1 or law.entry.group_limited}
         with one_thread():
-            comparison = compare(trace, play_with_progress(trace, fit))
+            comparison = compare(trace, simulate_with_progress(trace, fit))
         comparisons.append(comparison)
         console.print(as_table(comparison))
         console.print()

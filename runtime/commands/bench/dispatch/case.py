@@ -177,13 +177,13 @@ def _share_of_cores(workers: int) -> int:
 
 
 def _device(given: str, workers: int) -> str:
-    here = launched_ranks_per_node() or workers
-    there_are = torch.cuda.device_count()
+    num_local_ranks = launched_ranks_per_node() or workers
+    num_devices = torch.cuda.device_count()
     if given == "auto":
-        return "cuda" if there_are >= here else "cpu"
-    if given == "cuda" and there_are < here:
+        return "cuda" if num_devices >= num_local_ranks else "cpu"
+    if given == "cuda" and num_devices < num_local_ranks:
         raise InvalidValue(
-            f"--device cuda needs a CUDA device for each of {here} ranks of this machine and torch sees {there_are}; "
-            "lower --workers or take --device cpu"
+            f"--device cuda needs a CUDA device for each of {num_local_ranks} ranks of this machine and torch sees "
+            f"{num_devices}; lower --workers or take --device cpu"
         )
     return given

@@ -65,21 +65,21 @@ class LayerFigures:
 def figures_of(measured: DtypeSamples) -> LayerFigures:
     """All figures of one dtype."""
     layer, matmuls = (_Rounds(measured.samples[name]) for name in (LAYER, MATMULS))
-    wall = _pair(layer.of("wall_s", max), matmuls.of("wall_s", max))
-    phases = {phase: statistics.median(layer.of(f"{phase}_s")) for phase in MOE_PHASES}
+    wall = _pair(layer.by_round("wall_s", max), matmuls.by_round("wall_s", max))
+    phases = {phase: statistics.median(layer.by_round(f"{phase}_s")) for phase in MOE_PHASES}
     return LayerFigures(
         phases={**phases, "rest": wall.measured - sum(phases.values())},
         wall=wall,
-        cpu=_pair(layer.of("cpu_s"), matmuls.of("cpu_s")),
+        cpu=_pair(layer.by_round("cpu_s"), matmuls.by_round("cpu_s")),
         flops=_pair(layer.rate("flops", "experts_s"), matmuls.rate("flops", "wall_s")),
         **_exchange_figures(measured, layer),
-        sent={link: statistics.median(layer.of(f"{link}_bytes")) for link in ("node", "network")},
-        floor={link: statistics.median(layer.of(f"floor_{link}_bytes")) for link in ("all", "network")},
-        busiest_over_mean=statistics.median(layer.of("busiest_over_mean")),
+        sent={link: statistics.median(layer.by_round(f"{link}_bytes")) for link in ("node", "network")},
+        floor={link: statistics.median(layer.by_round(f"floor_{link}_bytes")) for link in ("all", "network")},
+        busiest_over_mean=statistics.median(layer.by_round("busiest_over_mean")),
         allocated_bytes=measured.allocated_bytes,
         resident_bytes=measured.resident_bytes,
         others={
-            name: _pair(_Rounds(samples).of("wall_s", max), layer.of("wall_s", max))
+            name: _pair(_Rounds(samples).by_round("wall_s", max), layer.by_round("wall_s", max))
             for name, samples in measured.samples.items()
             if name not in (LAYER, MATMULS, EXCHANGE)
         },
@@ -90,13 +90,13 @@ def _exchange_figures(measured: DtypeSamples, layer: "_Rounds") -> dict[str, Any
     if EXCHANGE not in measured.samples:
         return {"exchange": None, "bandwidth": None, "wire_share": 0.0}
     bare = _Rounds(measured.samples[EXCHANGE])
-    seconds = _sums(layer.of("dispatch_s"), layer.of("combine_s"))
-    num_bytes = _sums(layer.of("node_bytes"), layer.of("network_bytes"))
+    seconds = _sums(layer.by_round("dispatch_s"), layer.by_round("combine_s"))
+    num_bytes = _sums(layer.by_round("node_bytes"), layer.by_round("network_bytes"))
     bandwidth = [sent / time for sent, time in zip(num_bytes, seconds, strict=True)]
     return {
-        "exchange": _pair(seconds, bare.of("wall_s", max)),
+        "exchange": _pair(seconds, bare.by_round("wall_s", max)),
         "bandwidth": _pair(bandwidth, bare.rate("bytes", "wall_s")),
-        "wire_share": _pair(bare.of("wall_s", max), layer.of("wall_s", max)).ratio,
+        "wire_share": _pair(bare.by_round("wall_s", max), layer.by_round("wall_s", max)).ratio,
     }
 
 
@@ -106,13 +106,13 @@ class _Rounds:
 
     by_rank: list[list[Sample]]
 
-    def of(self, field: str, combine: Combine = statistics.fmean) -> list[float]:
+    def by_round(self, field: str, combine: Combine = statistics.fmean) -> list[float]:
         """Combine the ranks: one value for each round."""
         return [combine(sample[field] for sample in ranks) for ranks in zip(*self.by_rank, strict=True)]
 
     def rate(self, amount: str, seconds: str) -> list[float]:
         """Amount over seconds of all ranks, round by round."""
-        return [number / time for number, time in zip(self.of(amount), self.of(seconds), strict=True)]
+        return [number / time for number, time in zip(self.by_round(amount), self.by_round(seconds), strict=True)]
 
 
 def _sums(first: list[float], second: list[float]) -> list[float]:

@@ -52,26 +52,26 @@ class LayerRun:
 
     layer: MoELayer
     case: LayerCase
-    place: RankContext
+    context: RankContext
     dtype: torch.dtype
     messages: list[Message] = field(default_factory=list)
     _topk_ids_TK: Tensor | None = None
 
     @classmethod
-    def build(cls, case: LayerCase, dtype: torch.dtype, schedule: ScheduleConfig, place: RankContext) -> "LayerRun":
+    def build(cls, case: LayerCase, dtype: torch.dtype, schedule: ScheduleConfig, context: RankContext) -> "LayerRun":
         """A new layer, with memory of its own; its router has the same weights on all ranks and every time."""
         torch.manual_seed(0)
         dispatcher = make_dispatcher(
             case.moe.num_experts,
-            place.group,
+            context.group,
             hidden=case.hidden,
             top_k=case.moe.top_k,
             exchange=case.exchange,
             payload=case.payload,
-            nodes=place.node_groups,
+            nodes=context.node_groups,
         )
-        layer = MoELayer(case.hidden, case.moe, dispatcher, schedule).to(place.device, dtype)
-        run = cls(layer, case, place, dtype)
+        layer = MoELayer(case.hidden, case.moe, dispatcher, schedule).to(context.device, dtype)
+        run = cls(layer, case, context, dtype)
         layer.router.register_forward_hook(run._note_choice)
         dispatcher.meter.messages = []
         return run
@@ -81,7 +81,7 @@ class LayerRun:
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this rank in a step and a gradient of the output, both (T, H)."""
-        case, rank = self.case, self.place.rank
+        case, rank = self.case, self.context.rank
         seed = step * case.workers + rank
         generator = torch.Generator().manual_seed(seed)
         if workload := case.make_workload():
@@ -90,7 +90,7 @@ class LayerRun:
         else:
             x_TH = torch.randn(case.tokens, case.hidden, generator=generator)
         grad_TH = torch.randn(x_TH.shape, generator=generator)
-        x_TH, grad_TH = (tensor.to(self.place.device, self.dtype) for tensor in (x_TH, grad_TH))
+        x_TH, grad_TH = (tensor.to(self.context.device, self.dtype) for tensor in (x_TH, grad_TH))
         return x_TH.requires_grad_(), grad_TH
 
     def step(self, x_TH: Tensor, grad_TH: Tensor) -> None:
@@ -109,7 +109,7 @@ class LayerRun:
         meter.messages = []
         load_E = router.tokens_per_expert_E.clone()
         router.tokens_per_expert_E.zero_()
-        dist.all_reduce(load_E, group=self.place.group)
+        dist.all_reduce(load_E, group=self.context.group)
         sent, floor = self._sent_and_floor()
         return {
             **{f"{phase}_s": reading.seconds[phase] for phase in MOE_PHASES},
@@ -120,7 +120,7 @@ class LayerRun:
         }
 
     def _sent_and_floor(self) -> tuple[dict[str, int], dict[str, int]]:
-        nodes = Nodes(self.place.rank, self.case.ranks_per_node)
+        nodes = Nodes(self.context.rank, self.case.ranks_per_node)
         row_bytes = bytes_of_four_passes(self.case.hidden, self.dtype.itemsize, self.case.payload)
         assert self._topk_ids_TK is not None  # noqa: S101 - a step was made
         floor = nodes.floor_bytes(self._topk_ids_TK, self.layer.dispatcher.placement, row_bytes)

@@ -22,7 +22,7 @@ class Nodes:
     rank: int
     size: int
 
-    def is_here(self, rank: int) -> bool:
+    def is_same_node(self, rank: int) -> bool:
         """Whether a rank is on this rank's node."""
         return rank // self.size == self.rank // self.size
 
@@ -31,7 +31,7 @@ class Nodes:
         sent = {"node": 0, "network": 0}
         for message in messages:
             for rank, rows in zip(dist.get_process_group_ranks(message.group), message.input_splits, strict=True):
-                sent["node" if self.is_here(rank) else "network"] += rows * message.row_bytes
+                sent["node" if self.is_same_node(rank) else "network"] += rows * message.row_bytes
         return sent
 
     def floor_bytes(self, topk_ids_TK: Tensor, placement: ExpertPlacement, row_bytes: int) -> dict[str, int]:

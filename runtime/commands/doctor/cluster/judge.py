@@ -79,22 +79,22 @@ def _unreachable(survey: Survey) -> Iterator[Finding]:
 def _versions(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
     for name in sorted({name for facts in nodes.values() for name in facts.versions}):
         # A machine without GPUs has no NCCL: no difference to speak of.
-        of_node = {node: facts.versions[name] for node, facts in nodes.items() if name in facts.versions}
-        yield from _differences(of_node, name, f"install the same {name} everywhere")
+        value_by_node = {node: facts.versions[name] for node, facts in nodes.items() if name in facts.versions}
+        yield from _differences(value_by_node, name, f"install the same {name} everywhere")
 
 
 def _sources(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
     for package in sorted({package for facts in nodes.values() for package in facts.sources}):
-        of_node = {node: facts.sources.get(package, "missing") for node, facts in nodes.items()}
+        value_by_node = {node: facts.sources.get(package, "missing") for node, facts in nodes.items()}
         advice = "copy the same tree to every node, or start the run with `ray job submit --working-dir`"
-        yield from _differences(of_node, f"Trimtab's source in {package}/", advice)
+        yield from _differences(value_by_node, f"Trimtab's source in {package}/", advice)
 
 
-def _differences(of_node: Mapping[str, str], what: str, advice: str) -> Iterator[Finding]:
-    counts = Counter(of_node.values())
+def _differences(value_by_node: Mapping[str, str], what: str, advice: str) -> Iterator[Finding]:
+    counts = Counter(value_by_node.values())
     # Where as many nodes have one as the other, the driver's is right: the run's settings are checked there.
-    expected = max(counts, key=lambda value: (counts[value], value == of_node.get(DRIVER)))
-    for node, value in of_node.items():
+    expected = max(counts, key=lambda value: (counts[value], value == value_by_node.get(DRIVER)))
+    for node, value in value_by_node.items():
         if value != expected:
             problem = f"{what} is {value}, elsewhere {expected}"
             yield Finding(severity="error", subject=node, problem=problem, advice=advice)
@@ -237,9 +237,9 @@ def _severity(rate: float, rate_of_others: float) -> Severity:
     return "error" if rate < VERY_SLOW_SHARE * rate_of_others else "warning"
 
 
-def _all_slow(of_node: list[Link], slow: Sequence[Link]) -> list[Link]:
+def _all_slow(value_by_node: list[Link], slow: Sequence[Link]) -> list[Link]:
     """A node's links in one direction if it has several and all are slow, else none."""
-    working = [link for link in of_node if not link.error]
+    working = [link for link in value_by_node if not link.error]
     return working if len(working) > 1 and all(link in slow for link in working) else []
 
 

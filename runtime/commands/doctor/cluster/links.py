@@ -40,12 +40,12 @@ class _Links:
 
     def measure(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Measure pairs, by the number of their nodes, at the same time. The better of two measurements counts."""
-        of_round = [(self.nodes[a], self.nodes[b]) for a, b in pairs]
-        of_round = [(a, b) for a, b in of_round if not {a.name, b.name} & self.lost.keys()]
-        asked = {a.name: a.probe.measure.remote(b.ip, self.ports[b.name], PAIR_S) for a, b in of_round}
+        node_pairs = [(self.nodes[a], self.nodes[b]) for a, b in pairs]
+        node_pairs = [(a, b) for a, b in node_pairs if not {a.name, b.name} & self.lost.keys()]
+        asked = {a.name: a.probe.measure.remote(b.ip, self.ports[b.name], PAIR_S) for a, b in node_pairs}
         answers, silent = answers_of(asked, 2 * PAIR_S)
         self.lost |= silent  # its probe is still busy: it would hold up the rounds to come
-        for a, b in of_round:
+        for a, b in node_pairs:
             if a.name in answers:
                 for link in _both_ways(a.name, b.name, answers[a.name]):
                     before = self.found.get((link.sender, link.receiver), link)

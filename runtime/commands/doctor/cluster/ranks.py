@@ -79,9 +79,9 @@ class DoctorRank:
 
     def _agreed(self, value: float) -> float:
         """The largest value of any rank of the EP group. Collective."""
-        of_group = torch.tensor([value], dtype=torch.float64, device=self._groups.device)
-        dist.all_reduce(of_group, dist.ReduceOp.MAX, group=self._groups.ep_group)
-        return of_group.item()
+        largest = torch.tensor([value], dtype=torch.float64, device=self._groups.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._groups.ep_group)
+        return largest.item()
 
     def _wait_for_device(self) -> None:
         if self._groups.device.type == "cuda":

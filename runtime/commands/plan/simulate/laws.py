@@ -16,7 +16,7 @@ from runtime.commands.plan.simulate.routing import Factors, factors_of_load, ske
 from runtime.commands.plan.simulate.simulation import Simulation
 from runtime.commands.replay.figures import steady_steps
 from runtime.commands.replay.play import max_vio_of_rows
-from runtime.commands.replay.replay import one_thread, play_with_progress
+from runtime.commands.replay.replay import one_thread, simulate_with_progress
 from runtime.commands.replay.score_trace import RecordedTrace
 from runtime.commands.replay.specs import parse_law
 from runtime.commands.replay.trace import Trace
@@ -49,8 +49,8 @@ def cost_of_laws(simulation: Simulation, run: Path, specs: Sequence[str]) -> tup
     chosen = {spec: parse_law(spec) for spec in specs or DEFAULT_LAWS}
     trace = RecordedTrace(run)
     with one_thread():
-        played = play_with_progress(trace, chosen)
-    return trace.name, [law_cost(simulation, name, each.counts, trace) for name, each in played.items()]
+        simulated = simulate_with_progress(trace, chosen)
+    return trace.name, [law_cost(simulation, name, each.counts, trace) for name, each in simulated.items()]
 
 
 def law_cost(simulation: Simulation, law: str, counts: NDArray[np.int64], trace: Trace) -> LawCost:
@@ -77,6 +77,6 @@ def factors_on(simulation: Simulation, load_LE: NDArray[np.float64]) -> Factors:
     layers = [each % len(load_LE) for each in range(model.num_moe_layers)]
     if load_LE.shape[1] == model.moe.num_experts:
         return factors_of_load(load_LE[layers], simulation.experts_of_ranks)
-    most = model.moe.num_experts / model.moe.top_k - 1
-    values = [min(most, float(value)) for value in max_vio_of_rows(load_LE)[layers]]
+    max_vio_limit = model.moe.num_experts / model.moe.top_k - 1
+    values = [min(max_vio_limit, float(value)) for value in max_vio_of_rows(load_LE)[layers]]
     return skewed(values, model.moe.num_experts, model.moe.top_k, simulation.experts_of_ranks)

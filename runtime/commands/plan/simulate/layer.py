@@ -62,20 +62,20 @@ def layer_time(
     experts = [expert_work(config, with_rows(batch, float(factor), ep_size)) for factor in counted]
     forward = [work.forward.seconds(hardware) for work in experts]
     backward = [work.backward.seconds(hardware) for work in experts]
-    again = exchange.recomputed
-    more = with_rows(batch, float(factors_P.max()), ep_size).arrived_rows / max(batch.arrived_rows, 1e-9)
+    recomputes = exchange.recomputed
+    excess = with_rows(batch, float(factors_P.max()), ep_size).arrived_rows / max(batch.arrived_rows, 1e-9)
     crowding = hardware.crowding(num_ranks)
 
     def travel(links: Links, rounds: int) -> float:
-        node = hardware.node.seconds(links.node * more, rounds * exchange.node_peers)
-        return crowding * (node + hardware.network.seconds(links.network * more, rounds * exchange.network_peers))
+        node = hardware.node.seconds(links.node * excess, rounds * exchange.node_peers)
+        return crowding * (node + hardware.network.seconds(links.network * excess, rounds * exchange.network_peers))
 
     return LayerTime(
         forward_experts=_side_by_side(forward, hardware, num_ranks),
         backward_experts=_side_by_side(backward, hardware, num_ranks)
-        + again * _side_by_side(forward, hardware, num_ranks),
+        + recomputes * _side_by_side(forward, hardware, num_ranks),
         forward_exchange=travel(exchange.traffic.forward, FORWARD_ROUNDS),
-        backward_exchange=travel(exchange.traffic.backward, BACKWARD_ROUNDS + again * AGAIN_ROUNDS),
+        backward_exchange=travel(exchange.traffic.backward, BACKWARD_ROUNDS + recomputes * AGAIN_ROUNDS),
     )
 
 

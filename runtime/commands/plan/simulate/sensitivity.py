@@ -13,7 +13,7 @@ MAX_VIO = "MaxVio itself"
 
 
 @dataclass(frozen=True)
-class Moved:
+class Sensitivity:
     """At 0.8 and at 1.2 times an assumption: the balanced step's seconds, and a skewed one's over them."""
 
     name: str
@@ -27,7 +27,7 @@ class Moved:
         return abs(high - low)
 
 
-def sensitivity(subject: Subject, hardware: Hardware, schedule: Schedule, max_vio: float) -> list[Moved]:
+def sensitivity(subject: Subject, hardware: Hardware, schedule: Schedule, max_vio: float) -> list[Sensitivity]:
     """Of a step with this MaxVio in each layer, the assumption that moves the step most first."""
     simulation = Simulation(subject, hardware, schedule)
     skew = factors_of(simulation, max_vio)
@@ -40,8 +40,8 @@ def sensitivity(subject: Subject, hardware: Hardware, schedule: Schedule, max_vi
     return sorted(moved, key=lambda each: -each.spread)
 
 
-def _moved(name: str, simulations: list[Simulation], skews: list[Factors]) -> Moved:
+def _moved(name: str, simulations: list[Simulation], skews: list[Factors]) -> Sensitivity:
     even = [simulation.step().step_s for simulation in simulations]
     skewed = [simulation.step(skew).step_s for simulation, skew in zip(simulations, skews, strict=True)]
     times = [one / base for one, base in zip(skewed, even, strict=True)]
-    return Moved(name, (even[0], even[1]), (times[0], times[1]))
+    return Sensitivity(name, (even[0], even[1]), (times[0], times[1]))

@@ -121,29 +121,29 @@ class Simulation:
         model, batch = self.config.model, self.batch
         num_layers = model.num_layers + model.num_mtp_layers
         again = model.recompute
-        attention = num_layers * self._both(attention_work(model, batch), again in ("attention", "full"))
-        dense = model.num_dense_layers * self._both(dense_work(model, batch), again == "full")
-        router = model.num_moe_layers * self._both(router_work(model, batch), again in ("experts", "full"))
+        attention = num_layers * self._passes_s(attention_work(model, batch), again in ("attention", "full"))
+        dense = model.num_dense_layers * self._passes_s(dense_work(model, batch), again == "full")
+        router = model.num_moe_layers * self._passes_s(router_work(model, batch), again in ("experts", "full"))
         layers = [layer_time(model, batch, self.hardware, self.exchange, row, self.world_size) for row in factors]
         # Half of each layer's share for either direction.
-        beside = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
+        other_compute_s = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
         micro = {
             "attention": attention,
             "dense feed-forward": dense,
             "router and shared experts": router,
             EXPERTS: sum(each.forward_experts + each.backward_experts for each in layers),
-            EXCHANGE: sum(self._exposed(each, beside) for each in layers),
-            "head and loss": self._both(head_work(model, batch), recomputed=False),
+            EXCHANGE: sum(self._exposed(each, other_compute_s) for each in layers),
+            "head and loss": self._passes_s(head_work(model, batch), recomputed=False),
         }
         if self.hardware.host_s:
             micro["host"] = num_layers * self.hardware.host_s * self.hardware.crowding(self.world_size)
         return {name: self.num_micro * seconds for name, seconds in micro.items()}
 
-    def _exposed(self, layer: LayerTime, beside: float) -> float:
+    def _exposed(self, layer: LayerTime, other_compute_s: float) -> float:
         """What does not hide behind the computation of its layer, in each direction. beside: of all but the experts."""
         overlap = self.schedule.overlap
-        forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + beside))
-        return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + beside))
+        forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + other_compute_s))
+        return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + other_compute_s))
 
     @property
     def exchange(self) -> Exchange:
@@ -154,7 +154,7 @@ class Simulation:
         traffic = Traffic(sent.forward.times(share), sent.backward.times(share))
         return Exchange(traffic, near - 1, self.ep_size - near, model.recompute in ("experts", "full"))
 
-    def _both(self, work: Passes, recomputed: bool) -> float:
+    def _passes_s(self, work: Passes, recomputed: bool) -> float:
         seconds = (1 + recomputed) * work.forward.seconds(self.hardware) + work.backward.seconds(self.hardware)
         return seconds * self.hardware.crowding(self.world_size)
 
@@ -178,8 +178,8 @@ class Simulation:
         """
         if self.config.parallel.shard == "none" or self.hardware.cores:
             return parts[GRADIENTS]
-        beside = sum(parts.values()) - parts[GRADIENTS] - parts[EXCHANGE] - parts["optimizer"]
-        return max(0.0, parts[GRADIENTS] - beside)
+        other_compute_s = sum(parts.values()) - parts[GRADIENTS] - parts[EXCHANGE] - parts["optimizer"]
+        return max(0.0, parts[GRADIENTS] - other_compute_s)
 
     def _reduced_s(self, name: str, num_bytes: float) -> float:
         """A ring over the ranks that hold the same parameters, bucket by bucket, by the slowest link among them."""

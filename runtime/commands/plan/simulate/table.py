@@ -38,11 +38,11 @@ def times(value: float) -> str:
 
 
 def _heading(report: Report) -> str:
-    here = report.here
-    rate = short(here.balanced.tokens_per_s_per_rank)
+    planned = report.planned
+    rate = short(planned.balanced.tokens_per_s_per_rank)
     return (
-        f"{report.subject.name} on {counted(here.world_size, 'rank')} of {report.hardware.name}, EP {here.ep_size}: "
-        f"a balanced step takes {milliseconds(here.balanced.step_s)}, {rate} tokens/s a rank"
+        f"{report.subject.name} on {counted(planned.world_size, 'rank')} of {report.hardware.name}, "
+        f"EP {planned.ep_size}: a balanced step takes {milliseconds(planned.balanced.step_s)}, {rate} tokens/s a rank"
     )
 
 
@@ -57,26 +57,26 @@ def _tables(report: Report) -> Iterator[Table]:
 
 def _parts(report: Report) -> Table:
     table = new_table(("a balanced step", "time", "share"))
-    for name, seconds in report.here.balanced.parts.items():
-        table.add_row(name, milliseconds(seconds), percent(seconds / report.here.balanced.step_s))
+    for name, seconds in report.planned.balanced.parts.items():
+        table.add_row(name, milliseconds(seconds), percent(seconds / report.planned.balanced.step_s))
     return table
 
 
 def _costs(report: Report) -> Table:
     table = new_table(("MaxVio", "step", "times", "memory"))
-    for each in report.here.costs:
+    for each in report.planned.costs:
         row = (three_digits(each.max_vio), milliseconds(each.step_s), times(each.times_balanced))
         table.add_row(*row, byte_size(each.peak_bytes))
     return table
 
 
 def _worlds(report: Report) -> Table:
-    vios = [f"MaxVio {three_digits(each.max_vio)}" for each in report.here.costs]
+    vios = [f"MaxVio {three_digits(each.max_vio)}" for each in report.planned.costs]
     table = new_table(("ranks", "EP", "balanced step", "tokens/s a rank", *vios))
-    for at in report.worlds:
-        rate = short(at.balanced.tokens_per_s_per_rank)
-        row = (f"{at.world_size:,}", str(at.ep_size), milliseconds(at.balanced.step_s), rate)
-        table.add_row(*row, *(times(each.times_balanced) for each in at.costs))
+    for world in report.worlds:
+        rate = short(world.balanced.tokens_per_s_per_rank)
+        row = (f"{world.world_size:,}", str(world.ep_size), milliseconds(world.balanced.step_s), rate)
+        table.add_row(*row, *(times(each.times_balanced) for each in world.costs))
     return table
 
 
