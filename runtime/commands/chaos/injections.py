@@ -191,7 +191,7 @@ MENDS: dict[str, Callable[[TargetRun], None]] = {
 
 
 def _kill(run: TargetRun, pattern: str, machines: Iterable[int], number: int = 1) -> float:
-    """Send SIGKILL to the processes of these machines whose command matches. Raises Unfulfilled if not `number` match."""
+    """Send SIGKILL to the processes of these machines whose command matches. Unfulfilled if not `number` match."""
     found = [
         each
         for index in machines

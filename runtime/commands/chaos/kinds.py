@@ -13,7 +13,7 @@ class FaultKind:
     name: str
     """As in the table of results."""
     action: str
-    """With a `phase`, the action of `workers.training.faults.Fault`; without, the name of a function in `injections`."""
+    """With a `phase`, the action of `workers.training.faults.Fault`; without, a function of `injections`."""
     phase: str = ""
     """Where in the step the worker's own fault plan makes it fail; empty: the fault is injected from outside."""
     amount: float = 0.0

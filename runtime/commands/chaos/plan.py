@@ -65,7 +65,7 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosFault:
-    """One fault of a plan. rank: the rank that is struck. machine: the machine of that rank, struck by a node's fault."""
+    """One fault of a plan. rank: the rank that is struck. machine: that of the rank; what a fault of a node strikes."""
 
     number: int
     kind: FaultKind

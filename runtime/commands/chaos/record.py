@@ -18,8 +18,8 @@ Stored = list[tuple[int, bytes]]  # step and all bytes of each record, in the or
 class Record:
     """What a run recorded.
 
-    superseded_*: records of steps that were repeated from a checkpoint, as the first pass wrote them. damage: a sentence
-    for each unreadable line.
+    superseded_*: records of steps that were repeated from a checkpoint, as the first pass wrote them. damage: one
+    sentence for each unreadable line.
     """
 
     lines: list[Line]
@@ -39,7 +39,7 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """Read the record, also while the run goes on: then lines may lack the last step of loads, and loads of statistics."""
+    """Read the record, also while the run goes on: then lines may lack the last load, and loads the last statistic."""
     damage: list[str] = []
     lines = read_lines(run / METRICS, damage)
     samples = read_lines(run / SAMPLES, damage, "sample")

@@ -18,7 +18,7 @@ def flaws(found: Record, calm: Record, num_assignments: int, *, ended: bool) -> 
 
     Args:
         num_assignments: (token, expert) pairs of each step.
-        whole: the run is over, so that its record must end where the other one does.
+        ended: the run has ended: its record must be as long as the other one.
     """
     problems = dict.fromkeys(found.damage, "it was whole when it was written")
     ours = (*found.superseded_lines, *found.lines, *found.superseded_samples, *found.samples)

@@ -25,7 +25,7 @@ config.json or its directory"""
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """Declare the options; one that is not given is None."""
+    """Declare the options. Settings that are not given are None: the configuration has them."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # else it would break "all-to-all"
     add_consent(parser)

@@ -47,8 +47,11 @@ class Fit:
 def fit_settings(subject: Subject, limit_bytes: float, *, ep_size: int | None) -> Fit:
     """Add one saving after the other to the settings of `subject`, the cheapest first, until a rank fits.
 
-    ep_size: the only one to try; None tries all that the ranks and their nodes allow. Of several that fit the one is
-    taken with which a rank sends least.
+    ep_size: the only one to try; None tries all that the ranks and their nodes allow. Of several EP sizes that fit, the
+    one is taken with which a rank sends the fewest bytes.
+
+    Raises:
+        InvalidValue: the settings have a pipeline.
     """
     if subject.config.parallel.pipeline.size > 1:
         raise InvalidValue(

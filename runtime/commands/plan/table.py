@@ -29,7 +29,7 @@ what the allocator leaves unused. Bytes of the exchanges are those that a rank s
 
 
 def print_plan(plan: Plan, memory_gib: float) -> None:
-    """Heading, memory, traffic and the conclusion."""
+    """Print heading, memory, traffic and the conclusion."""
     console = Console(width=WIDTH, highlight=False)
     for line in _heading(plan):
         console.print(line, markup=False)
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, memory_gib: float) -> None:
 
 
 def print_fit(fit: Fit) -> None:
-    """What was tried, one saving more each time, and the settings of the plan."""
+    """Print what was tried, one saving more each time, and the settings of the plan."""
     tried = ", ".join(f"{name} {byte_size(size)}" for name, size in fit.tried.items())
     text = (
         f"Tried, each with all before it and the EP size that takes least: {tried}. Of the EP sizes that fit, the plan "

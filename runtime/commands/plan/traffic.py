@@ -36,13 +36,13 @@ class Links:
         return Links(self.network + other.network, self.node + other.node)
 
     def times(self, factor: float) -> "Links":
-        """These bytes, so many times."""
+        """The bytes of `factor` times as much."""
         return Links(self.network * factor, self.node * factor)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one rank in one step. backward includes what a recompute sends once more."""
+    """Bytes that one rank sends in one step. backward includes the dispatch of a recompute."""
 
     forward: Links
     backward: Links
@@ -55,7 +55,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one expert-parallel group lies: which rank has which experts, and how many neighbours share a node."""
+    """Where an expert-parallel group lies: which rank has which experts, and how many ranks in a row share a node."""
 
     placement: ExpertPlacement
     ranks_per_node: int
@@ -77,9 +77,9 @@ class Layout:
 def exchange_traffic(
     config: ModelConfig, layout: Layout, num_tokens: float, chosen: str, *, element_bytes: int, payload: Payload
 ) -> dict[str, Traffic]:
-    """What each exchange sends for all MoE layers of a step, for a rank with so many tokens.
+    """Bytes that a rank with `num_tokens` sends in all MoE layers of a step, by exchange.
 
-    Of those that `auto` can choose from, where they are possible, and of the one that was chosen.
+    Exchanges: those that `auto` can choose from, where they are possible, and `chosen`.
     """
     sent: dict[str, Traffic] = {}
     spread = spread_of(config.moe, layout)
@@ -93,7 +93,7 @@ def exchange_traffic(
             id_bytes = hop.ids_per_row * (FP32 + _id_bytes(hop.num_ids))
             dispatch_bytes = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
             combine_bytes = element_bytes * config.hidden
-            # A recompute ends with the last tensor that backward needs: the experts', so that it sends no answers.
+            # A recompute ends with the last tensor that backward needs, which is of the experts: it combines nothing.
             recompute_bytes = dispatch_bytes if config.recompute in ("experts", "full") else 0
             forward += rows.times(dispatch_bytes + combine_bytes)
             backward += rows.times(2 * combine_bytes + FP32 * hop.ids_per_row + recompute_bytes)
@@ -103,7 +103,7 @@ def exchange_traffic(
 
 
 def spread_of(config: RouterConfig, layout: Layout) -> Spread:
-    """Over how many ranks and nodes a token's experts lie."""
+    """The number of ranks and of nodes over which the experts of a token are spread."""
     return Spread(
         experts_P=layout.experts_per_rank,
         experts_N=tuple(layout.experts_per_node),

@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
 from runtime.commands.options import add_run, float_in, folder_to_write, int_from, run_of
 
 HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
+EVERY = 10  # steps between placements of copies
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -46,13 +48,15 @@ def add_arguments(parser: CommandParser) -> None:
         help="say what up to N copies of hot experts on each rank would have taken off the busiest; again for more",
     )
     add("--ranks", type=int_from(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
-    add("--every", type=int_from(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
+    add("--every", type=int_from(1), metavar="STEPS", help=f"steps between placements, for --copies ({EVERY})")
     add("--out", type=folder_to_write, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Replay and return the exit code."""
     run_dir = run_of(options)
+    if not options.copies and (options.ranks or options.every):
+        raise InvalidValue("--ranks and --every say how --copies are placed; add --copies N, or leave them out")
     from runtime.commands.replay.replay import replay
 
     if options.copies:
@@ -72,4 +76,5 @@ def _say_copies(run_dir: Path, options: argparse.Namespace) -> None:
 
     from runtime.commands.replay.copies import copies_table
 
-    Console(highlight=False).print(copies_table(run_dir, options.copies, ep_size=options.ranks, every=options.every))
+    table = copies_table(run_dir, options.copies, ep_size=options.ranks, every=options.every or EVERY)
+    Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""Laws in closed loop on a trace: each chooses the experts of every step by its own bias, and learns from what it did.
+"""Simulates laws on a trace: each chooses experts by its bias and updates it by the load that results, step by step.
 
 Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
 """
@@ -22,16 +22,16 @@ from runtime.commands.replay.trace import Trace
 
 @dataclass(frozen=True)
 class SimulatedLaw:
-    """What one law did on a trace."""
+    """The loads and biases of one law on a trace."""
 
     config: BalanceConfig
     counts: NDArray[np.int64]  # (S, N)
-    bias: NDArray[np.float32]  # (S, N), what chose at each step
-    regret: NDArray[np.float64]  # (S,), 1 - scores of the chosen / scores of the best, over all layers
+    bias: NDArray[np.float32]  # (S, N), the bias by which each step was routed
+    regret: NDArray[np.float64]  # (S,), 1 - sum of the chosen scores / sum of the top-k scores, over all layers
 
 
 class LawSimulator:
-    """One law on its way through a trace; `step` once for each step, in order."""
+    """Simulates one law. Call `step` for each step of the trace, in order; `result` has all steps so far."""
 
     def __init__(self, config: BalanceConfig, layout: LoadLayout, router: RouterConfig) -> None:
         self.law: Law = Law(config, layout)
@@ -62,7 +62,7 @@ class LawSimulator:
         return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, router.top_k), bias_E, scale)
 
     def result(self) -> SimulatedLaw:
-        """Return everything so far."""
+        """Return the steps so far."""
         loads, biases, regrets = zip(*self._rows, strict=True)
         return SimulatedLaw(
             self.law.config, torch.stack(loads).numpy(), torch.stack(biases).numpy(), np.array(regrets, np.float64)
@@ -72,10 +72,10 @@ class LawSimulator:
 def simulate_laws(
     trace: Trace, laws: Mapping[str, BalanceConfig], on_step: Callable[[int], None] = lambda _: None
 ) -> dict[str, SimulatedLaw]:
-    """Play all laws side by side: the scores of a step are read once. `on_step` hears of each step that is done.
+    """Simulate all laws together, so that the scores of a step are read once. `on_step` is called after each step.
 
     Raises:
-        ValueError: a law is not fit for the trace's groups.
+        InvalidValue: the trace routes by groups and a law cannot.
     """
     for config in laws.values():
         if trace.router.num_groups > 1 and not config.entry.group_limited:

@@ -88,7 +88,12 @@ def test_a_short_benchmark_prints_draws_and_records(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--seeds", "0"], "--run RUN"), (["--law", "pid"], "'pid'"), (["--run", "no-such-run"], "no-such-run")],
+    [
+        (["--seeds", "0"], "--run RUN"),
+        (["--law", "pid"], "'pid'"),
+        (["--run", "no-such-run"], "no-such-run"),
+        (["--first", "5"], "--first 5 is a step of recorded runs"),
+    ],
 )
 def test_mistakes_are_named(arguments, said, tmp_path, capsys) -> None:
     assert main(["bench", "balance", *arguments, "--out", str(tmp_path)]) == 2

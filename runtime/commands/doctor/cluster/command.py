@@ -32,13 +32,14 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Examine the cluster, print what was found, and return the exit code: 1 where something is wrong."""
-    if options.workers and options.ep_size and options.workers % options.ep_size:
-        raise InvalidValue(f"--ep-size ({options.ep_size}) must divide --workers ({options.workers})")
+    workers = options.workers or (None if options.address else 2)
+    if workers and options.ep_size and workers % options.ep_size:
+        raise InvalidValue(f"--ep-size ({options.ep_size}) must divide --workers ({workers})")
     from runtime.commands.doctor.cluster.diagnosis import diagnose
 
     return diagnose(
         address=options.address,
-        num_workers=options.workers,
+        num_workers=workers,
         ep_size=options.ep_size,
         device=options.device,
         paths=tuple(dict.fromkeys(options.path)),

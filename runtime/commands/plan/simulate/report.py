@@ -19,7 +19,8 @@ from runtime.runs.run_dir import find_run
 class Report:
     """All that was simulated.
 
-    sensitive_vio: the MaxVio of `moved`. laws: empty without a trace. notes: of `left_out`.
+    planned: at the world size of the plan. sensitive_vio: the MaxVio of `sensitivities`. laws: empty without a trace.
+    notes: what `left_out` says.
     """
 
     subject: Subject
@@ -28,7 +29,7 @@ class Report:
     planned: WorldCosts
     worlds: tuple[WorldCosts, ...]
     sensitive_vio: float
-    moved: tuple[Sensitivity, ...]
+    sensitivities: tuple[Sensitivity, ...]
     trace: str
     laws: tuple[LawCost, ...]
     notes: tuple[str, ...]
@@ -38,7 +39,7 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
     """Simulate the subject as the options of the command line ask.
 
     Raises:
-        InvalidValue: an option is wrong; names value, rule and way out.
+        InvalidValue: an option is wrong, or a setting cannot be simulated.
     """
     check_scope(subject.config)
     hardware = hardware_of(given.hardware)
@@ -57,7 +58,7 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
         planned=by_max_vio(simulation, vios),
         worlds=tuple(by_world(subject, hardware, schedule, given.worlds or WORLDS, vios)),
         sensitive_vio=middle,
-        moved=tuple(sensitivity(subject, hardware, schedule, middle)),
+        sensitivities=tuple(sensitivity(subject, hardware, schedule, middle)),
         trace=trace,
         laws=tuple(laws),
         notes=left_out(subject.config),
@@ -65,14 +66,14 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Plain values: seconds, bytes, and steps as multiples of a balanced one."""
+    """Plain values; "times_balanced" is a step's time over that of a balanced step."""
     return {
         "config": report.subject.name,
         "hardware": asdict(report.hardware),
         "schedule": asdict(report.schedule),
         "here": _world_json(report.planned),
         "worlds": [_world_json(each) for each in report.worlds],
-        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
+        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.sensitivities]},
         "trace": report.trace,
         "notes": list(report.notes),
         "laws": [asdict(each) for each in report.laws],

@@ -1,6 +1,6 @@
-"""A training step in time: what each part of it takes, and the memory of the rank that gets most tokens.
+"""The time of a training step, part by part, and the memory of the rank that gets most tokens.
 
-The parts follow one another, as Trimtab runs them. `Schedule` says what else may be assumed.
+The parts run one after the other, as in Trimtab, unless a `Schedule` assumes otherwise.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ EXCHANGE, EXPERTS, GRADIENTS, BUBBLE = "all-to-all", "routed experts", "gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How the parts lie in time, where it is not one after the other on every rank.
+    """Assumptions on what overlaps.
 
-    overlap: the share of a layer's computation behind which its exchange hides. stages: of a pipeline, over which the
+    overlap: share of a layer's computation that runs while its exchange does. stages: pipeline stages, over which the
     layers are divided; the ranks of the subject are those of one stage. bubble: share of the step in which a stage
     waits for others.
     """
@@ -70,7 +70,7 @@ class Simulation:
         schedule: Schedule | None = None,
         experts: Literal["fused", "grouped", "looped"] = "fused",
     ) -> None:
-        """Plan the subject. experts: how they are computed, see `MicroBatch`."""
+        """Plan the subject. experts: how they are computed (`MicroBatch.experts`)."""
         config = subject.config
         self.plan: Plan = make_plan(subject)
         self.hardware, self.schedule = hardware, schedule or Schedule()
@@ -140,7 +140,7 @@ class Simulation:
         return {name: self.num_micro * seconds for name, seconds in micro.items()}
 
     def _exposed(self, layer: LayerTime, other_compute_s: float) -> float:
-        """What does not hide behind the computation of its layer, in each direction. beside: of all but the experts."""
+        """Seconds of exchanges that the layer's computation does not hide. other_compute_s: a pass without experts."""
         overlap = self.schedule.overlap
         forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + other_compute_s))
         return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + other_compute_s))
@@ -172,9 +172,10 @@ class Simulation:
         }
 
     def _exposed_gradients(self, parts: Mapping[str, float]) -> float:
-        """Where states are sharded, gathers and reductions travel beside the computation of other layers, as FSDP does.
+        """Seconds of gradient sums and gathers that no computation hides.
 
-        Without, they follow the last backward. Where ranks share cores nothing hides.
+        Where states are sharded they overlap with the computation of other layers, as in FSDP. Otherwise the sums
+        follow the last backward. Where ranks share cores nothing overlaps.
         """
         if self.config.parallel.shard == "none" or self.hardware.cores:
             return parts[GRADIENTS]
@@ -182,7 +183,7 @@ class Simulation:
         return max(0.0, parts[GRADIENTS] - other_compute_s)
 
     def _reduced_s(self, name: str, num_bytes: float) -> float:
-        """A ring over the ranks that hold the same parameters, bucket by bucket, by the slowest link among them."""
+        """Seconds of a ring over the ranks that hold the same parameters, bucket by bucket, over their slowest link."""
         num_ranks = self.world_size if name == "dense" else self.world_size // self.ep_size
         spans_nodes = num_ranks > 1 and (name == "experts" or num_ranks > self.ranks_per_node)
         spans_nodes = spans_nodes and self.world_size > self.ranks_per_node

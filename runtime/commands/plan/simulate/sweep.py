@@ -16,7 +16,7 @@ WORLDS = (8, 64, 512, 2048, 16384)
 
 @dataclass(frozen=True)
 class Cost:
-    """A step under one imbalance: seconds, times those of a balanced step, and bytes of the fullest rank."""
+    """A step under one imbalance: its seconds, these over a balanced step's, and bytes of the rank with most rows."""
 
     max_vio: float
     step_s: float
@@ -35,7 +35,7 @@ class WorldCosts:
 
 
 def factors_of(simulation: Simulation, max_vio: float) -> Factors:
-    """The same MaxVio in each layer."""
+    """Factors (`routing`) of loads with the same MaxVio in each layer."""
     model = simulation.config.model
     values = [max_vio] * model.num_moe_layers
     return skewed(values, model.moe.num_experts, model.moe.top_k, simulation.experts_of_ranks)
@@ -59,9 +59,9 @@ def by_world(
 
 
 def resized_subject(subject: Subject, world_size: int) -> Subject:
-    """The subject on so many ranks: as many sequences on each, experts shared by at most as many ranks as before.
+    """The subject on `world_size` ranks: as many sequences a rank as before, and an EP size that is not larger.
 
-    Where all ranks share them they still do, as far as there are experts. An exchange over nodes is left to `auto`.
+    Where all ranks form one EP group they still do, if there are enough experts. The exchange "node" becomes `auto`.
 
     Raises:
         InvalidValue: the ranks do not fill whole nodes.

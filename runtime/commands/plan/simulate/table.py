@@ -20,7 +20,7 @@ it can be trusted."""
 
 
 def print_report(report: Report) -> None:
-    """Heading, parts of a step, costs, laws where there is a trace, and sensitivity."""
+    """Print heading, parts of a step, costs, laws where there is a trace, and sensitivity."""
     console = Console(width=WIDTH, highlight=False)
     console.print(_heading(report), markup=False)
     for note in report.notes:
@@ -92,6 +92,6 @@ def _laws(report: Report) -> Table:
 def _sensitivity(report: Report) -> Table:
     vio = f"MaxVio {three_digits(report.sensitive_vio)}"
     table = new_table(("an assumption", "step at 0.8", "step at 1.2", f"{vio}, times at 0.8", f"{vio}, times at 1.2"))
-    for each in report.moved:
+    for each in report.sensitivities:
         table.add_row(each.name, *map(milliseconds, each.step_s), *map(times, each.times_balanced))
     return table

@@ -317,6 +317,7 @@ def test_a_configuration_of_another_model_is_named(copy: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is neither a checkpoint (manifest.json), nor a run (config.yaml), nor a directory"),
+        (["{run}/checkpoints/step_2", "--step", "5"], "is a checkpoint itself"),
         (["{run}", "--step", "3"], "has no checkpoint of step 3; it has 2, 4, 5"),
     ],
 )

@@ -147,6 +147,7 @@ def test_a_bias_that_does_not_follow_fails_after_all_is_said(copy: Path, capsys:
         (["--shift", "33"], "--shift 33 must lie inside the recorded steps, 2 to 32"),
         (["--shift", "1"], "--shift 1 must lie inside the recorded steps, 2 to 32"),
         (["--first", "32"], "--first 32 must leave recorded steps to play on: at most 31"),
+        (["--every", "5"], "--ranks and --every say how --copies are placed"),
         (["--first", "9", "--shift", "9"], "--shift 9 must lie inside the recorded steps, 10 to 32"),
     ],
 )
