@@ -73,15 +73,14 @@ def read_prompts(path: Path | None) -> list[str]:
     """
     if path is None and sys.stdin.isatty():
         raise InvalidValue("there is nothing to continue; give --prompt TEXT, --prompts-file FILE, or pipe lines in")
-    is_piped = path is None or str(path) == "-"
+    place = "standard input" if path is None or str(path) == "-" else path
     try:
-        text = sys.stdin.buffer.read().decode() if is_piped else Path(str(path)).read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8") if isinstance(place, Path) else sys.stdin.buffer.read().decode()
     except OSError as error:
         raise InvalidValue(f"--prompts-file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"{'standard input' if is_piped else path} is not UTF-8 text: {error}") from error
+        raise InvalidValue(f"{place} is not UTF-8 text: {error}") from error
     lines = [line for line in text.splitlines() if line]
     if not lines:
-        place = "standard input" if is_piped else path
         raise InvalidValue(f"{place} has no text to continue; write one prompt a line, or give --prompt TEXT")
     return lines

@@ -89,6 +89,6 @@ def _check(options: argparse.Namespace) -> None:
     try:
         is_any = ipaddress.ip_address(options.bind).is_unspecified
     except ValueError as error:
-        raise InvalidValue(f"--bind {options.bind!r} must be an address, as 10.0.0.1") from error
+        raise InvalidValue(f"--bind {options.bind!r:.60} must be an address, as 10.0.0.1") from error
     if is_any:
         raise InvalidValue(f"--bind {options.bind} is every address at once; name the one that you will open")

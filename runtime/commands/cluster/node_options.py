@@ -16,7 +16,7 @@ DEFAULT_PORT = 6379
 
 
 def add_node_options(parser: CommandParser) -> None:
-    """Declare what a node offers and demands; what stands behind -- is left for `ray start`."""
+    """Declare the resources and the token of a node. What follows -- is left for `ray start`."""
     parser.add_argument("--num-cpus", type=int_from(0), help="CPUs to offer (all)")
     parser.add_argument("--num-gpus", type=int_from(0), help="GPUs to offer (all)")
     parser.add_argument(

@@ -79,7 +79,7 @@ def upload_bytes(folder: Path) -> int:
 
 
 def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> str:
-    """The shell command of the job: `python -m runtime`, which finds the uploaded code before any that is installed.
+    """The shell command of the job: `python -m runtime` imports the uploaded code before any that is installed.
 
     Its working directory ends with the cluster, so a run's folder is named in full.
     """
@@ -92,7 +92,11 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
 
 
 def _placed(words: Sequence[str], *, shares_files: bool) -> list[str]:
-    """Options that a training needs to find the cluster, and to write where it can be found; the user's own win."""
+    """The options --cluster.address and --run.dir that a training needs on the cluster, unless the user gave them.
+
+    Raises:
+        InvalidValue: a path would not be found from the folder of the job.
+    """
     names = [word.partition("=")[0] for word in words]
     more = [] if "--cluster.address" in names else ["--cluster.address", "auto"]
     if "--resume" in names:

@@ -1,4 +1,4 @@
-"""The picture of `trimtab bench dispatch`: a step by phase above what it cannot do without, for each dtype."""
+"""The picture of `trimtab bench dispatch`: for each dtype, a step by phase above its bare matmuls and all-to-alls."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PHASE_COLORS = {"experts": "blue", "dispatch": "orange", "combine": "green", "re
 LIMIT_COLORS = {"matmuls": "blue", "all-to-all": "orange"}
 LIMIT_ALPHA = 0.45
 BAR_HEIGHT, PAIR_HEIGHT = 0.8, 2.6
-NOTE_SHARE = 0.4  # of the bare bar, for the words behind it
+NOTE_SHARE = 0.4  # of the length of the bare bar: room for the note to its right
 LEAST_SHARE = 0.035  # of the longest bar: a narrower segment has no room for its milliseconds
 
 

@@ -25,11 +25,11 @@ class Pair:
 class LayerFigures:
     """One dtype. Times are those of the slowest rank; phases, CPU time, rates and bytes are the mean of the ranks.
 
-    phases: seconds of dispatch, experts, combine and rest, which sum to wall.measured. wall, cpu: beside the bare
-    matmuls. flops: 1/s of a rank in the experts phase. exchange: seconds in dispatch and combine beside the bare
-    all-to-all, bandwidth: bytes/s that a rank sends in them; None where nothing travels. wire_share: the bare
-    all-to-all over the step. sent, floor: bytes of a rank by kind of link. others: the compared schedules, over the
-    layer.
+    phases: seconds of dispatch, experts, combine and rest, which sum to wall.measured. wall, cpu: seconds, and those of
+    the bare matmuls. flops: FLOP/s of a rank in the experts phase, and of the bare matmuls. exchange: seconds of
+    dispatch and combine, and of the bare all-to-alls; bandwidth: bytes/s that a rank sends in both; None where nothing
+    travels. wire_share: time of the bare all-to-alls over the step's. sent, floor: bytes of a rank by kind of link, and
+    the least that there could be (`routes`). others: seconds of the compared schedules, and of the layer.
     """
 
     phases: dict[str, float]
@@ -53,12 +53,12 @@ class LayerFigures:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the step: what bare matmuls and a bare all-to-all would take, and all else."""
+        """Shares of the step: bare matmuls, bare all-to-alls, and the rest."""
         matmul = 1 / self.wall.ratio
         return {"matmul": matmul, "wire": self.wire_share, "rest": 1 - matmul - self.wire_share}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The figures as plain values."""
         return asdict(self) | {"shares": self.shares}
 
 
@@ -120,6 +120,6 @@ def _sums(first: list[float], second: list[float]) -> list[float]:
 
 
 def _pair(measured: list[float], bare: list[float]) -> Pair:
-    # Nothing at all travels where every token stays: 0 over 0.
+    # Where all tokens stay on their rank no byte is sent: 0 over 0.
     ratios = [value / limit if limit else 0.0 for value, limit in zip(measured, bare, strict=True)]
     return Pair(*map(statistics.median, (measured, bare, ratios)))

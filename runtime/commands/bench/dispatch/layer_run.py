@@ -1,10 +1,9 @@
-"""The measured layer: built from a case, stepped on fresh tokens, asked what a step did.
+"""The measured layer: builds it from a case, runs steps on fresh tokens, and reads phases and bytes of a step.
 
 Shapes: T tokens of this rank (may be 0, may differ by rank and step), H hidden, K top-k.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ Sample = dict[str, float]
 
 @dataclass(frozen=True)
 class RankContext:
-    """This rank among those of the benchmark. node_groups: where an exchange may use them."""
+    """This rank among those of the benchmark. node_groups: None if no exchange of the case can use them."""
 
     group: dist.ProcessGroup
     device: torch.device
@@ -103,7 +102,7 @@ class LayerRun:
         x_TH.grad = None
 
     def account(self) -> Sample:
-        """Return what the steps since the last call counted: phases, rows and bytes. Collective."""
+        """Return phases, rows and bytes of the steps since the last call, and reset the counts. Collective."""
         meter, router, moe = self.layer.dispatcher.meter, self.layer.router, self.case.moe
         reading, self.messages = meter.take(), meter.messages or []
         meter.messages = []
@@ -128,12 +127,11 @@ class LayerRun:
 
 
 def schedules(case: LayerCase) -> dict[str, ScheduleConfig]:
-    """The schedules to measure by name: first that of the user, then those it is compared with."""
-    asked: dict[str, Any] = {"num_chunks": case.num_chunks}
+    """The schedules to measure by name: first that of the case, then those it is compared with."""
     if case.num_chunks == 1:  # nothing can overlap: the case has no shared experts
         return {"layer": ScheduleConfig()}
     return {
-        "layer": ScheduleConfig(**asked),
-        "no overlap": ScheduleConfig(**asked, overlap=False),
+        "layer": ScheduleConfig(num_chunks=case.num_chunks),
+        "no overlap": ScheduleConfig(num_chunks=case.num_chunks, overlap=False),
         "uncut": ScheduleConfig(),
     }

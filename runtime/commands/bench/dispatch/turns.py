@@ -1,7 +1,7 @@
-"""One rank's part of `trimtab bench dispatch`: layer and limits take turns, with fresh tokens in every round.
+"""One rank's part of `trimtab bench dispatch`: layer and bare limits take turns, with fresh tokens in every round.
 
-The order is A B C, then C B A, so that a machine that slows down favours none. The bare all-to-all comes right after
-the layer, since it repeats the messages of this very round.
+The order of the turns is reversed every other round, so that a machine that slows down favours none. The bare
+all-to-alls come right after the layer, as they repeat the messages of its step.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ def _matmul_turn(case: LayerCase, dtype: torch.dtype, context: RankContext) -> T
 
 
 def _layer_turn(name: str, run: LayerRun) -> Turn:
-    """A step of the layer; of the main one then its exchanges alone."""
+    """Times a step of the layer, and for the schedule LAYER then its all-to-alls alone."""
     bare = BareExchange(run.context.device)
 
     def turn(x_TH: Tensor, grad_TH: Tensor) -> dict[str, Sample]:
@@ -119,7 +119,7 @@ def _layer_turn(name: str, run: LayerRun) -> Turn:
 
 def _timed(action: Callable[[], object], context: RankContext) -> Sample:
     """Seconds of the wall clock, and of the CPU in all threads of this process, gloo's included."""
-    # Ranks begin together: what is left of the turn before on another rank must not be timed as waiting here.
+    # Ranks begin together: the end of the previous turn on a slower rank must not be timed as waiting on this one.
     dist.barrier(context.group)
     _synchronize(context.device)
     began_wall, began_cpu = time.perf_counter(), time.process_time()
@@ -134,7 +134,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _memory(build: Callable[[], LayerRun], device: torch.device) -> dict[str, int | None]:
-    """Peaks of the first two steps of a new layer: what it keeps from one step for the next is in them too."""
+    """Peak memory of the first two steps of a new layer: two, since it keeps some memory from a step for the next."""
     peaks: dict[str, int | None] = {}
     for name, measure_peak in _peak_measures(device).items():
         run = build()

@@ -26,7 +26,7 @@ def add_sizes(parser: CommandParser, *, nodes: bool = True) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> ManifestPlan:
-    """The plan, whose training was read as the nodes will read it: a wrong setting is refused here."""
+    """The plan of the options. Those of `trimtab train` are parsed too, so that a wrong setting is refused."""
     plan = ManifestPlan(
         name=options.name,
         num_nodes=options.nodes,

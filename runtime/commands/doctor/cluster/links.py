@@ -1,4 +1,4 @@
-"""The links between all pairs of nodes: many pairs at a time, and those that seem slow once more, alone."""
+"""Measures the links between all pairs of nodes: several pairs at a time, then those that seem slow again, alone."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ def measure_links(nodes: Sequence[ProbedNode], say: Callable[[str], None]) -> tu
         say(f"measuring pairs of nodes, round {number} of {len(plan)}")
         links.measure(pairs)
     links.measure_again(say)
-    return links.all()
+    return links.results()
 
 
 @dataclass
 class _Links:
-    """What is known so far. ports: of the probes by name; lost: why a node is not asked any more."""
+    """Links measured so far. ports: of the probes, by node name. lost: the nodes that stopped answering, and why."""
 
     nodes: Sequence[ProbedNode]
     ports: Mapping[str, int]
@@ -52,7 +52,7 @@ class _Links:
                     self.found[link.sender, link.receiver] = max(link, before, key=lambda each: each.bytes_per_s)
 
     def measure_again(self, say: Callable[[str], None]) -> None:
-        """Measure links that seem slow again, one at a time; first those nearest to the limit."""
+        """Measure links that seem slow once more, one at a time; first those that are nearly fast enough."""
         slow = sorted(slow_links(list(self.found.values())), key=lambda link: -link.bytes_per_s)
         number = {node.name: place for place, node in enumerate(self.nodes)}
         pairs = list(dict.fromkeys(tuple(sorted((number[link.sender], number[link.receiver]))) for link in slow))
@@ -63,7 +63,7 @@ class _Links:
             say(f"measuring pairs that seem slow once more, {place} of {len(pairs)}")
             self.measure([(a, b)])
 
-    def all(self) -> tuple[Link, ...]:
+    def results(self) -> tuple[Link, ...]:
         """Every link, with the reason for those that were not measured."""
         missing = [
             Link(sender=a.name, receiver=b.name, error=f"not measured: {name}: {reason}")

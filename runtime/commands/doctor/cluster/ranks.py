@@ -18,7 +18,7 @@ FILL_S = 0.05  # An exchange this long measures the rate.
 
 @dataclass(frozen=True)
 class RankSpeed:
-    """What one rank saw of the all-to-all of its EP group: small_s seconds; bytes per second to other ranks."""
+    """All-to-all of the EP group of one rank. small_s: seconds of a small one. bytes_per_s: sent to other ranks."""
 
     device: str
     small_s: float

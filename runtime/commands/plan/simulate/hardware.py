@@ -143,8 +143,9 @@ def hardware_of(name: str) -> Hardware:
 def from_json(values: Mapping[str, Any]) -> Hardware:
     """The hardware whose `dataclasses.asdict` these values are. Raises ValueError where one is no such number."""
     rates = dict(values)
-    links = {name: Link(**_numbers(rates.pop(name))) for name in ("node", "network", "control")}
-    return Hardware(name=rates.pop("name"), **links, **_numbers(rates))
+    name = rates.pop("name")
+    links: dict[str, Any] = {name: Link(**_numbers(rates.pop(name))) for name in ("node", "network", "control")}
+    return Hardware(name=name, **links, **_numbers(rates))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
