@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, add_worker_options, float_in, int_from, run_of
+from runtime.commands.options import add_run, add_worker_options, float_in, int_from, positive, run_of
 
 HELP = "Continue texts with a run's model."
 
@@ -27,11 +27,11 @@ def add_arguments(parser: CommandParser) -> None:
         help="each text is a user's message: write it by the chat template, print replies",
     )
     add("--system", metavar="TEXT", help="with --chat: a system message before each")
-    add("--max-new-tokens", type=int_from(1), default=200, help="tokens to add at most (%(default)s)")
+    add("--max-new-tokens", type=positive, default=200, help="tokens to add at most (%(default)s)")
     add("--temperature", type=float_in(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)")
     add("--top-p", type=float_in(0.01, 1), default=0.95, help="sample from the likeliest of this sum (%(default)s)")
     add("--seed", type=int_from(0), default=0, help="seed of the samples (%(default)s)")
-    add("--batch-size", type=int_from(1), default=32, help="prompts that a worker continues at once (%(default)s)")
+    add("--batch-size", type=positive, default=32, help="prompts that a worker continues at once (%(default)s)")
     add_worker_options(parser)
 
 

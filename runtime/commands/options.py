@@ -21,6 +21,9 @@ def int_from(low: int) -> Callable[[str], int]:
     return read
 
 
+positive = int_from(1)
+
+
 def float_in(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from `low` to `high`, both included; not NaN."""
 
@@ -77,5 +80,5 @@ def run_of(options: argparse.Namespace) -> Path:
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Let the command line say which checkpoint is loaded, and on which workers."""
     parser.add_argument("--step", type=int_from(0), help="checkpoint to load (the newest)")
-    parser.add_argument("--workers", type=int_from(1), help="expert-parallel ranks, with Ray (one, in this process)")
+    parser.add_argument("--workers", type=positive, help="expert-parallel ranks, with Ray (one, in this process)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")

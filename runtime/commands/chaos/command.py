@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import float_in, folder_to_write, int_from
+from runtime.commands.options import float_in, folder_to_write, int_from, positive
 from runtime.terminal.quantities import counted
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def add_arguments(parser: CommandParser) -> None:
     add = parser.add_argument
     add("preset", metavar="PRESET", choices=PRESETS, help="see below")
     add("--seed", type=int_from(0), default=0, help="of the plan and of the run (%(default)s)")
-    add("--faults", type=int_from(1), help="their number (that of the preset)")
+    add("--faults", type=positive, help="their number (that of the preset)")
     add("--machines", type=int_from(2), help="machines; the first is the head and runs the driver")
-    add("--workers-per-machine", type=int_from(1), help="expert workers of each")
+    add("--workers-per-machine", type=positive, help="expert workers of each")
     add("--minutes", type=float_in(1, 1440), help="longest duration of all of it")
     add(
         "--out",

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from runtime.commands.chaos.plan import ChaosFault
@@ -24,9 +23,8 @@ def second_writer(run: TargetRun, fault: ChaosFault) -> float:
     struck = time.time()
     machines = (fault.machine, (fault.machine + 1) % len(run.testbed.machines))
     refuse(run, lambda: [run.second_start(machines[0]), run.second_resume(machines[1])])
-    if wrong := WRITER_EVENTS.intersection(
-        each["event"] for each in read_events(run.run_dir) if each["time"] >= struck
-    ):
+    events = [each["event"] for each in read_events(run.run_dir) if each["time"] >= struck]
+    if wrong := WRITER_EVENTS.intersection(events):
         raise Unfulfilled(f"a second writer wrote {', '.join(sorted(wrong))} into {EVENTS}")
     return struck
 
@@ -53,11 +51,7 @@ def refuse(run: TargetRun, start: Callable[[], Sequence[StartedDriver]]) -> None
 
 def _await_refusals(run: TargetRun, others: Sequence[StartedDriver]) -> None:
     for process, log in others:
-        run.wait(partial(_has_ended, process), "refusing a second writer", REFUSE_S)
+        run.wait(lambda started=process: started.poll() is not None, "refusing a second writer", REFUSE_S)
         said = " ".join(log.read_text(errors="replace").split())
         if process.returncode not in (1, 2) or not re.search(PROMISE, said):
             raise Unfulfilled(f"a second writer ended with exit code {process.returncode}, saying: {said[-300:]}")
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    return process.poll() is not None

@@ -93,14 +93,9 @@ class Testbed:
             raise TestbedFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
     def start(
-        self,
-        arguments: Sequence[str],
-        output: Path,
-        *,
-        index: int = 0,
-        variables: Mapping[str, str] | None = None,
+        self, arguments: Sequence[str], output: Path, *, index: int = 0, variables: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a command of trimtab on a machine, the head if no other is named."""
+        """Start a command of trimtab on the machine of this index; 0 is the head."""
         machine = self.machines[index]
         return machine.popen(
             self._command_line(arguments), env={**self._environment(machine), **(variables or {})}, output=output

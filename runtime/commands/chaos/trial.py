@@ -131,7 +131,7 @@ def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
 
 def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """Expect the run to end and say why; then resume it as a user would."""
-    mend = MENDS.get(trial.fault.kind.action, _nothing)
+    mend = MENDS.get(trial.fault.kind.action, lambda _: None)  # most faults leave nothing to mend
     try:
         _await_error(run, trial)
     except Unfulfilled:
@@ -152,10 +152,6 @@ def _await_error(run: TargetRun, trial: Trial) -> None:
         trial.said = run.events("failed", since)[0]["reason"]
         raise Unfulfilled("the run recovered instead of ending with the promised error")
     trial.detected_s = time.time() - trial.struck
-
-
-def _nothing(_: TargetRun) -> None:
-    """Most faults leave nothing to mend."""
 
 
 def _refuses_to_resume(run: TargetRun, trial: Trial, before: int) -> None:

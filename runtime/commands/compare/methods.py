@@ -7,7 +7,6 @@ from typing import Any
 
 from dispatch.errors import InvalidValue
 from runtime.commands.replay.specs import parse_law
-from runtime.settings.config import TrainConfig
 
 # The name of a loss in a spec, and the value of aux.loss that it stands for.
 LOSSES = {"aux": "switch", "global_batch": "global_batch", "sequence": "sequence"}
@@ -24,11 +23,6 @@ class Method:
     spec: str
     slug: str
     values: Mapping[str, Any] = field(hash=False)
-
-    def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The settings of a run with this method. Raises InvalidValue where they break a rule."""
-        method_config: TrainConfig = with_values(config, self.values)
-        return method_config
 
 
 def parse_method(spec: str) -> Method:

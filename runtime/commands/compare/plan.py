@@ -83,7 +83,7 @@ class ComparePlan:
         """The settings of a run. Raises InvalidValue where the method does not fit them."""
         run_dir = self.run_dir(key).absolute()
         values = {"run.dir": str(run_dir.parent), "run.name": run_dir.name, "run.seed": key.seed}
-        config = key.method.applied_to(with_values(self.base, values))
+        config: TrainConfig = with_values(self.base, {**values, **key.method.values})
         cross_check(config)
         return config
 

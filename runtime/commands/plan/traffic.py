@@ -68,10 +68,8 @@ class Layout:
     @property
     def experts_per_node(self) -> list[int]:
         """Experts of each node."""
-        size = self.ranks_per_node
-        return [
-            sum(self.experts_per_rank[start : start + size]) for start in range(0, len(self.experts_per_rank), size)
-        ]
+        size, experts = self.ranks_per_node, self.experts_per_rank
+        return [sum(experts[start : start + size]) for start in range(0, len(experts), size)]
 
 
 def exchange_traffic(

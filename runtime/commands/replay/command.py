@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, float_in, folder_to_write, int_from, run_of
+from runtime.commands.options import add_run, float_in, folder_to_write, int_from, positive, run_of
 
 HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
 EVERY = 10  # steps between placements of copies
@@ -20,22 +20,18 @@ def add_arguments(parser: CommandParser) -> None:
         action="append",
         default=[],
         metavar="SPEC",
-        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
+        help="law to try beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
     )
-    add(
-        "--threshold",
-        type=float_in(0, 1e6),
-        help="MaxVio_batch that counts as balance (1.5 times the practical floor)",
-    )
+    add("--threshold", type=float_in(0, 1e6), help="MaxVio_batch that counts as balance (1.5 x the practical floor)")
     add(
         "--shift",
-        type=int_from(1),
+        type=positive,
         metavar="STEP",
         help="training step from which the text is another (as in data.shift_at)",
     )
     add(
         "--first",
-        type=int_from(1),
+        type=positive,
         metavar="STEP",
         help="training step at which the laws begin, without bias (the first)",
     )
@@ -43,12 +39,12 @@ def add_arguments(parser: CommandParser) -> None:
         "--copies",
         action="append",
         default=[],
-        type=int_from(1),
+        type=positive,
         metavar="N",
         help="say what up to N copies of hot experts on each rank would have taken off the busiest; again for more",
     )
     add("--ranks", type=int_from(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
-    add("--every", type=int_from(1), metavar="STEPS", help=f"steps between placements, for --copies ({EVERY})")
+    add("--every", type=positive, metavar="STEPS", help=f"steps between placements, for --copies ({EVERY})")
     add("--out", type=folder_to_write, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 

@@ -59,17 +59,13 @@ def replay(
         if laws:
             raise
         say(console, str(error))
-        return _exit_code(reproduction)
+        return int(not reproduction.is_exact)
     with one_thread():
         comparison = compare(trace, simulate_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out_dir(out or run), comparison, reproduction, trace):
         say(console, str(path))
-    return _exit_code(reproduction)
-
-
-def _exit_code(reproduction: Reproduction) -> int:
-    return 0 if reproduction.is_exact else 1
+    return int(not reproduction.is_exact)
 
 
 def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, BalanceConfig]:

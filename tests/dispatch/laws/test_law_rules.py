@@ -140,7 +140,7 @@ def test_warm_jumps_then_steps_and_jumps_again_after_a_shift():
     player = LawSimulator(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    moved = np.abs(np.diff(player.played().bias, axis=0)).max(1)
+    moved = np.abs(np.diff(player.result().bias, axis=0)).max(1)
     assert (moved[:3] > 0.005).all()
     assert (moved[3:14] < 3e-4).all()
     assert moved[14] > 0.05 and (moved[18:] < 3e-4).all()
@@ -187,15 +187,15 @@ def test_in_closed_loop_every_law_balances_and_holds_without_swinging(name):  # 
     player = LawSimulator(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    played = player.played()
-    vio = max_vio_by_step(played.counts, trace.layout.slices)
+    simulated = player.result()
+    vio = max_vio_by_step(simulated.counts, trace.layout.slices)
     assert vio[0] > 1.5  # without a bias
     assert vio[30:].mean() < 0.5 and vio[30:].max() < 1.0
-    swing = np.abs(np.diff(played.bias[30:], axis=0)).max()
+    swing = np.abs(np.diff(simulated.bias[30:], axis=0)).max()
     # Half or the whole of a step follows the chance of one batch: these two swing with it.
-    assert swing < (0.35 if name in ("newton", "quantile") else 0.15) * np.ptp(played.bias[-1])
-    assert np.abs(played.bias.sum(1)).max() < 1e-5
-    assert (played.regret >= 0).all() and played.regret[-1] < 0.1
+    assert swing < (0.35 if name in ("newton", "quantile") else 0.15) * np.ptp(simulated.bias[-1])
+    assert np.abs(simulated.bias.sum(1)).max() < 1e-5
+    assert (simulated.regret >= 0).all() and simulated.regret[-1] < 0.1
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -205,7 +205,7 @@ def test_adaptive_finds_the_scale_of_the_scores_by_itself(score):
     player = LawSimulator(BalanceConfig(law="adaptive"), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    assert max_vio_by_step(player.played().counts, trace.layout.slices)[15:].mean() < 0.5
+    assert max_vio_by_step(player.result().counts, trace.layout.slices)[15:].mean() < 0.5
 
 
 def test_every_law_that_is_registered_for_group_limits_balances_them():
@@ -216,8 +216,8 @@ def test_every_law_that_is_registered_for_group_limits_balances_them():
     rates = dict.fromkeys(("sign", "multiplicative", "rms", "smebu"), 0.02) | {"proportional": 0.05}
     laws = {name: BalanceConfig(law=name, rate=rates.get(name)) for name in names}
     vio = {
-        name: max_vio_by_step(played.counts, trace.layout.slices)[20:].mean()
-        for name, played in simulate_laws(trace, laws).items()
+        name: max_vio_by_step(simulated.counts, trace.layout.slices)[20:].mean()
+        for name, simulated in simulate_laws(trace, laws).items()
     }
     assert vio.pop("none") > 1.2
     assert all(each < 0.5 for each in vio.values()), vio

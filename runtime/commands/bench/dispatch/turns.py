@@ -72,9 +72,7 @@ def _tell_round(progress: ProgressLine, head: str, num_rounds: int, round_index:
 def _measure_dtype(
     case: LayerCase, dtype: torch.dtype, context: RankContext, tell: Callable[[int], None]
 ) -> tuple[str, DtypeSamples]:
-    build = {
-        name: partial(LayerRun.build, case, dtype, schedule, context) for name, schedule in schedules(case).items()
-    }
+    build = {name: partial(LayerRun.build, case, dtype, each, context) for name, each in schedules(case).items()}
     memory = _memory(build[LAYER], context.device)
     runs = {name: make() for name, make in build.items()}
     turns = [_matmul_turn(case, dtype, context), *(_layer_turn(name, run) for name, run in runs.items())]

@@ -77,7 +77,8 @@ class TensorChecker:
         """
         for place, bias in biases.items():
             if bias.dtype != torch.float32:
-                problem = f"is {_name(bias.dtype)}; a bias must be float32, or steps of 0.001 are lost in rounding"
+                name = str(bias.dtype).removeprefix("torch.")
+                problem = f"is {name}; a bias must be float32, or steps of 0.001 are lost in rounding"
                 self.damage(place, problem, narrow)
             wide = bias.double()
             if not bool(wide.isfinite().all()):
@@ -118,7 +119,3 @@ class CheckpointReport:
     def is_sound(self) -> bool:
         """Whether there is no error; warnings are allowed."""
         return not any(damage.severity == "error" for damage in self.found)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

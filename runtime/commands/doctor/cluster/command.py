@@ -4,7 +4,7 @@ import argparse
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import file_to_write, int_from
+from runtime.commands.options import file_to_write, positive
 
 HELP = "The nodes of a Ray cluster, or this machine: versions, devices, clocks, disks, network, process groups."
 
@@ -16,10 +16,8 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="HOST:PORT",
         help='Ray cluster to join, or "auto" for the one this machine belongs to; without, this machine alone',
     )
-    parser.add_argument(
-        "--workers", type=int_from(1), help="ranks to join (one for each GPU, else for each node; here 2)"
-    )
-    parser.add_argument("--ep-size", type=int_from(1), help="ranks that share one set of experts (all)")
+    parser.add_argument("--workers", type=positive, help="ranks to join (one for each GPU, else for each node; here 2)")
+    parser.add_argument("--ep-size", type=positive, help="ranks that share one set of experts (all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where they compute (auto)")
     parser.add_argument(
         "--path",

@@ -144,7 +144,7 @@ def from_json(values: Mapping[str, Any]) -> Hardware:
     """The hardware whose `dataclasses.asdict` these values are. Raises ValueError where one is no such number."""
     rates = dict(values)
     name = rates.pop("name")
-    links: dict[str, Any] = {name: Link(**_numbers(rates.pop(name))) for name in ("node", "network", "control")}
+    links: dict[str, Any] = {link: Link(**_numbers(rates.pop(link))) for link in ("node", "network", "control")}
     return Hardware(name=name, **links, **_numbers(rates))
 
 
