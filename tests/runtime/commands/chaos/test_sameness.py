@@ -80,7 +80,7 @@ def test_a_bit_that_differs_in_a_load_or_a_statistic_is_seen(struck, calm, name)
     assert found(struck, calm) == {f"{file}, step {last}": "the record is not that of the calm run"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
 def test_a_line_that_is_there_twice_or_missing_is_seen_at_any_time(struck, calm, ended):
     third, path = line(struck, "train", 3), struck / "metrics.jsonl"
     change(path, third, third + third)
@@ -99,7 +99,7 @@ def sample_lines(run: Path) -> list[bytes]:
     return (run / "samples.jsonl").read_bytes().splitlines(keepends=True)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
 def test_a_sample_that_differs_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, ended):
     path, lines = struck / "samples.jsonl", sample_lines(struck)  # two each of the steps 0, 2, 4 and 6
     path.write_bytes(b"".join([*lines[:3], *lines[2:]]))
@@ -124,13 +124,13 @@ def test_a_sample_that_was_made_anew_and_differs_is_seen(struck, calm):
     assert found(struck, calm) == {"samples after step 4": "tokens is ['a', '50'], in the calm run ['a', '40']"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
 def test_an_evaluation_that_is_missing_is_seen_at_any_time(struck, calm, ended):
     change(struck / "metrics.jsonl", line(struck, "eval", 4), b"")
     assert found(struck, calm, ended=ended) == {"order of metrics.jsonl": "train 5 is at place 7, where eval 4 belongs"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
 def test_a_record_of_a_load_that_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, ended):
     path = struck / HISTORY
     raw = path.read_bytes()
