@@ -50,8 +50,8 @@ def refuse(run: TargetRun, start: Callable[[], Sequence[StartedDriver]]) -> None
 
 
 def _await_refusals(run: TargetRun, others: Sequence[StartedDriver]) -> None:
+    run.wait(lambda: all(process.poll() is not None for process, _ in others), "refusing a second writer", REFUSE_S)
     for process, log in others:
-        run.wait(lambda started=process: started.poll() is not None, "refusing a second writer", REFUSE_S)
         said = " ".join(log.read_text(errors="replace").split())
         if process.returncode not in (1, 2) or not re.search(PROMISE, said):
             raise Unfulfilled(f"a second writer ended with exit code {process.returncode}, saying: {said[-300:]}")
