@@ -35,7 +35,7 @@ class Group(NamedTuple):  # a dataclass would import `inspect`, which --help can
 
     word: what the help calls that word, in capitals. help: the line of the group in the list that it belongs to.
     description: first sentence of its own help. commands: the name of the module of each, or a group in its turn.
-    otherwise: the one that takes all command lines whose first word is not in the list.
+    otherwise: the name of the subcommand for command lines whose first word names none.
     """
 
     word: str
@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of a subcommand; `add_arguments` may change whatever argparse lets it."""
 
     def __init__(self, **options: Any) -> None:
-        # An abbreviation would take settings that are left for `trimtab train`, and change with each new option.
+        # An abbreviation could capture a setting that is left for `trimtab train`, and change with each new option.
         super().__init__(allow_abbrev=False, **options)
         self._rest: tuple[str, str] | None = None
 
@@ -145,7 +145,7 @@ def group_parser(group: Group, program: str) -> argparse.ArgumentParser:
         epilog=f"{what}s:\n{listing}\n\n`{program} {group.word} --help` explains its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # Optional for argparse alone, which would else complain of a missing word where an option is unknown.
+    # Optional, else argparse reports the missing word where the real mistake is an unknown option.
     parser.add_argument(what, type=_one_of(what, group.commands), nargs="?", metavar=group.word, help="see below")
     return parser
 
@@ -160,6 +160,6 @@ def _one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
             return text
         near = difflib.get_close_matches(text, names, n=1)
         way_out = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}; {way_out}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no {what}; {way_out}")
 
     return read

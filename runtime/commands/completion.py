@@ -1,4 +1,4 @@
-"""What a shell offers behind `trimtab`: the words of argcomplete (extra `completion`) from our parsers."""
+"""Shell completion of `trimtab`: argcomplete (extra `completion`) offers the words of our parsers."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from runtime.commands.command import CommandParser, Group, group_parser, parser_of
 from runtime.runs.run_dir import folder_of_runs, runs_in
 
-FIRST_WORD = "_ARGCOMPLETE"  # by the shell's function: the number of the word that names the program, from 1
+FIRST_WORD = "_ARGCOMPLETE"  # variable that argcomplete's shell function sets: which word names the program, from 1
 RUNS = ("run", "runs", "resume", "init")  # arguments that name a run
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, add_worker_options, run_of, whole
+from runtime.commands.options import add_run, add_worker_options, positive, run_of
 
 HELP = "Measure a run's model on the held-out text."
 PLACES = ("data.path", "data.cache_dir")  # settings of `trimtab train` that may be other ones now
@@ -12,7 +12,7 @@ PLACES = ("data.path", "data.cache_dir")  # settings of `trimtab train` that may
 def add_arguments(parser: CommandParser) -> None:
     """Declare the options."""
     add_run(parser)
-    parser.add_argument("--sequences", type=whole(1), help="sequences to evaluate (as in training)")
+    parser.add_argument("--sequences", type=positive, help="sequences to evaluate (as in training)")
     add_worker_options(parser)
     parser.add_argument("--data.path", metavar="PATH", help="where the run's text lies now; it is compared by content")
     parser.add_argument("--data.cache_dir", metavar="DIR", help="where its prepared tokens are kept")

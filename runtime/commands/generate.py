@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, add_worker_options, number, run_of, whole
+from runtime.commands.options import add_run, add_worker_options, float_in, int_from, positive, run_of
 
 HELP = "Continue texts with a run's model."
 
@@ -27,11 +27,11 @@ def add_arguments(parser: CommandParser) -> None:
         help="each text is a user's message: write it by the chat template, print replies",
     )
     add("--system", metavar="TEXT", help="with --chat: a system message before each")
-    add("--max-new-tokens", type=whole(1), default=200, help="tokens to add at most (%(default)s)")
-    add("--temperature", type=number(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)")
-    add("--top-p", type=number(0.01, 1), default=0.95, help="sample from the likeliest of this sum (%(default)s)")
-    add("--seed", type=whole(0), default=0, help="seed of the samples (%(default)s)")
-    add("--batch-size", type=whole(1), default=32, help="prompts that a worker continues at once (%(default)s)")
+    add("--max-new-tokens", type=positive, default=200, help="tokens to add at most (%(default)s)")
+    add("--temperature", type=float_in(0, 100), default=0.8, help="divides the logits; 0: greedy (%(default)s)")
+    add("--top-p", type=float_in(0.01, 1), default=0.95, help="sample from the likeliest of this sum (%(default)s)")
+    add("--seed", type=int_from(0), default=0, help="seed of the samples (%(default)s)")
+    add("--batch-size", type=positive, default=32, help="prompts that a worker continues at once (%(default)s)")
     add_worker_options(parser)
 
 
@@ -73,15 +73,14 @@ def read_prompts(path: Path | None) -> list[str]:
     """
     if path is None and sys.stdin.isatty():
         raise InvalidValue("there is nothing to continue; give --prompt TEXT, --prompts-file FILE, or pipe lines in")
-    is_piped = path is None or str(path) == "-"
+    place = "standard input" if path is None or str(path) == "-" else path
     try:
-        text = sys.stdin.buffer.read().decode() if is_piped else Path(str(path)).read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8") if isinstance(place, Path) else sys.stdin.buffer.read().decode()
     except OSError as error:
         raise InvalidValue(f"--prompts-file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"{'standard input' if is_piped else path} is not UTF-8 text: {error}") from error
+        raise InvalidValue(f"{place} is not UTF-8 text: {error}") from error
     lines = [line for line in text.splitlines() if line]
     if not lines:
-        place = "standard input" if is_piped else path
         raise InvalidValue(f"{place} has no text to continue; write one prompt a line, or give --prompt TEXT")
     return lines

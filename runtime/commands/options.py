@@ -1,4 +1,4 @@
-"""Options that several subcommands share, and types for argparse. Imports neither torch nor Ray."""
+"""Options that several subcommands share, and `type` functions for argparse. Imports neither torch nor Ray."""
 
 import argparse
 import contextlib
@@ -9,31 +9,35 @@ from runtime.runs.run_dir import RUNS_DIR_VARIABLE, find_run
 from runtime.settings.consent import add_consent
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A whole number of at least `low`."""
+def int_from(low: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `low`, in decimal digits."""
 
     def read(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
-        return int(text)
+        with contextlib.suppress(ValueError):  # int() refuses thousands of digits
+            if text.isascii() and text.isdigit() and int(text) >= low:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.60} must be a whole number of at least {low}")
 
     return read
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """A number from `low` to `high`."""
+positive = int_from(1)
+
+
+def float_in(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`, both included; not NaN."""
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             if low <= float(text) <= high:
                 return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} must be a number from {low} to {high}")
 
     return read
 
 
 def file_to_write(text: str) -> Path:
-    """A file to be written after a long measurement, checked before it. Whoever writes the file makes its folder."""
+    """An argparse type: a file to write after a long measurement, checked before it. The writer makes its folder."""
     path = Path(text).expanduser()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
@@ -42,7 +46,7 @@ def file_to_write(text: str) -> Path:
 
 
 def folder_to_write(text: str) -> Path:
-    """A folder to be written into after a long measurement, checked before it: it is there, or it can be made."""
+    """An argparse type: a folder to write into after a long measurement, checked before it. It need not exist yet."""
     path = Path(text).expanduser()
     nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not nearest.is_dir():
@@ -75,6 +79,6 @@ def run_of(options: argparse.Namespace) -> Path:
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Let the command line say which checkpoint is loaded, and on which workers."""
-    parser.add_argument("--step", type=whole(0), help="checkpoint to load (the newest)")
-    parser.add_argument("--workers", type=whole(1), help="expert-parallel ranks, with Ray (one, in this process)")
+    parser.add_argument("--step", type=int_from(0), help="checkpoint to load (the newest)")
+    parser.add_argument("--workers", type=positive, help="expert-parallel ranks, with Ray (one, in this process)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where they compute (as in training)")

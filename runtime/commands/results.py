@@ -7,13 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from workers.record.atomic_file import write_atomically
 from workers.record.run_log import plain_values
 
 
 def write_json(path: Path, values: Any, *, indent: int | None = None) -> None:
     """Write values as JSON, with null for numbers that are not finite; the folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain_values(values), indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(plain_values(values), indent=indent, allow_nan=False) + "\n")
 
 
 def write_measurement(folder: Path, values: Any, write_chart: Callable[[Path], None]) -> None:

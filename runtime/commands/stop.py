@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue, UserError
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_runs_dir, whole
+from runtime.commands.options import add_runs_dir, int_from
 from runtime.runs.run_dir import find_run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="the run: its directory, or its name in the folder of runs")
     add_runs_dir(parser)
-    parser.add_argument("--timeout", metavar="SECONDS", type=whole(0), default=600, help="longest wait (600)")
+    parser.add_argument("--timeout", metavar="SECONDS", type=int_from(0), default=600, help="longest wait (600)")
 
 
 def run(options: argparse.Namespace) -> int:

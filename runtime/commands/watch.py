@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_runs_dir, whole
+from runtime.commands.options import add_runs_dir, int_from
 from runtime.runs.run_dir import find_run, place_of_run
 from runtime.watch.packages import check_installed
 
@@ -29,7 +29,7 @@ def add_arguments(parser: CommandParser) -> None:
         "runs", metavar="RUN", nargs="+", help="a run: its directory, or its name in the folder of runs"
     )
     parser.add_argument("--wait", action="store_true", help="also for runs that are yet to begin")
-    parser.add_argument("--port", type=whole(0), default=0, help="the port to serve at (a free one)")
+    parser.add_argument("--port", type=int_from(0), default=0, help="the port to serve at (a free one)")
     parser.add_argument(
         "--bind",
         metavar="ADDRESS",
@@ -89,6 +89,6 @@ def _check(options: argparse.Namespace) -> None:
     try:
         is_any = ipaddress.ip_address(options.bind).is_unspecified
     except ValueError as error:
-        raise InvalidValue(f"--bind {options.bind!r} must be an address, as 10.0.0.1") from error
+        raise InvalidValue(f"--bind {options.bind!r:.60} must be an address, as 10.0.0.1") from error
     if is_any:
         raise InvalidValue(f"--bind {options.bind} is every address at once; name the one that you will open")

@@ -1,4 +1,4 @@
-"""Plays `trimtab chaos`: trains an undisturbed run, then strikes a second run and compares it with the first."""
+"""Runs `trimtab chaos`: trains an undisturbed run, then injects faults into a second one and compares the two."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from runtime.commands.chaos.chart import write_chart
-from runtime.commands.chaos.leftovers import after_the_cluster
+from runtime.commands.chaos.leftovers import left_by_cluster
 from runtime.commands.chaos.plan import ChaosOptions, make_plan, num_steps, worker_faults
 from runtime.commands.chaos.record import Record, read_record
 from runtime.commands.chaos.results import Results
@@ -33,8 +33,8 @@ def run_campaign(options: ChaosOptions) -> int:
     with open_testbed(options.preset) as testbed, ProgressLine(sys.stdout) as progress:
         campaign = Campaign(testbed, options, progress)
         try:
-            campaign.play()
-        finally:  # also of a part of it
+            campaign.run()
+        finally:  # what was reached is written too
             if campaign.trials:
                 campaign.write()
             if options.keep:
@@ -45,7 +45,7 @@ def run_campaign(options: ChaosOptions) -> int:
 
 
 class Campaign:
-    """Plays a plan of faults; `trials` has one entry for each fault so far."""
+    """Injects a plan of faults into a run; `trials` has one entry for each fault so far."""
 
     def __init__(self, testbed: Testbed, options: ChaosOptions, progress: ProgressLine) -> None:
         self._testbed, self._options, self._progress = testbed, options, progress
@@ -59,9 +59,9 @@ class Campaign:
         self._num_compared: dict[str, int] = {}
         self._leftovers: list[str] = []
         self._end = "it was not reached"
-        self._begun, self._now = time.monotonic(), ""
+        self._begun, self._doing = time.monotonic(), ""
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Train the undisturbed run, then the one that is struck.
 
         Raises:
@@ -75,7 +75,7 @@ class Campaign:
         self._progress.show_minor("starting the cluster")
         self._testbed.up()
         self._progress.tell(f"cluster up after {self._elapsed}; first the calm run")
-        self._play_calm(steps)
+        self._train_calm(steps)
         faults = self._testbed.folder / "faults.json"
         faults.write_text(json.dumps(worker_faults(self._plan)))
         run = self._target("chaos")
@@ -86,7 +86,7 @@ class Campaign:
         finally:
             run.stop()
         self._testbed.down()
-        self._leftovers += after_the_cluster(self._testbed)
+        self._leftovers += left_by_cluster(self._testbed)
 
     def results(self) -> Results:
         """Return what is known so far."""
@@ -122,7 +122,7 @@ class Campaign:
         for log in self._testbed.folder.glob("*.log"):
             shutil.copy(log, target)
 
-    def _play_calm(self, steps: int) -> None:
+    def _train_calm(self, steps: int) -> None:
         run = self._target("calm")
         try:
             run.start(self._options.preset, self._options.seed, steps)
@@ -138,14 +138,14 @@ class Campaign:
         self._progress.tell(f"calm run done after {self._elapsed}: {self._calm_step_s:.2f} s a step")
 
     def _strike_all(self, run: TargetRun) -> bool:
-        """Play all faults of the plan. Returns whether the run is alive afterwards."""
+        """Inject all faults of the plan, one after the other. Returns whether the run is alive afterwards."""
         for fault in self._plan:
-            self._now = f"[{fault.number + 1}/{len(self._plan)}] {fault.kind.name}"
+            self._doing = f"[{fault.number + 1}/{len(self._plan)}] {fault.kind.name}"
             trial = strike(run, fault, self._plan)
             self.trials.append(trial)
             self._compare(run, trial)
             self._note_leftovers(trial, run.leftovers.still_there())
-            self._progress.tell(f"{self._now}, step {fault.step}: {trial.told()}")
+            self._progress.tell(f"{self._doing}, step {fault.step}: {trial.told()}")
             if trial.verdict == "FAILED" and not revive(run):
                 self._end = f"it could not be resumed after fault {fault.number + 1}"
                 return False
@@ -155,7 +155,7 @@ class Campaign:
         return True
 
     def _finish(self, run: TargetRun) -> None:
-        self._now = "the last steps"
+        self._doing = "the last steps"
         try:
             run.wait_for_end("its end", CALM_S)
         except Unfulfilled as error:
@@ -171,9 +171,9 @@ class Campaign:
     def _compare(self, run: TargetRun, trial: Trial | None) -> None:
         """Compare all that the run has recorded, repeated steps too, with the calm run. trial: None at the end."""
         if self._calm is None:
-            raise AssertionError("the calm run was played")
+            raise AssertionError("the calm run comes first")
         record = read_record(run.run_dir)
-        found = flaws(record, self._calm, self._num_assignments, whole=trial is None)
+        found = flaws(record, self._calm, self._num_assignments, ended=trial is None)
         new = {place: text for place, text in found.items() if place not in self._mismatches}
         self._num_compared = {
             "steps and evaluations": len(record.lines) + len(record.superseded_lines),
@@ -200,13 +200,13 @@ class Campaign:
     def _target(self, name: str) -> TargetRun:
         def on_wait(run: TargetRun, what: str) -> None:
             left = duration(max(0.0, self._left_s))
-            self._progress.show_minor(f"{self._now} {what}: at step {run.step}; {left} left at most".strip())
+            self._progress.show_minor(f"{self._doing} {what}: at step {run.step}; {left} left at most".strip())
 
         return TargetRun(self._testbed, name, deadline=time.monotonic() + self._left_s, on_wait=on_wait)
 
 
 def assignments_of(run_dir: Path) -> int:
-    """(token, expert) pairs that the routers of all MoE layers choose in a step: what must be sent and come back."""
+    """(token, expert) pairs that the routers of all MoE layers choose in a step: so many rows are dispatched."""
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     model = config["model"]
     num_tokens = config["run"]["global_batch_size"] * model["max_seq_len"]

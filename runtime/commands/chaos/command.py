@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import folder_to_write, number, whole
+from runtime.commands.options import float_in, folder_to_write, int_from, positive
 from runtime.terminal.quantities import counted
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ seeded plan of faults, and compare it with an undisturbed run."""
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """Declare the options; one that is not given is None."""
+    """Declare the options. Sizes that are not given are None: the preset has them."""
     from runtime.commands.chaos.kinds import KINDS
     from runtime.commands.chaos.plan import PRESETS
 
@@ -36,11 +36,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("preset", metavar="PRESET", choices=PRESETS, help="see below")
-    add("--seed", type=whole(0), default=0, help="of the plan and of the run (%(default)s)")
-    add("--faults", type=whole(1), help="their number (that of the preset)")
-    add("--machines", type=whole(2), help="machines; the first is the head and runs the driver")
-    add("--workers-per-machine", type=whole(1), help="expert workers of each")
-    add("--minutes", type=number(1, 1440), help="longest duration of all of it")
+    add("--seed", type=int_from(0), default=0, help="of the plan and of the run (%(default)s)")
+    add("--faults", type=positive, help="their number (that of the preset)")
+    add("--machines", type=int_from(2), help="machines; the first is the head and runs the driver")
+    add("--workers-per-machine", type=positive, help="expert workers of each")
+    add("--minutes", type=float_in(1, 1440), help="longest duration of all of it")
     add(
         "--out",
         type=folder_to_write,
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def checked_options(options: argparse.Namespace) -> "ChaosOptions":
-    """What the command line asks for.
+    """The preset with the sizes that the command line changes, and the other options.
 
     Raises:
         InvalidValue: sizes that no plan can have, or a system without network namespaces.

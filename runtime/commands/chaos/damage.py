@@ -11,13 +11,14 @@ from runtime.commands.chaos.record import read_record
 from runtime.commands.chaos.target import TargetRun, Unfulfilled
 from workers.record.run_log import HISTORY, METRICS
 
-# Given a run and a fault: done on entering; yields a regular expression of what is to be said; undone on leaving.
+# A context manager, made from a run and a fault: it damages a file on entering and restores it on leaving. Its value is
+# a regular expression that the refusal to resume must match.
 Damage = Callable[[TargetRun, ChaosFault], AbstractContextManager[str]]
 
 
 @contextlib.contextmanager
-def _none(_: TargetRun, fault: ChaosFault) -> Iterator[str]:
-    """What was damaged before the driver died, as the kind promises."""
+def damaged_before(_: TargetRun, fault: ChaosFault) -> Iterator[str]:
+    """Damage nothing: the fault itself did, before the driver died. The promise is that of its kind."""
     yield fault.kind.promise
 
 
@@ -42,12 +43,12 @@ def missing_record(run: TargetRun, fault: ChaosFault) -> Iterator[str]:
     """Remove a record in the middle of history.bin."""
     step = _step(fault)
     loads = read_record(run.run_dir).loads
-    with _changed(run.run_dir / HISTORY, lambda _: b"".join(raw for at, raw in loads if at != step)):
+    with _changed(run.run_dir / HISTORY, lambda _: b"".join(raw for each, raw in loads if each != step)):
         yield rf"history\.bin.*\b{step}\b"
 
 
 DAMAGES: dict[str, Sequence[Damage]] = {
-    "damage_checkpoint_and_kill_driver": (_none,),
+    "damage_checkpoint_and_kill_driver": (damaged_before,),
     "hole_in_record": (damaged_line, missing_line, missing_record),
 }
 
@@ -58,7 +59,7 @@ def _step(fault: ChaosFault) -> int:
 
 
 def _line(raw: bytes, step: int) -> re.Pattern[bytes]:
-    """Find the line of a training step."""
+    """The pattern of the line of a training step, of which there must be one."""
     pattern = re.compile(rb'^\{"kind": "train".*"step": %d,.*\n' % step, re.MULTILINE)
     if len(pattern.findall(raw)) != 1:
         raise Unfulfilled(f"{METRICS} has {len(pattern.findall(raw))} lines of step {step}")
@@ -67,16 +68,20 @@ def _line(raw: bytes, step: int) -> re.Pattern[bytes]:
 
 @contextlib.contextmanager
 def _changed(path: Path, change: Callable[[bytes], bytes]) -> Iterator[None]:
-    """Change a file for a while. Meanwhile nobody may change another file of its folder."""
-    whole = path.read_bytes()
-    path.write_bytes(change(whole))
+    """Change a file, and restore it on leaving.
+
+    Raises:
+        Unfulfilled: meanwhile a file of its folder was changed: a resume that is refused must leave all as it is.
+    """
+    original = path.read_bytes()
+    path.write_bytes(change(original))
     before = _files(path.parent)
     try:
         yield
         if differing := {name for name, _ in before.symmetric_difference(_files(path.parent))}:
             raise Unfulfilled(f"a start that was refused has changed {', '.join(sorted(differing))}")
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 def _files(folder: Path) -> set[tuple[str, bytes]]:

@@ -23,7 +23,7 @@ from workers.checkpoints.checkpoint_files import CHECKPOINTS, list_checkpoints
 DELAY_S, JITTER_S, LOSS = 0.01, 0.002, 0.01
 BITS_PER_S = 10 * 10**6
 BRIEFLY_S = 3.0  # Shorter than Ray's head waits before it declares a node dead, and than the bound of a collective.
-STEPS_UNDER = 4  # Steps that a run is to make on a bad link.
+NUM_STEPS = 4  # Steps that a run must make on a bad link.
 NOTICE_S = 120.0  # For a failure to be noticed, and for a few steps.
 RAYLET, GCS, AGENTS = r"\S*/raylet/raylet ", r"\S*/gcs/gcs_server ", r"ray::(DashboardAgent|RuntimeEnvAgent)"
 ASIDE = "aside"  # Where the copy of a run directory lies, beside it.
@@ -48,9 +48,9 @@ def kill_driver(run: TargetRun, _: ChaosFault) -> float:
 def kill_node(run: TargetRun, fault: ChaosFault) -> float:
     """Kill a machine, boot it again, and let it join the cluster."""
     run.testbed.machines[fault.machine].kill()
-    at = time.time()
+    struck = time.time()
     run.testbed.join(run.testbed.machines[fault.machine])
-    return at
+    return struck
 
 
 def kill_gcs(run: TargetRun, _: ChaosFault) -> float:
@@ -76,9 +76,9 @@ def hang_up(run: TargetRun, _: ChaosFault) -> float:
 def remove_run_directory(run: TargetRun, _: ChaosFault) -> float:
     """Remove the run directory while the run goes on. A copy is kept, which `restore_run_directory` puts back."""
     _copy(run.run_dir, run.run_dir.with_name(ASIDE))
-    at = time.time()
+    struck = time.time()
     shutil.rmtree(run.run_dir)
-    return at
+    return struck
 
 
 def restore_run_directory(run: TargetRun) -> None:
@@ -103,45 +103,45 @@ def cut_link(run: TargetRun, fault: ChaosFault) -> float:
 
 def cut_link_briefly(run: TargetRun, fault: ChaosFault) -> float:
     """Cut the link of a machine for a moment."""
-    at = time.time()
+    struck = time.time()
     run.testbed.machines.network.cut(fault.machine)
     try:
         time.sleep(BRIEFLY_S)
     finally:
         run.testbed.machines.network.heal(fault.machine)
-    return at
+    return struck
 
 
 def delay_frames(run: TargetRun, fault: ChaosFault) -> float:
     """Delay all network frames of a machine."""
-    at = time.time()
+    struck = time.time()
     run.testbed.machines.network.delay(fault.machine, DELAY_S, JITTER_S)
-    return _endure(run, at, lambda: run.testbed.machines.network.undelay(fault.machine))
+    return _endure(run, struck, lambda: run.testbed.machines.network.undelay(fault.machine))
 
 
 def lose_frames(run: TargetRun, fault: ChaosFault) -> float:
     """Lose some network frames of a machine."""
-    at = time.time()
+    struck = time.time()
     run.testbed.machines.network.delay(fault.machine, 0.0, loss=LOSS)
-    return _endure(run, at, lambda: run.testbed.machines.network.undelay(fault.machine))
+    return _endure(run, struck, lambda: run.testbed.machines.network.undelay(fault.machine))
 
 
 def limit_link(run: TargetRun, fault: ChaosFault) -> float:
     """Limit the bandwidth of a machine."""
-    at = time.time()
+    struck = time.time()
     run.testbed.machines.network.limit(fault.machine, BITS_PER_S)
-    return _endure(run, at, lambda: run.testbed.machines.network.limit(fault.machine, None))
+    return _endure(run, struck, lambda: run.testbed.machines.network.limit(fault.machine, None))
 
 
 def fill_disk(run: TargetRun, _: ChaosFault) -> float:
     """Fill the disk of the runs until the run says that a checkpoint did not fit."""
-    filler, at, before = run.testbed.runs / "filler", time.time(), len(run.said())
+    filler, struck, before = run.testbed.runs / "filler", time.time(), len(run.said())
     try:
         _fill(filler)
         run.wait(lambda: "checkpoint failed" in run.said(before), "a checkpoint that does not fit", NOTICE_S)
     finally:
         filler.unlink()
-    return at
+    return struck
 
 
 def damage_checkpoint(run: TargetRun, fault: ChaosFault) -> float:
@@ -191,7 +191,7 @@ MENDS: dict[str, Callable[[TargetRun], None]] = {
 
 
 def _kill(run: TargetRun, pattern: str, machines: Iterable[int], number: int = 1) -> float:
-    """Send SIGKILL to the processes of these machines whose command matches; there must be so many."""
+    """Send SIGKILL to the processes of these machines whose command matches. Unfulfilled if not `number` match."""
     found = [
         each
         for index in machines
@@ -205,10 +205,10 @@ def _kill(run: TargetRun, pattern: str, machines: Iterable[int], number: int = 1
     return time.time()
 
 
-def _rejoin_when_noticed(run: TargetRun, fault: ChaosFault, at: float) -> float:
-    run.wait(lambda: run.events("failed", at), "noticing that a node is gone", NOTICE_S)
+def _rejoin_when_noticed(run: TargetRun, fault: ChaosFault, struck: float) -> float:
+    run.wait(lambda: run.events("failed", struck), "noticing that a node is gone", NOTICE_S)
     run.testbed.join(run.testbed.machines[fault.machine])
-    return at
+    return struck
 
 
 def _copy(run_dir: Path, target: Path) -> None:
@@ -225,7 +225,7 @@ def _copy(run_dir: Path, target: Path) -> None:
 
 
 def _host_pid(run: TargetRun, rank: int) -> int:
-    """The process id, on the host, of a rank, as the run's last rank map says."""
+    """The process id of a rank on the host, by the rank map of the run's last start."""
     starts = [*run.events("started", 0.0), *run.events("resumed", 0.0)]
     row = max(starts, key=lambda event: event["time"])["rank_map"][rank]
     [machine] = [machine for machine in run.testbed.machines if machine.address == row["node"]]
@@ -235,13 +235,14 @@ def _host_pid(run: TargetRun, rank: int) -> int:
     raise Unfulfilled(f"rank {rank} (pid {row['pid']} of {machine.name}) is not there")
 
 
-def _endure(run: TargetRun, at: float, undo: Callable[[], None]) -> float:
+def _endure(run: TargetRun, struck: float, undo: Callable[[], None]) -> float:
+    """Let the run make some steps under a fault that must not stop it, then undo the fault."""
     first = run.step
     try:
-        run.wait(lambda: run.step >= first + STEPS_UNDER, f"{STEPS_UNDER} steps on a bad link", NOTICE_S)
+        run.wait(lambda: run.step >= first + NUM_STEPS, f"{NUM_STEPS} steps on a bad link", NOTICE_S)
     finally:
         undo()
-    return at
+    return struck
 
 
 def _fill(filler: Path) -> None:
@@ -251,7 +252,7 @@ def _fill(filler: Path) -> None:
 
 
 def _truncate_newest(run: TargetRun) -> None:
-    """Cut the largest file of the newest checkpoint in half, as soon as there is a new one: the next is far then."""
+    """Wait for a new checkpoint, then cut its largest file in half. The next checkpoint is some steps away then."""
     checkpoints = run.run_dir / CHECKPOINTS
     before = list_checkpoints(checkpoints)[-1:]
     run.wait(lambda: list_checkpoints(checkpoints)[-1:] != before, "a new checkpoint", NOTICE_S)

@@ -13,33 +13,33 @@ class FaultKind:
     name: str
     """As in the table of results."""
     action: str
-    """Planned in a phase: that of `workers.training.faults.Fault`. Else a function of `injections`."""
+    """With a `phase`, the action of `workers.training.faults.Fault`; without, a function of `injections`."""
     phase: str = ""
-    """Where in the step a worker does it to itself, by plan; empty: it is done from outside."""
+    """Where in the step the worker's own fault plan makes it fail; empty: the fault is injected from outside."""
     amount: float = 0.0
-    """That of `workers.training.faults.Fault`."""
+    """The amount of `workers.training.faults.Fault`."""
     outcome: Outcome = "recovers"
     """recovers: the gang forms again by itself. carries on: the gang stays. refuses: the run ends with the promised
-    error and goes on with `--resume`. refuses to resume: its driver is gone, and `--resume` ends with the promised
-    error until that is mended. resumes: its driver is gone, and it goes on with `--resume`. saves: the same, after a
-    checkpoint, so that nothing is made anew."""
+    error, and `--resume` continues it. refuses to resume: the driver is dead, and `--resume` ends with the promised
+    error until the damage is mended. resumes: the driver is dead, and `--resume` continues. saves: as resumes, but the
+    driver wrote a checkpoint first, so that no step is repeated."""
     promise: str = ""
-    """Regular expression: where it recovers, for the reason in its event `failed`; else for what it prints. `{rank}`
-    and `{node}` are the fault's."""
+    """Regular expression: of the reason in the event `failed` where the outcome is recovers, else of what the run
+    prints. `{rank}` and `{node}` stand for those of the fault."""
     events: tuple[str, str] | None = None
     """carries on: the run's events that say that the fault was noticed, and that it is over."""
     room: int = 1
-    """Distance to the next fault in units of the plan: what takes effect slowly needs more."""
+    """Distance to the next fault, times `plan.UNIT` steps: a fault that takes effect slowly needs more than 1."""
     is_bug: bool = False
-    """refuses: whether what ends the run is an error of the code, told as a bug and with the exit code of one."""
+    """refuses: whether the run ends as by a bug, with a traceback and the exit code of bugs."""
     takes_offer: bool = False
     """refuses to resume: whether the run then goes on from the step that the error offers."""
     strikes_node: bool = False
-    """Whether it strikes a machine, which is another than the head."""
+    """Whether it strikes a whole machine; never the head, which runs the driver."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether a worker does it to itself."""
+        """Whether the worker's own fault plan makes it fail."""
         return bool(self.phase)
 
 

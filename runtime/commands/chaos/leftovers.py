@@ -14,16 +14,16 @@ LEAVE_S = 20.0  # For processes to end, and for the next checkpoint to remove wh
 POLL_S = 0.1
 # Command lines of the cluster, which outlives a run. An empty one is of a process that has ended, and whose parent has
 # not asked for its exit code yet.
-_OF_CLUSTER = re.compile(
+_CLUSTER_COMMANDS = re.compile(
     r"$|ray::(IDLE|DashboardAgent|RuntimeEnvAgent)|ray-dashboard-"
     r"|\S*/ray/|\S+ .*(-m ray\.|/ray/|from multiprocessing\.)"
 )
 # Temporary files that may stay: torch's cache of compiled code, and sockets of a Ray dashboard that was killed.
-_OF_OTHERS = re.compile("torchinductor_|pymp-")
+_OTHERS_FILES = re.compile("torchinductor_|pymp-")
 
 
 class Leftovers:
-    """Looks for what drivers that are gone have left; `note` it before a run is resumed."""
+    """Looks for what dead drivers have left. Call `note` before a run is resumed, then `still_there`."""
 
     def __init__(self, testbed: Testbed, run_dir: Path) -> None:
         self._testbed, self._run_dir = testbed, run_dir
@@ -31,17 +31,17 @@ class Leftovers:
         self._partial: set[Path] = set()
 
     def note(self) -> None:
-        """Remember what is there while no driver runs: the next start, or its next checkpoint, is to end it."""
+        """Remember processes and partial checkpoints while no driver runs: the resumed run must end and remove them."""
         self._processes = set(run_processes(self._testbed))
         self._partial = set(partial_checkpoints(self._run_dir))
 
     def still_there(self) -> list[str]:
-        """What was noted and is there although the run goes on. Waits for it to go, at most LEAVE_S."""
-        return _once_gone(self._noted)
+        """What was noted and is still there while the resumed run goes on. Waits for it to go, at most LEAVE_S."""
+        return _wait_until_gone(self._noted)
 
     def after_the_end(self) -> list[str]:
-        """What of the run is there although its driver has ended well. Waits for it to go, at most LEAVE_S."""
-        return _once_gone(
+        """What is left of the run after its driver ended well. Waits for it to go, at most LEAVE_S."""
+        return _wait_until_gone(
             lambda: [*run_processes(self._testbed).values(), *map(str, partial_checkpoints(self._run_dir))]
         )
 
@@ -62,11 +62,11 @@ def run_processes(testbed: Testbed) -> dict[int, str]:
         for machine in testbed.machines
         if machine.is_up
         for process in machine.processes()
-        if not _OF_CLUSTER.match(process.command)
+        if not _CLUSTER_COMMANDS.match(process.command)
     }
 
 
-def still_there_of(
+def left_on_machine(
     testbed: Testbed, machine: Machine, pids: set[int], files: list[Path], shared_memory: list[str]
 ) -> list[str]:
     """What a machine has beyond these processes, temporary files and shared memory; waits LEAVE_S for it to go."""
@@ -79,7 +79,7 @@ def still_there_of(
             *(f"shared memory {name}" for name in machine.shared_memory() if name not in shared_memory),
         ]
 
-    return _once_gone(look)
+    return _wait_until_gone(look)
 
 
 def partial_checkpoints(run_dir: Path) -> list[Path]:
@@ -87,31 +87,30 @@ def partial_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / CHECKPOINTS).glob(".step_*"))
 
 
-def after_the_cluster(testbed: Testbed) -> list[str]:
-    """What is there although the cluster was ended: processes, open ports, shared memory, files of Ray."""
-    return _once_gone(lambda: _anything(testbed))
+def left_by_cluster(testbed: Testbed) -> list[str]:
+    """What is left after the cluster was ended: processes, open ports, shared memory, files of Ray."""
+    return _wait_until_gone(lambda: _left_on_machines(testbed))
 
 
-def _anything(testbed: Testbed) -> list[str]:
+def _left_on_machines(testbed: Testbed) -> list[str]:
     found = []
     for machine in testbed.machines:
         if not machine.is_up:
             continue
-        here = f"of {machine.name}"
         found += [_line(machine, each) for each in machine.processes() if each.command]
-        found += [f"port {port} {here} is open" for port in machine.listening()]
-        found += [f"shared memory {name} {here}" for name in machine.shared_memory()]
+        found += [f"port {port} of {machine.name} is open" for port in machine.listening()]
+        found += [f"shared memory {name} of {machine.name}" for name in machine.shared_memory()]
         found += [str(path) for path in temporary_files(testbed, machine)]
     return found
 
 
 def temporary_files(testbed: Testbed, machine: Machine) -> list[Path]:
     """Temporary files of a machine's processes, without an empty folder of node records of `trimtab cluster`."""
-    found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OF_OTHERS.match(path.name))
+    found = (path for path in sorted(testbed.disk(machine).iterdir()) if not _OTHERS_FILES.match(path.name))
     return [path for path in found if not (path.name == f"tt-{os.getuid()}" and not any(path.iterdir()))]
 
 
-def _once_gone(look: Callable[[], list[str]]) -> list[str]:
+def _wait_until_gone(look: Callable[[], list[str]]) -> list[str]:
     give_up = time.monotonic() + LEAVE_S
     while (left := look()) and time.monotonic() < give_up:
         time.sleep(POLL_S)

@@ -31,7 +31,7 @@ SHM_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class MachineProcess:
-    """A process of a machine. pid: its process id on the machine; host_pid: on the host, which can be signalled."""
+    """A process of a machine. pid: its process id inside the machine. host_pid: on the host; signals go to this one."""
 
     pid: int
     host_pid: int
@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def is_up(self) -> bool:
-        """Whether it was booted and not killed since."""
+        """True from `boot` until `kill` or `close`."""
         return self._holder is not None
 
     def boot(self) -> None:
@@ -85,7 +85,7 @@ class Machine:
         with contextlib.ExitStack() as stack:
             sink: IO[bytes] | int = subprocess.DEVNULL if output is None else stack.enter_context(output.open("ab"))
             process = subprocess.Popen(  # noqa: S603 The caller's own command.
-                self._up().enter(KINDS, arguments),
+                self._running_holder().enter(KINDS, arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -104,7 +104,7 @@ class Machine:
             subprocess.TimeoutExpired: it took longer; it may run on, until the machine is killed.
         """
         return subprocess.run(  # noqa: S603 The caller's own command.
-            self._up().enter(KINDS, arguments),
+            self._running_holder().enter(KINDS, arguments),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -115,7 +115,7 @@ class Machine:
 
     def processes(self) -> list[MachineProcess]:
         """All its processes, but for the one that holds it."""
-        holder = self._up()
+        holder = self._running_holder()
         space = Path(f"/proc/{holder.pid}/ns/pid").readlink()
         pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
         found = [_process(pid, space) for pid in sorted(pids) if pid != holder.pid]
@@ -125,7 +125,7 @@ class Machine:
         """TCP ports at which any of its processes waits for connections."""
         ports = []
         for name in ("tcp", "tcp6"):
-            for line in Path(f"/proc/{self._up().pid}/net/{name}").read_text().splitlines()[1:]:
+            for line in Path(f"/proc/{self._running_holder().pid}/net/{name}").read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A":  # TCP_LISTEN of net/tcp_states.h
                     ports.append(int(fields[1].rpartition(":")[2], 16))
@@ -133,11 +133,11 @@ class Machine:
 
     def shared_memory(self) -> list[str]:
         """Names of what lies in its /dev/shm."""
-        return sorted(each.name for each in Path(f"/proc/{self._up().pid}/root/dev/shm").iterdir())
+        return sorted(each.name for each in Path(f"/proc/{self._running_holder().pid}/root/dev/shm").iterdir())
 
     def kill(self) -> None:
         """End it with all its processes, by SIGKILL."""
-        holder = self._up()
+        holder = self._running_holder()
         with contextlib.suppress(ProcessLookupError):
             os.kill(holder.pid, signal.SIGKILL)
         self.close()
@@ -158,7 +158,7 @@ class Machine:
                 process.wait(COMMAND_S)
         self._started.clear()
 
-    def _up(self) -> Holder:
+    def _running_holder(self) -> Holder:
         if self._holder is None:
             raise ValueError(f"{self.name} is down; boot it first")
         return self._holder
@@ -185,7 +185,7 @@ class Machines(Sequence[Machine]):
         """Describe them; entering the context boots them.
 
         Raises:
-            ValueError: this system has no such machines (`why_not`), or the number is not from 1 to 200.
+            InvalidValue: this system cannot have such machines (`why_not`), or the number is not from 1 to 200.
         """
         if not 1 <= num_machines <= 200:
             raise InvalidValue(f"num_machines ({num_machines}) must be from 1 to 200: they share one network of 254")

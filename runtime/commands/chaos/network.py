@@ -46,20 +46,20 @@ class Network:
             self.delay(index, *self._delays[index])
 
     def detach(self, index: int) -> None:
-        """Take the link of a machine that is gone away."""
+        """Delete the link of a machine that has ended."""
         if self._holders.pop(index, None) is not None:
             self._stop_wire(index)
-            # It goes with the machine's network, but the kernel takes its time for that.
+            # The kernel deletes it with the machine's network namespace, but some time later.
             with contextlib.suppress(NamespaceError):
                 self._in_switch("ip", "link", "del", f"p{index}")
 
     def cut(self, index: int) -> None:
-        """Carry nothing to or from a machine any more. Nobody is told: connections just fall silent."""
+        """Drop all frames to and from a machine. No TCP reset is sent: connections just fall silent."""
         self._cut.add(index)
         self._set_up(index)
 
     def heal(self, index: int) -> None:
-        """Carry again."""
+        """Undo `cut`."""
         self._cut.discard(index)
         self._set_up(index)
 
@@ -114,7 +114,7 @@ class Network:
             raise NamespaceError(f"the wire of link {index} did not start: {said}{wire.stdout.read()}")
 
     def undelay(self, index: int) -> None:
-        """Carry frames at once again."""
+        """Undo `delay`."""
         if self._delays.pop(index, None) is not None:
             self._stop_wire(index)
             self._in_switch("ip", "link", "set", f"p{index}", "master", "br0")

@@ -5,7 +5,7 @@ import re
 import signal
 import time
 
-from runtime.commands.chaos.leftovers import still_there_of, temporary_files
+from runtime.commands.chaos.leftovers import left_on_machine, temporary_files
 from runtime.commands.chaos.plan import ChaosFault
 from runtime.commands.chaos.record import read_record
 from runtime.commands.chaos.sameness import differences
@@ -19,10 +19,12 @@ PROMISE = r"go on with: trimtab train --resume \S*own.*Ray's gcs_server \(pid \d
 
 
 def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
-    """While the struck run is down: a run with a Ray of its own loses that, then its driver, then is asked to stop.
+    """Kill the driver of `run`; while it is down, test a second run whose driver starts Ray itself.
+
+    Of the second run, kill Ray's gcs_server and resume, kill the driver and resume, then stop it by SIGTERM.
 
     Raises:
-        Unfulfilled: it did not end with the promised words, lost steps, or left something behind.
+        Unfulfilled: the second run did not end with the promised words, lost steps, or left something behind.
     """
     at = run.kill()
     run.wait_for_end("the end of the driver", END_S)
@@ -46,7 +48,7 @@ def kill_own_ray_and_driver(run: TargetRun, fault: ChaosFault) -> float:
     if own.exit_code != exit_code_of(signal.SIGTERM):
         raise Unfulfilled(f"asked to stop, it ended with exit code {own.exit_code}")
     _check_record(own)
-    if left := still_there_of(run.testbed, head, *before):
+    if left := left_on_machine(run.testbed, head, *before):
         raise Unfulfilled(f"a driver with a Ray of its own left {'; '.join(left)}")
     return at
 
@@ -58,7 +60,7 @@ def _train(own: TargetRun) -> None:
 
 
 def _train_on(own: TargetRun) -> None:
-    """What its dead driver has left must be gone then: workers that go on without it would write its record too."""
+    """Resume and train. Workers of the dead driver must be gone by then: they would write the same record."""
     at = time.time()
     own.resume()
     own.wait(lambda: own.events("resumed", at), "resuming on a Ray of its own", START_S)

@@ -14,7 +14,8 @@ EVAL_EVERY = 5  # So that evaluations fall before, upon and after checkpoints.
 # Steps between two faults: two checkpoints, so that a recovery has made its own and a damaged one has another before
 # it, and some steps for the start of the next fault to vary.
 UNIT = 3 * CHECKPOINT_EVERY
-# A run that is faster than the look at the fault before is held up before the next one; less than a collective's bound.
+# Before each fault the run waits at most so long until the checks of the fault before are done. Below the timeout of a
+# collective.
 HOLD_S = 10.0
 
 
@@ -64,7 +65,7 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosFault:
-    """One fault of a plan. rank: who is struck, or of whom. machine: its machine, or the machine that is struck."""
+    """One fault of a plan. rank: the rank that is struck. machine: that of the rank; what a fault of a node strikes."""
 
     number: int
     kind: FaultKind
@@ -75,7 +76,7 @@ class ChaosFault:
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosOptions:
-    """A command line of `trimtab chaos`. command: as it was given. keep: leave copies of the runs in `out`."""
+    """The options of `trimtab chaos`. name: of the preset. command: the command line. keep: copy the runs to `out`."""
 
     name: str
     preset: Preset
@@ -86,7 +87,7 @@ class ChaosOptions:
 
 
 def make_plan(preset: Preset, seed: int) -> tuple[ChaosFault, ...]:
-    """The faults by step. Ranks are numbered machine by machine, as the gang does."""
+    """Draw the faults, in the order of their steps. Ranks are numbered machine by machine, as in the gang."""
     draw = random.Random(seed)
     kinds = _kinds(preset, draw)
     plan, begin = [], UNIT
@@ -108,7 +109,10 @@ def num_steps(plan: tuple[ChaosFault, ...]) -> int:
 
 
 def worker_faults(plan: tuple[ChaosFault, ...]) -> list[dict[str, Any]]:
-    """What workers do to themselves, for `workers.training.faults`: first the holds, one a fault, then the faults."""
+    """The plan of `workers.training.faults`: first an action "hold" before each fault, then the planned faults.
+
+    A hold makes rank 0 wait, for HOLD_S at most, until the file `go_mark(fault)` exists.
+    """
     holds = [
         {"rank": 0, "step": _hold_step(fault), "phase": "forward", "action": "hold", "amount": HOLD_S} for fault in plan
     ]
@@ -126,13 +130,13 @@ def worker_faults(plan: tuple[ChaosFault, ...]) -> list[dict[str, Any]]:
 
 
 def fired_mark(plan: tuple[ChaosFault, ...], fault: ChaosFault) -> str:
-    """The file in the run directory that says that a planned fault has struck."""
+    """The file in the run directory that the worker writes when a planned fault strikes."""
     planned = [each.number for each in plan if each.kind.is_planned]
     return f"faults/{len(plan) + planned.index(fault.number)}.fired"
 
 
 def go_mark(fault: ChaosFault) -> str:
-    """The file in the run directory without which the run is held up before a fault."""
+    """The file in the run directory that ends the hold before a fault (`worker_faults`)."""
     return f"faults/{fault.number}.go"
 
 

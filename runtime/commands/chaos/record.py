@@ -1,4 +1,4 @@
-"""Reads everything that a run has recorded on disk: lines, loads and statistics, repeated steps included."""
+"""Reads everything that a run has recorded on disk: lines, loads and statistics, superseded ones included."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,11 @@ Stored = list[tuple[int, bytes]]  # step and all bytes of each record, in the or
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run recorded. superseded: what was set aside when the run went back. damage: unreadable lines."""
+    """What a run recorded.
+
+    superseded_*: records of steps that were repeated from a checkpoint, as the first pass wrote them. damage: one
+    sentence for each unreadable line.
+    """
 
     lines: list[Line]
     superseded_lines: list[Line]
@@ -35,7 +39,7 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """Read it, also while the run goes on: then lines may be a step older than loads, and loads than statistics."""
+    """Read the record, also while the run goes on: then lines may lack the last load, and loads the last statistic."""
     damage: list[str] = []
     lines = read_lines(run / METRICS, damage)
     samples = read_lines(run / SAMPLES, damage, "sample")
@@ -59,9 +63,9 @@ def superseded_lines(run: Path) -> list[Line]:
 
 
 def read_lines(path: Path, damage: list[str], kind: str | None = None) -> list[Line]:
-    """Read the complete lines of a file, which need not exist; a line that is damaged is told in `damage` instead.
+    """Read the complete lines of a file, which need not exist. A damaged line adds a sentence to `damage` instead.
 
-    kind: of lines that name none themselves.
+    kind: the "kind" of all lines, where the file does not store it.
     """
     lines = []
     for number, (_, line) in enumerate(complete_lines(path.read_bytes() if path.exists() else b""), 1):

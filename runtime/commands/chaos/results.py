@@ -11,7 +11,7 @@ from runtime.commands.chaos.trial import Trial
 from runtime.commands.results import write_json
 
 SHOWN_ENDS = 130  # characters at each end of a long text
-# Of the event `recovered` by what they are in a recovery from a killed worker.
+# Rows of the table of a recovery from a killed worker, and the `seconds` of the event `recovered` that each sums.
 PARTS = {
     "detection": ("noticing", "others ended"),
     "back-off": ("back-off",),
@@ -28,8 +28,10 @@ PARTS = {
 class Results:
     """All trials of a chaos run.
 
-    missed: faults that were not reached. mismatches: what differs from the calm run, lacks or is there twice.
-    num_compared: what was compared, by kind. leftovers: what was there when it should have been gone.
+    calm_step_s: median of the calm run, NaN before it is done. missed: number of faults that were not reached.
+    mismatches: records that differ from the calm run's, are missing, or are there twice. num_compared: how many were
+    compared, by kind. leftovers: processes, files and memory that should have been gone. end: why the run did not end
+    well; empty if it did.
     """
 
     preset: str
@@ -104,7 +106,7 @@ class Results:
             "|---|---|---|---|---|---|---|---|",
         ]
         rows = [_row(trial) for trial in self.trials]
-        return "\n".join([*head, *rows, *_parts_table(self.trials), *_words(self)]) + "\n"
+        return "\n".join([*head, *rows, *_parts_table(self.trials), *_quotations(self)]) + "\n"
 
 
 def killed_workers(trials: Sequence[Trial]) -> list[Trial]:
@@ -159,7 +161,7 @@ def _parts_table(trials: Sequence[Trial]) -> list[str]:
     return ["", title, "", "| part | median | least | most |", "|---|---|---|---|", *rows]
 
 
-def _words(results: Results) -> list[str]:
+def _quotations(results: Results) -> list[str]:
     said = [f"{t.fault.number + 1}. {t.fault.kind.name}: `{_shortened(t.said)}`" for t in results.trials if t.said]
     lines = ["", "## What the run said", "", *said]
     failures = [f"{t.fault.number + 1}. {t.fault.kind.name}: {t.reason}" for t in results.trials if t.reason]

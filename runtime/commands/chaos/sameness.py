@@ -11,14 +11,14 @@ from runtime.report.run_record import ASSIGNMENT_FIELDS
 Line = Mapping[str, Any]
 
 
-def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> dict[str, str]:
-    """What is wrong with a record beside that of the undisturbed run, by the place of it. Empty: nothing.
+def flaws(found: Record, calm: Record, num_assignments: int, *, ended: bool) -> dict[str, str]:
+    """How a record differs from that of the undisturbed run: a sentence for each place. Empty: it does not.
 
-    Everything is compared bit for bit, but times; what was made anew too. Nothing may be missing or there twice.
+    All but times is compared bit for bit, steps that were repeated too. No step may be missing or there twice.
 
     Args:
         num_assignments: (token, expert) pairs of each step.
-        whole: the run is over, so that its record must end where the other one does.
+        ended: the run has ended: its record must be as long as the other one.
     """
     problems = dict.fromkeys(found.damage, "it was whole when it was written")
     ours = (*found.superseded_lines, *found.lines, *found.superseded_samples, *found.samples)
@@ -32,7 +32,7 @@ def flaws(found: Record, calm: Record, num_assignments: int, *, whole: bool) -> 
         ("statistics.bin", found.statistics, found.superseded_statistics, calm.statistics),
     ):
         problems |= dict(_differing_records(name, (*superseded, *stored), dict(expected)))
-    return problems | dict(_wrong_orders(found, calm, whole))
+    return problems | dict(_wrong_orders(found, calm, ended))
 
 
 def differences(lines: Iterable[Line], calm: Iterable[Line]) -> dict[int, str]:
@@ -62,7 +62,7 @@ def _first_difference(line: Line, calm: Line) -> str | None:
 
 
 def _wrong_counts(found: Record, num_assignments: int) -> Iterator[tuple[str, str]]:
-    """Tokens that were lost, or counted twice, in both runs alike too."""
+    """Steps with more or fewer assignments than the batch has. A comparison would miss what both runs do wrong."""
     for line in (*found.superseded_lines, *found.lines):
         if line["kind"] == "train" and (
             wrong := [name for name in ASSIGNMENT_FIELDS if line.get(name) != num_assignments]
@@ -83,24 +83,24 @@ def _differing_records(
             yield f"{name}, step {step}", "the record is not that of the calm run"
 
 
-def _wrong_orders(found: Record, calm: Record, whole: bool) -> Iterator[tuple[str, str]]:
-    """Gaps and repetitions: each file must begin as the calm run's does, and go as far as the others."""
+def _wrong_orders(found: Record, calm: Record, ended: bool) -> Iterator[tuple[str, str]]:
+    """Steps that are missing, repeated or out of order; and a file that ends before the others do."""
     lines = [(line["kind"], line["step"]) for line in found.lines]
     # A run that goes on writes its line first, then the load, then the statistic.
     last_step = max((step for kind, step in lines if kind == "train"), default=0) - 1
-    if text := _disorder(lines, [(line["kind"], line["step"]) for line in calm.lines], 0, whole):
+    if text := _disorder(lines, [(line["kind"], line["step"]) for line in calm.lines], 0, ended):
         yield "order of metrics.jsonl", text
     last_eval = max((step for kind, step in lines if kind == "eval"), default=0)
     samples, owed = (
         [(f"sample {line.get('sample')} of step", line["step"]) for line in each.samples] for each in (found, calm)
     )
-    if text := _disorder(samples, owed, sum(step < last_eval for _, step in owed), whole):
+    if text := _disorder(samples, owed, sum(step < last_eval for _, step in owed), ended):
         yield "order of samples.jsonl", text
     for name, stored, expected in (
         ("history.bin", found.loads, calm.loads),
         ("statistics.bin", found.statistics, calm.statistics),
     ):
-        if text := _disorder(_steps(stored), _steps(expected), min(last_step, len(expected)), whole):
+        if text := _disorder(_steps(stored), _steps(expected), min(last_step, len(expected)), ended):
             yield f"order of {name}", text
 
 
@@ -109,13 +109,13 @@ def _steps(stored: Stored) -> list[tuple[str, int]]:
 
 
 def _disorder(
-    found: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]], num_owed: int, whole: bool
+    found: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]], num_owed: int, ended: bool
 ) -> str | None:
     for place, (ours, theirs) in enumerate(zip(found, expected, strict=False), 1):
         if ours != theirs:
             return f"{ours[0]} {ours[1]} is at place {place}, where {theirs[0]} {theirs[1]} belongs"
     if len(found) > len(expected):
         return f"{found[len(expected)][0]} {found[len(expected)][1]} is behind the end"
-    if len(found) < (len(expected) if whole else num_owed):
+    if len(found) < (len(expected) if ended else num_owed):
         return f"{expected[len(found)][0]} {expected[len(found)][1]} is missing, and what follows it"
     return None

@@ -1,4 +1,4 @@
-"""The run that chaos strikes: started and resumed as a user does it, and watched through what it writes."""
+"""The run that faults strike: started and resumed as a user does it, and watched through what it writes."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from workers.training.fault_plan import FAULTS_VARIABLE
 
 POLL_S = 0.2
 STOP_S = 10.0
-# A rank that is stopped, or cut off, is named after this. Generous: machines of namespaces share the cores of one.
+# A rank that is stopped or cut off is reported after so long. Generous: all machines share the cores of this host.
 COLLECTIVE_TIMEOUT_S = 20.0
 
 
@@ -31,7 +31,11 @@ class Unfulfilled(UserError):
 
 
 class TargetRun:
-    """A training run on a testbed. on_wait: called about every POLL_S while something is waited for."""
+    """A training run on a testbed.
+
+    deadline: of the whole campaign, on the monotonic clock. on_wait: called about every POLL_S by `wait`, with the run
+    and what it waits for.
+    """
 
     def __init__(
         self, testbed: Testbed, name: str, *, deadline: float, on_wait: Callable[["TargetRun", str], None]
@@ -48,7 +52,7 @@ class TargetRun:
         """Begin the run. faults: the plan for its workers."""
         self._faults = "" if faults is None else str(faults)
         settings = {**_settings(self.testbed, preset.world_size), "run.seed": seed}
-        self._begin("train", *_words(settings), f"--name={self.name}", f"--steps={num_steps}")
+        self._begin("train", *_as_options(settings), f"--name={self.name}", f"--steps={num_steps}")
 
     def resume(self, step: int | None = None) -> None:
         """Resume the run by its name, from the newest checkpoint or that of `step`."""
@@ -56,25 +60,25 @@ class TargetRun:
         self._begin("train", "--resume", self.name, *([] if step is None else ["--step", str(step)]))
 
     def sibling(self, name: str) -> "TargetRun":
-        """Another run on the same testbed, watched as this one."""
+        """Another run on the same testbed, with the same deadline and `on_wait`."""
         return TargetRun(self.testbed, name, deadline=self._deadline, on_wait=self._on_wait)
 
     def start_with_own_ray(self) -> None:
         """Begin the run with one worker on a Ray that the driver starts and ends; nobody waits for its end."""
         options = {**_settings(self.testbed, world_size=1), "workers": 1}
         del options["cluster.address"]
-        self._begin("train", *_words(options), f"--name={self.name}", "--steps=5000")
+        self._begin("train", *_as_options(options), f"--name={self.name}", "--steps=5000")
 
     def second_start(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
-        """Start a run of the same name on a machine while this one lives; its process, and what it prints."""
+        """Start a run of the same name on a machine while this one lives; its process, and the file of its output."""
         log = self.testbed.folder / "second start.log"
         settings = {**_settings(self.testbed, world_size=1), "optim.lr": 0.01}
-        return self.testbed.start(["train", *_words(settings), f"--name={self.name}"], log, on=machine), log
+        return self.testbed.start(["train", *_as_options(settings), f"--name={self.name}"], log, index=machine), log
 
     def second_resume(self, machine: int) -> tuple[subprocess.Popen[bytes], Path]:
-        """Resume this run on a machine while it lives; as above."""
+        """Resume this run on a machine while it lives; its process, and the file of its output."""
         log = self.testbed.folder / "second resume.log"
-        return self.testbed.start(["train", "--resume", str(self.run_dir)], log, on=machine), log
+        return self.testbed.start(["train", "--resume", str(self.run_dir)], log, index=machine), log
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> float:
         """Send a signal to its driver. Returns the time of it."""
@@ -83,7 +87,7 @@ class TargetRun:
         return time.time()
 
     def drivers(self) -> list[MachineProcess]:
-        """All that train on the testbed, in the order of the machines: this run's, unless another was started."""
+        """All drivers on the testbed, in the order of the machines: only this run's, unless others were started."""
         everybody = [each for machine in self.testbed.machines if machine.is_up for each in machine.processes()]
         return [each for each in everybody if " -m runtime train " in each.command]
 
@@ -126,7 +130,7 @@ class TargetRun:
         """Wait until the condition is truthy, and return its value.
 
         Raises:
-            Unfulfilled: it is not after `limit_s`, or at the end of all; or the run ended before (unless `may_end`).
+            Unfulfilled: it is still false after `limit_s` or at the deadline, or the run ended (unless `may_end`).
         """
         give_up = time.monotonic() + limit_s
         while not (value := condition()):
@@ -159,7 +163,7 @@ class TargetRun:
         return lines[-1] if lines else "it said nothing"
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
+def _as_options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -167,7 +171,7 @@ def _settings(testbed: Testbed, world_size: int) -> dict[str, Any]:
     return {
         "config": "tiny",
         "run.dir": testbed.runs,
-        "model.num_layers": 2,  # one of them MoE: machines of namespaces share few cores
+        "model.num_layers": 2,  # one of them MoE: all machines share few cores
         "run.global_batch_size": world_size,
         "run.checkpoint_every": CHECKPOINT_EVERY,
         "run.eval_every": EVAL_EVERY,

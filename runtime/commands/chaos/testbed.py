@@ -1,4 +1,4 @@
-"""The place of a chaos run: a Ray cluster of machines on this host, and a small disk that they share for the runs."""
+"""A Ray cluster of simulated machines on this host, and a small disk for the runs that they share."""
 
 import contextlib
 import ctypes
@@ -59,7 +59,7 @@ class Testbed:
                 self.command(machine, "cluster", "down")
 
     def join(self, machine: Machine) -> None:
-        """Make a machine, booted and with its link healed if need be, a node of the cluster anew."""
+        """Boot a machine if it is down, heal its link, and make it a node of the cluster."""
         if not machine.is_up:
             shutil.rmtree(self.disk(machine), ignore_errors=True)  # its disk is gone as well
             machine.boot()
@@ -67,13 +67,13 @@ class Testbed:
         self._start_node(machine, "join", self.machines[0].address)
 
     def _start_node(self, machine: Machine, *arguments: str) -> None:
-        """Have a machine up or joined, by several tries: Ray's own limits of 30 s are short where much else runs."""
-        for last in [False] * (START_TRIES - 1) + [True]:
+        """Run `cluster up` or `cluster join`, several times if it fails: Ray waits 30 s, too short on a busy host."""
+        for attempt in range(1, START_TRIES + 1):
             self.command(machine, "cluster", "down")
             try:
                 self.command(machine, "cluster", *arguments, "--num-cpus", str(self._preset.workers_per_machine))
             except TestbedFailed:
-                if last:
+                if attempt == START_TRIES:
                     raise
             else:
                 return
@@ -86,19 +86,19 @@ class Testbed:
         """
         what = f"trimtab {' '.join(arguments)} on {machine.name}"
         try:
-            done = machine.run(self._words(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
+            done = machine.run(self._command_line(arguments), env=self._environment(machine), timeout_s=COMMAND_S)
         except subprocess.TimeoutExpired as error:
             raise TestbedFailed(f"{what}: not done after {COMMAND_S:g} s") from error
         if done.returncode:
             raise TestbedFailed(f"{what}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
     def start(
-        self, arguments: Sequence[str], output: Path, *, on: int = 0, variables: Mapping[str, str] | None = None
+        self, arguments: Sequence[str], output: Path, *, index: int = 0, variables: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a command of trimtab on a machine, the head if no other is named."""
-        machine = self.machines[on]
+        """Start a command of trimtab on the machine of this index; 0 is the head."""
+        machine = self.machines[index]
         return machine.popen(
-            self._words(arguments), env={**self._environment(machine), **(variables or {})}, output=output
+            self._command_line(arguments), env={**self._environment(machine), **(variables or {})}, output=output
         )
 
     def disk(self, machine: Machine) -> Path:
@@ -106,7 +106,7 @@ class Testbed:
         # Not the disk of the machine, whose path is too long for Ray's sockets.
         return self.folder / str(machine.index)
 
-    def _words(self, arguments: Sequence[str]) -> list[str]:
+    def _command_line(self, arguments: Sequence[str]) -> list[str]:
         return ["env", f"--chdir={self.folder}", sys.executable, "-P", "-m", "runtime", *arguments]
 
     def _environment(self, machine: Machine) -> dict[str, str]:
@@ -127,12 +127,11 @@ def open_testbed(preset: Preset) -> Iterator[Testbed]:
     Its disks are mounted for this process and its children alone and vanish with them, however they end.
 
     Raises:
-        ValueError: this system has no machines (`runtime.commands.chaos.namespaces.why_not`).
+        InvalidValue: this system cannot have such machines (`runtime.commands.chaos.namespaces.why_not`).
     """
     machines = Machines(preset.num_machines)
     _leave_shared_mounts()
-    # Short: a socket's path may have 107 characters, and those of the dashboard of a head whose process has a number of
-    # five digits, as that of a cluster which was started anew, are 92 longer than this folder's.
+    # A short path: that of a socket may have 107 characters, and Ray's dashboard appends up to 92 to this folder's.
     folder = Path(tempfile.mkdtemp(prefix="c-", dir=ray_folder()))
     with contextlib.ExitStack() as stack:
         stack.callback(folder.rmdir)
@@ -140,12 +139,13 @@ def open_testbed(preset: Preset) -> Iterator[Testbed]:
             disk.mkdir(exist_ok=True)
             command(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "chaos", str(disk)])
             stack.callback(command, ["umount", "--lazy", str(disk)])
-        # A text that nobody edits meanwhile.
+        # The training text: a copy, since somebody may edit this tree meanwhile.
         shutil.copytree(Path(runtime.__file__).parents[1] / "workers", folder / "source")
         yield Testbed(stack.enter_context(machines), folder, preset)
 
 
 def _leave_shared_mounts() -> None:
+    """Give this process a mount namespace of its own: the host does not see what is mounted from now on."""
     # os.unshare is in Python from 3.12 on.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):

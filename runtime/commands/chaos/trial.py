@@ -1,4 +1,4 @@
-"""Strikes a run with one fault and reads from the run's own records how it ended."""
+"""Injects one fault into a run and reads from the run's own records how it came through."""
 
 import math
 import re
@@ -28,9 +28,10 @@ Verdict = Literal["survived", "refused", "FAILED"]
 class Trial:
     """What became of a fault.
 
-    struck: Unix time. detected_s, recovered_s: from there until the run, or its user's terminal, told of it, and until
-    the next new step was done; NaN where there was nothing to detect. redone: steps made anew. parts: seconds of
-    recovered_s by what they were for. said: the run's own words. reason: why it is FAILED.
+    struck: Unix time of the fault, NaN before it. detected_s: seconds from there until the run reported it;
+    recovered_s: until its next new step was done; NaN where there was nothing to detect. redone: number of steps that
+    were repeated. parts: seconds of recovered_s by what they were for. said: the run's own words. reason: why it is
+    FAILED.
     """
 
     fault: ChaosFault
@@ -57,7 +58,7 @@ class Trial:
 
 
 def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> Trial:
-    """Let a fault strike, and watch the run come through it. If it is dead afterwards, the next trial says so."""
+    """Inject a fault, and check that its outcome is the promised one. The run may be dead afterwards: see `revive`."""
     trial = Trial(fault=fault)
     before, superseded = len(run.said()), len(run.superseded_lines())
     try:
@@ -70,6 +71,7 @@ def strike(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> T
 
 
 def _fire(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> float:
+    """Inject the fault, or wait for the worker that is to fail by plan. Returns the Unix time at which it struck."""
     where = f"step {fault.step}"
     run.wait(run.run_dir.exists, "its start", REACH_S)
     _release(run, fault)
@@ -84,7 +86,7 @@ def _fire(run: TargetRun, fault: ChaosFault, plan: tuple[ChaosFault, ...]) -> fl
 
 
 def _release(run: TargetRun, fault: ChaosFault) -> None:
-    """Let the run go on to a fault, before which it waits."""
+    """End the hold before a fault (`plan.worker_faults`)."""
     go = run.run_dir / go_mark(fault)
     go.parent.mkdir(exist_ok=True)
     go.touch()
@@ -118,7 +120,7 @@ def _carries_on(run: TargetRun, trial: Trial, before: int) -> None:
 
 
 def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
-    """When the run noticed the fault, and when it was over, unless the next one is too near to wait for that."""
+    """Time when the run noticed the fault, and when it was over, unless the next fault is too near to wait for that."""
     last_step = trial.fault.step + UNIT * trial.fault.kind.room - CHECKPOINT_EVERY
     event = run.wait(lambda: next(iter(run.events(noticed, trial.struck)), None), noticed, RECOVER_S)
     trial.detected_s = event["time"] - trial.struck
@@ -129,7 +131,7 @@ def _note_events(run: TargetRun, trial: Trial, noticed: str, over: str) -> None:
 
 def _refuses(run: TargetRun, trial: Trial, before: int) -> None:
     """Expect the run to end and say why; then resume it as a user would."""
-    mend = MENDS.get(trial.fault.kind.action, _nothing)
+    mend = MENDS.get(trial.fault.kind.action, lambda _: None)  # most faults leave nothing to mend
     try:
         _await_error(run, trial)
     except Unfulfilled:
@@ -150,10 +152,6 @@ def _await_error(run: TargetRun, trial: Trial) -> None:
         trial.said = run.events("failed", since)[0]["reason"]
         raise Unfulfilled("the run recovered instead of ending with the promised error")
     trial.detected_s = time.time() - trial.struck
-
-
-def _nothing(_: TargetRun) -> None:
-    """Most faults leave nothing to mend."""
 
 
 def _refuses_to_resume(run: TargetRun, trial: Trial, before: int) -> None:
@@ -219,25 +217,25 @@ def revive(run: TargetRun) -> bool:
     """Start the run again if a trial has left it dead. Returns whether it lives."""
     if run.exit_code is None:
         return True
-    at = time.time()
+    since = time.time()
     run.resume()
     try:
-        run.wait(lambda: _first_step(run, at), "resuming", RECOVER_S)
+        run.wait(lambda: _first_step(run, since), "resuming", RECOVER_S)
     except Unfulfilled:
         return False
     return True
 
 
 def _resume(run: TargetRun, trial: Trial, step: int | None) -> None:
-    begun = time.time()
+    since = time.time()
     run.resume(step)
-    line = run.wait(lambda: _first_step(run, begun), "the first step after resuming", RECOVER_S)
-    resumed = run.events("resumed", begun)[0]
+    line = run.wait(lambda: _first_step(run, since), "the first step after resuming", RECOVER_S)
+    resumed = run.events("resumed", since)[0]
     trial.recovered_s = line["time"] - trial.struck
     ray_s, gang_s = resumed["ray_s"], resumed["gang_s"]
     trial.parts = {
-        "until resumed": begun - trial.struck,
-        "driver, load": resumed["time"] - begun - ray_s - gang_s,
+        "until resumed": since - trial.struck,
+        "driver, load": resumed["time"] - since - ray_s - gang_s,
         "Ray": ray_s,
         "workers": gang_s,
         "first step": line["time"] - resumed["time"],
@@ -251,6 +249,7 @@ def _first_step(run: TargetRun, since: float) -> dict[str, Any] | None:
 
 
 def _keep_promise(run: TargetRun, trial: Trial, text: Callable[[], str], promise: str | None = None) -> None:
+    """Wait until the text matches the promise, by default that of the fault's kind, and note the match in the trial."""
     fault = trial.fault
     node = re.escape(run.testbed.machines[fault.machine].address)
     pattern = (promise or fault.kind.promise).replace("{rank}", str(fault.rank)).replace("{node}", node)

@@ -15,12 +15,12 @@ Digests = dict[str, str]
 
 
 def checkpoint_digests(run: Path) -> dict[int, Digests]:
-    """A digest of every tensor of each checkpoint of a run by its name, by step; of a damaged one, of none."""
+    """By step, the digest of every tensor of a checkpoint by its name; empty for a damaged checkpoint."""
     return {step_of(path): _digests(path) for path in list_checkpoints(run / CHECKPOINTS)}
 
 
 def weight_flaws(found: dict[int, Digests], calm: dict[int, Digests], last_step: int) -> dict[str, str]:
-    """What differs in those checkpoints that both have; that of the last step must be one of them."""
+    """What differs in the checkpoints of steps that both runs have. That of the last step must be among them."""
     problems = {}
     for step in sorted({*(found.keys() & calm.keys()), last_step}):
         ours, theirs = found.get(step, {}), calm.get(step, {})

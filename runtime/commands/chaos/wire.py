@@ -19,7 +19,7 @@ SIOCETHTOOL = 0x8946
 # ETHTOOL_SRXCSUM, STXCSUM, SSG, STSO, SGSO, SGRO of linux/ethtool.h. With any of them on, frames that the kernel means
 # to cut or to check-sum later would reach the wire: longer than the MTU, or with a wrong checksum.
 OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
-MAX_QUEUED = 20_000  # Frames each way; what comes beyond is lost, as in a switch.
+MAX_QUEUED = 20_000  # Frames in each direction; further ones are dropped, as by a switch.
 PACKET_OUTGOING = 4
 
 
@@ -54,9 +54,9 @@ class Direction:
         """Read a frame that has come."""
         try:
             frame, (_, _, kind, _, _) = self._source.recvfrom(65535)
-        except OSError:  # The interface went down: said once, and it may come back.
+        except OSError:  # The interface went down; the kernel reports that once, and it may come back.
             return
-        # What the wire itself sends on this interface is seen too.
+        # A packet socket also receives what this process sends on the interface.
         if kind == PACKET_OUTGOING or random.random() < self._loss or len(self._queue) >= MAX_QUEUED:
             return
         due = time.monotonic() + self._delay_s + random.uniform(-self._jitter_s, self._jitter_s)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.machine.token import default_token_file
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import int_from
 
 if TYPE_CHECKING:
     from cluster.nodes.node import NodeOptions
@@ -16,11 +16,11 @@ DEFAULT_PORT = 6379
 
 
 def add_node_options(parser: CommandParser) -> None:
-    """Declare what a node offers and demands; what stands behind -- is left for `ray start`."""
-    parser.add_argument("--num-cpus", type=whole(0), help="CPUs to offer (all)")
-    parser.add_argument("--num-gpus", type=whole(0), help="GPUs to offer (all)")
+    """Declare the resources and the token of a node. What follows -- is left for `ray start`."""
+    parser.add_argument("--num-cpus", type=int_from(0), help="CPUs to offer (all)")
+    parser.add_argument("--num-gpus", type=int_from(0), help="GPUs to offer (all)")
     parser.add_argument(
-        "--object-store-mb", type=whole(84), default=84, help="shared memory of Ray's object store (%(default)s)"
+        "--object-store-mb", type=int_from(84), default=84, help="shared memory of Ray's object store (%(default)s)"
     )
     parser.add_argument(
         "--token-file", type=Path, default=default_token_file(), help="the cluster's token (%(default)s)"

@@ -52,10 +52,8 @@ def node_table(status: "ClusterStatus") -> Table:
     for node in status.nodes:
         state = ("head" if node.is_head else "alive") if node.alive else "gone"
         labels = " ".join(f"{name}={value}" for name, value in sorted(node.labels.items()))
-        store = _gib(node.total.get("object_store_memory", 0.0))
-        table.add_row(
-            node.address, node.host, state, _share(node, "CPU"), _share(node, "GPU"), _memory(node), store, labels
-        )
+        memory, store = (_gib(node.total.get(name, 0.0)) for name in ("memory", "object_store_memory"))
+        table.add_row(node.address, node.host, state, _share(node, "CPU"), _share(node, "GPU"), memory, store, labels)
     return table
 
 
@@ -78,10 +76,6 @@ def _actors(node: "NodeStatus", job: "JobStatus") -> str:
 def _share(node: "NodeStatus", resource: str) -> str:
     total = node.total.get(resource, 0.0)
     return f"{node.used(resource):g}/{total:g}" if node.alive and total else "-"
-
-
-def _memory(node: "NodeStatus") -> str:
-    return _gib(node.total.get("memory", 0.0))
 
 
 def _gib(num_bytes: float) -> str:

@@ -4,7 +4,7 @@ import argparse
 
 from runtime.commands.cluster.node_options import DEFAULT_PORT, add_node_options, start_node
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import int_from
 
 HELP = "Start a cluster with this machine as its head, on loopback unless --bind says more."
 
@@ -17,10 +17,10 @@ def add_arguments(parser: CommandParser) -> None:
         default="127.0.0.1",
         help="address that others reach this machine by; Ray then listens on all interfaces (%(default)s: none)",
     )
-    parser.add_argument("--port", type=whole(1024), default=DEFAULT_PORT, help="port of the head (%(default)s)")
+    parser.add_argument("--port", type=int_from(1024), default=DEFAULT_PORT, help="port of the head (%(default)s)")
     parser.add_argument(
         "--dashboard-port",
-        type=whole(1024),
+        type=int_from(1024),
         default=8265,
         help="port of dashboard and job API, always on loopback (%(default)s)",
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import folder_to_write, number, whole
+from runtime.commands.options import float_in, folder_to_write, positive
 from runtime.settings.consent import import_named
 
 HELP = "Train under several ways of balancing from the same seeds, and compare them."
@@ -28,7 +28,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--laws", nargs="+", action="extend", metavar="SPEC", help="the methods, see below")
-    add("--seeds", type=whole(1), metavar="N", help=f"runs of each method ({DEFAULT_SEEDS}), from run.seed on")
+    add("--seeds", type=positive, metavar="N", help=f"runs of each method ({DEFAULT_SEEDS}), from run.seed on")
     add("--resume", action="store_true", help="go on with the comparison in --out; laws and seeds may be added")
     add(
         "--out",
@@ -38,10 +38,10 @@ def add_arguments(parser: CommandParser) -> None:
         help="where all of it goes (%(default)s)",
     )
     add("--config", metavar="FILE", help=f"YAML file or preset of the settings ({DEFAULT_PRESET})")
-    add("--jobs", type=whole(1), metavar="J", help="runs side by side (the cores over cluster.num_workers)")
+    add("--jobs", type=positive, metavar="J", help="runs side by side (the cores over cluster.num_workers)")
     add(
         "--threshold",
-        type=number(0, 1e6),
+        type=float_in(0, 1e6),
         metavar="X",
         help="MaxVio_batch below which a method counts as balanced (1.5 times the lowest of any method)",
     )

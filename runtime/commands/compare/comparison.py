@@ -44,10 +44,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def plan_of(options: argparse.Namespace) -> ComparePlan:
-    """What the command line asks for, checked method by method.
+    """The plan that the command line asks for; the settings of each method are checked.
 
     Raises:
-        ValueError: a method or setting is wrong, changed since the comparison began, or the folder is taken.
+        InvalidValue: a method or setting is wrong, changed since the comparison began, or the folder is taken.
     """
     out = options.out.expanduser().absolute()
     methods = parse_methods(options.laws or ())
@@ -90,7 +90,7 @@ def _check(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: 
 
 
 def _train(plan: ComparePlan, unfinished: Sequence[RunKey], jobs: int, console: Console) -> tuple[list[EndedRun], int]:
-    """Train the runs that are not finished. Returns those that failed, and the exit code of a stop or 0."""
+    """Train the runs that are not finished. Returns those that failed, and the exit code of a stop signal or 0."""
     failed: list[EndedRun] = []
     cluster = plan.base.cluster
     threads = cluster.threads_per_worker or max(1, usable_cores() // (jobs * cluster.num_workers))

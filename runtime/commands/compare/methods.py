@@ -7,9 +7,8 @@ from typing import Any
 
 from dispatch.errors import InvalidValue
 from runtime.commands.replay.specs import parse_law
-from runtime.settings.config import TrainConfig
 
-# The names of the losses in a spec, and as aux.loss knows them.
+# The name of a loss in a spec, and the value of aux.loss that it stands for.
 LOSSES = {"aux": "switch", "global_batch": "global_batch", "sequence": "sequence"}
 LOSS_KEYS = ("alpha", "z_alpha")
 
@@ -25,11 +24,6 @@ class Method:
     slug: str
     values: Mapping[str, Any] = field(hash=False)
 
-    def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The settings of a run with this method. Raises ValueError where one does not exist."""
-        method_config: TrainConfig = with_values(config, self.values)
-        return method_config
-
 
 def parse_method(spec: str) -> Method:
     """A method by name: `newton`, `sign:u=0.003`, `aux:alpha=0.001`, or a law and a loss joined by +.
@@ -37,7 +31,7 @@ def parse_method(spec: str) -> Method:
     A loss without a law leaves the bias at zero, a law without a loss has none.
 
     Raises:
-        ValueError: names the spec and what is wrong with it.
+        InvalidValue: names the spec and what is wrong with it.
     """
     values: dict[str, Any] = {"balance.law": "none", "aux.loss": "none"}
     kinds = []
@@ -54,7 +48,7 @@ def parse_method(spec: str) -> Method:
 
 
 def parse_methods(specs: Iterable[str]) -> tuple[Method, ...]:
-    """All methods of a comparison. Raises ValueError where two would have the same folder."""
+    """All methods of a comparison. Raises InvalidValue where two would have the same folder."""
     methods: dict[str, Method] = {}
     for method in map(parse_method, specs):
         if method.slug in methods:
@@ -64,10 +58,10 @@ def parse_methods(specs: Iterable[str]) -> tuple[Method, ...]:
 
 
 def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """A configuration with other values, by dotted name. Each section is built once: its rules see all of them.
+    """A configuration with other values, by dotted name. Each section is built once: its rules see all new values.
 
     Raises:
-        ValueError: there is no such setting, or a rule is broken.
+        ValueError: there is no such setting. InvalidValue: a rule is broken.
     """
     known = {entry.name for entry in fields(config)}
     sections: dict[str, dict[str, Any]] = {}
@@ -95,12 +89,12 @@ def _loss_values(part: str, name: str, rest: str) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or key not in LOSS_KEYS:
             raise InvalidValue(
-                f"--laws {part}: {setting!r} must be {' or '.join(LOSS_KEYS)} and a number, as alpha=0.001"
+                f"--laws {part}: {setting!r:.60} must be {' or '.join(LOSS_KEYS)} and a number, as alpha=0.001"
             )
         try:
             values[f"aux.{key}"] = float(value)
         except ValueError:
-            raise InvalidValue(f"--laws {part}: {key} is {value!r}; it must be a number") from None
+            raise InvalidValue(f"--laws {part}: {key} is {value!r:.60}; it must be a number") from None
     if "aux.alpha" not in values:
         raise InvalidValue(f"--laws {part}: say how strong the loss is, as in {name}:alpha=0.001")
     return values

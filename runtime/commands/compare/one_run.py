@@ -1,6 +1,6 @@
 """One run of a comparison, in a process of its own: `python -m runtime.commands.compare.one_run OUT SLUG SEED`.
 
-It stops, saved, when its standard input ends: when whoever started it says so by closing it, or is gone.
+It saves and stops when its standard input ends: when the process that started it closes the pipe, or has died.
 """
 
 import os
@@ -28,7 +28,7 @@ from workers.training.outcome import TrainOutcome
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train one run to its end, or go on with it, or stop early when told. Returns 0 where it saved."""
+    """Start or resume one run, and train until its end or until standard input ends. Returns 0 if it saved."""
     out, slug, seed = arguments
     plan = ComparePlan.read(Path(out))
     key = next(key for key in plan.runs if (key.method.slug, key.seed) == (slug, int(seed)))
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train_alone(config: TrainConfig, run_dir: Path, resume_from: Path | None) -> TrainOutcome:
-    """Train with one worker in this process: without Ray and coordinator, the same bits.
+    """Train with one worker in this process, without Ray and coordinator. The results are the same to the bit.
 
-    Leaves the run directory of `trimtab train`, but for the report.
+    The run directory is that of `trimtab train`, without the report.
     """
     dataset = prepare_dataset(config.data)
     with (hold if resume_from else hold_new)(run_dir, print) as lock:
@@ -64,7 +64,7 @@ def train_alone(config: TrainConfig, run_dir: Path, resume_from: Path | None) ->
 
 
 def _start_of(plan: ComparePlan, key: RunKey) -> Path | None:
-    """The checkpoint to go on from. A run that has none begins again: what it left would be repeated to the bit."""
+    """The checkpoint to go on from. A run without one begins again, in an empty folder: it repeats every bit."""
     run_dir = plan.run_dir(key)
     if plan.newest_checkpoint(key) is None:
         refuse_if_owned(run_dir)

@@ -1,4 +1,4 @@
-"""What a comparison found: the numbers of every run, and of every method over its seeds."""
+"""Computes the numbers of every run of a comparison, and of every method over its seeds."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ from runtime.report.run_record import floats
 from workers.record.run_log import read_metrics
 
 AVERAGED_STEPS = 5  # of MaxVio_batch, for the steps to balance and to recover: one step may be low by chance
-LAST_SHARE = 0.1  # of the run, over which MaxVio at the end and before the shift is averaged
+LAST_SHARE = 0.1  # of the run: MaxVio at the end, and before the shift, is averaged over so many steps
 FLOOR_FACTOR = 1.5  # as in `trimtab replay`
 
 Curve = NDArray[np.float64]
@@ -115,13 +115,13 @@ def read_outcome(plan: ComparePlan, threshold: float | None) -> Outcome | None:
 def practical_floor(methods: Sequence[Sequence[RunCurves]], shift_at: int) -> float:
     """The lowest MaxVio_batch that any method reached: the mean over its seeds of the last tenth before the shift.
 
-    Far above the floor by chance, which assumes that tokens choose independently of their neighbours.
+    It is far above the chance floor, which assumes that tokens choose independently of their neighbours.
     """
     return min(statistics.fmean(_settled(run.max_vio_batch, shift_at) for run in runs) for runs in methods)
 
 
 def steps_until_below(curve: Curve, threshold: float) -> int | None:
-    """Steps until the mean of the last AVERAGED_STEPS is below the threshold: at least so many. None: never."""
+    """Steps until the mean of the last AVERAGED_STEPS is below the threshold; at least AVERAGED_STEPS. None: never."""
     below = np.flatnonzero(_running_mean(curve) < threshold)
     return int(below[0]) + AVERAGED_STEPS if below.size else None
 

@@ -1,4 +1,4 @@
-"""The picture of a comparison: balance over steps above what it came to, by method."""
+"""The picture of a comparison: MaxVio over the steps, and below it perplexity and MaxVio at the end, by method."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def _band(method: MethodOutcome) -> tuple[NDArray[np.float64], ...]:
 
 
 def _draw_points(figure: FigureBase, outcome: Outcome, measure: str, title: str, *, named: bool) -> None:
-    """A point a seed and a mark at their mean, which is written at the right; a line a method, the first on top."""
+    """A row for each method, the first on top: a point for each seed, and their mean as a mark and a number."""
     axes = new_axes(figure, "", "")
     for number, method in enumerate(outcome.methods):
         color, _ = _look(number)

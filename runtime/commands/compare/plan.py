@@ -1,4 +1,4 @@
-"""What a comparison is: its methods, seeds and settings, and where each of its runs lies."""
+"""The plan of a comparison: its methods, seeds and settings, and the folder of each of its runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class RunKey:
 
 @dataclass(frozen=True)
 class ComparePlan:
-    """A comparison as `compare.yaml` holds it. base: what all runs share; their seeds count from its run.seed."""
+    """A comparison as `compare.yaml` holds it. base: settings that all runs share; seeds count from its run.seed."""
 
     out: Path
     methods: tuple[Method, ...]
@@ -41,7 +41,7 @@ class ComparePlan:
 
     @classmethod
     def read(cls, out: Path) -> Self:
-        """The comparison in a folder. Raises ValueError where there is none, or the file is damaged."""
+        """The comparison in a folder. Raises InvalidValue where there is none, or the file is damaged."""
         path = out / PLAN_FILE
         try:
             values = load_yaml(read_bounded(path))
@@ -80,10 +80,10 @@ class ComparePlan:
         return self.run_dir(key).with_suffix(".log")
 
     def config_of(self, key: RunKey) -> TrainConfig:
-        """The settings of a run. Raises ValueError where the method does not fit them."""
+        """The settings of a run. Raises InvalidValue where the method does not fit them."""
         run_dir = self.run_dir(key).absolute()
         values = {"run.dir": str(run_dir.parent), "run.name": run_dir.name, "run.seed": key.seed}
-        config = key.method.applied_to(with_values(self.base, values))
+        config: TrainConfig = with_values(self.base, {**values, **key.method.values})
         cross_check(config)
         return config
 
@@ -101,7 +101,7 @@ def grown(saved: ComparePlan, wanted: ComparePlan) -> ComparePlan:
     """The saved comparison with the methods and seeds of another one added.
 
     Raises:
-        ValueError: a setting differs, or there would be fewer seeds: what was trained could not be compared any more.
+        InvalidValue: a setting differs, or there would be fewer seeds.
     """
     before, after = flatten(saved.base), flatten(wanted.base)
     changed = [f"{key} (was {before[key]!r}, now {after[key]!r})" for key in before if before[key] != after[key]]

@@ -1,4 +1,4 @@
-"""Runs of a comparison side by side, each a process; nothing here knows what they train."""
+"""Runs the runs of a comparison side by side, each in a process of its own."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from workers.record.run_log import METRICS
 
 POLL_S = 0.2
 KILL_WAIT_S = 5.0
-TAIL_BYTES = 1 << 15  # more than one line of metrics.jsonl, and the same for a run of any length
+TAIL_BYTES = 1 << 15  # read from the end of metrics.jsonl; more than its longest line
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ActiveRun:
 
 @dataclass(frozen=True)
 class EndedRun:
-    """How a process ended. reason: None where it saved; whether it was the last step the run directory says."""
+    """How a process ended. reason: why it failed; None if it saved, after its last step or because it was stopped."""
 
     key: RunKey
     seconds: float

@@ -19,11 +19,11 @@ PLAIN_EVERY_S = 30.0
 
 
 class CompareView:
-    """Shows runs that are done, the step of each active one, and the time left. A context manager.
+    """Shows how many runs are done, the step of each active run, and the time left. A context manager.
 
     Args:
-        unfinished: the runs to do; those before were done earlier.
-        clock: seconds.
+        unfinished: the runs to do; the others of the plan are finished already.
+        clock: returns seconds.
     """
 
     def __init__(

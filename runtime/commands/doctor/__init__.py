@@ -1,1 +1,1 @@
-"""`trimtab doctor`: is everything that a run depends on as it should be?"""
+"""`trimtab doctor`: examines what a run depends on. `checkpoint` for its files, `cluster` for nodes and network."""

@@ -30,7 +30,7 @@ def export_model(
     drop_bias: leave out a selection bias that the family does not have.
 
     Raises:
-        ValueError: the directory exists, the run was not imported, or its bias has moved and would be lost.
+        InvalidValue: the directory exists, the run was not imported, or its bias has moved and would be lost.
         CheckpointCorrupt: the checkpoint is damaged.
     """
     if folder.exists():

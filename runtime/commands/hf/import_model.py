@@ -33,7 +33,7 @@ def import_model(folder: Path, run_dir: Path, arguments: Sequence[str]) -> int:
     As many processes as the run has workers read a shard each. The run directory appears when it is complete.
 
     Raises:
-        ValueError: a model that is not supported, settings that do not fit it, or a run directory that exists.
+        InvalidValue: a model that is not supported, settings that do not fit it, or a run directory that exists.
         SourceError: the directory is damaged; names the file and the tensor.
     """
     if run_dir.exists():
@@ -113,7 +113,7 @@ def _hint_of_the_hub(folder: Path) -> str:
 
 
 def _with_batch_of_any_workers(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """The preset's batch, which nobody chose, is enlarged until the workers can share it."""
+    """Round the preset's batch up to a multiple of the workers, unless the user has chosen a batch."""
     if any(argument.startswith("--run.global_batch_size") for argument in arguments):
         return config
     num_workers = config.cluster.num_workers

@@ -73,17 +73,17 @@ def attention_bytes(config: ModelConfig, batch: MicroBatch, window: int = 0) -> 
     """The attention of one layer with its norms; `window` is that of the layer."""
     window = window if window < batch.seq_len else 0
     latent = config.attention == "latent"
-    per_token = _latent(config, batch) if latent else _grouped_query(config, batch, window)
-    masks = _masks(batch, window)
+    per_token = _latent_bytes(config, batch) if latent else _grouped_query_bytes(config, batch, window)
+    masks = _mask_bytes(batch, window)
     num_norms = 2 if config.post_norms else 1  # with that of its output
-    return batch.tokens * (num_norms * _norm(config.hidden) + per_token) + masks
+    return batch.tokens * (num_norms * _norm_bytes(config.hidden) + per_token) + masks
 
 
 def dense_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """A dense feed-forward with its norms."""
     own_input = 0 if batch.casts else FP32 * config.hidden
     per_token = own_input + _swiglu(config.hidden, config.dense_ffn_hidden, batch)
-    return batch.tokens * (_feed_norms(config) + per_token)
+    return batch.tokens * (_ffn_norm_bytes(config) + per_token)
 
 
 def router_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -95,7 +95,7 @@ def router_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     shared = _swiglu(config.hidden, moe.ffn_hidden * moe.num_shared_experts, batch) if moe.num_shared_experts else 0
     if moe.shared_gate:  # what it multiplies, and itself; autocast makes a copy of its input
         shared += batch.element_bytes * (config.hidden * (2 if batch.casts else 1) + 1)
-    return batch.tokens * (_feed_norms(config) + FP32 * config.hidden + choice + shared)
+    return batch.tokens * (_ffn_norm_bytes(config) + FP32 * config.hidden + choice + shared)
 
 
 def expert_bytes(config: ModelConfig, batch: MicroBatch) -> float:
@@ -140,13 +140,13 @@ def head_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """
     num_heads = 1 + config.num_mtp_layers
     gradients = batch.element_bytes * batch.tokens * config.hidden + FP32 * config.vocab_size * config.hidden
-    ids_and_norm = batch.tokens * (num_heads * INDEX + _norm(config.hidden))
+    ids_and_norm = batch.tokens * (num_heads * INDEX + _norm_bytes(config.hidden))
     return ids_and_norm + 8 * batch.seq_len * config.rotary_dim / 2 + num_heads * gradients
 
 
 def mtp_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """What the layer for multi-token prediction keeps besides a layer: three norms and the input of its projection."""
-    return batch.tokens * (3 * _norm(config.hidden) + 2 * batch.element_bytes * config.hidden)
+    return batch.tokens * (3 * _norm_bytes(config.hidden) + 2 * batch.element_bytes * config.hidden)
 
 
 def saved_bytes(config: ModelConfig, batch: MicroBatch, cast: Cast, num_adapters: int = 0) -> Parts:
@@ -188,10 +188,10 @@ def scratch_bytes(config: ModelConfig, batch: MicroBatch) -> Parts:
     has_moe = config.num_moe_layers > 0
     experts = _expert_scratch(config, batch) if has_moe else 0.0
     layer = max(experts, _dense_scratch(config, batch), _attention_scratch(config, batch))
-    return {AT_LOSS: _loss_scratch(config, batch), IN_BACKWARD: _again(config, batch) + layer}
+    return {AT_LOSS: _loss_scratch(config, batch), IN_BACKWARD: _recomputed_bytes(config, batch) + layer}
 
 
-def _again(config: ModelConfig, batch: MicroBatch) -> float:
+def _recomputed_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     """What a recompute makes again in the backward of one layer."""
     parts = (router_bytes, expert_bytes, row_map_bytes, cast_expert_bytes)
     moe = sum(part(config, batch) for part in parts) if config.num_moe_layers else 0.0
@@ -223,14 +223,14 @@ def total(parts: Mapping[str, float]) -> float:
     return sum(parts.values())
 
 
-def _norm(width: float, rows: int = 1) -> float:
+def _norm_bytes(width: float, rows: int = 1) -> float:
     """RMSNorm: its input, the reciprocal root of each row, and the normalised input before its weight."""
     return FP32 * (2 * width + rows)
 
 
-def _feed_norms(config: ModelConfig) -> float:
+def _ffn_norm_bytes(config: ModelConfig) -> float:
     """The norm before a feed-forward, and that of its output."""
-    return _norm(config.hidden) * (2 if config.post_norms else 1)
+    return _norm_bytes(config.hidden) * (2 if config.post_norms else 1)
 
 
 def _swiglu(hidden: int, inner: int, batch: MicroBatch) -> float:
@@ -238,7 +238,7 @@ def _swiglu(hidden: int, inner: int, batch: MicroBatch) -> float:
     return batch.element_bytes * (4 * inner + (2 * hidden if batch.casts else 0))
 
 
-def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float:
+def _grouped_query_bytes(config: ModelConfig, batch: MicroBatch, window: int) -> float:
     width, size = config.head_width, batch.element_bytes
     queries, values = config.num_heads * width, config.num_kv_heads * width
     rotated = queries + values
@@ -248,7 +248,7 @@ def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float
     if config.query_key_norm != "none":
         rows = config.num_heads + config.num_kv_heads if config.query_key_norm == "head" else 2
         # Under autocast the norm widens its input first; else that is the product itself.
-        kept += _norm(rotated, rows) if batch.casts else FP32 * (rotated + rows)
+        kept += _norm_bytes(rotated, rows) if batch.casts else FP32 * (rotated + rows)
     if config.clip_qkv:
         kept += size * ((0 if copies else values) + (rotated if config.query_key_norm != "none" else 0))
     if config.attention_gate:  # the sigmoid, and its product with the output; autocast makes a copy of its input
@@ -256,8 +256,8 @@ def _grouped_query(config: ModelConfig, batch: MicroBatch, window: int) -> float
     if not copies or config.clip_qkv or (config.query_key_norm != "none" and not batch.casts):
         kept += size * (rotated + values)
     per_key = _keys_per_token(batch, window)
-    wider = SINK_DIMS if config.attention_sinks else 0
-    heads, kv_heads = config.num_heads * (width + wider), config.num_kv_heads * (width + wider)
+    sink_dims = SINK_DIMS if config.attention_sinks else 0
+    heads, kv_heads = config.num_heads * (width + sink_dims), config.num_kv_heads * (width + sink_dims)
     kept += size * (2 * heads + (2 if copies else 1) * per_key * kv_heads)  # queries, keys, values and output
     return kept + size * queries * (by_block or config.attention_sinks) + FP32 * config.num_heads
 
@@ -271,7 +271,7 @@ def _keys_per_token(batch: MicroBatch, window: int) -> float:
     return 1 + (min(before, window) + again) / batch.own_len
 
 
-def _masks(batch: MicroBatch, window: int) -> float:
+def _mask_bytes(batch: MicroBatch, window: int) -> float:
     """Of the blocks of one layer that see keys before their own, as what is added to scores, one for each kind."""
     if batch.varlen or (batch.context == 1 and not window):
         return 0.0
@@ -284,16 +284,16 @@ def _masks(batch: MicroBatch, window: int) -> float:
     return batch.element_bytes * sum(tokens * (seen + tokens) for tokens, seen in kinds if seen)
 
 
-def _latent(config: ModelConfig, batch: MicroBatch) -> float:
+def _latent_bytes(config: ModelConfig, batch: MicroBatch) -> float:
     sizes, heads, size = config.latent, config.num_heads, batch.element_bytes
     score_width, per_key = sizes.nope_dim + sizes.rope_dim, _keys_per_token(batch, 0)
     # Where ranks share sequences the latents of all are a part of what was gathered.
     gathered = sizes.kv_rank if batch.context == 1 else per_key * (sizes.kv_rank + sizes.rope_dim)
     kept: float = size * config.hidden * (2 if batch.casts else 1)  # queries and keys each cast their input
     # Without autocast the norm keeps what the latent is cut of, with the shared key.
-    kept += _norm(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * gathered
+    kept += _norm_bytes(sizes.kv_rank) + (0 if batch.casts else FP32 * sizes.rope_dim) + size * gathered
     if sizes.query_rank:
-        kept += _norm(sizes.query_rank) + size * sizes.query_rank
+        kept += _norm_bytes(sizes.query_rank) + size * sizes.query_rank
     per_head = 0.0
     if not batch.packed and batch.context == 1:
         per_head = 2 * score_width + sizes.nope_dim + 2 * sizes.value_dim  # queries, keys, keys with values, output

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dispatch.errors import InvalidValue
 from dispatch.exchange.registry import BACKENDS
 from runtime.commands.command import CommandParser
-from runtime.commands.options import folder_to_write, number, whole
+from runtime.commands.options import float_in, folder_to_write, positive
 from runtime.commands.out import out_dir
 from runtime.settings.consent import add_consent
 
@@ -25,27 +25,27 @@ config.json or its directory"""
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """Declare the options; one that is not given is None."""
+    """Declare the options. Settings that are not given are None: the configuration has them."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # else it would break "all-to-all"
     add_consent(parser)
     add = parser.add_argument
     add("config", metavar="CONFIG", help=CONFIG_HELP)
-    add("--world", type=whole(1), metavar="N", help="ranks, a device each (workers of the configuration)")
-    add("--ep", type=whole(1), metavar="N", help="ranks that share one set of experts (as configured; else all ranks)")
-    add("--pp", type=whole(1), metavar="N", help="groups of ranks that the layers are divided over (as configured)")
-    add("--ranks-per-node", type=whole(1), metavar="N", help="neighbouring ranks of one machine (8, or all if fewer)")
+    add("--world", type=positive, metavar="N", help="ranks, a device each (workers of the configuration)")
+    add("--ep", type=positive, metavar="N", help="ranks that share one set of experts (as configured; else all ranks)")
+    add("--pp", type=positive, metavar="N", help="groups of ranks that the layers are divided over (as configured)")
+    add("--ranks-per-node", type=positive, metavar="N", help="neighbouring ranks of one machine (8, or all if fewer)")
     add("--exchange", choices=BACKENDS.choices, help="what travels (as configured)")
     add(
         "--batch",
-        type=whole(1),
+        type=positive,
         metavar="N",
         help="sequences of a step, over all ranks (as configured; else one a rank)",
     )
-    add("--micro-batch", type=whole(1), metavar="N", help="sequences that a rank computes at once (as configured)")
+    add("--micro-batch", type=positive, metavar="N", help="sequences that a rank computes at once (as configured)")
     add(
         "--seq-len",
-        type=whole(1),
+        type=positive,
         metavar="N",
         help="tokens of a sequence (as configured; of config.json at most 4096)",
     )
@@ -53,13 +53,13 @@ def add_arguments(parser: CommandParser) -> None:
     again = ("none", "attention", "experts", "full")
     add("--recompute", nargs="?", const="full", choices=again, help="what backward computes again; alone: full")
     add("--shard", choices=("none", "optimizer", "full"), help="states that ranks divide among them (as configured)")
-    add("--replicate", type=whole(1), metavar="N", help="groups of ranks with all sharded states each (as configured)")
-    add("--context", type=whole(1), metavar="N", help="ranks that share each sequence (as configured)")
+    add("--replicate", type=positive, metavar="N", help="groups of ranks with all sharded states each (as configured)")
+    add("--context", type=positive, metavar="N", help="ranks that share each sequence (as configured)")
     add("--optimizer", metavar="NAME", help="adamw, adamw_bf16, muon or your own, for its state (as configured)")
     add("--offload", choices=("none", "states"), help="what of the optimizer lies in host memory (as configured)")
     add("--mtp", type=int, choices=(0, 1), help="layers for multi-token prediction (as configured; of config.json 0)")
     add("--fit", action="store_true", help="search for settings, and without --world for ranks, that fit")
-    add("--memory-gib", type=number(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")
+    add("--memory-gib", type=float_in(0.01, 1e6), default=80, metavar="GIB", help="memory of a device (%(default)s)")
     add("--json", action="store_true", help="print the plan as JSON")
     _add_simulation(parser)
 
@@ -81,7 +81,7 @@ def _add_simulation(parser: CommandParser) -> None:
         metavar="NAME",
         help="h100, h800, h200, b200, cpu, or a file of rates (%(default)s)",
     )
-    add("--max-vio", type=number(0, 1e6), nargs="+", metavar="V", help="MaxVio of each layer (0 to 4)")
+    add("--max-vio", type=float_in(0, 1e6), nargs="+", metavar="V", help="MaxVio of each layer (0 to 4)")
     add("--trace", metavar="RUN", help="a run with recorded scores (balance.record): replay laws on it")
     add(
         "--law",
@@ -90,9 +90,9 @@ def _add_simulation(parser: CommandParser) -> None:
         metavar="SPEC",
         help="law to replay; again for more (none, sign, adaptive)",
     )
-    add("--worlds", type=whole(1), nargs="+", metavar="N", help="numbers of ranks to compare (8 to 16384)")
-    add("--overlap", type=number(0, 1), default=0.0, help="share of computation that hides exchanges (%(default)s)")
-    add("--bubble", type=number(0, 0.99), default=0.0, help="share of a step that pipeline stages wait (%(default)s)")
+    add("--worlds", type=positive, nargs="+", metavar="N", help="numbers of ranks to compare (8 to 16384)")
+    add("--overlap", type=float_in(0, 1), default=0.0, help="share of computation that hides exchanges (%(default)s)")
+    add("--bubble", type=float_in(0, 0.99), default=0.0, help="share of a step that pipeline stages wait (%(default)s)")
     add("--out", type=folder_to_write, metavar="DIR", help="folder to write simulation.json and simulation.png to")
     parser.set_defaults(simulation_defaults=defaults)
 

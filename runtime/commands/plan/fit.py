@@ -47,8 +47,11 @@ class Fit:
 def fit_settings(subject: Subject, limit_bytes: float, *, ep_size: int | None) -> Fit:
     """Add one saving after the other to the settings of `subject`, the cheapest first, until a rank fits.
 
-    ep_size: the only one to try; None tries all that the ranks and their nodes allow. Of several that fit the one is
-    taken with which a rank sends least.
+    ep_size: the only one to try; None tries all that the ranks and their nodes allow. Of several EP sizes that fit, the
+    one is taken with which a rank sends the fewest bytes.
+
+    Raises:
+        InvalidValue: the settings have a pipeline.
     """
     if subject.config.parallel.pipeline.size > 1:
         raise InvalidValue(
@@ -58,7 +61,7 @@ def fit_settings(subject: Subject, limit_bytes: float, *, ep_size: int | None) -
     tried: dict[str, float] = {}
     best: Plan | None = None
     for name, config in _savings(subject.config):
-        plans = [_at(subject, config, size) for size in ([ep_size] if ep_size else ep_sizes(subject))]
+        plans = [_plan_with_ep(subject, config, size) for size in ([ep_size] if ep_size else ep_sizes(subject))]
         least = min(plans, key=lambda plan: plan.peak_bytes)
         best = least if best is None or least.peak_bytes < best.peak_bytes else best
         tried[name] = least.peak_bytes
@@ -90,7 +93,7 @@ def smallest_world(given: argparse.Namespace) -> Subject:
         # The last saving but offload, which moves all states over the bus in each step: more ranks are tried before it.
         *_, config = (config for name, config in _savings(subject.config) if name != OFFLOAD)
         sizes = [given.ep] if given.ep else ep_sizes(subject)
-        if any(_at(subject, config, size).peak_bytes <= limit_bytes for size in sizes):
+        if any(_plan_with_ep(subject, config, size).peak_bytes <= limit_bytes for size in sizes):
             return subject
     raise InvalidValue(
         f"--memory-gib ({given.memory_gib:g}) is too little for {given.config} on up to {MAX_WORLD} ranks; take larger "
@@ -125,5 +128,5 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         yield OFFLOAD, replace(config, optim=replace(config.optim, offload="states"))
 
 
-def _at(subject: Subject, config: TrainConfig, ep_size: int) -> Plan:
+def _plan_with_ep(subject: Subject, config: TrainConfig, ep_size: int) -> Plan:
     return make_plan(replace(subject, config=replace(config, parallel=replace(config.parallel, ep_size=ep_size))))

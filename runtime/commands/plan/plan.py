@@ -38,13 +38,15 @@ from workers.training.gradients import BUCKET_BYTES
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would need, of the rank that holds most experts.
+    """What the rank that holds most experts would need.
 
-    on_host: optimizer state in host memory. saved: kept from forward to backward of a micro-batch. scratch: the largest
-    of each kind that is held besides. bucket_bytes: of gradients under way between ranks, after the last backward.
-    traffic: by exchange, those that are possible. gradients: bytes that a ring sends to sum those of the dense
-    parameters and of the experts, and to gather their weights where they are sharded. keys_bytes: what goes to
-    ranks that share the sequences. stage: where there is a pipeline, that of the rank which needs most.
+    counts: parameters of its layers, those of all experts. rank_experts: elements of its own routed experts. state,
+    on_host: bytes of weights, gradients and optimizer state on the device, and in host memory. saved: bytes kept from
+    forward to backward of a micro-batch. scratch: the largest buffers at the loss, and in backward. bucket_bytes: a
+    bucket of gradients under way between ranks, after the last backward. traffic: by exchange, those that are possible.
+    gradients: bytes that a ring sends to sum those of the dense parameters and of the experts, and to gather their
+    weights where they are sharded. keys_bytes: keys and values sent to ranks that share the sequences. stage: of a
+    pipeline, that of the rank which needs most memory; None without one.
     """
 
     subject: Subject
@@ -75,12 +77,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        """At most this much is held at once: state, and activations with their scratch or a bucket of gradients."""
+        """Upper bound: state, and the larger of activations with their scratch and a bucket of gradients."""
         return self.state_bytes + max(peak_bytes(self.saved, self.scratch), self.bucket_bytes)
 
     @property
     def sent_bytes(self) -> float:
-        """By a rank in a step, over whichever link."""
+        """Bytes that a rank sends in a step, over the network and inside the node."""
         between_stages = self.stage.message_bytes if self.stage is not None else 0.0
         of_model = sum(self.gradients.values()) + between_stages + self.keys_bytes
         return self.traffic[self.exchange].total.total + of_model
@@ -97,7 +99,7 @@ class Plan:
 
 
 def make_plan(subject: Subject) -> Plan:
-    """Plan it. Takes a moment, and no memory to speak of."""
+    """Plan the subject by arithmetic alone; of a pipeline, the rank that needs most memory."""
     if stages := stages_of(subject.config):
         return max((plan_of_stage(subject, stage) for stage in stages), key=lambda plan: plan.peak_bytes)
     model = subject.config.model
@@ -175,8 +177,8 @@ def _gradient_bytes(
     Gathered are weights, and whole matrices where the optimizer needs those.
     """
     owners = num_owners(config)
-    # `whole` is what a sum of all elements would send, `own` a sum of those that are trained. A sum by a ring is a
-    # reduction and a gather, so that each of these alone sends half of it.
+    # What an all-reduce of all elements would send, and one of the trained ones: of dense parameters, of experts. By a
+    # ring it is a reduce-scatter and an all-gather, and each of the two sends half of it.
     whole, own = (
         [gradient_bytes(held.dense, owners.dense), gradient_bytes(held.experts, owners.experts)]
         for held in (whole_elements(config, each) for each in (counts, trained))
@@ -190,8 +192,8 @@ def _gradient_bytes(
     once = [_matrix_gather_bytes(config, trained) + replicas.dense, replicas.experts]
     if config.parallel.shard == "optimizer":
         return {"dense": (whole[0] + own[0]) / 2 + once[0], "experts": (whole[1] + own[1]) / 2 + once[1]}
-    # Each micro-batch gathers blocks for forward and for backward, and reduces. The root is gathered once for both, and
-    # in a stage, as it is reduced, for all micro-batches.
+    # FSDP: each micro-batch gathers a block for forward and again for backward, and reduces its gradients. The root
+    # module is gathered once for both; in a pipeline stage it is gathered and reduced once for all micro-batches.
     num_micro = config.num_micro_batches
     root, of_root = (gradient_bytes(size, owners.dense) for size in (root_bytes // FP32, trained.root))
     blocks, experts = whole[0] - root + (own[0] - of_root) / 2, whole[1] + own[1] / 2
@@ -203,8 +205,8 @@ def _gradient_bytes(
 def _replica_bytes(config: TrainConfig, trained: ParameterCounts) -> Held:
     """Bytes that a rank sends in a step to sum its rows of the gradients over the replicas."""
     own, num_replicas, num_ranks = own_elements(config, trained), config.parallel.replicate, config.cluster.num_workers
-    of_experts = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
-    return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, of_experts)))
+    num_expert_replicas = min(num_replicas, num_ranks // config.parallel.resolve(num_ranks))
+    return Held(round(gradient_bytes(own.dense, num_replicas)), round(gradient_bytes(own.experts, num_expert_replicas)))
 
 
 def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
@@ -217,12 +219,12 @@ def _matrix_gather_bytes(config: TrainConfig, counts: ParameterCounts) -> float:
 
 
 def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatch:
-    """What a rank computes at once under balanced load: the rank with most experts, on CUDA."""
+    """What the rank with most experts computes at once under balanced load, on CUDA."""
     model, moe = config.model, config.model.moe
     sequences = config.sequences_per_rank // config.num_micro_batches
-    tokens, num_local = sequences * -(-model.max_seq_len // config.parallel.context), max(layout.of_ranks)
-    alone, spread = len(layout.of_ranks) == 1, spread_of(moe, layout)
-    # An exchange over nodes has no hops where one node holds all ranks; its rows then come as those of ranks.
+    tokens, num_local = sequences * -(-model.max_seq_len // config.parallel.context), max(layout.experts_per_rank)
+    alone, spread = len(layout.experts_per_rank) == 1, spread_of(moe, layout)
+    # The exchange "node" has no hops where one node holds all ranks: rows then travel as those of "rank".
     last = (BACKENDS[exchange].hops(spread) or one_row_a_rank(spread))[-1]
     is_bf16 = config.run.dtype == "bfloat16"
     element_bytes = 2 if is_bf16 else FP32
@@ -230,7 +232,7 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
         tokens=tokens,
         seq_len=model.max_seq_len,
         num_local_experts=num_local,
-        expert_rows=tokens * moe.top_k * len(layout.of_ranks) * num_local / moe.num_experts,
+        expert_rows=tokens * moe.top_k * len(layout.experts_per_rank) * num_local / moe.num_experts,
         arrived_rows=tokens * (1.0 if alone else last.rows),
         ids_per_row=moe.top_k if alone else last.ids_per_row,
         element_bytes=element_bytes,
@@ -244,7 +246,7 @@ def micro_batch(config: TrainConfig, layout: Layout, exchange: str) -> MicroBatc
 
 
 def ways_out(plan: Plan) -> list[tuple[str, Plan]]:
-    """Other settings of the same run that need less memory on a rank, each with its plan, and all of them together."""
+    """Options that lower the memory of a rank, each with the plan that it gives, then all of them together."""
     config, subject = plan.subject.config, plan.subject
     changes: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
     if config.model.recompute != "full":
@@ -286,10 +288,10 @@ def _bucket_bytes(config: TrainConfig, counts: ParameterCounts, batch: MicroBatc
 
 
 def ep_sizes(subject: Subject) -> list[int]:
-    """How many ranks can share the experts: divisors of all ranks whose groups lie alike on their nodes."""
+    """The possible EP sizes: divisors of the world size by which all EP groups lie alike on their nodes."""
     world_size, size = subject.config.dp_size, subject.ranks_per_node
-    most = min(world_size, subject.config.model.moe.num_experts)
-    fitting = [ep for ep in range(1, most + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
+    max_ep_size = min(world_size, subject.config.model.moe.num_experts)
+    fitting = [ep for ep in range(1, max_ep_size + 1) if world_size % ep == 0 and (ep % size == 0 or size % ep == 0)]
     return [ep for ep in fitting if subject.config.parallel.replicate in replica_counts(world_size, ep)]
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline need: those of a stage as a run of their own, with its layers."""
+"""What the ranks of a pipeline need: they are planned as a run of their own that has only their layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MESSAGES, OUTPUTS = "messages of other stages", "outputs of stages"
 
 @dataclass(frozen=True)
 class PlanStage:
-    """The ranks that hold some of the layers. in_flight: micro-batches whose activations they hold, at most."""
+    """One rank of the pipeline, and the ranks that hold the same layers."""
 
     config: TrainConfig
     pp_rank: int
@@ -25,12 +25,12 @@ class PlanStage:
 
     @property
     def in_flight(self) -> int:
-        """Forwards of a stage whose backward is still to come, at most, over the stages of the rank."""
+        """The most forwards, of all stages of the rank together, whose backward is still to come at one moment."""
         return max(map(sum, self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)))
 
     @property
     def alone(self) -> TrainConfig:
-        """The settings of a run that has these ranks and layers alone."""
+        """The settings of a run that has only these ranks and layers."""
         return stage_config(self.config, self.layers)
 
     @property
@@ -39,22 +39,22 @@ class PlanStage:
         return self.layers[-1].stop == self.config.model.num_layers
 
     def saved(self, by_stage: Sequence[Parts]) -> Parts:
-        """What is kept for backward: of all micro-batches under way, and buffers for what other stages send.
+        """What is kept for backward: of all micro-batches in flight, and buffers for what other stages send.
 
-        by_stage: of one micro-batch, for each stage of the rank. They may be of unequal size.
+        by_stage: what each stage of the rank keeps of one micro-batch.
         """
         moments = self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)
-        kept = max((_times(num_forwards, by_stage) for num_forwards in moments), key=total)
+        kept = max((_kept_at(num_forwards, by_stage) for num_forwards in moments), key=total)
         kept[HEAD] = by_stage[-1][HEAD] if self.has_head else 0.0
-        # torch's pipeline allocates receive buffers for all micro-batches of a step and keeps them, and keeps the
-        # gradients of what was received to the end of the step. A stage also keeps each output that it has handed on
-        # until the gradient of it comes, though nothing else needs it.
+        # torch.distributed.pipelining allocates receive buffers for all micro-batches of a step and keeps them, and the
+        # gradients of what was received, to the end of the step. A stage also keeps each output that it has sent until
+        # its gradient arrives.
         outputs = self.in_flight * self._activation_bytes / self.config.num_micro_batches
         return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes, OUTPUTS: outputs}
 
-    def scratch(self, of_micro_batch: Parts) -> Parts:
+    def scratch(self, scratch: Parts) -> Parts:
         """Scratch of a micro-batch, without that of the loss where the stage does not have the head."""
-        return of_micro_batch if self.has_head else of_micro_batch | {AT_LOSS: 0.0}
+        return scratch if self.has_head else scratch | {AT_LOSS: 0.0}
 
     @property
     def message_bytes(self) -> float:
@@ -84,7 +84,7 @@ class PlanStage:
         return self.config.parallel.pipeline
 
 
-def _times(num_forwards: Sequence[int], by_stage: Sequence[Parts]) -> Parts:
+def _kept_at(num_forwards: Sequence[int], by_stage: Sequence[Parts]) -> Parts:
     kept: Parts = {HEAD: 0.0}
     for number, parts in zip(num_forwards, by_stage, strict=True):
         for name, size in parts.items():
@@ -93,6 +93,6 @@ def _times(num_forwards: Sequence[int], by_stage: Sequence[Parts]) -> Parts:
 
 
 def stages_of(config: TrainConfig) -> list[PlanStage]:
-    """Those of each pipeline rank; none without a pipeline."""
+    """One for each rank of the pipeline; none without a pipeline."""
     size = config.parallel.pipeline.size
     return [PlanStage(config, pp_rank) for pp_rank in range(size)] if size > 1 else []

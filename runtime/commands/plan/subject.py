@@ -34,7 +34,7 @@ def read_subject(given: argparse.Namespace) -> Subject:
     """The settings that the options of `trimtab plan` ask for.
 
     Raises:
-        ValueError: CONFIG cannot be read, or the options do not fit together; names value, rule and way out.
+        InvalidValue: CONFIG cannot be read, or the options do not fit together.
     """
     if (file := hugging_face_file(given.config)) is not None:
         config, notes = _from_hugging_face(file, given)
@@ -72,7 +72,7 @@ def _from_trimtab(name: str) -> TrainConfig:
                 f"{HUGGING_FACE_CONFIG} or its directory"
             )
         )
-        raise InvalidValue(f"{name!r} is neither a preset, nor a file, nor a run; {way_out}") from None
+        raise InvalidValue(f"{name!r:.60} is neither a preset, nor a file, nor a run; {way_out}") from None
     return config_from_yaml_file(run_dir / CONFIG_FILE)
 
 

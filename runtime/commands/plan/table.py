@@ -29,7 +29,7 @@ what the allocator leaves unused. Bytes of the exchanges are those that a rank s
 
 
 def print_plan(plan: Plan, memory_gib: float) -> None:
-    """Heading, memory, traffic and the conclusion."""
+    """Print heading, memory, traffic and the conclusion."""
     console = Console(width=WIDTH, highlight=False)
     for line in _heading(plan):
         console.print(line, markup=False)
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, memory_gib: float) -> None:
 
 
 def print_fit(fit: Fit) -> None:
-    """What was tried, one saving more each time, and the settings of the plan."""
+    """Print what was tried, one saving more each time, and the settings of the plan."""
     tried = ", ".join(f"{name} {byte_size(size)}" for name, size in fit.tried.items())
     text = (
         f"Tried, each with all before it and the EP size that takes least: {tried}. Of the EP sizes that fit, the plan "
@@ -106,9 +106,9 @@ def _memory(plan: Plan) -> Table:
     counts, experts = plan.counts, plan.rank_experts
     table = new_table(("of a rank", "dense", "experts", "together"))
     table.add_row("parameters", *map(_billions, (counts.dense, experts, counts.dense + experts)))
-    of_optimizer = plan.subject.config.optim.entry.state_label
+    state_label = plan.subject.config.optim.entry.state_label
     for name, held in plan.state.items():
-        _add(table, name if name in (of_optimizer, PIECES) else f"{name}, fp32", (*held, sum(held)))
+        _add(table, name if name in (state_label, PIECES) else f"{name}, fp32", (*held, sum(held)))
     _add(table, "state", (*plan.states, plan.state_bytes), style="bold")
     for name, saved in plan.saved.items():
         _add(table, f"activations, {name}", (None, None, saved))
@@ -118,7 +118,7 @@ def _memory(plan: Plan) -> Table:
     _add(table, "a bucket of gradients, when activations are gone", (None, None, plan.bucket_bytes))
     _add(table, "peak, at most", (None, None, plan.peak_bytes), style="bold")
     if sum(plan.on_host):
-        _add(table, f"{of_optimizer}, in host memory", (*plan.on_host, sum(plan.on_host)))
+        _add(table, f"{state_label}, in host memory", (*plan.on_host, sum(plan.on_host)))
     return table
 
 

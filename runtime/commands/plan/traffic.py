@@ -36,13 +36,13 @@ class Links:
         return Links(self.network + other.network, self.node + other.node)
 
     def times(self, factor: float) -> "Links":
-        """These bytes, so many times."""
+        """The bytes of `factor` times as much."""
         return Links(self.network * factor, self.node * factor)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one rank in one step. backward includes what a recompute sends once more."""
+    """Bytes that one rank sends in one step. backward includes the dispatch of a recompute."""
 
     forward: Links
     backward: Links
@@ -55,29 +55,29 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one expert-parallel group lies: which rank has which experts, and how many neighbours share a node."""
+    """Where an expert-parallel group lies: which rank has which experts, and how many ranks in a row share a node."""
 
     placement: ExpertPlacement
     ranks_per_node: int
 
     @property
-    def of_ranks(self) -> tuple[int, ...]:
+    def experts_per_rank(self) -> tuple[int, ...]:
         """Experts of each rank."""
         return self.placement.num_local_experts
 
     @property
-    def of_nodes(self) -> list[int]:
+    def experts_per_node(self) -> list[int]:
         """Experts of each node."""
-        size = self.ranks_per_node
-        return [sum(self.of_ranks[start : start + size]) for start in range(0, len(self.of_ranks), size)]
+        size, experts = self.ranks_per_node, self.experts_per_rank
+        return [sum(experts[start : start + size]) for start in range(0, len(experts), size)]
 
 
 def exchange_traffic(
     config: ModelConfig, layout: Layout, num_tokens: float, chosen: str, *, element_bytes: int, payload: Payload
 ) -> dict[str, Traffic]:
-    """What each exchange sends for all MoE layers of a step, for a rank with so many tokens.
+    """Bytes that a rank with `num_tokens` sends in all MoE layers of a step, by exchange.
 
-    Of those that `auto` can choose from, where they are possible, and of the one that was chosen.
+    Exchanges: those that `auto` can choose from, where they are possible, and `chosen`.
     """
     sent: dict[str, Traffic] = {}
     spread = spread_of(config.moe, layout)
@@ -89,26 +89,26 @@ def exchange_traffic(
         for hop in hops:
             rows = Links(hop.network, hop.node).times(hop.rows)
             id_bytes = hop.ids_per_row * (FP32 + _id_bytes(hop.num_ids))
-            there = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
-            answer = element_bytes * config.hidden
-            # A recompute ends with the last tensor that backward needs: the experts', so that it sends no answers.
-            again = there if config.recompute in ("experts", "full") else 0
-            forward += rows.times(there + answer)
-            backward += rows.times(2 * answer + FP32 * hop.ids_per_row + again)
+            dispatch_bytes = coded_row_bytes(config.hidden, element_bytes, payload) + id_bytes
+            combine_bytes = element_bytes * config.hidden
+            # A recompute ends with the last tensor that backward needs, which is of the experts: it combines nothing.
+            recompute_bytes = dispatch_bytes if config.recompute in ("experts", "full") else 0
+            forward += rows.times(dispatch_bytes + combine_bytes)
+            backward += rows.times(2 * combine_bytes + FP32 * hop.ids_per_row + recompute_bytes)
         scale = config.num_moe_layers * num_tokens
         sent[exchange] = Traffic(forward.times(scale), backward.times(scale))
     return sent
 
 
 def spread_of(config: RouterConfig, layout: Layout) -> Spread:
-    """Over how many ranks and nodes a token's experts lie."""
+    """The number of ranks and of nodes over which the experts of a token are spread."""
     return Spread(
-        experts_P=layout.of_ranks,
-        experts_N=tuple(layout.of_nodes),
+        experts_P=layout.experts_per_rank,
+        experts_N=tuple(layout.experts_per_node),
         ranks_per_node=layout.ranks_per_node,
         top_k=config.top_k,
-        ranks_per_token=places_per_token(layout.of_ranks, config),
-        nodes_per_token=places_per_token(layout.of_nodes, config),
+        ranks_per_token=places_per_token(layout.experts_per_rank, config),
+        nodes_per_token=places_per_token(layout.experts_per_node, config),
     )
 
 

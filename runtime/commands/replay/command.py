@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import add_run, folder_to_write, number, run_of, whole
+from runtime.commands.options import add_run, float_in, folder_to_write, int_from, positive, run_of
 
 HELP = "Compute a run's bias again, and try other laws on the router scores that it recorded."
+EVERY = 10  # steps between placements of copies
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -18,18 +20,18 @@ def add_arguments(parser: CommandParser) -> None:
         action="append",
         default=[],
         metavar="SPEC",
-        help="law to play beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
+        help="law to try beside the run's own, as newton or sign:u=0.003; again for more (sign:u=0.001 and adaptive)",
     )
-    add("--threshold", type=number(0, 1e6), help="MaxVio_batch that counts as balance (1.5 times the practical floor)")
+    add("--threshold", type=float_in(0, 1e6), help="MaxVio_batch that counts as balance (1.5 x the practical floor)")
     add(
         "--shift",
-        type=whole(1),
+        type=positive,
         metavar="STEP",
         help="training step from which the text is another (as in data.shift_at)",
     )
     add(
         "--first",
-        type=whole(1),
+        type=positive,
         metavar="STEP",
         help="training step at which the laws begin, without bias (the first)",
     )
@@ -37,18 +39,20 @@ def add_arguments(parser: CommandParser) -> None:
         "--copies",
         action="append",
         default=[],
-        type=whole(1),
+        type=positive,
         metavar="N",
         help="say what up to N copies of hot experts on each rank would have taken off the busiest; again for more",
     )
-    add("--ranks", type=whole(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
-    add("--every", type=whole(1), default=10, metavar="STEPS", help="steps between placements, for --copies (10)")
+    add("--ranks", type=int_from(2), metavar="N", help="ranks that share the experts, for --copies (as in the run)")
+    add("--every", type=positive, metavar="STEPS", help=f"steps between placements, for --copies ({EVERY})")
     add("--out", type=folder_to_write, metavar="DIR", help="folder of replay.json and replay.png (the run's)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Replay and return the exit code."""
     run_dir = run_of(options)
+    if not options.copies and (options.ranks or options.every):
+        raise InvalidValue("--ranks and --every say how --copies are placed; add --copies N, or leave them out")
     from runtime.commands.replay.replay import replay
 
     if options.copies:
@@ -68,4 +72,5 @@ def _say_copies(run_dir: Path, options: argparse.Namespace) -> None:
 
     from runtime.commands.replay.copies import copies_table
 
-    Console(highlight=False).print(copies_table(run_dir, options.copies, ep_size=options.ranks, every=options.every))
+    table = copies_table(run_dir, options.copies, ep_size=options.ranks, every=options.every or EVERY)
+    Console(highlight=False).print(table)

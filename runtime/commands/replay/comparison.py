@@ -1,4 +1,4 @@
-"""Laws side by side on one trace: what table, picture and record are made of.
+"""Compares laws on one trace: the values that table, picture and JSON show.
 
 Shapes: S steps of the trace.
 """
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from dispatch.laws import BalanceConfig
 from runtime.commands.replay.figures import LawFigures, figures_of, steady_steps
 from runtime.commands.replay.floors import chance_floor, floor_by_step
-from runtime.commands.replay.play import Played, max_vio_by_step
+from runtime.commands.replay.play import SimulatedLaw, max_vio_by_step
 from runtime.commands.replay.trace import Trace
 
 BALANCED_AT = 1.5  # times the practical floor
-CHANCE_FACTOR = 2.0  # in place of the practical floor, which has been 1.5 to 4 times that of chance on text
+# Where the practical floor is unknown, it is taken as so many chance floors; on text it has been 1.5 to 4 of them.
+CHANCE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class LawOutcome:
 class Comparison:
     """Laws by label.
 
-    steps, steady: first and last step of the trace and of its steady part, both inside. floor_S: the practical floor
+    steps, steady: first and last step of the trace, and of its steady part. floor_S: the practical floor
     of each step, NaN on a trace too short for it. threshold_S: MaxVio_batch that counts as balanced.
     """
 
@@ -69,8 +70,8 @@ class Comparison:
         }
 
 
-def compare(trace: Trace, played: Mapping[str, Played], threshold: float | None = None) -> Comparison:
-    """Sum up what `play` gave. threshold: None for BALANCED_AT times the practical floor of each step."""
+def compare(trace: Trace, simulated: Mapping[str, SimulatedLaw], threshold: float | None = None) -> Comparison:
+    """Compare simulated laws. threshold: None for BALANCED_AT times the practical floor of each step."""
     steady = steady_steps(trace)
     floor_S, chance = floor_by_step(trace), chance_floor(trace)
     if threshold is not None:
@@ -83,7 +84,7 @@ def compare(trace: Trace, played: Mapping[str, Played], threshold: float | None 
             figures=figures_of(each, trace, threshold_S),
             max_vio_S=max_vio_by_step(each.counts, trace.layout.slices),
         )
-        for label, each in played.items()
+        for label, each in simulated.items()
     }
     return Comparison(
         name=trace.name,

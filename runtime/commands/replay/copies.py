@@ -26,8 +26,8 @@ from workers.record.run_log import LoadHistory, read_load_history
 class CopiesOutcome:
     """What a run's loads would have been with at most `copies_per_rank` copies of hot experts on each rank.
 
-    busiest: load of the busiest rank over the mean, mean over layers and steps; a layer is computed when its busiest
-    rank is. worst: the same of the worst step. num_copies: in a layer, on all ranks, on average.
+    busiest: load of the busiest rank over the mean of all ranks, mean over layers and steps; a layer takes as long as
+    its busiest rank. worst: the same of the worst step. num_copies: mean number of copies in a layer, on all ranks.
     """
 
     copies_per_rank: int
@@ -74,11 +74,11 @@ def _outcome(history: LoadHistory, copies: int, *, ep_size: int, every: int) -> 
 
 
 def copies_table(run: Path, copies: Sequence[int], *, ep_size: int | None, every: int) -> RenderableType:
-    """The outcomes for the terminal. ep_size: None for that of the run. Raises InvalidValue as `outcomes_of`."""
+    """The outcomes as a table for the terminal. ep_size: None for that of the run. Raises as `outcomes_of`."""
     config = config_from_yaml_file(run / CONFIG_FILE)
     ep_size = ep_size or config.parallel.ep_size_of(config.cluster.num_workers)
     history = read_load_history(run)
-    ExpertPlacement(min(history.layout.num_experts), ep_size)
+    ExpertPlacement(min(history.layout.num_experts), ep_size)  # raises where a rank would hold no expert
     outcomes = outcomes_of(history, copies, ep_size=ep_size, every=every)
     table = new_table(("copies\na rank", "busiest\nrank", "worst\nstep", "copies\na layer", "of the excess\nleft"))
     excess = outcomes[0].busiest - 1

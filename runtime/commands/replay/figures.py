@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.commands.replay.play import Played, max_vio_by_step
+from runtime.commands.replay.play import SimulatedLaw, max_vio_by_step
 from runtime.commands.replay.trace import Trace
 
 MEAN_OVER = 5  # steps that must be within the threshold on average
-KEPT = 0.5  # of the steps that follow must be so too: a fresh router is even, and no law has balanced it
+# Share of the later means that must be within the threshold too: the load of a fresh router is even for some steps,
+# which no law has done.
+KEPT = 0.5
 STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 
 
@@ -17,8 +19,7 @@ STEADY_SHARE = 0.25  # of the steps before the shift, at their end
 class LawFigures:
     """The figures of one law on one trace.
 
-    balanced_after: updates until the next MEAN_OVER steps are within the threshold on average, and KEPT of all that
-    follow up to the shift; None if never.
+    balanced_after: number of updates before balance, see `first_balanced`; up to the shift; None if never.
     recovered_after: the same, counted from the shift. max_vio_batch, max_vio_global, regret: over the steady
     steps, the last quarter before the shift; MaxVio_global is that of their summed load. regret: share of the best
     scores that the chosen ones lack. Means over layers.
@@ -31,20 +32,20 @@ class LawFigures:
     regret: float
 
 
-def figures_of(played: Played, trace: Trace, threshold_S: NDArray[np.float64]) -> LawFigures:
-    """The figures of what `play` returned. threshold_S: (S,), MaxVio_batch that counts as balanced in each step."""
+def figures_of(simulated: SimulatedLaw, trace: Trace, threshold_S: NDArray[np.float64]) -> LawFigures:
+    """The figures of one law. threshold_S: (S,), MaxVio_batch that counts as balanced in each step."""
     slices, steps = trace.layout.slices, steady_steps(trace)
-    vio_S = max_vio_by_step(played.counts, slices)
+    vio_S = max_vio_by_step(simulated.counts, slices)
     steady = slice(steps[0] - trace.steps[0], steps[-1] + 1 - trace.steps[0])
     shift = steady.stop
     share_S = vio_S / threshold_S
-    load_1N = played.counts[steady].sum(0, keepdims=True)
+    load_1N = simulated.counts[steady].sum(0, keepdims=True)
     return LawFigures(
         balanced_after=first_balanced(share_S[:shift]),
         recovered_after=first_balanced(share_S[shift:]) if shift < len(vio_S) else None,
         max_vio_batch=float(vio_S[steady].mean()),
         max_vio_global=float(max_vio_by_step(load_1N, slices)[0]),
-        regret=float(played.regret[steady].mean()),
+        regret=float(simulated.regret[steady].mean()),
     )
 
 
@@ -55,9 +56,10 @@ def steady_steps(trace: Trace) -> range:
 
 
 def first_balanced(share_S: NDArray[np.float64]) -> int | None:
-    """Index of the first step from which MEAN_OVER shares of the threshold are at most 1 on average, for good.
+    """Index of the first step that begins a balanced window, and from which KEPT of all windows are balanced.
 
-    For good: so are KEPT of all runs of MEAN_OVER steps from there on. None if there is no such step.
+    share_S: MaxVio over its threshold. A window is MEAN_OVER steps; it is balanced if its mean share is at most 1.
+    None if there is no such step.
     """
     if len(share_S) < MEAN_OVER:
         return None

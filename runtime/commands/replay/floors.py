@@ -13,24 +13,24 @@ from dispatch.laws import BalanceConfig, Law
 from dispatch.laws.load_metrics import max_vio, max_vio_floor
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import biased_scores, count_by_expert, ordered_topk
-from runtime.commands.replay.play import Player
+from runtime.commands.replay.play import LawSimulator
 from runtime.commands.replay.trace import Trace
 
-REACH = 6  # steps on either side whose scores a floor may see
+REACH = 6  # steps before and after a step, whose scores give the bias that is tried on it
 MIN_NEIGHBOURS = 6
-SMOOTHED = 5  # samples; one is of a few layers, and swings by a tenth
+SMOOTHED = 5  # samples in a moving average: a sample, the mean of a few layers, varies by a tenth
 STRIDE = 4  # tokens of one sequence resemble each other: the others say little more
 NUM_ROUNDS = 8  # updates of the bias; each sees all neighbours
-NUM_SAMPLES = 128  # steps that are tried
+NUM_SAMPLES = 128  # steps whose floor is computed; between them it is interpolated
 
 
 def floor_by_step(trace: Trace) -> NDArray[np.float64]:
-    """MaxVio_batch that the best constant bias for a step would leave when it may not see the step itself, (S,).
+    """The practical floor, (S,): the MaxVio_batch that the best constant bias leaves in a step that it has not seen.
 
-    For some steps, the bias that balances their neighbours together is tried on the step. What is left is chance, of
-    which tokens that come in sequences have more than independent ones, and what changes within REACH steps: much where
-    a router is young or the text has just shifted. Between these steps it is interpolated. NaN in all steps where the
-    trace, or a side of its shift, is too short to tell.
+    The bias that balances the REACH steps before and after together is tried on the step. What it leaves is chance
+    (more than with independent tokens, as tokens come in sequences), and what changes within REACH steps: much where a
+    router is young or the text has just shifted. Computed for NUM_SAMPLES steps and interpolated between them. NaN in
+    all steps where the trace, or a side of its shift, has too few steps.
     """
     values = np.full(len(trace.steps), np.nan)
     for side in _sides(trace):
@@ -69,16 +69,16 @@ def _floor_of(trace: Trace, step: int, side: range) -> float:
 
 
 def _balancing_bias(scores_TE: Tensor, router: RouterConfig) -> Tensor:
-    """The bias under which these tokens load all experts alike, fp32 (E,): Newton's law with an ever smaller rate.
+    """The bias under which these tokens load all experts alike, fp32 (E,): by Newton's law with a falling rate.
 
-    Where groups limit the choice, `newton` swings and `adaptive` finds its own gain.
+    Where groups limit the choice `newton` oscillates: `adaptive`, which finds its own gain, takes its place.
     """
     if router.num_groups > 1:
         config = [BalanceConfig(law="adaptive")] * NUM_ROUNDS
     else:
         config = [BalanceConfig(law="newton", rate=1.0 / (1 + round_ / 4)) for round_ in range(NUM_ROUNDS)]
     layout = LoadLayout(("layer",), (scores_TE.shape[1],), (True,))
-    player = Player(config[0], layout, router)
+    player = LawSimulator(config[0], layout, router)
     for round_, each in enumerate(config, 1):
         player.law = Law(each, layout)
         player.step(round_, [scores_TE])

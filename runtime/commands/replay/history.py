@@ -18,8 +18,8 @@ from workers.record.statistic_log import STATISTICS, StatisticHistory
 class Reproduction:
     """How far the recorded bias follows from the recorded counts.
 
-    num_equal: steps, from the first on, whose bias came out the same bit for bit. problem: why it ends before
-    num_steps, None where it does not.
+    num_equal: number of steps, from the first on, whose bias was reproduced bit for bit. problem: why it is less than
+    num_steps; None where it is not.
     """
 
     num_steps: int
@@ -41,7 +41,7 @@ def reproduce_bias(run: Path) -> Reproduction:
     """Apply the run's law to the counts of every step, from the first on, and compare with the bias that it used.
 
     Raises:
-        ValueError: it is not a run, or a record of it is damaged.
+        InvalidValue: `run` is no run, or a record of it is damaged.
     """
     history = read_load_history(run)
     steps = history.steps.tolist()

@@ -1,4 +1,4 @@
-"""Laws in closed loop on a trace: each chooses the experts of every step by its own bias, and learns from what it did.
+"""Simulates laws on a trace: each chooses experts by its bias and updates it by the load that results, step by step.
 
 Shapes: S steps of the trace, N experts of all layers, T tokens, E experts of a layer, K top-k.
 """
@@ -21,17 +21,17 @@ from runtime.commands.replay.trace import Trace
 
 
 @dataclass(frozen=True)
-class Played:
-    """What one law did on a trace."""
+class SimulatedLaw:
+    """The loads and biases of one law on a trace."""
 
     config: BalanceConfig
     counts: NDArray[np.int64]  # (S, N)
-    bias: NDArray[np.float32]  # (S, N), what chose at each step
-    regret: NDArray[np.float64]  # (S,), 1 - scores of the chosen / scores of the best, over all layers
+    bias: NDArray[np.float32]  # (S, N), the bias by which each step was routed
+    regret: NDArray[np.float64]  # (S,), 1 - sum of the chosen scores / sum of the top-k scores, over all layers
 
 
-class Player:
-    """One law on its way through a trace; `step` once for each step, in order."""
+class LawSimulator:
+    """Simulates one law. Call `step` for each step of the trace, in order; `result` has all steps so far."""
 
     def __init__(self, config: BalanceConfig, layout: LoadLayout, router: RouterConfig) -> None:
         self.law: Law = Law(config, layout)
@@ -61,34 +61,34 @@ class Player:
         scale = torch.zeros(()) if scales is None else scales[layer]
         return RouterChoice(scores_TE, biased_TE, ordered_topk(biased_TE, router.top_k), bias_E, scale)
 
-    def played(self) -> Played:
-        """Return everything so far."""
+    def result(self) -> SimulatedLaw:
+        """Return the steps so far."""
         loads, biases, regrets = zip(*self._rows, strict=True)
-        return Played(
+        return SimulatedLaw(
             self.law.config, torch.stack(loads).numpy(), torch.stack(biases).numpy(), np.array(regrets, np.float64)
         )
 
 
-def play(
+def simulate_laws(
     trace: Trace, laws: Mapping[str, BalanceConfig], on_step: Callable[[int], None] = lambda _: None
-) -> dict[str, Played]:
-    """Play all laws side by side: the scores of a step are read once. `on_step` hears of each step that is done.
+) -> dict[str, SimulatedLaw]:
+    """Simulate all laws together, so that the scores of a step are read once. `on_step` is called after each step.
 
     Raises:
-        ValueError: a law is not fit for the trace's groups.
+        InvalidValue: the trace routes by groups and a law cannot.
     """
     for config in laws.values():
         if trace.router.num_groups > 1 and not config.entry.group_limited:
             raise InvalidValue(
                 f"law {config.law!r} is not fit for routing that is limited to groups, as {trace.name} is; leave it out"
             )
-    players = {label: Player(config, trace.layout, trace.router) for label, config in laws.items()}
+    players = {label: LawSimulator(config, trace.layout, trace.router) for label, config in laws.items()}
     for step in trace.steps:
         scores = trace.scores(step)
         for player in players.values():
             player.step(step, scores)
         on_step(step)
-    return {label: player.played() for label, player in players.items()}
+    return {label: player.result() for label, player in players.items()}
 
 
 def max_vio_by_step(counts: NDArray[np.int64], slices: tuple[slice, ...]) -> NDArray[np.float64]:

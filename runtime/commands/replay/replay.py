@@ -1,4 +1,4 @@
-"""Recomputes the bias of a run, and plays other laws on the router scores that it recorded."""
+"""Recomputes the bias of a run, and simulates other laws on the router scores that it recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from runtime.commands.out import out_dir
 from runtime.commands.replay.chart import write_chart
 from runtime.commands.replay.comparison import Comparison, compare
 from runtime.commands.replay.history import Reproduction, reproduce_bias
-from runtime.commands.replay.play import Played, play
+from runtime.commands.replay.play import SimulatedLaw, simulate_laws
 from runtime.commands.replay.score_trace import NoScoresError, RecordedTrace
 from runtime.commands.replay.specs import parse_law
 from runtime.commands.replay.starts import read_starts
@@ -24,7 +24,6 @@ from runtime.commands.results import write_json
 from runtime.terminal.say import say
 
 DEFAULT_LAWS = ("sign:u=0.001", "adaptive")  # the published rule as published, and ours
-NAME = "replay"
 
 
 def replay(
@@ -48,7 +47,7 @@ def replay(
         The exit code: 1 where the biases were not reproduced bit for bit.
 
     Raises:
-        ValueError: a law, the shift or the first step is wrong, or laws were asked for and the run has no scores.
+        InvalidValue: a law, the shift or the first step is wrong, or laws were asked for and the run has no scores.
     """
     chosen = {spec: parse_law(spec) for spec in laws or DEFAULT_LAWS}
     console = Console(highlight=False)
@@ -60,43 +59,39 @@ def replay(
         if laws:
             raise
         say(console, str(error))
-        return _exit_code(reproduction)
+        return int(not reproduction.is_exact)
     with one_thread():
-        comparison = compare(trace, play_with_progress(trace, _with_own(run, chosen)), threshold)
+        comparison = compare(trace, simulate_with_progress(trace, _with_own(run, chosen)), threshold)
     console.print(as_table(comparison))
     for path in _write(out_dir(out or run), comparison, reproduction, trace):
         say(console, str(path))
-    return _exit_code(reproduction)
-
-
-def _exit_code(reproduction: Reproduction) -> int:
-    return 0 if reproduction.is_exact else 1
+    return int(not reproduction.is_exact)
 
 
 def _with_own(run: Path, chosen: Mapping[str, BalanceConfig]) -> dict[str, BalanceConfig]:
     """The law that the run ended with, then the others, without the one that is the same."""
     own = read_starts(run)[-1].balance
-    label = f"{own.law}:{'u' if own.law == 'sign' else 'rate'}={own.rate_at(1):g}, the run's own"
+    rate_key = "u" if own.law == "sign" else "rate"  # `parse_law` reads both; u is the name in the sign law's paper
+    label = f"{own.law}:{rate_key}={own.rate_at(1):g}, the run's own"
     return {label: own, **{spec: config for spec, config in chosen.items() if not _same(config, own)}}
 
 
 def _same(left: BalanceConfig, right: BalanceConfig) -> bool:
-    """Whether both settings give the same law: a rate that was left to the law's default is filled in."""
+    """Whether both settings give the same law: a rate of None counts as the law's default."""
     filled = [each if each.needs_horizon else replace(each, rate=each.rate_at(1)) for each in (left, right)]
     return filled[0] == filled[1]
 
 
-def play_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, Played]:
-    """`play` with a bar on the terminal."""
+def simulate_with_progress(trace: Trace, laws: Mapping[str, BalanceConfig]) -> dict[str, SimulatedLaw]:
+    """`simulate_laws` with a bar on the terminal; schedules of the rate span the trace."""
     num_steps = len(trace.steps)
-    # A rate that falls over a run falls over the length of the trace here.
     laws = {
         label: replace(config, horizon=config.horizon or num_steps) if config.needs_horizon else config
         for label, config in laws.items()
     }
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"playing {len(laws)} laws", total=num_steps)
-        return play(trace, laws, lambda step: progress.update(task, completed=step))
+        task = progress.add_task(f"simulating {len(laws)} laws", total=num_steps)
+        return simulate_laws(trace, laws, lambda step: progress.update(task, completed=step))
 
 
 @contextmanager
@@ -112,10 +107,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> Iterator[Path]:
+def _write(folder: Path, comparison: Comparison, reproduction: Reproduction, trace: RecordedTrace) -> list[Path]:
+    """Write replay.json and replay.png. Returns their paths."""
+    record, picture = folder / "replay.json", folder / "replay.png"
     values = {"own_bias": asdict(reproduction), "training_steps": trace.training_steps, **comparison.to_json()}
-    record = folder / f"{NAME}.json"
     write_json(record, values)
-    yield record
-    write_chart(comparison, picture := folder / f"{NAME}.png")
-    yield picture
+    write_chart(comparison, picture)
+    return [record, picture]

@@ -23,7 +23,7 @@ _Pieces = list[tuple[Path, RecordPlace]]  # of one layer, in the order of ranks 
 
 
 class NoScoresError(InvalidValue):
-    """The run recorded none, or no step of which all ranks have all."""
+    """The run has no recorded scores, or no step that all ranks recorded completely."""
 
 
 class RecordedScores:
@@ -85,7 +85,8 @@ class RecordedTrace:
     first: training step to begin at, as if balancing began there, with a router that has trained; None: the first.
 
     Raises:
-        NoScoresError: the run has none. ValueError: the training step `shift` or `first` is outside of them.
+        NoScoresError: the run has no scores.
+        InvalidValue: the training step `shift` or `first` is outside of the recorded ones.
     """
 
     def __init__(self, run: Path, shift: int | None = None, first: int | None = None) -> None:
@@ -134,7 +135,7 @@ class RecordedTrace:
 
 
 def _folders(run: Path) -> list[tuple[Path, float]]:
-    """The folder of each start that recorded, and the step from which a later start took over."""
+    """The folder of each start that recorded scores, and the step from which a later start replaced it."""
     first_steps = [start.first_step for start in read_starts(run)]
     found = []
     for folder in sorted((run / SCORES).glob("from_" + "[0-9]" * 8)):

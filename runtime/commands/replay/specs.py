@@ -15,7 +15,7 @@ def parse_law(spec: str, option: str = "--law") -> BalanceConfig:
     option: of the command line that has the spec, for the error.
 
     Raises:
-        ValueError: names the option, the spec and what is wrong with it.
+        InvalidValue: names the option, the spec and what is wrong with it.
     """
     name, _, rest = spec.partition(":")
     settings: dict[str, object] = {}
@@ -24,7 +24,7 @@ def parse_law(spec: str, option: str = "--law") -> BalanceConfig:
     for part in rest.split(",") if rest else ():
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InvalidValue(f"{option} {spec}: {part!r} must be KEY=VALUE, as in sign:u=0.003")
+            raise InvalidValue(f"{option} {spec}: {part!r:.60} must be KEY=VALUE, as in sign:u=0.003")
         key = SHORT_KEYS.get(key, key)
         if key in ("schedule", "module"):
             settings[key] = value
@@ -42,4 +42,4 @@ def _number(where: str, key: str, value: str) -> float | int:
     try:
         return int(value) if key == "horizon" else float(value)
     except ValueError:
-        raise InvalidValue(f"{where}: {key} is {value!r}; it must be a number") from None
+        raise InvalidValue(f"{where}: {key} is {value!r:.60}; it must be a number") from None

@@ -15,7 +15,7 @@ from workers.record.run_log import read_events
 
 @dataclass(frozen=True)
 class BalanceStart:
-    """A start or a resumption of a run. first_step: the first that it trained. balance: with its horizon."""
+    """A start or a resume of a run. first_step: the first step that it trained. balance: with its horizon."""
 
     first_step: int
     balance: BalanceConfig
@@ -31,7 +31,7 @@ def read_starts(run: Path) -> list[BalanceStart]:
 
 
 def balance_at(starts: list[BalanceStart], step: int) -> BalanceConfig:
-    """What was in force at a step: the newest start that trained it. Raises ValueError where none did."""
+    """The settings at a step: those of the newest start that trained it. Raises InvalidValue where none did."""
     for start in reversed(starts):
         if start.first_step <= step:
             return start.balance

@@ -1,4 +1,4 @@
-"""What laws are played on: the scores of one run of a router, step by step, recorded or simulated.
+"""What laws are simulated on: the router scores of a run, step by step, recorded or made up.
 
 Shapes: T tokens of a step (may differ by step and be 0), E experts of a layer.
 """

@@ -33,7 +33,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Submit, follow, list or stop. Returns the exit code: of a job that is followed, the job's own."""
-    if not (options.command or options.list or options.logs or options.stop):
+    asks_only = options.list or options.logs or options.stop
+    if options.command and asks_only:
+        options.refuse("--list, --logs and --stop run nothing; leave out the command behind --")
+    if not (options.command or asks_only):
         options.refuse("nothing to run; give a command of trimtab behind --, as in: trimtab submit -- train --name a")
     from runtime.commands.submit.jobs import JobsUnavailable, submit
 

@@ -79,7 +79,7 @@ def upload_bytes(folder: Path) -> int:
 
 
 def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> str:
-    """The shell command of the job: `python -m runtime`, which finds the uploaded code before any that is installed.
+    """The shell command of the job: `python -m runtime` imports the uploaded code before any that is installed.
 
     Its working directory ends with the cluster, so a run's folder is named in full.
     """
@@ -92,12 +92,19 @@ def _entrypoint(command: Sequence[str], folder: Path, *, shares_files: bool) -> 
 
 
 def _placed(words: Sequence[str], *, shares_files: bool) -> list[str]:
-    """Options that a training needs to find the cluster, and to write where it can be found; the user's own win."""
+    """The options --cluster.address and --run.dir that a training needs on the cluster, unless the user gave them.
+
+    Raises:
+        InvalidValue: a path would not be found from the folder of the job.
+    """
     names = [word.partition("=")[0] for word in words]
     more = [] if "--cluster.address" in names else ["--cluster.address", "auto"]
-    if "--resume" in names and not any(word.startswith(("/", "--resume=/")) for word in words):
-        raise InvalidValue("--resume of a job needs the full path of the run: the job works in a folder of its own")
-    if "--resume" in names or "--run.dir" in names:
+    if "--resume" in names:
+        index = names.index("--resume")
+        if not (words[index].partition("=")[2] or (*words, "")[index + 1]).startswith("/"):
+            raise InvalidValue("--resume of a job needs the full path of the run: the job works in a folder of its own")
+        return more
+    if "--run.dir" in names:
         return more
     if not shares_files:
         raise InvalidValue("give --run.dir a full path that the cluster's nodes share: this machine is none of them")
@@ -149,7 +156,7 @@ def _jobs(client: Any) -> list[Any]:
 def _check_known(client: Any, job_id: str) -> None:
     known = [job.submission_id for job in _jobs(client)]
     if job_id not in known:
-        raise InvalidValue(f"the cluster has no job {job_id!r}; it has {', '.join(known[-5:]) or 'none'}")
+        raise InvalidValue(f"the cluster has no job {job_id!r:.60}; it has {', '.join(known[-5:]) or 'none'}")
 
 
 def _job_api(address: str) -> tuple[str, Access | None]:

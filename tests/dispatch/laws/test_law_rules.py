@@ -13,7 +13,7 @@ from dispatch.laws import LAWS, BalanceConfig, Law, LawState, register_law
 from dispatch.layout import LoadLayout
 from dispatch.routing.selection import ordered_topk
 from dispatch.routing.statistics import HISTOGRAM_BINS, CutoffHistogram, RouterChoice
-from runtime.commands.replay.play import Player, max_vio_by_step, play
+from runtime.commands.replay.play import LawSimulator, max_vio_by_step, simulate_laws
 from runtime.commands.replay.simulation import RouterSimulation
 
 OURS = [
@@ -138,10 +138,10 @@ def test_adaptive_takes_a_whole_step_first_shrinks_it_in_noise_and_starts_anew_a
 
 def test_warm_jumps_then_steps_and_jumps_again_after_a_shift():
     trace = RouterSimulation(seed=0, num_steps=24, shift_step=15, router=RouterConfig(num_experts=16, top_k=2))
-    player = Player(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.router)
+    player = LawSimulator(BalanceConfig(law="warm", rate=1e-4), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    moved = np.abs(np.diff(player.played().bias, axis=0)).max(1)
+    moved = np.abs(np.diff(player.result().bias, axis=0)).max(1)
     assert (moved[:3] > 0.005).all()
     assert (moved[3:14] < 3e-4).all()
     assert moved[14] > 0.05 and (moved[18:] < 3e-4).all()
@@ -185,28 +185,28 @@ def test_in_closed_loop_every_law_balances_and_holds_without_swinging(name):  # 
     trace = RouterSimulation(
         seed=3, num_steps=60, shift_step=None, router=RouterConfig(num_experts=16, top_k=2), num_sequences=64
     )
-    player = Player(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.router)
+    player = LawSimulator(BalanceConfig(law=name, rate=rates.get(name)), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    played = player.played()
-    vio = max_vio_by_step(played.counts, trace.layout.slices)
+    simulated = player.result()
+    vio = max_vio_by_step(simulated.counts, trace.layout.slices)
     assert vio[0] > 1.5  # without a bias
     assert vio[30:].mean() < 0.5 and vio[30:].max() < 1.0
-    swing = np.abs(np.diff(played.bias[30:], axis=0)).max()
+    swing = np.abs(np.diff(simulated.bias[30:], axis=0)).max()
     # Half or the whole of a step follows the chance of one batch: these two swing with it.
-    assert swing < (0.35 if name in ("newton", "quantile") else 0.15) * np.ptp(played.bias[-1])
-    assert np.abs(played.bias.sum(1)).max() < 1e-5
-    assert (played.regret >= 0).all() and played.regret[-1] < 0.1
+    assert swing < (0.35 if name in ("newton", "quantile") else 0.15) * np.ptp(simulated.bias[-1])
+    assert np.abs(simulated.bias.sum(1)).max() < 1e-5
+    assert (simulated.regret >= 0).all() and simulated.regret[-1] < 0.1
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_adaptive_finds_the_scale_of_the_scores_by_itself(score):
     router = RouterConfig(num_experts=32, top_k=4, score=score)
     trace = RouterSimulation(seed=4, num_steps=40, shift_step=None, router=router, num_sequences=64)
-    player = Player(BalanceConfig(law="adaptive"), trace.layout, trace.router)
+    player = LawSimulator(BalanceConfig(law="adaptive"), trace.layout, trace.router)
     for step in trace.steps:
         player.step(step, trace.scores(step))
-    assert max_vio_by_step(player.played().counts, trace.layout.slices)[15:].mean() < 0.5
+    assert max_vio_by_step(player.result().counts, trace.layout.slices)[15:].mean() < 0.5
 
 
 def test_every_law_that_is_registered_for_group_limits_balances_them():
@@ -217,8 +217,8 @@ def test_every_law_that_is_registered_for_group_limits_balances_them():
     rates = dict.fromkeys(("sign", "multiplicative", "rms", "smebu"), 0.02) | {"proportional": 0.05}
     laws = {name: BalanceConfig(law=name, rate=rates.get(name)) for name in names}
     vio = {
-        name: max_vio_by_step(played.counts, trace.layout.slices)[20:].mean()
-        for name, played in play(trace, laws).items()
+        name: max_vio_by_step(simulated.counts, trace.layout.slices)[20:].mean()
+        for name, simulated in simulate_laws(trace, laws).items()
     }
     assert vio.pop("none") > 1.2
     assert all(each < 0.5 for each in vio.values()), vio

@@ -6,7 +6,7 @@ import pytest
 
 from dispatch.laws import BalanceConfig
 from runtime.cli import main
-from runtime.commands.bench.balance.benchmark import BEST, OTHERS
+from runtime.commands.bench.balance.benchmark import BEST, DEFAULT_LAWS
 from runtime.commands.bench.balance.verdict import PUBLISHED, TUNED, verdicts
 from runtime.commands.replay.comparison import Comparison, LawOutcome
 from runtime.commands.replay.figures import LawFigures
@@ -65,8 +65,8 @@ def test_never_counts_as_the_whole_trace_and_at_once_as_one_step() -> None:
 
 
 def test_the_laws_of_the_benchmark_are_laws() -> None:
-    assert {BEST, PUBLISHED} <= set(OTHERS)
-    for spec in OTHERS:
+    assert {BEST, PUBLISHED} <= set(DEFAULT_LAWS)
+    for spec in DEFAULT_LAWS:
         parse_law(spec)
 
 
@@ -81,14 +81,19 @@ def test_a_short_benchmark_prints_draws_and_records(tmp_path, capsys) -> None:
     values = json.loads((tmp_path / "balance.json").read_text())
     (trace,) = values["traces"]
     assert (trace["steps"], trace["shift_step"]) == ([1, 40], 25)
-    assert set(trace["laws"]) == {*OTHERS, "sign:u=0.02"}
+    assert set(trace["laws"]) == {*DEFAULT_LAWS, "sign:u=0.02"}
     assert len(values["verdicts"]) == 5
     assert (tmp_path / "simulation-seed-0.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--seeds", "0"], "--run RUN"), (["--law", "pid"], "'pid'"), (["--run", "no-such-run"], "no-such-run")],
+    [
+        (["--seeds", "0"], "--run RUN"),
+        (["--law", "pid"], "'pid'"),
+        (["--run", "no-such-run"], "no-such-run"),
+        (["--first", "5"], "--first 5 is a step of recorded runs"),
+    ],
 )
 def test_mistakes_are_named(arguments, said, tmp_path, capsys) -> None:
     assert main(["bench", "balance", *arguments, "--out", str(tmp_path)]) == 2

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dispatch.errors import InvalidValue
 from runtime.cli import main
 from runtime.commands.submit import jobs
 
@@ -28,3 +29,18 @@ def test_without_a_cluster_it_says_how_to_get_one(monkeypatch, tmp_path, capsys)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["submit", "--list"]) == 1
     assert "no node of a cluster; start one with `trimtab cluster up`" in capsys.readouterr().err
+
+
+def test_a_command_beside_a_question_is_refused(capsys):
+    assert main(["submit", "--list", "--", "train"]) == 2
+    assert "--list, --logs and --stop run nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [("--resume", "a"), ("--resume=a",)])
+def test_the_path_that_resume_needs_is_its_own(resume, tmp_path):
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__main__.py").touch()
+    with pytest.raises(InvalidValue, match="--resume of a job needs the full path"):
+        jobs._entrypoint(["train", *resume, "--data.path", "/text"], tmp_path, shares_files=True)
+    told = jobs._entrypoint(["train", "--resume", "/runs/a"], tmp_path, shares_files=True)
+    assert told == "python -m runtime train --resume /runs/a --cluster.address auto"

@@ -1,4 +1,4 @@
-"""Plays the laws on all traces, prints the results, and writes figures and pictures."""
+"""Simulates the laws on all traces, prints the results, and writes figures and pictures."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dispatch.errors import InvalidValue
 from runtime.commands.bench.balance.verdict import TUNED, Verdict, verdicts
 from runtime.commands.replay.chart import write_chart
 from runtime.commands.replay.comparison import Comparison, compare
-from runtime.commands.replay.replay import one_thread, play_with_progress
+from runtime.commands.replay.replay import one_thread, simulate_with_progress
 from runtime.commands.replay.score_trace import RecordedTrace
 from runtime.commands.replay.simulation import RouterSimulation
 from runtime.commands.replay.specs import parse_law
@@ -24,21 +24,23 @@ from runtime.terminal.quantities import three_digits
 from runtime.terminal.tables import new_table
 
 BEST = "adaptive"
-# Laws at their own rates, but for smebu, whose published rate is meant for ten times the steps.
-OTHERS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
+# Laws at their default rates, except smebu, whose published rate is meant for ten times the steps.
+DEFAULT_LAWS = ("none", *TUNED, "proportional", "rms", "smebu:rate=0.01", "quantile", "newton", "warm", BEST)
 
 
 def run_benchmark(
     num_seeds: int, num_steps: int, runs: Sequence[str], first: int | None, laws: Sequence[str], out: Path
 ) -> int:
-    """Play all laws on every trace and show the results. Returns the exit code: 0, even if a goal is missed.
+    """Simulate all laws on every trace and show the results. Returns the exit code: 0, even if a goal is missed.
 
-    first: training step from which the runs are played a second time, None for once alone.
+    first: training step from which the runs are used a second time; None for once alone.
 
     Raises:
-        ValueError: a law or a run is wrong.
+        InvalidValue: a law or a run is wrong, or there is `first` without a run.
     """
-    chosen = {spec: parse_law(spec) for spec in (*OTHERS, *laws)}
+    if first is not None and not runs:
+        raise InvalidValue(f"--first {first} is a step of recorded runs; name them by --run RUN, or leave --first out")
+    chosen = {spec: parse_law(spec) for spec in (*DEFAULT_LAWS, *laws)}
     traces: list[Trace] = [RecordedTrace(find_run(name)) for name in runs]
     traces += [RecordedTrace(find_run(name), first=first) for name in runs if first is not None]
     shift = num_steps * 5 // 8
@@ -50,7 +52,7 @@ def run_benchmark(
     for trace in traces:
         fit = {spec: law for spec, law in chosen.items() if trace.router.num_groups == 1 or law.entry.group_limited}
         with one_thread():
-            comparison = compare(trace, play_with_progress(trace, fit))
+            comparison = compare(trace, simulate_with_progress(trace, fit))
         comparisons.append(comparison)
         console.print(as_table(comparison))
         console.print()

@@ -3,7 +3,7 @@
 import argparse
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import int_from, positive
 from runtime.commands.out import out_dir
 
 HELP = "The balancing laws on simulated routers and recorded runs, beside the published law, tuned."
@@ -21,10 +21,16 @@ def add_arguments(parser: CommandParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--seeds", type=whole(0), default=3, metavar="N", help="simulated routers, seeds 0 to N - 1 (%(default)s)")
-    add("--steps", type=whole(40), default=400, metavar="N", help="steps of each; the text shifts at 5/8 (%(default)s)")
+    add("--seeds", type=int_from(0), default=3, metavar="N", help="simulated routers, seeds 0 to N - 1 (%(default)s)")
+    add(
+        "--steps",
+        type=int_from(40),
+        default=400,
+        metavar="N",
+        help="steps of each, a shift of text at 5/8 (%(default)s)",
+    )
     add("--run", action="append", default=[], metavar="RUN", help="a run with recorded scores; may be repeated")
-    add("--first", type=whole(1), metavar="STEP", help="play the runs from this training step on too, without a bias")
+    add("--first", type=positive, metavar="STEP", help="use the runs from this training step on too, without a bias")
     add("--law", action="append", default=[], metavar="SPEC", help="one more law, as smebu:rate=0.02; may be repeated")
     add("--out", default=OUT_DIR, metavar="DIR", help="folder of pictures and figures (%(default)s)")
 

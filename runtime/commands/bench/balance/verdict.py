@@ -1,4 +1,4 @@
-"""The best law against the sign law, tuned for each figure apart."""
+"""Compares the best law with the sign law, whose rate is chosen anew for each figure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ TUNED = (PUBLISHED, "sign:u=0.003", "sign:u=0.01")
 class Verdict:
     """A claim about the best law and whether it holds on one trace.
 
-    ours, theirs: the compared figures; None means never. reached: whether ours is better by the factor of the claim.
+    ours, theirs: the compared figures; None means never. times: theirs over ours. at_least: theirs is never, and counts
+    as the length of the trace. reached: whether `times` is at least the factor of the claim.
     """
 
     claim: str
     trace: str
     ours: float | None
     theirs: float | None
-    times: float  # at least this many times better, where theirs is "never" within the trace
+    times: float
     at_least: bool
     reached: bool
 

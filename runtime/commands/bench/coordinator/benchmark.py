@@ -22,7 +22,7 @@ from runtime.commands.results import write_measurement
 from runtime.job.coordinator import CoordinatorClient, CoordinatorPolicy, start_coordinator
 from runtime.terminal.progress_line import ProgressLine
 
-LOAD_LAWS = ("sign", "newton", "quantile")  # no statistic, one number an expert, a histogram an expert
+LOAD_LAWS = ("sign", "newton", "quantile")  # their statistics: none, one number an expert, a histogram an expert
 
 
 def run_benchmark(case: ControlCase, out: Path) -> int:
@@ -64,7 +64,7 @@ def _coordinator() -> Iterator[CoordinatorClient]:
     actor = start_coordinator(RUN_ID)
     try:
         ray.get(actor.status.remote(), timeout=LIMIT_S)
-        # Less than a collective waits, so that a coordinator that does not answer is named before the ranks time out.
+        # Shorter than the timeout of collectives, so that a coordinator that does not answer is what is reported.
         yield CoordinatorClient(actor, LIMIT_S / 3)
     finally:
         ray.kill(actor)
@@ -73,7 +73,7 @@ def _coordinator() -> Iterator[CoordinatorClient]:
 def _measure_loads(case: ControlCase, client: CoordinatorClient, progress: ProgressLine) -> dict[str, LoadFigures]:
     names = list(dict.fromkeys((*LOAD_LAWS, case.law)))
     figures = {}
-    # The largest reports first: a coordinator refuses what is too large for the laws that it has seen.
+    # The largest reports first: a coordinator refuses reports larger than those of the laws that it has seen.
     for name in sorted(names, key=lambda name: -case.with_law(name).make_law().num_counts):
         small = case.with_law(name)
         progress.show(f"reports of law {name}, {small.layers} x {small.experts} experts")

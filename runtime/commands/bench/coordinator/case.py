@@ -14,7 +14,7 @@ from dispatch.layout import LoadLayout
 from workers.control.wire import MAX_EXPERTS_TOTAL, BiasUpdate, encode
 
 MODELLED = tuple(2**power for power in range(1, 12))  # 2 to 2,048 ranks
-NUM_SUMS = 4  # routed, sent, received, returned: what a training step adds to the counts
+NUM_SUMS = 4  # assignments that were routed, sent, received, returned: a training step sums them with the counts
 _SLOT_BYTES = 32  # of each rank in the summed vector: step, version and two checksums
 _REPORT_LIMIT_BYTES = 16 << 20
 

@@ -3,7 +3,7 @@
 import argparse
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import whole
+from runtime.commands.options import positive
 from runtime.commands.out import out_dir
 
 HELP = "The control path: a round of real ranks and coordinator by phase, and a model of up to 2,048 ranks."
@@ -22,11 +22,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--layers", type=whole(1), default=61, metavar="L", help="MoE layers (%(default)s)")
-    add("--experts", type=whole(1), default=256, metavar="E", help="experts of a layer (%(default)s)")
+    add("--layers", type=positive, default=61, metavar="L", help="MoE layers (%(default)s)")
+    add("--experts", type=positive, default=256, metavar="E", help="experts of a layer (%(default)s)")
     add("--law", default="sign", help="balancing law of the rounds and of the model (%(default)s)")
-    add("--workers", type=whole(1), default=8, metavar="N", help="ranks at most; also 1, 2, 4, ... below (%(default)s)")
-    add("--rounds", type=whole(1), default=50, metavar="N", help="samples of everything (%(default)s)")
+    add("--workers", type=positive, default=8, metavar="N", help="ranks at most; also 1, 2, 4, ... below (%(default)s)")
+    add("--rounds", type=positive, default=50, metavar="N", help="samples of everything (%(default)s)")
     add("--out", default=OUT_DIR, metavar="DIR", help="folder of picture and samples (%(default)s)")
 
 

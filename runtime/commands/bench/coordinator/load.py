@@ -19,8 +19,9 @@ RUN_ID = "bench"
 class LoadFigures:
     """What the reports of one law cost.
 
-    law_s: seconds of the law alone, one sample a step. step_s: from the counts to the checked answer, by where
-    the coordinator runs. report_bytes, answer_bytes: on the wire, without the state that a new coordinator asks for.
+    law_s: seconds of the law alone, one sample a step. step_s: seconds from the counts to the checked answer, by where
+    the coordinator runs (FUNCTION or ACTOR of `measurement`). report_bytes, answer_bytes: of the messages, without the
+    state that a new coordinator asks for.
     """
 
     case: ControlCase
@@ -31,7 +32,7 @@ class LoadFigures:
 
 
 def measure_load(case: ControlCase, places: dict[str, Callable[[bytes], bytes]]) -> LoadFigures:
-    """Send reports to each of the coordinators in `places`, by name."""
+    """Send reports to each coordinator of `places`: by name, a function that takes a report and returns the answer."""
     law = case.make_law()
     law_s, _ = drive(law, None, case.rounds)
     step_s, sizes = {}, (0, 0)
@@ -48,7 +49,7 @@ def drive(
     coordinator: None lets the law run in this process.
 
     Raises:
-        RuntimeError: the coordinator did not answer a report; its time would be that of the law here.
+        RuntimeError: the coordinator did not answer a report, so that the leader applied the law itself.
     """
     sizes = (0, 0)
 

@@ -12,7 +12,10 @@ FUNCTION, ACTOR = "function", "actor"  # where the coordinator runs: in the proc
 
 @dataclass(frozen=True)
 class ControlMeasurement:
-    """Everything that was measured, and the model based on it. hop: None if there is only one rank."""
+    """Everything that was measured, and the model based on it.
+
+    loads: by law. hop: cost of a message between two ranks; with one rank None, and `modelled` is empty.
+    """
 
     case: ControlCase
     loads: dict[str, LoadFigures]

@@ -1,7 +1,7 @@
 """A model of the control path for more ranks than fit: measured hops times their number. Pure; knows no torch.
 
-A step is what one rank alone takes for it, the coordinator's answer included, as measured, and hops: to sum over W
-ranks in one of two ways, and then to broadcast over a binomial tree of ceil(log2 W) hops:
+The time of a step is that of one rank alone, as measured with the coordinator's answer, plus hops: the all-reduce over
+W ranks in one of two ways, then the broadcast over a binomial tree of ceil(log2 W) hops. The two ways:
 
 - tree: `tree_all_reduce` of `workers.control.wire`, which runs: ceil(log2 W) hops up a binomial tree and as many down,
   with all bytes each.
@@ -36,13 +36,13 @@ class HopCost:
         return cls(max(float(alpha_s), 0.0), max(float(beta_s), 0.0))
 
     def seconds(self, num_bytes: float) -> float:
-        """Of one message."""
+        """Seconds of one message."""
         return self.alpha_s + self.beta_s * num_bytes
 
 
 @dataclass(frozen=True)
 class Modelled:
-    """A step at one world size. *_s: from counts to bias. sent_bytes: by a rank, on average; either way the same."""
+    """A step at one world size. *_s: seconds from counts to bias. sent_bytes: mean of the ranks, the same both ways."""
 
     world_size: int
     tree_s: float
@@ -51,7 +51,7 @@ class Modelled:
 
 
 def model(world_size: int, hop: HopCost, alone_s: float, summed_bytes: int, update_bytes: int) -> Modelled:
-    """One world size. alone_s: a step of one rank. summed_bytes: of the reduced vector at this world size."""
+    """Model a step at one world size. alone_s: a step of one rank. summed_bytes: of the vector that is all-reduced."""
     depth, others = math.ceil(math.log2(world_size)), (world_size - 1) / world_size
     after_s = alone_s + depth * hop.seconds(update_bytes)
     return Modelled(

@@ -23,7 +23,7 @@ PHASES = ("reduce", "coordinator", "broadcast")
 
 @dataclass(frozen=True)
 class RoundSamples:
-    """Samples for one world size. seconds: counts to new bias, on the slowest rank. phases: on rank 0."""
+    """Samples for one world size. seconds: from counts to new bias, on the slowest rank. phases: seconds on rank 0."""
 
     world_size: int
     seconds: list[float]
@@ -103,7 +103,7 @@ def _measure_rounds(
 
 
 def _measure_hops(num_bytes: int, num_rounds: int) -> list[float]:
-    """Time a message to the other rank and back, each of which adds it to its own numbers; return half of that."""
+    """Seconds of one hop between ranks 0 and 1: half a round trip. Each receiver also adds what arrives."""
     mine = torch.zeros(-(-num_bytes // 8), dtype=torch.int64)
     arrived = torch.zeros_like(mine)
     seconds = []

@@ -78,7 +78,7 @@ def _modelled_cells(row: Modelled | None) -> list[str]:
 
 
 def _note(measured: ControlMeasurement) -> str:
-    assert measured.hop is not None  # noqa: S101 - the caller looked
+    assert measured.hop is not None  # noqa: S101 - the caller has checked
     return MODEL_NOTE.format(
         alpha=three_digits(1e6 * measured.hop.alpha_s),
         beta=three_digits(1e6 * 2**20 * measured.hop.beta_s),

@@ -86,7 +86,7 @@ class LayerCase:
         return Shape(self.tokens, self.hidden, moe.ffn_hidden, moe.num_experts, moe.top_k)
 
     def make_workload(self) -> Workload | None:
-        """Who chooses what; None leaves it to the router."""
+        """The workload that chooses the experts of all tokens; None leaves the choice to the router."""
         if self.workload is None:
             return None
         return Workload(
@@ -103,7 +103,7 @@ def case_of(given: argparse.Namespace) -> LayerCase:
     """The case that the options ask for; what they leave out comes from --config, then from the defaults.
 
     Raises:
-        ValueError: a value that is impossible, or does not fit this machine or another value.
+        InvalidValue: a value that is impossible, or does not fit this machine or another value.
     """
     workers = _workers(given.workers)
     base = _from_config(load_config(given.config), workers) if given.config else _default(workers)
@@ -151,7 +151,7 @@ def _default(workers: int) -> dict[str, Any]:
 
 def _from_config(config: TrainConfig, workers: int) -> dict[str, Any]:
     run, model, parallel = config.run, config.model, config.parallel
-    # Of the training's own number of workers: the benchmark may have fewer ranks, with the same work each.
+    # Per rank of the training: the benchmark may have fewer ranks, each with as much work as one of the training.
     sequences = run.micro_batch_size or config.sequences_per_rank
     return _default(workers) | {
         "tokens": sequences * -(-model.max_seq_len // parallel.context),
@@ -177,13 +177,13 @@ def _share_of_cores(workers: int) -> int:
 
 
 def _device(given: str, workers: int) -> str:
-    here = launched_ranks_per_node() or workers
-    there_are = torch.cuda.device_count()
+    num_local_ranks = launched_ranks_per_node() or workers
+    num_devices = torch.cuda.device_count()
     if given == "auto":
-        return "cuda" if there_are >= here else "cpu"
-    if given == "cuda" and there_are < here:
+        return "cuda" if num_devices >= num_local_ranks else "cpu"
+    if given == "cuda" and num_devices < num_local_ranks:
         raise InvalidValue(
-            f"--device cuda needs a CUDA device for each of {here} ranks of this machine and torch sees {there_are}; "
-            "lower --workers or take --device cpu"
+            f"--device cuda needs a CUDA device for each of {num_local_ranks} ranks of this machine and torch sees "
+            f"{num_devices}; lower --workers or take --device cpu"
         )
     return given

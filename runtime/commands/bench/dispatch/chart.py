@@ -1,4 +1,4 @@
-"""The picture of `trimtab bench dispatch`: a step by phase above what it cannot do without, for each dtype."""
+"""The picture of `trimtab bench dispatch`: for each dtype, a step by phase above its bare matmuls and all-to-alls."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PHASE_COLORS = {"experts": "blue", "dispatch": "orange", "combine": "green", "re
 LIMIT_COLORS = {"matmuls": "blue", "all-to-all": "orange"}
 LIMIT_ALPHA = 0.45
 BAR_HEIGHT, PAIR_HEIGHT = 0.8, 2.6
-NOTE_SHARE = 0.4  # of the bare bar, for the words behind it
+NOTE_SHARE = 0.4  # of the length of the bare bar: room for the note to its right
 LEAST_SHARE = 0.035  # of the longest bar: a narrower segment has no room for its milliseconds
 
 
@@ -35,12 +35,12 @@ def _draw(figure: FigureBase, figures: dict[str, LayerFigures], lines: tuple[str
     longest_ms = max(step_ms, bare_ms)
     ticks: dict[float, str] = {}
     for number, (dtype, each) in enumerate(figures.items()):
-        at, below = -number * PAIR_HEIGHT, -number * PAIR_HEIGHT - 1
-        ticks |= {at: f"{dtype}, step", below: "bare"}
-        _draw_bar(axes, at, each.phases, PHASE_COLORS, longest_ms, f"{_figure(1e3 * each.wall.measured)} ms")
+        y, y_bare = -number * PAIR_HEIGHT, -number * PAIR_HEIGHT - 1
+        ticks |= {y: f"{dtype}, step", y_bare: "bare"}
+        _draw_bar(axes, y, each.phases, PHASE_COLORS, longest_ms, f"{_figure(1e3 * each.wall.measured)} ms")
         over = 1 / (1 - each.shares["rest"])
         note = f"{_figure(1e3 * sum(each.limits.values()))} ms; the step takes {over:.2f} x that"
-        _draw_bar(axes, below, each.limits, LIMIT_COLORS, longest_ms, note, LIMIT_ALPHA)
+        _draw_bar(axes, y_bare, each.limits, LIMIT_COLORS, longest_ms, note, LIMIT_ALPHA)
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)  # it would run through the milliseconds
@@ -54,7 +54,7 @@ def _draw(figure: FigureBase, figures: dict[str, LayerFigures], lines: tuple[str
 
 def _draw_bar(
     axes: Axes,
-    at: float,
+    y: float,
     seconds: dict[str, float],
     colors: dict[str, str],
     longest_ms: float,
@@ -64,11 +64,11 @@ def _draw_bar(
     start = 0.0
     for name, color in colors.items():
         width = 1e3 * seconds[name]
-        axes.barh(at, width, left=start, height=BAR_HEIGHT, color=THEME[color], alpha=alpha, lw=0)
+        axes.barh(y, width, left=start, height=BAR_HEIGHT, color=THEME[color], alpha=alpha, lw=0)
         if width >= LEAST_SHARE * longest_ms:
-            axes.text(start + width / 2, at, _figure(width), ha="center", va="center", color=_ink(color, alpha))
+            axes.text(start + width / 2, y, _figure(width), ha="center", va="center", color=_ink(color, alpha))
         start += width
-    axes.text(start + 0.01 * longest_ms, at, total, ha="left", va="center")
+    axes.text(start + 0.01 * longest_ms, y, total, ha="left", va="center")
 
 
 def _figure(milliseconds: float) -> str:

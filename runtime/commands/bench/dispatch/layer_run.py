@@ -1,10 +1,9 @@
-"""The measured layer: built from a case, stepped on fresh tokens, asked what a step did.
+"""The measured layer: builds it from a case, runs steps on fresh tokens, and reads phases and bytes of a step.
 
 Shapes: T tokens of this rank (may be 0, may differ by rank and step), H hidden, K top-k.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ Sample = dict[str, float]
 
 @dataclass(frozen=True)
 class RankContext:
-    """This rank among those of the benchmark. node_groups: where an exchange may use them."""
+    """This rank among those of the benchmark. node_groups: None if no exchange of the case can use them."""
 
     group: dist.ProcessGroup
     device: torch.device
@@ -52,26 +51,26 @@ class LayerRun:
 
     layer: MoELayer
     case: LayerCase
-    place: RankContext
+    context: RankContext
     dtype: torch.dtype
     messages: list[Message] = field(default_factory=list)
     _topk_ids_TK: Tensor | None = None
 
     @classmethod
-    def build(cls, case: LayerCase, dtype: torch.dtype, schedule: ScheduleConfig, place: RankContext) -> "LayerRun":
+    def build(cls, case: LayerCase, dtype: torch.dtype, schedule: ScheduleConfig, context: RankContext) -> "LayerRun":
         """A new layer, with memory of its own; its router has the same weights on all ranks and every time."""
         torch.manual_seed(0)
         dispatcher = make_dispatcher(
             case.moe.num_experts,
-            place.group,
+            context.group,
             hidden=case.hidden,
             top_k=case.moe.top_k,
             exchange=case.exchange,
             payload=case.payload,
-            nodes=place.node_groups,
+            nodes=context.node_groups,
         )
-        layer = MoELayer(case.hidden, case.moe, dispatcher, schedule).to(place.device, dtype)
-        run = cls(layer, case, place, dtype)
+        layer = MoELayer(case.hidden, case.moe, dispatcher, schedule).to(context.device, dtype)
+        run = cls(layer, case, context, dtype)
         layer.router.register_forward_hook(run._note_choice)
         dispatcher.meter.messages = []
         return run
@@ -81,7 +80,7 @@ class LayerRun:
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this rank in a step and a gradient of the output, both (T, H)."""
-        case, rank = self.case, self.place.rank
+        case, rank = self.case, self.context.rank
         seed = step * case.workers + rank
         generator = torch.Generator().manual_seed(seed)
         if workload := case.make_workload():
@@ -90,7 +89,7 @@ class LayerRun:
         else:
             x_TH = torch.randn(case.tokens, case.hidden, generator=generator)
         grad_TH = torch.randn(x_TH.shape, generator=generator)
-        x_TH, grad_TH = (tensor.to(self.place.device, self.dtype) for tensor in (x_TH, grad_TH))
+        x_TH, grad_TH = (tensor.to(self.context.device, self.dtype) for tensor in (x_TH, grad_TH))
         return x_TH.requires_grad_(), grad_TH
 
     def step(self, x_TH: Tensor, grad_TH: Tensor) -> None:
@@ -103,13 +102,13 @@ class LayerRun:
         x_TH.grad = None
 
     def account(self) -> Sample:
-        """Return what the steps since the last call counted: phases, rows and bytes. Collective."""
+        """Return phases, rows and bytes of the steps since the last call, and reset the counts. Collective."""
         meter, router, moe = self.layer.dispatcher.meter, self.layer.router, self.case.moe
         reading, self.messages = meter.take(), meter.messages or []
         meter.messages = []
         load_E = router.tokens_per_expert_E.clone()
         router.tokens_per_expert_E.zero_()
-        dist.all_reduce(load_E, group=self.place.group)
+        dist.all_reduce(load_E, group=self.context.group)
         sent, floor = self._sent_and_floor()
         return {
             **{f"{phase}_s": reading.seconds[phase] for phase in MOE_PHASES},
@@ -120,7 +119,7 @@ class LayerRun:
         }
 
     def _sent_and_floor(self) -> tuple[dict[str, int], dict[str, int]]:
-        nodes = Nodes(self.place.rank, self.case.ranks_per_node)
+        nodes = Nodes(self.context.rank, self.case.ranks_per_node)
         row_bytes = bytes_of_four_passes(self.case.hidden, self.dtype.itemsize, self.case.payload)
         assert self._topk_ids_TK is not None  # noqa: S101 - a step was made
         floor = nodes.floor_bytes(self._topk_ids_TK, self.layer.dispatcher.placement, row_bytes)
@@ -128,12 +127,11 @@ class LayerRun:
 
 
 def schedules(case: LayerCase) -> dict[str, ScheduleConfig]:
-    """The schedules to measure by name: first that of the user, then those it is compared with."""
-    asked: dict[str, Any] = {"num_chunks": case.num_chunks}
+    """The schedules to measure by name: first that of the case, then those it is compared with."""
     if case.num_chunks == 1:  # nothing can overlap: the case has no shared experts
         return {"layer": ScheduleConfig()}
     return {
-        "layer": ScheduleConfig(**asked),
-        "no overlap": ScheduleConfig(**asked, overlap=False),
+        "layer": ScheduleConfig(num_chunks=case.num_chunks),
+        "no overlap": ScheduleConfig(num_chunks=case.num_chunks, overlap=False),
         "uncut": ScheduleConfig(),
     }

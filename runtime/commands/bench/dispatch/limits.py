@@ -1,4 +1,4 @@
-"""What a step of an MoE layer cannot do without: its bare matmuls, and a bare all-to-all of its bytes.
+"""Lower bounds of a step of an MoE layer: its matmuls alone, and its all-to-alls alone.
 
 Shapes: T tokens of a rank, H hidden, F ffn_hidden, L local experts.
 """
@@ -15,7 +15,7 @@ from dispatch.diagnosis.meter import Message
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens per rank, width, inner width of an expert, experts, top-k."""
+    """Sizes of an MoE layer. tokens: of each rank. num_experts: of all ranks."""
 
     tokens: int
     hidden: int
@@ -101,5 +101,6 @@ class BareExchange:
 
     def _grow(self, name: str, num_bytes: int) -> None:
         if name not in self._buffers or len(self._buffers[name]) < num_bytes:
-            # A quarter more, for the ragged sizes of later steps. zero_: pages are touched before they are timed.
+            # A quarter more, as sizes differ by step. Not torch.zeros, which on CPUs leaves pages to be mapped on first
+            # use: that would be timed.
             self._buffers[name] = torch.empty(num_bytes * 5 // 4, dtype=torch.uint8, device=self.device).zero_()

@@ -26,7 +26,7 @@ def peak_allocated_bytes(step: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _muted_stderr() -> Iterator[None]:
-    """The profiler's C++ writes lines of its own there that no setting turns off. Exceptions are shown after it."""
+    """Discard what is written to file descriptor 2: the profiler's C++ prints lines that no setting turns off."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

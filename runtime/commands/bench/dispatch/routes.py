@@ -1,4 +1,4 @@
-"""Where the bytes of a step go, and how few there could be.
+"""Bytes that a step sends inside a node and between nodes, and the least that there could be.
 
 Shapes: T tokens of this rank (may be 0), K top-k, H hidden, P ranks.
 """
@@ -22,22 +22,22 @@ class Nodes:
     rank: int
     size: int
 
-    def is_here(self, rank: int) -> bool:
+    def is_same_node(self, rank: int) -> bool:
         """Whether a rank is on this rank's node."""
         return rank // self.size == self.rank // self.size
 
     def sent_bytes(self, messages: Sequence[Message]) -> dict[str, int]:
-        """Bytes that these messages hand to other ranks, by kind of link: "node" inside it, "network" to others."""
+        """Bytes that these messages send: "node" to ranks of the same node, "network" to others."""
         sent = {"node": 0, "network": 0}
         for message in messages:
             for rank, rows in zip(dist.get_process_group_ranks(message.group), message.input_splits, strict=True):
-                sent["node" if self.is_here(rank) else "network"] += rows * message.row_bytes
+                sent["node" if self.is_same_node(rank) else "network"] += rows * message.row_bytes
         return sent
 
     def floor_bytes(self, topk_ids_TK: Tensor, placement: ExpertPlacement, row_bytes: int) -> dict[str, int]:
-        """The least that these choices put on any link ("all"), and on those between nodes ("network").
+        """The fewest bytes that this rank must send for these choices: "all" to other ranks, "network" to other nodes.
 
-        A copy of each token for each other rank, or node, that it needs. row_bytes: of all four passes.
+        One row of each token for each other rank, or node, that it needs. row_bytes: of a row over all four passes.
         """
         owner_E = torch.arange(placement.ep_size).repeat_interleave(torch.tensor(placement.num_local_experts))
         rank_TK = owner_E.to(topk_ids_TK.device)[topk_ids_TK]

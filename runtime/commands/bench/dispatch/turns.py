@@ -1,7 +1,7 @@
-"""One rank's part of `trimtab bench dispatch`: layer and limits take turns, with fresh tokens in every round.
+"""One rank's part of `trimtab bench dispatch`: layer and bare limits take turns, with fresh tokens in every round.
 
-The order is A B C, then C B A, so that a machine that slows down favours none. The bare all-to-all comes right after
-the layer, since it repeats the messages of this very round.
+The order of the turns is reversed every other round, so that a machine that slows down favours none. The bare
+all-to-alls come right after the layer, as they repeat the messages of its step.
 """
 
 import contextlib
@@ -51,15 +51,15 @@ class LayerMeasurement:
 def measure(group: dist.ProcessGroup, device: torch.device, case: LayerCase) -> LayerMeasurement | None:
     """Measure on this rank. Collective; rank 0 returns the samples of all ranks, the others None."""
     torch.set_num_threads(case.threads)
-    place = RankContext.of(case, group, device)
+    context = RankContext.of(case, group, device)
     exchange, by_dtype = "none", {}
-    with ProgressLine(sys.stderr if place.rank == 0 else None) as progress:
+    with ProgressLine(sys.stderr if context.rank == 0 else None) as progress:
         for number, dtype_name in enumerate(case.dtypes, 1):
             head = f"[{number}/{len(case.dtypes)}] {dtype_name}"
             progress.show(f"{head}: memory")
             tell = partial(_tell_round, progress, head, case.rounds)
-            exchange, by_dtype[dtype_name] = _measure_dtype(case, getattr(torch, dtype_name), place, tell)
-    return LayerMeasurement(exchange, by_dtype) if place.rank == 0 else None
+            exchange, by_dtype[dtype_name] = _measure_dtype(case, getattr(torch, dtype_name), context, tell)
+    return LayerMeasurement(exchange, by_dtype) if context.rank == 0 else None
 
 
 def _tell_round(progress: ProgressLine, head: str, num_rounds: int, round_index: int) -> None:
@@ -70,12 +70,12 @@ def _tell_round(progress: ProgressLine, head: str, num_rounds: int, round_index:
 
 
 def _measure_dtype(
-    case: LayerCase, dtype: torch.dtype, place: RankContext, tell: Callable[[int], None]
+    case: LayerCase, dtype: torch.dtype, context: RankContext, tell: Callable[[int], None]
 ) -> tuple[str, DtypeSamples]:
-    build = {name: partial(LayerRun.build, case, dtype, schedule, place) for name, schedule in schedules(case).items()}
-    memory = _memory(build[LAYER], place.device)
+    build = {name: partial(LayerRun.build, case, dtype, each, context) for name, each in schedules(case).items()}
+    memory = _memory(build[LAYER], context.device)
     runs = {name: make() for name, make in build.items()}
-    turns = [_matmul_turn(case, dtype, place), *(_layer_turn(name, run) for name, run in runs.items())]
+    turns = [_matmul_turn(case, dtype, context), *(_layer_turn(name, run) for name, run in runs.items())]
     mine: dict[str, list[Sample]] = {}
     for round_index in range(case.rounds + 1):  # the first warms up
         tell(round_index)
@@ -83,46 +83,46 @@ def _measure_dtype(
         for turn in turns[:: -1 if round_index % 2 else 1]:
             for name, sample in turn(x_TH, grad_TH).items():
                 mine.setdefault(name, []).extend([sample] if round_index else [])
-    return runs[LAYER].layer.dispatcher.exchange, _of_all_ranks(mine, memory, place)
+    return runs[LAYER].layer.dispatcher.exchange, _of_all_ranks(mine, memory, context)
 
 
-def _matmul_turn(case: LayerCase, dtype: torch.dtype, place: RankContext) -> Turn:
+def _matmul_turn(case: LayerCase, dtype: torch.dtype, context: RankContext) -> Turn:
     shape = case.shape
-    num_local = ExpertPlacement(shape.num_experts, case.workers).num_local_experts[place.rank]
-    run = matmul_limit(shape, num_local, case.workers, dtype, place.device)
+    num_local = ExpertPlacement(shape.num_experts, case.workers).num_local_experts[context.rank]
+    run = matmul_limit(shape, num_local, case.workers, dtype, context.device)
     num_rows = num_local * shape.rows_per_expert(case.workers)
     flops = float(matmul_flops(num_rows, shape.hidden, shape.ffn_hidden))
 
     def turn(x_TH: Tensor, _grad_TH: Tensor) -> dict[str, Sample]:
-        return {MATMULS: _timed(partial(run, x_TH), place) | {"flops": flops}}
+        return {MATMULS: _timed(partial(run, x_TH), context) | {"flops": flops}}
 
     return turn
 
 
 def _layer_turn(name: str, run: LayerRun) -> Turn:
-    """A step of the layer; of the main one then its exchanges alone."""
-    bare = BareExchange(run.place.device)
+    """Times a step of the layer, and for the schedule LAYER then its all-to-alls alone."""
+    bare = BareExchange(run.context.device)
 
     def turn(x_TH: Tensor, grad_TH: Tensor) -> dict[str, Sample]:
-        sample = _timed(partial(run.step, x_TH, grad_TH), run.place)
+        sample = _timed(partial(run.step, x_TH, grad_TH), run.context)
         sample |= run.account()
         run.clear(x_TH)
         if name != LAYER or run.case.workers == 1:
             return {name: sample}
         bare.prepare(run.messages)
-        return {name: sample, EXCHANGE: _timed(bare.run, run.place) | {"bytes": float(bare.sent_bytes)}}
+        return {name: sample, EXCHANGE: _timed(bare.run, run.context) | {"bytes": float(bare.sent_bytes)}}
 
     return turn
 
 
-def _timed(action: Callable[[], object], place: RankContext) -> Sample:
+def _timed(action: Callable[[], object], context: RankContext) -> Sample:
     """Seconds of the wall clock, and of the CPU in all threads of this process, gloo's included."""
-    # Ranks begin together: what is left of the turn before on another rank must not be timed as waiting here.
-    dist.barrier(place.group)
-    _synchronize(place.device)
+    # Ranks begin together: the end of the previous turn on a slower rank must not be timed as waiting on this one.
+    dist.barrier(context.group)
+    _synchronize(context.device)
     began_wall, began_cpu = time.perf_counter(), time.process_time()
     action()
-    _synchronize(place.device)
+    _synchronize(context.device)
     return {"wall_s": time.perf_counter() - began_wall, "cpu_s": time.process_time() - began_cpu}
 
 
@@ -132,7 +132,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _memory(build: Callable[[], LayerRun], device: torch.device) -> dict[str, int | None]:
-    """Peaks of the first two steps of a new layer: what it keeps from one step for the next is in them too."""
+    """Peak memory of the first two steps of a new layer: two, since it keeps some memory from a step for the next."""
     peaks: dict[str, int | None] = {}
     for name, measure_peak in _peak_measures(device).items():
         run = build()
@@ -155,9 +155,9 @@ def _steps(run: LayerRun, inputs: list[tuple[Tensor, Tensor]]) -> None:
         run.clear(x_TH)
 
 
-def _of_all_ranks(mine: dict[str, list[Sample]], memory: dict[str, int | None], place: RankContext) -> DtypeSamples:
+def _of_all_ranks(mine: dict[str, list[Sample]], memory: dict[str, int | None], context: RankContext) -> DtypeSamples:
     every: list[tuple[dict[str, list[Sample]], dict[str, int | None]]]
-    every = all_gather_values((mine, memory), place.group, tuple)
+    every = all_gather_values((mine, memory), context.group, tuple)
     resident = [peaks.get("resident_bytes") for _, peaks in every]
     return DtypeSamples(
         samples={name: [samples[name] for samples, _ in every] for name in mine},

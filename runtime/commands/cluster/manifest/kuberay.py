@@ -30,6 +30,6 @@ def run(options: argparse.Namespace) -> int:
 def _name(text: str) -> str:
     if len(text) > 253 or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", text):  # RFC 1123
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be at most 253 small letters, digits, hyphens and dots, as Kubernetes wants it"
+            f"{text!r:.60} must be at most 253 small letters, digits, hyphens and dots, as Kubernetes wants it"
         )
     return text

@@ -9,16 +9,16 @@ import yaml
 
 from cluster.nodes.manifests.plan import ManifestPlan
 from runtime.commands.command import CommandParser
-from runtime.commands.options import file_to_write, whole
+from runtime.commands.options import file_to_write, int_from, positive
 
 
 def add_sizes(parser: CommandParser, *, nodes: bool = True) -> None:
     """Declare what all manifests need; the options of `trimtab train` behind -- are left."""
     if nodes:
-        parser.add_argument("--nodes", type=whole(1), required=True, help="machines, the head's among them")
-    parser.add_argument("--gpus-per-node", type=whole(0), default=0, help="GPUs of each, a worker for each (none)")
-    parser.add_argument("--cpus-per-node", type=whole(1), default=8, help="CPUs of each (%(default)s)")
-    parser.add_argument("--memory-per-node", type=whole(4), default=32, help="GiB of memory of each (%(default)s)")
+        parser.add_argument("--nodes", type=positive, required=True, help="machines, the head's among them")
+    parser.add_argument("--gpus-per-node", type=int_from(0), default=0, help="GPUs of each, a worker for each (none)")
+    parser.add_argument("--cpus-per-node", type=positive, default=8, help="CPUs of each (%(default)s)")
+    parser.add_argument("--memory-per-node", type=int_from(4), default=32, help="GiB of memory of each (%(default)s)")
     parser.add_argument("--shared", default="/shared", metavar="DIR", help="folder that all share (%(default)s)")
     parser.add_argument("--name", default="trimtab", help="name of cluster and job (%(default)s)")
     parser.add_argument("--out", type=file_to_write, metavar="FILE", help="where to write it (standard output)")
@@ -26,7 +26,7 @@ def add_sizes(parser: CommandParser, *, nodes: bool = True) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> ManifestPlan:
-    """The plan, whose training was read as the nodes will read it: a wrong setting is refused here."""
+    """The plan of the options. Those of `trimtab train` are parsed too, so that a wrong setting is refused."""
     plan = ManifestPlan(
         name=options.name,
         num_nodes=options.nodes,

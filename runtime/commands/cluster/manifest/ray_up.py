@@ -39,4 +39,4 @@ def _ipv4(text: str) -> str:
     try:
         return str(IPv4Address(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an IPv4 address") from error
+        raise argparse.ArgumentTypeError(f"{text!r:.60} must be an IPv4 address") from error

@@ -30,5 +30,5 @@ def run(options: argparse.Namespace) -> int:
 
 def _time_limit(text: str) -> str:
     if not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be [DAYS-]HOURS:MINUTES:SECONDS")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} must be [DAYS-]HOURS:MINUTES:SECONDS")
     return text

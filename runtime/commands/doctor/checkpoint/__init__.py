@@ -1,5 +1,5 @@
-"""`trimtab doctor PATH`: is a checkpoint, of ours or of Hugging Face, whole and what it says?
+"""`trimtab doctor PATH`: finds damage in a checkpoint of Trimtab or of Hugging Face.
 
-`examine` finds out what lies there; `ours` and `hub` examine it; `findings` holds what is wrong. `command` is the
+`examine` tells the two apart; `ours` and `hub` examine them; `findings` holds what is wrong. `command` is the
 command line.
 """

@@ -3,7 +3,7 @@
 import argparse
 
 from runtime.commands.command import CommandParser
-from runtime.commands.options import file_to_write, whole
+from runtime.commands.options import file_to_write, int_from
 from runtime.settings.consent import add_consent
 
 HELP = "A run, a checkpoint or a directory of Hugging Face: files, experts, values, biases, configuration."
@@ -22,7 +22,7 @@ def add_arguments(parser: CommandParser) -> None:
         "path", metavar="PATH", help="a run (its directory, or its name in runs/), a checkpoint, or a directory of "
         "Hugging Face with config.json and safetensors"
     )  # fmt: skip
-    parser.add_argument("--step", type=whole(0), help="of a run: its checkpoint (the newest)")
+    parser.add_argument("--step", type=int_from(0), help="of a run: its checkpoint (the newest)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write everything that was found there")
 
 

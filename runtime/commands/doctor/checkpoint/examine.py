@@ -25,7 +25,7 @@ def examine(name: str, step: int | None, out: Path | None) -> int:
     """Examine what `name` names and return the exit code: 1 where something is wrong.
 
     Raises:
-        ValueError: nothing there can be examined, or the run has no such checkpoint.
+        InvalidValue: nothing there can be examined, or the run has no such checkpoint.
     """
     path = Path(name).expanduser()
     is_hub = (path / HUB_CONFIG).is_file() and not (path / MANIFEST).exists()
@@ -50,10 +50,12 @@ def find_checkpoint(name: str, step: int | None) -> Path:
     """The folder of a checkpoint, given itself or by its run; nothing of it is verified yet.
 
     Raises:
-        ValueError: there is none; says what can be given.
+        InvalidValue: there is none, or `step` is given with a checkpoint itself.
     """
     path = Path(name).expanduser()
     if (path.parent.name == CHECKPOINTS and path.is_dir()) or (path / MANIFEST).is_file():
+        if step is not None:
+            raise InvalidValue(f"--step ({step}) chooses a checkpoint of a run, and {path} is a checkpoint itself")
         return path
     try:
         run_dir = find_run(name)

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, and what its tensors say about themselves: values, copies of experts, biases."""
+"""Findings on a checkpoint, and the checks of its tensors: finite values, experts saved twice, biases."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from runtime.terminal.quantities import byte_size
 
 BIAS = ".router.expert_bias_E"  # how the name of a selection bias ends, in our state
 
-# A bias is centred in float64 and rounded to fp32: half a unit in the last place of each, and the mean of those.
+# Of the largest bias. A law centres biases in float64 and then rounds each to fp32, which shifts the mean a little.
 CENTRE_TOLERANCE = 2**-22
 
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One finding. tensor: empty if the whole file is concerned. An error would spoil a run, a warning may."""
+    """One finding. tensor: empty if it concerns the whole file. An error would spoil a run, a warning may."""
 
     severity: Severity = "error"
     file: str
@@ -28,7 +28,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies."""
+    """The file that holds a tensor, and the name of the tensor there."""
 
     file: str
     tensor: str
@@ -59,7 +59,7 @@ class TensorChecker:
     def check_expert(self, tensor: Tensor, place: TensorPlace) -> None:
         """Check a weight of one expert: no other expert of any layer may have the same bytes.
 
-        Two have them where ranks named their experts by local ids, so that one was saved for both (KempnerForge #202).
+        Two experts are equal where ranks saved theirs under local ids, and one overwrote the other (KempnerForge #202).
         """
         self.num_experts += 1
         data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -77,7 +77,8 @@ class TensorChecker:
         """
         for place, bias in biases.items():
             if bias.dtype != torch.float32:
-                problem = f"is {_name(bias.dtype)}; a bias must be float32, or steps of 0.001 are lost in rounding"
+                name = str(bias.dtype).removeprefix("torch.")
+                problem = f"is {name}; a bias must be float32, or steps of 0.001 are lost in rounding"
                 self.damage(place, problem, narrow)
             wide = bias.double()
             if not bool(wide.isfinite().all()):
@@ -118,7 +119,3 @@ class CheckpointReport:
     def is_sound(self) -> bool:
         """Whether there is no error; warnings are allowed."""
         return not any(damage.severity == "error" for damage in self.found)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

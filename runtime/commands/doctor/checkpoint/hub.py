@@ -1,4 +1,4 @@
-"""Examine a directory of Hugging Face: what import checks, and then every tensor."""
+"""Examines a directory of Hugging Face: what `trimtab import` checks, and then every tensor."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def examine_hub_directory(folder: Path, progress: Callable[[str, float, float], 
 
 
 def _structural(folder: Path, error: SourceError) -> Damage:
-    """A finding from the message of an import, which begins with a path in `folder` and often names a tensor."""
+    """A finding from an error of `open_source`: its message begins with a path in `folder` and often names a tensor."""
     where, colon, rest = str(error).removeprefix(f"{folder}/").partition(": ")
     if not colon or " " in where:
         file, _, problem = str(error).removeprefix(f"{folder}/").partition(" ")

@@ -1,4 +1,4 @@
-"""Examine a checkpoint of ours: files, index, names, shapes, values, experts, biases, and the configuration."""
+"""Examines a checkpoint of Trimtab: files, index, names, shapes, values, experts, biases, and the configuration."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ from workers.model.meta_device import meta_device
 from workers.model.model_config import ModelConfig
 from workers.training.optimizer import OptimConfig, build_optimizer
 
-Progress = Callable[[str, float, float], None]  # what is done, bytes so far, bytes in all
+Progress = Callable[[str, float, float], None]  # takes what is read, bytes so far, bytes in all
 
 
 def examine_checkpoint(path: Path, progress: Progress) -> CheckpointReport:
@@ -85,7 +85,7 @@ def _index_damage(path: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _configuration(path: Path, manifest: Manifest) -> tuple[TrainConfig | None, BalanceConfig | None, list[Damage]]:
-    """The settings of model and optimizer, the law where a run tells it, and where the run tells another model."""
+    """The settings of model and optimizer, the law (None without a run), and findings on the configuration."""
     run_file, told = path.parent.parent / CONFIG_FILE, manifest.extra.get("model")
     if run_file.is_file():
         try:
@@ -117,7 +117,7 @@ def _other_model(config: ModelConfig, told: Mapping[str, Any]) -> list[Damage]:
 
 
 def _misfits(reader: TensorReader, wanted: Mapping[str, TensorSpec]) -> list[Damage]:
-    """Tensors that the configuration does not have, lacks, or has in another shape or dtype."""
+    """Findings: tensors that are missing, that the configuration does not have, or of another shape or dtype."""
     if reader.manifest.extra.get("imported"):  # there is no optimizer yet
         wanted = {name: spec for name, spec in wanted.items() if name.startswith("model.")}
     saved = {name: TensorSpec(shape, reader.dtypes[name]) for name, shape in reader.shapes.items()}

@@ -4,7 +4,7 @@ import argparse
 
 from dispatch.errors import InvalidValue
 from runtime.commands.command import CommandParser
-from runtime.commands.options import file_to_write, whole
+from runtime.commands.options import file_to_write, positive
 
 HELP = "The nodes of a Ray cluster, or this machine: versions, devices, clocks, disks, network, process groups."
 
@@ -16,8 +16,8 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="HOST:PORT",
         help='Ray cluster to join, or "auto" for the one this machine belongs to; without, this machine alone',
     )
-    parser.add_argument("--workers", type=whole(1), help="ranks to join (one for each GPU, else for each node; here 2)")
-    parser.add_argument("--ep-size", type=whole(1), help="ranks that share one set of experts (all)")
+    parser.add_argument("--workers", type=positive, help="ranks to join (one for each GPU, else for each node; here 2)")
+    parser.add_argument("--ep-size", type=positive, help="ranks that share one set of experts (all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where they compute (auto)")
     parser.add_argument(
         "--path",
@@ -30,13 +30,14 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Examine the cluster, print what was found, and return the exit code: 1 where something is wrong."""
-    if options.workers and options.ep_size and options.workers % options.ep_size:
-        raise InvalidValue(f"--ep-size ({options.ep_size}) must divide --workers ({options.workers})")
+    workers = options.workers or (None if options.address else 2)
+    if workers and options.ep_size and workers % options.ep_size:
+        raise InvalidValue(f"--ep-size ({options.ep_size}) must divide --workers ({workers})")
     from runtime.commands.doctor.cluster.diagnosis import diagnose
 
     return diagnose(
         address=options.address,
-        num_workers=options.workers,
+        num_workers=workers,
         ep_size=options.ep_size,
         device=options.device,
         paths=tuple(dict.fromkeys(options.path)),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from cluster.config import ClusterConfig
 from cluster.ray.session import RaySession
+from dispatch.errors import InvalidValue
 from runtime.commands.doctor.cluster.examine import Examination, examine
 from runtime.commands.doctor.cluster.judge import judge
 from runtime.commands.doctor.cluster.table import as_text
@@ -28,7 +29,7 @@ def diagnose(
 ) -> int:
     """Examine the cluster at `address`, or this machine. Returns the exit code: 1 where something is wrong.
 
-    num_workers: ranks to join, None for one for each GPU or node, on this machine 2. ep_size: None for all of them.
+    num_workers: ranks to start, None for one on each GPU, or on each node without GPUs. ep_size: None for all ranks.
     record: a file for everything that was found.
     """
     config = ClusterConfig(
@@ -41,9 +42,11 @@ def diagnose(
     with ProgressLine(sys.stderr) as progress:
         progress.show("starting or joining Ray")
         with RaySession.open(config):
-            if address is not None and not num_workers:
+            if num_workers is None:
                 config = replace(config, num_workers=_ranks_for(config))
             ep_size = ep_size or config.num_workers
+            if config.num_workers % ep_size:
+                raise InvalidValue(f"--ep-size ({ep_size}) must divide the {config.num_workers} ranks; give --workers")
             survey = examine(Examination(config=config, ep_size=ep_size, paths=paths, say=progress.show))
     findings = judge(survey)
     sys.stdout.write(as_text(survey, findings) + "\n")

@@ -1,6 +1,6 @@
-"""Look at a cluster: a probe on every node, then each pair of nodes, then the ranks of a run to come.
+"""Examines a cluster: a probe on every node, then each pair of nodes, then the ranks of a run to come.
 
-Every wait is bounded, and a node that does not answer once is named and left alone.
+Every wait is bounded. A node that once does not answer is reported, and not asked again.
 """
 
 import secrets
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER_S = 30.0  # For a first answer: a Python process, `import torch`, and a node that is busy with that.
 CLOCK_S = 5.0
-NUM_CLOCKS = 5  # The round trip that took least tells most.
+NUM_CLOCKS = 5  # Readings of a clock: the one with the shortest round trip is the most exact.
 GROUPS_S = 5.0
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a cluster, and what to do about it: a function of what was found there."""
+"""Decides what is wrong with a cluster and what to do about it. Pure: a function of the survey."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ Severity = Literal["error", "warning"]
 
 # Of the rate that most pairs reach. A link that fell back to a slower standard is at a tenth; half may be traffic.
 SLOW_SHARE, VERY_SLOW_SHARE = 0.5, 0.25
-MANY_PAIRS = 3  # Of which "only this pair" is no longer true.
+MANY_PAIRS = 3  # With more slow pairs than this, one finding names them all.
 SLOW_LATENCY, SLOW_LATENCY_S = 5.0, 1e-3  # times the usual one, and at least this long: less is noise
 MAX_CLOCK_S = 0.5  # Events of several nodes, and the cause of a failure, are ordered by time.
 MIN_DISK_BYTES = 2**30
@@ -79,22 +79,22 @@ def _unreachable(survey: Survey) -> Iterator[Finding]:
 def _versions(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
     for name in sorted({name for facts in nodes.values() for name in facts.versions}):
         # A machine without GPUs has no NCCL: no difference to speak of.
-        of_node = {node: facts.versions[name] for node, facts in nodes.items() if name in facts.versions}
-        yield from _differences(of_node, name, f"install the same {name} everywhere")
+        value_by_node = {node: facts.versions[name] for node, facts in nodes.items() if name in facts.versions}
+        yield from _differences(value_by_node, name, f"install the same {name} everywhere")
 
 
 def _sources(nodes: Mapping[str, NodeFacts]) -> Iterator[Finding]:
     for package in sorted({package for facts in nodes.values() for package in facts.sources}):
-        of_node = {node: facts.sources.get(package, "missing") for node, facts in nodes.items()}
+        value_by_node = {node: facts.sources.get(package, "missing") for node, facts in nodes.items()}
         advice = "copy the same tree to every node, or start the run with `ray job submit --working-dir`"
-        yield from _differences(of_node, f"Trimtab's source in {package}/", advice)
+        yield from _differences(value_by_node, f"Trimtab's source in {package}/", advice)
 
 
-def _differences(of_node: Mapping[str, str], what: str, advice: str) -> Iterator[Finding]:
-    counts = Counter(of_node.values())
-    # Where as many nodes have one as the other, the driver's is right: the run's settings are checked there.
-    expected = max(counts, key=lambda value: (counts[value], value == of_node.get(DRIVER)))
-    for node, value in of_node.items():
+def _differences(value_by_node: Mapping[str, str], what: str, advice: str) -> Iterator[Finding]:
+    counts = Counter(value_by_node.values())
+    # In a tie the value of the driver is the expected one: the run's settings are checked there.
+    expected = max(counts, key=lambda value: (counts[value], value == value_by_node.get(DRIVER)))
+    for node, value in value_by_node.items():
         if value != expected:
             problem = f"{what} is {value}, elsewhere {expected}"
             yield Finding(severity="error", subject=node, problem=problem, advice=advice)
@@ -187,7 +187,7 @@ def _links(links: Sequence[Link]) -> Iterator[Finding]:
 
 
 def _slow(links: Sequence[Link]) -> Iterator[Finding]:
-    """One finding for a node that is slow with everybody, one for each other slow pair or for all if they are many."""
+    """A finding for each node that is slow with all others. Of other slow pairs one each, or one for all if many."""
     slow = slow_links(links)
     if not slow:
         return
@@ -237,9 +237,9 @@ def _severity(rate: float, rate_of_others: float) -> Severity:
     return "error" if rate < VERY_SLOW_SHARE * rate_of_others else "warning"
 
 
-def _all_slow(of_node: list[Link], slow: Sequence[Link]) -> list[Link]:
+def _all_slow(links: list[Link], slow: Sequence[Link]) -> list[Link]:
     """A node's links in one direction if it has several and all are slow, else none."""
-    working = [link for link in of_node if not link.error]
+    working = [link for link in links if not link.error]
     return working if len(working) > 1 and all(link in slow for link in working) else []
 
 

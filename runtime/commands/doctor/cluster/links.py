@@ -1,4 +1,4 @@
-"""The links between all pairs of nodes: many pairs at a time, and those that seem slow once more, alone."""
+"""Measures the links between all pairs of nodes: several pairs at a time, then those that seem slow again, alone."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ def measure_links(nodes: Sequence[ProbedNode], say: Callable[[str], None]) -> tu
         say(f"measuring pairs of nodes, round {number} of {len(plan)}")
         links.measure(pairs)
     links.measure_again(say)
-    return links.all()
+    return links.results()
 
 
 @dataclass
 class _Links:
-    """What is known so far. ports: of the probes by name; lost: why a node is not asked any more."""
+    """Links measured so far. ports: of the probes, by node name. lost: the nodes that stopped answering, and why."""
 
     nodes: Sequence[ProbedNode]
     ports: Mapping[str, int]
@@ -40,19 +40,19 @@ class _Links:
 
     def measure(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Measure pairs, by the number of their nodes, at the same time. The better of two measurements counts."""
-        of_round = [(self.nodes[a], self.nodes[b]) for a, b in pairs]
-        of_round = [(a, b) for a, b in of_round if not {a.name, b.name} & self.lost.keys()]
-        asked = {a.name: a.probe.measure.remote(b.ip, self.ports[b.name], PAIR_S) for a, b in of_round}
+        node_pairs = [(self.nodes[a], self.nodes[b]) for a, b in pairs]
+        node_pairs = [(a, b) for a, b in node_pairs if not {a.name, b.name} & self.lost.keys()]
+        asked = {a.name: a.probe.measure.remote(b.ip, self.ports[b.name], PAIR_S) for a, b in node_pairs}
         answers, silent = answers_of(asked, 2 * PAIR_S)
         self.lost |= silent  # its probe is still busy: it would hold up the rounds to come
-        for a, b in of_round:
+        for a, b in node_pairs:
             if a.name in answers:
                 for link in _both_ways(a.name, b.name, answers[a.name]):
                     before = self.found.get((link.sender, link.receiver), link)
                     self.found[link.sender, link.receiver] = max(link, before, key=lambda each: each.bytes_per_s)
 
     def measure_again(self, say: Callable[[str], None]) -> None:
-        """Measure links that seem slow again, one at a time; first those nearest to the limit."""
+        """Measure links that seem slow once more, one at a time; first those that are nearly fast enough."""
         slow = sorted(slow_links(list(self.found.values())), key=lambda link: -link.bytes_per_s)
         number = {node.name: place for place, node in enumerate(self.nodes)}
         pairs = list(dict.fromkeys(tuple(sorted((number[link.sender], number[link.receiver]))) for link in slow))
@@ -63,7 +63,7 @@ class _Links:
             say(f"measuring pairs that seem slow once more, {place} of {len(pairs)}")
             self.measure([(a, b)])
 
-    def all(self) -> tuple[Link, ...]:
+    def results(self) -> tuple[Link, ...]:
         """Every link, with the reason for those that were not measured."""
         missing = [
             Link(sender=a.name, receiver=b.name, error=f"not measured: {name}: {reason}")

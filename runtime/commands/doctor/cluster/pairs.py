@@ -2,7 +2,7 @@
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """All pairs of `count` members, in count − 1 rounds (count of them where it is odd): the circle method.
+    """All pairs of `count` members, in count − 1 rounds (count rounds if it is odd), by the circle method.
 
     https://en.wikipedia.org/wiki/Round-robin_tournament#Circle_method
     """

@@ -1,6 +1,6 @@
-"""What looks at a node, on that node. It travels to it by value, so it also works where Trimtab is missing or differs.
+"""The probe that examines a node from inside. Pickled by value, it works where Trimtab is missing or differs.
 
-Therefore this file imports the standard library alone at import time, and answers in plain dictionaries.
+Therefore this file imports only the standard library at import time, and the probe answers in plain dictionaries.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("dispatch", "workers", "cluster", "runtime")
-PIECE = 2**18  # bytes of one send
+PIECE = 2**18  # bytes of a buffer
 MAX_BYTES = 2**30  # of one request
 REQUEST = "<cQ"  # what to do, and with how many bytes
 NUM_PINGS = 20
@@ -94,7 +94,7 @@ def _accept(listener: socket.socket, token: bytes) -> None:
 
 
 def _serve(link: socket.socket, token: bytes) -> None:
-    """The other end of `_ask`, until it hangs up or is silent for a minute."""
+    """Answer the requests of `_ask` until the connection is closed or silent for a minute."""
     with contextlib.suppress(OSError), link:
         link.settimeout(60.0)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

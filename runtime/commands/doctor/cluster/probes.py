@@ -1,4 +1,4 @@
-"""The driver's side of the probes: one on every node, asked together, each answer within a bound."""
+"""Starts a probe on every node and collects the answers, each within a time limit. Runs on the driver."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ProbedNode:
 
 
 def start_probes(token: bytes) -> tuple[list[ProbedNode], dict[str, str]]:
-    """A probe on every node that Ray calls alive, and why others have none, by address. Waits for nothing."""
+    """Start a probe on every node that is alive, without waiting. Also returns why others have none, by address."""
     import ray
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -18,7 +18,7 @@ FILL_S = 0.05  # An exchange this long measures the rate.
 
 @dataclass(frozen=True)
 class RankSpeed:
-    """What one rank saw of the all-to-all of its EP group: small_s seconds; bytes per second to other ranks."""
+    """All-to-all of the EP group of one rank. small_s: seconds of a small one. bytes_per_s: sent to other ranks."""
 
     device: str
     small_s: float
@@ -79,9 +79,9 @@ class DoctorRank:
 
     def _agreed(self, value: float) -> float:
         """The largest value of any rank of the EP group. Collective."""
-        of_group = torch.tensor([value], dtype=torch.float64, device=self._groups.device)
-        dist.all_reduce(of_group, dist.ReduceOp.MAX, group=self._groups.ep_group)
-        return of_group.item()
+        largest = torch.tensor([value], dtype=torch.float64, device=self._groups.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._groups.ep_group)
+        return largest.item()
 
     def _wait_for_device(self) -> None:
         if self._groups.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What was found on a cluster: plain values, for the judge, the tables and the JSON file."""
+"""What was found on a cluster, as plain values: for `judge`, the tables and the JSON file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One way between two nodes, over one TCP stream. error: why there is none; the figures are then 0."""
+    """One direction between two nodes, over one TCP stream. error: why it was not measured; the figures are then 0."""
 
     sender: str
     receiver: str

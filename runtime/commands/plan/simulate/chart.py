@@ -24,9 +24,9 @@ def _draw(figure: FigureBase, report: Report) -> None:
 
 def _draw_vios(axes: Axes, report: Report) -> None:
     handles = []
-    for at, (color, style) in zip(report.worlds, itertools.cycle(LOOKS), strict=False):
-        label = f"{at.world_size:,} (EP {at.ep_size})"
-        points = [(each.max_vio, each.times_balanced) for each in at.costs]
+    for world, (color, style) in zip(report.worlds, itertools.cycle(LOOKS), strict=False):
+        label = f"{world.world_size:,} (EP {world.ep_size})"
+        points = [(each.max_vio, each.times_balanced) for each in world.costs]
         handles += axes.plot(*zip(*points, strict=True), color=THEME[color], ls=style, marker="o", ms=3, label=label)
     for law, (color, _) in zip(report.laws, reversed(LOOKS[:6]), strict=False):
         handles += axes.plot(law.max_vio, law.steady_times, marker="D", ms=6, lw=0, color=THEME[color], label=law.law)
@@ -35,11 +35,11 @@ def _draw_vios(axes: Axes, report: Report) -> None:
 
 
 def _draw_worlds(axes: Axes, report: Report) -> None:
-    sizes = [at.world_size for at in report.worlds]
+    sizes = [world.world_size for world in report.worlds]
     handles = []
-    for index, (color, style) in zip(range(len(report.here.costs)), itertools.cycle(LOOKS), strict=False):
-        label = f"MaxVio {report.here.costs[index].max_vio:g}"
-        values = [at.costs[index].times_balanced for at in report.worlds]
+    for index, (color, style) in zip(range(len(report.planned.costs)), itertools.cycle(LOOKS), strict=False):
+        label = f"MaxVio {report.planned.costs[index].max_vio:g}"
+        values = [world.costs[index].times_balanced for world in report.worlds]
         handles += axes.plot(sizes, values, color=THEME[color], ls=style, marker="o", ms=3, label=label)
     set_rank_axis(axes, sizes)
     axes.set_ylim(bottom=1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dispatch.errors import InvalidValue
+from dispatch.registry import is_number
 
 MatmulKind = Literal["dense", "grouped", "attention"]
 
@@ -140,13 +141,23 @@ def hardware_of(name: str) -> Hardware:
 
 
 def from_json(values: Mapping[str, Any]) -> Hardware:
-    """The hardware whose `dataclasses.asdict` these values are."""
-    links = {name: Link(**values[name]) for name in ("node", "network", "control")}
-    return Hardware(**{**values, **links})
+    """The hardware whose `dataclasses.asdict` these values are. Raises ValueError where one is no such number."""
+    rates = dict(values)
+    name = rates.pop("name")
+    links: dict[str, Any] = {link: Link(**_numbers(rates.pop(link))) for link in ("node", "network", "control")}
+    return Hardware(name=name, **links, **_numbers(rates))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, all but `cores` as floats: rates above 0, all else at least 0."""
+    for name, value in values.items():
+        if not (is_number(value) and value >= 0 and (value or not name.endswith("_per_s"))):
+            raise ValueError(f"{name} is {value!r:.60}")
+    return {name: value if name == "cores" else float(value) for name, value in values.items()}
 
 
 def assumptions(hardware: Hardware) -> dict[str, float]:
-    """All rates and times by name, as `scaled` takes them; those that are 0 play no part and are left out."""
+    """All rates and times by name, as `scaled` takes them; without those that are 0, which have no effect."""
     found: dict[str, float] = {}
     for field in fields(hardware):
         value = getattr(hardware, field.name)
@@ -158,7 +169,7 @@ def assumptions(hardware: Hardware) -> dict[str, float]:
 
 
 def scaled(hardware: Hardware, name: str, factor: float) -> Hardware:
-    """The same with one assumption, named as `assumptions` does, times `factor`."""
+    """The hardware with one assumption, named as in `assumptions`, times `factor`."""
     first, _, second = name.partition(".")
     value = getattr(hardware, first)
     if second:

@@ -23,7 +23,11 @@ FORWARD_ROUNDS, BACKWARD_ROUNDS, AGAIN_ROUNDS = 3, 2, 2
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a rank sends in one layer of one micro-batch, and to how many ranks of its node and of others."""
+    """What a rank sends in one layer of one micro-batch.
+
+    node_peers, network_peers: the ranks of the group on its node and on others, without itself. recomputed: whether
+    backward dispatches again.
+    """
 
     traffic: Traffic
     node_peers: int
@@ -55,32 +59,32 @@ def layer_time(
     factors_P: NDArray[np.float64],
     num_ranks: int,
 ) -> LayerTime:
-    """Of the ranks of one group, on a machine that `num_ranks` share where they share cores."""
+    """Time of the slowest rank of one group. num_ranks: all ranks, which share the cores if `hardware.cores` is set."""
     ep_size = len(factors_P)
     # With a device each, only the rank with most rows counts.
     counted = factors_P if hardware.cores else factors_P.max(keepdims=True)
     experts = [expert_work(config, with_rows(batch, float(factor), ep_size)) for factor in counted]
     forward = [work.forward.seconds(hardware) for work in experts]
     backward = [work.backward.seconds(hardware) for work in experts]
-    again = exchange.recomputed
-    more = with_rows(batch, float(factors_P.max()), ep_size).arrived_rows / max(batch.arrived_rows, 1e-9)
+    recomputes = exchange.recomputed
+    excess = with_rows(batch, float(factors_P.max()), ep_size).arrived_rows / max(batch.arrived_rows, 1e-9)
     crowding = hardware.crowding(num_ranks)
 
     def travel(links: Links, rounds: int) -> float:
-        node = hardware.node.seconds(links.node * more, rounds * exchange.node_peers)
-        return crowding * (node + hardware.network.seconds(links.network * more, rounds * exchange.network_peers))
+        node = hardware.node.seconds(links.node * excess, rounds * exchange.node_peers)
+        return crowding * (node + hardware.network.seconds(links.network * excess, rounds * exchange.network_peers))
 
     return LayerTime(
         forward_experts=_side_by_side(forward, hardware, num_ranks),
         backward_experts=_side_by_side(backward, hardware, num_ranks)
-        + again * _side_by_side(forward, hardware, num_ranks),
+        + recomputes * _side_by_side(forward, hardware, num_ranks),
         forward_exchange=travel(exchange.traffic.forward, FORWARD_ROUNDS),
-        backward_exchange=travel(exchange.traffic.backward, BACKWARD_ROUNDS + again * AGAIN_ROUNDS),
+        backward_exchange=travel(exchange.traffic.backward, BACKWARD_ROUNDS + recomputes * AGAIN_ROUNDS),
     )
 
 
 def _side_by_side(seconds: Sequence[float], hardware: Hardware, num_ranks: int) -> float:
-    """Until the last rank is through: the longest, or all work over all cores where that takes longer."""
+    """Seconds until the last rank has finished: the longest, or all work over all cores where that is longer."""
     if not hardware.cores:
         return max(seconds)
     return max(*seconds, sum(seconds) / len(seconds) * hardware.crowding(num_ranks))

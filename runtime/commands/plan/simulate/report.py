@@ -8,9 +8,9 @@ from dispatch.errors import InvalidValue
 from runtime.commands.plan.simulate.hardware import Hardware, hardware_of
 from runtime.commands.plan.simulate.laws import LawCost, cost_of_laws
 from runtime.commands.plan.simulate.scope import check_scope, left_out
-from runtime.commands.plan.simulate.sensitivity import Moved, sensitivity
+from runtime.commands.plan.simulate.sensitivity import Sensitivity, sensitivity
 from runtime.commands.plan.simulate.simulation import Schedule, Simulation
-from runtime.commands.plan.simulate.sweep import MAX_VIOS, WORLDS, AtWorld, by_max_vio, by_world
+from runtime.commands.plan.simulate.sweep import MAX_VIOS, WORLDS, WorldCosts, by_max_vio, by_world
 from runtime.commands.plan.subject import Subject
 from runtime.runs.run_dir import find_run
 
@@ -19,16 +19,17 @@ from runtime.runs.run_dir import find_run
 class Report:
     """All that was simulated.
 
-    sensitive_vio: the MaxVio of `moved`. laws: empty without a trace. notes: of `left_out`.
+    planned: at the world size of the plan. sensitive_vio: the MaxVio of `sensitivities`. laws: empty without a trace.
+    notes: what `left_out` says.
     """
 
     subject: Subject
     hardware: Hardware
     schedule: Schedule
-    here: AtWorld
-    worlds: tuple[AtWorld, ...]
+    planned: WorldCosts
+    worlds: tuple[WorldCosts, ...]
     sensitive_vio: float
-    moved: tuple[Moved, ...]
+    sensitivities: tuple[Sensitivity, ...]
     trace: str
     laws: tuple[LawCost, ...]
     notes: tuple[str, ...]
@@ -38,7 +39,7 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
     """Simulate the subject as the options of the command line ask.
 
     Raises:
-        InvalidValue: an option is wrong; names value, rule and way out.
+        InvalidValue: an option is wrong, or a setting cannot be simulated.
     """
     check_scope(subject.config)
     hardware = hardware_of(given.hardware)
@@ -54,10 +55,10 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
         subject=subject,
         hardware=hardware,
         schedule=schedule,
-        here=by_max_vio(simulation, vios),
+        planned=by_max_vio(simulation, vios),
         worlds=tuple(by_world(subject, hardware, schedule, given.worlds or WORLDS, vios)),
         sensitive_vio=middle,
-        moved=tuple(sensitivity(subject, hardware, schedule, middle)),
+        sensitivities=tuple(sensitivity(subject, hardware, schedule, middle)),
         trace=trace,
         laws=tuple(laws),
         notes=left_out(subject.config),
@@ -65,26 +66,26 @@ def simulate(subject: Subject, given: argparse.Namespace) -> Report:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Plain values: seconds, bytes, and steps as multiples of a balanced one."""
+    """Plain values; "times_balanced" is a step's time over that of a balanced step."""
     return {
         "config": report.subject.name,
         "hardware": asdict(report.hardware),
         "schedule": asdict(report.schedule),
-        "here": _world_json(report.here),
+        "here": _world_json(report.planned),
         "worlds": [_world_json(each) for each in report.worlds],
-        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.moved]},
+        "sensitivity": {"max_vio": report.sensitive_vio, "moved": [asdict(each) for each in report.sensitivities]},
         "trace": report.trace,
         "notes": list(report.notes),
         "laws": [asdict(each) for each in report.laws],
     }
 
 
-def _world_json(at: AtWorld) -> dict[str, Any]:
+def _world_json(world: WorldCosts) -> dict[str, Any]:
     return {
-        "world_size": at.world_size,
-        "ep_size": at.ep_size,
-        "balanced_step_s": at.balanced.step_s,
-        "tokens_per_s_per_rank": at.balanced.tokens_per_s_per_rank,
-        "parts_s": dict(at.balanced.parts),
-        "costs": [asdict(each) for each in at.costs],
+        "world_size": world.world_size,
+        "ep_size": world.ep_size,
+        "balanced_step_s": world.balanced.step_s,
+        "tokens_per_s_per_rank": world.balanced.tokens_per_s_per_rank,
+        "parts_s": dict(world.balanced.parts),
+        "costs": [asdict(each) for each in world.costs],
     }

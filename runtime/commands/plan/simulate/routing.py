@@ -1,4 +1,4 @@
-"""How much more than the mean the ranks of an expert-parallel group get to compute, by layer.
+"""How the rows of each layer are divided over the ranks of an expert-parallel group.
 
 Shapes: L MoE layers, E experts, P ranks of the group. A factor is the rows of a rank over those of the rank that holds
 most experts under balanced load, so that 1 is what `trimtab plan` plans with.
@@ -17,13 +17,13 @@ SEED = 0
 
 
 def balanced(num_layers: int, experts_of_ranks: Sequence[int]) -> Factors:
-    """(L, P): every expert gets the mean."""
+    """Factors (L, P) where every expert gets the same load."""
     shares = np.array(experts_of_ranks, np.float64) / max(experts_of_ranks)
     return np.tile(shares, (num_layers, 1))
 
 
 def factors_of_load(load_LE: NDArray[np.float64], experts_of_ranks: Sequence[int]) -> Factors:
-    """(L, P), of the load of each expert; neighbouring experts share a rank. A layer without load is balanced."""
+    """Factors (L, P) from loads; neighbouring experts share a rank. A layer without load is taken as balanced."""
     sums = load_LE.sum(1, keepdims=True)
     relative_LE = np.where(sums > 0, load_LE * load_LE.shape[1] / np.maximum(sums, 1e-300), 1.0)
     starts = np.cumsum([0, *experts_of_ranks[:-1]])
@@ -31,7 +31,7 @@ def factors_of_load(load_LE: NDArray[np.float64], experts_of_ranks: Sequence[int
 
 
 def skewed(max_vio_L: Sequence[float], num_experts: int, top_k: int, experts_of_ranks: Sequence[int]) -> Factors:
-    """(L, P) of loads that have this MaxVio in each layer, the experts of each layer in an order of their own.
+    """Factors (L, P) of loads with this MaxVio in each layer; each layer has its own random order of the experts.
 
     Raises:
         InvalidValue: no load of top-k routing has such a MaxVio.
@@ -49,10 +49,10 @@ def skewed(max_vio_L: Sequence[float], num_experts: int, top_k: int, experts_of_
 
 
 def log_normal_load(max_vio: float, num_experts: int) -> NDArray[np.float64]:
-    """(E,), ascending, mean 1: a log-normal distribution's quantiles, spread until the largest is 1 + max_vio.
+    """A load (E,), ascending, of mean 1: quantiles of the log-normal distribution whose largest is 1 + max_vio.
 
-    Loads of routers without balancing look so: a few hot experts, many cold ones (docs/laws.md). What one hot expert
-    among equal ones would cost is less, all hot ones on one rank more.
+    Loads of routers without balancing look so: a few hot experts, many cold ones (docs/laws.md). A single hot expert
+    among equal ones would cost less, all hot ones on one rank more.
     """
     normal = NormalDist()
     quantiles = np.array([normal.inv_cdf((each + 0.5) / num_experts) for each in range(num_experts)])
@@ -64,7 +64,7 @@ def log_normal_load(max_vio: float, num_experts: int) -> NDArray[np.float64]:
     low, high = 0.0, 1.0
     while load(high)[-1] < 1 + max_vio and high < 2**20:
         high *= 2
-    for _ in range(60):  # halvings: more than the 53 bits of a float64
+    for _ in range(60):  # bisection, to more than the 53 bits of a float64
         middle = (low + high) / 2
         low, high = (middle, high) if load(middle)[-1] < 1 + max_vio else (low, middle)
     return load(low)

@@ -1,4 +1,4 @@
-"""Which settings the simulation knows: what would change its answer is refused, what it leaves out is said."""
+"""Settings that the simulation cannot time: those that matter much are refused, others are named in a note."""
 
 from dispatch.config import ScheduleConfig
 from dispatch.errors import InvalidValue
@@ -6,7 +6,7 @@ from runtime.settings.config import TrainConfig
 
 
 def check_scope(config: TrainConfig) -> None:
-    """Refuse what a step's time depends on and the simulation does not know.
+    """Refuse settings on which the time of a step depends and that the simulation cannot time.
 
     Raises:
         InvalidValue: names the setting, why, and the way out.
@@ -34,7 +34,7 @@ def check_scope(config: TrainConfig) -> None:
 
 
 def left_out(config: TrainConfig) -> tuple[str, ...]:
-    """What else these settings do that the times do not show, a sentence each."""
+    """A sentence for each setting whose effect the times leave out."""
     model = config.model
     notes = {
         "optim.offload: copies of the optimizer's state from and to the host are not timed": (

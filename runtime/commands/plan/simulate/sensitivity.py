@@ -1,4 +1,4 @@
-"""How the answer moves when one assumption moves by a fifth."""
+"""How much the time of a step changes when one assumption changes by a fifth."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ MAX_VIO = "MaxVio itself"
 
 
 @dataclass(frozen=True)
-class Moved:
-    """At 0.8 and at 1.2 times an assumption: the balanced step's seconds, and a skewed one's over them."""
+class Sensitivity:
+    """With an assumption at 0.8 and at 1.2 of its value: seconds of a balanced step, and a skewed step over those."""
 
     name: str
     step_s: tuple[float, float]
@@ -22,26 +22,26 @@ class Moved:
 
     @property
     def spread(self) -> float:
-        """How far the skewed step moves, to sort by."""
+        """Seconds between the skewed steps of both; results are sorted by it."""
         low, high = (even * times for even, times in zip(self.step_s, self.times_balanced, strict=True))
         return abs(high - low)
 
 
-def sensitivity(subject: Subject, hardware: Hardware, schedule: Schedule, max_vio: float) -> list[Moved]:
-    """Of a step with this MaxVio in each layer, the assumption that moves the step most first."""
+def sensitivity(subject: Subject, hardware: Hardware, schedule: Schedule, max_vio: float) -> list[Sensitivity]:
+    """The sensitivity of a step with this MaxVio in each layer; the assumption that matters most is first."""
     simulation = Simulation(subject, hardware, schedule)
     skew = factors_of(simulation, max_vio)
-    moved = [
-        _moved(name, [Simulation(subject, scaled(hardware, name, factor), schedule) for factor in FACTORS], [skew] * 2)
-        for name in assumptions(hardware)
-    ]
+    found = []
+    for name in assumptions(hardware):
+        moved = [Simulation(subject, scaled(hardware, name, factor), schedule) for factor in FACTORS]
+        found.append(_sensitivity(name, moved, [skew] * 2))
     skews = [factors_of(simulation, factor * max_vio) for factor in FACTORS]
-    moved.append(_moved(MAX_VIO, [simulation] * 2, skews))
-    return sorted(moved, key=lambda each: -each.spread)
+    found.append(_sensitivity(MAX_VIO, [simulation] * 2, skews))
+    return sorted(found, key=lambda each: -each.spread)
 
 
-def _moved(name: str, simulations: list[Simulation], skews: list[Factors]) -> Moved:
+def _sensitivity(name: str, simulations: list[Simulation], skews: list[Factors]) -> Sensitivity:
     even = [simulation.step().step_s for simulation in simulations]
     skewed = [simulation.step(skew).step_s for simulation, skew in zip(simulations, skews, strict=True)]
     times = [one / base for one, base in zip(skewed, even, strict=True)]
-    return Moved(name, (even[0], even[1]), (times[0], times[1]))
+    return Sensitivity(name, (even[0], even[1]), (times[0], times[1]))

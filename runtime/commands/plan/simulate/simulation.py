@@ -1,6 +1,6 @@
-"""A training step in time: what each part of it takes, and the memory of the rank that gets most tokens.
+"""The time of a training step, part by part, and the memory of the rank that gets most tokens.
 
-The parts follow one another, as Trimtab runs them. `Schedule` says what else may be assumed.
+The parts run one after the other, as in Trimtab, unless a `Schedule` assumes otherwise.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ EXCHANGE, EXPERTS, GRADIENTS, BUBBLE = "all-to-all", "routed experts", "gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How the parts lie in time, where it is not one after the other on every rank.
+    """Assumptions on what overlaps.
 
-    overlap: the share of a layer's computation behind which its exchange hides. stages: of a pipeline, over which the
+    overlap: share of a layer's computation that runs while its exchange does. stages: pipeline stages, over which the
     layers are divided; the ranks of the subject are those of one stage. bubble: share of the step in which a stage
     waits for others.
     """
@@ -70,7 +70,7 @@ class Simulation:
         schedule: Schedule | None = None,
         experts: Literal["fused", "grouped", "looped"] = "fused",
     ) -> None:
-        """Plan the subject. experts: how they are computed, see `MicroBatch`."""
+        """Plan the subject. experts: how they are computed (`MicroBatch.experts`)."""
         config = subject.config
         self.plan: Plan = make_plan(subject)
         self.hardware, self.schedule = hardware, schedule or Schedule()
@@ -121,29 +121,29 @@ class Simulation:
         model, batch = self.config.model, self.batch
         num_layers = model.num_layers + model.num_mtp_layers
         again = model.recompute
-        attention = num_layers * self._both(attention_work(model, batch), again in ("attention", "full"))
-        dense = model.num_dense_layers * self._both(dense_work(model, batch), again == "full")
-        router = model.num_moe_layers * self._both(router_work(model, batch), again in ("experts", "full"))
+        attention = num_layers * self._passes_s(attention_work(model, batch), again in ("attention", "full"))
+        dense = model.num_dense_layers * self._passes_s(dense_work(model, batch), again == "full")
+        router = model.num_moe_layers * self._passes_s(router_work(model, batch), again in ("experts", "full"))
         layers = [layer_time(model, batch, self.hardware, self.exchange, row, self.world_size) for row in factors]
         # Half of each layer's share for either direction.
-        beside = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
+        other_compute_s = (attention / max(num_layers, 1) + router / max(len(layers), 1)) / 2
         micro = {
             "attention": attention,
             "dense feed-forward": dense,
             "router and shared experts": router,
             EXPERTS: sum(each.forward_experts + each.backward_experts for each in layers),
-            EXCHANGE: sum(self._exposed(each, beside) for each in layers),
-            "head and loss": self._both(head_work(model, batch), recomputed=False),
+            EXCHANGE: sum(self._exposed(each, other_compute_s) for each in layers),
+            "head and loss": self._passes_s(head_work(model, batch), recomputed=False),
         }
         if self.hardware.host_s:
             micro["host"] = num_layers * self.hardware.host_s * self.hardware.crowding(self.world_size)
         return {name: self.num_micro * seconds for name, seconds in micro.items()}
 
-    def _exposed(self, layer: LayerTime, beside: float) -> float:
-        """What does not hide behind the computation of its layer, in each direction. beside: of all but the experts."""
+    def _exposed(self, layer: LayerTime, other_compute_s: float) -> float:
+        """Seconds of exchanges that the layer's computation does not hide. other_compute_s: a pass without experts."""
         overlap = self.schedule.overlap
-        forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + beside))
-        return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + beside))
+        forward = max(0.0, layer.forward_exchange - overlap * (layer.forward_experts + other_compute_s))
+        return forward + max(0.0, layer.backward_exchange - overlap * (layer.backward_experts + other_compute_s))
 
     @property
     def exchange(self) -> Exchange:
@@ -154,7 +154,7 @@ class Simulation:
         traffic = Traffic(sent.forward.times(share), sent.backward.times(share))
         return Exchange(traffic, near - 1, self.ep_size - near, model.recompute in ("experts", "full"))
 
-    def _both(self, work: Passes, recomputed: bool) -> float:
+    def _passes_s(self, work: Passes, recomputed: bool) -> float:
         seconds = (1 + recomputed) * work.forward.seconds(self.hardware) + work.backward.seconds(self.hardware)
         return seconds * self.hardware.crowding(self.world_size)
 
@@ -172,17 +172,18 @@ class Simulation:
         }
 
     def _exposed_gradients(self, parts: Mapping[str, float]) -> float:
-        """Where states are sharded, gathers and reductions travel beside the computation of other layers, as FSDP does.
+        """Seconds of gradient sums and gathers that no computation hides.
 
-        Without, they follow the last backward. Where ranks share cores nothing hides.
+        Where states are sharded they overlap with the computation of other layers, as in FSDP. Otherwise the sums
+        follow the last backward. Where ranks share cores nothing overlaps.
         """
         if self.config.parallel.shard == "none" or self.hardware.cores:
             return parts[GRADIENTS]
-        beside = sum(parts.values()) - parts[GRADIENTS] - parts[EXCHANGE] - parts["optimizer"]
-        return max(0.0, parts[GRADIENTS] - beside)
+        other_compute_s = sum(parts.values()) - parts[GRADIENTS] - parts[EXCHANGE] - parts["optimizer"]
+        return max(0.0, parts[GRADIENTS] - other_compute_s)
 
     def _reduced_s(self, name: str, num_bytes: float) -> float:
-        """A ring over the ranks that hold the same parameters, bucket by bucket, by the slowest link among them."""
+        """Seconds of a ring over the ranks that hold the same parameters, bucket by bucket, over their slowest link."""
         num_ranks = self.world_size if name == "dense" else self.world_size // self.ep_size
         spans_nodes = num_ranks > 1 and (name == "experts" or num_ranks > self.ranks_per_node)
         spans_nodes = spans_nodes and self.world_size > self.ranks_per_node

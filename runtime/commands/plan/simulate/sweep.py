@@ -16,7 +16,7 @@ WORLDS = (8, 64, 512, 2048, 16384)
 
 @dataclass(frozen=True)
 class Cost:
-    """A step under one imbalance: seconds, times those of a balanced step, and bytes of the fullest rank."""
+    """A step under one imbalance: its seconds, these over a balanced step's, and bytes of the rank with most rows."""
 
     max_vio: float
     step_s: float
@@ -25,7 +25,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class AtWorld:
+class WorldCosts:
     """One world size: its EP size, the balanced step, and the cost of each MaxVio."""
 
     world_size: int
@@ -35,33 +35,33 @@ class AtWorld:
 
 
 def factors_of(simulation: Simulation, max_vio: float) -> Factors:
-    """The same MaxVio in each layer."""
+    """Factors (`routing`) of loads with the same MaxVio in each layer."""
     model = simulation.config.model
     values = [max_vio] * model.num_moe_layers
     return skewed(values, model.moe.num_experts, model.moe.top_k, simulation.experts_of_ranks)
 
 
-def by_max_vio(simulation: Simulation, max_vios: Sequence[float]) -> AtWorld:
+def by_max_vio(simulation: Simulation, max_vios: Sequence[float]) -> WorldCosts:
     """Costs at the world size of the simulation."""
     even = simulation.step()
     costs = []
     for max_vio in max_vios:
         step = simulation.step(factors_of(simulation, max_vio))
         costs.append(Cost(max_vio, step.step_s, step.step_s / even.step_s, step.peak_bytes))
-    return AtWorld(simulation.world_size, simulation.ep_size, even, tuple(costs))
+    return WorldCosts(simulation.world_size, simulation.ep_size, even, tuple(costs))
 
 
 def by_world(
     subject: Subject, hardware: Hardware, schedule: Schedule, worlds: Sequence[int], max_vios: Sequence[float]
-) -> list[AtWorld]:
+) -> list[WorldCosts]:
     """Costs at each world size."""
-    return [by_max_vio(Simulation(at_world(subject, size), hardware, schedule), max_vios) for size in worlds]
+    return [by_max_vio(Simulation(resized_subject(subject, size), hardware, schedule), max_vios) for size in worlds]
 
 
-def at_world(subject: Subject, world_size: int) -> Subject:
-    """The subject on so many ranks: as many sequences on each, experts shared by at most as many ranks as before.
+def resized_subject(subject: Subject, world_size: int) -> Subject:
+    """The subject on `world_size` ranks: as many sequences a rank as before, and an EP size that is not larger.
 
-    Where all ranks share them they still do, as far as there are experts. An exchange over nodes is left to `auto`.
+    Where all ranks form one EP group they still do, if there are enough experts. The exchange "node" becomes `auto`.
 
     Raises:
         InvalidValue: the ranks do not fill whole nodes.
@@ -71,7 +71,7 @@ def at_world(subject: Subject, world_size: int) -> Subject:
     if world_size % node:
         raise InvalidValue(f"--worlds {world_size} must be a multiple of --ranks-per-node ({node})")
     ep_before = config.parallel.resolve(before)
-    most = world_size if ep_before == before else ep_before
+    max_ep_size = world_size if ep_before == before else ep_before
     backend = config.parallel.backend
     exchange = "auto" if backend is not None and backend.needs_nodes else config.parallel.exchange
     parallel = replace(config.parallel, ep_size=1, replicate=1, exchange=exchange).resized_to(world_size)
@@ -83,5 +83,5 @@ def at_world(subject: Subject, world_size: int) -> Subject:
         cluster=replace(config.cluster, num_workers=world_size),
     )
     moved = replace(subject, config=grown, ranks_per_node=node)
-    ep_size = max(size for size in ep_sizes(moved) if size <= most)
+    ep_size = max(size for size in ep_sizes(moved) if size <= max_ep_size)
     return replace(moved, config=replace(grown, parallel=replace(grown.parallel, ep_size=ep_size)))

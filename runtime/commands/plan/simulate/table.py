@@ -20,7 +20,7 @@ it can be trusted."""
 
 
 def print_report(report: Report) -> None:
-    """Heading, parts of a step, costs, laws where there is a trace, and sensitivity."""
+    """Print heading, parts of a step, costs, laws where there is a trace, and sensitivity."""
     console = Console(width=WIDTH, highlight=False)
     console.print(_heading(report), markup=False)
     for note in report.notes:
@@ -38,11 +38,11 @@ def times(value: float) -> str:
 
 
 def _heading(report: Report) -> str:
-    here = report.here
-    rate = short(here.balanced.tokens_per_s_per_rank)
+    planned = report.planned
+    rate = short(planned.balanced.tokens_per_s_per_rank)
     return (
-        f"{report.subject.name} on {counted(here.world_size, 'rank')} of {report.hardware.name}, EP {here.ep_size}: "
-        f"a balanced step takes {milliseconds(here.balanced.step_s)}, {rate} tokens/s a rank"
+        f"{report.subject.name} on {counted(planned.world_size, 'rank')} of {report.hardware.name}, "
+        f"EP {planned.ep_size}: a balanced step takes {milliseconds(planned.balanced.step_s)}, {rate} tokens/s a rank"
     )
 
 
@@ -57,26 +57,26 @@ def _tables(report: Report) -> Iterator[Table]:
 
 def _parts(report: Report) -> Table:
     table = new_table(("a balanced step", "time", "share"))
-    for name, seconds in report.here.balanced.parts.items():
-        table.add_row(name, milliseconds(seconds), percent(seconds / report.here.balanced.step_s))
+    for name, seconds in report.planned.balanced.parts.items():
+        table.add_row(name, milliseconds(seconds), percent(seconds / report.planned.balanced.step_s))
     return table
 
 
 def _costs(report: Report) -> Table:
     table = new_table(("MaxVio", "step", "times", "memory"))
-    for each in report.here.costs:
+    for each in report.planned.costs:
         row = (three_digits(each.max_vio), milliseconds(each.step_s), times(each.times_balanced))
         table.add_row(*row, byte_size(each.peak_bytes))
     return table
 
 
 def _worlds(report: Report) -> Table:
-    vios = [f"MaxVio {three_digits(each.max_vio)}" for each in report.here.costs]
+    vios = [f"MaxVio {three_digits(each.max_vio)}" for each in report.planned.costs]
     table = new_table(("ranks", "EP", "balanced step", "tokens/s a rank", *vios))
-    for at in report.worlds:
-        rate = short(at.balanced.tokens_per_s_per_rank)
-        row = (f"{at.world_size:,}", str(at.ep_size), milliseconds(at.balanced.step_s), rate)
-        table.add_row(*row, *(times(each.times_balanced) for each in at.costs))
+    for world in report.worlds:
+        rate = short(world.balanced.tokens_per_s_per_rank)
+        row = (f"{world.world_size:,}", str(world.ep_size), milliseconds(world.balanced.step_s), rate)
+        table.add_row(*row, *(times(each.times_balanced) for each in world.costs))
     return table
 
 
@@ -92,6 +92,6 @@ def _laws(report: Report) -> Table:
 def _sensitivity(report: Report) -> Table:
     vio = f"MaxVio {three_digits(report.sensitive_vio)}"
     table = new_table(("an assumption", "step at 0.8", "step at 1.2", f"{vio}, times at 0.8", f"{vio}, times at 1.2"))
-    for each in report.moved:
+    for each in report.sensitivities:
         table.add_row(each.name, *map(milliseconds, each.step_s), *map(times, each.times_balanced))
     return table

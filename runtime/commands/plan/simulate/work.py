@@ -1,4 +1,4 @@
-"""What a rank computes for a micro-batch, part by part: matmuls, and bytes of all that passes over memory.
+"""What a rank computes for a micro-batch, part by part: matmuls, and memory traffic of all other kernels.
 
 Letters, as in `runtime.commands.plan.activations`: T tokens, H hidden, F inner width of an expert, E experts, K top-k,
 R expert rows, b bytes of an element in the compute dtype; the residual stream is fp32. Bytes are those of kernels that
@@ -17,7 +17,7 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True)
 class Matmul:
-    """Operations, bytes that they read and write at the least, and which rate they run at."""
+    """Floating-point operations of matmuls, bytes that they read and write, and their kind, which has a rate."""
 
     kind: MatmulKind
     flops: float
@@ -30,7 +30,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Work:
-    """Matmuls, and bytes that pass over memory beside them."""
+    """Matmuls, and bytes that other kernels read and write (passed_bytes)."""
 
     matmuls: tuple[Matmul, ...] = ()
     passed_bytes: float = 0.0
@@ -44,7 +44,7 @@ class Work:
         return sum(matmul.flops for matmul in self.matmuls)
 
     def seconds(self, hardware: Hardware) -> float:
-        """On a device, or a core, of its own."""
+        """Seconds on a device, or a core, of its own."""
         matmuls = sum(matmul.seconds(hardware) for matmul in self.matmuls)
         return matmuls + self.passed_bytes / hardware.memory_bytes_per_s
 
@@ -139,7 +139,7 @@ def dense_work(config: ModelConfig, batch: MicroBatch) -> Passes:
 
 
 def router_work(config: ModelConfig, batch: MicroBatch) -> Passes:
-    """The router, in fp32, the shared experts, and what is around them: all that knows nothing of the load."""
+    """The router, in fp32, the shared experts, norm and residual sum: all of an MoE layer that no load changes."""
     moe = config.moe
     gate = linear(batch.tokens, config.hidden, moe.num_experts, FP32)
     # Logits to scores, with the bias, chosen and counted; backward of the scores.

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.commands.chaos import leftovers
 from runtime.commands.chaos import testbed as testbeds
-from runtime.commands.chaos.leftovers import Leftovers, after_the_cluster, still_there_of
+from runtime.commands.chaos.leftovers import Leftovers, left_by_cluster, left_on_machine
 from runtime.commands.chaos.machines import Machines
 from runtime.commands.chaos.namespaces import why_not
 from runtime.commands.chaos.plan import PRESETS
@@ -76,11 +76,11 @@ def test_the_processes_of_the_cluster_are_not_of_the_run(testbed):
 
 def test_after_the_cluster_nothing_at_all_may_be_there(testbed):
     machine = testbed.machines[0]
-    assert after_the_cluster(testbed) == still_there_of(testbed, machine, set(), [], []) == []
+    assert left_by_cluster(testbed) == left_on_machine(testbed, machine, set(), [], []) == []
     begin(testbed, LISTEN)
     machine.run(["touch", "/dev/shm/plasma"])
     (testbed.disk(machine) / "trimtab-ray-abc").mkdir()
-    left = after_the_cluster(testbed)
+    left = left_by_cluster(testbed)
     assert [text.partition(" ")[0] for text in left[:3]] == ["process", "port", "shared"]
     assert left[1] == "port 7123 of machine0 is open" and left[3].endswith("/0/trimtab-ray-abc") and len(left) == 4
-    assert len(still_there_of(testbed, machine, set(), [], [])) == 3
+    assert len(left_on_machine(testbed, machine, set(), [], [])) == 3

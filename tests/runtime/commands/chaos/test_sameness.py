@@ -48,8 +48,8 @@ def struck(tmp_path: Path) -> Path:
     return write(run, first=3, resume=2)
 
 
-def found(struck: Path, calm: Path, *, whole: bool = True) -> dict[str, str]:
-    return flaws(read_record(struck), read_record(calm), ASSIGNMENTS, whole=whole)
+def found(struck: Path, calm: Path, *, ended: bool = True) -> dict[str, str]:
+    return flaws(read_record(struck), read_record(calm), ASSIGNMENTS, ended=ended)
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
@@ -80,43 +80,43 @@ def test_a_bit_that_differs_in_a_load_or_a_statistic_is_seen(struck, calm, name)
     assert found(struck, calm) == {f"{file}, step {last}": "the record is not that of the calm run"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_line_that_is_there_twice_or_missing_is_seen_at_any_time(struck, calm, whole):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_line_that_is_there_twice_or_missing_is_seen_at_any_time(struck, calm, ended):
     third, path = line(struck, "train", 3), struck / "metrics.jsonl"
     change(path, third, third + third)
-    assert found(struck, calm, whole=whole) == {
+    assert found(struck, calm, ended=ended) == {
         "order of metrics.jsonl": "train 3 is at place 6, where train 4 belongs"
     }
     change(path, third + third, b"")
-    assert found(struck, calm, whole=whole) == {
+    assert found(struck, calm, ended=ended) == {
         "order of metrics.jsonl": "train 4 is at place 5, where train 3 belongs"
     }
     change(path, line(struck, "train", 4), b'{"kind": "tr\n')
-    assert found(struck, calm, whole=whole)["metrics.jsonl, line 5 is damaged"]
+    assert found(struck, calm, ended=ended)["metrics.jsonl, line 5 is damaged"]
 
 
 def sample_lines(run: Path) -> list[bytes]:
     return (run / "samples.jsonl").read_bytes().splitlines(keepends=True)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_sample_that_differs_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, whole):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_sample_that_differs_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, ended):
     path, lines = struck / "samples.jsonl", sample_lines(struck)  # two each of the steps 0, 2, 4 and 6
     path.write_bytes(b"".join([*lines[:3], *lines[2:]]))
     twice = "sample 0 of step 2 is at place 4, where sample 1 of step 2 belongs"
-    assert found(struck, calm, whole=whole) == {"order of samples.jsonl": twice}
+    assert found(struck, calm, ended=ended) == {"order of samples.jsonl": twice}
     path.write_bytes(b"".join(lines[:3] + lines[4:]))
     lost = "sample 0 of step 4 is at place 4, where sample 1 of step 2 belongs"
-    assert found(struck, calm, whole=whole) == {"order of samples.jsonl": lost}
+    assert found(struck, calm, ended=ended) == {"order of samples.jsonl": lost}
     path.write_bytes(b"".join(lines[:4]))
     behind = {"order of samples.jsonl": "sample 0 of step 4 is missing, and what follows it"}
-    assert found(struck, calm, whole=whole) == behind
+    assert found(struck, calm, ended=ended) == behind
     path.write_bytes(b"".join(lines).replace(b'"41"', b'"42"'))
-    assert found(struck, calm, whole=whole) == {
+    assert found(struck, calm, ended=ended) == {
         "samples after step 4": "tokens is ['a', '42'], in the calm run ['a', '41']"
     }
     path.write_bytes(b"".join([*lines[:2], b"{oops\n", *lines[2:]]))
-    assert found(struck, calm, whole=whole) == {"samples.jsonl, line 3 is damaged": "it was whole when it was written"}
+    assert found(struck, calm, ended=ended) == {"samples.jsonl, line 3 is damaged": "it was whole when it was written"}
 
 
 def test_a_sample_that_was_made_anew_and_differs_is_seen(struck, calm):
@@ -124,22 +124,22 @@ def test_a_sample_that_was_made_anew_and_differs_is_seen(struck, calm):
     assert found(struck, calm) == {"samples after step 4": "tokens is ['a', '50'], in the calm run ['a', '40']"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_an_evaluation_that_is_missing_is_seen_at_any_time(struck, calm, whole):
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_evaluation_that_is_missing_is_seen_at_any_time(struck, calm, ended):
     change(struck / "metrics.jsonl", line(struck, "eval", 4), b"")
-    assert found(struck, calm, whole=whole) == {"order of metrics.jsonl": "train 5 is at place 7, where eval 4 belongs"}
+    assert found(struck, calm, ended=ended) == {"order of metrics.jsonl": "train 5 is at place 7, where eval 4 belongs"}
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_record_of_a_load_that_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, whole):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_record_of_a_load_that_is_missing_or_there_twice_is_seen_at_any_time(struck, calm, ended):
     path = struck / HISTORY
     raw = path.read_bytes()
     path.write_bytes(raw[:RECORD_BYTES] + raw[2 * RECORD_BYTES :])
-    assert found(struck, calm, whole=whole) == {"order of history.bin": "step 3 is at place 2, where step 2 belongs"}
+    assert found(struck, calm, ended=ended) == {"order of history.bin": "step 3 is at place 2, where step 2 belongs"}
     path.write_bytes(raw[:RECORD_BYTES] + raw)
-    assert found(struck, calm, whole=whole) == {"order of history.bin": "step 1 is at place 2, where step 2 belongs"}
+    assert found(struck, calm, ended=ended) == {"order of history.bin": "step 1 is at place 2, where step 2 belongs"}
     path.write_bytes(raw[: 3 * RECORD_BYTES])
-    assert found(struck, calm, whole=whole) == {"order of history.bin": "step 4 is missing, and what follows it"}
+    assert found(struck, calm, ended=ended) == {"order of history.bin": "step 4 is missing, and what follows it"}
 
 
 def test_a_run_may_be_behind_by_what_it_is_writing_until_it_is_over(struck, calm):
@@ -148,7 +148,7 @@ def test_a_run_may_be_behind_by_what_it_is_writing_until_it_is_over(struck, calm
     for name in (HISTORY, STATISTICS):
         raw = (struck / name).read_bytes()
         (struck / name).write_bytes(raw[: raw.rindex(STEPS.to_bytes(8, "little"))])
-    assert found(struck, calm, whole=False) == {}
+    assert found(struck, calm, ended=False) == {}
     assert found(struck, calm) == {
         "order of metrics.jsonl": "eval 6 is missing, and what follows it",
         "order of samples.jsonl": "sample 1 of step 4 is missing, and what follows it",
@@ -159,7 +159,7 @@ def test_a_run_may_be_behind_by_what_it_is_writing_until_it_is_over(struck, calm
 
 def test_a_statistic_that_was_never_recorded_is_seen(struck, calm):
     (struck / STATISTICS).unlink()
-    assert found(struck, calm, whole=False) == {"order of statistics.bin": "step 1 is missing, and what follows it"}
+    assert found(struck, calm, ended=False) == {"order of statistics.bin": "step 1 is missing, and what follows it"}
 
 
 def test_lost_tokens_are_seen_though_both_runs_lose_them(calm, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.commands.chaos.second_writer import Other, refuse
+from runtime.commands.chaos.second_writer import StartedDriver, refuse
 from runtime.commands.chaos.target import TargetRun, Unfulfilled
 
 REFUSED = "echo error: chaos is being written by pid 7 on machine0 since 1; exit 2"
@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def other(run: Run, script: str) -> list[Other]:
+def other(run: Run, script: str) -> list[StartedDriver]:
     log = run.testbed.folder / "other"
     with log.open("w") as file:
         return [(subprocess.Popen(["sh", "-c", script], stdout=file, cwd=run.run_dir), log)]

@@ -43,16 +43,16 @@ def make_plan(out: Path, *specs: str, num_seeds: int = 2, **values: Any) -> Comp
 
 def test_a_law_is_a_balance_section_of_its_own() -> None:
     base = with_values(load_config("small"), {"balance.law": "rms", "balance.rate": 6e-3})
-    config = parse_method("sign:u=0.003").applied_to(base)
+    config = with_values(base, parse_method("sign:u=0.003").values)
     assert (config.balance.law, config.balance.rate) == ("sign", 0.003)
     # The rate of the base is for its law, not for this one.
-    assert parse_method("newton").applied_to(base).balance.rate is None
+    assert with_values(base, parse_method("newton").values).balance.rate is None
 
 
 def test_a_loss_leaves_the_bias_alone_and_a_law_has_no_loss() -> None:
-    with_loss = parse_method("aux:alpha=0.01").applied_to(load_config("small"))
+    with_loss = with_values(load_config("small"), parse_method("aux:alpha=0.01").values)
     assert (with_loss.aux.loss, with_loss.aux.alpha, with_loss.balance.law) == ("switch", 0.01, "none")
-    assert parse_method("newton").applied_to(with_loss).aux.loss == "none"
+    assert with_values(with_loss, parse_method("newton").values).aux.loss == "none"
 
 
 @pytest.mark.parametrize(

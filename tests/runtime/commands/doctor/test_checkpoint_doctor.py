@@ -317,13 +317,14 @@ def test_a_configuration_of_another_model_is_named(copy: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is neither a checkpoint (manifest.json), nor a run (config.yaml), nor a directory"),
+        (["{newest}", "--step", "5"], "is a checkpoint itself"),
         (["{run}", "--step", "3"], "has no checkpoint of step 3; it has 2, 4, 5"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(
     arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", *(word.format(run=run) for word in arguments)]) == 2
+    assert main(["doctor", *(word.format(run=run, newest=newest(run)) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -46,6 +46,8 @@ def test_ranks_that_cannot_be_placed_are_a_finding_and_the_exit_code_says_so(ray
 def test_sizes_that_do_not_divide_and_targets_that_do_not_exist_are_refused(capsys):
     assert main(["doctor", "cluster", "--workers", "3", "--ep-size", "2"]) == 2
     assert "--ep-size (2) must divide --workers (3)" in capsys.readouterr().err
+    assert main(["doctor", "cluster", "--ep-size", "3"]) == 2
+    assert "--ep-size (3) must divide --workers (2)" in capsys.readouterr().err
     assert main(["doctor", "patient"]) == 2
     assert "cluster" in capsys.readouterr().err
 

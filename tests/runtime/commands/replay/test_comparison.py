@@ -17,7 +17,7 @@ from runtime.commands.replay.chart import LOOKS, write_chart
 from runtime.commands.replay.comparison import Comparison, compare
 from runtime.commands.replay.figures import first_balanced
 from runtime.commands.replay.floors import _balancing_bias, _floor_of, floor_by_step
-from runtime.commands.replay.play import Played
+from runtime.commands.replay.play import SimulatedLaw
 from runtime.commands.replay.simulation import RouterSimulation
 from runtime.commands.replay.table import as_table
 
@@ -37,12 +37,12 @@ class FlatTrace:
         return [torch.full((4, 2), 0.5)] * 2
 
 
-def played(*vio: float) -> Played:
+def simulated(*vio: float) -> SimulatedLaw:
     """A load with this MaxVio in each step, the first expert ahead in odd steps and the second in even ones."""
     ahead = [(round(100 * (1 + each)), round(100 * (1 - each))) for each in vio]
     counts = [(pair if step % 2 else pair[::-1]) * 2 for step, pair in enumerate(ahead)]
     num_steps = len(vio)
-    return Played(
+    return SimulatedLaw(
         BalanceConfig(law="sign"), np.array(counts), np.zeros((num_steps, 4), np.float32), np.full(num_steps, 0.02)
     )
 
@@ -52,7 +52,7 @@ CURVE = (0.9, 0.8, *[0.1] * 8, 0.9, *[0.1] * 5)
 
 
 def compared(shift_step: int | None = 11) -> Comparison:
-    laws = {"quick": played(*CURVE), "never": played(*[0.9] * 16)}
+    laws = {"quick": simulated(*CURVE), "never": simulated(*[0.9] * 16)}
     return compare(FlatTrace(shift_step), laws, threshold=0.2)
 
 
@@ -102,7 +102,7 @@ def test_the_practical_floor_is_high_where_the_router_moves() -> None:
     floor_S = floor_by_step(trace)
     assert floor_S[:12].min() > 2 * floor_S[30:].max()
     # A law whose MaxVio is just above the floor is balanced all along, though it leaves much at first.
-    near = compare(trace, {"near": played(*(1.2 * floor_S).tolist())}).laws["near"].figures
+    near = compare(trace, {"near": simulated(*(1.2 * floor_S).tolist())}).laws["near"].figures
     assert near.balanced_after == 0
 
 

@@ -14,7 +14,7 @@ from dispatch.laws import BalanceConfig
 from dispatch.layout import LoadLayout
 from runtime.cli import main
 from runtime.commands.replay.copies import outcomes_of
-from runtime.commands.replay.play import play
+from runtime.commands.replay.play import simulate_laws
 from runtime.commands.replay.replay import replay
 from runtime.commands.replay.score_trace import RecordedTrace
 from runtime.settings.config import RunBalanceConfig, TrainConfig
@@ -84,7 +84,7 @@ def test_the_record_holds_every_number(copy: Path, capsys: pytest.CaptureFixture
 
 def test_the_runs_own_law_does_on_its_scores_what_it_did_in_the_run(run: Path) -> None:
     trace = RecordedTrace(run)
-    played = play(trace, {"own": BalanceConfig(law="sign", rate=0.02)})["own"]
+    played = simulate_laws(trace, {"own": BalanceConfig(law="sign", rate=0.02)})["own"]
     history = read_load_history(run)
     # Not to the bit: a score of 16 bits can turn the choice of a token, and that the sign of a step of an expert.
     assert abs(played.counts - history.counts).sum() / history.counts.sum() < 0.05
@@ -109,7 +109,7 @@ def test_a_trace_may_begin_later_without_a_bias(run: Path) -> None:
     whole, late = RecordedTrace(run), RecordedTrace(run, shift=20, first=9)
     assert (late.name, late.steps, late.shift_step) == ("run, 24 steps from 9 on", range(1, 25), 12)
     assert all(torch.equal(a, b) for a, b in zip(late.scores(1), whole.scores(9), strict=True))
-    assert not play(late, {"own": BalanceConfig(law="sign", rate=0.02)})["own"].bias[0].any()
+    assert not simulate_laws(late, {"own": BalanceConfig(law="sign", rate=0.02)})["own"].bias[0].any()
 
 
 def test_the_own_law_is_not_played_twice(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +147,7 @@ def test_a_bias_that_does_not_follow_fails_after_all_is_said(copy: Path, capsys:
         (["--shift", "33"], "--shift 33 must lie inside the recorded steps, 2 to 32"),
         (["--shift", "1"], "--shift 1 must lie inside the recorded steps, 2 to 32"),
         (["--first", "32"], "--first 32 must leave recorded steps to play on: at most 31"),
+        (["--every", "5"], "--ranks and --every say how --copies are placed"),
         (["--first", "9", "--shift", "9"], "--shift 9 must lie inside the recorded steps, 10 to 32"),
     ],
 )

@@ -27,6 +27,21 @@ def test_a_file_of_rates_gives_the_same_hardware(tmp_path: Path) -> None:
     assert hardware_of(str(file)) == from_json(json.loads(file.read_text())) == PRESETS["b200"]
 
 
+def test_whole_numbers_in_a_file_are_assumptions_too() -> None:
+    values = asdict(PRESETS["b200"]) | {"dense_flops_per_s": 10**15, "host_s": 0}
+    assert assumptions(from_json(values))["dense_flops_per_s"] == 1e15
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dense_flops_per_s", 0), ("update_s", -1e-9), ("memory_bytes_per_s", "fast"), ("cores", True)]
+)
+def test_a_value_that_is_no_rate_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps(asdict(PRESETS["b200"]) | {name: value}))
+    with pytest.raises(InvalidValue, match=f"nor a file of rates .{name} is "):
+        hardware_of(str(file))
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json"])
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "rates.json"

@@ -11,7 +11,7 @@ from dispatch.exchange.local import LocalDispatcher
 from runtime.commands.plan.simulate.hardware import PRESETS, Hardware, Link
 from runtime.commands.plan.simulate.layer import with_rows
 from runtime.commands.plan.simulate.simulation import Schedule, Simulation
-from runtime.commands.plan.simulate.sweep import at_world, by_max_vio, factors_of
+from runtime.commands.plan.simulate.sweep import by_max_vio, factors_of, resized_subject
 from runtime.commands.plan.simulate.work import attention_work, dense_work, expert_work, head_work, router_work
 from runtime.commands.plan.subject import Subject
 from runtime.settings.config import TrainConfig
@@ -200,7 +200,7 @@ def test_ranks_that_share_cores_take_as_long_as_all_their_work_on_all_cores() ->
 
 def test_worlds_keep_the_tokens_of_a_rank_and_share_experts_as_far_as_they_can() -> None:
     base = subject(world=64, ep=64 // 4, node=8)
-    sizes = {size: at_world(base, size) for size in (8, 64, 1024)}
+    sizes = {size: resized_subject(base, size) for size in (8, 64, 1024)}
     assert [each.config.parallel.ep_size for each in sizes.values()] == [8, 16, 16]
     assert {each.config.run.sequences_per_rank(size) for size, each in sizes.items()} == {4}
 
@@ -209,11 +209,11 @@ def test_worlds_keep_the_sequences_that_ranks_share() -> None:
     base = subject(world=8, ep=4, global_batch_size=4, micro_batch_size=0)  # one for two ranks
     base = replace(base, config=replace(base.config, parallel=replace(base.config.parallel, context=2)))
     for size, context in ((8, 2), (16, 2), (1, 1)):
-        config = at_world(base, size).config
+        config = resized_subject(base, size).config
         assert (config.parallel.context, config.sequences_per_rank) == (context, 1)
 
 
 def test_the_cost_of_imbalance_grows_with_the_ranks_that_share_the_experts() -> None:
-    at = [by_max_vio(Simulation(at_world(subject(), size), PRESETS["h100"]), [2.0]) for size in (2, 4, 8, 16)]
+    at = [by_max_vio(Simulation(resized_subject(subject(), size), PRESETS["h100"]), [2.0]) for size in (2, 4, 8, 16)]
     costs = [each.costs[0].times_balanced for each in at]
     assert costs == sorted(costs)
