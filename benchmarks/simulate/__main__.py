@@ -20,7 +20,7 @@ from benchmarks.processes import run_processes
 from benchmarks.simulate.cases import cases_of
 from benchmarks.simulate.measure import Measured, measure
 from benchmarks.simulate.public import print_public
-from runtime.commands.plan.simulate.hardware import Hardware, Link
+from runtime.commands.plan.simulate.hardware import Hardware, LinkCost
 from runtime.commands.plan.simulate.routing import factors_of_load
 from runtime.commands.plan.simulate.simulation import Simulation
 from runtime.job.launch import make_spec
@@ -36,12 +36,12 @@ def predicted(measured: Measured, hardware: Hardware, text: Path) -> tuple[float
     return simulation.step(factors).step_s, simulation.step().step_s
 
 
-def measure_all(folder: Path, ep_sizes: Sequence[int]) -> tuple[list[Measured], Link, float]:
+def measure_all(folder: Path, ep_sizes: Sequence[int]) -> tuple[list[Measured], LinkCost, float]:
     """The measurements of every case, and the link between two ranks. Each world size has new processes."""
     text = folder / "text.txt"
     text.write_text("".join(f"{n} green bottles hanging on the wall;\n" for n in range(40_000)))
     found: list[Measured] = []
-    links: dict[int, tuple[Link, float]] = {}
+    links: dict[int, tuple[LinkCost, float]] = {}
     for ep_size in ep_sizes:
         configs = {case: case.config(text) for each in cases_of(ep_size) for case in (each, each.twin)}
         dataset = prepare_dataset(next(iter(configs.values())).data)
@@ -64,7 +64,7 @@ def row_of(each: Measured, hardware: Hardware, text: Path) -> str:
     return f"| {' | '.join((str(each.case.ep_size), each.case.name, *times, *ratios, rates, *others))} |"
 
 
-def print_measured(found: Sequence[Measured], link: Link, factor: float, folder: Path) -> Hardware:
+def print_measured(found: Sequence[Measured], link: LinkCost, factor: float, folder: Path) -> Hardware:
     """Print the table; returns the rates of the last case, with its links."""
     print(f"gloo, 2 ranks: {link.bytes_per_s / 1e9:.2f} GB/s; a sum over ranks takes {factor:.1f} times as long\n")
     heads = (

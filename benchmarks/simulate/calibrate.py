@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from runtime.commands.bench.dispatch.limits import Shape, matmul_flops, matmul_limit
 from runtime.commands.plan.activations import FP32
-from runtime.commands.plan.simulate.hardware import Hardware, Link
+from runtime.commands.plan.simulate.hardware import Hardware, LinkCost
 from runtime.commands.plan.simulate.work import ATTENTION_BACKWARD, added, norm, swiglu
 from workers.actor import usable_cores
 from workers.model.model_config import ModelConfig
 
 SAMPLES = 3
-NO_LINK = Link(alpha_s=0.0, bytes_per_s=1e12)  # for one rank, which sends nothing
+NO_LINK = LinkCost(alpha_s=0.0, bytes_per_s=1e12)  # for one rank, which sends nothing
 COLD_SETS = 12  # sets of tensors used in turn, so that none is in the cache
 LARGE_BYTES = 16 * 2**20
 
@@ -131,7 +131,7 @@ def update_seconds(model: ModelConfig, ep_size: int) -> float:
     return seconds / sum(parameter.numel() for parameter in parameters)
 
 
-def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
+def link_of(group: dist.ProcessGroup) -> tuple[LinkCost, float]:
     """The gloo link between all ranks of `group`, and how much longer a sum takes than an all-to-all. Collective.
 
     The constant cost of a message is left out: `host_s`, measured in steps with messages, includes it.
@@ -142,4 +142,4 @@ def link_of(group: dist.ProcessGroup) -> tuple[Link, float]:
     flat = torch.zeros(LARGE_BYTES // FP32)
     sum_s = seconds_of(lambda: dist.all_reduce(flat, group=group), 3 * SAMPLES)
     # A ring sends twice as much as an all-to-all.
-    return Link(alpha_s=0.0, bytes_per_s=LARGE_BYTES * (size - 1) / size / exchange_s), sum_s / (2 * exchange_s)
+    return LinkCost(alpha_s=0.0, bytes_per_s=LARGE_BYTES * (size - 1) / size / exchange_s), sum_s / (2 * exchange_s)

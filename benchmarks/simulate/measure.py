@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.simulate.barrier_clock import critical_path, over_ranks, stretches
 from benchmarks.simulate.calibrate import NO_LINK, link_of, rates_of
 from benchmarks.simulate.cases import MODELS, Case, cases_of
-from runtime.commands.plan.simulate.hardware import Hardware, Link, assumptions
+from runtime.commands.plan.simulate.hardware import Hardware, LinkCost, assumptions
 from workers.actor import usable_cores
 from workers.distributed.parallel import RankGroups, join_groups
 from workers.training.rank_state import build_rank
@@ -39,7 +39,7 @@ class Measured:
     rates: Hardware
 
 
-def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tuple[list[Measured], Link, float]:
+def measure(specs: Mapping[Case, WorkerSpec], rank: int, world_size: int) -> tuple[list[Measured], LinkCost, float]:
     """All cases of one world size, its link, and how much longer a sum takes. Collective; only rank 0 returns cases."""
     torch.set_num_threads(1)
     first = next(iter(specs.values()))

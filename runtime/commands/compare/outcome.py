@@ -33,7 +33,7 @@ class RunCurves:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedStats:
     """A measure over the seeds of a method.
 
     values: one for each seed, None where the run has none. std: of a sample, None where fewer than two are known.
@@ -44,7 +44,7 @@ class Spread:
     std: float | None
 
     @classmethod
-    def over(cls, values: Sequence[float | None]) -> "Spread":
+    def over(cls, values: Sequence[float | None]) -> "SeedStats":
         """Compute the spread of the known values."""
         known = [value for value in values if value is not None]
         mean = statistics.fmean(known) if known else None
@@ -62,9 +62,9 @@ class MethodOutcome:
 
     spec: str
     seeds: tuple[int, ...]
-    measures: dict[str, Spread]
-    per_source: dict[str, Spread]
-    against_first: Spread
+    measures: dict[str, SeedStats]
+    per_source: dict[str, SeedStats]
+    against_first: SeedStats
     curves: tuple[RunCurves, ...]
 
 
@@ -151,14 +151,16 @@ def _method_outcome(
     spec: str, runs: Sequence[RunCurves], first: Sequence[RunCurves], shift_at: int, threshold: float
 ) -> MethodOutcome:
     measured = [_measure(run, shift_at, threshold) for run in runs]
-    measures = {name: Spread.over([each[name] for each in measured]) for name in measured[0]}
+    measures = {name: SeedStats.over([each[name] for each in measured]) for name in measured[0]}
     sources = runs[0].evaluation["val_bits_per_byte_per_source"]
     per_source = {
-        name: Spread.over([run.evaluation["val_bits_per_byte_per_source"][name] for run in runs]) for name in sources
+        name: SeedStats.over([run.evaluation["val_bits_per_byte_per_source"][name] for run in runs]) for name in sources
     }
     bits = {run.seed: run.evaluation["val_bits_per_byte"] for run in first}
     against = [run.evaluation["val_bits_per_byte"] - bits[run.seed] for run in runs if run.seed in bits]
-    return MethodOutcome(spec, tuple(run.seed for run in runs), measures, per_source, Spread.over(against), tuple(runs))
+    return MethodOutcome(
+        spec, tuple(run.seed for run in runs), measures, per_source, SeedStats.over(against), tuple(runs)
+    )
 
 
 def _measure(run: RunCurves, shift_at: int, threshold: float) -> dict[str, float | None]:

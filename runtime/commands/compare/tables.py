@@ -6,14 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime.commands.compare.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, Spread
+from runtime.commands.compare.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, SeedStats
 from runtime.commands.compare.picture import write_picture
 from runtime.commands.results import write_json
 from runtime.terminal.quantities import milliseconds
 from runtime.terminal.tables import new_table
 
 MIN_WIDTH = 150  # of a terminal that is none: a table in a file need not be narrow
-Cell = Callable[[Spread, int], str]
+Cell = Callable[[SeedStats, int], str]
 Rows = list[list[str]]
 
 
@@ -99,7 +99,7 @@ def _markdown(heads: list[str], rows: Rows) -> str:
 
 
 def _decimals(num_decimals: int) -> Cell:
-    def cell(spread: Spread, _num_seeds: int) -> str:
+    def cell(spread: SeedStats, _num_seeds: int) -> str:
         if spread.mean is None:
             return "n/a"
         text = f"{spread.mean:.{num_decimals}f}"
@@ -108,14 +108,14 @@ def _decimals(num_decimals: int) -> Cell:
     return cell
 
 
-def _steps(spread: Spread, num_seeds: int) -> str:
+def _steps(spread: SeedStats, num_seeds: int) -> str:
     if spread.mean is None:
         return "never"
     text = _decimals(0)(spread, num_seeds)
     return text if spread.num_known == num_seeds else f"{text} ({spread.num_known} of {num_seeds})"
 
 
-def _time(spread: Spread, _num_seeds: int) -> str:
+def _time(spread: SeedStats, _num_seeds: int) -> str:
     return "n/a" if spread.mean is None else milliseconds(spread.mean)
 
 

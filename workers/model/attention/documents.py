@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.distributed.context import Context
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Consecutive queries of a document, and how many keys before their own they may see."""
 
     num_tokens: int
@@ -31,11 +31,11 @@ class Cut(NamedTuple):
     """
 
     parts: list[int]
-    blocks: list[Block]
+    blocks: list[QueryBlock]
     key_parts: list[range]
 
     @property
-    def indices_by_block(self) -> dict[Block, list[int]]:
+    def indices_by_block(self) -> dict[QueryBlock, list[int]]:
         """For each size of block, its indices in `blocks`: blocks of one size are computed in one call."""
         indices = defaultdict(list)
         for index, block in enumerate(self.blocks):
@@ -114,7 +114,7 @@ class Documents:
             cut.parts.extend(filter(None, (begin - num_before - first, num_before)))
             step = max_tokens or stop - begin
             for start in range(begin, stop, step):
-                block = Block(min(step, stop - start), num_before if start == begin else step)
+                block = QueryBlock(min(step, stop - start), num_before if start == begin else step)
                 cut.key_parts.append(range(len(cut.parts) - (block.num_before > 0), len(cut.parts) + 1))
                 cut.parts.append(block.num_tokens)
                 cut.blocks.append(block)
@@ -133,7 +133,7 @@ class Documents:
         chunk = self.context.chunk(self.seq_len) if self.context else range(self.seq_len)
         return min(max(index, chunk.start), chunk.stop)
 
-    def block_mask(self, block: Block) -> Tensor | None:
+    def block_mask(self, block: QueryBlock) -> Tensor | None:
         """The mask of a block, bool (queries, keys before + own keys); None for causal order alone."""
         tokens, before = block
         if not before and tokens <= (self.window or tokens):

@@ -33,7 +33,7 @@ UPDATE_BYTES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
+class LinkCost:
     """Seconds of a message: alpha_s + bytes / bytes_per_s."""
 
     alpha_s: float
@@ -61,9 +61,9 @@ class Hardware:
     attention_flops_per_s: float
     memory_bytes_per_s: float
     update_s: float
-    node: Link
-    network: Link
-    control: Link
+    node: LinkCost
+    network: LinkCost
+    control: LinkCost
     reduce_factor: float = 1.0
     host_s: float = 0.0
     cores: int = 0
@@ -92,14 +92,14 @@ def _device(name: str, bf16_flops_per_s: float, memory: float, nvlink: float) ->
         attention_flops_per_s=bf16_flops_per_s * MEASURED_ON_H100["attention"],
         memory_bytes_per_s=memory,
         update_s=UPDATE_BYTES / memory,
-        node=Link(alpha_s=NVLINK_ALPHA_S, bytes_per_s=nvlink * NVLINK_SHARE),
-        network=Link(alpha_s=INFINIBAND_ALPHA_S, bytes_per_s=INFINIBAND_BYTES_PER_S),
-        control=Link(alpha_s=CONTROL_ALPHA_S, bytes_per_s=CONTROL_BYTES_PER_S),
+        node=LinkCost(alpha_s=NVLINK_ALPHA_S, bytes_per_s=nvlink * NVLINK_SHARE),
+        network=LinkCost(alpha_s=INFINIBAND_ALPHA_S, bytes_per_s=INFINIBAND_BYTES_PER_S),
+        control=LinkCost(alpha_s=CONTROL_ALPHA_S, bytes_per_s=CONTROL_BYTES_PER_S),
     )
 
 
 # Two cores of an AMD EPYC (Zen 4) that all ranks share, fp32, gloo over loopback: python -m benchmarks.simulate.
-_LOOPBACK = Link(alpha_s=0.0, bytes_per_s=2.7e9)
+_LOOPBACK = LinkCost(alpha_s=0.0, bytes_per_s=2.7e9)
 CPU = Hardware(
     name="cpu",
     dense_flops_per_s=102e9,
@@ -144,7 +144,7 @@ def from_json(values: Mapping[str, Any]) -> Hardware:
     """The hardware whose `dataclasses.asdict` these values are. Raises ValueError where one is no such number."""
     rates = dict(values)
     name = rates.pop("name")
-    links: dict[str, Any] = {link: Link(**_numbers(rates.pop(link))) for link in ("node", "network", "control")}
+    links: dict[str, Any] = {link: LinkCost(**_numbers(rates.pop(link))) for link in ("node", "network", "control")}
     return Hardware(name=name, **links, **_numbers(rates))
 
 
@@ -161,7 +161,7 @@ def assumptions(hardware: Hardware) -> dict[str, float]:
     found: dict[str, float] = {}
     for field in fields(hardware):
         value = getattr(hardware, field.name)
-        if isinstance(value, Link):
+        if isinstance(value, LinkCost):
             found |= {f"{field.name}.{name}": each for name, each in asdict(value).items()}
         elif isinstance(value, float):
             found[field.name] = value

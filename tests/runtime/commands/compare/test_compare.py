@@ -21,7 +21,7 @@ from runtime.commands.compare import comparison
 from runtime.commands.compare.command import check_options
 from runtime.commands.compare.comparison import plan_of
 from runtime.commands.compare.methods import parse_method, parse_methods, with_values
-from runtime.commands.compare.outcome import Spread, read_outcome, steps_until_below
+from runtime.commands.compare.outcome import SeedStats, read_outcome, steps_until_below
 from runtime.commands.compare.plan import ComparePlan, RunKey, grown
 from runtime.commands.compare.run_pool import EndedRun, last_step
 from runtime.commands.compare.tables import print_tables, write_results
@@ -251,7 +251,7 @@ def test_numbers_are_those_of_the_records(compared: ComparePlan) -> None:
     assert sign.measures["steps_to_balance"].values == (None, 7)  # balanced after the shift alone is never
     assert sign.measures["steps_to_recover"].values == (5, 6)
     assert sign.against_first.values == (1.0, pytest.approx(0.2))  # bits per byte, seed by seed
-    assert newton.measures["val_bits_per_byte"] == Spread((2.0, 4.0), 3.0, pytest.approx(math.sqrt(2)))
+    assert newton.measures["val_bits_per_byte"] == SeedStats((2.0, 4.0), 3.0, pytest.approx(math.sqrt(2)))
 
 
 def test_a_threshold_can_be_given(compared: ComparePlan) -> None:

@@ -22,7 +22,7 @@ from tests.workers.model.test_decoder import VARIANT, build, tokens
 from workers.distributed.context import Context
 from workers.model.attention import Documents, LatentConfig
 from workers.model.attention.attend import attend, attend_by_varlen, varlen_kernel
-from workers.model.attention.documents import Block
+from workers.model.attention.documents import QueryBlock
 from workers.model.model_config import Recompute
 
 HEADS, KV_HEADS = 4, 2
@@ -76,12 +76,12 @@ def test_blocks_are_documents_or_windows_of_them() -> None:
     documents = Documents.from_starts(starts_of([5, 2, 1], [8]))
     assert documents.lengths == (5, 2, 1, 8)
     assert documents.offsets.tolist() == [0, 5, 7, 8, 16]
-    assert documents.window_cut.blocks == [Block(5, 0), Block(2, 0), Block(1, 0), Block(8, 0)]
+    assert documents.window_cut.blocks == [QueryBlock(5, 0), QueryBlock(2, 0), QueryBlock(1, 0), QueryBlock(8, 0)]
     near = documents.with_window(3).window_cut
     assert near.blocks == [(3, 0), (2, 3), (2, 0), (1, 0), (3, 0), (3, 3), (2, 3)]
     assert near.parts == [3, 2, 2, 1, 3, 3, 2]
     assert [list(each) for each in near.key_parts] == [[0], [0, 1], [2], [3], [4], [4, 5], [5, 6]]
-    assert near.indices_by_block[Block(2, 3)] == [1, 6]
+    assert near.indices_by_block[QueryBlock(2, 3)] == [1, 6]
     assert Documents.whole_rows(2, 8, torch.device("cpu")).lengths == (8, 8)
 
 

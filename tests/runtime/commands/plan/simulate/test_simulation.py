@@ -8,7 +8,7 @@ import pytest
 from cluster.config import ClusterConfig
 from dispatch.config import MoEConfig
 from dispatch.exchange.local import LocalDispatcher
-from runtime.commands.plan.simulate.hardware import PRESETS, Hardware, Link
+from runtime.commands.plan.simulate.hardware import PRESETS, Hardware, LinkCost
 from runtime.commands.plan.simulate.layer import with_rows
 from runtime.commands.plan.simulate.simulation import Schedule, Simulation
 from runtime.commands.plan.simulate.sweep import by_max_vio, factors_of, resized_subject
@@ -41,9 +41,9 @@ SLOW = Hardware(
     attention_flops_per_s=1e9,
     memory_bytes_per_s=4e9,
     update_s=1e-8,
-    node=Link(alpha_s=1e-4, bytes_per_s=1e9),
-    network=Link(alpha_s=3e-4, bytes_per_s=2e8),
-    control=Link(alpha_s=1e-4, bytes_per_s=1e9),
+    node=LinkCost(alpha_s=1e-4, bytes_per_s=1e9),
+    network=LinkCost(alpha_s=3e-4, bytes_per_s=2e8),
+    control=LinkCost(alpha_s=1e-4, bytes_per_s=1e9),
 )
 
 
@@ -132,7 +132,7 @@ def test_more_imbalance_never_costs_less(name: str) -> None:
 
 def test_bytes_are_those_that_the_plan_counts() -> None:
     # Links of one byte a second and without a delay: seconds are bytes.
-    link = Link(alpha_s=0.0, bytes_per_s=1.0)
+    link = LinkCost(alpha_s=0.0, bytes_per_s=1.0)
     simulation = Simulation(subject(), replace(SLOW, node=link, network=link))
     planned = simulation.plan.traffic["rank"].total
     parts = simulation.step().parts
@@ -171,14 +171,14 @@ def test_stages_divide_the_work_and_a_bubble_lengthens_the_step() -> None:
 
 
 def test_an_exchange_that_hides_takes_no_time_unless_it_is_longer_than_the_computation() -> None:
-    fast = replace(SLOW, node=Link(alpha_s=0, bytes_per_s=1e12), network=Link(alpha_s=0, bytes_per_s=1e12))
+    fast = replace(SLOW, node=LinkCost(alpha_s=0, bytes_per_s=1e12), network=LinkCost(alpha_s=0, bytes_per_s=1e12))
     assert Simulation(subject(), fast, Schedule(overlap=1)).step().parts["all-to-all"] == 0
-    slow = replace(SLOW, network=Link(alpha_s=0, bytes_per_s=1e6))
+    slow = replace(SLOW, network=LinkCost(alpha_s=0, bytes_per_s=1e6))
     assert Simulation(subject(), slow, Schedule(overlap=1)).step().parts["all-to-all"] > 0
 
 
 def test_sums_of_sharded_gradients_hide_behind_the_computation_and_others_do_not() -> None:
-    quick, slow = (replace(SLOW, node=Link(alpha_s=0, bytes_per_s=rate)) for rate in (1e12, 1e5))
+    quick, slow = (replace(SLOW, node=LinkCost(alpha_s=0, bytes_per_s=rate)) for rate in (1e12, 1e5))
     sharded = replace(
         subject(node=8), config=replace(subject().config, parallel=ParallelConfig(ep_size=8, shard="full"))
     )
