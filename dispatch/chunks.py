@@ -62,14 +62,14 @@ def _plan(topk_ids_TK: Tensor, dispatcher: Dispatcher, schedule: ScheduleConfig)
     plans = dispatcher.plan(topk_ids_TK, schedule.num_chunks)
     if not schedule.max_rows:
         return plans, False
-    rows, tokens = dispatcher.max_rows_and_tokens(plans)
-    in_rounds = rows > schedule.max_rows
+    all_rows, rows, tokens = dispatcher.max_sizes(plans)
+    in_rounds = all_rows > schedule.max_rows  # unless in rounds, all chunks are held at once
     # A loop, since chunks of equally many tokens do not bring equally many rows: one may still exceed max_rows. A chunk
     # of one token per rank cannot be cut further, even where it brings more than max_rows.
     while rows > schedule.max_rows and tokens > 1:
         num_chunks = len(plans) * -(-rows // schedule.max_rows)
         plans = dispatcher.plan(topk_ids_TK, min(num_chunks, len(plans) * tokens))
-        rows, tokens = dispatcher.max_rows_and_tokens(plans)
+        _, rows, tokens = dispatcher.max_sizes(plans)
     return plans, in_rounds
 
 

@@ -87,12 +87,12 @@ class AllToAllDispatcher(PhysicalExperts, Dispatcher):
         received_PCX, places_P = group.exchange_sizes(rows_CP.unsqueeze(2), counts_CE)
         return [rows_CP, received_PCX[..., 0].t(), received_PCX[..., 1:].sum(0), places_P]
 
-    def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
-        """See `Dispatcher.max_rows_and_tokens`."""
-        maxima = torch.tensor(super().max_rows_and_tokens(plans), device=plans[0].topk_ids_TK.device)
+    def max_sizes(self, plans: list[ChunkPlan]) -> tuple[int, int, int]:
+        """See `Dispatcher.max_sizes`."""
+        maxima = torch.tensor(super().max_sizes(plans), device=plans[0].topk_ids_TK.device)
         self.meter.tracker.run(dist.all_reduce, maxima, dist.ReduceOp.MAX, group=self.ep_group)
-        rows, tokens = maxima.tolist()
-        return rows, tokens
+        all_rows, rows, tokens = maxima.tolist()
+        return all_rows, rows, tokens
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
         """See `Dispatcher.start_dispatch`. Sends the weights with their expert ids first, then the rows."""

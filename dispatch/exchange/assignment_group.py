@@ -1,6 +1,6 @@
 """An exchange group that sends a row for each assignment, a (token, expert) pair, as Megatron's all-to-all does.
 
-Shapes: as in `dispatch.exchange.exchange_group`, with W = 1 and A = T K assignments.
+Shapes: as in `dispatch.exchange.exchange_group`, with one id a row (W = 1); A = T K assignments, each a row (S = A).
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from dispatch.exchange.token_exchange import TokenExchange
 class AssignmentGroup(ExchangeGroup):
     """Sends a row for each (token, expert), with one id and one weight.
 
-    It sends less than `ExchangeGroup` where nearly all experts of a token are on different ranks: the rows are then as
-    many, and a row of `ExchangeGroup` carries the ids and weights of all K experts.
+    It sends less than `ExchangeGroup` where nearly all experts of a token are on different ranks: both then send about
+    as many rows, but a row of `ExchangeGroup` carries the ids and weights of all K experts. No id may be blank.
     """
 
     def count(self, chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

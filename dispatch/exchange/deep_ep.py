@@ -181,8 +181,8 @@ class DeepEPDispatcher(Dispatcher):
             for chunk_TK in topk_ids_TK.tensor_split(num_chunks)
         ]
 
-    def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
-        """See `Dispatcher.max_rows_and_tokens`. One reduction, of each chunk's rows by expert and tokens by rank."""
+    def max_sizes(self, plans: list[ChunkPlan]) -> tuple[int, int, int]:
+        """See `Dispatcher.max_sizes`. One reduction, of each chunk's rows by expert and tokens by rank."""
         # The sum over ranks gives each expert's rows. For the tokens each rank fills a column of its own, so that the
         # same sum gives the tokens of every rank, whose maximum is wanted.
         ep_size = self.placement.ep_size
@@ -190,9 +190,10 @@ class DeepEPDispatcher(Dispatcher):
         rows_CE = torch.stack([count_by_expert(plan.topk_ids_TK, self.num_experts) for plan in plans])
         sizes_CX = torch.cat([rows_CE, torch.tensor(tokens, device=rows_CE.device)], 1)
         self.meter.tracker.run(dist.all_reduce, sizes_CX, group=self.ep_group)
-        rows_CPL = sizes_CX[:, : self.num_experts].unflatten(1, (ep_size, -1))
-        rows, num_tokens = torch.stack([rows_CPL.sum(2).max(), sizes_CX[:, self.num_experts :].max()]).tolist()
-        return rows, num_tokens
+        rows_CP = sizes_CX[:, : self.num_experts].unflatten(1, (ep_size, -1)).sum(2)
+        maxima = rows_CP.sum(0).max(), rows_CP.max(), sizes_CX[:, self.num_experts :].max()
+        all_rows, rows, num_tokens = torch.stack(maxima).tolist()
+        return all_rows, rows, num_tokens
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[_Started]:
         """See `Dispatcher.start_dispatch`. Waits for the device, and for the other ranks, to learn the sizes.

@@ -100,14 +100,14 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def max_rows_and_tokens(self, plans: list[ChunkPlan]) -> tuple[int, int]:
-        """Return the most expert rows and the most tokens that a chunk has on a rank: maxima over chunks and ranks.
+    def max_sizes(self, plans: list[ChunkPlan]) -> tuple[int, int, int]:
+        """Return maxima over ranks: expert rows of all chunks together, expert rows of a chunk, tokens of a chunk.
 
         It costs a reduction and waits for the device; only `ScheduleConfig.max_rows` needs it. This base method returns
-        the maxima over chunks of this rank alone, which dispatchers of several ranks reduce.
+        the sizes of this rank alone, which dispatchers of several ranks reduce.
         """
-        rows = max(sum(plan.tokens_per_local_expert_L) for plan in plans)
-        return rows, max(len(plan.topk_ids_TK) for plan in plans)
+        rows = [sum(plan.tokens_per_local_expert_L) for plan in plans]
+        return sum(rows), max(rows), max(len(plan.topk_ids_TK) for plan in plans)
 
     def start_dispatch(self, x_TH: Tensor, topk_weights_TK: Tensor, plan: ChunkPlan) -> PendingDispatch[Any]:
         """Start to send a chunk's rows to their experts.

@@ -5,8 +5,8 @@ expert's tokens in place of the owner. EPLB (deepseek-ai/EPLB) may move every ex
 evenly over its copies. Here the owners stay, and a copy takes as many shares of the tokens as its rank has room for.
 
 The tokens of all ranks are cut into S equal shares, G for each rank: token t of a rank is in share t % G of that rank.
-If the tokens of all shares choose alike, an expert gets load / S tokens from each share. Loads of ranks are counted in
-tokens times S, so that all numbers are integers and all ranks, which have the same loads, decide alike.
+We assume that the tokens of all shares choose alike: then an expert gets load / S tokens from each share. Loads of
+ranks are counted in tokens times S, so that all numbers are integers and all ranks, from equal loads, decide alike.
 """
 
 from bisect import bisect_left, insort
@@ -20,10 +20,10 @@ from dispatch.exchange.placement import ExpertPlacement
 # Few ranks cut their tokens into several shares each: with one share for each of 2 ranks, only half of a hot expert's
 # tokens could be moved.
 _MIN_SHARES = 16
-# Both divide the mean load of a rank. Copies cost messages of weights and gradients in every step, so none are made
+# Parts of the mean load of a rank. Copies cost messages of weights and gradients in every step, so none are made
 # where the busiest rank is within a twentieth of the mean. The search ends within a 128th of the best level.
-_CLOSE_ENOUGH = 20
-_PRECISION = 128
+_MIN_GAIN_DIVISOR = 20
+_PRECISION_DIVISOR = 128
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ExpertCopies:
         """The physical expert that computes each expert (E), for each share of the rank's tokens (G)."""
         firsts = [0, *accumulate(self.num_physical)]
         num_own = self.placement.num_local_experts
-        owners = chain.from_iterable(range(first, first + num) for first, num in zip(firsts, num_own, strict=False))
+        owners = chain.from_iterable(range(first, first + num) for first, num in zip(firsts[:-1], num_own, strict=True))
         owner_ids_E = list(owners)
         ids_GE = [list(owner_ids_E) for _ in range(self.shares_per_rank)]
         for expert, holder_S in self.holders.items():
@@ -111,8 +111,8 @@ def place_copies(
 ) -> ExpertCopies:
     """Give hot experts copies on ranks with little load, so that the load of the busiest rank becomes small.
 
-    A binary search for the lowest load (level) that no rank need exceed. Each level is tried by a greedy assignment:
-    the busiest rank gives tokens away first, in as few copies as it can. It makes no copies where the load of the
+    A binary search for the lowest load (level) that a greedy assignment can keep on every rank: the busiest rank gives
+    tokens away first, in as few copies as it can. It makes no copies where the load of the
     busiest rank is close to the mean without them.
 
     Args:
@@ -141,8 +141,8 @@ class _Search:
     def best(self) -> _Quotas:
         """For each expert with copies, how many shares each of its holders computes."""
         mean = sum(self.loads_E) * self.owners.shares_per_rank
-        low, high, best = mean + mean // _CLOSE_ENOUGH, max(self.owners.rank_loads(self.loads_E)), _Quotas()
-        while high - low > mean // _PRECISION:
+        low, high, best = mean + mean // _MIN_GAIN_DIVISOR, max(self.owners.rank_loads(self.loads_E)), _Quotas()
+        while high - low > mean // _PRECISION_DIVISOR:
             level = (low + high) // 2
             quotas = self._within(level)
             if quotas is None:

@@ -158,9 +158,9 @@ class Law:
     def fits(self, state: LawState) -> bool:
         """Whether the state belongs to this law on these layers: the same vectors by name, dtype and length."""
 
-        def dtypes_and_shapes(state: LawState) -> dict[str, Any]:
-            tensors = {"": state.bias_N, **state.extras}
-            return {name: (value.dtype, value.shape) for name, value in tensors.items()}
+        def dtypes_and_shapes(state: LawState) -> tuple[Any, dict[str, Any]]:
+            extras = {name: (value.dtype, value.shape) for name, value in state.extras.items()}
+            return (state.bias_N.dtype, state.bias_N.shape), extras
 
         return dtypes_and_shapes(state) == dtypes_and_shapes(self.initial_state())
 

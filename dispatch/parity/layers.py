@@ -35,9 +35,8 @@ class LayerUnderTest:
     module: y_TH = module(x_TH), collective over the EP group in forward and backward; T may differ by rank and be 0.
     After backward the gradient of an expert must be complete on its rank. All other gradients are this rank's part,
     and the check sums them over the ranks.
-    read: returns tensors by the names of `cases.shapes`. Its argument gives, for each parameter, the parameter's value
-    or its gradient, of which these tensors are made. Of the experts it returns those of this rank, in the order of
-    `ExpertPlacement`.
+    read: read(pick) returns tensors by the names of `cases.shapes`, made of pick(parameter), which is the parameter's
+    value or its gradient; of the experts those of this rank, in the order of `ExpertPlacement`.
     expert_parameters: the parameters that only this rank holds.
     expert_bias_E: the selection bias that the layer uses; the check writes it in place.
     tokens_per_expert_E: the choices of this rank's tokens since the check last zeroed it in place; any numeric dtype.
@@ -67,8 +66,7 @@ class Variant:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
-# In an EP group of one rank all exchanges are the local dispatcher.
-_ALONE = {
+_WITHOUT_NODES = {
     name: Variant(exchange=name) for name, backend in BACKENDS.items() if backend.automatic and not backend.needs_nodes
 }
 _OVER_NODES = {
@@ -78,7 +76,7 @@ _OVER_NODES = {
     for size in (1, 2)
 }
 VARIANTS: Mapping[str, Variant] = {
-    **_ALONE,
+    **_WITHOUT_NODES,
     **_OVER_NODES,
     "assignment-waiting": Variant(exchange="assignment", schedule=ScheduleConfig(overlap=False)),
     "rank-in-chunks": Variant(exchange="rank", schedule=ScheduleConfig(num_chunks=3)),

@@ -20,7 +20,8 @@ class RouterChoice:
     """How one forward of a router chose.
 
     scores_TE: fp32, in [0, 1]. biased_TE: fp32, the values that experts were chosen by; -inf outside the groups of a
-    token. topk_ids_TK: int64. expert_bias_E: fp32. scale: fp32 (), the law's STATISTIC_SCALE for this layer.
+    token. topk_ids_TK: int64, best biased score first. expert_bias_E: fp32. scale: fp32 (), the law's STATISTIC_SCALE
+    for this layer.
     """
 
     scores_TE: Tensor
@@ -46,8 +47,8 @@ class Statistic(Protocol):
 class NearCutoff:
     """For each expert, the tokens whose choice would change if its biased score moved by less than `scale`.
 
-    For a chosen expert the distance is that to the best expert left out; for an expert left out it is that to the worst
-    chosen one. The count divided by 2 * scale estimates how many tokens the expert gains for each unit of bias.
+    The distance is, for a chosen expert, to the best score left out; for an expert left out, to the worst chosen score.
+    The count divided by 2 * scale estimates how many tokens the expert gains for each unit of bias.
     """
 
     width = 1
@@ -64,10 +65,10 @@ class NearCutoff:
 
 
 class CutoffHistogram:
-    """For each expert, a histogram over tokens of the bias with which it would just be chosen: cutoff - score.
+    """For each expert, a histogram over tokens of the bias that lifts its score to the cutoff: cutoff - score.
 
-    The cutoff is the best biased score left out. The range of the bins follows the bias, so that with scores in [0, 1]
-    nothing falls outside of it (marin #7891): see `histogram_range`.
+    The cutoff of a token is the best biased score that was left out, for its chosen experts too. The range of the bins
+    follows the bias, so that with scores in [0, 1] nothing falls outside of it (marin #7891): see `histogram_range`.
     """
 
     width = HISTOGRAM_BINS

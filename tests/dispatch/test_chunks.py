@@ -140,6 +140,15 @@ def test_rounds_keep_to_the_bound_without_other_ranks_and_stop_at_single_tokens(
         assert sum(rows) == 2 * 17 * CONFIG.top_k
 
 
+def test_chunks_within_the_bound_that_together_exceed_it_are_rounds():
+    rows, dispatcher = [], LocalDispatcher(NUM_EXPERTS)
+    finish = dispatcher.finish_dispatch
+    dispatcher.finish_dispatch = lambda pending: rows.append(len(pending.state[1].sources_R)) or finish(pending)
+    layer = MoELayer(HIDDEN, CONFIG, dispatcher, ScheduleConfig(num_chunks=4, max_rows=16 * CONFIG.top_k - 1))
+    layer(torch.randn(16, HIDDEN, requires_grad=True)).sum().backward()
+    assert rows == [4 * CONFIG.top_k] * 4 * 2  # each chunk once in forward and once more in backward
+
+
 def test_a_batch_within_the_bound_is_not_cut():
     layer = MoELayer(HIDDEN, CONFIG, LocalDispatcher(NUM_EXPERTS), ScheduleConfig(max_rows=17 * 3))
     calls = []

@@ -1,9 +1,11 @@
-"""Parameters, gradients and moments sharded over the ranks that hold the same, by torch's fully_shard (FSDP2).
+"""Shards parameters, gradients and moments by torch's fully_shard (FSDP2), over ranks that would hold equal copies.
 
-Dense parameters lie over all ranks, with a pipeline over those of a stage, the routed experts of a layer over
-`edp_group`: whole experts, since the rows of a stack are experts. With `parallel.replicate` they lie over the ranks of
-one replica (HSDP). Blocks are gathered one by one; embedding, last norm and head, which the root holds, stay gathered
-from forward to backward. Gradients are sums here as everywhere (`workers.training.gradients`).
+- Dense parameters are sharded over all ranks; in a pipeline, over the ranks of a stage.
+- The routed experts of a layer are sharded over `edp_group` (expert-data parallelism), by whole experts.
+- With `parallel.replicate` both are sharded inside one replica, and replicas add their gradients (HSDP).
+
+Blocks are gathered one by one; embedding, last norm and head, which the root holds, stay gathered from forward to
+backward. Gradients are sums here as everywhere (`workers.training.gradients`).
 """
 
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ def shard_states(model: Decoder, groups: RankGroups, shard: Shard, dtype: str = 
     options: dict[str, Any] = {
         "mesh": dense_mesh,
         "reshard_after_forward": shard == "full",
-        # Experts with one holder in each replica cannot be divided. In an FSDP unit they would be copied at every use.
+        # Where one rank of each replica holds an expert there is nothing to shard: FSDP would only copy it at each use.
         "ignored_params": set(expert_parameters(model).values()) if expert_mesh is None else None,
     }
     if expert_mesh is not None:
@@ -67,15 +69,15 @@ def _meshes(groups: RankGroups) -> tuple[DeviceMesh, DeviceMesh | None]:
     """The meshes of dense parameters and of experts; None for experts that have one holder in each replica."""
     if (replicas := groups.replicas) is not None:
         is_shared = groups.edp_size > replicas.num_replicas
-        return _with_names(replicas.dense), _with_names(replicas.experts) if is_shared else None
+        return _with_group_names(replicas.dense), _with_group_names(replicas.experts) if is_shared else None
     dense = DeviceMesh.from_group(groups.stage_group, groups.device.type, mesh_dim_names=("dense",))
     if groups.edp_size == 1:
-        return _with_names(dense), None
+        return _with_group_names(dense), None
     experts = DeviceMesh.from_group(groups.edp_group, groups.device.type, mesh_dim_names=("edp",))
-    return _with_names(dense), _with_names(experts)
+    return _with_group_names(dense), _with_group_names(experts)
 
 
-def _with_names(mesh: DeviceMesh) -> DeviceMesh:
+def _with_group_names(mesh: DeviceMesh) -> DeviceMesh:
     """The same mesh with the names of its process groups in the names of its dimensions.
 
     torch caches the result of an operation on DTensors, and with it their mesh, for the next operation on an equal
@@ -88,7 +90,7 @@ def _with_names(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def set_sync(model: nn.Module, shard: Shard, *, is_last: bool) -> None:
-    """Tell FSDP before a backward pass what to communicate in it. is_last: it is that of the step's last micro-batch.
+    """Tell FSDP before a backward pass what to communicate in it. is_last: this is the step's last micro-batch.
 
     With shard `optimizer` weights are gathered and gradients reduced once a step, in the last backward pass; with
     `full` in each. In both, replicas add their sums in the last one.
@@ -117,7 +119,7 @@ def set_sync_of_stage(model: Decoder, layers: range, shard: Shard, *, is_last: b
         model.set_reshard_after_backward(is_last_of_rank, recurse=False)
 
 
-def _runs(model: Decoder) -> Iterator[list[nn.Module]]:
+def _consecutive_blocks(model: Decoder) -> Iterator[list[nn.Module]]:
     """The consecutive blocks of each stage that this rank holds; without a pipeline one run of all blocks."""
     run: list[nn.Module] = []
     last = -1
@@ -141,7 +143,10 @@ def _prefetch(model: Decoder) -> None:
     By default FSDP prefetches in backward by the order of the last forward, which in a pipeline was that of another
     micro-batch. A unit whose prefetch list names only itself prefetches nothing.
     """
-    runs, root = list(_runs(model)), next(each for each in model.modules() if isinstance(each, FSDPModule))
+    runs, root = (
+        list(_consecutive_blocks(model)),
+        next(each for each in model.modules() if isinstance(each, FSDPModule)),
+    )
     for units in runs:
         _prefetch_in(units)
     last: list[FSDPModule] = [unit for unit in runs[0][-1:] if isinstance(unit, FSDPModule)]

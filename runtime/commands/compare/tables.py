@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from runtime.commands.compare.chart import write_chart
 from runtime.commands.compare.outcome import AVERAGED_STEPS, FLOOR_FACTOR, LAST_SHARE, MethodOutcome, Outcome, SeedStats
-from runtime.commands.compare.picture import write_picture
 from runtime.commands.results import write_json
 from runtime.terminal.quantities import milliseconds
 from runtime.terminal.tables import new_table
@@ -36,7 +36,7 @@ def write_results(outcome: Outcome, out: Path) -> list[Path]:
     markdown = "\n".join(_markdown(heads, rows) for heads, rows in _tables(outcome))
     paths[0].write_text(f"{markdown}\n{explanation(outcome)}\n", encoding="utf-8")
     write_json(paths[1], outcome.to_json())
-    write_picture(outcome, paths[2])
+    write_chart(outcome, paths[2])
     return paths
 
 

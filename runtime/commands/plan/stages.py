@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline need: they are planned as a run of their own that has only their layers."""
+"""Plans each rank of a pipeline as a run of its own, which has only the layers of that rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class PlanStage:
 
     @property
     def in_flight(self) -> int:
-        """The most forwards, of all stages of the rank together, whose backward is still to come at one moment."""
+        """Most micro-batches whose activations the rank holds at once, summed over its stages."""
         return max(map(sum, self._pipeline.in_flight(self.pp_rank, self.config.num_micro_batches)))
 
     @property
@@ -48,7 +48,7 @@ class PlanStage:
         kept[HEAD] = by_stage[-1][HEAD] if self.has_head else 0.0
         # torch.distributed.pipelining allocates receive buffers for all micro-batches of a step and keeps them, and the
         # gradients of what was received, to the end of the step. A stage also keeps each output that it has sent until
-        # its gradient arrives.
+        # its gradient arrives; for the last stage, which sends none, this is an upper bound.
         outputs = self.in_flight * self._activation_bytes / self.config.num_micro_batches
         return kept | {MESSAGES: self.message_bytes + self.input_gradient_bytes, OUTPUTS: outputs}
 

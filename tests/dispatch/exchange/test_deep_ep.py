@@ -131,13 +131,13 @@ def test_rows_travel_while_others_are_computed_and_the_host_waits_once_a_chunk()
 def _busiest_on_ranks(rank, world_size):
     dispatcher = _dispatcher(dist.group.WORLD, StandInBuffer(dist.group.WORLD))
     ids = torch.tensor([[0, 1, 2]] * 3 if rank == 0 else [[0, 1, 4]])
-    return [dispatcher.max_rows_and_tokens(dispatcher.plan(ids, num_chunks)) for num_chunks in (1, 2)]
+    return [dispatcher.max_sizes(dispatcher.plan(ids, num_chunks)) for num_chunks in (1, 2)]
 
 
 def test_all_ranks_know_the_busiest_chunk():
     # Rank 0 has experts 0 to 3. Its own 3 tokens bring 9 rows, the one of rank 1 two more; of two chunks the second has
     # 2 tokens and that one.
-    assert run_ranks(2, _busiest_on_ranks) == [[(11, 3), (8, 2)]] * 2
+    assert run_ranks(2, _busiest_on_ranks) == [[(11, 11, 3), (11, 8, 2)]] * 2
 
 
 def _bytes_on_ranks(rank, world_size):

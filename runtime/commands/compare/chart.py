@@ -23,7 +23,7 @@ from runtime.report.chart_style import (
 MAX_POINTS = 100
 
 
-def write_picture(outcome: Outcome, target: Path) -> None:
+def write_chart(outcome: Outcome, target: Path) -> None:
     """Write the PNG."""
     num_methods = len(outcome.methods)
     size = (9.2, 4.6 + 0.3 * num_methods)
