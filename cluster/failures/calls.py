@@ -1,4 +1,4 @@
-"""Waits for one call on every rank. If the gang fails, it tells the rank that caused it from those that only follow."""
+"""Detects failures of a gang, by one call on every rank, and tells the rank that caused one from those that follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End the process of an actor that does not answer, from its own node."""
+"""Ends the process of an actor that does not answer, from its own node. What a killed worker triggers: see `calls`."""
 
 from __future__ import annotations
 

@@ -69,9 +69,9 @@ def test_the_processes_of_the_cluster_are_not_of_the_run(testbed):
         "ray-dashboard-JobHead-0 (python)",
         "",
     ):
-        assert leftovers._OF_CLUSTER.match(command), command
+        assert leftovers._CLUSTER_COMMANDS.match(command), command
     for command in ("ray::WorkerActor", "ray::CoordinatorActor", "/venv/bin/python -P -m runtime train --config=tiny"):
-        assert not leftovers._OF_CLUSTER.match(command), command
+        assert not leftovers._CLUSTER_COMMANDS.match(command), command
 
 
 def test_after_the_cluster_nothing_at_all_may_be_there(testbed):
