@@ -1,7 +1,8 @@
 """The exchange that knows which ranks share a node: a row crosses the network once for each node.
 
 This file makes the two groups of ranks and computes how many rows each exchange carries. `AllToAllDispatcher` moves the
-rows, through one group of `self.groups` after the other: over the network, then inside the node.
+rows through one group of `self.groups` after the other: over the network, then inside the node (`token_exchange` calls
+the collective).
 
 Shapes: K top-k, C chunks, P EP ranks, N nodes, G ranks of a node, E experts, L local experts.
 """

@@ -1,4 +1,4 @@
-"""Makes the lines of metrics.jsonl from the results of steps and evaluations (docs/run-directory.md)."""
+"""Makes the lines of metrics.jsonl from steps and evaluations (docs/run-directory.md). Sums: `summed_metrics`."""
 
 import time
 from statistics import fmean

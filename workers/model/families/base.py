@@ -21,8 +21,8 @@ class Part:
     """One tensor of a Hugging Face checkpoint, and the rows of one of our tensors that have the same values.
 
     Rotary positions rotate pairs of dimensions. Hugging Face pairs dimension i of a head with i + head_dim / 2, we pair
-    neighbours (`workers.model.attention.rotate`). The scores are the same if the rows of queries and keys are reordered
-    accordingly, for which `head_dim` is given.
+    neighbours (`workers.model.attention.rotary.rotate`). The scores are the same if the rows of queries and keys are
+    reordered accordingly, for which `head_dim` is given.
 
     name: of their tensor, and shape: its shape.
     target: the name of our tensor, whose rows `first_row` and following this part fills.
