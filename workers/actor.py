@@ -190,8 +190,14 @@ class WorkerActor:
 
 def parse_gpu_ids(texts: Sequence[str]) -> tuple[int | str, ...]:
     """The ids that Ray gives an actor, in order. Where CUDA_VISIBLE_DEVICES names UUIDs (also of MIG), so does Ray."""
-    in_order = sorted(map(str, texts), key=lambda text: (len(text), text))  # Ray keeps them in a set; 2 before 10
+    in_order = sorted(map(str, texts), key=gpu_order)  # Ray keeps them in a set
     return tuple(int(text) if text.isdecimal() else text for text in in_order)
+
+
+def gpu_order(gpu_id: int | str) -> tuple[int, str]:
+    """A key to sort GPU ids by: indices as numbers, 2 before 10, and UUIDs as text."""
+    text = str(gpu_id)
+    return len(text), text
 
 
 def usable_cores() -> int:

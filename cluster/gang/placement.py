@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig
 from dispatch.errors import UserError
-from workers.actor import WorkerLocation
+from workers.actor import WorkerLocation, gpu_order
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -144,8 +144,7 @@ def rank_order(places: Sequence[WorkerLocation], ep_size: int = 1) -> list[int]:
 
     def key(index: int) -> tuple[int, int, list[tuple[int, str]], int]:
         address = ip_address(places[index].ip)
-        gpus = [(len(text), text) for text in map(str, places[index].gpu_ids)]  # 2 before 10; UUIDs as text
-        return address.version, int(address), gpus, index
+        return address.version, int(address), [gpu_order(gpu_id) for gpu_id in places[index].gpu_ids], index
 
     in_whole_groups, rest = [], []
     for _, on_node in groupby(sorted(range(len(places)), key=key), lambda index: places[index].ip):

@@ -128,10 +128,16 @@ def test_a_bound_on_rows_is_kept_in_rounds_and_no_token_is_dropped(kind, world_s
     assert busiest[0] == (num_tokens,)
 
 
-def test_rounds_keep_to_the_bound_without_other_ranks_and_stop_at_single_tokens():
+def _local_and_its_rows():
+    """A dispatcher of one rank, and the list to which it adds the expert rows of each dispatch."""
     rows, dispatcher = [], LocalDispatcher(NUM_EXPERTS)
     finish = dispatcher.finish_dispatch
     dispatcher.finish_dispatch = lambda pending: rows.append(len(pending.state[1].sources_R)) or finish(pending)
+    return dispatcher, rows
+
+
+def test_rounds_keep_to_the_bound_without_other_ranks_and_stop_at_single_tokens():
+    dispatcher, rows = _local_and_its_rows()
     for bound, most in ((9, 9), (1, CONFIG.top_k)):  # one token brings 3 rows, which no number of rounds makes fewer
         rows.clear()
         layer = MoELayer(HIDDEN, CONFIG, dispatcher, ScheduleConfig(max_rows=bound))
@@ -141,9 +147,7 @@ def test_rounds_keep_to_the_bound_without_other_ranks_and_stop_at_single_tokens(
 
 
 def test_chunks_within_the_bound_that_together_exceed_it_are_rounds():
-    rows, dispatcher = [], LocalDispatcher(NUM_EXPERTS)
-    finish = dispatcher.finish_dispatch
-    dispatcher.finish_dispatch = lambda pending: rows.append(len(pending.state[1].sources_R)) or finish(pending)
+    dispatcher, rows = _local_and_its_rows()
     layer = MoELayer(HIDDEN, CONFIG, dispatcher, ScheduleConfig(num_chunks=4, max_rows=16 * CONFIG.top_k - 1))
     layer(torch.randn(16, HIDDEN, requires_grad=True)).sum().backward()
     assert rows == [4 * CONFIG.top_k] * 4 * 2  # each chunk once in forward and once more in backward
