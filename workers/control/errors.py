@@ -1,5 +1,8 @@
 """The errors of the control path: raised on every rank, with the step and the phase that failed."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 
 class ControlError(RuntimeError):
     """The control path failed: its loop cannot be used again, and the gang must form anew. Survives pickling."""
@@ -29,3 +32,17 @@ class NoUpdate(ControlError):
     """Rank 0 could not compute the update: a bug in the law or its input. Rank 0's error has the traceback."""
 
     ranks = (0,)  # a report on the gang begins with the error of these ranks
+
+
+def different_states(step: int, states: Sequence[tuple[int, ...]]) -> BiasDiverged:
+    """The error of ranks whose law states differ. It names those without the state that most ranks have.
+
+    states: step, version and checksum of each rank's state. Of states that equally many have, the lowest rank's counts.
+    """
+    common: tuple[int, ...] = Counter(states).most_common(1)[0][0]
+    odd = tuple(rank for rank, state in enumerate(states) if state != common)
+    shown = [
+        f"rank {rank} step {states[rank][0]} version {states[rank][1]} state {states[rank][2]:08x}"
+        for rank in (states.index(common), *odd[:8])
+    ]
+    return BiasDiverged(step, "verify", f"ranks hold different law states: {', '.join(shown)}", odd)

@@ -9,7 +9,6 @@ Shapes: N experts of all MoE layers, M counts of the law (see dispatch.laws.Law)
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from dispatch.balance import bias_checksum
 from dispatch.diagnosis.activity_tracker import ActivityTracker, PendingCollective
 from dispatch.diagnosis.collective_errors import CollectiveTimeout
 from dispatch.laws import Law, LawState
-from workers.control.errors import BiasDiverged, ControlError, ControlTimeout, NoUpdate
+from workers.control.errors import BiasDiverged, ControlError, ControlTimeout, NoUpdate, different_states
 from workers.control.leader import Event, Leader
 from workers.control.wire import (
     BiasUpdate,
@@ -340,13 +339,8 @@ class ControlRound:
     def _check_ranks(self, given: RoundInput, rows: list[list[int]]) -> tuple[int, ...]:
         """Return the ranks whose live bias must be repaired; raise where repairing is not wanted or possible."""
         # Every rank sees the same rows, so all raise or none does, and all name the same ranks.
-        # What most ranks hold; of equally many, what the lowest rank holds.
-        common = Counter(tuple(row[:3]) for row in rows).most_common(1)[0][0]
-        same = [tuple(row[:3]) == common for row in rows]
-        if odd := tuple(rank for rank, is_same in enumerate(same) if not is_same):
-            ranks = (same.index(True), *odd[:8])
-            shown = [f"rank {r} step {rows[r][0]} version {rows[r][1]} state {rows[r][2]:08x}" for r in ranks]
-            raise BiasDiverged(given.step, "verify", f"ranks hold different law states: {', '.join(shown)}", odd)
+        if any(row[:3] != rows[0][:3] for row in rows):
+            raise different_states(given.step, [tuple(row[:3]) for row in rows])
         expected = bias_checksum(given.base.state.bias_N)
         odd = tuple(rank for rank, row in enumerate(rows) if row[3] != expected)
         if odd and self._on_bias_mismatch == "stop":
